@@ -1,0 +1,41 @@
+# Needs Python 3.10+ with pip. Every verb makes what it needs and is safe to run again.
+VENV ?= .venv
+PYTEST_ARGS ?=
+NANO_ARGS ?=
+DEMO_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench nano dev clean
+
+help:  ## what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed-core  ## segment the first ConceptShapes test samples; pictures go to demo_output/
+	@$(VENV)/bin/conceptseg demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed-test  ## run the tests (PYTEST_ARGS="-m 'not slow'" for a quick round)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-lint  ## check style and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.installed-lint  ## bring style and format in order
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.installed-core  ## time imports, data, both routes
+	$(VENV)/bin/python benchmarks/speed.py
+
+nano: $(VENV)/.installed-core  ## train the embedded checkpoint from scratch (resumes where it stopped)
+	$(VENV)/bin/python -m conceptseg_trainers.nano $(NANO_ARGS)
+
+dev: $(VENV)/.installed-dev  ## everything for development, with the commit hooks
+	$(VENV)/bin/pre-commit install
+
+clean:  ## remove the environment, caches and what the commands wrote
+	rm -rf $(VENV) build dist demo_output evaluation_output conceptseg_output .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt .ci/setup
+	@.ci/setup $(VENV) $*

@@ -1,0 +1,60 @@
+"""ConceptSeg for Transformers: segment what a prompt means, by words or by reasoning over reference images.
+
+Importing this package registers its classes with `AutoConfig`, `AutoModel`, `AutoProcessor` and
+`pipeline("concept-segmentation")`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from ._compat import ensure_torchvision
+
+ensure_torchvision()  # before anything imports torchvision
+
+from transformers import AutoConfig, AutoModel, AutoProcessor  # noqa: E402
+
+from .completion import Completion, format_completion, parse_completion  # noqa: E402
+from .configuration_conceptseg import ConceptSegConfig, ConceptTranslationConfig  # noqa: E402
+from .modeling_conceptseg import ConceptSegForSegmentation  # noqa: E402
+from .outputs import ConceptSegmentation, ConceptSegOutput  # noqa: E402
+from .pipelines import ConceptSegmentationPipeline, register_pipeline  # noqa: E402
+from .processing_conceptseg import ConceptSegProcessor  # noqa: E402
+from .references import Reference  # noqa: E402
+from .router import ShortcutRouter  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Completion",
+    "ConceptSegConfig",
+    "ConceptSegForSegmentation",
+    "ConceptSegOutput",
+    "ConceptSegProcessor",
+    "ConceptSegmentation",
+    "ConceptSegmentationPipeline",
+    "ConceptTranslationConfig",
+    "Reference",
+    "ShortcutRouter",
+    "format_completion",
+    "nano_checkpoint",
+    "parse_completion",
+    "register",
+]
+
+
+def nano_checkpoint() -> pathlib.Path:
+    """The folder of the embedded checkpoint (a small model for demonstration, tests and teaching)."""
+    return pathlib.Path(__file__).parent / "checkpoints" / "nano"
+
+
+def register() -> None:
+    """Registers the classes with Transformers; may be called any number of times."""
+    AutoConfig.register(ConceptTranslationConfig.model_type, ConceptTranslationConfig, exist_ok=True)
+    AutoConfig.register(ConceptSegConfig.model_type, ConceptSegConfig, exist_ok=True)
+    AutoModel.register(ConceptSegConfig, ConceptSegForSegmentation, exist_ok=True)
+    AutoProcessor.register(ConceptSegConfig, ConceptSegProcessor, exist_ok=True)
+    register_pipeline(nano_checkpoint())
+
+
+register()

@@ -1,0 +1,58 @@
+"""The `conceptseg` command.
+
+Nothing here imports the rest of the package before a verb runs (see launcher.py), so inside verbs imports are
+absolute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from . import demo, evaluate, info, segment
+from .arguments import BadInputError
+
+_VERBS = (demo, segment, evaluate, info)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, not in a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}. See {self.prog} --help.\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command; each verb adds its own."""
+    parser = _Parser(
+        prog="conceptseg",
+        description="Segment what a prompt means, by words or by reasoning over reference images.",
+    )
+    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
+    for verb in _VERBS:
+        verb.add_parser(verbs)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: The words after `conceptseg`; those of the process by default.
+
+    Returns:
+        The exit code: 0, or 2 after bad input, which is explained in one sentence on standard error.
+    """
+    arguments = build_parser().parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return arguments.run(arguments)
+    except BadInputError as error:
+        print(f"conceptseg {arguments.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"conceptseg {arguments.verb}: stopped.", file=sys.stderr)
+        return 130

@@ -1,0 +1,7 @@
+"""`python -m conceptseg_hf.cli`."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

@@ -1,0 +1,205 @@
+"""What the verbs' arguments have in common: options, references, and how a model is found."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
+
+# conceptseg_hf.router.ROUTER_MODES, which cannot be imported without torch; a test holds the two together.
+ROUTERS = ("adaptive", "sam_only", "full_reasoning")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+class BadInputError(Exception):
+    """The user's input cannot be used; the message is one sentence that names input, fault and remedy."""
+
+
+@dataclass(frozen=True)
+class ReferenceArgument:
+    """A `--reference`: an image, and at most one of a mask and a box (x1, y1, x2, y2) in its pixels."""
+
+    image: str
+    mask: str | None = None
+    box: tuple[float, float, float, float] | None = None
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --model, --device, --dtype and --router."""
+    parser.add_argument(
+        "--model",
+        metavar="PATH_OR_ID",
+        help="checkpoint folder or hub id (default: the embedded nano checkpoint)",
+    )
+    parser.add_argument(
+        "--device", help="where to run: cpu, cuda, cuda:1, mps (default: an accelerator if there is one)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="number format of the weights (default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--router",
+        choices=ROUTERS,
+        default="adaptive",
+        help="adaptive: SAM 3 alone where it is sure enough of the words, else reasoning; or always the "
+        "one or the other",
+    )
+
+
+def parse_reference(text: str) -> ReferenceArgument:
+    """Reads `IMAGE`, `IMAGE:MASK` or `IMAGE:x1,y1,x2,y2`.
+
+    Names may contain colons (drive letters, URLs): the text is cut at the last colon whose left side is a
+    file or URL and whose right side is a box, a file or a URL.
+
+    Raises:
+        BadInputError: If no reading makes sense.
+    """
+    if not text:
+        raise BadInputError("--reference is empty; give IMAGE, IMAGE:MASK.png or IMAGE:x1,y1,x2,y2.")
+    if Path(text).is_file():
+        return ReferenceArgument(text)
+    cuts = [(text[:i], text[i + 1 :]) for i in range(len(text) - 1, 0, -1) if text[i] == ":"]
+    images = [(head, tail) for head, tail in cuts if _is_readable(head)]
+    for head, tail in images:
+        box = _parse_box(tail)
+        if box is not None:
+            if not (box[0] < box[2] and box[1] < box[3]):
+                raise BadInputError(
+                    f"--reference {head!r}: box {tail} is empty; give x1,y1,x2,y2 with x1 < x2 and y1 < y2."
+                )
+            return ReferenceArgument(head, box=box)
+        if _is_readable(tail):
+            return ReferenceArgument(head, mask=tail)
+    if _is_url(text):
+        return ReferenceArgument(text)
+    if not images:
+        named = next((head for head, tail in cuts if _parse_box(tail) is not None), text)
+        raise BadInputError(
+            f"--reference {named!r} is not a file; give the path of an image, as IMAGE, IMAGE:MASK.png or "
+            "IMAGE:x1,y1,x2,y2."
+        )
+    head, tail = images[-1]
+    if re.fullmatch(r"[\d\s.,+-]*", tail):
+        raise BadInputError(
+            f"--reference {head!r}: {tail!r} is not a box; give four numbers x1,y1,x2,y2 in pixels of that "
+            "image."
+        )
+    raise BadInputError(
+        f"--reference {head!r}: {tail!r} is neither a mask file nor a box; give MASK.png or x1,y1,x2,y2."
+    )
+
+
+def check_image(path: str) -> str:
+    """The path of an image, if it can exist.
+
+    Raises:
+        BadInputError: If it names no file.
+    """
+    if not _is_readable(path):
+        raise BadInputError(f"image {path!r} is not a file; give the path of an image.")
+    return path
+
+
+def check_model(name: str | None) -> None:
+    """Finds out, before anything is imported, whether a model can exist at all.
+
+    Raises:
+        BadInputError: If it is neither a folder with a config.json nor a hub id.
+    """
+    if name is None or (_HUB_ID.fullmatch(name) and not Path(name).exists()):
+        return
+    if not Path(name).is_dir():
+        raise BadInputError(
+            f"model {name!r} is neither a folder nor a hub id; give a checkpoint folder, or an id such as "
+            "owner/name."
+        )
+    if not (Path(name) / "config.json").is_file():
+        raise BadInputError(
+            f"model folder {name!r} has no config.json; give the folder of a ConceptSeg checkpoint."
+        )
+
+
+def load_model(arguments: argparse.Namespace) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
+    """Loads model and processor as --model, --device and --dtype say.
+
+    Raises:
+        BadInputError: If that does not work.
+    """
+    check_model(arguments.model)
+    from conceptseg_hf.evaluation.loading import load_model_and_processor
+
+    try:
+        return load_model_and_processor(arguments.model, arguments.device, arguments.dtype)
+    except (ValueError, ImportError, OSError) as error:
+        reason = _first_sentence(error)
+        if arguments.model is not None and not Path(arguments.model).exists():
+            reason = f"model {arguments.model!r} is no folder here, and the hub did not give it: {reason}"
+        raise BadInputError(reason) from error
+
+
+def make_output_dir(path: str | Path) -> Path:
+    """Creates a folder.
+
+    Raises:
+        BadInputError: If that does not work.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInputError(
+            f"output folder {str(folder)!r} cannot be made ({error.strerror}); give another --output-dir."
+        ) from error
+    return folder
+
+
+def as_bad_input(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls a function whose ValueError, ImportError and OSError speak to the user."""
+    try:
+        return function(*args, **kwargs)
+    except (ValueError, ImportError, OSError) as error:
+        raise BadInputError(_first_sentence(error)) from error
+
+
+def positive_int(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _first_sentence(error: Exception) -> str:
+    """An error in one sentence; errors of Transformers go on for paragraphs."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.split(r"(?<=[^.][.!?]) (?=[A-Z])", text)[0]
+
+
+def _parse_box(text: str) -> tuple[float, float, float, float] | None:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        return None
+    return tuple(numbers) if len(numbers) == 4 and all(map(math.isfinite, numbers)) else None
+
+
+def _is_readable(name: str) -> bool:
+    try:
+        return _is_url(name) or Path(name).is_file()
+    except (OSError, ValueError):  # longer than a file name can be, or with a null byte
+        return False
+
+
+def _is_url(name: str) -> bool:
+    return re.match(r"https?://[^/]", name) is not None

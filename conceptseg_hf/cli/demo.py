@@ -1,0 +1,106 @@
+"""`conceptseg demo`: the embedded checkpoint on the first test samples of ConceptShapes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from .arguments import add_model_options, load_model, make_output_dir, positive_int
+
+# One round of the benchmark: it goes through its ten groups, so these are the first samples of each, whatever
+# comes out.
+_SAMPLES = 12
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds the verb to the command."""
+    parser = verbs.add_parser(
+        "demo",
+        help="segment the first ConceptShapes test samples",
+        description="Segments the first test samples of ConceptShapes, which go round all its groups, and "
+        "writes pictures and results.json.",
+    )
+    parser.add_argument(
+        "--samples",
+        type=positive_int,
+        default=_SAMPLES,
+        metavar="N",
+        help="the first N samples (default: %(default)s)",
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--output-dir",
+        default="demo_output",
+        metavar="DIR",
+        help="folder of the results (default: %(default)s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the verb."""
+    folder = make_output_dir(arguments.output_dir)
+    model, processor = load_model(arguments)
+
+    from tqdm import tqdm
+
+    from conceptseg_hf.data import load_benchmark
+    from conceptseg_hf.evaluation.records import make_record, segment_samples
+    from conceptseg_hf.visualization import caption_of, panel
+
+    records = []
+    for sample in tqdm(
+        load_benchmark("concept-shapes", split="test", limit=arguments.samples), unit="image", leave=False
+    ):
+        result = segment_samples(model, processor, [sample], router=arguments.router)[0]
+        name = f"{len(records) + 1:02d}_{sample.level}_{sample.group.replace(' ', '-')}.png"
+        record = {"picture": name} | make_record(sample, result)
+        records.append(record)
+        picture = panel(
+            sample.image,
+            result.mask,
+            references=sample.references,
+            box=result.box,
+            check=None if result.check is None else (result.check_reference, result.check),
+            truth=sample.mask,
+            caption=caption_of(result, sample.prompt, f"foreground IoU {record['foreground_iou']:.2f}"),
+        )
+        picture.save(folder / name)
+    (folder / "results.json").write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+
+    print(_table(records))
+    present = [record["foreground_iou"] for record in records if record["present"]]
+    if present:
+        print(
+            f"mean foreground IoU over the {len(present)} samples that show their concept: "
+            f"{sum(present) / len(present):.2f}"
+        )
+    print(f"{len(records)} pictures and results.json are in {folder}")
+    return 0
+
+
+def _table(records: list[dict[str, Any]]) -> str:
+    columns = ("level", "group", "prompt", "route", "answer", "IoU")
+    rows = [columns]
+    for record in records:
+        iou = (
+            f"{record['foreground_iou']:.2f}"
+            if record["present"]
+            else ("rejected" if record["rejected"] else "not rejected")
+        )
+        rows.append(
+            (
+                record["level"],
+                record["group"],
+                record["prompt"],
+                record["route"] or "failed",
+                record["label"],
+                iou,
+            )
+        )
+    rows = [tuple(cell if len(cell) <= 38 else cell[:37] + "…" for cell in row) for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    )

@@ -1,0 +1,115 @@
+"""`conceptseg segment`: one image, one prompt, any references; mask, overlay and JSON out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .arguments import (
+    BadInputError,
+    add_model_options,
+    as_bad_input,
+    check_image,
+    load_model,
+    make_output_dir,
+    parse_reference,
+    positive_int,
+)
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds the verb to the command."""
+    parser = verbs.add_parser(
+        "segment",
+        help="segment what a prompt means in one image",
+        description="Writes NAME_mask.png, NAME_overlay.png (references | image with the answer's box | "
+        "mask) and NAME.json.",
+    )
+    parser.add_argument("image", metavar="IMAGE", help="path or URL of the image")
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        metavar="TEXT",
+        help='the concept, such as "red circle" or "the odd one out"',
+    )
+    parser.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="IMG[:MASK.png|:x1,y1,x2,y2]",
+        help="an image that shows the concept, with a mask or a box (pixels) around it or without; may be "
+        "given up to nine times",
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--max-new-tokens", type=positive_int, metavar="N", help="most tokens the reasoning may take"
+    )
+    parser.add_argument(
+        "--output-dir",
+        default="conceptseg_output",
+        metavar="DIR",
+        help="folder of the results (default: %(default)s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the verb."""
+    image = check_image(arguments.image)
+    references = [parse_reference(text) for text in arguments.reference]
+    if not arguments.prompt.strip():
+        raise BadInputError('--prompt is empty; say what to segment, such as --prompt "red circle".')
+    model, processor = load_model(arguments)
+
+    from conceptseg_hf import Reference
+    from conceptseg_hf.images import load_image
+    from conceptseg_hf.processing_conceptseg import ConceptSegInputs
+    from conceptseg_hf.visualization import caption_of, panel
+
+    references = [Reference(item.image, mask=item.mask, box=item.box) for item in references]
+    sample = as_bad_input(processor.prepare, image, arguments.prompt, references, lazy=True)
+    generation = {"max_new_tokens": arguments.max_new_tokens} if arguments.max_new_tokens else None
+    result = model.segment(
+        ConceptSegInputs([sample], processor), router=arguments.router, generation_config=generation
+    )[0]
+
+    folder = make_output_dir(arguments.output_dir)
+    name = _file_stem(image)
+    paths = {"mask": folder / f"{name}_mask.png", "overlay": folder / f"{name}_overlay.png"}
+    result.mask.save(paths["mask"])
+    picture = panel(
+        load_image(image),
+        result.mask,
+        references=references,
+        box=result.box,
+        check=None if result.check is None else (result.check_reference, result.check),
+        caption=caption_of(result, arguments.prompt),
+    )
+    picture.save(paths["overlay"])
+    record = {
+        "image": image,
+        "prompt": arguments.prompt,
+        "references": arguments.reference,
+        "router": arguments.router,
+    }
+    record |= {key: value for key, value in result.to_dict().items() if key not in ("mask", "heatmap")}
+    record |= {key: path.name for key, path in paths.items()}
+    json_path = folder / f"{name}.json"
+    json_path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    covered = sum(result.mask.histogram()[128:]) / (result.mask.width * result.mask.height)
+    print(
+        f"{result.route}: {result.label!r}, score {result.score:.2f}, presence "
+        f"{result.decode_presence:.2f}, {covered:.1%} of the image"
+    )
+    for path in (*paths.values(), json_path):
+        print(path)
+    return 0
+
+
+def _file_stem(image: str) -> str:
+    """The image's name without its ending, also of a URL."""
+    stem = Path(image.split("?")[0].rstrip("/")).stem
+    return stem if stem.strip(".") else "image"

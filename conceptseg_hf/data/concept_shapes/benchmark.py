@@ -1,0 +1,166 @@
+"""ConceptShapes as a sequence of samples, as a `datasets.Dataset`, and as a folder of PNG files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ...references import Reference
+from ..sample import ConceptSample
+from .families import GROUPS, Family, Task
+from .scenes import mask_box
+
+if TYPE_CHECKING:
+    import datasets
+
+NAME = "concept-shapes"
+# The number of each split enters the seed of each of its samples; its length is only where iteration ends.
+SPLITS = {"train": 0, "val": 1, "test": 2, "test-compositional": 3}
+_LENGTHS = {"train": 1_000_000, "val": 1_200, "test": 1_200, "test-compositional": 1_200}
+
+
+class ConceptShapes(Sequence[ConceptSample]):
+    """Scenes of shapes with one concept to segment in each; identical on every machine.
+
+    Samples go round the groups of the paper's Table 1, so any prefix of a split is balanced. In the split `test-compositional` the concept
+    always joins a colour and a shape that no other split ever draws together, wherever the family has a coloured target.
+
+    Args:
+        split: `"train"`, `"val"`, `"test"` or `"test-compositional"`.
+        length: Number of samples; the split's own by default.
+        size: Side of the target images in pixels.
+
+    Raises:
+        ValueError: If there is no such split, or the size is under 32 pixels.
+    """
+
+    def __init__(self, split: str = "test", length: int | None = None, size: int = 128) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"ConceptShapes: no split is named {split!r}; use one of {', '.join(SPLITS)}.")
+        if size < 32:
+            raise ValueError(f"ConceptShapes: size is {size}, too small to draw in; use at least 32 pixels.")
+        self.split = split
+        self.size = size
+        self.length = _LENGTHS[split] if length is None else length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> ConceptSample:  # type: ignore[override]
+        if isinstance(index, slice):
+            raise TypeError("ConceptShapes: slices are not supported; use `length=` or itertools.islice.")
+        if not -self.length <= index < self.length:
+            raise IndexError(f"ConceptShapes: index {index} is outside of 0..{self.length - 1}.")
+        index %= self.length
+        level, group, family = family_at(index)
+        task = self.task(index)
+        return ConceptSample(
+            image=Image.fromarray(task.scene.pixels),
+            mask=Image.fromarray(task.mask.astype(np.uint8) * 255),
+            prompt=task.prompt,
+            level=level,
+            group=group,
+            family=family.__name__,
+            references=[Reference(Image.fromarray(scene.pixels), box=box) for scene, box in task.references],
+            dataset=NAME,
+            sample_id=f"{self.split}-{index:06d}",
+            box=mask_box(task.mask) if task.mask.any() else None,
+            think=task.think,
+            rule=task.rule,
+            answer=task.answer,
+            split=self.split,
+        )
+
+    def task(self, index: int) -> Task:
+        """The task behind a sample, with its scenes."""
+        _, _, family = family_at(index)
+        rng = np.random.default_rng([SPLITS[self.split], index])
+        return family(rng, self.size, self.split == "test-compositional")
+
+    def __iter__(self) -> Iterator[ConceptSample]:
+        for index in range(self.length):
+            yield self[index]
+
+    def to_dataset(self) -> datasets.Dataset:
+        """The split as a `datasets.Dataset`, generated lazily into its cache; references are lists of images and boxes."""
+        import datasets
+
+        features = datasets.Features(
+            {
+                "sample_id": datasets.Value("string"),
+                "image": datasets.Image(),
+                "mask": datasets.Image(),
+                "prompt": datasets.Value("string"),
+                "level": datasets.Value("string"),
+                "group": datasets.Value("string"),
+                "family": datasets.Value("string"),
+                "box": datasets.List(datasets.Value("float32")),
+                "reference_images": datasets.List(datasets.Image()),
+                "reference_boxes": datasets.List(datasets.List(datasets.Value("float32"))),
+                "think": datasets.Value("string"),
+                "rule": datasets.Value("string"),
+                "answer": datasets.Value("string"),
+            }
+        )
+        return datasets.Dataset.from_generator(_rows, features=features, gen_kwargs={"samples": self})
+
+    def export(self, folder: str | Path) -> Path:
+        """Writes the split as PNG files and `samples.jsonl`.
+
+        Args:
+            folder: Created if missing. Images go to `images/`, masks to `masks/`, references to `references/`.
+
+        Returns:
+            The path of `samples.jsonl`, one JSON object a line, with paths relative to the folder.
+        """
+        folder = Path(folder)
+        for name in ("images", "masks", "references"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        index_path = folder / "samples.jsonl"
+        with index_path.open("w", encoding="utf-8") as index_file:
+            for sample in self:
+                row: dict[str, Any] = {
+                    "sample_id": sample.sample_id,
+                    "image": f"images/{sample.sample_id}.png",
+                    "mask": f"masks/{sample.sample_id}.png",
+                    **{
+                        key: getattr(sample, key)
+                        for key in ("prompt", "level", "group", "family", "box", "think", "rule", "answer")
+                    },
+                    "references": [],
+                }
+                sample.image.save(folder / row["image"])
+                sample.mask.save(folder / row["mask"])
+                for number, reference in enumerate(sample.references):
+                    path = f"references/{sample.sample_id}-{number}.png"
+                    reference.image.save(folder / path)
+                    row["references"].append({"image": path, "box": reference.box})
+                index_file.write(json.dumps(row) + "\n")
+        return index_path
+
+
+def family_at(index: int) -> tuple[str, str, Family]:
+    """Level, group and family of the sample at an index of any split."""
+    round_number, slot = divmod(index, len(GROUPS))
+    level, group, families = GROUPS[slot]
+    return level, group, families[round_number % len(families)]
+
+
+def _rows(samples: ConceptShapes) -> Iterator[dict[str, Any]]:
+    for sample in samples:
+        row = {
+            name: getattr(sample, name)
+            for name in ("sample_id", "image", "mask", "prompt", "level", "group", "family")
+        }
+        row |= {"think": sample.think, "rule": sample.rule, "answer": sample.answer}
+        row["box"] = None if sample.box is None else list(sample.box)
+        row["reference_images"] = [reference.image for reference in sample.references]
+        row["reference_boxes"] = [
+            None if reference.box is None else list(reference.box) for reference in sample.references
+        ]
+        yield row

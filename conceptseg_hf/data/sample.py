@@ -1,0 +1,51 @@
+"""What a benchmark yields: one image, one concept, and the true mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from ..references import Reference
+
+
+@dataclass(frozen=True)
+class ConceptSample:
+    """One item of a benchmark.
+
+    Attributes:
+        image: The target image, RGB.
+        mask: The true mask, "L", 0 or 255, the size of the image; empty when the concept is absent.
+        prompt: The words the user would type.
+        level: "CI", "CD" or "CR" (paper, appendix A).
+        group: A column of the paper's Table 1, such as "camouflage".
+        family: The kind of task within the group.
+        references: Reference images; every reference with a box or mask carries its true one, the proxy query included.
+        dataset: Name of the benchmark.
+        sample_id: Unique within the benchmark and split.
+        box: (x1, y1, x2, y2) of the true mask in pixels of the image, x2 and y2 exclusive; None when the concept is absent.
+        think: Ground-truth reasoning, where the benchmark has one.
+        rule: Ground-truth rule, where the benchmark has one.
+        answer: Ground-truth noun phrase, where the benchmark has one.
+        split: The benchmark's split.
+    """
+
+    image: Image.Image
+    mask: Image.Image
+    prompt: str
+    level: str
+    group: str
+    family: str
+    references: list[Reference] = field(default_factory=list)
+    dataset: str = ""
+    sample_id: str = ""
+    box: tuple[float, float, float, float] | None = None
+    think: str | None = None
+    rule: str | None = None
+    answer: str | None = None
+    split: str = "test"
+
+    @property
+    def present(self) -> bool:
+        """Whether the image shows the concept at all."""
+        return self.box is not None

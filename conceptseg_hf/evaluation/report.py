@@ -1,0 +1,144 @@
+"""What an evaluation says: a table by level and group, made from the records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .metrics import presence_auc
+
+LEVELS = ("CI", "CD", "CR")
+
+Record = dict[str, Any]
+
+# Column, its heading, and what the column means.
+_COLUMNS = (
+    ("samples", "samples", "all samples of the row"),
+    (
+        "foreground_iou",
+        "fg IoU",
+        "mean foreground IoU of the samples that show their concept; a failed sample counts 0",
+    ),
+    (
+        "rejection_rate",
+        "rejected",
+        "share of the samples without their concept whose final presence is below 0.5",
+    ),
+    (
+        "presence_auc",
+        "presence AUC",
+        "does the final presence tell samples with their concept from those without",
+    ),
+    ("shortcut_share", "shortcut", "share of the samples that SAM 3 answered alone"),
+    ("format_rate", "format", "share of the completions that follow the template"),
+    ("box_iou", "box IoU", "mean IoU of the completions' boxes with the true ones; a missing box counts 0"),
+    ("check_iou", "check IoU", "mean IoU of the check boxes with the withheld ones; a missing box counts 0"),
+    ("failed", "failed", "samples that ended with an error"),
+)
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """The outcome of `evaluate`.
+
+    Attributes:
+        records: One record per sample (see `records.make_record`), in the order of the benchmark.
+        settings: What was run: benchmark, split, protocol, router, model.
+    """
+
+    records: list[Record]
+    settings: dict[str, Any]
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """Rows for each group, each level and all.
+
+        `level` and `group` ("all" for sums) name a row; its numbers are means over samples, None where
+        nothing was counted.
+        """
+        rows = []
+        for level in self.levels:
+            records = [record for record in self.records if record["level"] == level]
+            groups = list(dict.fromkeys(record["group"] for record in records))
+            rows += [
+                _row(level, group, [record for record in records if record["group"] == group])
+                for group in groups
+            ]
+            rows.append(_row(level, "all", records))
+        rows.append(_row("all", "all", self.records))
+        return rows
+
+    @property
+    def levels(self) -> list[str]:
+        """The levels that occur, in the order of the paper."""
+        present = {record["level"] for record in self.records}
+        return [*(level for level in LEVELS if level in present), *sorted(present.difference(LEVELS))]
+
+    def summary(self) -> str:
+        """One line: the foreground IoU of each level and of all samples."""
+        rows = {row["level"]: row["foreground_iou"] for row in self.table if row["group"] == "all"}
+        return "foreground IoU: " + " | ".join(f"{level} {_number(value)}" for level, value in rows.items())
+
+    def to_markdown(self) -> str:
+        """The table, with what was run above it and the meaning of the columns below."""
+        settings = self.settings
+        names = ("benchmark", "split", "protocol", "router", "model")
+        lines = [
+            ", ".join(f"{name} {settings[name]}" for name in names if settings.get(name))
+            + f"; {len(self.records)} samples.",
+            "",
+        ]
+        columns = [
+            column for column in _COLUMNS if column[0] != "failed" or any(row["failed"] for row in self.table)
+        ]
+        cells = [["level", "group", *(heading for _, heading, _ in columns)]]
+        cells += [
+            [row["level"], row["group"], *(_number(row[name]) for name, _, _ in columns)]
+            for row in self.table
+        ]
+        widths = [max(len(row[index]) for row in cells) for index in range(len(cells[0]))]
+        for number, row in enumerate(cells):
+            lines.append("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
+            if number == 0:
+                lines.append("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        lines += ["", *(f"- {heading}: {meaning}." for _, heading, meaning in columns)]
+        return "\n".join(lines)
+
+
+def _row(level: str, group: str, records: Sequence[Record]) -> dict[str, Any]:
+    judged = [record for record in records if record["decode_presence"] is not None]
+    return {
+        "level": level,
+        "group": group,
+        "samples": len(records),
+        "foreground_iou": _mean(records, "foreground_iou", lambda record: record["present"]),
+        "rejection_rate": _mean(records, "rejected", lambda record: not record["present"]),
+        "presence_auc": presence_auc(
+            [record["decode_presence"] for record in judged], [record["present"] for record in judged]
+        ),
+        "shortcut_share": _share(
+            record["route"] == "shortcut" for record in records if record["route"] is not None
+        ),
+        "format_rate": _mean(records, "format_valid"),
+        "box_iou": _mean(records, "box_iou"),
+        "check_iou": _mean(records, "check_iou"),
+        "failed": sum(record["error"] is not None for record in records),
+    }
+
+
+def _mean(
+    records: Iterable[Record], name: str, counts: Callable[[Record], bool] = lambda record: True
+) -> float | None:
+    return _share(record[name] for record in records if counts(record) and record[name] is not None)
+
+
+def _share(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"

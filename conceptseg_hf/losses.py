@@ -1,0 +1,67 @@
+"""The segmentation loss L_seg = dice + focal (eq. 5): means over the rows of a batch, computed in float32."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Soft dice loss.
+
+    Args:
+        logits: (B, ..., H, W) mask logits.
+        labels: Same shape, 0 or 1 (bool or any number type).
+
+    Returns:
+        Scalar in [0, 1]. The smoothing of one pixel makes "nothing there, nothing predicted" a loss of zero.
+    """
+    probabilities = logits.float().sigmoid().flatten(1)
+    targets = labels.to(probabilities).flatten(1)
+    overlap = (probabilities * targets).sum(1)
+    return (1 - (2 * overlap + 1) / (probabilities.sum(1) + targets.sum(1) + 1)).mean()
+
+
+def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Sigmoid focal loss (Lin et al., 2017), a mean over all pixels.
+
+    Args:
+        logits: (B, ..., H, W) mask logits.
+        labels: Same shape, 0 or 1 (bool or any number type).
+        alpha: Weight of foreground pixels; background pixels weigh `1 - alpha`. Negative: no weighting.
+        gamma: How much well-classified pixels are discounted; 0 gives (weighted) cross-entropy.
+    """
+    logits = logits.float()
+    targets = labels.to(logits)
+    cross_entropy = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    # exp(-cross_entropy) is the probability of the true class.
+    loss = cross_entropy * (1 - (-cross_entropy).exp()) ** gamma
+    if alpha >= 0:
+        loss = loss * (alpha * targets + (1 - alpha) * (1 - targets))
+    return loss.mean()
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """L_seg of eq. 5.
+
+    Args:
+        logits: (B, 1, h, w) mask logits; resized bilinearly to the labels' size.
+        labels: (B, H, W) or (B, 1, H, W), 0 or 1 (bool or any number type).
+
+    Returns:
+        `(loss, dice, focal)`, three scalars with `loss = dice + focal`.
+
+    Raises:
+        ValueError: If the batch sizes differ or the labels are no batch of masks.
+    """
+    if labels.ndim == 3:
+        labels = labels[:, None]
+    if labels.ndim != 4 or labels.shape[:2] != logits.shape[:2]:
+        raise ValueError(
+            f"segmentation_loss: labels of shape {tuple(labels.shape)} do not match logits of shape "
+            f"{tuple(logits.shape)}; give one (H, W) mask per row."
+        )
+    logits = nn.functional.interpolate(
+        logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False
+    )
+    dice, focal = dice_loss(logits, labels), focal_loss(logits, labels)
+    return dice + focal, dice, focal

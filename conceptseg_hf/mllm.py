@@ -1,0 +1,72 @@
+"""What is particular to one MLLM family. Everything else in the package sees an MLLM through these functions.
+
+Known family: Qwen2.5-VL. A further one (Qwen3-VL) is added here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+SUPPORTED_MODEL_TYPES = ("qwen2_5_vl",)
+
+# What the MLLM reads. Without `mm_token_type_ids` the positions of image tokens are silently wrong.
+INPUT_NAMES = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+
+_VISION_TOKEN_NAMES = (
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "vision_token_id",
+)
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Raises a ValueError if the family of this MLLM configuration is not known."""
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(
+            f"The MLLM's model_type is {config.model_type!r}, which ConceptSeg does not know; use one of "
+            f"{', '.join(map(repr, SUPPORTED_MODEL_TYPES))}."
+        )
+
+
+def vision_token_ids(config: PreTrainedConfig) -> list[int]:
+    """Ids of the tokens that stand for images; generated ones would break the next forward pass."""
+    return sorted(
+        {int(token) for name in _VISION_TOKEN_NAMES if (token := getattr(config, name, None)) is not None}
+    )
+
+
+def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Picks the MLLM's tensors out of a batch.
+
+    Raises:
+        ValueError: If one is missing.
+    """
+    missing = [name for name in INPUT_NAMES if inputs.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"The MLLM's inputs lack {', '.join(missing)}; pass all that the processor's `collate` returns."
+        )
+    return {name: inputs[name] for name in INPUT_NAMES}
+
+
+def final_norm(vlm: PreTrainedModel) -> nn.Module:
+    """The norm whose output is the language model's last hidden state."""
+    return vlm.model.language_model.norm
+
+
+def last_hidden_states(vlm: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(B, L, C) last-layer, post-norm hidden states of one full forward pass over `model_inputs`."""
+    states = vlm.base_model(**inputs, use_cache=False).last_hidden_state
+    forget_positions(vlm)
+    return states
+
+
+def forget_positions(vlm: PreTrainedModel) -> None:
+    """Drops the position offsets that Qwen keeps on the module, so that no call depends on an earlier one."""
+    vlm.model.rope_deltas = None

@@ -1,0 +1,621 @@
+"""ConceptSeg: an MLLM reasons, the Concept Translation Module translates, and a frozen SAM 3 segments."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    Sam3Model,
+)
+from transformers import initialization as init
+
+from . import mllm, sam_prompt
+from .concept_translation import ConceptTranslationModule
+from .configuration_conceptseg import ConceptSegConfig, ConceptTranslationConfig
+from .generation import generate_with_states
+from .losses import segmentation_loss
+from .outputs import ConceptSegmentation, ConceptSegOutput
+from .router import ShortcutRouter
+from .sam_prompt import ImageFeatures
+
+if TYPE_CHECKING:
+    from .completion import Completion
+    from .processing_conceptseg import ConceptSegInputs, ConceptSegProcessor, PreparedSample
+
+# Arguments of `from_pretrained` that say where files come from; they serve every part of a model alike.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "use_safetensors")
+
+
+class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
+    """Segments what a prompt means, directly or by reasoning over reference images.
+
+    Parts: `vlm` (the MLLM), `ctm` (Concept Translation Module) and `sam` (SAM 3: frozen, and in eval mode
+        whatever `train()` is called on).
+    `forward` is the differentiable path of the trainers; `segment` is inference. Language-model methods act
+    on the MLLM.
+    """
+
+    config_class = ConceptSegConfig
+    base_model_prefix = "conceptseg"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    # The MLLM adds its own. SAM 3 stays in one piece: it reads parameters of its children directly, past any
+    # hook that would move them.
+    _no_split_modules = ("ConceptTranslationModule", "Sam3Model")
+    # One dtype is all a config can say; without this a reload in bfloat16 would take SAM 3 and the CTM along.
+    _keep_in_fp32_modules_strict = ("sam", "ctm")
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: ConceptSegConfig) -> None:
+        super().__init__(config)
+        mllm.check_supported(config.vlm_config)
+        self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
+        self.ctm = ConceptTranslationModule(config.ctm_config)
+        self.sam = Sam3Model._from_config(config.sam_config)
+        self.post_init()
+        self._freeze_sam()
+
+    # -- building, loading, saving --
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vlm: str | os.PathLike | PreTrainedModel,
+        sam: str | os.PathLike | Sam3Model,
+        *,
+        ctm_config: Mapping[str, Any] | None = None,
+        dtype: str | torch.dtype = "auto",
+        attn_implementation: str | None = None,
+        vlm_kwargs: Mapping[str, Any] | None = None,
+        sam_kwargs: Mapping[str, Any] | None = None,
+        **config_kwargs: Any,
+    ) -> ConceptSegForSegmentation:
+        """Joins a pretrained MLLM and a pretrained SAM 3 with a freshly initialised CTM, ready for stage I.
+
+        Args:
+            vlm: Model id, folder, or the MLLM itself (used as it is).
+            sam: Model id, folder, or SAM 3 itself (used as it is).
+            ctm_config: Fields of `ConceptTranslationConfig` to replace; the two widths follow from the
+                backbones.
+            dtype: Dtype of an MLLM given by name; SAM 3 and the CTM are float32.
+            attn_implementation: Attention implementation of backbones given by name.
+            vlm_kwargs: Further arguments of the MLLM's `from_pretrained`.
+            sam_kwargs: Further arguments of SAM 3's `from_pretrained`.
+            **config_kwargs: Fields of `ConceptSegConfig`.
+        """
+        sam_name = config_kwargs.pop("sam_name_or_path", None)
+        attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        if not isinstance(vlm, PreTrainedModel):
+            vlm = AutoModelForImageTextToText.from_pretrained(
+                vlm, dtype=dtype, **attention, **(vlm_kwargs or {})
+            )
+        if not isinstance(sam, PreTrainedModel):
+            sam_name = sam_name or os.fspath(sam)
+            sam = Sam3Model.from_pretrained(sam, dtype=torch.float32, **attention, **(sam_kwargs or {}))
+        # A new config resets the attention implementation of the configs it is given: it gets copies until
+        # the model stands.
+        config = ConceptSegConfig(
+            vlm_config=copy.deepcopy(vlm.config),
+            sam_config=copy.deepcopy(sam.config),
+            ctm_config=ConceptTranslationConfig(
+                **{
+                    **(ctm_config or {}),
+                    "hidden_size": vlm.config.get_text_config().hidden_size,
+                    "sam_hidden_size": sam.config.detr_encoder_config.hidden_size,
+                }
+            ),
+            sam_name_or_path=sam_name or sam.config.name_or_path or None,
+            attn_implementation=vlm.config._attn_implementation,
+            **config_kwargs,
+        )
+        with torch.device("meta"):
+            model = cls(config)
+        model.vlm, model.sam = vlm, sam
+        config.vlm_config, config.sam_config = vlm.config, sam.config
+        model.ctm = ConceptTranslationModule(config.ctm_config).to(sam.device)
+        model.ctm.apply(model._init_weights)
+        model._freeze_sam()
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        init_ctm: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> ConceptSegForSegmentation | tuple[ConceptSegForSegmentation, dict[str, Any]]:
+        """Loads a checkpoint like any Transformers model, and refuses to go on with random weights.
+
+        Args:
+            pretrained_model_name_or_path: Model id or folder.
+            *model_args: As in `PreTrainedModel.from_pretrained`.
+            init_ctm: Accept a checkpoint without (some) CTM weights and initialise them afresh.
+            output_loading_info: Also return the dictionary of missing and unexpected keys.
+            **kwargs: As in `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: If weights of the CTM (without `init_ctm`), of the MLLM, or of SAM 3 (and
+                `config.sam_name_or_path` names no source for them) are missing.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        missing = {
+            part: sorted(key for key in info["missing_keys"] if key.startswith(f"{part}."))
+            for part in ("vlm", "ctm", "sam")
+        }
+        checkpoint = f"The checkpoint {str(pretrained_model_name_or_path)!r}"
+        if missing["vlm"]:
+            raise ValueError(
+                f"{checkpoint} lacks {len(missing['vlm'])} MLLM weights ({missing['vlm'][0]}, ...); "
+                "load a complete checkpoint, or join backbones with ConceptSegForSegmentation.from_backbones."
+            )
+        if missing["ctm"] and not init_ctm:
+            raise ValueError(
+                f"{checkpoint} lacks {len(missing['ctm'])} weights of the Concept Translation Module "
+                f"({missing['ctm'][0]}, ...), which would be random; pass init_ctm=True to train a fresh one."
+            )
+        if missing["sam"]:
+            hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            model._refill_sam(f"{checkpoint} lacks {len(missing['sam'])} SAM 3 weights", hub_arguments)
+            info["missing_keys"] = type(info["missing_keys"])(set(info["missing_keys"]) - set(missing["sam"]))
+        model._freeze_sam()
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves the model, by default under the names of `state_dict()`: the ones a trainer resumes from."""
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+    def _refill_sam(self, fault: str, hub_arguments: Mapping[str, Any]) -> None:
+        source = self.config.sam_name_or_path
+        if source is None:
+            raise ValueError(
+                f"{fault}, and its config names no source for them; set sam_name_or_path in config.json to a "
+                "SAM 3 model id or folder."
+            )
+        try:
+            sam = Sam3Model.from_pretrained(source, dtype=torch.float32, **hub_arguments)
+            self.sam.load_state_dict(sam.state_dict())
+        except (OSError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"{fault}, and they could not be taken from {source!r} (its sam_name_or_path): {reason}"
+            ) from error
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialises the CTM; the MLLM and SAM 3 initialise themselves."""
+        std = self.config.ctm_config.initializer_range
+        if isinstance(module, ConceptTranslationModule):
+            init.normal_(module.queries, std=std)
+            init.normal_(module.position_embedding, std=std)
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=std)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    # -- SAM 3 stays frozen --
+
+    def _freeze_sam(self) -> None:
+        if "sam" in self._modules:  # a trainer may keep SAM 3 outside of the model
+            self.sam.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> ConceptSegForSegmentation:
+        """Sets the mode of the MLLM and the CTM; SAM 3 stays frozen and in eval mode."""
+        super().train(mode)
+        self._freeze_sam()
+        return self
+
+    # -- the MLLM's methods --
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The MLLM without its language-model head: what TRL multiplies by the output embeddings."""
+        return self.vlm.base_model if "vlm" in self._modules else self
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The MLLM's generation settings."""
+        return self.vlm.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        if "vlm" in self._modules:  # the base class sets a default before the MLLM exists
+            self.vlm.generation_config = value
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates text with the MLLM."""
+        return self.vlm.generate(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The MLLM's."""
+        return self.vlm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Exchanges the MLLM's."""
+        self.vlm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The MLLM's language-model head."""
+        return self.vlm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Exchanges the MLLM's language-model head."""
+        self.vlm.set_output_embeddings(new_embeddings)
+
+    # -- the differentiable path --
+
+    def encode_concepts(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        """Translates the completion's hidden states into concept tokens (eq. 3).
+
+        Args:
+            hidden_states: (B, L1, C).
+            mask: (B, L1), true at the tokens of the completion. A row without any is safe.
+
+        Returns:
+            (B, L2, D) concept tokens Z.
+        """
+        mask = mask.bool()
+        # Zeros at the padding: a row without any token then has one result, however far it is padded.
+        return self.ctm(hidden_states.masked_fill(~mask[..., None], 0), mask)
+
+    def encode_image(self, sam_pixel_values: Tensor) -> ImageFeatures:
+        """Encodes (B, 3, S, S) images with SAM 3, to be decoded with any number of prompts."""
+        with torch.no_grad():
+            sam_pixel_values = sam_pixel_values.to(self.sam.device, self.sam.dtype)
+            return sam_prompt.encode_image(self.sam, sam_pixel_values, self.config.sam_geometry_cls)
+
+    def decode_masks(
+        self,
+        features: ImageFeatures,
+        sam_input_ids: Tensor | None = None,
+        sam_attention_mask: Tensor | None = None,
+        concept_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Decodes the prompt [Z; E_text; geometry CLS] (eq. 4), differentiable in Z.
+
+        Args:
+            features: B encoded images.
+            sam_input_ids: (B, T) text for SAM 3, or None.
+            sam_attention_mask: (B, T) its mask.
+            concept_embeds: (B, L2, D) concept tokens Z, or None.
+
+        Returns:
+            (B, 1, h, w) mask logits and (B, 1) presence logits.
+        """
+        text_embeds = text_mask = None
+        if sam_input_ids is not None:
+            with torch.no_grad():
+                text_embeds, text_mask = sam_prompt.encode_text(
+                    self.sam, sam_input_ids.to(self.sam.device), sam_attention_mask.to(self.sam.device)
+                )
+        if concept_embeds is not None:
+            concept_embeds = concept_embeds.to(self.sam.device, self.sam.dtype)
+        output = sam_prompt.decode(self.sam, features, text_embeds, text_mask, concept_embeds)
+        return output.semantic_seg, output.presence_logits
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mm_token_type_ids: Tensor,
+        pixel_values: Tensor,
+        image_grid_thw: Tensor,
+        completion_mask: Tensor,
+        sam_pixel_values: Tensor | None = None,
+        sam_features: ImageFeatures | None = None,
+        sam_input_ids: Tensor | None = None,
+        sam_attention_mask: Tensor | None = None,
+        mask_labels: Tensor | None = None,
+        detach_hidden_states: bool = False,
+        output_logits: bool = False,
+    ) -> ConceptSegOutput:
+        """From a teacher-forced completion to mask logits; the trainers' path.
+
+        Args:
+            input_ids: (B, L) prompt and completion.
+            attention_mask: (B, L) nonzero at tokens.
+            mm_token_type_ids: (B, L) token types of the MLLM's processor (1 at image tokens).
+            pixel_values: (patches, d) image patches of all rows.
+            image_grid_thw: (images, 3) their grids.
+            completion_mask: (B, L) true at the tokens of the completion, the end-of-sequence token excluded.
+            sam_pixel_values: (B, 3, S, S) target images for SAM 3; without them and `sam_features` only Z is
+                computed.
+            sam_features: The same, already encoded by `encode_image`.
+            sam_input_ids: (B, T) answer text for SAM 3, or None to prompt with Z alone.
+            sam_attention_mask: (B, T) its mask.
+            mask_labels: (B, H, W) masks of 0 and 1; with them the loss is computed, at their size.
+            detach_hidden_states: Stop the gradient at the CTM's input (as the released code does).
+            output_logits: Also return the MLLM's next-token logits.
+
+        Raises:
+            ValueError: If arguments contradict each other.
+        """
+        _check_forward_arguments(
+            sam_pixel_values, sam_features, sam_input_ids, sam_attention_mask, mask_labels
+        )
+        hidden_states = mllm.last_hidden_states(
+            self.vlm,
+            {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "mm_token_type_ids": mm_token_type_ids,
+                "pixel_values": pixel_values,
+                "image_grid_thw": image_grid_thw,
+            },
+        )
+        logits = self.get_output_embeddings()(hidden_states) if output_logits else None
+        states, mask = _completion_states(hidden_states, completion_mask, self.config.hidden_states_at)
+        concept_embeds = self.encode_concepts(states.detach() if detach_hidden_states else states, mask)
+        if sam_pixel_values is not None:
+            sam_features = self.encode_image(sam_pixel_values)
+        if sam_features is None:
+            return ConceptSegOutput(concept_embeds=concept_embeds, logits=logits)
+
+        mask_logits, presence_logits = self.decode_masks(
+            sam_features, sam_input_ids, sam_attention_mask, concept_embeds
+        )
+        loss = dice = focal = None
+        if mask_labels is not None:
+            loss, dice, focal = segmentation_loss(mask_logits, mask_labels.to(mask_logits.device))
+        return ConceptSegOutput(
+            loss=loss,
+            mask_logits=mask_logits,
+            presence_logits=presence_logits,
+            concept_embeds=concept_embeds,
+            logits=logits,
+            dice_loss=dice,
+            focal_loss=focal,
+        )
+
+    # -- inference --
+
+    @torch.no_grad()
+    def segment(
+        self,
+        inputs: ConceptSegInputs | Sequence[PreparedSample],
+        router: str | ShortcutRouter = "adaptive",
+        generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+        processor: ConceptSegProcessor | None = None,
+        return_heatmap: bool = False,
+        batch_size: int | None = None,
+    ) -> list[ConceptSegmentation]:
+        """Segments a batch of prepared samples; each takes its own route.
+
+        Every image is encoded once by SAM 3, and only samples that do not take the shortcut reach the MLLM.
+
+        Args:
+            inputs: What the processor returns for images, prompts and references. Samples that carry an error
+                become failed results.
+            router: A mode of `ShortcutRouter` (with `config.router_base`), or a router.
+            generation_config: How the MLLM writes (see `generate_with_states`); greedy by default.
+            processor: The processor; by default the one that `inputs` carries.
+            return_heatmap: Also return the mask probabilities.
+            batch_size: At most so many samples at a time; None: all at once.
+
+        Returns:
+            One result per sample, in their order.
+
+        Raises:
+            ValueError: If there is no processor, or the router or generation settings are invalid.
+        """
+        processor = processor if processor is not None else getattr(inputs, "processor", None)
+        if processor is None:
+            raise ValueError(
+                "segment: there is no processor; pass processor=..., or the inputs that a processor returned."
+            )
+        if isinstance(router, str):
+            router = ShortcutRouter(router, self.config.router_base)
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(
+                f"segment: batch_size is {batch_size}; use at least 1, or None for all samples at once."
+            )
+        samples = list(inputs)
+        size = batch_size or max(len(samples), 1)
+        was_training = self.training
+        self.eval()
+        try:
+            return [
+                result
+                for start in range(0, len(samples), size)
+                for result in self._segment_batch(
+                    samples[start : start + size], router, generation_config, processor, return_heatmap
+                )
+            ]
+        finally:
+            self.train(was_training)
+
+    def _segment_batch(
+        self,
+        samples: list[PreparedSample],
+        router: ShortcutRouter,
+        generation_config: GenerationConfig | Mapping[str, Any] | None,
+        processor: ConceptSegProcessor,
+        return_heatmap: bool,
+    ) -> list[ConceptSegmentation]:
+        decoded: dict[int, _Decoded] = {}
+        presences: dict[int, float] = {}
+        usable = [i for i, sample in enumerate(samples) if sample.error is None]
+        if usable:
+            features, row_of = self._encode_samples(samples, usable)
+
+            asked = [i for i in usable if router.asks_sam(samples[i].prompt)]
+            if asked:
+                first_look = self._decode_rows(
+                    features, row_of, asked, [samples[i].prompt for i in asked], processor
+                )
+                presences = {i: look.presence for i, look in first_look.items()}
+                decoded = {
+                    i: look
+                    for i, look in first_look.items()
+                    if router.accepts(look.presence, samples[i].prompt)
+                }
+
+            reasoned = [i for i in usable if i not in decoded]
+            if reasoned:
+                completions, concepts = self._reason(
+                    [samples[i] for i in reasoned], generation_config, processor
+                )
+                texts = [
+                    completion.answer or samples[i].prompt for i, completion in zip(reasoned, completions)
+                ]
+                answers = self._decode_rows(features, row_of, reasoned, texts, processor, concepts)
+                for i, completion in zip(reasoned, completions):
+                    answers[i].completion = completion
+                decoded.update(answers)
+
+        results = []
+        for i, sample in enumerate(samples):
+            if i not in decoded:
+                results.append(ConceptSegmentation.failed(sample.error, sample.prompt))
+                continue
+            result = _result(sample, decoded[i], processor, return_heatmap)
+            result.presence, result.threshold = presences.get(i), router.threshold(sample.prompt)
+            results.append(result)
+        return results
+
+    def _encode_samples(
+        self, samples: list[PreparedSample], rows: list[int]
+    ) -> tuple[ImageFeatures, dict[int, int]]:
+        """Encodes the images of some samples, a shared one once; also says which features are whose."""
+        images: dict[int, int] = {}
+        pixels: list[Tensor] = []
+        row_of: dict[int, int] = {}
+        for i in rows:
+            tensor = samples[i].sam_pixel_values
+            if id(tensor) not in images:
+                images[id(tensor)] = len(pixels)
+                pixels.append(tensor)
+            row_of[i] = images[id(tensor)]
+        return self.encode_image(torch.stack([tensor.to(self.sam.device) for tensor in pixels])), row_of
+
+    def _decode_rows(
+        self,
+        features: ImageFeatures,
+        row_of: dict[int, int],
+        rows: list[int],
+        texts: list[str],
+        processor: ConceptSegProcessor,
+        concept_embeds: Tensor | None = None,
+    ) -> dict[int, _Decoded]:
+        """Decodes one prompt for each of `rows`."""
+        selected = features.select(torch.tensor([row_of[i] for i in rows], device=self.sam.device))
+        mask_logits, presence_logits = self.decode_masks(selected, *processor.sam_text(texts), concept_embeds)
+        presences = presence_logits.float().sigmoid()[:, 0].tolist()
+        return {
+            i: _Decoded(mask_logits[row, 0].float(), presence)
+            for row, (i, presence) in enumerate(zip(rows, presences))
+        }
+
+    def _reason(
+        self,
+        samples: list[PreparedSample],
+        generation_config: GenerationConfig | Mapping[str, Any] | None,
+        processor: ConceptSegProcessor,
+    ) -> tuple[list[Completion], Tensor]:
+        """Lets the MLLM write; returns what it wrote and (B, L2, D) concept tokens."""
+        batch = processor.collate(samples, device=self.get_input_embeddings().weight.device)
+        generated = generate_with_states(self.vlm, batch, generation_config, self.config.hidden_states_at)
+        if len(generated.mask) != len(samples):
+            raise ValueError(
+                "segment: num_return_sequences is above 1; a sample has one result, so leave it at 1."
+            )
+        completions = [
+            processor.decode_completion(token_ids[mask], sample)
+            for token_ids, mask, sample in zip(generated.token_ids, generated.mask, samples)
+        ]
+        return completions, self.encode_concepts(
+            generated.hidden_states.to(self.ctm.queries.device), generated.mask.to(self.ctm.queries.device)
+        )
+
+
+@dataclass
+class _Decoded:
+    """One decode: (h, w) mask logits, presence in [0, 1], and the completion (None on the shortcut)."""
+
+    mask_logits: Tensor
+    presence: float
+    completion: Completion | None = None
+
+
+def _check_forward_arguments(
+    sam_pixel_values: Tensor | None,
+    sam_features: ImageFeatures | None,
+    sam_input_ids: Tensor | None,
+    sam_attention_mask: Tensor | None,
+    mask_labels: Tensor | None,
+) -> None:
+    if sam_pixel_values is not None and sam_features is not None:
+        raise ValueError("forward: both sam_pixel_values and sam_features are given; pass one of them.")
+    if mask_labels is not None and sam_pixel_values is None and sam_features is None:
+        raise ValueError(
+            "forward: mask_labels need an image to segment; pass sam_pixel_values or sam_features as well."
+        )
+    if (sam_input_ids is None) != (sam_attention_mask is None):
+        raise ValueError(
+            "forward: sam_input_ids and sam_attention_mask belong together; pass both or neither."
+        )
+
+
+def _completion_states(
+    hidden_states: Tensor, completion_mask: Tensor, hidden_states_at: str
+) -> tuple[Tensor, Tensor]:
+    """The columns from the first to the last completion token (at least one), and their mask."""
+    mask = completion_mask.bool().to(hidden_states.device)
+    if hidden_states_at == "predict":  # the state that predicts a token is that of the token before it
+        mask = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    columns = mask.any(dim=0).nonzero()
+    first, last = (int(columns[0]), int(columns[-1])) if len(columns) else (0, 0)
+    return hidden_states[:, first : last + 1], mask[:, first : last + 1]
+
+
+def _result(
+    sample: PreparedSample, decoded: _Decoded, processor: ConceptSegProcessor, return_heatmap: bool
+) -> ConceptSegmentation:
+    """Brings a decode back to the frames of the input images."""
+    mask, probability = processor.post_process_mask(decoded.mask_logits, sample.frame)
+    foreground = probability[probability > 0.5]
+    completion = decoded.completion
+    result = ConceptSegmentation(
+        mask=mask,
+        label=sample.prompt,
+        score=decoded.presence * float(foreground.mean()) if foreground.size else 0.0,
+        route="shortcut" if completion is None else "reasoning",
+        decode_presence=decoded.presence,
+        heatmap=probability if return_heatmap else None,
+    )
+    if completion is None:
+        return result
+    result.label = completion.answer or sample.prompt
+    result.think, result.rule, result.answer, result.completion = (
+        completion.think,
+        completion.rule,
+        completion.answer,
+        completion.text,
+    )
+    if completion.bbox is not None:
+        result.box = processor.text_box_to_image(completion.bbox, sample.frame)
+    if completion.check is not None:
+        result.check_reference, result.check = processor.text_box_to_reference(completion.check, sample.frame)
+    result.check_iou = processor.check_iou(completion.check, sample.frame)
+    return result

@@ -1,0 +1,574 @@
+"""ConceptSegProcessor: from images, words and references to tensors, and back to pixels of the input images.
+
+It owns the "text" and "SAM" frames of ARCHITECTURE.md; `references.MosaicLayout` owns the "canvas" frame.
+With w, h the size of an image, S the canvas size and C the coordinate scale:
+
+    image -> canvas   x * S / w, y * S / h for the target; `MosaicLayout.image_to_canvas` for a reference
+    canvas -> text    * C / S
+    image <-> SAM     stretched to SAM 3's square; `post_process_mask` resizes its mask logits back
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
+
+from .completion import Completion, format_box, parse_completion
+from .images import ImageInput, load_image
+from .prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
+from .references import (
+    Box,
+    MosaicLayout,
+    Reference,
+    ResolvedReferences,
+    assign_cells,
+    box_iou,
+    compose_mosaic,
+    grid_size,
+    resolve_references,
+)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where a sample's coordinates come from, so that answers can be brought back.
+
+    Attributes:
+        image_size: (width, height) of the target image after EXIF rotation.
+        reference_sizes: (width, height) of each reference.
+        layout: The mosaic, or None without references.
+        cell_of_reference: The mosaic cell of each reference.
+        proxy: Index of the proxy query among the references, or None.
+        proxy_box: The withheld box in pixels of that reference, or None when it is unknown.
+        support_boxes: The boxes shown, in text units of the mosaic, in the order of the references.
+    """
+
+    image_size: tuple[int, int]
+    reference_sizes: tuple[tuple[int, int], ...] = ()
+    layout: MosaicLayout | None = None
+    cell_of_reference: tuple[int, ...] = ()
+    proxy: int | None = None
+    proxy_box: Box | None = None
+    support_boxes: tuple[Box, ...] = ()
+
+
+@dataclass(eq=False)
+class PreparedSample:
+    """One prompt, ready for the model. The MLLM's tensors are None until the processor's `prepare_mllm`.
+
+    Attributes:
+        prompt: The user's words.
+        frame: The sample's coordinate frames.
+        sam_pixel_values: SAM 3's input, (3, S, S).
+        mllm_images: What the MLLM sees, as pictures of canvas size: the mosaic (if there are references),
+            then the target.
+        mllm_text: The chat text, with one image token per picture.
+        input_ids: Token ids of the chat, image tokens expanded, (L,).
+        mm_token_type_ids: 1 at image tokens, else 0, (L,).
+        pixel_values: Patches of all pictures, (patches, d).
+        image_grid_thw: Patch grid of each picture, (pictures, 3).
+        error: None, or one sentence that says why this sample cannot be segmented; all tensors are None then.
+    """
+
+    prompt: str
+    frame: Frame | None = None
+    sam_pixel_values: torch.Tensor | None = None
+    mllm_images: tuple[Image.Image, ...] = ()
+    mllm_text: str = ""
+    input_ids: torch.Tensor | None = None
+    mm_token_type_ids: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None
+    image_grid_thw: torch.Tensor | None = None
+    error: str | None = None
+
+    @classmethod
+    def failed(cls, prompt: str, error: str) -> PreparedSample:
+        """The stand-in for an item that could not be prepared."""
+        return cls(prompt=prompt, error=error)
+
+    def to(self, device: torch.device | str) -> PreparedSample:
+        """A copy whose tensors are on `device`."""
+        moved = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(eq=False)
+class ConceptSegInputs(Sequence):
+    """What a processor returns and `model.segment` takes: samples of any size, and that processor."""
+
+    samples: list[PreparedSample]
+    processor: ConceptSegProcessor = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return replace(self, samples=self.samples[index]) if isinstance(index, slice) else self.samples[index]
+
+    def __iter__(self) -> Iterator[PreparedSample]:
+        return iter(self.samples)
+
+    def to(self, device: torch.device | str) -> ConceptSegInputs:
+        """A copy whose tensors are on `device`; samples that share SAM 3's input go on sharing it."""
+        samples = [sample.to(device) for sample in self.samples]
+        shared: dict[int, torch.Tensor | None] = {}
+        for before, after in zip(self.samples, samples, strict=True):
+            after.sam_pixel_values = shared.setdefault(id(before.sam_pixel_values), after.sam_pixel_values)
+        return replace(self, samples=samples)
+
+
+class ConceptSegProcessor(ProcessorMixin):
+    """Two tokenizers, two image processors, one prompt template, and every coordinate transform.
+
+    Args:
+        image_processor: The MLLM's image processor (Qwen2-VL's or one with its interface).
+        tokenizer: The MLLM's tokenizer; its padding side is set to left, as generation in batches needs.
+        sam_image_processor: SAM 3's image processor.
+        sam_tokenizer: SAM 3's tokenizer; padded right.
+        chat_template: Jinja chat template; the tokenizer's own by default, and Qwen's form if that has none
+            either.
+        canvas_size: Side of the square that the mosaic and the target are resized to before the MLLM's image
+            processor sees them (paper: 600). That processor then only rounds it to a multiple of its patch
+            and merge size (600 -> 588 for Qwen2.5-VL).
+        coordinate_scale: What one canvas side measures in the text: 1 for decimals, `canvas_size` for whole
+            canvas pixels.
+        sam_text_length: Tokens of SAM 3's text input; longer texts are cut.
+        prompt_template: `PromptTemplate.to_dict()` of another instruction; the official one by default. Saved
+            in processor_config.json.
+    """
+
+    return_mm_token_type_ids = True
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        sam_image_processor: Any = None,
+        sam_tokenizer: Any = None,
+        chat_template: str | None = None,
+        canvas_size: int = 600,
+        coordinate_scale: float = 1.0,
+        sam_text_length: int = 32,
+        prompt_template: Mapping[str, str] | PromptTemplate | None = None,
+    ) -> None:
+        for name, value in {
+            "canvas_size": canvas_size,
+            "coordinate_scale": coordinate_scale,
+            "sam_text_length": sam_text_length,
+        }.items():
+            if not value > 0:
+                raise ValueError(f"ConceptSegProcessor: {name} is {value}; give a positive number.")
+        super().__init__(
+            image_processor, tokenizer, sam_image_processor, sam_tokenizer, chat_template=chat_template
+        )
+        # A tokenizer does not save its padding side; given to `from_pretrained`, one side would reach both.
+        tokenizer.padding_side = "left"
+        sam_tokenizer.padding_side = "right"
+        self.canvas_size = int(canvas_size)
+        self.coordinate_scale = float(coordinate_scale)
+        self.sam_text_length = int(sam_text_length)
+        template = prompt_template if isinstance(prompt_template, PromptTemplate) else None
+        if template is None:
+            template = (
+                OFFICIAL_TEMPLATE if prompt_template is None else PromptTemplate.from_dict(prompt_template)
+            )
+        self.prompt_template = template.to_dict()  # plain data, so that it is saved
+        self.image_token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
+        self.image_token_id = tokenizer.get_vocab().get(self.image_token)
+        if self.image_token_id is None:
+            raise ValueError(
+                f"ConceptSegProcessor: the tokenizer has no image token {self.image_token!r}; "
+                "add it as a special token."
+            )
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._reserved_tokens = sorted({self.image_token, *special, *tokenizer.all_special_tokens})
+
+    @property
+    def template(self) -> PromptTemplate:
+        """The prompt template."""
+        return PromptTemplate.from_dict(self.prompt_template)
+
+    # From inputs to tensors
+
+    def __call__(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        prompts: str | Sequence[str],
+        references: Sequence[Reference] | Sequence[Sequence[Reference]] | None = None,
+    ) -> ConceptSegInputs:
+        """Prepares one prompt or a batch of prompts.
+
+        Args:
+            images: One image (see `images.ImageInput`) or a list of them. Several prompts for one image
+                encode it once.
+            prompts: One prompt for all images, or one per image; several may go with a single image.
+            references: One list of references for all images, or one list per image.
+
+        Raises:
+            FileNotFoundError: If a path names no file.
+            ValueError: If an input cannot be used, or the lists differ in length.
+        """
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        prompts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
+        images = images * len(prompts) if len(images) == 1 else images
+        if not references or not isinstance(references[0], (list, tuple)):
+            references = [references or ()] * len(images)
+        if not len(images) == len(prompts) == len(references):
+            raise ValueError(
+                f"ConceptSegProcessor: got {len(images)} images, {len(prompts)} prompts and "
+                f"{len(references)} lists of references; give one prompt and one list per image."
+            )
+        samples = [self.prepare(*item, lazy=True) for item in zip(images, prompts, references, strict=True)]
+        first: dict[int, torch.Tensor | None] = {}
+        for image, sample in zip(images, samples, strict=True):
+            sample.sam_pixel_values = first.setdefault(id(image), sample.sam_pixel_values)
+        return ConceptSegInputs(samples, self)
+
+    def prepare(
+        self,
+        image: ImageInput,
+        prompt: str,
+        references: Sequence[Reference | Mapping[str, Any]] = (),
+        lazy: bool = False,
+    ) -> PreparedSample:
+        """Prepares one prompt.
+
+        Args:
+            image: The target image; see `images.ImageInput`.
+            prompt: The user's words.
+            references: Up to nine references; see `Reference` for boxes, masks and roles.
+            lazy: Leaves the MLLM's tensors to `prepare_mllm`, which `collate` calls: a sample that takes the
+                shortcut never pays for them.
+
+        Raises:
+            FileNotFoundError: If a path names no file.
+            ValueError: If an input cannot be used; the message is one sentence.
+        """
+        self._check_prompt(prompt)
+        picture = load_image(image)
+        resolved = resolve_references(references if references is not None else ())
+        frame = self.make_frame(picture.size, resolved)
+        pictures = [picture.resize((self.canvas_size, self.canvas_size), Image.Resampling.BICUBIC)]
+        if frame.layout is not None:
+            pictures.insert(0, compose_mosaic(resolved.images, resolved.boxes, frame.layout, resolved.proxy))
+        sample = PreparedSample(
+            prompt=prompt,
+            frame=frame,
+            sam_pixel_values=self.sam_image_processor(images=picture, return_tensors="pt")["pixel_values"][0],
+            mllm_images=tuple(pictures),
+            mllm_text=self.chat_text(self.instruction(prompt, frame), len(pictures)),
+        )
+        return sample if lazy else self.prepare_mllm(sample)
+
+    def prepare_mllm(self, sample: PreparedSample) -> PreparedSample:
+        """Fills the MLLM's tensors of a sample in place, once, and returns it."""
+        if sample.input_ids is not None or sample.error is not None:
+            return sample
+        side, factor = self.canvas_size, self.image_processor.patch_size * self.image_processor.merge_size
+        # The canvas alone decides the size: these limits leave the image processor only rounding to patches.
+        limits = {"shortest_edge": factor**2, "longest_edge": (side + factor) ** 2}
+        encoded = self.image_processor(images=list(sample.mllm_images), size=limits, return_tensors="pt")
+        counts = (encoded["image_grid_thw"].prod(dim=-1) // self.image_processor.merge_size**2).tolist()
+        pieces = sample.mllm_text.split(self.image_token)
+        text = "".join(
+            piece + self.image_token * count for piece, count in zip(pieces, [*counts, 0], strict=True)
+        )
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        sample.input_ids = torch.tensor(ids, dtype=torch.long)
+        sample.mm_token_type_ids = (sample.input_ids == self.image_token_id).long()
+        sample.pixel_values = encoded["pixel_values"]
+        sample.image_grid_thw = encoded["image_grid_thw"]
+        return sample
+
+    def collate(
+        self,
+        samples: Sequence[PreparedSample],
+        completions: Sequence[str | Sequence[int]] | None = None,
+        device: torch.device | str | None = None,
+    ) -> BatchFeature:
+        """Batches the MLLM's inputs, prompts padded on the left.
+
+        Args:
+            samples: Samples without errors.
+            completions: A completion per sample for teacher forcing, as text or as token ids (without the
+                end-of-turn token). They follow the prompts, each ended by the end-of-turn token and padded on
+                the right.
+            device: Where the tensors go.
+
+        Returns:
+            input_ids, attention_mask, mm_token_type_ids (B, L), pixel_values (patches, d), image_grid_thw
+            (pictures, 3); with completions also completion_mask (B, L) bool, True at the completion tokens
+            without the end-of-turn token: the positions `generate_with_states` keeps.
+
+        Raises:
+            ValueError: If there are no samples, one has an error, or the numbers differ.
+        """
+        samples = [self.prepare_mllm(sample) for sample in samples]
+        if not samples:
+            raise ValueError("collate: there are no samples; give at least one.")
+        for index, sample in enumerate(samples):
+            if sample.error is not None:
+                raise ValueError(
+                    f"collate: sample {index} could not be prepared ({sample.error}); leave it out."
+                )
+        if completions is not None and len(completions) != len(samples):
+            raise ValueError(
+                f"collate: got {len(completions)} completions for {len(samples)} samples; give one each."
+            )
+        endings = (
+            [self._completion_ids(completion) for completion in completions]
+            if completions is not None
+            else [[]] * len(samples)
+        )
+        prompt_length = max(len(sample.input_ids) for sample in samples)
+        length = prompt_length + max(map(len, endings))
+        pad = (
+            self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else self.tokenizer.eos_token_id
+        )
+        input_ids = torch.full((len(samples), length), pad, dtype=torch.long)
+        attention_mask, token_types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+        completion_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+        for row, (sample, ending) in enumerate(zip(samples, endings, strict=True)):
+            prompt, end = (
+                slice(prompt_length - len(sample.input_ids), prompt_length),
+                prompt_length + len(ending),
+            )
+            input_ids[row, prompt] = sample.input_ids.cpu()
+            token_types[row, prompt] = sample.mm_token_type_ids.cpu()
+            input_ids[row, prompt_length:end] = torch.tensor(ending, dtype=torch.long)
+            attention_mask[row, prompt.start : end] = 1
+            completion_mask[row, prompt_length : max(end - 1, prompt_length)] = True
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "mm_token_type_ids": token_types,
+            "pixel_values": torch.cat([sample.pixel_values for sample in samples]),
+            "image_grid_thw": torch.cat([sample.image_grid_thw for sample in samples]),
+        }
+        if completions is not None:
+            batch["completion_mask"] = completion_mask
+        return BatchFeature(
+            batch if device is None else {name: tensor.to(device) for name, tensor in batch.items()}
+        )
+
+    def sam_text(
+        self, texts: Sequence[str], device: torch.device | str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """SAM 3's text input: (input_ids, attention_mask), each padded or cut to (B, sam_text_length)."""
+        encoded = self.sam_tokenizer(
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.sam_text_length,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
+
+    # From outputs to the input images
+
+    def decode_completion(
+        self, token_ids: torch.Tensor | Sequence[int], sample: PreparedSample | None = None
+    ) -> Completion:
+        """Decodes and parses one completion.
+
+        Args:
+            token_ids: Completion tokens, (T,).
+            sample: The sample they belong to; says whether a `<check>` was asked for.
+        """
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        expect_check = None if sample is None or sample.frame is None else sample.frame.proxy is not None
+        return parse_completion(text, self.coordinate_scale, expect_check)
+
+    def box_to_text(self, box: Sequence[float], frame: Frame) -> Box:
+        """Maps a box from pixels of the target image to text units."""
+        return _scaled(
+            box, self.coordinate_scale / frame.image_size[0], self.coordinate_scale / frame.image_size[1]
+        )
+
+    def text_box_to_image(self, box: Sequence[float], frame: Frame) -> Box:
+        """Maps a box from text units to pixels of the target image, clipped to it; inverts `box_to_text`."""
+        width, height = frame.image_size
+        return _clipped(
+            _scaled(box, width / self.coordinate_scale, height / self.coordinate_scale), frame.image_size
+        )
+
+    def reference_box_to_text(self, box: Sequence[float], reference: int, frame: Frame) -> Box:
+        """Maps a box from pixels of a reference to text units of the mosaic."""
+        canvas = self._layout(frame).image_to_canvas(
+            box, frame.cell_of_reference[reference], frame.reference_sizes[reference]
+        )
+        return _scaled(canvas, self.coordinate_scale / self.canvas_size)
+
+    def text_box_to_reference(
+        self, box: Sequence[float], frame: Frame
+    ) -> tuple[int, Box] | tuple[None, None]:
+        """Maps a mosaic box from text units to the reference that holds its centre.
+
+        Returns:
+            The reference's index and the box in its pixels, clipped to it; (None, None) if there are no
+            references or the cell is empty.
+        """
+        if frame.layout is None:
+            return None, None
+        canvas = _scaled(box, self.canvas_size / self.coordinate_scale)
+        cell = frame.layout.cell_at(canvas)
+        if cell not in frame.cell_of_reference:
+            return None, None
+        reference = frame.cell_of_reference.index(cell)
+        size = frame.reference_sizes[reference]
+        return reference, _clipped(frame.layout.canvas_to_image(canvas, cell, size), size)
+
+    def check_to_text(self, frame: Frame) -> Box | None:
+        """The proxy query's withheld box in text units: what `<check>` should be; None if there is none."""
+        if frame.proxy is None or frame.proxy_box is None:
+            return None
+        return self.reference_box_to_text(frame.proxy_box, frame.proxy, frame)
+
+    def check_iou(self, check: Sequence[float] | None, frame: Frame) -> float | None:
+        """IoU of a `<check>` box and the withheld box, both in text units.
+
+        Returns:
+            0 when no check was given, None when there is no withheld box to compare with.
+        """
+        truth = self.check_to_text(frame)
+        if truth is None:
+            return None
+        return 0.0 if check is None else box_iou(check, truth)
+
+    def post_process_mask(self, logits: torch.Tensor, frame: Frame) -> tuple[Image.Image, np.ndarray]:
+        """Brings SAM 3's mask logits to the pixels of the target image.
+
+        Args:
+            logits: Semantic mask logits, (h, w).
+            frame: The sample's frame.
+
+        Returns:
+            The mask, an "L" image of 0 and 255 (logits > 0 after bilinear resizing), and the probabilities,
+            float32 (H, W).
+        """
+        width, height = frame.image_size
+        logits = logits.detach().float()[None, None]
+        logits = torch.nn.functional.interpolate(
+            logits, size=(height, width), mode="bilinear", align_corners=False
+        )[0, 0]
+        mask = (logits > 0).to(torch.uint8).mul_(255).cpu().numpy()
+        return Image.fromarray(mask), logits.sigmoid().cpu().numpy()
+
+    # Parts
+
+    def _check_prompt(self, prompt: str) -> None:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"prompt is {prompt!r}; give the concept in words.")
+        for token in self._reserved_tokens:
+            # Else the user's words could end the turn or claim to be an image.
+            if token in prompt:
+                raise ValueError(f"prompt contains the reserved token {token!r}; leave it out.")
+
+    def make_frame(self, image_size: tuple[int, int], references: ResolvedReferences) -> Frame:
+        """Lays the references of a target image of (width, height) out on the mosaic."""
+        count = len(references.images)
+        if not count:
+            return Frame(image_size)
+        frame = Frame(
+            image_size=image_size,
+            reference_sizes=tuple(image.size for image in references.images),
+            layout=MosaicLayout(grid_size(count), self.canvas_size),
+            cell_of_reference=assign_cells(count, references.proxy),
+            proxy=references.proxy,
+            proxy_box=None if references.proxy is None else references.boxes[references.proxy],
+        )
+        shown = [
+            (index, box)
+            for index, box in enumerate(references.boxes)
+            if box is not None and index != references.proxy
+        ]
+        return replace(
+            frame, support_boxes=tuple(self.reference_box_to_text(box, index, frame) for index, box in shown)
+        )
+
+    def instruction(self, prompt: str, frame: Frame) -> str:
+        """The template's text for the user's words and the boxes that are shown."""
+        if frame.layout is None:
+            variant = "no_reference"
+        elif frame.proxy is not None:
+            variant = "with_proxy"
+        elif len(frame.reference_sizes) > 1 and frame.support_boxes:
+            variant = "support_only"
+        else:
+            variant = "single_reference"
+        boxes = ", ".join(format_box(box, self.coordinate_scale) for box in frame.support_boxes)
+        return self.template.fill(variant, prompt.strip(), boxes or "none")
+
+    def chat_text(self, instruction: str, num_images: int) -> str:
+        """The chat up to where the MLLM goes on: system message, pictures (one image token each), words."""
+        system = self.template.system
+        chat_template = self.chat_template or self.tokenizer.chat_template
+        if not chat_template:
+            pictures = f"<|vision_start|>{self.image_token}<|vision_end|>" * num_images
+            turns = {"system": system, "user": f"{pictures}{instruction}"}
+            written = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns.items()]
+            return "".join([*written, "<|im_start|>assistant\n"])
+        messages = [
+            {"role": "system", "content": [{"type": "text", "text": system}]},
+            {
+                "role": "user",
+                "content": [{"type": "image"}] * num_images + [{"type": "text", "text": instruction}],
+            },
+        ]
+        chat = self.apply_chat_template(
+            messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False
+        )
+        if chat.count(self.image_token) != num_images:
+            raise ValueError(
+                f"ConceptSegProcessor: the chat template wrote {chat.count(self.image_token)} image tokens "
+                f"for {num_images} images; give a template that writes one {self.image_token} per image."
+            )
+        return chat
+
+    def _completion_ids(self, completion: str | Sequence[int]) -> list[int]:
+        if isinstance(completion, str):
+            ids = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+        else:
+            ids = [int(token) for token in completion]
+        if self.image_token_id in ids:
+            raise ValueError(
+                "collate: a completion contains an image token, which only prompts may; leave it out."
+            )
+        return [*ids, self.tokenizer.eos_token_id]
+
+    @staticmethod
+    def _layout(frame: Frame) -> MosaicLayout:
+        if frame.layout is None:
+            raise ValueError("this sample has no references, so there is no mosaic to map a box to.")
+        return frame.layout
+
+
+def _scaled(box: Sequence[float], scale_x: float, scale_y: float | None = None) -> Box:
+    scale_y = scale_x if scale_y is None else scale_y
+    x1, y1, x2, y2 = box
+    return x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
+
+
+def _clipped(box: Box, size: tuple[int, int]) -> Box:
+    width, height = map(float, size)
+    x1, y1, x2, y2 = box
+    return (
+        min(max(x1, 0.0), width),
+        min(max(y1, 0.0), height),
+        min(max(x2, 0.0), width),
+        min(max(y2, 0.0), height),
+    )
+
+
+__all__ = ["ConceptSegInputs", "ConceptSegProcessor", "Frame", "PreparedSample"]

@@ -1,0 +1,129 @@
+"""SAM 3 as a decoder of concept prompts: encode an image once, then decode any prompt `[Z; E_text; geometry CLS]` (eq. 4).
+
+Transformers' `Sam3Model` is used as it is. Meta's SAM 3 always appends the CLS token of its geometry encoder to the prompt; Transformers adds
+it only where boxes are given. The token depends on the image alone, so it is computed with the image features and reused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Sam3Model
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput, Sam3VisionEncoderOutput
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What SAM 3 knows of a batch of images before it is asked anything.
+
+    Attributes:
+        vision: SAM 3's feature pyramid and its position encodings.
+        geometry_cls: (B, 1, D) CLS token of the geometry encoder, or None when the prompt goes without it.
+    """
+
+    vision: Sam3VisionEncoderOutput
+    geometry_cls: Tensor | None
+
+    def __len__(self) -> int:
+        return self.vision.fpn_hidden_states[0].shape[0]
+
+    def select(self, rows: Tensor) -> ImageFeatures:
+        """The features of some images, in the order of `rows` (N,); a row may be repeated."""
+        return ImageFeatures(
+            vision=Sam3VisionEncoderOutput(
+                fpn_hidden_states=tuple(level[rows] for level in self.vision.fpn_hidden_states),
+                fpn_position_encoding=tuple(level[rows] for level in self.vision.fpn_position_encoding),
+            ),
+            geometry_cls=None if self.geometry_cls is None else self.geometry_cls[rows],
+        )
+
+
+def encode_image(sam: Sam3Model, pixel_values: Tensor, geometry_cls: bool = True) -> ImageFeatures:
+    """Encodes images.
+
+    Args:
+        sam: SAM 3.
+        pixel_values: (B, 3, S, S) normalised pixels; S is SAM 3's image size.
+        geometry_cls: Whether prompts on these images end with the geometry encoder's CLS token.
+    """
+    vision = sam.get_vision_features(pixel_values=pixel_values)
+    return ImageFeatures(vision, _geometry_cls(sam, vision) if geometry_cls else None)
+
+
+def _geometry_cls(sam: Sam3Model, vision: Sam3VisionEncoderOutput) -> Tensor:
+    """The geometry encoder's answer to "no box": one padded dummy box leaves its CLS token as the only valid token of each image."""
+    finest = vision.fpn_hidden_states[0]
+    batch = finest.shape[0]
+    geometry = sam.geometry_encoder(
+        box_embeddings=finest.new_zeros(batch, 1, 4),
+        box_mask=torch.zeros(batch, 1, dtype=torch.bool, device=finest.device),
+        box_labels=torch.zeros(batch, 1, dtype=torch.long, device=finest.device),
+        img_feats=vision.fpn_hidden_states[:-1],
+        img_pos_embeds=vision.fpn_position_encoding[:-1],
+    )
+    return geometry.last_hidden_state[geometry.attention_mask.bool()][:, None]
+
+
+def encode_text(sam: Sam3Model, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Encodes phrases.
+
+    Args:
+        sam: SAM 3.
+        input_ids: (B, T) tokens of SAM 3's tokenizer.
+        attention_mask: (B, T), nonzero where there is a token.
+
+    Returns:
+        (B, T, D) explicit prompt embeddings E_text, and their (B, T) boolean mask.
+    """
+    embeds = sam.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+    return embeds, attention_mask.bool()
+
+
+def decode(
+    sam: Sam3Model,
+    features: ImageFeatures,
+    text_embeds: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    concept_embeds: Tensor | None = None,
+) -> Sam3ImageSegmentationOutput:
+    """Decodes one prompt per image; differentiable in the prompt.
+
+    Args:
+        sam: SAM 3.
+        features: B encoded images.
+        text_embeds: (B, T, D) explicit embeddings E_text, or None.
+        text_mask: (B, T) their mask; required with `text_embeds`.
+        concept_embeds: (B, L2, D) concept tokens Z, or None.
+
+    Returns:
+        SAM 3's output: `semantic_seg` (B, 1, h, w) and `presence_logits` (B, 1) are what a concept mask is made of.
+
+    Raises:
+        ValueError: If neither concept tokens nor text embeddings are given.
+    """
+    if text_embeds is None and concept_embeds is None:
+        raise ValueError(
+            "decode: both text_embeds and concept_embeds are None; give at least one of them as the prompt."
+        )
+    tokens: list[Tensor] = []
+    masks: list[Tensor] = []
+    if concept_embeds is not None:
+        tokens.append(concept_embeds)
+        masks.append(torch.ones(concept_embeds.shape[:2], dtype=torch.bool, device=concept_embeds.device))
+    if text_embeds is not None:
+        tokens.append(text_embeds)
+        masks.append(text_mask)
+    if features.geometry_cls is not None:
+        tokens.append(features.geometry_cls)
+        masks.append(
+            torch.ones(features.geometry_cls.shape[:2], dtype=torch.bool, device=features.geometry_cls.device)
+        )
+    prompt = torch.cat([token.to(tokens[0].dtype) for token in tokens], dim=1)
+    return sam(
+        vision_embeds=features.vision,
+        text_embeds=BaseModelOutputWithPooling(pooler_output=prompt),
+        attention_mask=torch.cat(masks, dim=1),
+    )

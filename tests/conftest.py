@@ -1,0 +1,200 @@
+"""Shared fixtures: random models of the nano preset, and a processor with word-level tokenizers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # both before the imports below
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import conceptseg_hf
+from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation, ConceptSegProcessor
+from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE, NANO_SAM_TEXT_LENGTH
+
+torch.set_num_threads(1)
+
+# In the order that the nano preset's token ids expect.
+SPECIAL_TOKENS = [
+    "<|pad|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+WORDS = (
+    *(
+        "<think>",
+        "</think>",
+        "<rule>",
+        "</rule>",
+        "<check>",
+        "</check>",
+        "<bbox>",
+        "</bbox>",
+        "<answer>",
+        "</answer>",
+    ),
+    *(
+        "[",
+        "]",
+        ",",
+        ".",
+        "system",
+        "user",
+        "assistant",
+        "a",
+        "the",
+        "is",
+        "in",
+        "out",
+        "find",
+        "same",
+        "odd",
+        "one",
+    ),
+    *(
+        "red",
+        "green",
+        "blue",
+        "circle",
+        "square",
+        "star",
+        "left",
+        "right",
+        "large",
+        "small",
+        "object",
+        "image",
+    ),
+)
+
+
+def build_mllm_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: template tags, punctuation, numbers up to 100, and a few words."""
+    vocabulary = {
+        token: i for i, token in enumerate([*SPECIAL_TOKENS, "<|unk|>", *WORDS, *map(str, range(101))])
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split(Regex(r"</?\w+>|\d+|\w+|[^\w\s]"), "isolated"),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        unk_token="<|unk|>",
+        additional_special_tokens=[
+            token for token in SPECIAL_TOKENS if token not in ("<|pad|>", "<|im_end|>")
+        ],
+    )
+
+
+def build_sam_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with CLIP's frame: begin, words, end."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def processor() -> ConceptSegProcessor:
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Sam3ImageProcessor,
+    )  # they need torchvision, hence conceptseg_hf first
+
+    return ConceptSegProcessor(
+        image_processor=Qwen2VLImageProcessor(patch_size=8, merge_size=2, temporal_patch_size=1),
+        tokenizer=build_mllm_tokenizer(),
+        sam_image_processor=Sam3ImageProcessor(size={"height": NANO_IMAGE_SIZE, "width": NANO_IMAGE_SIZE}),
+        sam_tokenizer=build_sam_tokenizer(),
+        canvas_size=64,
+        coordinate_scale=100,
+        sam_text_length=NANO_SAM_TEXT_LENGTH,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., ConceptSegForSegmentation]:
+    """Makes a random model of the nano preset, in eval mode."""
+
+    def make(tied: bool = True, seed: int = 0, **overrides: Any) -> ConceptSegForSegmentation:
+        torch.manual_seed(seed)
+        config = ConceptSegConfig.from_preset("nano", **overrides).to_dict()
+        config["vlm_config"]["tie_word_embeddings"] = tied
+        config["vlm_config"]["text_config"]["tie_word_embeddings"] = tied
+        model = ConceptSegForSegmentation(ConceptSegConfig.from_dict(config)).eval()
+        # Fresh weights are so small that every image and every prompt would get nearly the same mask, which
+        # would hide mistakes.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter)) if parameter.ndim == 1 else parameter.mul_(
+                    4
+                )
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(make_model) -> ConceptSegForSegmentation:
+    """Shared by tests that leave it as it is."""
+    return make_model()
+
+
+@pytest.fixture()
+def picture() -> Callable[..., Image.Image]:
+    """Makes a small picture of noise from a seed."""
+
+    def make(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        return Image.fromarray(pixels)
+
+    return make
+
+
+@pytest.fixture()
+def fresh_python(tmp_path) -> Callable[..., str]:
+    """Runs code in a fresh interpreter and returns what it prints.
+
+    There, `import torchvision_shim` makes torchvision importable without the package.
+    """
+    shim = Path(conceptseg_hf.__file__).with_name("_compat.py").read_text(encoding="utf-8")
+    (tmp_path / "torchvision_shim.py").write_text(f"{shim}\n\nensure_torchvision()\n", encoding="utf-8")
+
+    def run(code: str, *arguments: str) -> str:
+        path = os.pathsep.join(
+            [str(tmp_path), str(Path(conceptseg_hf.__file__).parents[1]), *filter(None, sys.path)]
+        )
+        environment = {**os.environ, "PYTHONPATH": path, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+        command = [sys.executable, "-c", code, *arguments]
+        result = subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    return run

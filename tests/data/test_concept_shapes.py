@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conceptseg_hf.data import ConceptSample, ConceptShapes, load_benchmark
+from conceptseg_hf.data.concept_shapes.benchmark import SPLITS, family_at
+from conceptseg_hf.data.concept_shapes.families import GROUPS
+from conceptseg_hf.data.concept_shapes.scenes import HELD_OUT_PAIRS, mask_box
+
+ROUND = len(GROUPS) * 3  # every family at least once
+
+TABLE_1_GROUPS = {
+    "diverse classes", "optical property", "camouflage", "saliency", "industrial anomaly", "medical lesion",
+    "consistency", "difference", "rationality", "spatio-temporality",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[ConceptSample]:
+    return list(ConceptShapes("test", length=2 * ROUND))
+
+
+def test_groups_are_the_columns_of_table_1() -> None:
+    assert {group for _, group, _ in GROUPS} == TABLE_1_GROUPS
+
+
+def test_samples_are_consistent(samples: list[ConceptSample]) -> None:
+    assert {sample.group for sample in samples} == TABLE_1_GROUPS
+    for sample in samples:
+        assert (
+            sample.image.mode == "RGB"
+            and sample.mask.mode == "L"
+            and sample.image.size == sample.mask.size == (128, 128)
+        )
+        mask = np.asarray(sample.mask)
+        assert set(np.unique(mask)) <= {0, 255}
+        assert sample.present == bool(mask.any()) == (sample.family != "absent")
+        if sample.present:
+            assert sample.box == mask_box(mask > 0)
+        assert 1 <= len(sample.answer.split()) <= 3
+        assert sample.think.endswith(sample.answer)
+        for reference in sample.references:
+            if reference.box is not None:
+                x1, y1, x2, y2 = reference.box
+                assert 0 <= x1 < x2 <= reference.image.width and 0 <= y1 < y2 <= reference.image.height
+
+
+def test_reasoning_prompts_never_take_the_shortcut(samples: list[ConceptSample]) -> None:
+    assert all(len(sample.prompt.split()) >= 5 for sample in samples if sample.level == "CR")
+    assert all(len(sample.prompt.split()) <= 3 for sample in samples if sample.level != "CR")
+
+
+def test_a_sample_is_a_function_of_split_and_index() -> None:
+    again = ConceptShapes("test")
+    for index in (0, 5, 23):
+        first, second = ConceptShapes("test")[index], again[index]
+        assert first.image.tobytes() == second.image.tobytes() and first.prompt == second.prompt
+    images = {split: ConceptShapes(split)[7].image.tobytes() for split in SPLITS}
+    assert len(set(images.values())) == len(SPLITS)
+
+
+def test_pictures_are_the_same_on_every_machine() -> None:
+    digest = hashlib.sha256()
+    for sample in ConceptShapes("test", length=len(GROUPS)):
+        digest.update(sample.image.tobytes() + sample.mask.tobytes() + sample.prompt.encode())
+    assert digest.hexdigest()[:16] == "58569503574c3812"
+
+
+def _pairs(sample_index: int, split: str) -> set[tuple[str, str]]:
+    task = ConceptShapes(split).task(sample_index)
+    scenes = [task.scene, *(scene for scene, _ in task.references)]
+    return {
+        (item.look.colour, item.look.shape)
+        for scene in scenes
+        for item in scene.objects
+        if not item.look.kind
+    }
+
+
+def test_held_out_pairs_are_drawn_only_in_the_compositional_split() -> None:
+    for index in range(5 * ROUND):
+        assert not _pairs(index, "train") & HELD_OUT_PAIRS
+    coloured = [
+        i
+        for i in range(ROUND)
+        if family_at(i)[2].__name__
+        in ("attribute", "saliency", "common_attribute", "changed", "relation", "tracking")
+    ]
+    assert all(_pairs(index, "test-compositional") & HELD_OUT_PAIRS for index in coloured)
+
+
+def test_absent_phrases_name_nothing_in_the_scene() -> None:
+    shapes = ConceptShapes("test")
+    for index in [i for i in range(10 * len(GROUPS)) if family_at(i)[2].__name__ == "absent"]:
+        task = shapes.task(index)
+        assert not any(item.look.answers_to(task.prompt.split()) for item in task.scene.objects)
+
+
+def test_present_phrases_name_exactly_the_mask() -> None:
+    shapes = ConceptShapes("test")
+    for index in [i for i in range(10 * len(GROUPS)) if family_at(i)[2].__name__ == "attribute"]:
+        task = shapes.task(index)
+        assert np.array_equal(task.scene.mask_of(task.prompt.split()), task.mask)
+
+
+def test_a_changed_scene_differs_only_at_the_new_object() -> None:
+    shapes = ConceptShapes("test")
+    index = next(i for i in range(10 * ROUND) if family_at(i)[2].__name__ == "changed")
+    task = shapes.task(index)
+    before = task.references[0][0].pixels
+    difference = (task.scene.pixels != before).any(-1)
+    x1, y1, x2, y2 = mask_box(task.mask)
+    outside = difference.copy()
+    outside[max(0, y1 - 2) : y2 + 2, max(0, x1 - 2) : x2 + 2] = False
+    assert difference.any() and not outside.any()
+
+
+@pytest.mark.parametrize("size", [64, 224])
+def test_other_sizes(size: int) -> None:
+    for sample in ConceptShapes("val", length=len(GROUPS), size=size):
+        assert sample.image.size == (size, size)
+
+
+def test_export_writes_what_it_describes(tmp_path) -> None:
+    index_path = ConceptShapes("val", length=len(GROUPS)).export(tmp_path / "shapes")
+    rows = [json.loads(line) for line in index_path.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == len(GROUPS)
+    for row, sample in zip(rows, ConceptShapes("val", length=len(GROUPS)), strict=True):
+        assert Image.open(index_path.parent / row["image"]).tobytes() == sample.image.tobytes()
+        assert Image.open(index_path.parent / row["mask"]).tobytes() == sample.mask.tobytes()
+        assert len(row["references"]) == len(sample.references)
+        assert all((index_path.parent / reference["image"]).exists() for reference in row["references"])
+
+
+def test_to_dataset(tmp_path, monkeypatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    dataset = ConceptShapes("val", length=5).to_dataset()
+    assert len(dataset) == 5
+    sample = ConceptShapes("val", length=5)[3]
+    assert dataset[3]["prompt"] == sample.prompt
+    assert dataset[3]["image"].convert("RGB").tobytes() == sample.image.tobytes()
+    assert len(dataset[3]["reference_images"]) == len(sample.references)
+
+
+def test_sequence_protocol() -> None:
+    shapes = load_benchmark("concept-shapes", split="val", limit=4)
+    assert len(shapes) == 4 and shapes[-1].sample_id == shapes[3].sample_id
+    with pytest.raises(IndexError):
+        shapes[4]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: load_benchmark("coco"), "no benchmark is named 'coco'"),
+        (lambda: ConceptShapes("dev"), "no split is named 'dev'"),
+        (lambda: ConceptShapes(size=8), "at least 32 pixels"),
+    ],
+)
+def test_bad_arguments_say_what_to_do(call, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.slow
+def test_throughput_without_references() -> None:
+    """At least 500 samples a second and core where there are no references."""
+    shapes = ConceptShapes("train")
+    indices = [
+        i for i in range(20 * ROUND) if family_at(i)[2].__name__ in ("absent", "extreme_size", "relation")
+    ]
+    start = time.process_time()
+    for index in indices:
+        shapes[index]
+    assert len(indices) / (time.process_time() - start) > 500

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from conceptseg_hf import Reference, mllm
+from conceptseg_hf.generation import generate_with_states
+from conceptseg_hf.modeling_conceptseg import _completion_states
+
+VISION_TOKENS = [3, 4, 5, 6]
+
+
+@pytest.fixture(scope="module")
+def vlm(model):
+    return model.vlm
+
+
+@pytest.fixture()
+def samples(processor, picture):
+    """Prompts of different lengths, with one and two images."""
+    references = [Reference(picture(10), box=(2, 2, 20, 20)), Reference(picture(11), box=(5, 5, 40, 30))]
+    return [
+        processor.prepare(picture(0), "red circle"),
+        processor.prepare(picture(1), "the odd one out in the large red square", references),
+        processor.prepare(picture(2), "find the same object", references[:1]),
+    ]
+
+
+def generate(vlm, batch, **settings):
+    torch.manual_seed(3)
+    at = settings.pop("hidden_states_at", "token")
+    return generate_with_states(vlm, batch, {"max_new_tokens": 8, "do_sample": True, **settings}, at)
+
+
+def teacher_forced(vlm, processor, samples, generated, hidden_states_at="token"):
+    completions = [ids[mask].tolist() for ids, mask in zip(generated.token_ids, generated.mask, strict=True)]
+    batch = processor.collate(samples, completions=completions)
+    with torch.no_grad():
+        states = mllm.last_hidden_states(vlm, mllm.model_inputs(batch))
+    return _completion_states(states, batch["completion_mask"], hidden_states_at)
+
+
+@pytest.mark.parametrize("hidden_states_at", ["token", "predict"])
+def test_states_equal_a_teacher_forced_pass_with_rows_of_any_length(
+    vlm, processor, samples, hidden_states_at
+):
+    batch = processor.collate(samples)
+    free = generate(vlm, batch, eos_token_id=[], hidden_states_at=hidden_states_at)
+    assert free.mask.all() and free.mask.shape == (3, 8)
+
+    # Ending at tokens that two rows are known to write makes them stop early, in different places.
+    ends = [int(free.token_ids[0, 2]), int(free.token_ids[1, 5])]
+    generated = generate(vlm, batch, eos_token_id=ends, hidden_states_at=hidden_states_at)
+    lengths = generated.mask.sum(1).tolist()
+    assert len(set(lengths)) > 1 and lengths[0] <= 2 and lengths[1] <= 5
+    for row, length in enumerate(lengths):
+        assert generated.mask[row, :length].all()
+        assert torch.equal(generated.token_ids[row, :length], free.token_ids[row, :length])
+    assert not generated.hidden_states[~generated.mask].any()
+
+    for result in (free, generated):
+        states, mask = teacher_forced(vlm, processor, samples, result, hidden_states_at)
+        assert torch.equal(mask, result.mask)
+        assert (states - result.hidden_states)[mask].abs().max() < 1e-4
+        assert states[mask].abs().max() > 0.1
+
+
+def test_batch_equals_single(vlm, processor, samples):
+    settings = {"do_sample": False, "max_new_tokens": 6}
+    together = generate(vlm, processor.collate(samples), **settings)
+    for row, sample in enumerate(samples):
+        alone = generate(vlm, processor.collate([sample]), **settings)
+        mask = together.mask[row]
+        assert torch.equal(together.token_ids[row][mask], alone.token_ids[0][alone.mask[0]])
+        assert torch.allclose(
+            together.hidden_states[row][mask], alone.hidden_states[0][alone.mask[0]], atol=1e-4
+        )
+
+
+def test_rows_that_end_at_once(vlm, processor, samples):
+    generated = generate(
+        vlm, processor.collate(samples), eos_token_id=list(range(vlm.config.get_text_config().vocab_size))
+    )
+    assert generated.mask.shape == (3, 1) and not generated.mask.any()
+    assert generated.hidden_states.shape == (3, 1, 128) and not generated.hidden_states.any()
+
+
+def test_vision_tokens_are_never_written(vlm, processor, samples):
+    def prefer_vision_tokens(module, args, output):
+        output[..., VISION_TOKENS] += 1e4
+        return output
+
+    handle = vlm.lm_head.register_forward_hook(prefer_vision_tokens)
+    try:
+        batch = processor.collate(samples[:1])
+        unguarded = vlm.generate(**batch, max_new_tokens=3, do_sample=False)[:, -3:]
+        guarded = [
+            generate(vlm, batch, max_new_tokens=3, do_sample=do_sample, suppress_tokens=[9, 10])
+            for do_sample in (False, True)
+        ]
+    finally:
+        handle.remove()
+        vlm.model.rope_deltas = None
+    assert torch.isin(unguarded, torch.tensor(VISION_TOKENS)).all()
+    for result in guarded:
+        assert not torch.isin(result.token_ids, torch.tensor([*VISION_TOKENS, 9, 10])).any()
+
+
+def test_one_pass_and_one_step_beyond_the_limit(vlm, processor, samples):
+    steps = []
+    handle = vlm.model.language_model.register_forward_hook(
+        lambda module, args, output: steps.append(output[0].shape[1])
+    )
+    try:
+        batch = processor.collate(samples)
+        generate(vlm, batch, eos_token_id=[], max_new_tokens=5)
+    finally:
+        handle.remove()
+    assert steps == [batch["input_ids"].shape[1], 1, 1, 1, 1, 1]
+
+
+def test_no_call_depends_on_an_earlier_one(vlm, processor, samples):
+    first = generate(vlm, processor.collate(samples[:1]))
+    assert vlm.model.rope_deltas is None and not vlm.model.language_model.norm._forward_hooks
+    generate(vlm, processor.collate(samples[1:]))
+    again = generate(vlm, processor.collate(samples[:1]))
+    assert torch.equal(first.token_ids, again.token_ids) and torch.equal(
+        first.hidden_states, again.hidden_states
+    )
+
+
+def test_greedy_unless_asked_and_the_given_config_stays_as_it_is(vlm, processor, samples, monkeypatch):
+    monkeypatch.setattr(vlm.generation_config, "do_sample", True)
+    batch = processor.collate(samples[:1])
+    config = GenerationConfig(max_new_tokens=4)
+    before = config.to_dict()
+    a, b = (generate_with_states(vlm, batch, config) for _ in range(2))
+    assert torch.equal(a.token_ids, b.token_ids)
+    assert config.to_dict() == before
+    total = GenerationConfig(max_length=batch["input_ids"].shape[1] + 4)
+    assert torch.equal(generate_with_states(vlm, batch, total).token_ids, a.token_ids)
+
+
+def test_several_completions_a_prompt(vlm, processor, samples):
+    generated = generate(vlm, processor.collate(samples[:2]), num_return_sequences=2, eos_token_id=[])
+    repeated = [samples[0]] * 2 + [samples[1]] * 2
+    states, mask = teacher_forced(vlm, processor, repeated, generated)
+    assert generated.mask.shape[0] == 4
+    assert (states - generated.hidden_states)[mask].abs().max() < 1e-4
+
+
+def test_refusals(vlm, processor, samples):
+    batch = processor.collate(samples[:1])
+    with pytest.raises(ValueError, match="beam search"):
+        generate_with_states(vlm, batch, {"num_beams": 2})
+    with pytest.raises(ValueError, match="max_length is 3"):
+        generate_with_states(vlm, batch, {"max_length": 3})
+    incomplete = {name: value for name, value in batch.items() if name != "mm_token_type_ids"}
+    with pytest.raises(ValueError, match="mm_token_type_ids"):
+        generate_with_states(vlm, incomplete)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
+
+import conceptseg_hf
+from conceptseg_hf import (
+    ConceptSegConfig,
+    ConceptSegForSegmentation,
+    ConceptSegmentationPipeline,
+    ConceptSegProcessor,
+)
+
+TIMED = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
+BACKBONES = TIMED.format(
+    "import torchvision_shim; from transformers import Qwen2_5_VLForConditionalGeneration, Sam3Model"
+)
+PACKAGE = TIMED.format("import conceptseg_hf")
+NO_SOCKETS = """
+import socket, sys
+
+def refuse(*args, **kwargs):
+    raise AssertionError("a socket was opened")
+
+socket.socket.__init__ = socket.create_connection = socket.getaddrinfo = refuse
+import conceptseg_hf
+heavy = {"trl", "deepspeed", "fiftyone", "datasets", "matplotlib", "pandas"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_registration_is_idempotent():
+    for _ in range(2):
+        conceptseg_hf.register()
+    assert CONFIG_MAPPING["conceptseg"] is ConceptSegConfig
+    assert isinstance(AutoConfig.for_model("conceptseg_ctm"), conceptseg_hf.ConceptTranslationConfig)
+    task, _ = PIPELINE_REGISTRY.check_task("concept-segmentation")[:2]
+    assert task == "concept-segmentation"
+    assert PIPELINE_REGISTRY.supported_tasks[task]["impl"] is ConceptSegmentationPipeline
+
+
+def test_auto_classes(tmp_path, model, processor):
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert type(AutoModel.from_pretrained(tmp_path)) is ConceptSegForSegmentation
+    assert type(AutoModel.from_config(AutoConfig.from_pretrained(tmp_path))) is ConceptSegForSegmentation
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is ConceptSegProcessor
+
+
+def test_is_no_model_for_mask_generation(model):
+    """That class answers points and boxes, on grids of which its pipeline makes all masks of an image."""
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        AutoModelForMaskGeneration.from_config(model.config)
+
+
+def test_everything_public_is_there():
+    assert all(hasattr(conceptseg_hf, name) for name in conceptseg_hf.__all__)
+    assert conceptseg_hf.nano_checkpoint().parts[-3:] == ("conceptseg_hf", "checkpoints", "nano")
+
+
+def test_import_opens_no_socket_and_stays_light(fresh_python):
+    fresh_python(NO_SOCKETS)
+
+
+def test_import_costs_little_beyond_the_backbones(fresh_python):
+    """At most 0.3 s beyond the modeling files it registers; best of a few runs, for the machine may be busy."""
+    best_backbones = best_package = float("inf")
+    for _ in range(4):
+        best_backbones = min(best_backbones, float(fresh_python(BACKBONES)))
+        best_package = min(best_package, float(fresh_python(PACKAGE)))
+        if best_package - best_backbones <= 0.3:
+            return
+    pytest.fail(
+        f"import conceptseg_hf: {best_package:.2f} s, the backbones' modeling files: {best_backbones:.2f} s"
+    )

@@ -1,0 +1,734 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel
+
+from conceptseg_hf import (
+    ConceptSegConfig,
+    ConceptSegForSegmentation,
+    Reference,
+    ShortcutRouter,
+    modeling_conceptseg,
+)
+from conceptseg_hf.completion import format_completion
+from conceptseg_hf.generation import GeneratedCompletions
+from conceptseg_hf.processing_conceptseg import PreparedSample
+
+SAMPLED = {"max_new_tokens": 6, "do_sample": True}
+GREEDY = {"max_new_tokens": 6}
+NEVER = ShortcutRouter("full_reasoning")
+
+
+# -- helpers --
+
+
+@pytest.fixture(scope="module")
+def fresh(make_model) -> ConceptSegForSegmentation:
+    """A second model, for tests that leave gradients behind."""
+    return make_model(seed=1)
+
+
+@pytest.fixture()
+def references(picture):
+    return [
+        Reference(picture(10), box=(2, 2, 20, 20)),
+        Reference(picture(11), box=(5, 5, 40, 30)),
+        Reference(picture(12)),
+    ]
+
+
+@pytest.fixture()
+def inputs(processor, picture, references):
+    """Mixed prompts, image sizes and reference counts."""
+    return processor(
+        [picture(0), picture(1, (70, 30)), picture(2), picture(3, (33, 90))],
+        ["circle", "the odd one out in the image", "large red square left", "find the same object"],
+        [[], references[:2], references, references[:1]],
+    )
+
+
+@pytest.fixture()
+def training_batch(processor, inputs):
+    """Keyword arguments of `forward` without labels, for three samples."""
+    samples = list(inputs)[:3]
+    text = format_completion("a red circle is large", "find red", None, (10, 20, 60, 70), "red circle", 100)
+    batch = processor.collate(samples, completions=[text, "<answer> star </answer>", text])
+    sam_input_ids, sam_attention_mask = processor.sam_text(["red circle", "star", "red circle"])
+    pixels = torch.stack([sample.sam_pixel_values for sample in samples])
+    return dict(
+        batch, sam_pixel_values=pixels, sam_input_ids=sam_input_ids, sam_attention_mask=sam_attention_mask
+    )
+
+
+@pytest.fixture()
+def labels():
+    return torch.rand(3, 50, 60) > 0.5
+
+
+def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    for first, second in (
+        (a.state_dict(), b.state_dict()),
+        (dict(a.named_buffers()), dict(b.named_buffers())),
+    ):
+        assert first.keys() == second.keys()
+        for name, tensor in first.items():
+            assert tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]), name
+
+
+def assert_same_result(a, b, atol: float = 1e-4) -> None:
+    """Equal but for numerical noise."""
+    a, b = a.to_dict(), b.to_dict()
+    heatmaps, masks = (a.pop("heatmap"), b.pop("heatmap")), (a.pop("mask"), b.pop("mask"))
+    assert np.allclose(*heatmaps, atol=atol)
+    undecided = np.abs(heatmaps[0] - 0.5) < atol
+    assert ((np.asarray(masks[0]) == np.asarray(masks[1])) | undecided).all()
+    assert {
+        key: a[key] if not isinstance(a[key], float) else pytest.approx(a[key], abs=atol) for key in a
+    } == b
+
+
+class Calls:
+    """Counts what reaches a module, in rows of its first tensor argument."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.rows: list[int] = []
+        self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module, args, kwargs) -> None:
+        self.rows.append(len(args[0] if args else kwargs["input_ids"]))
+
+
+@pytest.fixture()
+def calls(model):
+    """Rows that reached SAM 3's image encoder, and prompts that reached the MLLM."""
+    encoder, language_model = Calls(model.sam.vision_encoder), Calls(model.vlm.model)
+    yield encoder.rows, language_model.rows
+    encoder.handle.remove()
+    language_model.handle.remove()
+
+
+def script(monkeypatch, model, processor, texts):
+    """Replaces what the MLLM writes."""
+    ids = [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    length = max(map(len, ids))
+
+    def generate(vlm, batch, generation_config, hidden_states_at):
+        assert len(batch["input_ids"]) == len(texts)
+        token_ids = torch.tensor([row + [0] * (length - len(row)) for row in ids])
+        mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in ids])
+        return GeneratedCompletions(token_ids, mask, torch.randn(len(ids), length, model.config.hidden_size))
+
+    monkeypatch.setattr(modeling_conceptseg, "generate_with_states", generate)
+
+
+# -- structure --
+
+
+@pytest.mark.parametrize(
+    ("preset", "width", "heads", "mllm", "tied"),
+    [("3b", 2048, 16, 3_754_622_976, True), ("7b", 3584, 16, 8_292_166_656, False)],
+)
+def test_presets_have_the_published_sizes(preset, width, heads, mllm, tied):
+    with torch.device("meta"):
+        model = ConceptSegForSegmentation(ConceptSegConfig.from_preset(preset))
+
+    def count(module):
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    assert count(model.vlm) == mllm
+    assert count(model.sam) == 840_376_374
+    assert bool(model.all_tied_weights_keys) == tied
+    block = {
+        "norm_queries": width,
+        "norm_states": width,
+        "norm_mlp": width,
+        "attn.q": (width, width),
+        "attn.kv": (2 * width, width),
+        "attn.proj": (width, width),
+        "mlp.fc1": (4 * width, width),
+        "mlp.fc2": (width, 4 * width),
+    }
+    expected = {"queries": (8, width), "position_embedding": (1, 8, width)}
+    linear = {f"blocks.{i}.{name}": shape for i in range(4) for name, shape in block.items()}
+    linear |= {"proj_to_sam.0": (width, width), "proj_to_sam.2": (256, width)}
+    for name, shape in linear.items():
+        shape = shape if isinstance(shape, tuple) else (shape,)
+        expected |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    assert {name: tuple(tensor.shape) for name, tensor in model.ctm.state_dict().items()} == expected
+    assert model.config.ctm_config.num_attention_heads == heads
+
+
+def test_fresh_ctm_is_initialised_by_its_own_config():
+    torch.manual_seed(0)
+    ctm = ConceptSegForSegmentation(ConceptSegConfig.from_preset("nano")).ctm
+    for weight in (
+        ctm.queries,
+        ctm.position_embedding,
+        ctm.blocks[0].attn.kv.weight,
+        ctm.proj_to_sam[2].weight,
+    ):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.15)
+    assert not ctm.blocks[1].mlp.fc1.bias.any() and (ctm.blocks[1].norm_states.weight == 1).all()
+
+
+def test_refuses_an_unknown_mllm():
+    with pytest.raises(ValueError, match="qwen2_5_vl"):
+        ConceptSegForSegmentation(ConceptSegConfig.from_preset("nano", vlm_config=_small_qwen3_vl()))
+
+
+def _small_qwen3_vl() -> dict:
+    text = {
+        "model_type": "qwen3_vl_text",
+        "hidden_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 64,
+    }
+    return {
+        "model_type": "qwen3_vl",
+        "text_config": {**text, "num_key_value_heads": 1, "intermediate_size": 64, "vocab_size": 64},
+    }
+
+
+def test_language_model_methods_act_on_the_mllm(model):
+    assert model.base_model is model.vlm.model
+    assert model.get_input_embeddings() is model.vlm.get_input_embeddings()
+    assert model.get_output_embeddings() is model.vlm.lm_head
+    assert model.generation_config is model.vlm.generation_config and model.can_generate()
+    assert model.config.get_text_config() is model.vlm.config.text_config
+    assert model.config.hidden_size == 128
+    assert {
+        "ConceptTranslationModule",
+        "Sam3Model",
+        "Qwen2_5_VLDecoderLayer",
+        "Qwen2_5_VLVisionBlock",
+    } <= set(model._no_split_modules)
+
+
+def test_generate_is_the_mllms(model, processor, inputs):
+    batch = processor.collate(list(inputs)[:2])
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(**batch, **settings), model.vlm.generate(**batch, **settings))
+    model.vlm.model.rope_deltas = None
+
+
+def test_embeddings_can_be_exchanged(make_model):
+    model = make_model(tied=False)
+    model.set_input_embeddings(torch.nn.Embedding(400, 128))
+    model.set_output_embeddings(torch.nn.Linear(128, 400, bias=False))
+    assert model.vlm.get_input_embeddings().num_embeddings == 400 and model.vlm.lm_head.out_features == 400
+
+
+def test_train_keeps_sam_frozen_and_in_eval_mode(make_model):
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    assert model.train() is model
+    assert model.vlm.training and model.ctm.training and model.ctm.blocks[0].training
+    assert not any(module.training for module in model.sam.modules())
+    assert not any(parameter.requires_grad for parameter in model.sam.parameters())
+    assert all(parameter.requires_grad for part in (model.vlm, model.ctm) for parameter in part.parameters())
+    model.eval()
+    assert not model.ctm.training
+
+
+def test_a_trainer_may_take_sam_out(make_model):
+    model = make_model()
+    sam = model._modules.pop("sam")
+    model.train()
+    assert not any(name.startswith("sam.") for name in model.state_dict())
+    model.sam = sam
+    assert any(name.startswith("sam.") for name in model.state_dict())
+
+
+# -- forward --
+
+
+def test_forward_shapes_with_and_without_labels(model, training_batch, labels):
+    with torch.no_grad():
+        plain = model(**training_batch, output_logits=True)
+        labelled = model(**training_batch, mask_labels=labels)
+    assert plain.mask_logits.shape == (3, 1, 32, 32) and plain.presence_logits.shape == (3, 1)
+    assert plain.concept_embeds.shape == (3, 8, 64)
+    assert plain.logits.shape == (*training_batch["input_ids"].shape, 384)
+    assert plain.loss is None and labelled.logits is None
+    assert torch.equal(labelled.mask_logits, plain.mask_logits)
+    assert torch.allclose(labelled.loss, labelled.dice_loss + labelled.focal_loss)
+
+
+def test_logits_are_the_mllms(model, training_batch):
+    names = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+    with torch.no_grad():
+        logits = model(**training_batch, output_logits=True).logits
+        reference = model.vlm(**{name: training_batch[name] for name in names}).logits
+    assert torch.equal(logits, reference)
+
+
+def test_features_can_be_encoded_ahead_and_text_left_out(model, training_batch):
+    features = model.encode_image(training_batch.pop("sam_pixel_values"))
+    with torch.no_grad():
+        full = model(**training_batch, sam_features=features)
+        without_image = model(**training_batch)
+        del training_batch["sam_input_ids"], training_batch["sam_attention_mask"]
+        without_text = model(**training_batch, sam_features=features)
+    assert without_image.mask_logits is None and torch.equal(
+        without_image.concept_embeds, full.concept_embeds
+    )
+    assert not torch.allclose(full.mask_logits, without_text.mask_logits, atol=1e-3)
+
+
+def test_padding_of_the_batch_changes_nothing(model, processor, inputs, training_batch):
+    text = "<answer> star </answer>"
+    single = processor.collate([inputs[1]], completions=[text])
+    sam_input_ids, sam_attention_mask = processor.sam_text(["star"])
+    with torch.no_grad():
+        together = model(**training_batch)
+        alone = model(
+            **single,
+            sam_pixel_values=inputs[1].sam_pixel_values[None],
+            sam_input_ids=sam_input_ids,
+            sam_attention_mask=sam_attention_mask,
+        )
+    assert torch.allclose(together.concept_embeds[1], alone.concept_embeds[0], atol=1e-4)
+    assert torch.allclose(together.mask_logits[1], alone.mask_logits[0], atol=1e-3)
+
+
+def test_empty_completions_are_finite_and_do_not_depend_on_padding(model, training_batch):
+    training_batch["completion_mask"][1] = False
+    states = torch.randn(1, 3, 128)
+    with torch.no_grad():
+        batched = model(**training_batch)
+        alone = model.encode_concepts(states, torch.zeros(1, 3))
+        training_batch["completion_mask"][:] = False
+        none = model(**training_batch)
+    assert torch.allclose(batched.concept_embeds[1], alone[0], atol=1e-5)
+    assert none.mask_logits.isfinite().all()
+
+
+def test_gradients_reach_everything_but_sam(fresh, training_batch, labels):
+    fresh.train().zero_grad()
+    fresh(**training_batch, mask_labels=labels).loss.backward()
+    for name, parameter in fresh.named_parameters():
+        if name.startswith("sam."):
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None and parameter.grad.any() and parameter.grad.isfinite().all(), (
+                name
+            )
+
+
+def test_detached_hidden_states_stop_the_gradient_at_the_ctm(fresh, training_batch, labels):
+    fresh.train().zero_grad()
+    fresh(**training_batch, mask_labels=labels, detach_hidden_states=True).loss.backward()
+    assert all(parameter.grad is not None for parameter in fresh.ctm.parameters())
+    assert all(parameter.grad is None for part in (fresh.vlm, fresh.sam) for parameter in part.parameters())
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(fresh, training_batch, labels):
+    def gradients():
+        fresh.train().zero_grad()
+        fresh(**training_batch, mask_labels=labels).loss.backward()
+        return {name: p.grad.clone() for name, p in fresh.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    fresh.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        assert fresh.is_gradient_checkpointing
+        checkpointed = gradients()
+    finally:
+        fresh.gradient_checkpointing_disable()
+    assert plain.keys() == checkpointed.keys()
+    assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-6, rtol=1e-4) for name in plain)
+
+
+def test_a_step_changes_the_ctm_and_not_sam(make_model, training_batch, labels):
+    model = make_model(seed=2)
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**training_batch, mask_labels=labels).loss.backward()
+    optimizer.step()
+    changed = {
+        name.split(".")[0]
+        for name, tensor in model.state_dict().items()
+        if not torch.equal(tensor, before[name])
+    }
+    assert changed == {"vlm", "ctm"}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"sam_features": object()}, "pass one of them"),
+        ({"sam_pixel_values": None, "mask_labels": torch.zeros(3, 4, 4)}, "need an image"),
+        ({"sam_attention_mask": None}, "belong together"),
+    ],
+)
+def test_forward_refuses_contradictions(model, training_batch, change, match):
+    with pytest.raises(ValueError, match=match):
+        model(**{**training_batch, **change})
+
+
+# -- segment --
+
+
+@pytest.mark.parametrize("hidden_states_at", ["token", "predict"])
+def test_segment_equals_the_teacher_forced_forward(model, processor, inputs, monkeypatch, hidden_states_at):
+    monkeypatch.setattr(model.config, "hidden_states_at", hidden_states_at)
+    written = []
+    generate = modeling_conceptseg.generate_with_states
+    monkeypatch.setattr(
+        modeling_conceptseg,
+        "generate_with_states",
+        lambda *args: written.append(generate(*args)) or written[0],
+    )
+    torch.manual_seed(5)
+    results = model.segment(inputs, router=NEVER, generation_config=SAMPLED, return_heatmap=True)
+
+    completions = [
+        ids[mask].tolist() for ids, mask in zip(written[0].token_ids, written[0].mask, strict=True)
+    ]
+    batch = processor.collate(list(inputs), completions=completions)
+    sam_input_ids, sam_attention_mask = processor.sam_text([result.label for result in results])
+    with torch.no_grad():
+        output = model(
+            **batch,
+            sam_pixel_values=torch.stack([sample.sam_pixel_values for sample in inputs]),
+            sam_input_ids=sam_input_ids,
+            sam_attention_mask=sam_attention_mask,
+        )
+    for sample, result, logits, presence in zip(
+        inputs, results, output.mask_logits, output.presence_logits, strict=True
+    ):
+        mask, probability = processor.post_process_mask(logits[0], sample.frame)
+        assert result.route == "reasoning" and result.mask.size == sample.frame.image_size == mask.size
+        assert np.allclose(result.heatmap, probability, atol=1e-4)
+        assert result.decode_presence == pytest.approx(presence.sigmoid().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("router", ["adaptive", "sam_only", "full_reasoning"])
+def test_batch_equals_single(model, inputs, router):
+    together = model.segment(inputs, router, GREEDY, return_heatmap=True)
+    chunked = model.segment(inputs, router, GREEDY, return_heatmap=True, batch_size=3)
+    assert len({result.score for result in together}) == len(together)  # else equality would mean little
+    for i, result in enumerate(together):
+        assert_same_result(result, model.segment(inputs[i : i + 1], router, GREEDY, return_heatmap=True)[0])
+        assert_same_result(result, chunked[i])
+
+
+def test_each_sample_takes_its_own_route(model, inputs, calls):
+    encoded, read = calls
+    results = model.segment(inputs, "adaptive", GREEDY)
+    # "circle" needs .1; the second prompt has too many words to be asked; the third and fourth need .8, which
+    # random weights do not reach.
+    assert [result.route for result in results] == ["shortcut", "reasoning", "reasoning", "reasoning"]
+    assert [result.threshold for result in results] == pytest.approx([0.1, 1.0, 0.8, 0.8])
+    assert [result.presence is None for result in results] == [False, True, False, False]
+    assert (
+        results[0].presence == results[0].decode_presence
+        and results[0].completion is None
+        and results[0].label == "circle"
+    )
+    assert results[2].presence != results[2].decode_presence and isinstance(results[2].completion, str)
+    assert all(
+        0 <= result.score <= 1 and result.heatmap is None and result.error is None for result in results
+    )
+    assert encoded == [4]  # every image once, for both looks
+    assert set(read) == {3}  # the shortcut sample never reached the MLLM
+
+
+def test_shortcuts_never_reach_the_mllm(model, inputs, calls):
+    encoded, read = calls
+    results = model.segment(inputs, "sam_only")
+    assert {result.route for result in results} == {"shortcut"}
+    assert (encoded, read) == ([4], [])
+    assert all(sample.input_ids is None for sample in inputs)  # nor was anything prepared for it
+
+
+def test_full_reasoning_takes_no_first_look(model, inputs):
+    decodes = Calls(model.sam.mask_decoder.pixel_decoder)
+    try:
+        results = model.segment(inputs, "full_reasoning", GREEDY)
+    finally:
+        decodes.handle.remove()
+    assert len(decodes.rows) == 1
+    assert all(result.presence is None and result.threshold == 1.0 for result in results)
+
+
+def test_samples_that_share_their_pixels_are_encoded_once(model, inputs, calls):
+    encoded, _ = calls
+    sample = inputs[0]
+    other = PreparedSample(prompt="star", frame=sample.frame, sam_pixel_values=sample.sam_pixel_values)
+    results = model.segment(
+        [sample, other, inputs[1]], "sam_only", processor=inputs.processor, return_heatmap=True
+    )
+    assert encoded == [2]
+    assert results[0].presence != results[1].presence
+    assert_same_result(results[2], model.segment(inputs[1:2], "sam_only", return_heatmap=True)[0])
+
+
+def test_bad_items_do_not_stop_the_others(model, processor, inputs):
+    samples = [
+        PreparedSample.failed("star", "The image is broken."),
+        *inputs,
+        PreparedSample.failed("", "No prompt."),
+    ]
+    results = model.segment(samples, "adaptive", GREEDY, processor=processor)
+    assert [result.error for result in results] == [
+        "The image is broken.",
+        None,
+        None,
+        None,
+        None,
+        "No prompt.",
+    ]
+    assert results[0].mask is None and results[0].label == "star"
+    assert all(result.mask is not None for result in results[1:-1])
+    assert model.segment(samples[:1], processor=processor)[0].error == "The image is broken."
+    assert model.segment([], processor=processor) == []
+
+
+def test_a_completion_is_brought_back_to_pixels(model, processor, inputs, references, monkeypatch):
+    sample = inputs[1]  # two boxed references: the first is the proxy query
+    check = processor.check_to_text(sample.frame)
+    text = format_completion("a star", "find red", check, (10, 20, 50, 80), "red circle", 100)
+    script(monkeypatch, model, processor, [text, "the object is red", "<answer> star </answer>"])
+    samples = [sample, inputs[2], inputs[0]]
+    whole, broken, bare = model.segment(samples, NEVER, processor=processor)
+
+    assert (whole.think, whole.rule, whole.answer, whole.label) == (
+        "a star",
+        "find red",
+        "red circle",
+        "red circle",
+    )
+    assert whole.box == pytest.approx((7.0, 6.0, 35.0, 24.0))  # of an image of 70 x 30 pixels
+    assert whole.check_reference == 0 and whole.check == pytest.approx(references[0].box, abs=0.6)
+    assert whole.check_iou > 0.9
+    assert broken.completion == "the object is red" and broken.label == samples[1].prompt
+    assert broken.answer is broken.box is broken.check is broken.check_reference is None
+    assert broken.check_iou == 0.0
+    assert bare.label == "star" and bare.check_iou is None
+
+
+def test_the_answer_is_what_sam_is_asked(model, processor, inputs, monkeypatch):
+    asked = []
+    sam_text = type(processor).sam_text
+    monkeypatch.setattr(
+        type(processor),
+        "sam_text",
+        lambda self, texts, *args, **kwargs: asked.append(texts) or sam_text(self, texts, *args, **kwargs),
+    )
+    script(monkeypatch, model, processor, ["<answer> star </answer>", "nothing"])
+    model.segment(inputs[:2], NEVER)
+    assert asked == [["star", inputs[1].prompt]]
+
+
+def test_score_of_an_empty_mask_is_zero(model, inputs, monkeypatch):
+    decode = model.decode_masks
+    monkeypatch.setattr(model, "decode_masks", lambda *args: (decode(*args)[0] - 100, decode(*args)[1]))
+    result = model.segment(inputs[:1], "sam_only")[0]
+    assert result.score == 0.0 and result.decode_presence > 0 and not np.asarray(result.mask).any()
+
+
+def test_router_base_comes_from_the_config(model, inputs, monkeypatch):
+    monkeypatch.setattr(model.config, "router_base", 0.9)
+    assert model.segment(inputs[:1], generation_config=GREEDY)[0].route == "reasoning"
+    assert model.segment(inputs[:1], ShortcutRouter(base=0.05))[0].route == "shortcut"
+
+
+def test_segment_restores_the_training_mode_and_builds_no_graph(make_model, inputs):
+    model = make_model()
+    model.train()
+    model.segment(inputs[:1], NEVER, GREEDY)
+    assert model.training and model.ctm.training and not model.sam.training
+    assert model.vlm.model.rope_deltas is None
+    assert all(parameter.requires_grad for parameter in model.ctm.parameters())
+
+
+def test_segment_refusals(model, inputs):
+    with pytest.raises(ValueError, match="no processor"):
+        model.segment(list(inputs))
+    with pytest.raises(ValueError, match="'sometimes'"):
+        model.segment(inputs, router="sometimes")
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        model.segment(inputs, batch_size=0)
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        model.segment(inputs[:1], NEVER, {**SAMPLED, "num_return_sequences": 2})
+
+
+# -- saving and loading --
+
+
+@pytest.mark.parametrize("max_shard_size", ["50GB", "4MB"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_load_are_bit_exact(make_model, tmp_path, training_batch, tied, max_shard_size):
+    model = make_model(tied)
+    model.generation_config.eos_token_id = [2, 9]
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_size == "4MB")
+    loaded, info = ConceptSegForSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not loaded.training
+    assert_same_weights(model, loaded)
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == tied
+    assert loaded.generation_config.eos_token_id == [2, 9]
+    assert not any(p.requires_grad for p in loaded.sam.parameters()) and all(
+        p.requires_grad for p in loaded.ctm.parameters()
+    )
+    with torch.no_grad():
+        assert torch.equal(model(**training_batch).mask_logits, loaded(**training_batch).mask_logits)
+
+
+def test_files_hold_the_names_of_the_state_dict(make_model, tmp_path):
+    """A trainer resumes with `load_state_dict(strict=False)`, which would silently skip other names."""
+    from safetensors import safe_open
+
+    model = make_model(tied=False)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(model.state_dict())
+    model.save_pretrained(tmp_path / "original", save_original_format=True)
+    assert_same_weights(model, AutoModel.from_pretrained(tmp_path / "original"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, model):
+    """The shared model, its backbones, and incomplete checkpoints of it."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    model.save_pretrained(folder / "full")
+    model.vlm.save_pretrained(folder / "vlm")
+    model.sam.save_pretrained(folder / "sam")
+    for part in ("vlm", "ctm", "sam"):
+        state = {
+            name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{part}.")
+        }
+        model.save_pretrained(folder / f"without_{part}", state_dict=state)
+    return folder
+
+
+def test_missing_ctm_is_refused_unless_asked_for(checkpoint):
+    with pytest.raises(ValueError, match="init_ctm=True"):
+        AutoModel.from_pretrained(checkpoint / "without_ctm")
+    model = AutoModel.from_pretrained(checkpoint / "without_ctm", init_ctm=True)
+    assert model.ctm.queries.std().item() == pytest.approx(0.02, rel=0.15)
+
+
+def test_missing_mllm_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="from_backbones"):
+        AutoModel.from_pretrained(checkpoint / "without_vlm")
+
+
+def test_missing_sam_is_refilled_or_refused(make_model, checkpoint, model):
+    folder = checkpoint / "without_sam"
+    config = json.loads((folder / "config.json").read_text())
+
+    def load(source, **kwargs):
+        (folder / "config.json").write_text(json.dumps({**config, "sam_name_or_path": source}))
+        return AutoModel.from_pretrained(folder, **kwargs)
+
+    with pytest.raises(ValueError, match="names no source"):
+        load(None)
+    with pytest.raises(ValueError, match="could not be taken from"):
+        load(str(checkpoint / "nowhere"))
+    refilled, info = load(str(checkpoint / "sam"), output_loading_info=True)
+    assert_same_weights(refilled, model)
+    assert not info["missing_keys"] and not any(p.requires_grad for p in refilled.sam.parameters())
+    # Another architecture under that name
+    other = make_model(sam_config=_other_sam(model))
+    other.sam.save_pretrained(checkpoint / "other_sam")
+    with pytest.raises(ValueError, match="other_sam"):
+        load(str(checkpoint / "other_sam"))
+
+
+def _other_sam(model) -> dict:
+    config = model.config.sam_config.to_dict()
+    config["detr_encoder_config"]["intermediate_size"] = 96
+    return config
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_dtypes_survive_a_reload(checkpoint, tmp_path, inputs, dtype):
+    def dtypes(model):
+        return {
+            name.split(".")[0]: {p.dtype for n, p in model.named_parameters() if n.startswith(name)}
+            for name in ("vlm.", "ctm.", "sam.")
+        }
+
+    expected = {"vlm": {getattr(torch, dtype)}, "ctm": {torch.float32}, "sam": {torch.float32}}
+    model = AutoModel.from_pretrained(checkpoint / "full", dtype=dtype)
+    assert dtypes(model) == expected
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert dtypes(again) == expected
+    assert_same_weights(model, again)
+    assert again.segment(inputs[:2], NEVER, GREEDY)[1].error is None
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", {"vlm_config": "eager", "sam_config": "sdpa"}])
+def test_attention_implementation_reaches_the_parts(checkpoint, attention):
+    model = AutoModel.from_pretrained(checkpoint / "full", attn_implementation=attention)
+    vlm, sam = attention.values() if isinstance(attention, dict) else (attention, attention)
+    text, vision = model.vlm.model.language_model.config, model.vlm.model.visual.config
+    assert (text._attn_implementation, vision._attn_implementation) == (vlm, vlm)
+    assert model.sam.config._attn_implementation == model.sam.detr_encoder.config._attn_implementation == sam
+
+
+def test_eager_equals_sdpa(checkpoint, training_batch):
+    with torch.no_grad():
+        eager, sdpa = (
+            AutoModel.from_pretrained(checkpoint / "full", attn_implementation=name)(
+                **training_batch
+            ).mask_logits
+            for name in ("eager", "sdpa")
+        )
+    assert torch.allclose(eager, sdpa, atol=1e-3)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"vlm": "cpu", "ctm": "cpu", "sam": "cpu"}])
+def test_device_map(checkpoint, model, device_map):
+    assert_same_weights(AutoModel.from_pretrained(checkpoint / "full", device_map=device_map), model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_from_backbones_takes_folders_and_models(make_model, tmp_path, tied):
+    source = make_model(tied)
+    source.vlm.save_pretrained(tmp_path / "vlm")
+    source.sam.save_pretrained(tmp_path / "sam")
+    torch.manual_seed(0)
+    loaded = ConceptSegForSegmentation.from_backbones(
+        tmp_path / "vlm",
+        str(tmp_path / "sam"),
+        ctm_config={"num_queries": 4, "num_attention_heads": 8},
+        attn_implementation="eager",
+    )
+    assert loaded.config.sam_name_or_path == str(tmp_path / "sam")
+    assert loaded.ctm.queries.shape == (4, 128) and loaded.config.tie_word_embeddings == tied
+    assert {loaded.vlm.config._attn_implementation, loaded.sam.config._attn_implementation} == {"eager"}
+
+    joined = ConceptSegForSegmentation.from_backbones(
+        source.vlm, source.sam, hidden_states_at="predict", ctm_config={"num_attention_heads": 4}
+    )
+    assert (
+        joined.vlm is source.vlm and joined.sam is source.sam and joined.config.hidden_states_at == "predict"
+    )
+    assert joined.config.vlm_config is source.vlm.config and joined.vlm.config._attn_implementation == "sdpa"
+    for model in (loaded, joined):
+        assert_same_weights(model.vlm, source.vlm)
+        assert_same_weights(model.sam, source.sam)
+        assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+        assert model.ctm.queries.std().item() == pytest.approx(0.02, rel=0.15)
+        assert not model.training and not any(p.requires_grad for p in model.sam.parameters())
+        assert bool(model.all_tied_weights_keys) == tied
+        model.save_pretrained(tmp_path / "joined")
+        assert_same_weights(AutoModel.from_pretrained(tmp_path / "joined"), model)
+
+
+def test_from_backbones_runs(model, inputs):
+    joined = ConceptSegForSegmentation.from_backbones(
+        model.vlm, model.sam, ctm_config={"num_attention_heads": 4}
+    )
+    assert all(result.error is None for result in joined.segment(inputs, "adaptive", GREEDY))

@@ -1,0 +1,542 @@
+"""The processor: prompts, tensors, batches, every coordinate transform, and its files."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoProcessor, PreTrainedTokenizerFast, Qwen2VLImageProcessor, Sam3ImageProcessor
+
+from conceptseg_hf import ConceptSegProcessor, Reference, format_completion, parse_completion
+from conceptseg_hf.processing_conceptseg import Frame, PreparedSample
+from conceptseg_hf.prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
+from conceptseg_hf.references import MosaicLayout, assign_cells, compose_mosaic
+
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SIZE = (90, 60)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, so that any text survives; special tokens as Qwen has them."""
+    vocabulary = {
+        token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=[SPECIAL[1], *SPECIAL[3:]],
+    )
+
+
+def sam_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(
+        models.WordLevel(
+            {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3, "red": 4, "circle": 5}, unk_token="<unk>"
+        )
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def build(patch_size: int = 8, **arguments) -> ConceptSegProcessor:
+    arguments = {
+        "canvas_size": 64,
+        "coordinate_scale": 100,
+        "sam_text_length": 6,
+        "chat_template": CHAT_TEMPLATE,
+        **arguments,
+    }
+    return ConceptSegProcessor(
+        image_processor=Qwen2VLImageProcessor(patch_size=patch_size, temporal_patch_size=1),
+        tokenizer=byte_tokenizer(),
+        sam_image_processor=Sam3ImageProcessor(size={"height": 56, "width": 56}),
+        sam_tokenizer=sam_tokenizer(),
+        **arguments,
+    )
+
+
+@pytest.fixture(scope="module")
+def processor() -> ConceptSegProcessor:
+    return build()
+
+
+def picture(seed: int = 0, size: tuple[int, int] = SIZE) -> Image.Image:
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    )
+
+
+def boxed(seed: int, role: str = "auto", size: tuple[int, int] = SIZE) -> Reference:
+    return Reference(picture(seed, size), box=(9, 6, 45, 30), role=role)
+
+
+def references_of(kind: str) -> list[Reference]:
+    return {
+        "no_reference": [],
+        "single_reference": [boxed(1)],
+        "support_only": [boxed(1, "support"), boxed(2, "support", (30, 80))],
+        "with_proxy": [boxed(1), boxed(2), boxed(3)],
+    }[kind]
+
+
+KINDS = ["no_reference", "single_reference", "support_only", "with_proxy"]
+
+
+# The prompt
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_has_mosaic_then_target_then_words(processor: ConceptSegProcessor, kind: str) -> None:
+    sample = processor.prepare(picture(), "red circle", references_of(kind))
+    # The second support reference is 30 x 80: its box is cut at its edge and stretched differently.
+    listed = {"support_only": "[5,5,25,25], [65,4,100,19]", "with_proxy": "[55,5,75,25], [5,55,25,75]"}.get(
+        kind, ""
+    )
+    instruction = OFFICIAL_TEMPLATE.fill(kind, "red circle", listed)
+    images = 1 if kind == "no_reference" else 2
+    tokens_per_image = (64 // 8 // 2) ** 2
+    text = processor.tokenizer.decode(sample.input_ids, clean_up_tokenization_spaces=False)
+    picture_text = f"<|vision_start|>{'<|image_pad|>' * tokens_per_image}<|vision_end|>"
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{picture_text * images}{instruction}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert sample.image_grid_thw.tolist() == [[1, 8, 8]] * images
+    assert sample.mm_token_type_ids.sum() == tokens_per_image * images
+    np.testing.assert_array_equal(sample.mm_token_type_ids, sample.input_ids == processor.image_token_id)
+    assert sample.frame.proxy == (0 if kind == "with_proxy" else None)
+
+
+def test_box_of_a_single_reference_is_drawn_but_not_listed(processor: ConceptSegProcessor) -> None:
+    sample = processor.prepare(
+        picture(), "red circle", [Reference(Image.new("RGB", SIZE, "blue"), box=(9, 6, 45, 30))]
+    )
+    assert ((np.asarray(sample.mllm_images[0]) == (255, 0, 0)).all(-1)).any()
+    assert "[10,10,50,50]" not in sample.mllm_text
+    assert sample.frame.layout.grid == 1 and sample.frame.support_boxes == ((10, 10, 50, 50),)
+
+
+def test_references_without_boxes(processor: ConceptSegProcessor) -> None:
+    sample = processor.prepare(picture(), "what changed", [Reference(picture(1)), Reference(picture(2))])
+    assert sample.mllm_text.endswith(
+        OFFICIAL_TEMPLATE.fill("single_reference", "what changed") + "<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert sample.frame.support_boxes == () and sample.frame.proxy is None
+
+
+def test_unboxed_proxy_is_checked_without_ground_truth(processor: ConceptSegProcessor) -> None:
+    sample = processor.prepare(picture(), "x", [Reference(picture(1)), Reference(picture(2), role="proxy")])
+    assert "<check>" in sample.mllm_text and "provided at none." in sample.mllm_text
+    assert sample.frame.proxy == 1 and sample.frame.cell_of_reference == (1, 0)
+    assert processor.check_to_text(sample.frame) is None
+    assert processor.check_iou((0, 0, 1, 1), sample.frame) is None
+
+
+def test_both_chat_forms_agree(processor: ConceptSegProcessor) -> None:
+    plain = build(chat_template=None)
+    for kind in KINDS:
+        inputs = (picture(), "red circle", references_of(kind))
+        assert plain.prepare(*inputs).mllm_text == processor.prepare(*inputs).mllm_text
+
+
+def test_the_tokenizers_own_chat_template_is_used() -> None:
+    processor = build(chat_template=None)
+    processor.tokenizer.chat_template = CHAT_TEMPLATE.replace("assistant\n", "assistant: ")
+    assert processor.prepare(picture(), "red").mllm_text.endswith("<|im_start|>assistant: ")
+
+
+def test_a_chat_template_that_loses_images_is_refused() -> None:
+    processor = build(chat_template="{{ messages[1]['content'][-1]['text'] }}")
+    with pytest.raises(ValueError, match="wrote 0 image tokens for 1 images"):
+        processor.prepare(picture(), "red")
+
+
+def test_own_template() -> None:
+    template = PromptTemplate(
+        "sys", "p {problem} {reference_boxes}", "s {problem}", "1 {problem}", "0 {problem}"
+    )
+    for given_as in (template, template.to_dict()):
+        processor = build(prompt_template=given_as)
+        assert processor.template == template
+        assert (
+            "p red [55,5,75,25], [5,55,25,75]<|im_end|>"
+            in processor.prepare(picture(), "red", references_of("with_proxy")).mllm_text
+        )
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", None, 3])
+def test_prompt_must_be_words(processor: ConceptSegProcessor, prompt: object) -> None:
+    with pytest.raises(ValueError, match=r"prompt is .*; give the concept in words\."):
+        processor.prepare(picture(), prompt)
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_end|>", "<|vision_start|>"])
+def test_prompt_cannot_carry_control_tokens(processor: ConceptSegProcessor, token: str) -> None:
+    with pytest.raises(ValueError, match="reserved token"):
+        processor.prepare(picture(), f"a {token} b")
+
+
+def test_unreadable_image_gives_one_sentence(processor: ConceptSegProcessor) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"^image 'nowhere.png' is not a file; give the path of an image\.$"
+    ):
+        processor.prepare("nowhere.png", "red")
+
+
+# Pixels
+
+
+@pytest.mark.parametrize(
+    ("canvas_size", "patch_size", "grid"),
+    [(600, 14, 42), (64, 8, 8), (16, 8, 2), (70, 8, 8), (1400, 14, 100)],
+)
+def test_canvas_alone_decides_the_grid(canvas_size: int, patch_size: int, grid: int) -> None:
+    processor = build(patch_size, canvas_size=canvas_size)
+    sample = processor.prepare(picture(size=(300, 20)), "red", [boxed(1)])
+    assert sample.image_grid_thw.tolist() == [[1, grid, grid]] * 2
+    assert [image.size for image in sample.mllm_images] == [(canvas_size, canvas_size)] * 2
+
+
+def test_mllm_sees_the_target_stretched_to_the_canvas(processor: ConceptSegProcessor) -> None:
+    target, references = picture(), references_of("with_proxy")
+    sample = processor.prepare(target, "red", references)
+    mosaic = compose_mosaic(
+        [r.image for r in references], [r.box for r in references], MosaicLayout(2, 64), 0
+    )
+    np.testing.assert_array_equal(np.asarray(sample.mllm_images[0]), np.asarray(mosaic))
+    stretched = target.resize((64, 64), Image.Resampling.BICUBIC)
+    expected = Qwen2VLImageProcessor(patch_size=8, temporal_patch_size=1)(
+        [mosaic, stretched], return_tensors="pt"
+    )
+    torch.testing.assert_close(sample.pixel_values, expected["pixel_values"])
+
+
+def test_sam_sees_the_whole_image(processor: ConceptSegProcessor) -> None:
+    sample = processor.prepare(picture(), "red")
+    expected = processor.sam_image_processor(picture(), return_tensors="pt")["pixel_values"][0]
+    assert sample.sam_pixel_values.shape == (3, 56, 56)
+    torch.testing.assert_close(sample.sam_pixel_values, expected)
+
+
+def test_exif_rotation_reaches_the_frame(processor: ConceptSegProcessor) -> None:
+    image = picture()
+    image.getexif()[0x0112] = 6
+    assert processor.prepare(image, "red").frame.image_size == SIZE[::-1]
+
+
+def test_lazy_and_eager_agree(processor: ConceptSegProcessor) -> None:
+    inputs = (picture(), "red circle", references_of("with_proxy"))
+    eager, lazy = processor.prepare(*inputs), processor.prepare(*inputs, lazy=True)
+    assert lazy.input_ids is None and lazy.pixel_values is None
+    assert processor.prepare_mllm(lazy) is lazy
+    for name in ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw", "sam_pixel_values"):
+        assert torch.equal(getattr(eager, name), getattr(lazy, name))
+
+
+# Batches
+
+
+def test_collate_pads_prompts_left_and_completions_right(processor: ConceptSegProcessor) -> None:
+    samples = [
+        processor.prepare(picture(), "red circle", references_of("with_proxy")),
+        processor.prepare(picture(1), "red"),
+    ]
+    completions = ["<answer>a</answer>", "<answer>longer</answer>"]
+    batch = processor.collate(samples, completions)
+    length = len(samples[0].input_ids)
+    tokenizer = processor.tokenizer
+    for row, (sample, completion) in enumerate(zip(samples, completions, strict=True)):
+        padding = length - len(sample.input_ids)
+        assert (batch["input_ids"][row, :padding] == tokenizer.pad_token_id).all()
+        assert torch.equal(batch["input_ids"][row, padding:length], sample.input_ids)
+        assert torch.equal(batch["mm_token_type_ids"][row, padding:length], sample.mm_token_type_ids)
+        mask = batch["completion_mask"][row]
+        assert tokenizer.decode(batch["input_ids"][row][mask]) == completion
+        end = length + len(completion)
+        assert not mask[:length].any() and mask[length:end].all() and not mask[end:].any()
+        assert batch["input_ids"][row, end] == tokenizer.eos_token_id
+        assert torch.equal(
+            batch["attention_mask"][row].bool(),
+            (torch.arange(mask.numel()) >= padding) & (torch.arange(mask.numel()) <= end),
+        )
+    assert batch["mm_token_type_ids"].sum() == 48
+    assert batch["image_grid_thw"].shape == (3, 3) and batch["pixel_values"].shape[0] == 3 * 64
+
+
+def test_collate_without_completions_is_ready_for_generation(processor: ConceptSegProcessor) -> None:
+    samples = [processor.prepare(picture(), prompt, lazy=True) for prompt in ("red", "red circle")]
+    batch = processor.collate(samples)
+    assert "completion_mask" not in batch
+    assert (batch["attention_mask"][:, -1] == 1).all()
+    assert batch["attention_mask"].sum(-1).tolist() == [len(sample.input_ids) for sample in samples]
+
+
+def test_collate_takes_token_ids(processor: ConceptSegProcessor) -> None:
+    sample = processor.prepare(picture(), "red")
+    ids = processor.tokenizer("<answer>a</answer>", add_special_tokens=False)["input_ids"]
+    written = processor.collate([sample], ["<answer>a</answer>"])
+    for given_as in (ids, torch.tensor(ids)):
+        assert torch.equal(processor.collate([sample], [given_as])["input_ids"], written["input_ids"])
+
+
+def test_empty_completion_has_no_completion_tokens(processor: ConceptSegProcessor) -> None:
+    batch = processor.collate([processor.prepare(picture(), "red")] * 2, ["", "ab"])
+    assert batch["completion_mask"].sum(-1).tolist() == [0, 2]
+
+
+def test_collate_moves_to_a_device(processor: ConceptSegProcessor) -> None:
+    batch = processor.collate([processor.prepare(picture(), "red")], ["a"], device="meta")
+    assert all(tensor.device.type == "meta" for tensor in batch.values())
+
+
+def test_collate_refuses(processor: ConceptSegProcessor) -> None:
+    sample = processor.prepare(picture(), "red")
+    with pytest.raises(ValueError, match="no samples"):
+        processor.collate([])
+    with pytest.raises(ValueError, match="2 completions for 1 samples"):
+        processor.collate([sample], ["a", "b"])
+    with pytest.raises(ValueError, match=r"sample 1 could not be prepared \(broken\.\)"):
+        processor.collate([sample, PreparedSample.failed("red", "broken.")])
+    with pytest.raises(ValueError, match="contains an image token"):
+        processor.collate([sample], ["<|image_pad|>"])
+
+
+def test_call_takes_one_or_many(processor: ConceptSegProcessor) -> None:
+    image = picture()
+    assert [sample.prompt for sample in processor(image, "red")] == ["red"]
+    inputs = processor([image, picture(1)], ["red", "red circle"], [[boxed(1)], []])
+    assert [sample.frame.layout is None for sample in inputs] == [False, True]
+    shared = processor([image, picture(1)], "red", references_of("with_proxy"))
+    assert [sample.frame.proxy for sample in shared] == [0, 0]
+    assert len(shared[:1]) == 1 and shared[:1].processor is processor
+    with pytest.raises(ValueError, match="got 2 images, 3 prompts and 2 lists of references"):
+        processor([image, image], ["a", "b", "c"])
+
+
+def test_prompts_of_one_image_share_its_pixels(processor: ConceptSegProcessor) -> None:
+    inputs = processor(picture(), ["red", "red circle"])
+    assert inputs[0].sam_pixel_values is inputs[1].sam_pixel_values
+    moved = inputs.to("meta")
+    assert moved[0].sam_pixel_values is moved[1].sam_pixel_values
+    assert moved[0].sam_pixel_values.device.type == "meta" and inputs[0].sam_pixel_values.device.type == "cpu"
+
+
+def test_samples_and_processor_can_be_pickled(processor: ConceptSegProcessor) -> None:
+    for lazy in (True, False):
+        sample = processor.prepare(picture(), "red", references_of("with_proxy"), lazy=lazy)
+        again = pickle.loads(pickle.dumps(processor)).prepare_mllm(pickle.loads(pickle.dumps(sample)))
+        assert again.frame == sample.frame
+        assert torch.equal(again.pixel_values, processor.prepare_mllm(sample).pixel_values)
+
+
+def test_sam_text_is_padded_or_cut(processor: ConceptSegProcessor) -> None:
+    ids, mask = processor.sam_text(["red circle", "", "red " * 50])
+    assert ids.tolist() == [[1, 4, 5, 2, 0, 0], [1, 2, 0, 0, 0, 0], [1, 4, 4, 4, 4, 2]]
+    assert mask.tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [1] * 6]
+    assert processor.sam_text(["red"], device="meta")[0].device.type == "meta"
+
+
+# Back to the input images
+
+
+@st.composite
+def boxes_in(draw: st.DrawFn, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    x = sorted(draw(st.lists(st.floats(0, size[0]), min_size=2, max_size=2)))
+    y = sorted(draw(st.lists(st.floats(0, size[1]), min_size=2, max_size=2)))
+    return x[0], y[0], x[1], y[1]
+
+
+sizes = st.tuples(st.integers(1, 4000), st.integers(1, 4000))
+scales = st.sampled_from([1.0, 64.0, 100.0, 600.0])
+
+
+@pytest.fixture(scope="module")
+def scaled_processors() -> dict[float, ConceptSegProcessor]:
+    return {scale: build(coordinate_scale=scale) for scale in (1.0, 64.0, 100.0, 600.0)}
+
+
+@settings(deadline=None, max_examples=200)
+@given(sizes, scales, st.data())
+def test_target_box_round_trip(
+    scaled_processors: dict, size: tuple[int, int], scale: float, data: st.DataObject
+) -> None:
+    processor, frame = scaled_processors[scale], Frame(size)
+    box = data.draw(boxes_in(size))
+    text_box = processor.box_to_text(box, frame)
+    assert min(text_box) >= 0 and max(text_box) <= scale * (1 + 1e-12)
+    np.testing.assert_allclose(processor.text_box_to_image(text_box, frame), box, rtol=1e-9, atol=1e-6)
+    # Through the written completion: exact up to half a unit of the text.
+    completion = parse_completion(format_completion("", "", None, text_box, "x", scale), scale)
+    unit = 1 if scale > 1 else 0.001
+    back = processor.text_box_to_image(completion.bbox, frame)
+    for side in (0, 1):
+        np.testing.assert_allclose(back[side::2], box[side::2], atol=size[side] * unit / scale / 2 + 1e-6)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 9), scales, st.data())
+def test_reference_box_round_trip(
+    scaled_processors: dict, count: int, scale: float, data: st.DataObject
+) -> None:
+    processor = scaled_processors[scale]
+    proxy = data.draw(st.one_of(st.none(), st.integers(0, count - 1))) if count > 1 else None
+    grid = 1 if count == 1 else 2 if count <= 4 else 3
+    reference_sizes = tuple(data.draw(sizes) for _ in range(count))
+    frame = Frame(
+        SIZE, reference_sizes, MosaicLayout(grid, processor.canvas_size), assign_cells(count, proxy), proxy
+    )
+    index = data.draw(st.integers(0, count - 1))
+    width, height = reference_sizes[index]
+    box = data.draw(boxes_in((width, height)))
+    text_box = processor.reference_box_to_text(box, index, frame)
+    found, back = processor.text_box_to_reference(text_box, frame)
+    centre_on_edge = (box[0] + box[2]) / 2 > width * (1 - 1e-9) or (box[1] + box[3]) / 2 > height * (1 - 1e-9)
+    if not centre_on_edge:  # an empty box on the far edge belongs to the next cell as well
+        assert found == index
+        np.testing.assert_allclose(back, box, rtol=1e-9, atol=1e-6)
+
+
+def test_check_is_the_withheld_box(processor: ConceptSegProcessor) -> None:
+    references = [boxed(1), boxed(2), Reference(picture(3, (40, 80)), box=(10, 20, 30, 60), role="proxy")]
+    frame = processor.prepare(picture(), "red", references).frame
+    assert (frame.proxy, frame.cell_of_reference, frame.proxy_box) == (2, (1, 2, 0), (10, 20, 30, 60))
+    assert processor.check_to_text(frame) == (12.5, 12.5, 37.5, 37.5)
+    assert processor.text_box_to_reference((12.5, 12.5, 37.5, 37.5), frame) == (2, (10, 20, 30, 60))
+    assert processor.check_iou((12.5, 12.5, 37.5, 37.5), frame) == 1
+    assert processor.check_iou((62.5, 12.5, 87.5, 37.5), frame) == 0
+    assert processor.check_iou(None, frame) == 0
+
+
+def test_check_boxes_that_point_nowhere(processor: ConceptSegProcessor) -> None:
+    frame = processor.prepare(picture(), "red", references_of("with_proxy")).frame
+    assert processor.text_box_to_reference((80, 80, 90, 90), frame) == (
+        None,
+        None,
+    )  # the fourth cell is empty
+    assert processor.text_box_to_reference((0, 0, 1, 1), Frame(SIZE)) == (None, None)
+    assert processor.check_to_text(Frame(SIZE)) is None
+    # A box across two cells is cut at the reference that holds its centre.
+    assert processor.text_box_to_reference((0, 0, 60, 50), frame) == (0, (0, 0, 90, 60))
+    with pytest.raises(ValueError, match="has no references"):
+        processor.reference_box_to_text((0, 0, 1, 1), 0, Frame(SIZE))
+
+
+def test_decode_completion(processor: ConceptSegProcessor) -> None:
+    text = (
+        "<think> so, it's red . </think><rule>é</rule><check>[1,2,3,4]</check>"
+        "<bbox>[10,20,30,140]</bbox><answer>a</answer>"
+    )
+    ids = processor.tokenizer(text + "<|im_end|><|endoftext|>", add_special_tokens=False)["input_ids"]
+    with_proxy = processor.prepare(picture(), "red", references_of("with_proxy"), lazy=True)
+    for given_as in (ids, torch.tensor(ids)):
+        completion = processor.decode_completion(given_as, with_proxy)
+        assert completion.text == text and completion.is_valid
+        assert completion.bbox == (10, 20, 30, 100)
+    assert processor.decode_completion(ids).is_valid
+    assert processor.decode_completion(ids, processor.prepare(picture(), "red", lazy=True)).missing == (
+        "<check> was not asked for",
+    )
+    assert processor.decode_completion([]).answer is None
+
+
+def test_post_process_mask(processor: ConceptSegProcessor) -> None:
+    logits = torch.full((8, 8), -4.0)
+    logits[:, 4:] = 4.0
+    mask, probability = processor.post_process_mask(
+        logits.to(torch.bfloat16).requires_grad_(), Frame((90, 60))
+    )
+    assert mask.mode == "L" and mask.size == (90, 60)
+    values = np.asarray(mask)
+    assert set(np.unique(values)) == {0, 255}
+    assert (values[:, :45] == 0).all() and (values[:, 45:] == 255).all()
+    assert probability.shape == (60, 90) and probability.dtype == np.float32
+    np.testing.assert_array_equal(values > 0, probability > 0.5)
+
+
+def test_zero_logits_are_background(processor: ConceptSegProcessor) -> None:
+    mask, _ = processor.post_process_mask(torch.zeros(4, 4), Frame((5, 7)))
+    assert not np.asarray(mask).any()
+
+
+# Files
+
+
+def test_auto_processor_round_trip(tmp_path: pathlib.Path) -> None:
+    template = PromptTemplate(
+        "sys", "p {problem} {reference_boxes}", "s {problem}", "1 {problem}", "0 {problem}"
+    )
+    processor = build(canvas_size=48, coordinate_scale=48, sam_text_length=5, prompt_template=template)
+    processor.save_pretrained(tmp_path)
+    assert (
+        json.loads((tmp_path / "processor_config.json").read_text())["prompt_template"] == template.to_dict()
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "conceptseg"}))
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(again, ConceptSegProcessor)
+    assert (again.canvas_size, again.coordinate_scale, again.sam_text_length) == (48, 48, 5)
+    assert again.template == template and again.chat_template == CHAT_TEMPLATE
+    assert again.tokenizer.padding_side == "left" and again.sam_tokenizer.padding_side == "right"
+    assert again.sam_tokenizer.get_vocab() == processor.sam_tokenizer.get_vocab()
+    inputs = (picture(), "red circle", references_of("with_proxy"))
+    before, after = processor.prepare(*inputs), again.prepare(*inputs)
+    for name in ("input_ids", "pixel_values", "image_grid_thw", "sam_pixel_values"):
+        assert torch.equal(getattr(before, name), getattr(after, name))
+    assert before.frame == after.frame
+    # A second generation is the same file.
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "processor_config.json").read_text() == (
+        tmp_path / "processor_config.json"
+    ).read_text()
+
+
+def test_scalars_can_be_overridden_at_load(tmp_path: pathlib.Path) -> None:
+    build().save_pretrained(tmp_path)
+    again = ConceptSegProcessor.from_pretrained(
+        tmp_path, canvas_size=32, coordinate_scale=1, padding_side="right"
+    )
+    assert (again.canvas_size, again.coordinate_scale) == (32, 1)
+    assert again.tokenizer.padding_side == "left"
+    assert again.template == OFFICIAL_TEMPLATE
+
+
+@pytest.mark.parametrize("argument", ["canvas_size", "coordinate_scale", "sam_text_length"])
+def test_sizes_must_be_positive(argument: str) -> None:
+    with pytest.raises(ValueError, match=f"{argument} is 0; give a positive number"):
+        build(**{argument: 0})
+
+
+def test_tokenizer_needs_an_image_token() -> None:
+    with pytest.raises(ValueError, match="no image token"):
+        ConceptSegProcessor(Qwen2VLImageProcessor(), sam_tokenizer(), Sam3ImageProcessor(), sam_tokenizer())

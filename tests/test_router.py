@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+
+from conceptseg_hf.router import ROUTER_MODES, ShortcutRouter
+
+
+@pytest.mark.parametrize(
+    ("prompt", "threshold"),
+    [
+        ("circle", 0.1),
+        ("red circle", 0.2),
+        ("large red circle", 0.4),
+        ("the large red circle", 0.8),
+        ("the one large red circle", 1.0),
+        ("word " * 5000, 1.0),
+        ("", 0.1),
+        ("  red \t circle\n", 0.2),
+        ("red circle (the one on the left)", 0.2),
+        ("red (very) circle", 0.2),
+        ("circle (unclosed", 0.2),
+        ("(only parentheses)", 0.1),
+    ],
+)
+def test_threshold_follows_equation_9(prompt, threshold):
+    assert ShortcutRouter().threshold(prompt) == pytest.approx(threshold)
+
+
+def test_threshold_of_another_base_is_clipped():
+    router = ShortcutRouter(base=0.6)
+    assert router.threshold("circle") == pytest.approx(0.6)
+    assert router.threshold("red circle") == 1.0
+
+
+def test_modes():
+    adaptive, sam_only, full_reasoning = (ShortcutRouter(mode) for mode in ROUTER_MODES)
+    short, long = "circle", "the small object that is not like the others"
+    assert adaptive.asks_sam(short) and not adaptive.asks_sam(long)
+    assert adaptive.accepts(0.1, short) and not adaptive.accepts(0.0999, short)
+    assert not adaptive.accepts(1.0, long)
+    assert sam_only.threshold(long) == 0.0 and sam_only.accepts(0.0, long)
+    assert not full_reasoning.asks_sam(short) and not full_reasoning.accepts(1.0, short)
+
+
+def test_word_count_stays_linear_on_hostile_prompts():
+    assert ShortcutRouter.word_count("(" * 200_000) == 1
+    assert ShortcutRouter.word_count("(a " * 100_000) == 100_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"), [({"mode": "auto"}, "'auto'"), ({"base": 0}, "base is 0"), ({"base": 1.5}, "1.5")]
+)
+def test_refuses_invalid_settings(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        ShortcutRouter(**arguments)

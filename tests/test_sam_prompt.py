@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Sam3Model
+
+from conceptseg_hf import ConceptSegConfig
+from conceptseg_hf.sam_prompt import decode, encode_image, encode_text
+
+
+@pytest.fixture(scope="module")
+def sam() -> Sam3Model:
+    torch.manual_seed(0)
+    model = (
+        Sam3Model._from_config(ConceptSegConfig.from_preset("nano").sam_config).eval().requires_grad_(False)
+    )
+    for parameter in model.parameters():
+        if parameter.dim() < 2:
+            parameter.add_(
+                0.1 * torch.randn_like(parameter)
+            )  # biases and norms start out too regular to reveal a mistake
+    return model
+
+
+@pytest.fixture
+def prompt() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, 4:] = 0
+    return {"input_ids": torch.randint(3, 100, (2, 6)), "attention_mask": mask}
+
+
+def test_geometry_cls_equals_sam_with_one_padded_box(sam: Sam3Model, prompt: dict[str, torch.Tensor]) -> None:
+    pixels = torch.randn(2, 3, 128, 128)
+    ours = decode(sam, encode_image(sam, pixels), *encode_text(sam, **prompt))
+    padded_box = {"input_boxes": torch.zeros(2, 1, 4), "input_boxes_labels": torch.full((2, 1), -10)}
+    theirs = sam(pixel_values=pixels, **prompt, **padded_box)
+    for name in ("semantic_seg", "presence_logits", "pred_masks", "pred_logits", "pred_boxes"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+
+
+def test_without_geometry_cls_it_is_plain_sam(sam: Sam3Model, prompt: dict[str, torch.Tensor]) -> None:
+    pixels = torch.randn(2, 3, 128, 128)
+    plain = sam(pixel_values=pixels, **prompt)
+    without = decode(sam, encode_image(sam, pixels, geometry_cls=False), *encode_text(sam, **prompt))
+    torch.testing.assert_close(without.semantic_seg, plain.semantic_seg, rtol=1e-4, atol=1e-5)
+    with_cls = decode(sam, encode_image(sam, pixels), *encode_text(sam, **prompt))
+    assert (with_cls.semantic_seg - plain.semantic_seg).abs().max() > 1e-3  # the switch does something
+
+
+def test_gradients_reach_the_concepts_and_nothing_else(
+    sam: Sam3Model, prompt: dict[str, torch.Tensor]
+) -> None:
+    concepts = torch.randn(2, 3, 64, requires_grad=True)
+    output = decode(
+        sam, encode_image(sam, torch.randn(2, 3, 128, 128)), *encode_text(sam, **prompt), concepts
+    )
+    (output.semantic_seg.sum() + output.presence_logits.sum()).backward()
+    assert concepts.grad is not None and (concepts.grad.abs().sum(-1) > 0).all()
+    assert all(parameter.grad is None for parameter in sam.parameters())
+
+
+def test_selected_rows_decode_as_they_do_alone(sam: Sam3Model, prompt: dict[str, torch.Tensor]) -> None:
+    features = encode_image(sam, torch.randn(2, 3, 128, 128))
+    text, mask = encode_text(sam, **prompt)
+    together = decode(
+        sam, features.select(torch.tensor([1, 0, 1])), text[[0, 0, 1]], mask[[0, 0, 1]]
+    ).semantic_seg
+    alone = decode(sam, features.select(torch.tensor([1])), text[1:], mask[1:]).semantic_seg
+    assert len(features) == 2
+    torch.testing.assert_close(together[2:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_needs_something(sam: Sam3Model) -> None:
+    with pytest.raises(ValueError, match="both text_embeds and concept_embeds are None"):
+        decode(sam, encode_image(sam, torch.randn(1, 3, 128, 128)))

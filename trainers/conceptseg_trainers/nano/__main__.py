@@ -1,0 +1,75 @@
+"""Trains conceptseg-nano: `python -m conceptseg_trainers.nano [--stage sam|mllm|ctm|all]`.
+
+The stages "sam" and "mllm" do not depend on each other and may run side by side in two processes; "ctm" needs both and writes the checkpoint.
+Every stage resumes where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from .assemble import load_stage, write_checkpoint
+from .ctm_stage import CtmStage
+from .loop import Schedule, train
+from .mllm_stage import MllmStage
+from .sam_stage import SamStage
+
+STEPS = {"sam": 6500, "mllm": 3600, "ctm": 2500}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m conceptseg_trainers.nano", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--stage", choices=[*STEPS, "all"], default="all", help="which stage to run (default: all)"
+    )
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        default=Path("runs/nano"),
+        help="state, logs and weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, help="where the checkpoint goes (default: <run-dir>/checkpoint)"
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own)")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="multiplies the steps of every stage (default: %(default)s)"
+    )
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    steps = {name: max(20, round(count * arguments.scale)) for name, count in STEPS.items()}
+    run_dir, device = arguments.run_dir, arguments.device
+    if arguments.stage in ("sam", "all"):
+        train(
+            SamStage(device=device), Schedule(steps["sam"], learning_rate=1e-3, evaluate_every=300), run_dir
+        )
+    if arguments.stage in ("mllm", "all"):
+        train(
+            MllmStage(steps["mllm"], device=device),
+            Schedule(steps["mllm"], learning_rate=1.5e-3, evaluate_every=300),
+            run_dir,
+        )
+    if arguments.stage in ("ctm", "all"):
+        model, processor = load_stage(run_dir)
+        stage = CtmStage(
+            model,
+            processor,
+            run_dir,
+            completions=max(240, round(7200 * min(1.0, arguments.scale))),
+            device=device,
+        )
+        train(stage, Schedule(steps["ctm"], learning_rate=1e-3, evaluate_every=250), run_dir)
+        write_checkpoint(model.cpu(), processor, arguments.output_dir or run_dir / "checkpoint")
+
+
+if __name__ == "__main__":
+    main()

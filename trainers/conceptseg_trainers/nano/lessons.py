@@ -1,0 +1,259 @@
+"""What the nano MLLM is taught: pictures, a text to continue, and where it should look while it writes.
+
+Two kinds of lesson: `naming_lesson` lists the things in one picture with their boxes, many box targets for little text; `task_lesson` is a
+whole task as the model will meet it, with mosaic, instruction and completion. The pictures and prompts of a task lesson are exactly those of
+`ConceptSegProcessor` (tested); they are made here without its general machinery, which would cost more than a training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from conceptseg_hf.completion import format_completion
+from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE as SIDE
+from conceptseg_hf.data.concept_shapes.families import Task
+from conceptseg_hf.data.concept_shapes.rendering import COLOURS, GREY, SHAPES, TEXTURES
+from conceptseg_hf.data.concept_shapes.scenes import (
+    Look,
+    Scene,
+    draw_scene,
+    make_objects,
+    mask_box,
+    random_look,
+)
+from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
+from conceptseg_hf.references import Reference, assign_cells, compose_mosaic, resolve_references
+
+from .tokenizers import COORDINATE_SCALE
+
+GRID = 8  # image tokens per side
+KINDS = ("", "glass", "shadow", "hidden", "core", "scratch", "stain", "hole", "lesion")
+DENSE_CLASSES = {
+    "shape": len(SHAPES) + 1,
+    "colour": len(COLOURS) + 2,
+    "texture": len(TEXTURES) + 1,
+    "kind": len(KINDS) + 1,
+}
+_NOTHING = [0, 0, 0, 0]
+
+
+@dataclass(frozen=True)
+class Visible:
+    """One thing in a picture: its look and its visible pixels (SIDE, SIDE)."""
+
+    look: Look
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class Focus:
+    """While the token at a place of the completion is being chosen, attention belongs on these image tokens.
+
+    Attributes:
+        position: Index of the token within the completion.
+        picture: Index of the picture.
+        tokens: (GRID * GRID,) bool.
+    """
+
+    position: int
+    picture: int
+    tokens: np.ndarray
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One training sequence.
+
+    Attributes:
+        pictures: (SIDE, SIDE, 3) 8-bit pictures.
+        prompt: Token ids up to the completion, image tokens expanded.
+        completion: Token ids of the completion with its end token.
+        focus: Where to look, for some tokens of the completion.
+        dense: Per picture, what each image token shows: (GRID * GRID, 4) classes (0: nothing) and (GRID * GRID, 4) boxes in 0..1.
+    """
+
+    pictures: tuple[np.ndarray, ...]
+    prompt: list[int]
+    completion: list[int]
+    focus: tuple[Focus, ...]
+    dense: tuple[tuple[np.ndarray, np.ndarray], ...]
+
+
+class LessonWriter:
+    """Turns scenes and tasks into lessons with the nano processor's tokenizer and template."""
+
+    def __init__(self, processor: ConceptSegProcessor) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        vocabulary = self.tokenizer.get_vocab()
+        self.ids = {
+            name: vocabulary[name]
+            for name in ("<check>", "<bbox>", "</think>", "<answer>", "</answer>", "<|im_end|>", "[")
+        }
+
+    def naming_lesson(
+        self, rng: np.random.Generator, picture: np.ndarray, things: Sequence[Visible]
+    ) -> Lesson:
+        """All things of unique name in one picture, in random order: name, then box."""
+        names = [thing.look.phrase for thing in things]
+        unique = [
+            thing
+            for thing, name in zip(things, names, strict=True)
+            if names.count(name) == 1 and thing.mask.sum() >= 12
+        ]
+        order = rng.permutation(len(unique))[:6]
+        completion: list[int] = []
+        focus: list[Focus] = []
+        for index in order:
+            thing = unique[int(index)]
+            tokens = tokens_of(thing.mask)
+            words = self._ids(thing.look.phrase)
+            # While it names a thing it may choose which; only the words after the first are determined.
+            focus += [Focus(len(completion) + i, 0, tokens) for i in range(1, len(words))]
+            completion += words
+            box = self._ids(f"<bbox>{_box_text(text_box(mask_box(thing.mask)))}</bbox>")
+            focus += [Focus(len(completion) + i, 0, tokens) for i in (2, 4, 6, 8)]
+            completion += box
+        prompt = self._prompt("mark objects", 1)
+        return Lesson(
+            (picture,), prompt, [*completion, self.ids["<|im_end|>"]], tuple(focus), (dense_targets(things),)
+        )
+
+    def task_lesson(self, task: Task) -> Lesson:
+        """A whole task: mosaic and target, the instruction, and the ground-truth completion."""
+        things = [Visible(item.look, item.mask) for item in task.scene.objects]
+        pictures, dense, check, check_tokens = [task.scene.pixels], [dense_targets(things)], None, None
+        if task.references:
+            references = [Reference(Image.fromarray(scene.pixels), box=box) for scene, box in task.references]
+            resolved = resolve_references(references)
+            frame = self.processor.make_frame((SIDE, SIDE), resolved)
+            mosaic = compose_mosaic(resolved.images, resolved.boxes, frame.layout, resolved.proxy)
+            instruction = self.processor.instruction(task.prompt, frame)
+            pictures.insert(0, np.asarray(mosaic))
+            cells = assign_cells(len(references), resolved.proxy)
+            rects = [frame.layout.cell(cell) for cell in cells]
+            dense.insert(0, dense_targets(mosaic_things([scene for scene, _ in task.references], rects)))
+            check = self.processor.check_to_text(frame)
+            if check is not None:
+                check_tokens = box_tokens(check)
+        else:
+            instruction = self.processor.template.fill("no_reference", task.prompt)
+        present = bool(task.mask.any())
+        text = format_completion(
+            task.think,
+            task.rule,
+            check,
+            text_box(mask_box(task.mask)) if present else _NOTHING,
+            task.answer,
+            COORDINATE_SCALE,
+        )
+        completion = [*self._ids(text), self.ids["<|im_end|>"]]
+        focus: list[Focus] = []
+        if check_tokens is not None:
+            start = completion.index(self.ids["<check>"])
+            focus += [Focus(start + i, 0, check_tokens) for i in (2, 4, 6, 8)]
+        if present:
+            tokens, target = tokens_of(task.mask), len(pictures) - 1
+            start = completion.index(self.ids["<bbox>"])
+            focus += [Focus(start + i, target, tokens) for i in (2, 4, 6, 8)]
+            # The reasoning ends with the answer, and so does the completion.
+            length = completion.index(self.ids["</answer>"]) - completion.index(self.ids["<answer>"]) - 1
+            for end in (completion.index(self.ids["</think>"]), completion.index(self.ids["</answer>"])):
+                focus += [Focus(i, target, tokens) for i in range(end - length, end)]
+        return Lesson(
+            tuple(pictures), self._prompt(instruction, len(pictures)), completion, tuple(focus), tuple(dense)
+        )
+
+    def mosaic_naming_lesson(self, rng: np.random.Generator, task: Task) -> Lesson:
+        """The things in a mosaic, named and located: cells are small, so this is where check boxes are learned."""
+        references = [Reference(Image.fromarray(scene.pixels), box=box) for scene, box in task.references]
+        resolved = resolve_references(references)
+        frame = self.processor.make_frame((SIDE, SIDE), resolved)
+        picture = np.asarray(compose_mosaic(resolved.images, resolved.boxes, frame.layout, resolved.proxy))
+        rects = [frame.layout.cell(cell) for cell in assign_cells(len(references), resolved.proxy)]
+        return self.naming_lesson(rng, picture, mosaic_things([scene for scene, _ in task.references], rects))
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _prompt(self, instruction: str, pictures: int) -> list[int]:
+        text = self.processor.chat_text(instruction, pictures)
+        token = self.processor.image_token
+        return self._ids(text.replace(token, token * GRID**2))
+
+
+def simple_scene(rng: np.random.Generator, count: int) -> Scene:
+    """A scene of some objects, for the first lessons."""
+    return draw_scene(rng, SIDE, make_objects(rng, SIDE, [random_look(rng) for _ in range(count)]))
+
+
+def mosaic_things(scenes: Sequence[Scene], rects: Sequence[tuple[int, int, int, int]]) -> list[Visible]:
+    """The things of reference scenes, where the mosaic shows them."""
+    things: list[Visible] = []
+    for scene, (left, top, right, bottom) in zip(scenes, rects, strict=True):
+        rows = np.arange(bottom - top) * scene.pixels.shape[0] // (bottom - top)
+        columns = np.arange(right - left) * scene.pixels.shape[1] // (right - left)
+        for item in scene.objects:
+            mask = np.zeros((SIDE, SIDE), dtype=bool)
+            mask[top:bottom, left:right] = item.mask[rows][:, columns]
+            things.append(Visible(item.look, mask))
+    return things
+
+
+def text_box(box: Sequence[float]) -> list[float]:
+    """A box from canvas pixels to text units."""
+    return [value * COORDINATE_SCALE / SIDE for value in box]
+
+
+def _box_text(box: Sequence[float]) -> str:
+    return "[" + ",".join(str(int(round(value))) for value in box) + "]"
+
+
+def _token_areas(mask: np.ndarray) -> np.ndarray:
+    """Share of each image token that a mask covers, (GRID * GRID,)."""
+    side = SIDE // GRID
+    return mask.reshape(GRID, side, GRID, side).mean(axis=(1, 3)).reshape(-1)
+
+
+def tokens_of(mask: np.ndarray) -> np.ndarray:
+    """The image tokens that show a mask: covered by a quarter, or by half as much as the best covered one."""
+    areas = _token_areas(mask)
+    return areas >= min(0.25, 0.5 * areas.max())
+
+
+def box_tokens(box: Sequence[float]) -> np.ndarray:
+    """The image tokens under a box in text units."""
+    x1, y1, x2, y2 = (value * SIDE / COORDINATE_SCALE for value in box)
+    mask = np.zeros((SIDE, SIDE), dtype=bool)
+    mask[round(y1) : max(round(y2), round(y1) + 1), round(x1) : max(round(x2), round(x1) + 1)] = True
+    return tokens_of(mask)
+
+
+def dense_targets(things: Sequence[Visible]) -> tuple[np.ndarray, np.ndarray]:
+    """What each image token shows: class indices (GRID * GRID, 4), 0 for nothing, and the box of that thing in 0..1."""
+    classes = np.zeros((GRID * GRID, len(DENSE_CLASSES)), dtype=np.int64)
+    boxes = np.zeros((GRID * GRID, 4), dtype=np.float32)
+    best = np.full(GRID * GRID, 0.12)
+    for thing in things:
+        if not thing.mask.any():
+            continue
+        areas = _token_areas(thing.mask)
+        here = areas > best
+        best = np.maximum(best, areas)
+        classes[here] = look_classes(thing.look)
+        boxes[here] = np.asarray(mask_box(thing.mask), dtype=np.float32) / SIDE
+    return classes, boxes
+
+
+def look_classes(look: Look) -> tuple[int, int, int, int]:
+    """Class indices of a look, in the order of `DENSE_CLASSES`; 0 is left for nothing."""
+    return (
+        SHAPES.index(look.shape) + 1,
+        (*COLOURS, GREY).index(look.colour) + 1,
+        TEXTURES.index(look.texture) + 1,
+        KINDS.index(look.kind) + 1,
+    )

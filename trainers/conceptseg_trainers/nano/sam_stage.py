@@ -1,0 +1,292 @@
+"""Stage "sam": SAM 3 learns to segment what a noun phrase, a box, or both name in a scene.
+
+Every image is asked several phrases at once: the contrast between them, absent ones included, is what teaches it to listen to the words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Sam3Model
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE, NANO_SAM_TEXT_LENGTH, ConceptSegConfig
+from conceptseg_hf.data import ConceptShapes
+from conceptseg_hf.data.concept_shapes.rendering import COLOURS, SHAPES, TEXTURES
+from conceptseg_hf.data.concept_shapes.scenes import Scene, SceneObject, mask_box
+from conceptseg_hf.losses import dice_loss
+from conceptseg_hf.sam_prompt import decode, encode_image, encode_text
+
+from .lessons import DENSE_CLASSES, look_classes
+from .loop import mean
+from .tokenizers import build_sam_tokenizer
+
+VISUAL = "visual"  # SAM 3's own text for "what the box shows"
+_SPECIAL_NOUNS = (
+    "shadow",
+    "transparent",
+    "lesion",
+    "scratch",
+    "stain",
+    "hole",
+    "glass circle",
+    "hidden square",
+)
+# Not names of anything: SAM 3 learns that it cannot tell whether such a concept is there, so that the router asks the MLLM.
+_CONCEPT_PROMPTS = (
+    "camouflaged object segmentation",
+    "salient object segmentation",
+    "industrial defect segmentation",
+    "tissue lesion segmentation",
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a scene: a phrase, perhaps a box (S, S pixels), and the true mask; `segment` is false where only presence counts."""
+
+    phrase: str
+    box: tuple[float, float, float, float] | None
+    mask: np.ndarray
+    segment: bool = True
+
+
+def positive_question(rng: np.random.Generator, scene: Scene) -> Question:
+    """A question about something that is there."""
+    item = scene.objects[int(rng.integers(len(scene.objects)))]
+    words = _words_of(rng, item)
+    kind = rng.random()
+    if kind < 0.72:
+        return Question(" ".join(words), None, scene.mask_of(words))
+    if not item.mask.any():
+        return Question(" ".join(words), None, scene.mask_of(words))
+    phrase = VISUAL if kind < 0.85 else " ".join(words)
+    return Question(phrase, _jittered(rng, mask_box(item.mask), scene.pixels.shape[0]), item.mask)
+
+
+def _words_of(rng: np.random.Generator, item: SceneObject) -> list[str]:
+    look = item.look
+    full = look.phrase.split()
+    if look.kind:
+        return ["transparent"] if look.kind == "glass" and rng.random() < 0.5 else full
+    choice = rng.random()
+    if choice < 0.4:
+        return full
+    if choice < 0.65:
+        return [look.colour, look.shape]
+    if choice < 0.85:
+        return [look.shape]
+    return [look.colour, "object"] if choice < 0.95 or look.texture == "plain" else [look.texture, look.shape]
+
+
+def negative_question(rng: np.random.Generator, scene: Scene) -> Question:
+    """A question about something that is not there; half of the time one word of it fits something that is."""
+    nothing = np.zeros(scene.pixels.shape[:2], dtype=bool)
+    if rng.random() < 0.15:
+        return Question(
+            _CONCEPT_PROMPTS[int(rng.integers(len(_CONCEPT_PROMPTS)))], None, nothing, segment=False
+        )
+    colours, shapes = list(COLOURS), list(SHAPES)
+    while True:
+        item = scene.objects[int(rng.integers(len(scene.objects)))].look
+        choice = rng.random()
+        if choice < 0.12:
+            words = _SPECIAL_NOUNS[int(rng.integers(len(_SPECIAL_NOUNS)))].split()
+        elif choice < 0.6 and not item.kind:
+            words = item.phrase.split()
+            changed = int(rng.integers(len(words)))
+            pool = (
+                colours
+                if words[changed] in COLOURS
+                else shapes
+                if words[changed] in SHAPES
+                else list(TEXTURES[1:])
+            )
+            words[changed] = pool[int(rng.integers(len(pool)))]
+        else:
+            words = [shapes[int(rng.integers(len(shapes)))]]
+            if rng.random() < 0.7:
+                words.insert(0, colours[int(rng.integers(len(colours)))])
+        if not any(other.look.answers_to(words) for other in scene.objects):
+            return Question(" ".join(words), None, nothing)
+
+
+def _jittered(rng: np.random.Generator, box: Sequence[float], size: int) -> tuple[float, float, float, float]:
+    """A box moved a little at each side: the boxes that concept tokens will carry are not exact."""
+    x1, y1, x2, y2 = box
+    w, h = x2 - x1, y2 - y1
+    jitter = (2 * rng.random(4) - 1) * 0.12
+    x1, x2 = x1 + jitter[0] * w, x2 + jitter[1] * w
+    y1, y2 = y1 + jitter[2] * h, y2 + jitter[3] * h
+    return max(0.0, x1), max(0.0, y1), min(float(size), x2), min(float(size), y2)
+
+
+class SamWithHeads(nn.Module):
+    """SAM 3, and heads on its two finest feature maps that say what each pixel shows; only training needs them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = ConceptSegConfig.from_preset("nano").sam_config
+        self.sam = Sam3Model._from_config(config)
+        width = config.vision_config.fpn_hidden_size
+        self.dense = nn.ModuleList(nn.Conv2d(width, sum(DENSE_CLASSES.values()), 1) for _ in range(2))
+
+
+class SamStage:
+    """Trains all of SAM 3 on semantic masks (dice + focal) and presence (binary cross-entropy), with dense heads on its features.
+
+    Args:
+        images: Images per step.
+        questions: Questions per image.
+        device: Where to train.
+    """
+
+    name = "sam"
+
+    def __init__(self, images: int = 16, questions: int = 4, device: str = "cpu") -> None:
+        torch.manual_seed(0)
+        self.module = SamWithHeads().to(device)
+        self.sam = self.module.sam
+        self.images, self.questions, self.device = images, questions, device
+        self.tokenizer = build_sam_tokenizer()
+        self.train_split = ConceptShapes("train", size=NANO_IMAGE_SIZE)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        scenes, questions = [], []
+        for i in range(self.images):
+            index = step * self.images + i
+            scene = self.train_split.task(index).scene
+            rng = np.random.default_rng([7, index])
+            scenes.append(scene)
+            negatives = 1 + int(rng.random() < 0.35)
+            questions.append(
+                [positive_question(rng, scene) for _ in range(self.questions - negatives)]
+                + [negative_question(rng, scene) for _ in range(negatives)]
+            )
+        flat = [question for row in questions for question in row]
+        rows = torch.arange(self.images, device=self.device).repeat_interleave(self.questions)
+        encoded = encode_image(
+            self.sam, scenes_to_pixels([scene.pixels for scene in scenes], self.device), geometry_cls=False
+        )
+        features = encoded.select(rows)
+        tokens = self.tokenizer(
+            [question.phrase for question in flat],
+            padding="max_length",
+            truncation=True,
+            max_length=NANO_SAM_TEXT_LENGTH,
+            return_tensors="pt",
+        ).to(self.device)
+        text, mask = encode_text(self.sam, tokens.input_ids, tokens.attention_mask)
+        boxes, labels = _boxes(flat, self.train_split.size, self.device)
+        # A padded box leaves the geometry CLS token alone, as `sam_prompt` has it for prompts without boxes.
+        output = self.sam(
+            vision_embeds=features.vision,
+            text_embeds=BaseModelOutputWithPooling(pooler_output=text),
+            attention_mask=mask,
+            input_boxes=boxes,
+            input_boxes_labels=labels,
+        )
+        truth = torch.from_numpy(np.stack([question.mask for question in flat])).to(self.device).float()
+        present = truth.flatten(1).any(1)
+        segment = torch.tensor([question.segment for question in flat], device=self.device)
+        logits = output.semantic_seg[:, 0]
+        soft = nn.functional.adaptive_avg_pool2d(truth[:, None], logits.shape[-2:])[:, 0]
+        focal = _focal(logits, soft)
+        dice = dice_loss(logits[present], soft[present])
+        focal_loss = focal[segment].mean()
+        presence = nn.functional.binary_cross_entropy_with_logits(
+            output.presence_logits[:, 0], present.float()
+        )
+        dense = self._dense_loss(scenes, encoded.vision.fpn_hidden_states)
+        loss = dice + 10 * focal_loss + 0.5 * presence + 0.5 * dense
+        return loss, {
+            "dice": dice.item(),
+            "focal": focal_loss.item(),
+            "presence": presence.item(),
+            "dense": dense.item(),
+        }
+
+    def _dense_loss(self, scenes: Sequence[Scene], levels: Sequence[Tensor]) -> Tensor:
+        """Cross-entropy of shape, colour, texture and kind at every place of the two finest feature maps."""
+        maps = torch.from_numpy(np.stack([class_map(scene) for scene in scenes])).to(self.device)
+        loss = levels[0].new_zeros(())
+        for head, level in zip(self.module.dense, levels[:2], strict=True):
+            stride = maps.shape[1] // level.shape[-1]
+            targets = maps[:, stride // 2 :: stride, stride // 2 :: stride]
+            for i, logits in enumerate(head(level).split(list(DENSE_CLASSES.values()), dim=1)):
+                loss = loss + nn.functional.cross_entropy(logits, targets[..., i])
+        return loss / 2
+
+    @torch.no_grad()
+    def evaluate(self, count: int = 180) -> dict[str, float]:
+        """Foreground IoU of noun phrases by level, of the user's own words on CI, and the AUC of presence, on the split "val"."""
+        self.module.eval()
+        split = ConceptShapes("val", size=NANO_IMAGE_SIZE)
+        samples = [(split[i], split.task(i)) for i in range(count)]
+        ious: dict[str, list[float]] = {"CI": [], "CD": [], "CR": []}
+        presence: dict[bool, list[float]] = {True: [], False: []}
+        for start in range(0, count, 60):
+            chunk = samples[start : start + 60]
+            features = encode_image(
+                self.sam, scenes_to_pixels([task.scene.pixels for _, task in chunk], self.device)
+            )
+            tokens = self.tokenizer(
+                [task.answer for _, task in chunk],
+                padding="max_length",
+                truncation=True,
+                max_length=NANO_SAM_TEXT_LENGTH,
+                return_tensors="pt",
+            ).to(self.device)
+            output = decode(
+                self.sam, features, *encode_text(self.sam, tokens.input_ids, tokens.attention_mask)
+            )
+            logits = nn.functional.interpolate(
+                output.semantic_seg, size=(NANO_IMAGE_SIZE,) * 2, mode="bilinear"
+            )[:, 0]
+            for (sample, task), mask, score in zip(
+                chunk, (logits > 0).cpu().numpy(), output.presence_logits[:, 0].tolist(), strict=True
+            ):
+                if sample.level == "CI":
+                    presence[sample.present].append(score)
+                if sample.present:
+                    ious[sample.level].append(
+                        float((mask & task.mask).sum() / max(1, (mask | task.mask).sum()))
+                    )
+        wins = [float(p > n) + 0.5 * float(p == n) for p in presence[True] for n in presence[False]]
+        return {
+            **{f"iou_{level}": mean(values) for level, values in ious.items()},
+            "presence_auc": mean(wins),
+        }
+
+
+def class_map(scene: Scene) -> np.ndarray:
+    """What each pixel shows, (S, S, 4) class indices of `DENSE_CLASSES`, 0 for nothing."""
+    classes = np.zeros((*scene.pixels.shape[:2], len(DENSE_CLASSES)), dtype=np.int64)
+    for item in scene.objects:
+        classes[item.mask] = look_classes(item.look)
+    return classes
+
+
+def scenes_to_pixels(images: Sequence[np.ndarray], device: str) -> Tensor:
+    """(S, S, 3) 8-bit images as (B, 3, S, S), normalised as Sam3ImageProcessor does by default: to -1..1."""
+    return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _boxes(questions: Sequence[Question], size: int, device: str) -> tuple[Tensor, Tensor]:
+    """Boxes (B, 1, 4) as centre and extent over the side, and labels (B, 1): 1, or -10 where there is no box."""
+    rows, labels = [], []
+    for question in questions:
+        x1, y1, x2, y2 = question.box or (0, 0, 0, 0)
+        rows.append([[(x1 + x2) / 2 / size, (y1 + y2) / 2 / size, (x2 - x1) / size, (y2 - y1) / size]])
+        labels.append([1 if question.box else -10])
+    return torch.tensor(rows, dtype=torch.float32, device=device), torch.tensor(labels, device=device)
+
+
+def _focal(logits: Tensor, soft: Tensor, gamma: float = 2.0) -> Tensor:
+    """Focal loss against coverage between 0 and 1, (B, h, w)."""
+    cross_entropy = nn.functional.binary_cross_entropy_with_logits(logits, soft, reduction="none")
+    return cross_entropy * (logits.sigmoid() - soft).abs() ** gamma
