@@ -1,14 +1,17 @@
-"""Lets torchvision's pure-Python parts import beside a torch it was not compiled for.
+"""Lets torchvision's pure-Python parts work beside a torch it was not compiled for.
 
-The torchvision wheels of PyPI are CUDA builds. Beside a CPU torch their compiled operators cannot be loaded, and importing torchvision then
-fails because two operator schemas, which it registers fake kernels for, do not exist. Declaring the schemas is enough: the transforms and
-`roi_align`'s fallback, which SAM 3 uses, are plain PyTorch.
+The torchvision wheels of PyPI are CUDA builds. Beside a CPU torch their compiled operators cannot be loaded, and
+importing torchvision then fails, because two operators that it registers fake kernels for do not exist. Declaring
+their schemas is enough: the transforms and the fallback of `roi_align`, which SAM 3 uses, are plain PyTorch.
+
+This file depends on nothing but torch: `.ci/setup` also installs it on its own.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import pathlib
+import sys
 
 import torch
 
@@ -19,11 +22,11 @@ _OPERATOR_SCHEMAS = (
 _library: torch.library.Library | None = None  # the schemas live as long as this reference
 
 
-def ensure_torchvision() -> None:
-    """Makes `import torchvision` work; does nothing on a healthy installation. Call it before torchvision is imported."""
+def declare_operators() -> None:
+    """Makes `import torchvision` possible, before it is tried; does nothing on a healthy installation."""
     global _library
     spec = importlib.util.find_spec("torchvision")
-    if _library is not None or spec is None or spec.origin is None or hasattr(torch.ops.torchvision, "nms"):
+    if spec is None or spec.origin is None or hasattr(torch.ops.torchvision, "nms"):
         return
     for extension in pathlib.Path(spec.origin).parent.glob("_C*.so"):
         try:
@@ -34,3 +37,18 @@ def ensure_torchvision() -> None:
     _library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in _OPERATOR_SCHEMAS:
         _library.define(schema)
+
+
+def ensure_torchvision() -> None:
+    """Makes torchvision importable, and its `roi_align` usable without a C++ compiler."""
+    declare_operators()
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    import torchvision.ops
+    from torchvision.extension import _has_ops
+
+    module = sys.modules["torchvision.ops.roi_align"]
+    fallback = getattr(module, "_roi_align", None)
+    if not _has_ops() and hasattr(fallback, "__wrapped__"):
+        # Torchvision compiles its fallback on the first call: seconds, and an error where there is no compiler.
+        module._roi_align = fallback.__wrapped__

@@ -1,4 +1,4 @@
-"""The Concept Translation Module (CTM): from the MLLM's hidden states to concept tokens in SAM 3's prompt space."""
+"""The Concept Translation Module (CTM): from hidden states of the MLLM to concept tokens for SAM 3."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .configuration_conceptseg import ConceptTranslationConfig
 
 
 class ConceptCrossAttention(nn.Module):
-    """Multi-head attention of the concept queries over the completion's hidden states; keys and values share one projection."""
+    """Multi-head attention of concept queries over hidden states; keys and values share one projection."""
 
     def __init__(self, config: ConceptTranslationConfig) -> None:
         super().__init__()
@@ -21,6 +21,8 @@ class ConceptCrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, queries: Tensor, states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(B, L2, C) queries attend to (B, L1, C) states under a mask that broadcasts to (B, heads, L2, L1)."""
+
         def split_heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
@@ -40,6 +42,7 @@ class ConceptMLP(nn.Module):
         self.fc2 = nn.Linear(config.mlp_ratio * config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to (..., C)."""
         return self.fc2(self.activation(self.fc1(x)))
 
 
@@ -55,14 +58,16 @@ class ConceptTranslationBlock(nn.Module):
         self.mlp = ConceptMLP(config)
 
     def forward(self, queries: Tensor, states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The queries, (B, L2, C), after one look at the states."""
         queries = queries + self.attn(self.norm_queries(queries), self.norm_states(states), attention_mask)
         return queries + self.mlp(self.norm_mlp(queries))
 
 
 class ConceptTranslationModule(nn.Module):
-    """Learnable concept queries read the completion's hidden states (eq. 3) and are projected into SAM 3's prompt space.
+    """Learnable concept queries read the hidden states (eq. 3) and are projected into SAM 3's prompt space.
 
-    The structure is that of the released weights: queries plus a position embedding, four cross-attention blocks, a two-layer projection.
+    The structure is that of the released weights: queries plus a position embedding, four cross-attention
+    blocks, a two-layer projection.
     """
 
     def __init__(self, config: ConceptTranslationConfig) -> None:

@@ -11,7 +11,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 @strict
 class ConceptTranslationConfig(PreTrainedConfig):
-    """Configuration of the Concept Translation Module (paper, section 3.3; structure of the released weights).
+    """Configuration of the Concept Translation Module (section 3.3; structure of the released weights).
 
     Args:
         hidden_size: Width C of the MLLM's hidden states and of the concept queries.
@@ -41,8 +41,8 @@ class ConceptTranslationConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"ConceptTranslationConfig: hidden_size {self.hidden_size} is not divisible by num_attention_heads "
-                f"{self.num_attention_heads}; choose a number of heads that divides it."
+                f"ConceptTranslationConfig: hidden_size {self.hidden_size} is not divisible by "
+                f"num_attention_heads {self.num_attention_heads}; choose a number of heads that divides it."
             )
 
 
@@ -53,17 +53,19 @@ class ConceptSegConfig(PreTrainedConfig):
     Args:
         vlm_config: Configuration of the MLLM; its `model_type` chooses the class (default Qwen2.5-VL).
         sam_config: Configuration of SAM 3.
-        ctm_config: Configuration of the Concept Translation Module.
+        ctm_config: Configuration of the Concept Translation Module; its widths follow from the others by default.
         tie_word_embeddings: Follows the MLLM's own setting.
-        sam_geometry_cls: Ends the SAM prompt with the geometry encoder's CLS token, as Meta's SAM 3 always does.
-        hidden_states_at: Which hidden state stands for a completion token: `"token"` (the state at the position where it is the input,
-            as the released weights expect) or `"predict"` (the state that predicts it).
+        sam_geometry_cls: Ends the SAM prompt with the geometry encoder's CLS token, as Meta's SAM 3 always
+            does.
+        hidden_states_at: Which hidden state stands for a completion token: `"token"`, the state at the
+            position where it is the input (as the released weights expect), or `"predict"`, the state that
+            predicts it.
         router_base: Threshold of the shortcut for a one-word prompt (eq. 9: 0.1).
         sam_name_or_path: Where SAM 3's weights come from when a checkpoint holds none.
     """
 
     model_type = "conceptseg"
-    sub_configs_defaults = {
+    sub_configs_defaults = {  # noqa: RUF012 (the base class reads it so)
         "vlm_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2_5_vl"),
         "sam_config": Sam3Config,
         "ctm_config": ConceptTranslationConfig,
@@ -79,7 +81,11 @@ class ConceptSegConfig(PreTrainedConfig):
     sam_name_or_path: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        derive_widths = self.ctm_config is None
         super().__post_init__(**kwargs)
+        if derive_widths:
+            self.ctm_config.hidden_size = self.hidden_size
+            self.ctm_config.sam_hidden_size = self.sam_config.detr_encoder_config.hidden_size
         self.tie_word_embeddings = bool(getattr(self.vlm_config, "tie_word_embeddings", False))
         if self.hidden_states_at not in ("token", "predict"):
             raise ValueError(
@@ -87,14 +93,14 @@ class ConceptSegConfig(PreTrainedConfig):
             )
         if self.ctm_config.hidden_size != self.hidden_size:
             raise ValueError(
-                f"ConceptSegConfig: ctm_config.hidden_size is {self.ctm_config.hidden_size}, but the MLLM's hidden states have width "
-                f"{self.hidden_size}; set ctm_config.hidden_size to that width."
+                f"ConceptSegConfig: ctm_config.hidden_size is {self.ctm_config.hidden_size}, but "
+                f"the MLLM's hidden states have width {self.hidden_size}; set ctm_config.hidden_size to that width."
             )
         prompt_size = self.sam_config.detr_encoder_config.hidden_size
         if self.ctm_config.sam_hidden_size != prompt_size:
             raise ValueError(
-                f"ConceptSegConfig: ctm_config.sam_hidden_size is {self.ctm_config.sam_hidden_size}, but SAM 3's prompt space has width "
-                f"{prompt_size}; set ctm_config.sam_hidden_size to that width."
+                f"ConceptSegConfig: ctm_config.sam_hidden_size is {self.ctm_config.sam_hidden_size}, but "
+                f"SAM 3's prompt space has width {prompt_size}; set ctm_config.sam_hidden_size to that width."
             )
 
     @property
@@ -111,7 +117,8 @@ class ConceptSegConfig(PreTrainedConfig):
         """Builds a configuration by size.
 
         Args:
-            name: `"3b"` or `"7b"` (Qwen2.5-VL of that size with the released SAM 3) or `"nano"` (the embedded checkpoint's).
+            name: `"3b"` or `"7b"` (Qwen2.5-VL of that size with the released SAM 3) or `"nano"` (the
+                embedded checkpoint's).
             **overrides: Fields of `ConceptSegConfig` to replace.
 
         Raises:
@@ -119,7 +126,8 @@ class ConceptSegConfig(PreTrainedConfig):
         """
         if name not in _PRESETS:
             raise ValueError(
-                f"ConceptSegConfig.from_preset: no preset is named {name!r}; use one of {', '.join(map(repr, _PRESETS))}."
+                f"ConceptSegConfig.from_preset: no preset is named {name!r}; "
+                f"use one of {', '.join(map(repr, _PRESETS))}."
             )
         return cls(**{**_PRESETS[name](), **overrides})
 
@@ -198,7 +206,7 @@ NANO_SAM_TEXT_LENGTH = 8
 
 
 def _preset_nano() -> dict[str, Any]:
-    """Small enough to train on a laptop and to ship in the package; the classes and the data flow are those of the large models."""
+    """Small enough to train on a laptop; the classes and the data flow are those of the large models."""
     width, sam_width = 128, 64
     return {
         "vlm_config": {

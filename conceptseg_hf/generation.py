@@ -105,8 +105,8 @@ def _prepare_config(
         )
     if config.max_new_tokens < 1:
         raise ValueError(
-            f"generate_with_states: max_length is {config.max_length}, the prompt has {prompt_length} tokens; "
-            "set max_new_tokens instead."
+            f"generate_with_states: max_length is {config.max_length}, but the prompt has {prompt_length} "
+            "tokens; set max_new_tokens instead."
         )
     config.max_length = None
     config.eos_token_id = first_set(config.eos_token_id, own.eos_token_id, text_config.eos_token_id)

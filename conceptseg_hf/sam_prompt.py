@@ -1,7 +1,8 @@
-"""SAM 3 as a decoder of concept prompts: encode an image once, then decode any prompt `[Z; E_text; geometry CLS]` (eq. 4).
+"""SAM 3 as a decoder of concept prompts: encode an image once, decode any `[Z; E_text; geometry CLS]` (eq. 4).
 
-Transformers' `Sam3Model` is used as it is. Meta's SAM 3 always appends the CLS token of its geometry encoder to the prompt; Transformers adds
-it only where boxes are given. The token depends on the image alone, so it is computed with the image features and reused.
+Transformers' `Sam3Model` is used as it is. Meta's SAM 3 always appends the CLS token of its geometry encoder
+to the prompt; Transformers adds it only where boxes are given. The token depends on the image alone, so it
+is computed with the image features and reused.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def encode_image(sam: Sam3Model, pixel_values: Tensor, geometry_cls: bool = True
 
 
 def _geometry_cls(sam: Sam3Model, vision: Sam3VisionEncoderOutput) -> Tensor:
-    """The geometry encoder's answer to "no box": one padded dummy box leaves its CLS token as the only valid token of each image."""
+    """The geometry encoder's answer to "no box": a padded dummy box leaves only its CLS token valid."""
     finest = vision.fpn_hidden_states[0]
     batch = finest.shape[0]
     geometry = sam.geometry_encoder(
@@ -99,7 +100,8 @@ def decode(
         concept_embeds: (B, L2, D) concept tokens Z, or None.
 
     Returns:
-        SAM 3's output: `semantic_seg` (B, 1, h, w) and `presence_logits` (B, 1) are what a concept mask is made of.
+        SAM 3's output: `semantic_seg` (B, 1, h, w) and `presence_logits` (B, 1) are what a concept mask is
+        made of.
 
     Raises:
         ValueError: If neither concept tokens nor text embeddings are given.

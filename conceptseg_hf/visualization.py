@@ -28,6 +28,7 @@ BOX_COLOUR: Colour = (255, 191, 0)
 _PAPER: Colour = (255, 255, 255)
 _INK: Colour = (32, 32, 32)
 _FADED: Colour = (112, 112, 112)
+_SHADE = 0.4
 _MARGIN = 10
 _MAX_CAPTION_LINES = 12
 
@@ -38,7 +39,9 @@ def overlay(
     colour: Colour = MASK_COLOUR,
     opacity: float = 0.45,
 ) -> Image.Image:
-    """Tints the foreground of a mask and draws its outline.
+    """Tints the foreground of a mask, draws its outline and darkens everything else.
+
+    The darkening shows the mask also on objects of the tint's own colour.
 
     Args:
         image: Any mode.
@@ -65,7 +68,8 @@ def overlay(
         )
     solid = mask.convert("L").point(lambda value: 255 * (value >= 128))
     tint = Image.blend(picture, Image.new("RGB", picture.size, colour), opacity)
-    tinted = Image.composite(tint, picture, solid)
+    dark = Image.blend(picture, Image.new("RGB", picture.size), _SHADE)
+    tinted = Image.composite(tint, dark, solid)
     width = max(3, 2 * (max(picture.size) // 400) + 1)
     outline = ImageChops.difference(solid.filter(ImageFilter.MaxFilter(width)), solid)
     return Image.composite(Image.new("RGB", picture.size, colour), tinted, outline)

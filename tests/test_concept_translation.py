@@ -24,7 +24,7 @@ def ctm() -> ConceptTranslationModule:
 
 
 def reference(weights: dict[str, Tensor], states: Tensor, heads: int, layers: int) -> Tensor:
-    """The CTM of one completion, (L1, C), from its formulas alone: loops over heads, no batching, no library attention."""
+    """The CTM of one completion, (L1, C), from its formulas alone: loops over heads, no library attention."""
 
     def norm(x: Tensor, name: str) -> Tensor:
         x = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-6)

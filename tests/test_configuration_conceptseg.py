@@ -64,3 +64,9 @@ def test_unknown_preset_names_the_known_ones() -> None:
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="not divisible"):
         ConceptTranslationConfig(hidden_size=100, num_attention_heads=16)
+
+
+def test_widths_follow_from_the_backbones_by_default() -> None:
+    config = ConceptSegConfig()
+    assert config.ctm_config.hidden_size == config.hidden_size
+    assert config.ctm_config.sam_hidden_size == config.sam_config.detr_encoder_config.hidden_size

@@ -64,7 +64,7 @@ def test_import_opens_no_socket_and_stays_light(fresh_python):
 
 
 def test_import_costs_little_beyond_the_backbones(fresh_python):
-    """At most 0.3 s beyond the modeling files it registers; best of a few runs, for the machine may be busy."""
+    """At most 0.3 s beyond the modeling files it registers; best of a few runs: the machine may be busy."""
     best_backbones = best_package = float("inf")
     for _ in range(4):
         best_backbones = min(best_backbones, float(fresh_python(BACKBONES)))

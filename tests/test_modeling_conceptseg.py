@@ -236,13 +236,16 @@ def test_train_keeps_sam_frozen_and_in_eval_mode(make_model):
     assert not model.ctm.training
 
 
-def test_a_trainer_may_take_sam_out(make_model):
+def test_a_trainer_may_take_sam_out(make_model, tmp_path):
     model = make_model()
     sam = model._modules.pop("sam")
     model.train()
     assert not any(name.startswith("sam.") for name in model.state_dict())
+    sam.save_pretrained(tmp_path / "sam")
+    model.config.sam_name_or_path = str(tmp_path / "sam")
+    model.save_pretrained(tmp_path / "without")
     model.sam = sam
-    assert any(name.startswith("sam.") for name in model.state_dict())
+    assert_same_weights(AutoModel.from_pretrained(tmp_path / "without"), model)
 
 
 # -- forward --

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ def parse_reference(text: str) -> ReferenceArgument:
     """
     if not text:
         raise BadInputError("--reference is empty; give IMAGE, IMAGE:MASK.png or IMAGE:x1,y1,x2,y2.")
-    if Path(text).is_file():
+    if _is(text, Path.is_file):
         return ReferenceArgument(text)
     cuts = [(text[:i], text[i + 1 :]) for i in range(len(text) - 1, 0, -1) if text[i] == ":"]
     images = [(head, tail) for head, tail in cuts if _is_readable(head)]
@@ -118,14 +119,14 @@ def check_model(name: str | None) -> None:
     Raises:
         BadInputError: If it is neither a folder with a config.json nor a hub id.
     """
-    if name is None or (_HUB_ID.fullmatch(name) and not Path(name).exists()):
+    if name is None or (_HUB_ID.fullmatch(name) and not _is(name, Path.exists)):
         return
-    if not Path(name).is_dir():
+    if not _is(name, Path.is_dir):
         raise BadInputError(
             f"model {name!r} is neither a folder nor a hub id; give a checkpoint folder, or an id such as "
             "owner/name."
         )
-    if not (Path(name) / "config.json").is_file():
+    if not _is(f"{name}/config.json", Path.is_file):
         raise BadInputError(
             f"model folder {name!r} has no config.json; give the folder of a ConceptSeg checkpoint."
         )
@@ -144,7 +145,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[ConceptSegForSegmentation
         return load_model_and_processor(arguments.model, arguments.device, arguments.dtype)
     except (ValueError, ImportError, OSError) as error:
         reason = _first_sentence(error)
-        if arguments.model is not None and not Path(arguments.model).exists():
+        if arguments.model is not None and not _is(arguments.model, Path.exists):
             reason = f"model {arguments.model!r} is no folder here, and the hub did not give it: {reason}"
         raise BadInputError(reason) from error
 
@@ -195,9 +196,14 @@ def _parse_box(text: str) -> tuple[float, float, float, float] | None:
 
 
 def _is_readable(name: str) -> bool:
+    return _is_url(name) or _is(name, Path.is_file)
+
+
+def _is(name: str, kind: Callable[[Path], bool]) -> bool:
+    """`Path.is_file` and its like, for anything a user may type."""
     try:
-        return _is_url(name) or Path(name).is_file()
-    except (OSError, ValueError):  # longer than a file name can be, or with a null byte
+        return kind(Path(name))
+    except (OSError, ValueError):  # longer than a name can be, or with a null byte
         return False
 
 

@@ -9,6 +9,7 @@ from .arguments import (
     BadInputError,
     add_model_options,
     as_bad_input,
+    check_model,
     load_model,
     make_output_dir,
     positive_int,
@@ -59,13 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise BadInputError(
             "benchmark 'concept-shapes' is drawn from seeds and reads no files; leave --root out."
         )
-    model, processor = load_model(arguments)
-
+    check_model(arguments.model)
     from conceptseg_hf.data import load_benchmark
     from conceptseg_hf.evaluation import evaluate
 
     location = {} if arguments.root is None else {"root": arguments.root}
     benchmark = as_bad_input(load_benchmark, arguments.benchmark, split=arguments.split, **location)
+    model, processor = load_model(arguments)
     name = f"{arguments.benchmark}-{arguments.split}-{arguments.router}"
     folder = make_output_dir(arguments.output_dir or f"evaluation_output/{name}")
     report = as_bad_input(

@@ -52,16 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _describe(checkpoint: str) -> dict[str, str]:
     """What the config says, and the parameters of each part (counted without loading weights)."""
     import torch
-    from transformers import AutoConfig
 
-    from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation
+    from conceptseg_hf import ConceptSegForSegmentation
+    from conceptseg_hf.evaluation.loading import load_config
 
-    config = AutoConfig.from_pretrained(checkpoint)
-    if not isinstance(config, ConceptSegConfig):
-        raise ValueError(
-            f"model {checkpoint!r} is a {config.model_type!r}, not a ConceptSeg checkpoint; give the "
-            "folder or id of one."
-        )
+    config = load_config(checkpoint)
     with torch.device("meta"):
         model = ConceptSegForSegmentation(config)
     rows = {"model": checkpoint}

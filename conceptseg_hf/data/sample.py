@@ -20,10 +20,12 @@ class ConceptSample:
         level: "CI", "CD" or "CR" (paper, appendix A).
         group: A column of the paper's Table 1, such as "camouflage".
         family: The kind of task within the group.
-        references: Reference images; every reference with a box or mask carries its true one, the proxy query included.
+        references: Reference images; every reference with a box or mask carries its true one, the proxy
+            query included.
         dataset: Name of the benchmark.
         sample_id: Unique within the benchmark and split.
-        box: (x1, y1, x2, y2) of the true mask in pixels of the image, x2 and y2 exclusive; None when the concept is absent.
+        box: (x1, y1, x2, y2) of the true mask in pixels of the image, x2 and y2 exclusive; None when the
+            concept is absent.
         think: Ground-truth reasoning, where the benchmark has one.
         rule: Ground-truth rule, where the benchmark has one.
         answer: Ground-truth noun phrase, where the benchmark has one.

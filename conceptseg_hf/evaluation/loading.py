@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 
 import conceptseg_hf
 
+from ..configuration_conceptseg import ConceptSegConfig
 from ..modeling_conceptseg import ConceptSegForSegmentation
 from ..processing_conceptseg import ConceptSegProcessor
 
@@ -39,6 +39,22 @@ def default_device() -> torch.device:
     return accelerator or torch.device("cpu")
 
 
+def load_config(checkpoint: str) -> ConceptSegConfig:
+    """The config of a checkpoint.
+
+    Raises:
+        OSError: If the checkpoint cannot be found.
+        ValueError: If it is no ConceptSeg checkpoint.
+    """
+    config = AutoConfig.from_pretrained(checkpoint)
+    if not isinstance(config, ConceptSegConfig):
+        raise ValueError(
+            f"model {checkpoint!r} is of the type {config.model_type!r}, not a ConceptSeg checkpoint; give the "
+            "folder or id of one."
+        )
+    return config
+
+
 def load_model_and_processor(
     name: str | os.PathLike | None = None, device: str | torch.device | None = None, dtype: str = "auto"
 ) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
@@ -55,23 +71,24 @@ def load_model_and_processor(
     """
     checkpoint = find_checkpoint(name)
     where = default_device() if device is None else _checked_device(device)
+    load_config(
+        checkpoint
+    )  # the smallest file first; AutoProcessor would make something of nearly any folder
     processor = AutoProcessor.from_pretrained(checkpoint)
     if not isinstance(processor, ConceptSegProcessor):
-        raise ValueError(
-            f"model {checkpoint!r} is not a ConceptSeg checkpoint; give the folder or id of one."
-        )
+        raise ValueError(f"model {checkpoint!r} has no ConceptSegProcessor; save one beside it.")
     model = AutoModel.from_pretrained(checkpoint, dtype=dtype)
     return model.to(where).eval(), processor
 
 
-def fingerprint(model: Any) -> dict[str, Any]:
-    """What tells one checkpoint from another: its name, and the sizes and times of its weight files."""
-    name = str(getattr(model.config, "_name_or_path", "") or "")
-    files = sorted(Path(name).glob("*.safetensors")) if name and Path(name).is_dir() else []
-    return {
-        "model": name,
-        "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
-    }
+def fingerprint(model: PreTrainedModel) -> dict[str, str]:
+    """What tells one model from another: the name it was loaded by, and a hash of the first values of each weight."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        if not parameter.is_meta:
+            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return {"model": str(model.config.name_or_path), "weights": digest.hexdigest()[:16]}
 
 
 def _checked_device(device: str | torch.device) -> torch.device:

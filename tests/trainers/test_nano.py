@@ -1,4 +1,4 @@
-"""The training of the embedded checkpoint: its lessons are what the model will meet, its loop resumes exactly, its recipe runs end to end."""
+"""The training of the embedded checkpoint: its lessons, its questions, its loop, its recipe."""
 
 from __future__ import annotations
 
@@ -107,7 +107,10 @@ def test_tokenizers_know_every_word() -> None:
         for text in (task.prompt, task.think, task.rule, task.answer):
             assert mllm.unk_token_id not in mllm(text)["input_ids"], text
         assert sam.unk_token_id not in sam(task.answer)["input_ids"]
-    text = "<think>the red circle</think><rule>find it</rule><check>[1,2,30,100]</check><bbox>[0,6,7,8]</bbox><answer>red circle</answer>"
+    text = (
+        "<think>the red circle</think><rule>find it</rule>"
+        "<check>[1,2,30,100]</check><bbox>[0,6,7,8]</bbox><answer>red circle</answer>"
+    )
     assert mllm.decode(mllm(text)["input_ids"]) == text
 
 

@@ -27,8 +27,9 @@ _LENGTHS = {"train": 1_000_000, "val": 1_200, "test": 1_200, "test-compositional
 class ConceptShapes(Sequence[ConceptSample]):
     """Scenes of shapes with one concept to segment in each; identical on every machine.
 
-    Samples go round the groups of the paper's Table 1, so any prefix of a split is balanced. In the split `test-compositional` the concept
-    always joins a colour and a shape that no other split ever draws together, wherever the family has a coloured target.
+    Samples go round the groups of the paper's Table 1, so any prefix of a split is balanced. In the split
+    `test-compositional` the concept always joins a colour and a shape that no other split ever draws
+    together, wherever the family has a coloured target.
 
     Args:
         split: `"train"`, `"val"`, `"test"` or `"test-compositional"`.
@@ -87,7 +88,7 @@ class ConceptShapes(Sequence[ConceptSample]):
             yield self[index]
 
     def to_dataset(self) -> datasets.Dataset:
-        """The split as a `datasets.Dataset`, generated lazily into its cache; references are lists of images and boxes."""
+        """The split as a `datasets.Dataset`; references are lists of images and of boxes."""
         import datasets
 
         features = datasets.Features(
@@ -113,7 +114,8 @@ class ConceptShapes(Sequence[ConceptSample]):
         """Writes the split as PNG files and `samples.jsonl`.
 
         Args:
-            folder: Created if missing. Images go to `images/`, masks to `masks/`, references to `references/`.
+            folder: Created if missing. Images go to `images/`, masks to `masks/`, references to
+                `references/`.
 
         Returns:
             The path of `samples.jsonl`, one JSON object a line, with paths relative to the folder.

@@ -1,7 +1,8 @@
 """The task families of ConceptShapes: each function composes scenes into one task.
 
-Families are grouped as the columns of the paper's Table 1. A family returns a `Task`: the target scene, the true mask, the user's words, the
-references with their true boxes, and the ground-truth reasoning, which always ends with the answer.
+Families are grouped as the columns of the paper's Table 1. A family returns a `Task`: the target scene, the
+true mask, the user's words, the references with their true boxes, and the ground-truth reasoning, which
+always ends with the answer.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def _distractors(rng: Rng, count: int, avoid: Sequence[str]) -> list[Look]:
 
 
 def _words_for(rng: Rng, look: Look) -> list[str]:
-    """Words under which the user asks for a look: its shape, or colour and shape, or texture and shape, or all three."""
+    """Words for a look: its shape, with its colour, its texture, or both."""
     choice = rng.random()
     if choice < 0.25:
         return [look.shape]
@@ -99,7 +100,7 @@ def _words_for(rng: Rng, look: Look) -> list[str]:
     return [look.texture, look.shape] if choice < 0.85 else [look.texture, look.colour, look.shape]
 
 
-# CI: diverse classes ---------------------------------------------------------------------------------------------------------------------
+# CI: diverse classes
 
 
 def attribute(rng: Rng, size: int, held_out: bool) -> Task:
@@ -140,7 +141,7 @@ def _look_with(rng: Rng, words: Sequence[str], held_out: bool) -> Look:
 
 
 def absent(rng: Rng, size: int, held_out: bool) -> Task:
-    """A phrase that names nothing in the scene; half of the time it shares a word with something that is there."""
+    """A phrase that names nothing in the scene; half of the time one of its words fits something there."""
     objects = make_objects(rng, size, [random_look(rng) for _ in range(int(rng.integers(2, 5)))])
     scene = draw_scene(rng, size, objects)
     hard = rng.random() < 0.5
@@ -168,7 +169,7 @@ def absent(rng: Rng, size: int, held_out: bool) -> Task:
     )
 
 
-# CD: optical property --------------------------------------------------------------------------------------------------------------------
+# CD: optical property
 
 
 def transparent(rng: Rng, size: int, held_out: bool) -> Task:
@@ -226,7 +227,7 @@ def shadow(rng: Rng, size: int, held_out: bool) -> Task:
     )
 
 
-# CD: camouflage, saliency, anomaly, lesion -------------------------------------------------------------------------------------------------
+# CD: camouflage, saliency, anomaly, lesion
 
 
 def camouflage(rng: Rng, size: int, held_out: bool) -> Task:
@@ -356,7 +357,7 @@ def _with_region(
     )
 
 
-# CR: consistency -----------------------------------------------------------------------------------------------------------------------------
+# CR: consistency
 
 
 def common_attribute(rng: Rng, size: int, held_out: bool) -> Task:
@@ -458,7 +459,7 @@ def same_part(rng: Rng, size: int, held_out: bool) -> Task:
     )
 
 
-# CR: difference ------------------------------------------------------------------------------------------------------------------------------
+# CR: difference
 
 
 def changed(rng: Rng, size: int, held_out: bool) -> Task:
@@ -495,7 +496,8 @@ def differs(rng: Rng, size: int, held_out: bool) -> Task:
     scene = draw_scene(rng, size, make_objects(rng, size, [odd, *[look] * int(rng.integers(2, 4))]))
     think = f"the marked objects are each a {look.shape} unlike the {odd.phrase}"
     prompt = "find the object that differs from the marked ones"
-    # Here the check is to find an object of the marked kind, so that the proxy query verifies what "different" is different from.
+    # Here the check is to find an object of the marked kind, so that the proxy query verifies what
+    # "different" is different from.
     return Task(
         scene,
         scene.objects[0].mask,
@@ -507,7 +509,7 @@ def differs(rng: Rng, size: int, held_out: bool) -> Task:
     )
 
 
-# CR: rationality -------------------------------------------------------------------------------------------------------------------------------
+# CR: rationality
 
 RELATIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 
@@ -602,7 +604,7 @@ def extreme_size(rng: Rng, size: int, held_out: bool) -> Task:
     )
 
 
-# CR: spatio-temporality --------------------------------------------------------------------------------------------------------------------------
+# CR: spatio-temporality
 
 
 def tracking(rng: Rng, size: int, held_out: bool) -> Task:
@@ -617,7 +619,7 @@ def tracking(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def view(rng: Rng, size: int, held_out: bool) -> Task:
-    """An object is marked in one view; the target is the scene seen from elsewhere: mirrored, nearer or farther, moved."""
+    """An object is marked in one view; the target shows the scene mirrored, nearer or farther."""
     looks = [random_look(rng, held_out), *(random_look(rng) for _ in range(int(rng.integers(1, 4))))]
     objects = make_objects(rng, size, looks, 0.09, 0.14)
     zoom = 0.8 + 0.45 * float(rng.random())
@@ -669,8 +671,8 @@ def _across(
 
 Family = Callable[[Rng, int, bool], Task]
 
-# Level, group (a column of the paper's Table 1) and families, in the order in which a split goes through them. "Diverse classes" comes three
-# times in a round because it holds the absent-object negatives too.
+# Level, group (a column of the paper's Table 1) and families, in the order in which a split goes through
+# them. "Diverse classes" comes three times in a round because it holds the absent-object negatives too.
 GROUPS: tuple[tuple[str, str, tuple[Family, ...]], ...] = (
     ("CI", "diverse classes", (attribute,)),
     ("CD", "optical property", (transparent, shadow)),

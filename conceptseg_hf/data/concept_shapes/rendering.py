@@ -1,7 +1,8 @@
 """Drawing: backgrounds, shapes and textures as NumPy arrays.
 
-Everything is elementary float32 or integer arithmetic in a fixed order, without BLAS or transcendental functions, so that one seed gives the
-same picture on every machine. Lengths are in pixels unless said otherwise; x grows to the right, y downwards; pixel centres are integers.
+Everything is elementary float32 or integer arithmetic in a fixed order, without BLAS or transcendental
+functions, so that one seed gives the same picture on every machine. Lengths are in pixels unless said
+otherwise; x grows to the right, y downwards; pixel centres are integers.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ _DISTANCES: dict[str, Callable[[FloatArray, FloatArray], FloatArray]] = {
     "ring": _ring,
     "bar": _bar,
 }
-# Turning a square by 45 degrees would make it look like a diamond, and so on: each shape turns only as far as it keeps its name.
+# Turning a square by 45 degrees would make it look like a diamond, and so on: each shape turns only as far
+# as it keeps its name.
 _TURNS: dict[str, tuple[int, ...]] = {
     "circle": (0,),
     "square": (0, 1, 23),
@@ -160,7 +162,7 @@ def texture_colour(patch: Patch, texture: str, colour: FloatArray, period: float
 
 
 def smooth_noise(rng: np.random.Generator, size: int, cells: int, amplitude: int) -> FloatArray:
-    """Random values on a coarse grid, interpolated linearly to (size, size); integer arithmetic, so exact everywhere."""
+    """Random values on a coarse grid, interpolated to (size, size) in integers, so exact everywhere."""
     grid = rng.integers(-amplitude, amplitude + 1, (cells + 1, cells + 1))
     position = np.arange(size) * cells * 64 // size
     index, weight = position // 64, position % 64
@@ -170,7 +172,7 @@ def smooth_noise(rng: np.random.Generator, size: int, cells: int, amplitude: int
 
 
 def draw_background(rng: np.random.Generator, size: int) -> FloatArray:
-    """A muted, textured background, (size, size, 3): six kinds of pattern over smooth noise, in a random low-saturation tone."""
+    """A muted background, (size, size, 3): one of six patterns over smooth noise, in a dull tone."""
     level = int(rng.integers(70, 190))
     tone = level + rng.integers(-14, 15, 3).astype(np.float32)
     shade = smooth_noise(rng, size, int(rng.integers(2, 7)), 18)

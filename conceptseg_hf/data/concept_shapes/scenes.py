@@ -1,7 +1,7 @@
 """Scenes: what is drawn, and under which words each thing goes.
 
-A `Scene` is the truth behind a picture. Families (`families.py`) compose scenes into samples; training code may ask a scene for any phrase that
-names something in it.
+A `Scene` is the truth behind a picture. Families (`families.py`) compose scenes into samples; training code
+may ask a scene for any phrase that names something in it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ HELD_OUT_PAIRS = frozenset(
 
 @dataclass(frozen=True)
 class Look:
-    """The attributes of an object; `kind` replaces colour, texture and shape in its name where it has one ("shadow", "scratch")."""
+    """The attributes of an object; a `kind` ("shadow", "scratch") stands in its name for the others."""
 
     shape: str
     colour: str = GREY
@@ -69,7 +69,7 @@ class Look:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """A drawn object: its look, its centre and radius in pixels, its rotation in steps of 15 degrees, and its visible pixels (S, S)."""
+    """An object: its look, centre and radius in pixels, turn in steps of 15 degrees, visible pixels (S, S)."""
 
     look: Look
     cx: float
@@ -116,7 +116,8 @@ def random_look(rng: np.random.Generator, held_out: bool = False, **fixed: str) 
 
     Args:
         rng: Source of randomness.
-        held_out: Whether the pair of colour and shape must be one that is held out from training; otherwise it never is.
+        held_out: Whether the pair of colour and shape must be one that is held out from training; otherwise
+            it never is.
         **fixed: Attributes that are given.
 
     Raises:
@@ -140,7 +141,7 @@ def random_look(rng: np.random.Generator, held_out: bool = False, **fixed: str) 
 def place(
     rng: np.random.Generator, size: int, radii: Sequence[float], taken: Sequence[SceneObject] = ()
 ) -> list[tuple[float, float]]:
-    """Centres for circles of the given radii, inside the image and apart from each other; shrinks nothing, relaxes the distance if it must."""
+    """Centres for circles of the given radii, inside the image and as far apart as 24 tries allow."""
     centres: list[tuple[float, float]] = []
     others = [(item.cx, item.cy, item.radius) for item in taken]
     for radius in radii:
@@ -169,7 +170,7 @@ def random_radius(rng: np.random.Generator, size: int, low: float = 0.09, high: 
 def make_objects(
     rng: np.random.Generator, size: int, looks: Sequence[Look], low: float = 0.09, high: float = 0.18
 ) -> list[SceneObject]:
-    """Objects of the given looks at random places and sizes, not yet drawn. Crowded scenes get smaller objects."""
+    """Objects of the given looks at random places and sizes, not yet drawn; smaller ones in crowded scenes."""
     if len(looks) > 4:
         high = max(low, high - 0.02 * (len(looks) - 4))
     radii = [random_radius(rng, size, low, high) for _ in looks]
@@ -195,7 +196,7 @@ def colour_value(rng: np.random.Generator, colour: str) -> FloatArray:
 def draw_object(
     rng: np.random.Generator, image: FloatArray, item: SceneObject, earlier: list[SceneObject]
 ) -> SceneObject:
-    """Draws an object over what is there; returns it with its mask, and takes its pixels away from the objects drawn before it."""
+    """Draws an object and returns it with its mask; its pixels no longer belong to the objects below it."""
     size = image.shape[0]
     patch = draw_shape(size, item.look.shape, item.cx, item.cy, item.radius, item.turn)
     mask = patch.mask(size)
@@ -212,7 +213,8 @@ def draw_object(
             :, :, None
         ] * np.float32(0.55)
     elif kind == "hidden":
-        # The object's own background: same tone and pattern family, shifted phase, so that only the border betrays it.
+        # The object's own background: same tone and pattern family, shifted phase, so that only the border
+        # betrays it.
         h, w = patch.coverage.shape
         under = image[patch.y : patch.y + h, patch.x : patch.x + w]
         twin = np.roll(under[::-1, ::-1], (h // 3, w // 3), axis=(0, 1))
@@ -291,7 +293,7 @@ def draw_tissue(rng: np.random.Generator, size: int) -> FloatArray:
 
 
 def blob_coverage(rng: np.random.Generator, size: int, cx: float, cy: float, radius: float) -> FloatArray:
-    """An irregular round region, (S, S) between 0 and 1: a circle whose distance is disturbed by smooth noise."""
+    """An irregular round region, (S, S) between 0 and 1: a circle disturbed by smooth noise."""
     x = np.arange(size, dtype=np.float32) - np.float32(cx)
     y = np.arange(size, dtype=np.float32) - np.float32(cy)
     stretch = np.float32(0.75 + 0.5 * rng.random())

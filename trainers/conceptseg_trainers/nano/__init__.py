@@ -1,1 +1,1 @@
-"""Trains conceptseg-nano, the embedded checkpoint, from scratch on ConceptShapes: `python -m conceptseg_trainers.nano`."""
+"""Trains conceptseg-nano, the embedded checkpoint, on ConceptShapes: `python -m conceptseg_trainers.nano`."""

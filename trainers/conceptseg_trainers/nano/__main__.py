@@ -1,7 +1,7 @@
 """Trains conceptseg-nano: `python -m conceptseg_trainers.nano [--stage sam|mllm|ctm|all]`.
 
-The stages "sam" and "mllm" do not depend on each other and may run side by side in two processes; "ctm" needs both and writes the checkpoint.
-Every stage resumes where it was stopped.
+The stages "sam" and "mllm" do not depend on each other and may run side by side in two processes; "ctm"
+needs both and writes the checkpoint. Every stage resumes where it was stopped.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from .loop import Schedule, train
 from .mllm_stage import MllmStage
 from .sam_stage import SamStage
 
-STEPS = {"sam": 6500, "mllm": 3600, "ctm": 2500}
+STEPS = {"sam": 5200, "mllm": 3100, "ctm": 1000}
 
 
 def main() -> None:
+    """Runs the stages that the command line asks for."""
     parser = argparse.ArgumentParser(
         prog="python -m conceptseg_trainers.nano", description=__doc__.splitlines()[0]
     )
@@ -64,10 +65,10 @@ def main() -> None:
             model,
             processor,
             run_dir,
-            completions=max(240, round(7200 * min(1.0, arguments.scale))),
+            completions=max(240, round(4800 * min(1.0, arguments.scale))),
             device=device,
         )
-        train(stage, Schedule(steps["ctm"], learning_rate=1e-3, evaluate_every=250), run_dir)
+        train(stage, Schedule(steps["ctm"], learning_rate=1e-3, evaluate_every=200), run_dir)
         write_checkpoint(model.cpu(), processor, arguments.output_dir or run_dir / "checkpoint")
 
 

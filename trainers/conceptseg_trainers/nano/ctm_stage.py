@@ -1,7 +1,8 @@
-"""Stage "ctm": the Concept Translation Module learns to turn completions into concept tokens; the MLLM and SAM 3 are frozen (stage I of the paper).
+"""Stage "ctm": the CTM learns to turn completions into concept tokens; the rest is frozen (stage I of the paper).
 
-Half of the completions are the policy's own (generated once, kept in the run folder), half are the ground truth: the module must make the best
-of what the policy writes, and still trust a right box where it finds one.
+Half of the completions are the policy's own (generated once, kept in the run folder), half are the ground
+truth: the module must make the best of what the policy writes, and still trust a right box where it finds
+one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _MAX_TOKENS = 64
 
 
 class CtmStage:
-    """Trains the CTM on dice + focal (eq. 5), and a little on presence, so that the final decode can say "it is not there".
+    """Trains the CTM on dice + focal (eq. 5), and a little on presence: the final decode may say "not there".
 
     Args:
         model: The MLLM and SAM 3 of the earlier stages with a fresh CTM.
@@ -51,8 +52,8 @@ class CtmStage:
         model: ConceptSegForSegmentation,
         processor: ConceptSegProcessor,
         run_dir: Path,
-        completions: int = 6000,
-        batch_size: int = 48,
+        completions: int = 4800,
+        batch_size: int = 32,
         device: str = "cpu",
     ) -> None:
         torch.manual_seed(0)
@@ -73,13 +74,14 @@ class CtmStage:
         )
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss on a random batch of completions."""
         rng = np.random.default_rng([17, step])
         rows = rng.integers(len(self.table["own_mask"]), size=self.batch_size)
         kinds = ["own" if rng.random() < 0.6 else "true" for _ in rows]
         tasks = [self.train_split.task(_FIRST_TRAIN_INDEX + int(row)) for row in rows]
         logits, presence = self._decode(self.table, rows, kinds, [task.scene.pixels for task in tasks])
         truth = torch.from_numpy(np.stack([task.mask for task in tasks])).to(self.device)
-        loss, dice, focal = segmentation_loss(logits, truth)
+        _, dice, focal = segmentation_loss(logits, truth)
         present = truth.flatten(1).any(1).float()
         presence_loss = nn.functional.binary_cross_entropy_with_logits(presence[:, 0], present)
         total = dice + 10 * focal + 0.25 * presence_loss
@@ -110,7 +112,7 @@ class CtmStage:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Foreground IoU on "val" with the policy's own completions and with true ones, and with the answers' text alone; by level."""
+        """Foreground IoU on "val" by level: own completions, true ones, and own answers as text without Z."""
         split = ConceptShapes("val", size=SIDE)
         numbers: dict[str, list[float]] = {}
         for start in range(0, len(self.held_out["own_mask"]), 60):
@@ -138,7 +140,7 @@ class CtmStage:
 
 
 def _completion_table(stage: CtmStage, path: Path, split: str, first: int, count: int) -> dict[str, Tensor]:
-    """States, masks and answer tokens of the policy's own and of the true completions; made once, resumed in parts, and kept."""
+    """States, masks and answer tokens of own and of true completions; made in parts that are kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[Tensor]] = {}
     progress = tqdm(total=count, desc=f"{stage.name}: completions of {split}", unit="sample", mininterval=5)

@@ -1,8 +1,9 @@
 """What the nano MLLM is taught: pictures, a text to continue, and where it should look while it writes.
 
-Two kinds of lesson: `naming_lesson` lists the things in one picture with their boxes, many box targets for little text; `task_lesson` is a
-whole task as the model will meet it, with mosaic, instruction and completion. The pictures and prompts of a task lesson are exactly those of
-`ConceptSegProcessor` (tested); they are made here without its general machinery, which would cost more than a training step.
+Two kinds of lesson: `naming_lesson` lists the things in one picture with their boxes, many box targets for
+little text; `task_lesson` is a whole task as the model will meet it, with mosaic, instruction and
+completion. The pictures and prompts of a task lesson are exactly those of `ConceptSegProcessor` (tested);
+they are made here without its general machinery, which would cost more than a training step.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ DENSE_CLASSES = {
     "kind": len(KINDS) + 1,
 }
 _NOTHING = [0, 0, 0, 0]
+_LEAST_AREA = 0.12  # share of an image token that a thing must cover to be what the token shows
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Lesson:
         prompt: Token ids up to the completion, image tokens expanded.
         completion: Token ids of the completion with its end token.
         focus: Where to look, for some tokens of the completion.
-        dense: Per picture, what each image token shows: (GRID * GRID, 4) classes (0: nothing) and (GRID * GRID, 4) boxes in 0..1.
+        dense: Per picture, what each image token shows: (GRID * GRID, 4) classes (0: nothing) and (GRID *
+            GRID, 4) boxes in 0..1.
     """
 
     pictures: tuple[np.ndarray, ...]
@@ -169,7 +172,7 @@ class LessonWriter:
         )
 
     def mosaic_naming_lesson(self, rng: np.random.Generator, task: Task) -> Lesson:
-        """The things in a mosaic, named and located: cells are small, so this is where check boxes are learned."""
+        """The things in a mosaic, named and located: so that check boxes in small cells are learned."""
         references = [Reference(Image.fromarray(scene.pixels), box=box) for scene, box in task.references]
         resolved = resolve_references(references)
         frame = self.processor.make_frame((SIDE, SIDE), resolved)
@@ -210,7 +213,7 @@ def text_box(box: Sequence[float]) -> list[float]:
 
 
 def _box_text(box: Sequence[float]) -> str:
-    return "[" + ",".join(str(int(round(value))) for value in box) + "]"
+    return "[" + ",".join(str(round(value)) for value in box) + "]"
 
 
 def _token_areas(mask: np.ndarray) -> np.ndarray:
@@ -233,20 +236,22 @@ def box_tokens(box: Sequence[float]) -> np.ndarray:
     return tokens_of(mask)
 
 
+def token_things(masks: Sequence[np.ndarray]) -> np.ndarray:
+    """Which of some things, given by masks (SIDE, SIDE), each image token shows most of; -1 where it shows none."""
+    areas = np.stack([np.full(GRID * GRID, _LEAST_AREA), *(_token_areas(mask) for mask in masks)])
+    return areas.argmax(0) - 1
+
+
 def dense_targets(things: Sequence[Visible]) -> tuple[np.ndarray, np.ndarray]:
-    """What each image token shows: class indices (GRID * GRID, 4), 0 for nothing, and the box of that thing in 0..1."""
-    classes = np.zeros((GRID * GRID, len(DENSE_CLASSES)), dtype=np.int64)
-    boxes = np.zeros((GRID * GRID, 4), dtype=np.float32)
-    best = np.full(GRID * GRID, 0.12)
-    for thing in things:
-        if not thing.mask.any():
-            continue
-        areas = _token_areas(thing.mask)
-        here = areas > best
-        best = np.maximum(best, areas)
-        classes[here] = look_classes(thing.look)
-        boxes[here] = np.asarray(mask_box(thing.mask), dtype=np.float32) / SIDE
-    return classes, boxes
+    """What each image token shows: classes (GRID * GRID, 4), 0 for nothing, and its box in 0..1."""
+    shown = token_things([thing.mask for thing in things])
+    nothing = ((0,) * len(DENSE_CLASSES), (0.0,) * 4)
+    table = [
+        (look_classes(t.look), np.asarray(mask_box(t.mask)) / SIDE) if t.mask.any() else nothing
+        for t in things
+    ]
+    classes, boxes = zip(*table, nothing)
+    return np.asarray(classes, dtype=np.int64)[shown], np.asarray(boxes, dtype=np.float32)[shown]
 
 
 def look_classes(look: Look) -> tuple[int, int, int, int]:

@@ -1,7 +1,7 @@
 """The training loop of every nano stage: seeded, resumable, with an exponential moving average and a log.
 
-A stage is a `Stage`: a module, its loss on the batch of a step, and its held-out numbers. Batches are functions of the step alone, so that a
-resumed run sees what an uninterrupted one would have seen.
+A stage is a `Stage`: a module, its loss on the batch of a step, and its held-out numbers. Batches are
+functions of the step alone, so that a resumed run sees what an uninterrupted one would have seen.
 """
 
 from __future__ import annotations
@@ -73,12 +73,13 @@ class Schedule:
 def train(
     stage: Stage, schedule: Schedule, run_dir: Path, report: Callable[[str], None] = tqdm.write
 ) -> dict[str, float]:
-    """Runs a stage to its end, from its last checkpoint if there is one, and leaves the averaged weights in the module.
+    """Runs a stage to its end, from its last checkpoint if there is one; the module ends with the average.
 
     Args:
         stage: What to train.
         schedule: How long and how fast.
-        run_dir: The stage keeps `<run_dir>/<name>/` with its state, its log (`log.jsonl`) and its final weights.
+        run_dir: The stage keeps `<run_dir>/<name>/` with its state, its log (`log.jsonl`) and its final
+            weights.
         report: Called with each line of held-out numbers.
 
     Returns:
@@ -105,7 +106,8 @@ def train(
             loss, numbers = stage.loss(state.step)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
-                    f"stage {stage.name}: the loss is {float(loss)} at step {state.step}; lower the learning rate."
+                    f"stage {stage.name}: the loss is {loss.item()} at step {state.step}; "
+                    "lower the learning rate."
                 )
             state.update(loss)
             progress.update()
@@ -128,7 +130,8 @@ def train(
                     },
                 )
                 report(
-                    f"{stage.name} {state.step}/{schedule.steps}: {_line(numbers)} | held out {_line(held_out)}"
+                    f"{stage.name} {state.step}/{schedule.steps}: {_line(numbers)} | "
+                    f"held out {_line(held_out)}"
                 )
         progress.close()
     state.load_average()

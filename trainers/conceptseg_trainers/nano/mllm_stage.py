@@ -1,10 +1,12 @@
 """Stage "mllm": Qwen2.5-VL learns to read pictures, then to reason about them in the completion's template.
 
-What makes a small language model learn to read image tokens at all (it otherwise stays blind for tens of thousands of pictures):
+What makes a small language model learn to read image tokens (else it stays blind for tens of thousands of them):
 - a curriculum from naming lessons on one object to whole tasks;
 - dense heads on the image tokens (class and box of what each shows), thrown away afterwards;
-- guided attention: while a number or a name is being chosen, two heads of one layer are told on which image tokens to look;
-- soft targets for numbers, and number embeddings that start as Fourier features, so that near numbers are near.
+- guided attention: while a number or a name is being chosen, two heads of one layer are told on which image
+  tokens to look;
+- soft targets for numbers, and number embeddings that start as Fourier features, so that near numbers are
+  near.
 """
 
 from __future__ import annotations
@@ -120,6 +122,7 @@ class MllmStage:
     # Loss
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss on the lessons of a step."""
         return self.lesson_loss(self.batch(step))
 
     def lesson_loss(self, lessons: Sequence[Lesson]) -> tuple[Tensor, dict[str, float]]:
@@ -251,7 +254,7 @@ def _number_embeddings(weight: Tensor, numbers: Tensor) -> None:
 
 
 def patches(pictures: Sequence[np.ndarray], device: str) -> Tensor:
-    """8-bit pictures (S, S, 3) as Qwen2.5-VL's patches (N * (S / 8)^2, 192), in its order: the four patches of an image token together."""
+    """8-bit pictures (S, S, 3) as Qwen2.5-VL's patches (N * (S / 8)^2, 192), those of an image token together."""
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     n, cells = len(pictures), SIDE // _PATCH // _MERGE
@@ -265,7 +268,7 @@ def patches(pictures: Sequence[np.ndarray], device: str) -> Tensor:
 
 
 def positions(ids: Sequence[int], image_token: int) -> np.ndarray:
-    """Qwen2.5-VL's positions (3, L): text counts on, an image takes a square of (time, row, column) and advances by its side."""
+    """Qwen2.5-VL's positions (3, L): text counts on, an image spans rows and columns and advances by its side."""
     ids = np.asarray(ids)
     result = np.zeros((3, len(ids)), dtype=np.int64)
     index = position = 0
@@ -283,8 +286,11 @@ def positions(ids: Sequence[int], image_token: int) -> np.ndarray:
 
 
 def pad_lessons(lessons: Sequence[Lesson], image_token: int, pad: int, device: str) -> dict:
-    """Lessons as tensors padded on the right: input_ids, attention_mask, is_image, completion (B, L), position_ids (3, B, L), and the focus as
-    rows, columns (the place before the token) and targets (N, L).
+    """Lessons as tensors, padded on the right.
+
+    Returns:
+        input_ids, attention_mask, is_image, completion (B, L); position_ids (3, B, L); focus: rows (N,), columns
+        (N,) of the place before each guided token, and its image tokens (N, L).
     """
     length = max(len(lesson.prompt) + len(lesson.completion) for lesson in lessons)
     shape = (len(lessons), length)

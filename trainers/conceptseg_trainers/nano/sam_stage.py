@@ -1,6 +1,7 @@
 """Stage "sam": SAM 3 learns to segment what a noun phrase, a box, or both name in a scene.
 
-Every image is asked several phrases at once: the contrast between them, absent ones included, is what teaches it to listen to the words.
+Every image is asked several phrases at once: the contrast between them, absent ones included, is what
+teaches it to listen to the words.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE, NANO_SAM_TEXT_LENGTH, ConceptSegConfig
 from conceptseg_hf.data import ConceptShapes
-from conceptseg_hf.data.concept_shapes.rendering import COLOURS, SHAPES, TEXTURES
+from conceptseg_hf.data.concept_shapes.rendering import COLOURS, GREY, SHAPES, TEXTURES
 from conceptseg_hf.data.concept_shapes.scenes import Scene, SceneObject, mask_box
 from conceptseg_hf.losses import dice_loss
 from conceptseg_hf.sam_prompt import decode, encode_image, encode_text
 
-from .lessons import DENSE_CLASSES, look_classes
+from .lessons import DENSE_CLASSES, GRID, look_classes, token_things
 from .loop import mean
 from .tokenizers import build_sam_tokenizer
 
@@ -36,7 +37,8 @@ _SPECIAL_NOUNS = (
     "glass circle",
     "hidden square",
 )
-# Not names of anything: SAM 3 learns that it cannot tell whether such a concept is there, so that the router asks the MLLM.
+# Not names of anything: SAM 3 learns that it cannot tell whether such a concept is there, so that the router
+# asks the MLLM.
 _CONCEPT_PROMPTS = (
     "camouflaged object segmentation",
     "salient object segmentation",
@@ -47,7 +49,7 @@ _CONCEPT_PROMPTS = (
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a scene: a phrase, perhaps a box (S, S pixels), and the true mask; `segment` is false where only presence counts."""
+    """A phrase, perhaps a box in pixels, and the true mask (S, S); without `segment` only presence counts."""
 
     phrase: str
     box: tuple[float, float, float, float] | None
@@ -84,7 +86,7 @@ def _words_of(rng: np.random.Generator, item: SceneObject) -> list[str]:
 
 
 def negative_question(rng: np.random.Generator, scene: Scene) -> Question:
-    """A question about something that is not there; half of the time one word of it fits something that is."""
+    """A question about something that is not there; often a word of it fits something that is."""
     nothing = np.zeros(scene.pixels.shape[:2], dtype=bool)
     if rng.random() < 0.15:
         return Question(
@@ -125,8 +127,42 @@ def _jittered(rng: np.random.Generator, box: Sequence[float], size: int) -> tupl
     return max(0.0, x1), max(0.0, y1), min(float(size), x2), min(float(size), y2)
 
 
+_HEAD_WORDS = (
+    (*COLOURS, GREY),
+    SHAPES,
+    TEXTURES,
+    ("glass", "transparent", "hidden", "shadow", "core", "scratch", "stain", "hole", "lesion"),
+)
+
+
+def guidance_targets(scene: Scene, question: Question, prompt_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each head of SAM 3's fusion should look, so that it learns to compare words with what it sees.
+
+    Each of the four heads is given one kind of word: colours, shapes, textures, names of special things. Image tokens
+    that show something to which the word applies should attend to the word, the others to anything else.
+
+    Returns:
+        (4, GRID * GRID, prompt_length) bool: the prompt tokens that are right, and (4,) bool: the heads whose kind of
+        word occurs in the phrase. The begin token comes first in a prompt, then the words.
+    """
+    right = np.zeros((len(_HEAD_WORDS), GRID * GRID, prompt_length), dtype=bool)
+    guided = np.zeros(len(_HEAD_WORDS), dtype=bool)
+    shown = token_things([item.mask for item in scene.objects])
+    for position, word in enumerate(question.phrase.split(), start=1):
+        for head, words in enumerate(_HEAD_WORDS):
+            if word not in words:
+                continue
+            fits = np.asarray([*(item.look.answers_to([word]) for item in scene.objects), False])[shown]
+            guided[head] = True
+            right[head] = True
+            right[head, :, position] = False
+            right[head, fits] = False
+            right[head, fits, position] = True
+    return right, guided
+
+
 class SamWithHeads(nn.Module):
-    """SAM 3, and heads on its two finest feature maps that say what each pixel shows; only training needs them."""
+    """SAM 3, and heads that only training needs: they say what each place of its two finest maps shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +173,7 @@ class SamWithHeads(nn.Module):
 
 
 class SamStage:
-    """Trains all of SAM 3 on semantic masks (dice + focal) and presence (binary cross-entropy), with dense heads on its features.
+    """Trains all of SAM 3 on masks (dice + focal), presence (cross-entropy), and dense heads on its features.
 
     Args:
         images: Images per step.
@@ -156,6 +192,7 @@ class SamStage:
         self.train_split = ConceptShapes("train", size=NANO_IMAGE_SIZE)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss on the scenes and questions of a step."""
         scenes, questions = [], []
         for i in range(self.images):
             index = step * self.images + i
@@ -182,6 +219,12 @@ class SamStage:
         ).to(self.device)
         text, mask = encode_text(self.sam, tokens.input_ids, tokens.attention_mask)
         boxes, labels = _boxes(flat, self.train_split.size, self.device)
+        seen: list[dict[str, Tensor]] = []
+        fusions = [layer.cross_attn for layer in self.sam.detr_encoder.layers]
+        hooks = [
+            fusion.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs), with_kwargs=True)
+            for fusion in fusions
+        ]
         # A padded box leaves the geometry CLS token alone, as `sam_prompt` has it for prompts without boxes.
         output = self.sam(
             vision_embeds=features.vision,
@@ -190,6 +233,15 @@ class SamStage:
             input_boxes=boxes,
             input_boxes_labels=labels,
         )
+        for hook in hooks:
+            hook.remove()
+        guidance = [
+            guidance_targets(scene, question, seen[0]["key"].shape[1])
+            for scene, row in zip(scenes, questions)
+            for question in row
+        ]
+        right, guided = (torch.from_numpy(np.stack(arrays)).to(self.device) for arrays in zip(*guidance))
+        focus = sum(_guided_attention(*pair, right, guided) for pair in zip(fusions, seen)) / len(fusions)
         truth = torch.from_numpy(np.stack([question.mask for question in flat])).to(self.device).float()
         present = truth.flatten(1).any(1)
         segment = torch.tensor([question.segment for question in flat], device=self.device)
@@ -202,12 +254,13 @@ class SamStage:
             output.presence_logits[:, 0], present.float()
         )
         dense = self._dense_loss(scenes, encoded.vision.fpn_hidden_states)
-        loss = dice + 10 * focal_loss + 0.5 * presence + 0.5 * dense
+        loss = dice + 10 * focal_loss + 0.5 * presence + 0.5 * dense + 0.3 * focus
         return loss, {
             "dice": dice.item(),
             "focal": focal_loss.item(),
             "presence": presence.item(),
             "dense": dense.item(),
+            "focus": focus.item(),
         }
 
     def _dense_loss(self, scenes: Sequence[Scene], levels: Sequence[Tensor]) -> Tensor:
@@ -223,7 +276,7 @@ class SamStage:
 
     @torch.no_grad()
     def evaluate(self, count: int = 180) -> dict[str, float]:
-        """Foreground IoU of noun phrases by level, of the user's own words on CI, and the AUC of presence, on the split "val"."""
+        """On the split "val": foreground IoU of the answers as text, by level, and the AUC of presence on CI."""
         self.module.eval()
         split = ConceptShapes("val", size=NANO_IMAGE_SIZE)
         samples = [(split[i], split.task(i)) for i in range(count)]
@@ -277,7 +330,7 @@ def scenes_to_pixels(images: Sequence[np.ndarray], device: str) -> Tensor:
 
 
 def _boxes(questions: Sequence[Question], size: int, device: str) -> tuple[Tensor, Tensor]:
-    """Boxes (B, 1, 4) as centre and extent over the side, and labels (B, 1): 1, or -10 where there is no box."""
+    """Boxes (B, 1, 4), centre and extent over the side, and labels (B, 1): 1, or -10 for no box."""
     rows, labels = [], []
     for question in questions:
         x1, y1, x2, y2 = question.box or (0, 0, 0, 0)
@@ -290,3 +343,20 @@ def _focal(logits: Tensor, soft: Tensor, gamma: float = 2.0) -> Tensor:
     """Focal loss against coverage between 0 and 1, (B, h, w)."""
     cross_entropy = nn.functional.binary_cross_entropy_with_logits(logits, soft, reduction="none")
     return cross_entropy * (logits.sigmoid() - soft).abs() ** gamma
+
+
+def _guided_attention(fusion: nn.Module, seen: dict[str, Tensor], right: Tensor, guided: Tensor) -> Tensor:
+    """-log of the attention that guided heads spend on the right prompt tokens, over all image tokens."""
+
+    def split_heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (fusion.num_attention_heads, fusion.head_dim)).transpose(1, 2)
+
+    query, key = split_heads(fusion.q_proj(seen["query"])), split_heads(fusion.k_proj(seen["key"]))
+    scores = (query @ key.transpose(2, 3) * fusion.scaling).float()
+    mask = seen["attention_mask"]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    log_attention = scores.log_softmax(-1).masked_fill(~right, float("-inf"))
+    loss = -log_attention.logsumexp(-1)[guided]
+    fits = (right.sum(-1) == 1)[guided]  # few image tokens fit a word: they count as much as all the others
+    return 0.5 * (loss[fits].mean() + loss[~fits].mean())

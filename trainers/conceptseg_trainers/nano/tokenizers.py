@@ -20,14 +20,16 @@ TAGS = ("think", "rule", "check", "bbox", "answer")
 
 # Names of things come first: these are the words a phrase for SAM 3 is made of.
 NOUN_WORDS = (
-    *COLOURS, GREY, *SHAPES, *TEXTURES, "object", "glass", "transparent", "hidden", "shadow", "core", "scratch", "stain", "hole", "lesion", "visual",
-)  # fmt: skip
+    *(*COLOURS, GREY, *SHAPES, *TEXTURES),
+    *"object glass transparent hidden shadow core scratch stain hole lesion visual".split(),
+)
 OTHER_WORDS = tuple(
-    "a above among and another are as asks background before below blends box boxes breaks broken but by camouflaged can changes check dark "
-    "darker defect differs each eye find first for frame from goes ground has healthy here image images in industrial inside into is it its "
-    "largest last left light locate mark marked new no none not objects odd of on one ones others out part passes pattern reference references region regular "
-    "right rule salient same see segmentation share shared shares show shows smallest stands target that the their there this through tissue "
-    "to tone unlike user view was what where which with without".split()
+    "a above among and another are as asks background before below blends box boxes breaks broken but by "
+    "camouflaged can changes check dark darker defect differs each eye find first for frame from goes ground has "
+    "healthy here image images in industrial inside into is it its largest last left light locate mark marked new "
+    "no none not objects odd of on one ones others out part passes pattern reference references region regular "
+    "right rule salient same see segmentation share shared shares show shows smallest stands target that the their "
+    "there this through tissue to tone unlike user view was what where which with without".split()
 )
 
 NANO_TEMPLATE = PromptTemplate(
@@ -37,10 +39,12 @@ NANO_TEMPLATE = PromptTemplate(
     single_reference="boxes {reference_boxes} find {problem}",
     no_reference="find {problem}",
 )
+_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    f"{{% if part['type'] == 'image' %}}{_PICTURE}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
     "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -49,7 +53,8 @@ _CHAT_TEMPLATE = (
 def _word_level(vocabulary: list[str], size: int, name: str) -> Tokenizer:
     if len(set(vocabulary)) != len(vocabulary) or len(vocabulary) > size:
         raise ValueError(
-            f"{name} has {len(vocabulary)} words, {len(set(vocabulary))} of them different; the model has room for {size}."
+            f"{name} has {len(vocabulary)} words, {len(set(vocabulary))} of them different; "
+            f"the model has room for {size}."
         )
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()

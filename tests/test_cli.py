@@ -1,0 +1,256 @@
+"""The command: what it reads, writes and refuses. One process; a random checkpoint of the nano preset."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conceptseg_hf import cli, nano_checkpoint
+from conceptseg_hf.cli.arguments import DTYPES, ROUTERS, BadInputError, parse_reference
+from conceptseg_hf.router import ROUTER_MODES
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model, processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture()
+def files(tmp_path, monkeypatch):
+    """A folder with a picture, a mask and a name full of colons; the working directory of the test."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 24), (200, 30, 30)).save("a.png")
+    mask = np.zeros((24, 32), dtype=np.uint8)
+    mask[4:12, 4:20] = 255
+    Image.fromarray(mask).save("mask.png")
+    Image.new("RGB", (32, 24)).save("odd:name:1,2,3,4.png")
+    (tmp_path / "C:").mkdir()
+    Image.new("RGB", (32, 24)).save("C:/b.png")
+    Image.fromarray(mask).save("C:/m.png")
+    (tmp_path / "text.png").write_text("no image")
+    return tmp_path
+
+
+def command(*words: str) -> int:
+    """The exit code of `conceptseg WORDS`, in this process."""
+    try:
+        return cli.main(words)
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.parametrize(
+    ("text", "image", "mask", "box"),
+    [
+        ("a.png", "a.png", None, None),
+        ("a.png:mask.png", "a.png", "mask.png", None),
+        ("a.png:1,2,30,20", "a.png", None, (1, 2, 30, 20)),
+        ("a.png: 1.5, 2, 30, 20", "a.png", None, (1.5, 2, 30, 20)),
+        ("C:/b.png", "C:/b.png", None, None),
+        ("C:/b.png:C:/m.png", "C:/b.png", "C:/m.png", None),
+        ("C:/b.png:1,2,30,20", "C:/b.png", None, (1, 2, 30, 20)),
+        ("odd:name:1,2,3,4.png", "odd:name:1,2,3,4.png", None, None),
+        ("odd:name:1,2,3,4.png:0,0,5,5", "odd:name:1,2,3,4.png", None, (0, 0, 5, 5)),
+        ("odd:name:1,2,3,4.png:mask.png", "odd:name:1,2,3,4.png", "mask.png", None),
+        ("https://host:80/x.png", "https://host:80/x.png", None, None),
+        ("https://host/x.png:1,2,3,4", "https://host/x.png", None, (1, 2, 3, 4)),
+        ("https://host/x.png:mask.png", "https://host/x.png", "mask.png", None),
+        ("a.png:https://host/m.png", "a.png", "https://host/m.png", None),
+    ],
+)
+def test_reference_is_cut_at_the_right_colon(files, text, image, mask, box):
+    reference = parse_reference(text)
+    assert (reference.image, reference.mask, reference.box) == (image, mask, box)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("missing.png", "'missing.png' is not a file"),
+        ("missing.png:1,2,3,4", "'missing.png' is not a file"),
+        ("a.png:missing.png", "'missing.png' is neither a mask file nor a box"),
+        ("a.png:1,2,3", "'1,2,3' is not a box"),
+        ("a.png:1,2,3,4,5", "is not a box"),
+        ("a.png:1,2,nan,4", "neither a mask file nor a box"),
+        ("a.png:5,2,3,4", "x1 < x2"),
+        ("a.png:", "is not a box"),
+        ("a\0.png", "is not a file"),
+        ("a.png:" + "x" * 5000, "neither a mask file nor a box"),
+    ],
+)
+def test_bad_references_are_explained(files, text, message):
+    with pytest.raises(BadInputError, match=message):
+        parse_reference(text)
+
+
+def test_options_match_the_package():
+    assert ROUTERS == ROUTER_MODES
+    import torch
+
+    assert all(hasattr(torch, name) for name in DTYPES if name != "auto")
+
+
+def test_segment_writes_mask_overlay_and_json(files, checkpoint, capsys):
+    words = (
+        "segment",
+        "a.png",
+        "--prompt",
+        "red circle",
+        "--model",
+        checkpoint,
+        "--router",
+        "full_reasoning",
+    )
+    references = (
+        "--reference",
+        "C:/b.png:1,2,30,20",
+        "--reference",
+        "a.png:mask.png",
+        "--reference",
+        "a.png",
+    )
+    assert command(*words, *references, "--max-new-tokens", "6", "--output-dir", "out") == 0
+    mask = Image.open("out/a_mask.png")
+    assert mask.mode == "L" and mask.size == (32, 24)
+    assert set(np.unique(np.asarray(mask))) <= {0, 255}
+    assert Image.open("out/a_overlay.png").width > 3 * 300
+    record = json.loads((files / "out" / "a.json").read_text())
+    assert record["route"] == "reasoning" and record["mask"] == "a_mask.png" and "heatmap" not in record
+    assert record["references"] == list(references[1::2])
+    assert capsys.readouterr().out.splitlines()[-1].endswith("a.json")
+
+
+def test_segment_on_the_shortcut_without_references(files, checkpoint, capsys):
+    words = ("segment", "a.png", "--prompt", "red circle", "--model", checkpoint, "--router", "sam_only")
+    assert command(*words, "--device", "cpu", "--dtype", "float32") == 0
+    assert capsys.readouterr().out.startswith("shortcut: 'red circle'")
+    assert (files / "conceptseg_output" / "a_mask.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("segment", "missing.png", "--prompt", "x"), "image 'missing.png' is not a file"),
+        (("segment", "a.png", "--prompt", " "), "--prompt is empty"),
+        (("segment", "a.png"), "--prompt"),
+        (("segment", "a.png", "--prompt", "x", "--router", "other"), "'other'"),
+        (("segment", "a.png", "--prompt", "x", "--max-new-tokens", "0"), "whole number"),
+        (("segment", "a.png", "--prompt", "x", "--reference", "b.png"), "'b.png' is not a file"),
+        (("segment", "a.png", "--prompt", "x", "--model", "./missing"), "neither a folder nor a hub id"),
+        (("info", "--model", "x" * 5000), "neither a folder nor a hub id"),
+        (("segment", "a.png", "--prompt", "x", "--model", "."), "has no config.json"),
+        (("segment", "text.png", "--prompt", "x", "--model", "CHECKPOINT"), "cannot be read"),
+        (("segment", "a.png", "--prompt", "x", "--model", "CHECKPOINT", "--device", "other"), "'other'"),
+        (
+            (
+                "segment",
+                "a.png",
+                "--prompt",
+                "x",
+                "--model",
+                "CHECKPOINT",
+                "--reference",
+                "a.png:90,90,99,99",
+            ),
+            "reference 0",
+        ),
+        (("segment", "a.png", "--prompt", "x", "--model", "nobody/nothing"), "the hub did not give it"),
+        (
+            ("segment", "a.png", "--prompt", "x", "--model", "CHECKPOINT", "--output-dir", "a.png"),
+            "--output-dir",
+        ),
+        (("evaluate", "--benchmark", "other"), "no benchmark is named 'other'"),
+        (("evaluate", "--split", "other"), "no split is named 'other'"),
+        (("evaluate", "--root", "data"), "reads no files"),
+        (("evaluate", "--limit", "none"), "whole number"),
+        (("evaluate", "--protocol", "other", "--model", "CHECKPOINT"), "no protocol is named 'other'"),
+        (("info", "--model", "./missing"), "neither a folder nor a hub id"),
+        (("other",), "'other'"),
+        ((), "VERB"),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_sentence(files, checkpoint, capsys, words, message):
+    assert command(*(checkpoint if word == "CHECKPOINT" else word for word in words)) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    complaint = [line for line in captured.err.splitlines() if line.startswith("conceptseg")]
+    assert len(complaint) == 1 and complaint[0].endswith(".")
+    assert captured.out == ""
+
+
+def test_another_models_folder_is_refused(files, checkpoint, capsys):
+    folder = files / "other"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    assert command("info", "--model", str(folder)) == 2
+    assert "not a ConceptSeg checkpoint" in capsys.readouterr().err
+
+
+def test_a_missing_embedded_checkpoint_is_explained(files, monkeypatch, capsys):
+    monkeypatch.setattr("conceptseg_hf.nano_checkpoint", lambda: files / "nowhere")
+    assert command("info") == 2
+    assert "make nano" in capsys.readouterr().err
+
+
+def test_stopping_is_no_traceback(files, checkpoint, monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("conceptseg_hf.cli.segment.load_model", interrupted)
+    assert command("segment", "a.png", "--prompt", "x") == 130
+    assert "stopped" in capsys.readouterr().err
+
+
+def test_info_counts_parameters(checkpoint, capsys):
+    assert command("info", "--model", checkpoint) == 0
+    output = capsys.readouterr().out
+    assert "transformers" in output and "qwen2_5_vl" in output and "M parameters" in output
+
+
+def test_evaluate_ends_with_one_line_of_iou(files, checkpoint, capsys):
+    words = ("evaluate", "--model", checkpoint, "--limit", "3", "--router", "sam_only", "--batch-size", "2")
+    assert command(*words) == 0
+    first = capsys.readouterr().out
+    assert first.splitlines()[-1].startswith("foreground IoU: CI ")
+    folder = files / "evaluation_output" / "concept-shapes-test-sam_only"
+    assert {path.name for path in folder.iterdir()} == {
+        "records.jsonl",
+        "report.json",
+        "report.md",
+        "settings.json",
+    }
+    assert command(*words) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_demo_writes_a_picture_per_sample(files, checkpoint, capsys):
+    words = ("demo", "--model", checkpoint, "--samples", "3", "--router", "sam_only", "--output-dir", "demo")
+    assert command(*words) == 0
+    records = json.loads((files / "demo" / "results.json").read_text())
+    assert [record["sample_id"] for record in records] == ["test-000000", "test-000001", "test-000002"]
+    for record in records:
+        assert Image.open(files / "demo" / record["picture"]).height > 320
+        assert 0 <= record["foreground_iou"] <= 1
+    assert "mean foreground IoU" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (nano_checkpoint() / "config.json").is_file(), reason="there is no embedded checkpoint"
+)
+def test_demo_covers_levels_and_routes(tmp_path):
+    command_line = [sys.executable, "-m", "conceptseg_hf.cli", "demo", "--output-dir", str(tmp_path)]
+    subprocess.run(command_line, check=True, timeout=300)
+    records = json.loads((tmp_path / "results.json").read_text())
+    assert len(list(tmp_path.glob("*.png"))) == len(records) >= 8
+    assert {record["level"] for record in records} == {"CI", "CD", "CR"}
+    assert {record["route"] for record in records} == {"shortcut", "reasoning"}

@@ -1,0 +1,242 @@
+"""The evaluation, on a random model: what is counted, what is written, and that a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conceptseg_hf import ConceptSegmentation
+from conceptseg_hf.data import ConceptSample, load_benchmark
+from conceptseg_hf.evaluation import EvaluationReport, evaluate
+from conceptseg_hf.evaluation import evaluator as evaluator_module
+from conceptseg_hf.evaluation.loading import fingerprint, load_model_and_processor
+from conceptseg_hf.evaluation.records import make_record, segment_samples
+
+SHORT = {"max_new_tokens": 8}
+
+
+def run(model, processor, **options):
+    arguments = {"limit": 5, "batch_size": 2, "generation_config": SHORT} | options
+    return evaluate(model, "concept-shapes", processor=processor, **arguments)
+
+
+def a_sample(**changes) -> ConceptSample:
+    mask = np.zeros((20, 20), dtype=np.uint8)
+    mask[5:10, 5:15] = 255
+    values = {
+        "image": Image.new("RGB", (20, 20)),
+        "mask": Image.fromarray(mask),
+        "prompt": "red circle",
+        "level": "CI",
+        "group": "diverse classes",
+        "family": "attribute",
+        "box": (5, 5, 15, 10),
+        "sample_id": "one",
+    }
+    return ConceptSample(**(values | changes))
+
+
+def test_record_of_a_reasoned_result():
+    completion = "<think>a</think><rule>b</rule><bbox>[1,2,3,4]</bbox><answer>red circle</answer>"
+    mask = np.zeros((20, 20), dtype=np.uint8)
+    mask[5:10, 5:10] = 255
+    result = ConceptSegmentation(
+        Image.fromarray(mask),
+        "red circle",
+        0.6,
+        route="reasoning",
+        decode_presence=0.7,
+        completion=completion,
+        box=(5.0, 5.0, 10.0, 10.0),
+        check_iou=0.4,
+    )
+    record = make_record(a_sample(), result)
+    assert record["foreground_iou"] == 0.5
+    assert record["pixels"] == [25, 25, 50]
+    assert record["box_iou"] == pytest.approx(0.5)
+    assert record["format_valid"] is True
+    assert record["rejected"] is False
+    assert record["check_iou"] == 0.4
+    json.dumps(record)
+
+
+def test_record_of_a_shortcut_a_rejection_and_a_failure():
+    empty = Image.new("L", (20, 20))
+    shortcut = ConceptSegmentation(
+        empty, "red circle", 0.0, route="shortcut", presence=0.3, decode_presence=0.3
+    )
+    record = make_record(a_sample(), shortcut)
+    assert (record["box_iou"], record["format_valid"], record["foreground_iou"]) == (None, None, 0)
+
+    absent = a_sample(mask=empty, box=None)
+    record = make_record(absent, shortcut)
+    assert (record["present"], record["rejected"], record["foreground_iou"]) == (False, True, 1)
+
+    record = make_record(a_sample(), ConceptSegmentation.failed("broken.", "red circle"))
+    assert (record["foreground_iou"], record["error"], record["route"]) == (0, "broken.", None)
+
+
+def test_a_missing_box_counts_zero():
+    result = ConceptSegmentation(None, "x", 0.0, route="reasoning", decode_presence=0.7, completion="")
+    assert make_record(a_sample(), result)["box_iou"] == 0
+    assert make_record(a_sample(box=None), result)["box_iou"] is None
+
+
+def record_like(**changes):
+    record = make_record(
+        a_sample(), ConceptSegmentation(None, "x", 0.0, route="shortcut", decode_presence=0.9)
+    )
+    return record | changes
+
+
+def test_report_counts_present_samples_and_negatives_apart():
+    records = [
+        record_like(foreground_iou=0.5),
+        record_like(foreground_iou=0.7, route="reasoning", format_valid=True, box_iou=0.2),
+        record_like(foreground_iou=1.0, present=False, rejected=True, decode_presence=0.1),
+        record_like(foreground_iou=0.0, present=False, rejected=False, decode_presence=0.95),
+        record_like(
+            level="CR", group="difference", foreground_iou=0.3, route="reasoning", format_valid=False
+        ),
+        record_like(
+            level="CD", group="saliency", foreground_iou=0.0, route=None, error="x.", decode_presence=None
+        ),
+    ]
+    report = EvaluationReport(records, {"benchmark": "b"})
+    rows = {(row["level"], row["group"]): row for row in report.table}
+    assert list(rows) == [
+        ("CI", "diverse classes"),
+        ("CI", "all"),
+        ("CD", "saliency"),
+        ("CD", "all"),
+        ("CR", "difference"),
+        ("CR", "all"),
+        ("all", "all"),
+    ]
+    first = rows["CI", "diverse classes"]
+    assert first["samples"] == 4
+    assert first["foreground_iou"] == pytest.approx(0.6)
+    assert first["rejection_rate"] == 0.5
+    assert first["presence_auc"] == 0.5
+    assert first["shortcut_share"] == 0.75
+    assert (first["format_rate"], first["box_iou"]) == (1, 0.2)
+    assert rows["CR", "all"]["format_rate"] == 0
+    assert rows["CR", "all"]["rejection_rate"] is None
+    assert rows["CD", "all"]["failed"] == 1
+    assert rows["CD", "all"]["shortcut_share"] is None
+    assert report.summary() == "foreground IoU: CI 0.600 | CD 0.000 | CR 0.300 | all 0.375"
+    markdown = report.to_markdown()
+    assert "| CI    | diverse classes | 4 " in markdown and "failed" in markdown
+
+
+def test_evaluate_counts_every_sample_once(model, processor, tmp_path):
+    report = run(model, processor, output_dir=tmp_path)
+    assert [record["sample_id"] for record in report.records] == [f"test-{i:06d}" for i in range(5)]
+    lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(range(5))
+    assert (tmp_path / "report.md").read_text().rstrip().endswith(report.summary())
+    assert json.loads((tmp_path / "report.json").read_text())["table"] == report.table
+
+
+def test_batches_and_single_samples_agree(model, processor):
+    alone = run(model, processor, batch_size=1)
+    together = run(model, processor, batch_size=5)
+    for one, other in zip(alone.records, together.records, strict=True):
+        assert one["route"] == other["route"]
+        assert one["foreground_iou"] == pytest.approx(other["foreground_iou"], abs=0.02)
+
+
+def test_a_killed_run_goes_on(model, processor, tmp_path, monkeypatch):
+    whole = run(model, processor, output_dir=tmp_path / "whole")
+    calls = []
+    real = segment_samples
+
+    def dies_in_the_second_batch(*arguments, **options):
+        calls.append(len(arguments[2]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(evaluator_module, "segment_samples", dies_in_the_second_batch)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, processor, output_dir=tmp_path / "killed")
+    path = tmp_path / "killed" / "records.jsonl"
+    assert len(path.read_text().splitlines()) == 2
+    with path.open("a") as file:
+        file.write('{"index": 2, "sample_')  # what a power cut leaves
+
+    report = run(model, processor, output_dir=tmp_path / "killed")
+    assert calls[2:] == [2, 1], "the two samples on disk are not run again"
+    assert report.records == whole.records
+    assert path.read_text() == (tmp_path / "whole" / "records.jsonl").read_text()
+
+
+def test_limits_may_grow_and_shrink(model, processor, tmp_path):
+    run(model, processor, output_dir=tmp_path, limit=2)
+    longer = run(model, processor, output_dir=tmp_path, limit=4)
+    shorter = run(model, processor, output_dir=tmp_path, limit=1)
+    assert (len(longer.records), len(shorter.records)) == (4, 1)
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 4
+
+
+def test_records_of_another_run_are_refused(model, make_model, processor, tmp_path):
+    run(model, processor, output_dir=tmp_path, limit=1)
+    with pytest.raises(ValueError, match="other router"):
+        run(model, processor, output_dir=tmp_path, limit=1, router="sam_only")
+    other = make_model(seed=1)
+    with pytest.raises(ValueError, match="other weights"):
+        run(other, processor, output_dir=tmp_path, limit=1)
+
+
+def test_fingerprint_sees_an_update_of_the_weights(make_model):
+    model = make_model()
+    before = fingerprint(model)
+    assert before == fingerprint(make_model())
+    with torch.no_grad():
+        model.ctm.queries.add_(1e-3)
+    assert fingerprint(model) != before
+
+
+def test_samples_of_ones_own_and_a_bad_one(model, processor):
+    samples = [a_sample(), a_sample(prompt=" ", sample_id="bad")]
+    report = evaluate(model, samples, processor=processor, router="sam_only")
+    assert [record["error"] is None for record in report.records] == [True, False]
+    assert report.table[-1]["failed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": "other"}, "no protocol"),
+        ({"router": "other"}, "other"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"limit": 0}, "at least 1"),
+        ({"split": "other"}, "no split"),
+        ({"processor": None}, "processor"),
+    ],
+)
+def test_bad_arguments(model, processor, options, message):
+    arguments = {"processor": processor} | options
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, "concept-shapes", **arguments)
+    with pytest.raises(ValueError, match="no benchmark"):
+        evaluate(model, "other", processor=processor)
+
+
+def test_a_path_is_loaded(model, processor, tmp_path):
+    model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    given = run(model, processor, limit=2, router="sam_only")
+    loaded = evaluate(tmp_path / "checkpoint", "concept-shapes", limit=2, router="sam_only")
+    for one, other in zip(given.records, loaded.records, strict=True):
+        assert one["foreground_iou"] == pytest.approx(other["foreground_iou"], abs=0.02)
+    with pytest.raises(ValueError, match="cannot be used"):
+        load_model_and_processor(tmp_path / "checkpoint", device="nonsense")
+
+
+def test_negatives_occur_in_the_benchmark():
+    assert any(not sample.present for sample in load_benchmark("concept-shapes", limit=12))

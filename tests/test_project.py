@@ -1,0 +1,156 @@
+"""Rules of the house: which way imports point, what must not be imported, and what starting up costs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import conceptseg_hf
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "conceptseg_hf"
+TRAINERS = ROOT / "trainers" / "conceptseg_trainers"
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *TRAINERS.rglob("*.py")])
+
+# A module may import from its own row and the rows below it (ARCHITECTURE.md).
+ROWS = [
+    {"cli"},
+    {"evaluation", "pipelines", "integrations"},
+    {"visualization", "data"},
+    {"modeling_conceptseg"},
+    {"processing_conceptseg", "generation", "hub"},
+]
+
+NO_SOCKETS = """
+import socket, sys
+def refuse(*arguments, **options): raise AssertionError("a socket was opened")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+"""
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of everything a file imports, wherever in the file."""
+    module = (
+        path.relative_to(PACKAGE.parent if PACKAGE in path.parents else TRAINERS.parent).with_suffix("").parts
+    )
+    package = module[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            name = ".".join((*base, *(node.module or "").split("."))).strip(".")
+            found |= {name, *(f"{name}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def part(name: str) -> str | None:
+    """The file or folder of conceptseg_hf that a dotted name belongs to."""
+    match = re.match(r"conceptseg_hf\.(\w+)", name)
+    return match[1] if match else None
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    names = imports(path)
+    if PACKAGE in path.parents:
+        banned = {"trl", "deepspeed", "peft", "fiftyone", "conceptseg_trainers"}
+        assert not banned & {name.split(".")[0] for name in names}
+    if PACKAGE not in path.parents or path == PACKAGE / "__init__.py":
+        return
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    row = next((number for number, parts in enumerate(ROWS) if own in parts), len(ROWS))
+    above = set().union(*ROWS[:row])
+    assert not {part(name) for name in names} & above
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_command_prints(path):
+    if (PACKAGE / "cli") in path.parents:
+        return
+    calls = (
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+    )
+    assert not [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
+
+
+def run_python(code: str, *words: str) -> subprocess.CompletedProcess:
+    paths = os.pathsep.join([str(ROOT), str(TRAINERS.parent)])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+LAUNCH = "import runpy; launch = runpy.run_path(sys.argv.pop(1))['main']\nsys.argv[0] = 'conceptseg'\n"
+
+
+@pytest.mark.parametrize("verb", [(), ("demo",), ("segment",), ("evaluate",), ("info",)], ids=" ".join)
+def test_help_answers_at_once_and_opens_no_socket(verb):
+    code = (
+        NO_SOCKETS
+        + LAUNCH
+        + (
+            "try:\n    launch()\nfinally:\n    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+        )
+    )
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = run_python(code, str(PACKAGE / "cli" / "launcher.py"), *verb, "--help")
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert "usage: conceptseg" in done.stdout
+    assert min(times) < 1
+
+
+def test_importing_opens_no_socket_and_nothing_heavy():
+    done = run_python(
+        NO_SOCKETS
+        + "import conceptseg_hf, conceptseg_trainers\n"
+        + "heavy = {'trl', 'deepspeed', 'fiftyone', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules)\n"
+        + "assert not heavy, heavy"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_verbs_load_nothing_twice():
+    """Verbs run under the launcher's name for the package; what they import is the package itself."""
+    code = LAUNCH + (
+        "code = launch()\n"
+        "names = sorted(name for name in sys.modules if name.startswith('conceptseg_cli'))\n"
+        "assert 'conceptseg_hf.cli' not in sys.modules and 'conceptseg_cli.segment' in names, names\n"
+        "sys.exit(code)"
+    )
+    done = run_python(
+        "import sys\n" + code, str(PACKAGE / "cli" / "launcher.py"), "segment", "no.png", "--prompt", "x"
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "conceptseg segment: image 'no.png' is not a file; give the path of an image.\n"
+
+
+def test_version_is_said_once():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^version = "(.+)"$', text, re.MULTILINE)[1] == conceptseg_hf.__version__
+
+
+def test_constraints_pin_what_setup_installs():
+    setup = (ROOT / ".ci" / "setup").read_text(encoding="utf-8")
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    for name in ("torch", "torchvision"):
+        version = re.search(rf"^{name}_version=(.+)$", setup, re.MULTILINE)[1]
+        assert f"\n{name}=={version}\n" in constraints
+
+
+def test_every_file_speaks_for_the_project_alone():
+    """No machine's paths in what is shipped."""
+    for path in [*SOURCES, *ROOT.glob("*.md"), *ROOT.glob("examples/*.py"), ROOT / "pyproject.toml"]:
+        assert not re.search(r"/(home|root|work|Users)/", path.read_text(encoding="utf-8")), path
