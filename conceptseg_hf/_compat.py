@@ -9,9 +9,9 @@ This file depends on nothing but torch: `.ci/setup` also installs it on its own.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import pathlib
-import sys
 
 import torch
 
@@ -44,11 +44,9 @@ def ensure_torchvision() -> None:
     declare_operators()
     if importlib.util.find_spec("torchvision") is None:
         return
-    import torchvision.ops
-    from torchvision.extension import _has_ops
-
-    module = sys.modules["torchvision.ops.roi_align"]
+    has_operators = importlib.import_module("torchvision.extension")._has_ops()
+    module = importlib.import_module("torchvision.ops.roi_align")
     fallback = getattr(module, "_roi_align", None)
-    if not _has_ops() and hasattr(fallback, "__wrapped__"):
+    if not has_operators and hasattr(fallback, "__wrapped__"):
         # Torchvision compiles its fallback on the first call: seconds, and an error where there is no compiler.
         module._roi_align = fallback.__wrapped__

@@ -67,8 +67,8 @@ class ConceptSegConfig(PreTrainedConfig):
     model_type = "conceptseg"
     sub_configs_defaults = {  # noqa: RUF012 (the base class reads it so)
         "vlm_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2_5_vl"),
-        "sam_config": Sam3Config,
-        "ctm_config": ConceptTranslationConfig,
+        "sam_config": SubConfigSpec(config_class=Sam3Config),
+        "ctm_config": SubConfigSpec(config_class=ConceptTranslationConfig),
     }
 
     vlm_config: dict | PreTrainedConfig | None = None

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ROUTERS = ("adaptive", "sam_only", "full_reasoning")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+_SMALL_MODEL = 50_000_000  # parameters
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -142,12 +143,17 @@ def load_model(arguments: argparse.Namespace) -> tuple[ConceptSegForSegmentation
     from conceptseg_hf.evaluation.loading import load_model_and_processor
 
     try:
-        return load_model_and_processor(arguments.model, arguments.device, arguments.dtype)
+        model, processor = load_model_and_processor(arguments.model, arguments.device, arguments.dtype)
     except (ValueError, ImportError, OSError) as error:
         reason = _first_sentence(error)
         if arguments.model is not None and not _is(arguments.model, Path.exists):
             reason = f"model {arguments.model!r} is no folder here, and the hub did not give it: {reason}"
         raise BadInputError(reason) from error
+    if model.device.type == "cpu" and model.num_parameters() < _SMALL_MODEL:
+        import torch
+
+        torch.set_num_threads(1)  # its layers are over before threads have met; on a busy machine they wait
+    return model, processor
 
 
 def make_output_dir(path: str | Path) -> Path:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .arguments import add_model_options, load_model, make_output_dir, positive_int
+
+if TYPE_CHECKING:
+    from conceptseg_hf import ConceptSegmentation
+    from conceptseg_hf.data import ConceptSample
 
 # One round of the benchmark: it goes through its ten groups, so these are the first samples of each, whatever
 # comes out.
 _SAMPLES = 12
+_BATCH = 4
 
 
 def add_parser(verbs: Any) -> None:
@@ -46,27 +52,18 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from conceptseg_hf.data import load_benchmark
-    from conceptseg_hf.evaluation.records import make_record, segment_samples
-    from conceptseg_hf.visualization import caption_of, panel
+    from conceptseg_hf.evaluation.records import segment_samples
 
+    samples = list(load_benchmark("concept-shapes", split="test", limit=arguments.samples))
     records = []
-    for sample in tqdm(
-        load_benchmark("concept-shapes", split="test", limit=arguments.samples), unit="image", leave=False
-    ):
-        result = segment_samples(model, processor, [sample], router=arguments.router)[0]
-        name = f"{len(records) + 1:02d}_{sample.level}_{sample.group.replace(' ', '-')}.png"
-        record = {"picture": name} | make_record(sample, result)
-        records.append(record)
-        picture = panel(
-            sample.image,
-            result.mask,
-            references=sample.references,
-            box=result.box,
-            check=None if result.check is None else (result.check_reference, result.check),
-            truth=sample.mask,
-            caption=caption_of(result, sample.prompt, f"foreground IoU {record['foreground_iou']:.2f}"),
-        )
-        picture.save(folder / name)
+    with tqdm(total=len(samples), unit="image", leave=False) as bar:
+        for start in range(0, len(samples), _BATCH):
+            batch = samples[start : start + _BATCH]
+            for sample, result in zip(
+                batch, segment_samples(model, processor, batch, router=arguments.router)
+            ):
+                records.append(_save(sample, result, folder, len(records) + 1))
+            bar.update(len(batch))
     (folder / "results.json").write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
 
     print(_table(records))
@@ -78,6 +75,26 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print(f"{len(records)} pictures and results.json are in {folder}")
     return 0
+
+
+def _save(sample: ConceptSample, result: ConceptSegmentation, folder: Path, number: int) -> dict[str, Any]:
+    """Writes the picture of one sample and returns its record."""
+    from conceptseg_hf.evaluation.records import make_record
+    from conceptseg_hf.visualization import caption_of, panel
+
+    name = f"{number:02d}_{sample.level}_{sample.group.replace(' ', '-')}.png"
+    record = {"picture": name} | make_record(sample, result)
+    picture = panel(
+        sample.image,
+        result.mask,
+        references=sample.references,
+        box=result.box,
+        check=None if result.check is None else (result.check_reference, result.check),
+        truth=sample.mask,
+        caption=caption_of(result, sample.prompt, f"foreground IoU {record['foreground_iou']:.2f}"),
+    )
+    picture.save(folder / name)
+    return record
 
 
 def _table(records: list[dict[str, Any]]) -> str:

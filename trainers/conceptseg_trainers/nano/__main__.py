@@ -18,6 +18,7 @@ from .mllm_stage import MllmStage
 from .sam_stage import SamStage
 
 STEPS = {"sam": 5200, "mllm": 3100, "ctm": 1000}
+HELD_OUT = {"sam": 180, "mllm": 132, "ctm": 240}
 
 
 def main() -> None:
@@ -49,13 +50,16 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     steps = {name: max(20, round(count * arguments.scale)) for name, count in STEPS.items()}
     run_dir, device = arguments.run_dir, arguments.device
+    held_out = {name: max(24, round(count * min(1.0, arguments.scale))) for name, count in HELD_OUT.items()}
     if arguments.stage in ("sam", "all"):
         train(
-            SamStage(device=device), Schedule(steps["sam"], learning_rate=1e-3, evaluate_every=300), run_dir
+            SamStage(device=device, held_out=held_out["sam"]),
+            Schedule(steps["sam"], learning_rate=1e-3, evaluate_every=300),
+            run_dir,
         )
     if arguments.stage in ("mllm", "all"):
         train(
-            MllmStage(steps["mllm"], device=device),
+            MllmStage(steps["mllm"], device=device, held_out=held_out["mllm"]),
             Schedule(steps["mllm"], learning_rate=1.5e-3, evaluate_every=300),
             run_dir,
         )
@@ -65,8 +69,9 @@ def main() -> None:
             model,
             processor,
             run_dir,
-            completions=max(240, round(4800 * min(1.0, arguments.scale))),
+            completions=max(48, round(4800 * min(1.0, arguments.scale))),
             device=device,
+            held_out=held_out["ctm"],
         )
         train(stage, Schedule(steps["ctm"], learning_rate=1e-3, evaluate_every=200), run_dir)
         write_checkpoint(model.cpu(), processor, arguments.output_dir or run_dir / "checkpoint")

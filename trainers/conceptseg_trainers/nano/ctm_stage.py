@@ -43,6 +43,7 @@ class CtmStage:
         completions: How many tasks of the training split are used, over and over.
         batch_size: Samples per step.
         device: Where to train.
+        held_out: Samples of the split "val" that an evaluation takes.
     """
 
     name = "ctm"
@@ -55,6 +56,7 @@ class CtmStage:
         completions: int = 4800,
         batch_size: int = 32,
         device: str = "cpu",
+        held_out: int = 240,
     ) -> None:
         torch.manual_seed(0)
         self.model, self.processor, self.batch_size, self.device = (
@@ -70,7 +72,7 @@ class CtmStage:
             self, run_dir / self.name / "completions.safetensors", "train", _FIRST_TRAIN_INDEX, completions
         )
         self.held_out = _completion_table(
-            self, run_dir / self.name / "completions_val.safetensors", "val", 0, 240
+            self, run_dir / self.name / "completions_val.safetensors", "val", 0, held_out
         )
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:

@@ -57,13 +57,14 @@ class MllmStage:
         steps: Steps of the whole stage; the curriculum is laid out over them.
         lessons: Lessons per step.
         device: Where to train.
+        held_out: Samples of the split "val" that an evaluation takes.
     """
 
     name = "mllm"
 
-    def __init__(self, steps: int, lessons: int = 24, device: str = "cpu") -> None:
+    def __init__(self, steps: int, lessons: int = 24, device: str = "cpu", held_out: int = 132) -> None:
         torch.manual_seed(0)
-        self.steps, self.lessons, self.device = steps, lessons, device
+        self.steps, self.lessons, self.device, self.held_out = steps, lessons, device, held_out
         self.processor = build_processor()
         self.writer = LessonWriter(self.processor)
         self.module = MllmWithHeads().to(device)
@@ -188,15 +189,15 @@ class MllmStage:
     # Held-out numbers
 
     @torch.no_grad()
-    def evaluate(self, count: int = 132) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Greedy completions on the split "val": share of valid ones, box and check IoU, exact answers."""
         self.module.eval()
         split = ConceptShapes("val", size=SIDE)
         totals: dict[str, list[float]] = {"format": [], "answer": [], "check": []}
         by_level: dict[str, list[float]] = {"CI": [], "CD": [], "CR": []}
         self.families: dict[str, list[float]] = {}
-        for start in range(0, count, 44):
-            indices = range(start, min(count, start + 44))
+        for start in range(0, self.held_out, 44):
+            indices = range(start, min(self.held_out, start + 44))
             samples = [split[i] for i in indices]
             prepared = [
                 self.processor.prepare(sample.image, sample.prompt, sample.references) for sample in samples

@@ -179,15 +179,18 @@ class SamStage:
         images: Images per step.
         questions: Questions per image.
         device: Where to train.
+        held_out: Samples of the split "val" that an evaluation takes.
     """
 
     name = "sam"
 
-    def __init__(self, images: int = 16, questions: int = 4, device: str = "cpu") -> None:
+    def __init__(
+        self, images: int = 16, questions: int = 4, device: str = "cpu", held_out: int = 180
+    ) -> None:
         torch.manual_seed(0)
         self.module = SamWithHeads().to(device)
         self.sam = self.module.sam
-        self.images, self.questions, self.device = images, questions, device
+        self.images, self.questions, self.device, self.held_out = images, questions, device, held_out
         self.tokenizer = build_sam_tokenizer()
         self.train_split = ConceptShapes("train", size=NANO_IMAGE_SIZE)
 
@@ -275,14 +278,14 @@ class SamStage:
         return loss / 2
 
     @torch.no_grad()
-    def evaluate(self, count: int = 180) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """On the split "val": foreground IoU of the answers as text, by level, and the AUC of presence on CI."""
         self.module.eval()
         split = ConceptShapes("val", size=NANO_IMAGE_SIZE)
-        samples = [(split[i], split.task(i)) for i in range(count)]
+        samples = [(split[i], split.task(i)) for i in range(self.held_out)]
         ious: dict[str, list[float]] = {"CI": [], "CD": [], "CR": []}
         presence: dict[bool, list[float]] = {True: [], False: []}
-        for start in range(0, count, 60):
+        for start in range(0, self.held_out, 60):
             chunk = samples[start : start + 60]
             features = encode_image(
                 self.sam, scenes_to_pixels([task.scene.pixels for _, task in chunk], self.device)
