@@ -14,7 +14,7 @@ demo: $(VENV)/.installed-core  ## segment the first ConceptShapes test samples; 
 	@$(VENV)/bin/conceptseg demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test  ## run the tests (PYTEST_ARGS="-m 'not slow'" for a quick round)
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-lint  ## check style and format
 	$(VENV)/bin/ruff check .

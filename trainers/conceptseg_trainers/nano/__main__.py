@@ -17,7 +17,7 @@ from .loop import Schedule, train
 from .mllm_stage import MllmStage
 from .sam_stage import SamStage
 
-STEPS = {"sam": 5200, "mllm": 3100, "ctm": 1000}
+STEPS = {"sam": 5200, "mllm": 3100, "ctm": 2000}
 HELD_OUT = {"sam": 180, "mllm": 132, "ctm": 240}
 
 
