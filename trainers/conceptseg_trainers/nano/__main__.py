@@ -17,7 +17,7 @@ from .loop import Schedule, train
 from .mllm_stage import MllmStage
 from .sam_stage import SamStage
 
-STEPS = {"sam": 5200, "mllm": 3100, "ctm": 2000}
+STEPS = {"sam": 5200, "mllm": 3100, "ctm": 300}
 HELD_OUT = {"sam": 180, "mllm": 132, "ctm": 240}
 
 
@@ -73,7 +73,9 @@ def main() -> None:
             device=device,
             held_out=held_out["ctm"],
         )
-        train(stage, Schedule(steps["ctm"], learning_rate=1e-3, evaluate_every=200), run_dir)
+        # Short: after two passes over its completions the CTM begins to know them by heart.
+        schedule = Schedule(steps["ctm"], learning_rate=5e-4, warmup=50, decay=0.5, evaluate_every=100)
+        train(stage, schedule, run_dir)
         write_checkpoint(model.cpu(), processor, arguments.output_dir or run_dir / "checkpoint")
 
 
