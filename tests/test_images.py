@@ -223,7 +223,7 @@ def test_truncated_file_is_refused(tmp_path: pathlib.Path) -> None:
         pathlib.Path(),
         "http://",
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_bad_images_give_one_sentence(bad: object) -> None:
     with pytest.raises((ValueError, OSError)) as caught:

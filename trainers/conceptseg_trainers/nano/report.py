@@ -23,7 +23,7 @@ tags: [concept-segmentation, conceptseg]
 
 # conceptseg-nano
 
-The embedded checkpoint of [ConceptSeg-HF](https://pypi.org/project/conceptseg-hf/): the architecture of ConceptSeg-R1
+The embedded checkpoint of ConceptSeg-HF: the architecture of ConceptSeg-R1
 (Qwen2.5-VL, Concept Translation Module, SAM 3) with {parameters:.1f} million parameters, trained from scratch on
 ConceptShapes, a procedural benchmark of drawn scenes.
 
