@@ -34,6 +34,13 @@ class ReferenceArgument:
     box: tuple[float, float, float, float] | None = None
 
 
+def add_output_option(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds the option that says where a verb writes."""
+    parser.add_argument(
+        "--output-dir", default=default, metavar="DIR", help="folder of the results (default: %(default)s)"
+    )
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds --model, --device, --dtype and --router."""
     parser.add_argument(

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_model_options, load_model, make_output_dir, positive_int
+from .arguments import add_model_options, add_output_option, load_model, make_output_dir, positive_int
 
 if TYPE_CHECKING:
     from conceptseg_hf import ConceptSegmentation
@@ -35,12 +35,7 @@ def add_parser(verbs: Any) -> None:
         help="the first N samples (default: %(default)s)",
     )
     add_model_options(parser)
-    parser.add_argument(
-        "--output-dir",
-        default="demo_output",
-        metavar="DIR",
-        help="folder of the results (default: %(default)s)",
-    )
+    add_output_option(parser, "demo_output")
     parser.set_defaults(run=run)
 
 

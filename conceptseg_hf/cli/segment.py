@@ -10,6 +10,7 @@ from typing import Any
 from .arguments import (
     BadInputError,
     add_model_options,
+    add_output_option,
     as_bad_input,
     check_image,
     load_model,
@@ -46,12 +47,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--max-new-tokens", type=positive_int, metavar="N", help="most tokens the reasoning may take"
     )
-    parser.add_argument(
-        "--output-dir",
-        default="conceptseg_output",
-        metavar="DIR",
-        help="folder of the results (default: %(default)s)",
-    )
+    add_output_option(parser, "conceptseg_output")
     parser.set_defaults(run=run)
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 from conceptseg_hf.data import ConceptSample, ConceptShapes, load_benchmark
 from conceptseg_hf.data.concept_shapes.benchmark import SPLITS, family_at
 from conceptseg_hf.data.concept_shapes.families import GROUPS
-from conceptseg_hf.data.concept_shapes.scenes import HELD_OUT_PAIRS, mask_box
+from conceptseg_hf.data.concept_shapes.scenes import HELD_OUT_PAIRS
+from conceptseg_hf.references import mask_to_box
 
 ROUND = len(GROUPS) * 3  # every family at least once
 
@@ -42,7 +43,7 @@ def test_samples_are_consistent(samples: list[ConceptSample]) -> None:
         assert set(np.unique(mask)) <= {0, 255}
         assert sample.present == bool(mask.any()) == (sample.family != "absent")
         if sample.present:
-            assert sample.box == mask_box(mask > 0)
+            assert sample.box == mask_to_box(mask > 0)
         assert 1 <= len(sample.answer.split()) <= 3
         assert sample.think.endswith(sample.answer)
         for reference in sample.references:
@@ -115,7 +116,7 @@ def test_a_changed_scene_differs_only_at_the_new_object() -> None:
     task = shapes.task(index)
     before = task.references[0][0].pixels
     difference = (task.scene.pixels != before).any(-1)
-    x1, y1, x2, y2 = mask_box(task.mask)
+    x1, y1, x2, y2 = mask_to_box(task.mask)
     outside = difference.copy()
     outside[max(0, y1 - 2) : y2 + 2, max(0, x1 - 2) : x2 + 2] = False
     assert difference.any() and not outside.any()

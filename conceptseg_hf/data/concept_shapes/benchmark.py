@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ...references import Reference
+from ...references import Reference, mask_to_box
 from ..sample import ConceptSample
 from .families import GROUPS, Family, Task
-from .scenes import mask_box
 
 if TYPE_CHECKING:
     import datasets
@@ -70,7 +69,7 @@ class ConceptShapes(Sequence[ConceptSample]):
             references=[Reference(Image.fromarray(scene.pixels), box=box) for scene, box in task.references],
             dataset=NAME,
             sample_id=f"{self.split}-{index:06d}",
-            box=mask_box(task.mask) if task.mask.any() else None,
+            box=mask_to_box(task.mask),
             think=task.think,
             rule=task.rule,
             answer=task.answer,

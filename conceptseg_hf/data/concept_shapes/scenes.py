@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from ...references import mask_to_box
 from .rendering import (
     COLOURS,
     GREY,
@@ -79,9 +80,9 @@ class SceneObject:
     mask: BoolArray = field(default_factory=lambda: np.zeros((0, 0), dtype=bool), repr=False)
 
     @property
-    def box(self) -> Box:
-        """(x1, y1, x2, y2) of the mask, x2 and y2 exclusive."""
-        return mask_box(self.mask)
+    def box(self) -> Box | None:
+        """(x1, y1, x2, y2) of the mask, x2 and y2 exclusive; None where nothing of it is visible."""
+        return mask_to_box(self.mask)
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,6 @@ class Scene:
             if item.look.answers_to(words):
                 mask |= item.mask
         return mask
-
-
-def mask_box(mask: BoolArray) -> Box:
-    """The extreme foreground pixels of a non-empty mask as (x1, y1, x2, y2), x2 and y2 exclusive."""
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def pick(rng: np.random.Generator, items: Sequence[str]) -> str:

@@ -19,7 +19,9 @@ from tqdm import tqdm
 from conceptseg_hf.completion import format_completion
 from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.data import ConceptShapes
+from conceptseg_hf.data.concept_shapes.benchmark import family_at
 from conceptseg_hf.data.sample import ConceptSample
+from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.losses import segmentation_loss
 from conceptseg_hf.mllm import last_hidden_states, model_inputs
@@ -27,6 +29,7 @@ from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, PreparedSample
 
 from .loop import mean
+from .sam_stage import scenes_to_pixels, to_masks
 
 _FIRST_TRAIN_INDEX = 900_000  # the other stages stay below
 _GENERATION_BATCH = 48
@@ -93,21 +96,12 @@ class CtmStage:
         self, table: dict, rows: np.ndarray, kinds: list[str], images: list[np.ndarray], use_z: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Mask logits (B, 1, h, w) and presence logits (B, 1) of some rows of a table of completions."""
-        from .sam_stage import scenes_to_pixels
 
-        states = (
-            torch.stack([table[f"{kind}_states"][row] for kind, row in zip(kinds, rows, strict=True)])
-            .to(self.device)
-            .float()
-        )
-        masks = (
-            torch.stack([table[f"{kind}_mask"][row] for kind, row in zip(kinds, rows, strict=True)])
-            .to(self.device)
-            .bool()
-        )
-        texts = torch.stack([table[f"{kind}_text"][row] for kind, row in zip(kinds, rows, strict=True)]).to(
-            self.device
-        )
+        def gather(name: str) -> Tensor:
+            values = [table[f"{kind}_{name}"][row] for kind, row in zip(kinds, rows, strict=True)]
+            return torch.stack(values).to(self.device)
+
+        states, masks, texts = gather("states").float(), gather("mask").bool(), gather("text")
         concepts = self.model.encode_concepts(states, masks) if use_z else None
         features = self.model.encode_image(scenes_to_pixels(images, self.device))
         return self.model.decode_masks(features, texts[:, 0], texts[:, 1], concepts)
@@ -119,25 +113,18 @@ class CtmStage:
         numbers: dict[str, list[float]] = {}
         for start in range(0, len(self.held_out["own_mask"]), 60):
             rows = np.arange(start, min(start + 60, len(self.held_out["own_mask"])))
-            samples = [split.task(int(row)) for row in rows]
+            tasks = [split.task(int(row)) for row in rows]
             for name, kind, use_z in (
                 ("own", "own", True),
                 ("true", "true", True),
                 ("own_text_only", "own", False),
             ):
-                logits, _ = self._decode(
-                    self.held_out, rows, [kind] * len(rows), [task.scene.pixels for task in samples], use_z
-                )
-                masks = (
-                    (nn.functional.interpolate(logits, size=(SIDE, SIDE), mode="bilinear")[:, 0] > 0)
-                    .cpu()
-                    .numpy()
-                )
-                for row, task, mask in zip(rows, samples, masks, strict=True):
+                images = [task.scene.pixels for task in tasks]
+                logits, _ = self._decode(self.held_out, rows, [kind] * len(rows), images, use_z)
+                for row, task, mask in zip(rows, tasks, to_masks(logits), strict=True):
                     if task.mask.any():
-                        level = split[int(row)].level
-                        iou = float((mask & task.mask).sum() / (mask | task.mask).sum())
-                        numbers.setdefault(f"{name}_{level}", []).append(iou)
+                        level, *_ = family_at(int(row))
+                        numbers.setdefault(f"{name}_{level}", []).append(foreground_iou(mask, task.mask))
         return {key: mean(values) for key, values in sorted(numbers.items())}
 
 
@@ -191,7 +178,7 @@ def _complete(stage: CtmStage, split: ConceptShapes, indices: range) -> dict[str
 
 def true_completion(sample: ConceptSample, item: PreparedSample, processor: ConceptSegProcessor) -> str:
     """The ground-truth completion of a ConceptShapes sample."""
-    box = (0.0, 0.0, 0.0, 0.0) if sample.box is None else processor.box_to_text(sample.box, item.frame)
+    box = None if sample.box is None else processor.box_to_text(sample.box, item.frame)
     check = processor.check_to_text(item.frame)
     return format_completion(sample.think, sample.rule, check, box, sample.answer, processor.coordinate_scale)
 

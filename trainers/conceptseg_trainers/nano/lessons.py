@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from conceptseg_hf.completion import format_completion
+from conceptseg_hf.completion import format_box, format_completion
 from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.data.concept_shapes.families import Task
 from conceptseg_hf.data.concept_shapes.rendering import COLOURS, GREY, SHAPES, TEXTURES
@@ -23,11 +23,10 @@ from conceptseg_hf.data.concept_shapes.scenes import (
     Scene,
     draw_scene,
     make_objects,
-    mask_box,
     random_look,
 )
-from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
-from conceptseg_hf.references import Reference, assign_cells, compose_mosaic, resolve_references
+from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, Frame
+from conceptseg_hf.references import Reference, compose_mosaic, mask_to_box, resolve_references
 
 from .tokenizers import COORDINATE_SCALE
 
@@ -39,7 +38,6 @@ DENSE_CLASSES = {
     "texture": len(TEXTURES) + 1,
     "kind": len(KINDS) + 1,
 }
-_NOTHING = [0, 0, 0, 0]
 _LEAST_AREA = 0.12  # share of an image token that a thing must cover to be what the token shows
 
 
@@ -118,7 +116,7 @@ class LessonWriter:
             # While it names a thing it may choose which; only the words after the first are determined.
             focus += [Focus(len(completion) + i, 0, tokens) for i in range(1, len(words))]
             completion += words
-            box = self._ids(f"<bbox>{_box_text(text_box(mask_box(thing.mask)))}</bbox>")
+            box = self._ids(f"<bbox>{format_box(text_box(mask_to_box(thing.mask)), COORDINATE_SCALE)}</bbox>")
             focus += [Focus(len(completion) + i, 0, tokens) for i in (2, 4, 6, 8)]
             completion += box
         prompt = self._prompt("mark objects", 1)
@@ -131,15 +129,10 @@ class LessonWriter:
         things = [Visible(item.look, item.mask) for item in task.scene.objects]
         pictures, dense, check, check_tokens = [task.scene.pixels], [dense_targets(things)], None, None
         if task.references:
-            references = [Reference(Image.fromarray(scene.pixels), box=box) for scene, box in task.references]
-            resolved = resolve_references(references)
-            frame = self.processor.make_frame((SIDE, SIDE), resolved)
-            mosaic = compose_mosaic(resolved.images, resolved.boxes, frame.layout, resolved.proxy)
+            mosaic, shown, frame = self._mosaic(task)
             instruction = self.processor.instruction(task.prompt, frame)
-            pictures.insert(0, np.asarray(mosaic))
-            cells = assign_cells(len(references), resolved.proxy)
-            rects = [frame.layout.cell(cell) for cell in cells]
-            dense.insert(0, dense_targets(mosaic_things([scene for scene, _ in task.references], rects)))
+            pictures.insert(0, mosaic)
+            dense.insert(0, dense_targets(shown))
             check = self.processor.check_to_text(frame)
             if check is not None:
                 check_tokens = box_tokens(check)
@@ -150,7 +143,7 @@ class LessonWriter:
             task.think,
             task.rule,
             check,
-            text_box(mask_box(task.mask)) if present else _NOTHING,
+            text_box(mask_to_box(task.mask)) if present else None,
             task.answer,
             COORDINATE_SCALE,
         )
@@ -173,12 +166,17 @@ class LessonWriter:
 
     def mosaic_naming_lesson(self, rng: np.random.Generator, task: Task) -> Lesson:
         """The things in a mosaic, named and located: so that check boxes in small cells are learned."""
+        mosaic, shown, _ = self._mosaic(task)
+        return self.naming_lesson(rng, mosaic, shown)
+
+    def _mosaic(self, task: Task) -> tuple[np.ndarray, list[Visible], Frame]:
+        """The mosaic of a task's references, what it shows, and where its coordinates come from."""
         references = [Reference(Image.fromarray(scene.pixels), box=box) for scene, box in task.references]
         resolved = resolve_references(references)
         frame = self.processor.make_frame((SIDE, SIDE), resolved)
-        picture = np.asarray(compose_mosaic(resolved.images, resolved.boxes, frame.layout, resolved.proxy))
-        rects = [frame.layout.cell(cell) for cell in assign_cells(len(references), resolved.proxy)]
-        return self.naming_lesson(rng, picture, mosaic_things([scene for scene, _ in task.references], rects))
+        picture = compose_mosaic(resolved.images, resolved.boxes, frame.layout, resolved.proxy)
+        rects = [frame.layout.cell(cell) for cell in frame.cell_of_reference]
+        return np.asarray(picture), mosaic_things([scene for scene, _ in task.references], rects), frame
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -212,10 +210,6 @@ def text_box(box: Sequence[float]) -> list[float]:
     return [value * COORDINATE_SCALE / SIDE for value in box]
 
 
-def _box_text(box: Sequence[float]) -> str:
-    return "[" + ",".join(str(round(value)) for value in box) + "]"
-
-
 def _token_areas(mask: np.ndarray) -> np.ndarray:
     """Share of each image token that a mask covers, (GRID * GRID,)."""
     side = SIDE // GRID
@@ -247,7 +241,7 @@ def dense_targets(things: Sequence[Visible]) -> tuple[np.ndarray, np.ndarray]:
     shown = token_things([thing.mask for thing in things])
     nothing = ((0,) * len(DENSE_CLASSES), (0.0,) * 4)
     table = [
-        (look_classes(t.look), np.asarray(mask_box(t.mask)) / SIDE) if t.mask.any() else nothing
+        (look_classes(t.look), np.asarray(mask_to_box(t.mask)) / SIDE) if t.mask.any() else nothing
         for t in things
     ]
     classes, boxes = zip(*table, nothing)

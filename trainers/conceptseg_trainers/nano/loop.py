@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -119,16 +121,7 @@ def train(
                 with state.averaged():
                     held_out = stage.evaluate()
                 stage.module.train()
-                seconds = round(time.monotonic() - started)
-                _log(
-                    folder,
-                    {
-                        "step": state.step,
-                        "seconds": seconds,
-                        **numbers,
-                        **{f"held_out/{k}": v for k, v in held_out.items()},
-                    },
-                )
+                _log(folder, state.step, started, numbers, held_out)
                 report(
                     f"{stage.name} {state.step}/{schedule.steps}: {_line(numbers)} | "
                     f"held out {_line(held_out)}"
@@ -136,10 +129,7 @@ def train(
         progress.close()
     state.load_average()
     held_out = stage.evaluate()
-    seconds = round(time.monotonic() - started)
-    _log(
-        folder, {"step": state.step, "seconds": seconds, **{f"held_out/{k}": v for k, v in held_out.items()}}
-    )
+    _log(folder, state.step, started, {}, held_out)
     report(f"{stage.name} ended: held out {_line(held_out)}")
     return held_out
 
@@ -181,9 +171,21 @@ class TrainingState:
                 list(self.average.values()), [p.detach() for p in self.parameters.values()], weight
             )
 
-    def averaged(self) -> _Averaged:
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
         """A context in which the module holds the averaged weights."""
-        return _Averaged(self)
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, p in self.parameters.items():
+            raw = p.detach().clone()
+            p.copy_(self.average[name])
+            self.average[name].copy_(raw)
 
     def load_average(self) -> None:
         """Puts the averaged weights into the module for good."""
@@ -207,7 +209,9 @@ class TrainingState:
         temporary.replace(self.path)
 
     def _load(self) -> None:
-        tensors = load_file(self.path)
+        with safe_open(self.path, "pt") as file:
+            self.step = int(file.metadata()["step"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(tensors[f"weight/{name}"])
@@ -219,30 +223,6 @@ class TrainingState:
                 }
                 if moments:
                     self.optimizer.state[p] = {"step": tensors[f"step/{name}"], **moments}
-        from safetensors import safe_open
-
-        with safe_open(self.path, "pt") as file:
-            self.step = int(file.metadata()["step"])
-
-
-class _Averaged:
-    """Swaps the averaged weights in, and the raw ones back."""
-
-    def __init__(self, state: TrainingState) -> None:
-        self.state = state
-
-    def _swap(self) -> None:
-        with torch.no_grad():
-            for name, p in self.state.parameters.items():
-                raw = p.detach().clone()
-                p.copy_(self.state.average[name])
-                self.state.average[name].copy_(raw)
-
-    def __enter__(self) -> None:
-        self._swap()
-
-    def __exit__(self, *_: object) -> None:
-        self._swap()
 
 
 def mean(values: Iterable[float]) -> float:
@@ -255,6 +235,10 @@ def _line(numbers: dict[str, float]) -> str:
     return "  ".join(f"{key} {value:.3f}" for key, value in numbers.items())
 
 
-def _log(folder: Path, row: dict[str, float]) -> None:
+def _log(
+    folder: Path, step: int, started: float, numbers: dict[str, float], held_out: dict[str, float]
+) -> None:
+    row = {"step": step, "seconds": round(time.monotonic() - started), **numbers}
+    row |= {f"held_out/{key}": value for key, value in held_out.items()}
     with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
         log.write(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")

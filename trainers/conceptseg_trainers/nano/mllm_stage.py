@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 from conceptseg_hf.data import ConceptShapes
-from conceptseg_hf.data.concept_shapes.benchmark import family_at
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.references import box_iou
 
@@ -195,20 +195,18 @@ class MllmStage:
         split = ConceptShapes("val", size=SIDE)
         totals: dict[str, list[float]] = {"format": [], "answer": [], "check": []}
         by_level: dict[str, list[float]] = {"CI": [], "CD": [], "CR": []}
-        self.families: dict[str, list[float]] = {}
         for start in range(0, self.held_out, 44):
-            indices = range(start, min(self.held_out, start + 44))
-            samples = [split[i] for i in indices]
+            samples = [split[i] for i in range(start, min(self.held_out, start + 44))]
             prepared = [
                 self.processor.prepare(sample.image, sample.prompt, sample.references) for sample in samples
             ]
             generated = generate_with_states(
                 self.module.vlm,
                 self.processor.collate(prepared, device=self.device),
-                _generation(self.processor),
+                {"max_new_tokens": 80},
                 hidden_states_at="predict",
             )
-            for row, (index, sample, item) in enumerate(zip(indices, samples, prepared, strict=True)):
+            for row, (sample, item) in enumerate(zip(samples, prepared, strict=True)):
                 completion = self.processor.decode_completion(
                     generated.token_ids[row][generated.mask[row]], item
                 )
@@ -220,25 +218,11 @@ class MllmStage:
                     continue
                 totals["answer"].append(float(completion.answer == sample.answer))
                 truth = self.processor.box_to_text(sample.box, item.frame)
-                iou = box_iou(completion.bbox, truth) if completion.bbox else 0.0
-                by_level[sample.level].append(iou)
-                self.families.setdefault(family_at(index)[2].__name__, []).append(iou)
+                by_level[sample.level].append(box_iou(completion.bbox, truth) if completion.bbox else 0.0)
         return {
             **{key: mean(v) for key, v in totals.items()},
             **{f"box_{level}": mean(v) for level, v in by_level.items()},
         }
-
-
-def _generation(processor) -> object:
-    from transformers import GenerationConfig
-
-    tokenizer = processor.tokenizer
-    return GenerationConfig(
-        max_new_tokens=80,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
 
 
 def _number_embeddings(weight: Tensor, numbers: Tensor) -> None:
@@ -256,8 +240,6 @@ def _number_embeddings(weight: Tensor, numbers: Tensor) -> None:
 
 def patches(pictures: Sequence[np.ndarray], device: str) -> Tensor:
     """8-bit pictures (S, S, 3) as Qwen2.5-VL's patches (N * (S / 8)^2, 192), those of an image token together."""
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
     n, cells = len(pictures), SIDE // _PATCH // _MERGE
     x = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float() / 255
     mean_, std = (

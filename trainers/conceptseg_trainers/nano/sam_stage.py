@@ -15,16 +15,18 @@ from torch import Tensor, nn
 from transformers import Sam3Model
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE, NANO_SAM_TEXT_LENGTH, ConceptSegConfig
+from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE, ConceptSegConfig
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.data.concept_shapes.rendering import COLOURS, GREY, SHAPES, TEXTURES
-from conceptseg_hf.data.concept_shapes.scenes import Scene, SceneObject, mask_box
+from conceptseg_hf.data.concept_shapes.scenes import Scene, SceneObject
+from conceptseg_hf.evaluation import foreground_iou, presence_auc
 from conceptseg_hf.losses import dice_loss
+from conceptseg_hf.references import mask_to_box
 from conceptseg_hf.sam_prompt import decode, encode_image, encode_text
 
 from .lessons import DENSE_CLASSES, GRID, look_classes, token_things
 from .loop import mean
-from .tokenizers import build_sam_tokenizer
+from .tokenizers import build_processor
 
 VISUAL = "visual"  # SAM 3's own text for "what the box shows"
 _SPECIAL_NOUNS = (
@@ -67,7 +69,7 @@ def positive_question(rng: np.random.Generator, scene: Scene) -> Question:
     if not item.mask.any():
         return Question(" ".join(words), None, scene.mask_of(words))
     phrase = VISUAL if kind < 0.85 else " ".join(words)
-    return Question(phrase, _jittered(rng, mask_box(item.mask), scene.pixels.shape[0]), item.mask)
+    return Question(phrase, _jittered(rng, mask_to_box(item.mask), scene.pixels.shape[0]), item.mask)
 
 
 def _words_of(rng: np.random.Generator, item: SceneObject) -> list[str]:
@@ -191,7 +193,7 @@ class SamStage:
         self.module = SamWithHeads().to(device)
         self.sam = self.module.sam
         self.images, self.questions, self.device, self.held_out = images, questions, device, held_out
-        self.tokenizer = build_sam_tokenizer()
+        self.processor = build_processor()
         self.train_split = ConceptShapes("train", size=NANO_IMAGE_SIZE)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -213,14 +215,9 @@ class SamStage:
             self.sam, scenes_to_pixels([scene.pixels for scene in scenes], self.device), geometry_cls=False
         )
         features = encoded.select(rows)
-        tokens = self.tokenizer(
-            [question.phrase for question in flat],
-            padding="max_length",
-            truncation=True,
-            max_length=NANO_SAM_TEXT_LENGTH,
-            return_tensors="pt",
-        ).to(self.device)
-        text, mask = encode_text(self.sam, tokens.input_ids, tokens.attention_mask)
+        text, mask = encode_text(
+            self.sam, *self.processor.sam_text([question.phrase for question in flat], self.device)
+        )
         boxes, labels = _boxes(flat, self.train_split.size, self.device)
         seen: list[dict[str, Tensor]] = []
         fusions = [layer.cross_attn for layer in self.sam.detr_encoder.layers]
@@ -282,41 +279,31 @@ class SamStage:
         """On the split "val": foreground IoU of the answers as text, by level, and the AUC of presence on CI."""
         self.module.eval()
         split = ConceptShapes("val", size=NANO_IMAGE_SIZE)
-        samples = [(split[i], split.task(i)) for i in range(self.held_out)]
         ious: dict[str, list[float]] = {"CI": [], "CD": [], "CR": []}
-        presence: dict[bool, list[float]] = {True: [], False: []}
+        scores, present = [], []
         for start in range(0, self.held_out, 60):
-            chunk = samples[start : start + 60]
-            features = encode_image(
-                self.sam, scenes_to_pixels([task.scene.pixels for _, task in chunk], self.device)
-            )
-            tokens = self.tokenizer(
-                [task.answer for _, task in chunk],
-                padding="max_length",
-                truncation=True,
-                max_length=NANO_SAM_TEXT_LENGTH,
-                return_tensors="pt",
-            ).to(self.device)
-            output = decode(
-                self.sam, features, *encode_text(self.sam, tokens.input_ids, tokens.attention_mask)
-            )
-            logits = nn.functional.interpolate(
-                output.semantic_seg, size=(NANO_IMAGE_SIZE,) * 2, mode="bilinear"
-            )[:, 0]
-            for (sample, task), mask, score in zip(
-                chunk, (logits > 0).cpu().numpy(), output.presence_logits[:, 0].tolist(), strict=True
+            samples = [split[i] for i in range(start, min(start + 60, self.held_out))]
+            pixels = scenes_to_pixels([np.asarray(sample.image) for sample in samples], self.device)
+            answers = self.processor.sam_text([sample.answer for sample in samples], self.device)
+            output = decode(self.sam, encode_image(self.sam, pixels), *encode_text(self.sam, *answers))
+            for sample, mask, score in zip(
+                samples, to_masks(output.semantic_seg), output.presence_logits[:, 0].tolist(), strict=True
             ):
                 if sample.level == "CI":
-                    presence[sample.present].append(score)
+                    scores.append(score)
+                    present.append(sample.present)
                 if sample.present:
-                    ious[sample.level].append(
-                        float((mask & task.mask).sum() / max(1, (mask | task.mask).sum()))
-                    )
-        wins = [float(p > n) + 0.5 * float(p == n) for p in presence[True] for n in presence[False]]
+                    ious[sample.level].append(foreground_iou(mask, np.asarray(sample.mask) > 0))
         return {
             **{f"iou_{level}": mean(values) for level, values in ious.items()},
-            "presence_auc": mean(wins),
+            "presence_auc": presence_auc(scores, present) or 0.0,
         }
+
+
+def to_masks(logits: Tensor) -> np.ndarray:
+    """(B, 1, h, w) mask logits as (B, S, S) bool at the size of the scenes."""
+    size = (NANO_IMAGE_SIZE, NANO_IMAGE_SIZE)
+    return (nn.functional.interpolate(logits, size=size, mode="bilinear")[:, 0] > 0).cpu().numpy()
 
 
 def class_map(scene: Scene) -> np.ndarray:

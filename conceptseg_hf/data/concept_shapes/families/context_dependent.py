@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ....references import mask_to_box
 from ..rendering import GREY, SHAPES, TEXTURES, FloatArray, to_uint8
 from ..scenes import (
     Look,
@@ -16,7 +17,6 @@ from ..scenes import (
     draw_scene,
     draw_tissue,
     make_objects,
-    mask_box,
     pick,
     place,
     random_look,
@@ -206,7 +206,7 @@ def _with_region(
     """A scene of one irregular region, (S, S) coverage, blended into an image."""
     image = image + (value - image) * (coverage * np.float32(opacity))[:, :, None]
     mask = coverage > 0.5
-    x1, y1, x2, y2 = mask_box(mask)
+    x1, y1, x2, y2 = mask_to_box(mask)
     return Scene(
         to_uint8(image),
         (SceneObject(look, (x1 + x2) / 2, (y1 + y2) / 2, max(x2 - x1, y2 - y1) / 2, 0, mask),),
