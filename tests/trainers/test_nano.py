@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conceptseg_trainers.nano.lessons import GRID, LessonWriter, Visible
+from conceptseg_trainers.nano.lessons import (
+    DENSE_CLASSES,
+    GRID,
+    LessonWriter,
+    dense_class_loss,
+    dense_targets,
+    shape_accuracy,
+    sheet_scene,
+    visible_things,
+)
 from conceptseg_trainers.nano.loop import Schedule, train
 from conceptseg_trainers.nano.mllm_stage import patches, positions
 from conceptseg_trainers.nano.sam_stage import negative_question, positive_question
@@ -18,6 +29,8 @@ from torch import nn
 from conceptseg_hf import parse_completion
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.data.concept_shapes.families import GROUPS
+from conceptseg_hf.data.concept_shapes.scenes import HELD_OUT_PAIRS
+from conceptseg_hf.references import mask_to_box
 
 TASKS = range(2 * len(GROUPS))
 
@@ -82,11 +95,45 @@ def test_focus_points_at_numbers_and_names(writer: LessonWriter) -> None:
 
 def test_naming_lessons_name_each_unique_thing_once(writer: LessonWriter) -> None:
     scene = ConceptShapes("val").task(7).scene
-    things = [Visible(item.look, item.mask) for item in scene.objects]
+    things = visible_things(scene)
     lesson = writer.naming_lesson(np.random.default_rng(0), scene.pixels, things)
     text = writer.tokenizer.decode(lesson.completion, skip_special_tokens=True)
     names = [thing.look.phrase for thing in things]
     assert all(text.count(name) >= 1 for name in names if names.count(name) == 1)
+
+
+def test_finding_lessons_box_all_that_a_phrase_applies_to(writer: LessonWriter) -> None:
+    several = 0
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        scene = sheet_scene(rng)
+        lesson = writer.finding_lesson(rng, scene.pixels, visible_things(scene))
+        text = writer.tokenizer.decode(lesson.completion, skip_special_tokens=True)
+        found = re.findall(r"([a-z ]+)<bbox>(\[[0-9,]+\])</bbox>", text)
+        assert 0 < len(found) <= 6 and len({phrase for phrase, _ in found}) == len(found)
+        for phrase, box in found:
+            words = phrase.split()
+            several += sum(item.look.answers_to(words) for item in scene.objects) > 1
+            expected = np.asarray(mask_to_box(scene.mask_of(words))) * 100 / scene.pixels.shape[0]
+            assert np.abs(np.asarray(json.loads(box)) - expected).max() <= 0.5
+    assert several > 0
+
+
+def test_sheets_show_only_pairs_that_training_may_see() -> None:
+    for seed in range(6):
+        scene = sheet_scene(np.random.default_rng(seed))
+        assert len(scene.objects) in (4, 9, 16) and all(item.mask.any() for item in scene.objects)
+        assert not HELD_OUT_PAIRS & {(item.look.colour, item.look.shape) for item in scene.objects}
+
+
+def test_dense_heads_are_judged_by_what_each_place_shows() -> None:
+    scene = sheet_scene(np.random.default_rng(0))
+    classes = torch.from_numpy(dense_targets(visible_things(scene))[0])
+    right = torch.cat(
+        [nn.functional.one_hot(classes[:, i], size) for i, size in enumerate(DENSE_CLASSES.values())], dim=1
+    )
+    assert shape_accuracy(right, classes) == 1 and shape_accuracy(right.roll(1, dims=1), classes) == 0
+    assert dense_class_loss(50.0 * right, classes) < 1e-6 < dense_class_loss(0.0 * right, classes)
 
 
 def test_questions_to_sam_are_true() -> None:
@@ -146,6 +193,13 @@ def test_a_killed_run_resumes_exactly(tmp_path) -> None:
     resumed = _Regression()
     assert train(resumed, schedule, tmp_path / "killed", report=lambda line: None) == expected
     assert torch.equal(resumed.module.weight, whole.module.weight)
+
+
+def test_the_rate_warms_up_again_where_other_parameters_begin() -> None:
+    schedule = Schedule(steps=100, learning_rate=1.0, warmup=10, restart=50, decay=0.25)
+    rates = [schedule.rate(step) for step in range(100)]
+    assert rates[0] == rates[50] == 0.1 and rates[9] == rates[49] == rates[59] == rates[75] == 1
+    assert rates[99] == pytest.approx(1 / 25)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path) -> None:

@@ -17,7 +17,8 @@ from .loop import Schedule, train
 from .mllm_stage import MllmStage
 from .sam_stage import SamStage
 
-STEPS = {"sam": 5200, "mllm": 3100, "ctm": 300}
+SIGHT = {"sam": 3600, "mllm": 5000}  # steps in which only the vision tower trains
+STEPS = {"sam": 3600, "mllm": 2900, "ctm": 300}
 HELD_OUT = {"sam": 180, "mllm": 132, "ctm": 240}
 
 
@@ -48,19 +49,26 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    steps = {name: max(20, round(count * arguments.scale)) for name, count in STEPS.items()}
+    sight, steps = (
+        {name: max(20, round(count * arguments.scale)) for name, count in counts.items()}
+        for counts in (SIGHT, STEPS)
+    )
     run_dir, device = arguments.run_dir, arguments.device
     held_out = {name: max(24, round(count * min(1.0, arguments.scale))) for name, count in HELD_OUT.items()}
     if arguments.stage in ("sam", "all"):
         train(
-            SamStage(device=device, held_out=held_out["sam"]),
-            Schedule(steps["sam"], learning_rate=1e-3, evaluate_every=300),
+            SamStage(sight["sam"], device=device, held_out=held_out["sam"]),
+            Schedule(
+                sight["sam"] + steps["sam"], learning_rate=1e-3, restart=sight["sam"], evaluate_every=300
+            ),
             run_dir,
         )
     if arguments.stage in ("mllm", "all"):
         train(
-            MllmStage(steps["mllm"], device=device, held_out=held_out["mllm"]),
-            Schedule(steps["mllm"], learning_rate=1.5e-3, evaluate_every=300),
+            MllmStage(sight["mllm"], steps["mllm"], device=device, held_out=held_out["mllm"]),
+            Schedule(
+                sight["mllm"] + steps["mllm"], learning_rate=1.5e-3, restart=sight["mllm"], evaluate_every=300
+            ),
             run_dir,
         )
     if arguments.stage in ("ctm", "all"):

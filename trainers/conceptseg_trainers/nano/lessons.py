@@ -13,14 +13,17 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from torch import Tensor, nn
 
 from conceptseg_hf.completion import format_box, format_completion
 from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE as SIDE
-from conceptseg_hf.data.concept_shapes.families import Task
-from conceptseg_hf.data.concept_shapes.rendering import COLOURS, GREY, SHAPES, TEXTURES
+from conceptseg_hf.data import ConceptShapes
+from conceptseg_hf.data.concept_shapes.families.task import Task, words_for
+from conceptseg_hf.data.concept_shapes.rendering import COLOURS, GREY, SHAPES, TEXTURES, turns_of
 from conceptseg_hf.data.concept_shapes.scenes import (
     Look,
     Scene,
+    SceneObject,
     draw_scene,
     make_objects,
     random_look,
@@ -84,6 +87,11 @@ class Lesson:
     dense: tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
+def visible_things(scene: Scene) -> list[Visible]:
+    """The things of a scene, as its picture shows them."""
+    return [Visible(item.look, item.mask) for item in scene.objects]
+
+
 class LessonWriter:
     """Turns scenes and tasks into lessons with the nano processor's tokenizer and template."""
 
@@ -106,27 +114,54 @@ class LessonWriter:
             for thing, name in zip(things, names, strict=True)
             if names.count(name) == 1 and thing.mask.sum() >= 12
         ]
-        order = rng.permutation(len(unique))[:6]
+        entries = [(thing.look.phrase, thing.mask) for thing in unique]
+        # While it names a thing it may choose which; only the words after the first are determined.
+        return self._listing(rng, "mark objects", picture, things, entries, words_seen_from=1)
+
+    def finding_lesson(
+        self, rng: np.random.Generator, picture: np.ndarray, things: Sequence[Visible]
+    ) -> Lesson:
+        """Phrases that apply to one or several things in one picture, each with the box of all they apply to."""
+        entries = {}
+        for thing in things:
+            words = thing.look.phrase.split() if thing.look.kind else words_for(rng, thing.look)
+            mask = np.any([other.mask for other in things if other.look.answers_to(words)], axis=0)
+            if mask.sum() >= 12:
+                entries[" ".join(words)] = mask
+        return self._listing(rng, "find objects", picture, things, list(entries.items()))
+
+    def _listing(
+        self,
+        rng: np.random.Generator,
+        instruction: str,
+        picture: np.ndarray,
+        things: Sequence[Visible],
+        entries: Sequence[tuple[str, np.ndarray]],
+        words_seen_from: int | None = None,
+    ) -> Lesson:
+        """Up to six phrases and boxes in random order; the words of a phrase from a certain one on are to be seen."""
         completion: list[int] = []
         focus: list[Focus] = []
-        for index in order:
-            thing = unique[int(index)]
-            tokens = tokens_of(thing.mask)
-            words = self._ids(thing.look.phrase)
-            # While it names a thing it may choose which; only the words after the first are determined.
-            focus += [Focus(len(completion) + i, 0, tokens) for i in range(1, len(words))]
+        for index in rng.permutation(len(entries))[:6]:
+            phrase, mask = entries[int(index)]
+            tokens, words = tokens_of(mask), self._ids(phrase)
+            if words_seen_from is not None:
+                focus += [Focus(len(completion) + i, 0, tokens) for i in range(words_seen_from, len(words))]
             completion += words
-            box = self._ids(f"<bbox>{format_box(text_box(mask_to_box(thing.mask)), COORDINATE_SCALE)}</bbox>")
+            box = self._ids(f"<bbox>{format_box(text_box(mask_to_box(mask)), COORDINATE_SCALE)}</bbox>")
             focus += [Focus(len(completion) + i, 0, tokens) for i in (2, 4, 6, 8)]
             completion += box
-        prompt = self._prompt("mark objects", 1)
         return Lesson(
-            (picture,), prompt, [*completion, self.ids["<|im_end|>"]], tuple(focus), (dense_targets(things),)
+            (picture,),
+            self._prompt(instruction, 1),
+            [*completion, self.ids["<|im_end|>"]],
+            tuple(focus),
+            (dense_targets(things),),
         )
 
     def task_lesson(self, task: Task) -> Lesson:
         """A whole task: mosaic and target, the instruction, and the ground-truth completion."""
-        things = [Visible(item.look, item.mask) for item in task.scene.objects]
+        things = visible_things(task.scene)
         pictures, dense, check, check_tokens = [task.scene.pixels], [dense_targets(things)], None, None
         if task.references:
             mosaic, shown, frame = self._mosaic(task)
@@ -190,6 +225,48 @@ class LessonWriter:
 def simple_scene(rng: np.random.Generator, count: int) -> Scene:
     """A scene of some objects, for the first lessons."""
     return draw_scene(rng, SIDE, make_objects(rng, SIDE, [random_look(rng) for _ in range(count)]))
+
+
+def sheet_scene(rng: np.random.Generator) -> Scene:
+    """A sheet of 4 to 16 large objects in rows, each filling most of its cell: many shapes in one picture."""
+    rows = int(rng.integers(2, 5))
+    cell = SIDE / rows
+    objects = []
+    for place in range(rows * rows):
+        radius = cell * (0.25 + 0.225 * rng.random())
+        slack = cell / 2 - 0.95 * radius
+        centre = [(i + 0.5) * cell + slack * (2 * rng.random() - 1) for i in divmod(place, rows)]
+        look = random_look(rng)
+        turns = turns_of(look.shape)
+        objects.append(SceneObject(look, *centre, radius, turns[int(rng.integers(len(turns)))]))
+    return draw_scene(rng, SIDE, objects)
+
+
+def sight_scene(rng: np.random.Generator, tasks: ConceptShapes, index: int) -> Scene:
+    """A picture to learn seeing on, before any words: mostly sheets."""
+    return sheet_scene(rng) if rng.random() < 0.8 else tasks.task(index).scene
+
+
+def dense_class_loss(logits: Tensor, classes: Tensor) -> Tensor:
+    """Cross-entropy of what each place shows; places that show something count as much as all together.
+
+    Args:
+        logits: (N, sum of `DENSE_CLASSES`).
+        classes: (N, 4), as `dense_targets` gives them.
+    """
+    loss = logits.new_zeros(())
+    something = classes[:, 0] > 0
+    for i, part in enumerate(logits.split(list(DENSE_CLASSES.values()), dim=1)):
+        each = nn.functional.cross_entropy(part, classes[:, i], reduction="none")
+        loss = loss + 0.25 * each.mean() + each[something].sum() / something.sum().clamp(min=1)
+    return loss
+
+
+def shape_accuracy(logits: Tensor, classes: Tensor) -> float:
+    """Share of the places showing something at which the shape is right; arguments as in `dense_class_loss`."""
+    something = classes[:, 0] > 0
+    shapes = logits[something, : DENSE_CLASSES["shape"]].argmax(1)
+    return float((shapes == classes[something, 0]).float().mean())
 
 
 def mosaic_things(scenes: Sequence[Scene], rects: Sequence[tuple[int, int, int, int]]) -> list[Visible]:

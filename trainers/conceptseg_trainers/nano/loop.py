@@ -50,6 +50,7 @@ class Schedule:
         steps: Number of optimiser steps.
         learning_rate: The constant rate.
         warmup: Steps of linear warm-up.
+        restart: A step at which other parameters begin to train: the rate warms up once more.
         decay: Share of the steps over which the rate falls to zero.
         weight_decay: AdamW's, on matrices only.
         evaluate_every: Steps between held-out evaluations.
@@ -60,6 +61,7 @@ class Schedule:
     steps: int
     learning_rate: float
     warmup: int = 150
+    restart: int = 0
     decay: float = 0.25
     weight_decay: float = 0.02
     evaluate_every: int = 500
@@ -69,7 +71,8 @@ class Schedule:
     def rate(self, step: int) -> float:
         """The learning rate at a step."""
         remaining = (self.steps - step) / max(1.0, self.decay * self.steps)
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup, max(0.0, remaining))
+        since = step - self.restart if step >= self.restart else step
+        return self.learning_rate * min(1.0, (since + 1) / self.warmup, max(0.0, remaining))
 
 
 def train(

@@ -1,6 +1,7 @@
 """Stage "mllm": Qwen2.5-VL learns to read pictures, then to reason about them in the completion's template.
 
 What makes a small language model learn to read image tokens (else it stays blind for tens of thousands of them):
+- a vision tower that has learned to see before, shapes above all;
 - a curriculum from naming lessons on one object to whole tasks;
 - dense heads on the image tokens (class and box of what each shows), thrown away afterwards;
 - guided attention: while a number or a name is being chosen, two heads of one layer are told on which image
@@ -26,13 +27,26 @@ from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.references import box_iou
 
-from .lessons import DENSE_CLASSES, GRID, Lesson, LessonWriter, Visible, simple_scene
+from .lessons import (
+    DENSE_CLASSES,
+    GRID,
+    Lesson,
+    LessonWriter,
+    dense_class_loss,
+    dense_targets,
+    shape_accuracy,
+    sheet_scene,
+    sight_scene,
+    simple_scene,
+    visible_things,
+)
 from .loop import mean
 from .tokenizers import COORDINATE_SCALE, build_processor
 
 _GUIDED_LAYER, _GUIDED_HEADS = 2, 2
 _NUMBER_SIGMA = 1.2
 _PATCH, _MERGE = 8, 2
+_SHEETS = 16  # pictures per step while the vision tower trains alone
 _BLOCK = 4  # steps that share one kind of lesson
 
 
@@ -44,9 +58,7 @@ class MllmWithHeads(nn.Module):
         config = ConceptSegConfig.from_preset("nano").vlm_config
         self.vlm = Qwen2_5_VLForConditionalGeneration._from_config(config)
         width = config.text_config.hidden_size
-        self.dense_classes = nn.ModuleDict(
-            {name: nn.Linear(width, size) for name, size in DENSE_CLASSES.items()}
-        )
+        self.dense_classes = nn.Linear(width, sum(DENSE_CLASSES.values()))
         self.dense_box = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4))
 
 
@@ -54,7 +66,8 @@ class MllmStage:
     """Trains all of the MLLM on lessons.
 
     Args:
-        steps: Steps of the whole stage; the curriculum is laid out over them.
+        sight: Steps in which only the vision tower trains, on the dense heads.
+        steps: Steps after those; the curriculum of lessons is laid out over them.
         lessons: Lessons per step.
         device: Where to train.
         held_out: Samples of the split "val" that an evaluation takes.
@@ -62,9 +75,12 @@ class MllmStage:
 
     name = "mllm"
 
-    def __init__(self, steps: int, lessons: int = 24, device: str = "cpu", held_out: int = 132) -> None:
+    def __init__(
+        self, sight: int, steps: int, lessons: int = 24, device: str = "cpu", held_out: int = 132
+    ) -> None:
         torch.manual_seed(0)
-        self.steps, self.lessons, self.device, self.held_out = steps, lessons, device, held_out
+        self.sight, self.steps, self.lessons = sight, steps, lessons
+        self.device, self.held_out, self.seeing = device, held_out, False
         self.processor = build_processor()
         self.writer = LessonWriter(self.processor)
         self.module = MllmWithHeads().to(device)
@@ -109,22 +125,40 @@ class MllmStage:
         rng = np.random.default_rng([13, number])
         most = 1 if progress < 0.03 else 2 if progress < 0.05 else 3 if progress < 0.07 else 5
         kind = rng.random()
-        if progress < 0.07 or kind < 0.45:
+        if progress >= 0.07 and kind < 0.2:
+            scene = sheet_scene(rng)
+        elif progress < 0.07 or kind < 0.45:
             scene = simple_scene(rng, int(rng.integers(max(1, most - 2), most + 1)))
         else:
             task = self.train_split.task(self._task_index(number))
             if kind < 0.75 and len(task.references) > 1:
                 return self.writer.mosaic_naming_lesson(rng, task)
             scene = task.scene
-        return self.writer.naming_lesson(
-            rng, scene.pixels, [Visible(item.look, item.mask) for item in scene.objects]
-        )
+        finding = progress >= 0.07 and rng.random() < 0.5
+        write = self.writer.finding_lesson if finding else self.writer.naming_lesson
+        return write(rng, scene.pixels, visible_things(scene))
 
     # Loss
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """The loss on the lessons of a step."""
-        return self.lesson_loss(self.batch(step))
+        self.seeing = step < self.sight
+        return self._sight_loss(step) if self.seeing else self.lesson_loss(self.batch(step - self.sight))
+
+    def _sight_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = np.random.default_rng([17, step])
+        scenes = [sight_scene(rng, self.train_split, step * _SHEETS + i) for i in range(_SHEETS)]
+        targets = [dense_targets(visible_things(scene)) for scene in scenes]
+        loss = self._dense_loss(targets, self._see([scene.pixels for scene in scenes]))
+        return loss, {"dense": loss.item()}
+
+    def _see(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """Image tokens (N * GRID * GRID, D) of N pictures."""
+        grid = torch.tensor([[1, SIDE // _PATCH, SIDE // _PATCH]], device=self.device).repeat(
+            len(pictures), 1
+        )
+        pixels = patches(pictures, self.device)
+        return torch.cat(self.module.vlm.model.get_image_features(pixels, grid).pooler_output)
 
     def lesson_loss(self, lessons: Sequence[Lesson]) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of words and numbers, guided attention, and the dense heads."""
@@ -132,11 +166,7 @@ class MllmStage:
             lessons, self.processor.image_token_id, self.processor.tokenizer.pad_token_id, self.device
         )
         vlm = self.module.vlm
-        pixels = patches([picture for lesson in lessons for picture in lesson.pictures], self.device)
-        grid = torch.tensor([[1, SIDE // _PATCH, SIDE // _PATCH]], device=self.device).repeat(
-            len(pixels) // (SIDE // _PATCH) ** 2, 1
-        )
-        features = torch.cat(vlm.model.get_image_features(pixels, grid).pooler_output)
+        features = self._see([picture for lesson in lessons for picture in lesson.pictures])
         embeddings = vlm.get_input_embeddings()(batch["input_ids"])
         embeddings = embeddings.masked_scatter(batch["is_image"][..., None], features.to(embeddings.dtype))
         seen: dict[str, Tensor] = {}
@@ -164,7 +194,7 @@ class MllmStage:
         soft = self.soft_numbers[targets[number] - self.first_number]
         numbers_loss = -(soft * log_probabilities[number][:, self.numbers.to(self.device)]).sum(1).mean()
         focus = _guided_attention(guided, seen, batch["focus"])
-        dense = self._dense_loss(lessons, features)
+        dense = self._dense_loss([target for lesson in lessons for target in lesson.dense], features)
         loss = words_loss + numbers_loss + 0.4 * focus + dense
         return loss, {
             "words": words_loss.item(),
@@ -173,26 +203,30 @@ class MllmStage:
             "dense": dense.item(),
         }
 
-    def _dense_loss(self, lessons: Sequence[Lesson], features: Tensor) -> Tensor:
-        classes = torch.from_numpy(np.concatenate([d[0] for lesson in lessons for d in lesson.dense])).to(
-            self.device
-        )
-        boxes = torch.from_numpy(np.concatenate([d[1] for lesson in lessons for d in lesson.dense])).to(
-            self.device
-        )
-        loss = features.new_zeros(())
-        for i, head in enumerate(self.module.dense_classes.values()):
-            loss = loss + nn.functional.cross_entropy(head(features), classes[:, i])
+    def _dense_loss(self, targets: Sequence[tuple[np.ndarray, np.ndarray]], features: Tensor) -> Tensor:
+        """What every image token shows, and the box of it."""
+        classes, boxes = (torch.from_numpy(np.concatenate(part)).to(self.device) for part in zip(*targets))
         something = classes[:, 0] > 0
-        return 0.5 * loss + 5.0 * (self.module.dense_box(features[something]) - boxes[something]).abs().mean()
+        offset = (self.module.dense_box(features[something]) - boxes[something]).abs().mean()
+        return 0.5 * dense_class_loss(self.module.dense_classes(features), classes) + 5.0 * offset
 
     # Held-out numbers
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Greedy completions on the split "val": share of valid ones, box and check IoU, exact answers."""
+        """On the split "val": share of shapes seen right; validity, boxes and answers of greedy completions."""
         self.module.eval()
         split = ConceptShapes("val", size=SIDE)
+        scenes = [split.task(i).scene for i in range(min(96, self.held_out))]
+        classes = np.concatenate([dense_targets(visible_things(scene))[0] for scene in scenes])
+        features = self._see([scene.pixels for scene in scenes])
+        seen = {
+            "shape": shape_accuracy(
+                self.module.dense_classes(features), torch.from_numpy(classes).to(self.device)
+            )
+        }
+        if self.seeing:
+            return seen
         totals: dict[str, list[float]] = {"format": [], "answer": [], "check": []}
         by_level: dict[str, list[float]] = {"CI": [], "CD": [], "CR": []}
         for start in range(0, self.held_out, 44):
@@ -220,6 +254,7 @@ class MllmStage:
                 truth = self.processor.box_to_text(sample.box, item.frame)
                 by_level[sample.level].append(box_iou(completion.bbox, truth) if completion.bbox else 0.0)
         return {
+            **seen,
             **{key: mean(v) for key, v in totals.items()},
             **{f"box_{level}": mean(v) for level, v in by_level.items()},
         }

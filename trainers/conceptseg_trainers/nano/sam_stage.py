@@ -24,7 +24,16 @@ from conceptseg_hf.losses import dice_loss
 from conceptseg_hf.references import mask_to_box
 from conceptseg_hf.sam_prompt import decode, encode_image, encode_text
 
-from .lessons import DENSE_CLASSES, GRID, look_classes, token_things
+from .lessons import (
+    DENSE_CLASSES,
+    GRID,
+    dense_class_loss,
+    look_classes,
+    shape_accuracy,
+    sheet_scene,
+    sight_scene,
+    token_things,
+)
 from .loop import mean
 from .tokenizers import build_processor
 
@@ -164,20 +173,24 @@ def guidance_targets(scene: Scene, question: Question, prompt_length: int) -> tu
 
 
 class SamWithHeads(nn.Module):
-    """SAM 3, and heads that only training needs: they say what each place of its two finest maps shows."""
+    """SAM 3, and heads that only training needs: they say what each place of its feature maps shows."""
 
     def __init__(self) -> None:
         super().__init__()
         config = ConceptSegConfig.from_preset("nano").sam_config
         self.sam = Sam3Model._from_config(config)
         width = config.vision_config.fpn_hidden_size
-        self.dense = nn.ModuleList(nn.Conv2d(width, sum(DENSE_CLASSES.values()), 1) for _ in range(2))
+        self.dense = nn.ModuleList(nn.Conv2d(width, sum(DENSE_CLASSES.values()), 1) for _ in range(3))
 
 
 class SamStage:
     """Trains all of SAM 3 on masks (dice + focal), presence (cross-entropy), and dense heads on its features.
 
+    The vision tower learns to see first, on the dense heads alone: shapes take it long, and without them no phrase
+    about a shape can be learned.
+
     Args:
+        sight: Steps in which only the vision tower trains.
         images: Images per step.
         questions: Questions per image.
         device: Where to train.
@@ -187,22 +200,31 @@ class SamStage:
     name = "sam"
 
     def __init__(
-        self, images: int = 16, questions: int = 4, device: str = "cpu", held_out: int = 180
+        self,
+        sight: int,
+        images: int = 16,
+        questions: int = 4,
+        device: str = "cpu",
+        held_out: int = 180,
     ) -> None:
         torch.manual_seed(0)
         self.module = SamWithHeads().to(device)
         self.sam = self.module.sam
-        self.images, self.questions, self.device, self.held_out = images, questions, device, held_out
+        self.sight, self.images, self.questions = sight, images, questions
+        self.device, self.held_out, self.seeing = device, held_out, False
         self.processor = build_processor()
         self.train_split = ConceptShapes("train", size=NANO_IMAGE_SIZE)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """The loss on the scenes and questions of a step."""
+        self.seeing = step < self.sight
+        if self.seeing:
+            return self._sight_loss(step)
         scenes, questions = [], []
         for i in range(self.images):
             index = step * self.images + i
-            scene = self.train_split.task(index).scene
             rng = np.random.default_rng([7, index])
+            scene = sheet_scene(rng) if rng.random() < 0.2 else self.train_split.task(index).scene
             scenes.append(scene)
             negatives = 1 + int(rng.random() < 0.35)
             questions.append(
@@ -254,7 +276,7 @@ class SamStage:
             output.presence_logits[:, 0], present.float()
         )
         dense = self._dense_loss(scenes, encoded.vision.fpn_hidden_states)
-        loss = dice + 10 * focal_loss + 0.5 * presence + 0.5 * dense + 0.3 * focus
+        loss = dice + 10 * focal_loss + 0.5 * presence + 0.4 * dense + 0.3 * focus
         return loss, {
             "dice": dice.item(),
             "focal": focal_loss.item(),
@@ -263,22 +285,43 @@ class SamStage:
             "focus": focus.item(),
         }
 
+    def _sight_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = np.random.default_rng([5, step])
+        scenes = [sight_scene(rng, self.train_split, step * self.images + i) for i in range(self.images)]
+        vision = self.sam.get_vision_features(
+            pixel_values=scenes_to_pixels([scene.pixels for scene in scenes], self.device)
+        )
+        loss = self._dense_loss(scenes, vision.fpn_hidden_states)
+        return loss, {"dense": loss.item()}
+
     def _dense_loss(self, scenes: Sequence[Scene], levels: Sequence[Tensor]) -> Tensor:
-        """Cross-entropy of shape, colour, texture and kind at every place of the two finest feature maps."""
+        """Cross-entropy of shape, colour, texture and kind at every place of the feature maps SAM 3 uses."""
+        places = self._places(scenes, levels)
+        return sum(dense_class_loss(logits, classes) for logits, classes in places) / len(places)
+
+    def _places(self, scenes: Sequence[Scene], levels: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Per feature map, what its dense head says of every place (N, C), and what is there (N, 4)."""
         maps = torch.from_numpy(np.stack([class_map(scene) for scene in scenes])).to(self.device)
-        loss = levels[0].new_zeros(())
-        for head, level in zip(self.module.dense, levels[:2], strict=True):
+        places = []
+        for head, level in zip(self.module.dense, levels[:-1], strict=True):
             stride = maps.shape[1] // level.shape[-1]
-            targets = maps[:, stride // 2 :: stride, stride // 2 :: stride]
-            for i, logits in enumerate(head(level).split(list(DENSE_CLASSES.values()), dim=1)):
-                loss = loss + nn.functional.cross_entropy(logits, targets[..., i])
-        return loss / 2
+            classes = maps[:, stride // 2 :: stride, stride // 2 :: stride]
+            places.append((head(level).permute(0, 2, 3, 1).flatten(0, 2), classes.flatten(0, 2)))
+        return places
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """On the split "val": foreground IoU of the answers as text, by level, and the AUC of presence on CI."""
+        """On the split "val": share of shapes seen right, foreground IoU of answers as text, presence AUC on CI."""
         self.module.eval()
         split = ConceptShapes("val", size=NANO_IMAGE_SIZE)
+        scenes = [split.task(i).scene for i in range(min(96, self.held_out))]
+        pixels = scenes_to_pixels([scene.pixels for scene in scenes], self.device)
+        coarsest = self._places(scenes, self.sam.get_vision_features(pixel_values=pixels).fpn_hidden_states)[
+            -1
+        ]
+        seen = {"shape": shape_accuracy(*coarsest)}
+        if self.seeing:
+            return seen
         ious: dict[str, list[float]] = {"CI": [], "CD": [], "CR": []}
         scores, present = [], []
         for start in range(0, self.held_out, 60):
@@ -295,6 +338,7 @@ class SamStage:
                 if sample.present:
                     ious[sample.level].append(foreground_iou(mask, np.asarray(sample.mask) > 0))
         return {
+            **seen,
             **{f"iou_{level}": mean(values) for level, values in ious.items()},
             "presence_auc": presence_auc(scores, present) or 0.0,
         }
