@@ -56,7 +56,7 @@ def test_record_of_a_reasoned_result():
     )
     record = make_record(a_sample(), result)
     assert record["foreground_iou"] == 0.5
-    assert record["pixels"] == [25, 25, 50]
+    assert (record["scores"]["tp"], record["scores"]["fp"], record["scores"]["fn"]) == (25, 0, 25)
     assert record["box_iou"] == pytest.approx(0.5)
     assert record["format_valid"] is True
     assert record["rejected"] is False
@@ -106,7 +106,7 @@ def test_report_counts_present_samples_and_negatives_apart():
             level="CD", group="saliency", foreground_iou=0.0, route=None, error="x.", decode_presence=None
         ),
     ]
-    report = EvaluationReport(records, {"benchmark": "b"})
+    report = EvaluationReport(records, {"benchmark": "b", "protocol": "standard", "metrics": ["miou"]})
     rows = {(row["level"], row["group"]): row for row in report.table}
     assert list(rows) == [
         ("CI", "diverse classes"),

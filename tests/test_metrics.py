@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conceptseg_hf.evaluation import box_iou, foreground_iou, presence_auc, score_masks
+from conceptseg_hf.evaluation import MaskMetrics, box_iou, foreground_iou, presence_auc, score_masks
+from conceptseg_hf.evaluation.metrics import LIBRARY_METRICS, METRICS
 
 
 def mask(*rows: str) -> np.ndarray:
@@ -127,10 +131,11 @@ def test_errors_are_one_sentence(predictions, truths, options, message):
     assert "\n" not in str(caught.value)
 
 
-def test_library_metrics_need_the_library(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "py_sod_metrics", None)
+@pytest.mark.parametrize(("metric", "module"), [("s_measure", "py_sod_metrics"), ("f_w", "scipy")])
+def test_library_metrics_need_the_library(monkeypatch, metric, module):
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match="pip install"):
-        score_masks([LEFT], [LEFT], metrics=("f_w",))
+        score_masks([LEFT], [LEFT], metrics=(metric,))
 
 
 def test_library_metrics():
@@ -142,3 +147,171 @@ def test_library_metrics():
     # In float, near-edge misses cost something; with integer masks the smoothed errors would be truncated away.
     eroded = np.hypot(*np.mgrid[-20:20, -20:20]) < 5
     assert 40 < score_masks([eroded], [disk], metrics=("f_w",))["f_w"] < 90
+
+
+_KINDS = ("empty", "full", "pixel", "line", "noise", "sparse", "disk", "stripes")
+
+
+def draw(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A mask of one of the kinds that metrics stumble over."""
+    kind = _KINDS[int(rng.integers(len(_KINDS)))]
+    mask = np.zeros((height, width), dtype=bool)
+    if kind == "full":
+        mask[:] = True
+    elif kind == "pixel":
+        mask[rng.integers(height), rng.integers(width)] = True
+    elif kind == "line":
+        mask[rng.integers(height)] = True
+    elif kind in ("noise", "sparse"):
+        mask = rng.random((height, width)) < (0.5 if kind == "noise" else 0.02)
+    elif kind == "disk":
+        y, x = np.mgrid[:height, :width]
+        mask = np.hypot(y - rng.integers(height), x - rng.integers(width)) < rng.integers(1, height + 2)
+    elif kind == "stripes":
+        mask[:, :: int(rng.integers(2, 6))] = True
+    return mask
+
+
+def pairs(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    result = []
+    for _ in range(count):
+        height, width = rng.integers(1, 48, 2)
+        result.append((draw(rng, height, width), draw(rng, height, width)))
+    return result
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the library's, over empty regions
+def test_500_pairs_equal_pysodmetrics():
+    """To 1e-6; where a ratio has nothing to count, the library says 0 (BER: 0.5), and we what the docstrings say."""
+    sod = pytest.importorskip("py_sod_metrics", exc_type=ImportError)
+    options = {"with_dynamic": False, "with_adaptive": False, "with_binary": True, "sample_based": True}
+    empty_unions = missing_classes = empty_regions = 0
+    for prediction, truth in pairs(500):
+        found = score_masks(
+            [prediction], [truth], metrics=("giou", "mdice", "ber", "mae", "f_w", "s_measure")
+        )
+        handlers = {
+            "giou": sod.IOUHandler(**options),
+            "mdice": sod.DICEHandler(**options),
+            "ber": sod.BERHandler(**options),
+        }
+        tables = sod.FmeasureV2(metric_handlers=handlers)
+        others = {"f_w": sod.WeightedFmeasure(beta=1), "s_measure": sod.Smeasure(), "mae": sod.MAE()}
+        for metric in (tables, *others.values()):
+            metric.step(pred=prediction.astype(np.float64), gt=truth, normalize=False)
+        expected = {name: float(value["binary"]) for name, value in tables.get_results().items()}
+        keys = {"f_w": "wfm", "s_measure": "sm", "mae": "mae"}
+        expected |= {name: float(metric.get_results()[keys[name]]) for name, metric in others.items()}
+        if not (prediction | truth).any():
+            empty_unions += 1
+            assert (expected["giou"], expected["mdice"]) == (0, 0)
+            expected |= {"giou": 1, "mdice": 1}
+        if truth.all() or not truth.any():
+            missing_classes += 1
+            # The library counts a class that does not occur as missed altogether; we leave it out.
+            expected["ber"] = 2 * expected["ber"] - 1
+        if np.isnan(expected["s_measure"]):  # the centroid is at the border; see `_s_measure`
+            empty_regions += 1
+            assert 0 <= found["s_measure"] <= 100
+            del expected["s_measure"]
+        for name, value in expected.items():
+            assert found[name] / 100 == pytest.approx(value, abs=1e-6), (name, prediction.shape)
+    assert empty_unions > 5 and missing_classes > 50 and empty_regions < 100, (
+        "the convention of empty masks was tried as well"
+    )
+
+
+def test_ciou_equals_torchmetrics():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    import torch
+
+    metric = torchmetrics.classification.BinaryJaccardIndex(ignore_index=255)
+    rng = np.random.default_rng(1)
+    predictions, truths = [], []
+    for prediction, truth in pairs(120):
+        labels = truth.astype(np.uint8)
+        labels[rng.random(labels.shape) < 0.2] = 255
+        if not (labels == 1).any():
+            continue
+        predictions.append(prediction)
+        truths.append(labels)
+        metric.update(
+            torch.from_numpy(prediction.astype(np.int64)), torch.from_numpy(labels.astype(np.int64))
+        )
+    assert score_masks(predictions, truths)["ciou"] == pytest.approx(100 * float(metric.compute()), abs=1e-4)
+
+
+def test_giou_is_the_mean_of_the_images_and_one_where_the_union_is_empty():
+    """The definition of LISA's evaluation, in its own order of operations."""
+    total = 0.0
+    for prediction, truth in pairs(200):
+        intersection, union = (prediction & truth).sum(), (prediction | truth).sum()
+        total += 1.0 if union == 0 else intersection / union
+    assert score_masks(*zip(*pairs(200)))["giou"] == pytest.approx(100 * total / 200)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(1, 5))
+def test_order_and_processes_never_change_a_digit(chance: random.Random, processes: int):
+    every = pairs(40)
+    whole = MaskMetrics()
+    for pair in every:
+        whole.update(*pair)
+    chance.shuffle(every)
+    shares = [MaskMetrics() for _ in range(processes)]
+    for pair in every:
+        chance.choice(shares).update(*pair)
+    merged = shares[0]
+    for share in shares[1:]:
+        merged.merge(share)
+    assert merged.compute() == whole.compute()
+
+
+def test_scores_can_travel():
+    """What `update` returns is all that another process needs."""
+    here, there = MaskMetrics(), MaskMetrics()
+    there.merge([here.update(*pair) for pair in pairs(20)])
+    assert there.compute() == here.compute()
+    with pytest.raises(ValueError, match="no masks"):
+        MaskMetrics().compute()
+
+
+def test_the_papers_protocol_compares_at_600_pixels_with_thresholded_predictions():
+    truth = np.zeros((60, 40), dtype=bool)
+    truth[20:40, 10:30] = True
+    probability = np.where(truth, 0.9, 0.1)
+    paper = score_masks([probability], [truth], protocol="paper", metrics=("giou", "mae"))
+    assert paper == {"giou": 100, "mae": 0}, "MAE sees the thresholded mask"
+    assert score_masks([probability], [truth])["mae"] == pytest.approx(10)
+    metrics = MaskMetrics("paper")
+    score = metrics.update(probability, truth)
+    assert score["tp"] + score["tn"] == 600 * 600
+    assert score["tp"] == pytest.approx(600 * 600 * 400 / 2400, rel=0.01)
+    labels = truth.astype(np.uint8)
+    labels[0] = 255
+    ignoring = MaskMetrics("paper")
+    score = ignoring.update(probability, labels)
+    assert score["tp"] + score["tn"] == 59 * 40, "ReasonSeg is compared at its own size"
+
+
+def test_whole_number_errors_forgive_misses_near_the_border():
+    """The figures of the effect: a disk of radius 8, eroded by 3 pixels."""
+    y, x = np.mgrid[:64, :64]
+    disk, eroded = np.hypot(y - 32, x - 32) < 8, np.hypot(y - 32, x - 32) < 5
+    pytest.importorskip("scipy")
+    from conceptseg_hf.evaluation.weighted_f import weighted_f_measure
+
+    assert weighted_f_measure(eroded, disk, whole_numbers=True) == pytest.approx(1, abs=1e-6)
+    assert 0.6 < weighted_f_measure(eroded, disk) < 0.8
+    with pytest.raises(ValueError, match="bool prediction"):
+        weighted_f_measure(eroded.astype(float), disk, whole_numbers=True)
+    with pytest.raises(ValueError, match="one size"):
+        weighted_f_measure(eroded, disk[1:])
+
+
+def test_every_metric_is_a_percentage():
+    scores = score_masks(*zip(*pairs(60)), metrics=(*METRICS, *LIBRARY_METRICS))
+    assert list(scores) == [*METRICS, *LIBRARY_METRICS] and all(
+        0 <= value <= 100 for value in scores.values()
+    )

@@ -36,7 +36,16 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--split", default="test", help="split of the benchmark (default: %(default)s)")
     parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N samples")
     parser.add_argument(
-        "--protocol", default="standard", metavar="P", help="how masks are scored (default: %(default)s)"
+        "--protocol",
+        default="standard",
+        metavar="P",
+        help="how masks are compared: standard or paper (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--metrics",
+        default="miou,giou,ciou,mae,ber,mdice",
+        metavar="M,M",
+        help="metrics of masks; also f_w and s_measure, with conceptseg-hf[eval] (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size",
@@ -75,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         benchmark,
         processor=processor,
         protocol=arguments.protocol,
+        metrics=tuple(arguments.metrics.split(",")),
         router=arguments.router,
         batch_size=arguments.batch_size,
         limit=arguments.limit,

@@ -18,7 +18,7 @@ from ..modeling_conceptseg import ConceptSegForSegmentation
 from ..processing_conceptseg import ConceptSegProcessor
 from ..router import ShortcutRouter
 from .loading import fingerprint, load_model_and_processor
-from .metrics import PROTOCOLS
+from .metrics import METRICS, MaskMetrics
 from .records import make_record, segment_samples
 from .report import EvaluationReport, Record
 
@@ -27,6 +27,7 @@ def evaluate(
     model_or_path: ConceptSegForSegmentation | str | os.PathLike | None,
     benchmark: str | Sequence[ConceptSample],
     protocol: str = "standard",
+    metrics: Sequence[str] = METRICS,
     router: str | ShortcutRouter = "adaptive",
     batch_size: int = 8,
     limit: int | None = None,
@@ -42,7 +43,8 @@ def evaluate(
         model_or_path: A checkpoint's folder or hub id, None for the embedded one, or a model, which needs
             `processor`.
         benchmark: A name that `load_benchmark` knows, or samples that can be indexed.
-        protocol: `"standard"`: masks are compared at the size of the images.
+        protocol: `"standard"`: masks are compared at the size of the images; `"paper"`: see `protocols`.
+        metrics: Metrics of masks; those of `LIBRARY_METRICS` need `pip install conceptseg-hf[eval]`.
         router: `"adaptive"`, `"sam_only"`, `"full_reasoning"` or a `ShortcutRouter`.
         batch_size: Samples at a time.
         limit: Only the first samples.
@@ -59,8 +61,7 @@ def evaluate(
     Raises:
         ValueError: If an argument is invalid, or the folder holds the records of another run.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"evaluate: no protocol is named {protocol!r}; use one of {', '.join(PROTOCOLS)}.")
+    MaskMetrics(protocol, metrics=metrics)  # a wrong name is found before any work
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"evaluate: batch_size is {batch_size} and limit {limit}; use at least 1.")
     if isinstance(model_or_path, ConceptSegForSegmentation):
@@ -77,6 +78,7 @@ def evaluate(
         "benchmark": benchmark if isinstance(benchmark, str) else getattr(samples[0], "dataset", ""),
         "split": split if isinstance(benchmark, str) else getattr(samples[0], "split", ""),
         "protocol": protocol,
+        "metrics": list(metrics),
         "router": router if isinstance(router, str) else repr(router),
         "generation": None if generation_config is None else repr(generation_config),
         **fingerprint(model),
@@ -89,7 +91,10 @@ def evaluate(
         for batch in batches:
             chosen = [samples[index] for index in batch]
             results = segment_samples(model, processor, chosen, router, generation_config)
-            records.add((index, make_record(*pair)) for index, pair in zip(batch, zip(chosen, results)))
+            records.add(
+                (index, make_record(sample, result, protocol, metrics))
+                for index, sample, result in zip(batch, chosen, results)
+            )
             bar.update(len(batch))
         bar.close()
         report = EvaluationReport([records[index] for index in range(total)], settings)

@@ -1,4 +1,4 @@
-"""Metrics as pure functions.
+"""Metrics as pure functions, and `MaskMetrics`, which accumulates them.
 
 Masks are bool arrays of shape (H, W). Wherever a ratio has nothing to count (an empty prediction of an empty
 truth), the answer is right and the metric perfect. Conventions of names follow the paper (appendix E): mIoU
@@ -8,16 +8,19 @@ and unions over all images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..references import box_iou
+from .protocols import get_protocol
+from .weighted_f import weighted_f_measure
 
-PROTOCOLS = ("standard",)
 METRICS = ("miou", "giou", "ciou", "mae", "ber", "mdice")
+# These need SciPy and pysodmetrics: pip install conceptseg-hf[eval].
 LIBRARY_METRICS = ("f_w", "s_measure")
 
 
@@ -67,6 +70,103 @@ def presence_auc(scores: Sequence[float], present: Sequence[bool]) -> float | No
     return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
 
 
+class MaskMetrics:
+    """Accumulates the scores of masks, image by image.
+
+    Sums are exactly rounded (`math.fsum`): neither the order of the images nor how they were spread over batches or
+    processes changes a digit of the result.
+
+    Args:
+        protocol: `"standard"` or `"paper"`; see `protocols`.
+        ignore_index: Label of the pixels that do not count, or None.
+        metrics: Which ones: any of `METRICS` and `LIBRARY_METRICS`.
+
+    Raises:
+        ValueError: If a protocol or metric is unknown.
+        ImportError: If a metric needs a package that is missing.
+    """
+
+    def __init__(
+        self, protocol: str = "standard", ignore_index: int | None = 255, metrics: Sequence[str] = METRICS
+    ) -> None:
+        known = (*METRICS, *LIBRARY_METRICS)
+        unknown = [name for name in metrics if name not in known]
+        if unknown:
+            raise ValueError(
+                f"MaskMetrics: no metric is named {unknown[0]!r}; use some of {', '.join(known)}."
+            )
+        self.protocol, self.ignore_index, self.metrics = get_protocol(protocol), ignore_index, tuple(metrics)
+        self.scores: list[Mapping[str, float]] = []
+        if "s_measure" in metrics:
+            _s_measure()
+
+    def update(self, prediction: Any, ground_truth: Any) -> dict[str, float]:
+        """Scores one image; arguments as the items of `score_masks`. Returns what it adds to `scores`."""
+        index = len(self.scores)
+        truth, counted = _as_truth(ground_truth, self.ignore_index, index)
+        probability = _as_probability(prediction, index)
+        if probability.shape != truth.shape:
+            raise ValueError(
+                f"score_masks: prediction {index} has shape {probability.shape}, its truth {truth.shape}; "
+                "bring them to the truth's size."
+            )
+        probability, truth, counted = self.protocol.prepare(probability, truth, counted)
+        mask = probability > 0.5
+        score = {
+            name: float(np.count_nonzero(pixels & counted))
+            for name, pixels in (
+                ("tp", mask & truth),
+                ("fp", mask & ~truth),
+                ("fn", ~mask & truth),
+                ("tn", ~mask & ~truth),
+            )
+        }
+        score["mae"] = (
+            float(np.abs(probability.astype(np.float64) - truth)[counted].mean()) if counted.any() else 0.0
+        )
+        if "f_w" in self.metrics or "s_measure" in self.metrics:
+            probability, truth = np.where(counted, probability, 0), truth & counted
+        if "f_w" in self.metrics:
+            score["f_w"] = weighted_f_measure(probability, truth, self.protocol.whole_number_errors)
+        if "s_measure" in self.metrics:
+            metric = _s_measure()
+            metric.step(pred=probability.astype(np.float64), gt=truth, normalize=False)
+            score["s_measure"] = float(metric.get_results()["sm"])
+        self.scores.append(score)
+        return score
+
+    def merge(self, other: MaskMetrics | Iterable[Mapping[str, float]]) -> None:
+        """Adds the images of another accumulator, or scores that one has returned (from disk, another process)."""
+        self.scores += other.scores if isinstance(other, MaskMetrics) else list(other)
+
+    def compute(self) -> dict[str, float]:
+        """Each metric over all images, in percent.
+
+        Raises:
+            ValueError: If there are no images.
+        """
+        if not self.scores:
+            raise ValueError("score_masks: there are no masks; give at least one.")
+        tp, fp, fn, tn = (
+            np.array([score[name] for score in self.scores]) for name in ("tp", "fp", "fn", "tn")
+        )
+        foreground, background = _ratio(tp, tp + fp + fn), _ratio(tn, tn + fp + fn)
+        per_image = {
+            "miou": (foreground + background) / 2,
+            "giou": foreground,
+            "ber": 1 - _class_recall(tp, fp, fn, tn),
+            "mdice": _ratio(2 * tp, 2 * tp + fp + fn),
+        }
+        values = {}
+        for name in self.metrics:
+            if name == "ciou":
+                values[name] = float(_ratio(tp.sum(), (tp + fp + fn).sum()))
+            else:
+                each = per_image[name] if name in per_image else [score[name] for score in self.scores]
+                values[name] = math.fsum(each) / len(self.scores)
+        return {name: 100 * value for name, value in values.items()}
+
+
 def score_masks(
     predictions: Iterable[Any],
     ground_truths: Iterable[Any],
@@ -76,73 +176,31 @@ def score_masks(
 ) -> dict[str, float]:
     """Scores masks against the truth.
 
-    Protocol `"standard"`: at the truth's resolution, pixels of `ignore_index` left out, a pixel predicted as
-    foreground when its probability exceeds 0.5. MAE compares probabilities where there are some. BER is the
-    mean error rate of the classes that occur.
+    A pixel is predicted as foreground when its probability exceeds 0.5. BER is the mean error rate of the classes
+    that occur in the image.
 
     Args:
         predictions: Per image a bool array, a float array of probabilities, or a PIL mask (foreground from
             128), all (H, W).
         ground_truths: Per image a bool array, a PIL mask (foreground from 128; nothing ignored), or an
             integer array of labels: 0 background, 1 foreground, and `ignore_index`.
-        protocol: `"standard"`.
+        protocol: `"standard"`: at the truth's resolution; MAE, F_w and S-measure see probabilities where there are
+            some. `"paper"`: as the paper's figures were made, see `protocols`.
         ignore_index: Label of the pixels that do not count, or None.
-        metrics: Which ones: any of `METRICS`, and of `LIBRARY_METRICS`, which need pysodmetrics (`pip install
-            conceptseg-hf[eval]`).
+        metrics: Which ones: any of `METRICS`, and of `LIBRARY_METRICS`, which need `pip install
+            conceptseg-hf[eval]`.
 
     Returns:
         Each metric in percent. Lower is better for mae and ber, higher for all others.
 
     Raises:
         ValueError: If there are no masks, their numbers or sizes differ, or a name or label is unknown.
-        ImportError: If a metric needs pysodmetrics and it is missing.
+        ImportError: If a metric needs a package that is missing.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(
-            f"score_masks: no protocol is named {protocol!r}; use one of {', '.join(PROTOCOLS)}."
-        )
-    unknown = [name for name in metrics if name not in (*METRICS, *LIBRARY_METRICS)]
-    if unknown:
-        raise ValueError(
-            f"score_masks: no metric is named {unknown[0]!r}; use some of "
-            f"{', '.join((*METRICS, *LIBRARY_METRICS))}."
-        )
-    library = {name: _library_metric(name) for name in metrics if name in LIBRARY_METRICS}
-    tables, errors = [], []
-    for index, (prediction, given) in enumerate(_pairs(predictions, ground_truths)):
-        truth, counted = _as_truth(given, ignore_index, index)
-        probability = _as_probability(prediction, index)
-        if probability.shape != truth.shape:
-            raise ValueError(
-                f"score_masks: prediction {index} has shape {probability.shape}, its truth {truth.shape}; "
-                "bring them to the truth's size."
-            )
-        mask = probability > 0.5
-        tables.append(
-            [
-                np.count_nonzero(pixels & counted)
-                for pixels in (mask & truth, mask & ~truth, ~mask & truth, ~mask & ~truth)
-            ]
-        )
-        errors.append(float(np.abs(probability - truth)[counted].mean()) if counted.any() else 0.0)
-        for metric in library.values():
-            metric.step(pred=np.where(counted, probability, 0.0), gt=truth & counted, normalize=False)
-    if not tables:
-        raise ValueError("score_masks: there are no masks; give at least one.")
-
-    # Per image: true and false positives, false and true negatives.
-    tp, fp, fn, tn = np.asarray(tables, dtype=np.float64).T
-    foreground, background = _ratio(tp, tp + fp + fn), _ratio(tn, tn + fp + fn)
-    values = {
-        "miou": (foreground.mean() + background.mean()) / 2,
-        "giou": foreground.mean(),
-        "ciou": _ratio(tp.sum(), (tp + fp + fn).sum()),
-        "mae": np.mean(errors),
-        "ber": 1 - np.mean(_class_recall(tp, fp, fn, tn)),
-        "mdice": _ratio(2 * tp, 2 * tp + fp + fn).mean(),
-    }
-    values |= {name: _library_result(name, metric) for name, metric in library.items()}
-    return {name: 100 * float(values[name]) for name in metrics}
+    accumulated = MaskMetrics(protocol, ignore_index, metrics)
+    for prediction, truth in _pairs(predictions, ground_truths):
+        accumulated.update(prediction, truth)
+    return accumulated.compute()
 
 
 def _pairs(predictions: Iterable[Any], ground_truths: Iterable[Any]) -> Iterable[tuple[Any, Any]]:
@@ -180,7 +238,7 @@ def _as_truth(truth: Any, ignore_index: int | None, index: int) -> tuple[np.ndar
 
 def _as_probability(prediction: Any, index: int) -> np.ndarray:
     if isinstance(prediction, Image.Image):
-        return (np.asarray(prediction.convert("L")) >= 128).astype(np.float64)
+        return np.asarray(prediction.convert("L")) >= 128
     values = np.asarray(prediction)
     if values.dtype != bool and not (
         values.dtype.kind == "f" and (values.min(initial=0) >= 0) and (values.max(initial=0) <= 1)
@@ -189,7 +247,7 @@ def _as_probability(prediction: Any, index: int) -> np.ndarray:
             f"score_masks: prediction {index} is a {values.dtype} array; give bool, or probabilities from "
             "0 to 1 as float."
         )
-    return values.astype(np.float64)
+    return values
 
 
 def _ratio(numerator: Any, denominator: Any) -> Any:
@@ -207,18 +265,21 @@ def _class_recall(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray, tn: np.ndarray
     )
 
 
-def _library_metric(name: str) -> Any:
+def _s_measure() -> Any:
     try:
-        import py_sod_metrics
+        from py_sod_metrics import Smeasure
     except ImportError as error:
         raise ImportError(
-            f"score_masks: {name} needs pysodmetrics; install it with: pip install conceptseg-hf[eval]"
+            "score_masks: s_measure needs pysodmetrics; install it with: pip install conceptseg-hf[eval]"
         ) from error
-    return py_sod_metrics.WeightedFmeasure(beta=1) if name == "f_w" else py_sod_metrics.Smeasure()
+
+    class SMeasure(Smeasure):
+        def ssim(self, pred: np.ndarray, gt: np.ndarray) -> float:
+            # Where the foreground's centroid is at the border, regions are empty: their weight is 0, not their
+            # score NaN.
+            return super().ssim(pred, gt) if pred.size else 0.0
+
+    return SMeasure()
 
 
-def _library_result(name: str, metric: Any) -> float:
-    return metric.get_results()["wfm" if name == "f_w" else "sm"]
-
-
-__all__ = ["METRICS", "box_iou", "foreground_iou", "presence_auc", "score_masks"]
+__all__ = ["METRICS", "MaskMetrics", "box_iou", "foreground_iou", "presence_auc", "score_masks"]

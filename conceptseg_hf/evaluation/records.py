@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+from PIL import Image
 
 from ..completion import parse_completion
 from ..data import ConceptSample
@@ -13,7 +13,7 @@ from ..modeling_conceptseg import ConceptSegForSegmentation
 from ..outputs import ConceptSegmentation
 from ..processing_conceptseg import ConceptSegInputs, ConceptSegProcessor, PreparedSample
 from ..router import ShortcutRouter
-from .metrics import box_iou, foreground_iou
+from .metrics import METRICS, MaskMetrics, box_iou
 
 # Below this presence of the final decode the model says: it is not there.
 REJECTION_THRESHOLD = 0.5
@@ -38,16 +38,28 @@ def segment_samples(
     )
 
 
-def make_record(sample: ConceptSample, result: ConceptSegmentation) -> dict[str, Any]:
+def make_record(
+    sample: ConceptSample,
+    result: ConceptSegmentation,
+    protocol: str = "standard",
+    metrics: Sequence[str] = METRICS,
+) -> dict[str, Any]:
     """Compares a result with the truth.
 
+    Args:
+        sample: The sample.
+        result: What the model made of it; a failed result counts as an empty mask.
+        protocol: See `protocols`.
+        metrics: See `MaskMetrics`.
+
     Returns:
-        JSON values only. Among them `foreground_iou` in the pixels of the image (a failed result counts as an
-        empty mask), `box_iou` and `format_valid` where the MLLM was asked (None on the shortcut; a missing
+        JSON values only. Among them `scores` (what `MaskMetrics` needs of the image) and `foreground_iou`, under the
+        protocol; `box_iou` and `format_valid` where the MLLM was asked (None on the shortcut; a missing
         box counts 0), and `rejected`: the presence of the final decode is below 0.5.
     """
-    truth = np.asarray(sample.mask.convert("L")) >= 128
-    mask = np.zeros_like(truth) if result.mask is None else np.asarray(result.mask) >= 128
+    mask = Image.new("L", sample.mask.size) if result.mask is None else result.mask
+    scores = MaskMetrics(protocol, metrics=metrics).update(mask, sample.mask)
+    union = scores["tp"] + scores["fp"] + scores["fn"]
     reasoned = result.route == "reasoning"
     found_box = None
     if reasoned and sample.box is not None:
@@ -64,12 +76,8 @@ def make_record(sample: ConceptSample, result: ConceptSegmentation) -> dict[str,
         "threshold": result.threshold,
         "decode_presence": result.decode_presence,
         "rejected": result.decode_presence is not None and result.decode_presence < REJECTION_THRESHOLD,
-        "foreground_iou": foreground_iou(mask, truth),
-        "pixels": [
-            int(np.count_nonzero(mask & truth)),
-            int(np.count_nonzero(mask)),
-            int(np.count_nonzero(truth)),
-        ],
+        "foreground_iou": scores["tp"] / union if union else 1.0,
+        "scores": scores,
         "score": result.score,
         "label": result.label,
         "answer": result.answer,

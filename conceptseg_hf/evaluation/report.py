@@ -6,7 +6,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .metrics import presence_auc
+from .metrics import MaskMetrics, presence_auc
+
+_MASK_HEADINGS = {
+    "f_w": "F_w",
+    "miou": "mIoU",
+    "giou": "gIoU",
+    "ciou": "cIoU",
+    "mae": "MAE (lower is better)",
+    "ber": "BER (lower is better)",
+    "s_measure": "S-measure",
+    "mdice": "mDice",
+}
 
 LEVELS = ("CI", "CD", "CR")
 
@@ -55,19 +66,24 @@ class EvaluationReport:
         """Rows for each group, each level and all.
 
         `level` and `group` ("all" for sums) name a row; its numbers are means over samples, None where
-        nothing was counted.
+        nothing was counted; `masks` holds the metrics of masks over all samples of the row, in percent.
         """
         rows = []
         for level in self.levels:
             records = [record for record in self.records if record["level"] == level]
             groups = list(dict.fromkeys(record["group"] for record in records))
             rows += [
-                _row(level, group, [record for record in records if record["group"] == group])
+                self._row(level, group, [record for record in records if record["group"] == group])
                 for group in groups
             ]
-            rows.append(_row(level, "all", records))
-        rows.append(_row("all", "all", self.records))
+            rows.append(self._row(level, "all", records))
+        rows.append(self._row("all", "all", self.records))
         return rows
+
+    def _row(self, level: str, group: str, records: Sequence[Record]) -> dict[str, Any]:
+        masks = MaskMetrics(self.settings["protocol"], metrics=self.settings["metrics"])
+        masks.merge(record["scores"] for record in records)
+        return _row(level, group, records) | {"masks": masks.compute()}
 
     @property
     def levels(self) -> list[str]:
@@ -81,7 +97,7 @@ class EvaluationReport:
         return "foreground IoU: " + " | ".join(f"{level} {_number(value)}" for level, value in rows.items())
 
     def to_markdown(self) -> str:
-        """The table, with what was run above it and the meaning of the columns below."""
+        """The table in two parts, with what was run above and the meaning of the columns below."""
         settings = self.settings
         names = ("benchmark", "split", "protocol", "router", "model")
         lines = [
@@ -89,21 +105,33 @@ class EvaluationReport:
             + f"; {len(self.records)} samples.",
             "",
         ]
+        table = self.table
         columns = [
-            column for column in _COLUMNS if column[0] != "failed" or any(row["failed"] for row in self.table)
+            column for column in _COLUMNS if column[0] != "failed" or any(row["failed"] for row in table)
         ]
-        cells = [["level", "group", *(heading for _, heading, _ in columns)]]
-        cells += [
-            [row["level"], row["group"], *(_number(row[name]) for name, _, _ in columns)]
-            for row in self.table
-        ]
-        widths = [max(len(row[index]) for row in cells) for index in range(len(cells[0]))]
-        for number, row in enumerate(cells):
-            lines.append("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
-            if number == 0:
-                lines.append("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        lines += _markdown(
+            ["level", "group", *(heading for _, heading, _ in columns)],
+            [[row["level"], row["group"], *(_number(row[name]) for name, _, _ in columns)] for row in table],
+        )
         lines += ["", *(f"- {heading}: {meaning}." for _, heading, meaning in columns)]
+        lines += ["", "Masks of all samples, absent concepts included, in percent:", ""]
+        metrics = settings["metrics"]
+        lines += _markdown(
+            ["level", "group", *(_MASK_HEADINGS[name] for name in metrics)],
+            [
+                [row["level"], row["group"], *(f"{row['masks'][name]:.1f}" for name in metrics)]
+                for row in table
+            ],
+        )
         return "\n".join(lines)
+
+
+def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table with aligned columns."""
+    cells = [heading, *rows]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(heading))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
 def _row(level: str, group: str, records: Sequence[Record]) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+"""Times the weighted F-measure beside PySODMetrics', and what scoring one image costs, at 600 x 600.
+
+    python benchmarks/metrics.py          needs conceptseg-hf[eval]
+
+The two are timed in turns in one run; the ratio is what counts.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SIDE, TURNS = 600, 15
+
+
+def seconds(*actions: Callable[[], object]) -> list[float]:
+    """Median wall time of each action; they take turns."""
+    times: list[list[float]] = [[] for _ in actions]
+    for _ in range(TURNS):
+        for action, spent in zip(actions, times):
+            start = time.perf_counter()
+            action()
+            spent.append(time.perf_counter() - start)
+    return [statistics.median(spent) for spent in times]
+
+
+def main() -> None:
+    """Prints the table."""
+    import numpy as np
+    from py_sod_metrics import WeightedFmeasure
+
+    from conceptseg_hf.evaluation import MaskMetrics
+    from conceptseg_hf.evaluation.metrics import LIBRARY_METRICS, METRICS
+    from conceptseg_hf.evaluation.weighted_f import weighted_f_measure
+
+    y, x = np.mgrid[:SIDE, :SIDE]
+    truth = np.hypot(y - 300, x - 280) < 130
+    distance = 120 - np.hypot(y - 290, x - 300)
+    predictions = {
+        "a mask": distance > 0,
+        "probabilities, 0 far away": np.clip(0.5 + distance / 60, 0, 1),
+        "probabilities, nowhere 0": np.clip(0.5 + distance / 60, 0.001, 1),
+    }
+    print(f"weighted F-measure of a disk of radius 130 at {SIDE} x {SIDE}, milliseconds:")
+    for name, prediction in predictions.items():
+        library = WeightedFmeasure(beta=1)
+        theirs, ours = seconds(
+            lambda: library.cal_wfm(prediction.astype(np.float64), truth),  # noqa: B023 (called at once)
+            lambda: weighted_f_measure(prediction, truth),  # noqa: B023
+        )
+        difference = abs(
+            library.cal_wfm(prediction.astype(np.float64), truth) - weighted_f_measure(prediction, truth)
+        )
+        print(
+            f"  {name:28} PySODMetrics {1e3 * theirs:6.1f}   here {1e3 * ours:6.1f}   "
+            f"ratio {theirs / ours:4.1f}   difference {difference:.0e}"
+        )
+    print("scoring one image, milliseconds:")
+    for label, metrics in (("the default metrics", METRICS), ("all metrics", (*METRICS, *LIBRARY_METRICS))):
+        (spent,) = seconds(lambda: MaskMetrics(metrics=metrics).update(predictions["a mask"], truth))  # noqa: B023
+        print(f"  {label:28} {1e3 * spent:6.1f}")
+
+
+if __name__ == "__main__":
+    main()

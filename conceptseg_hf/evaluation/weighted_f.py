@@ -1,0 +1,92 @@
+"""The weighted F-measure (Margolin, Zelnik-Manor and Tal, CVPR 2014), beta 1.
+
+Equal to PySODMetrics' `WeightedFmeasure` and several times faster (`benchmarks/metrics.py`): the Gaussian is separable,
+and beyond the pixels that are foreground or claimed to be, nothing counts.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+_RADIUS, _SIGMA = 3, 5.0  # of the Gaussian over which errors inside the foreground are smoothed
+_EPS = np.spacing(1)
+
+
+def weighted_f_measure(prediction: np.ndarray, truth: np.ndarray, whole_numbers: bool = False) -> float:
+    """Scores one image.
+
+    Errors inside the foreground are smoothed, since a miss beside hits weighs less; errors outside weigh more the
+    farther they are from the foreground.
+
+    Args:
+        prediction: (H, W) probabilities from 0 to 1, or bool.
+        truth: (H, W) bool.
+        whole_numbers: Smooth errors as integers, as code that is fed integer masks does: smoothed errors below one
+            are cut to zero, so that misses near the border cost nothing. For bool predictions only.
+
+    Returns:
+        A number in [0, 1]; 0 when the truth is empty.
+
+    Raises:
+        ValueError: If the shapes differ, or `whole_numbers` is asked for probabilities.
+        ImportError: If SciPy is missing.
+    """
+    if prediction.shape != truth.shape:
+        raise ValueError(
+            f"weighted_f_measure: the shapes {prediction.shape} and {truth.shape} differ; bring the masks to one size."
+        )
+    if whole_numbers and prediction.dtype != bool:
+        raise ValueError(
+            f"weighted_f_measure: whole_numbers needs a bool prediction, not {prediction.dtype}; threshold it first."
+        )
+    if not truth.any():
+        return 0.0
+    ndimage = _ndimage()
+    region = _region(truth | (prediction > 0))
+    truth, error = truth[region], np.abs(prediction[region].astype(np.float64) - truth[region])
+    outside = ~truth
+    distance, (rows, columns) = ndimage.distance_transform_edt(outside, return_indices=True)
+    # Outside, the error of the nearest foreground pixel: what lies beyond the border must not soften it.
+    nearest = np.where(truth, error, error[rows, columns])
+    if whole_numbers:
+        smooth = ndimage.convolve(
+            nearest.astype(np.int64), np.outer(_gaussian(), _gaussian()), mode="constant"
+        )
+    else:
+        smooth = ndimage.convolve1d(nearest, _gaussian(), axis=0, mode="constant")
+        smooth = ndimage.convolve1d(smooth, _gaussian(), axis=1, mode="constant")
+    missed = np.minimum(error, smooth)[truth]
+    wrong = outside & (error > 0)
+    false_positives = (error[wrong] * (2 - np.exp(np.log(0.5) / 5 * distance[wrong]))).sum()
+    true_positives = truth.sum() - missed.sum()
+    recall = 1 - missed.mean()
+    precision = true_positives / (true_positives + false_positives + _EPS)
+    return float(2 * recall * precision / (recall + precision + _EPS))
+
+
+def _region(occupied: np.ndarray) -> tuple[slice, slice]:
+    """The rows and columns that can matter: the occupied ones and the reach of the Gaussian around them."""
+    slices = []
+    for axis in (1, 0):
+        places = np.flatnonzero(occupied.any(axis=axis))
+        slices.append(slice(max(0, places[0] - _RADIUS), places[-1] + _RADIUS + 1))
+    return slices[0], slices[1]
+
+
+@cache
+def _gaussian() -> np.ndarray:
+    offsets = np.arange(-_RADIUS, _RADIUS + 1)
+    weights = np.exp(-(offsets**2) / (2 * _SIGMA**2))
+    return weights / weights.sum()
+
+
+def _ndimage():
+    try:
+        from scipy import ndimage
+    except ImportError as error:
+        raise ImportError(
+            "weighted_f_measure: f_w needs SciPy; install it with: pip install conceptseg-hf[eval]"
+        ) from error
+    return ndimage
