@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 from .arguments import (
-    BadInputError,
     add_model_options,
     as_bad_input,
     check_model,
@@ -34,6 +33,13 @@ def add_parser(verbs: Any) -> None:
         "--root", metavar="DIR", help="folder of the benchmark's files (concept-shapes needs none)"
     )
     parser.add_argument("--split", default="test", help="split of the benchmark (default: %(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        metavar="S",
+        help="seed by which references are drawn for benchmarks of files (default: %(default)s)",
+    )
     parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N samples")
     parser.add_argument(
         "--protocol",
@@ -65,16 +71,14 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the verb."""
-    if arguments.root is not None and arguments.benchmark == "concept-shapes":
-        raise BadInputError(
-            "benchmark 'concept-shapes' is drawn from seeds and reads no files; leave --root out."
-        )
     check_model(arguments.model)
     from conceptseg_hf.data import load_benchmark
     from conceptseg_hf.evaluation import evaluate
 
-    location = {} if arguments.root is None else {"root": arguments.root}
-    benchmark = as_bad_input(load_benchmark, arguments.benchmark, split=arguments.split, **location)
+    files = {}
+    if arguments.root is not None:
+        files = {"root": arguments.root, "limit": arguments.limit, "seed": arguments.seed}
+    benchmark = as_bad_input(load_benchmark, arguments.benchmark, split=arguments.split, **files)
     model, processor = load_model(arguments)
     name = f"{arguments.benchmark}-{arguments.split}-{arguments.router}"
     folder = make_output_dir(arguments.output_dir or f"evaluation_output/{name}")

@@ -2,27 +2,91 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from .concept_shapes import ConceptShapes
+from .files import FileBenchmark
+from .layouts import LAYOUTS
+from .paths import existing_folder
 from .sample import ConceptSample
+from .suite import SOURCES, Source
 
-BENCHMARKS = {"concept-shapes": ConceptShapes}
+PROCEDURAL = {"concept-shapes": ConceptShapes}
+"""Benchmarks that read no files."""
+
+BENCHMARKS = (*PROCEDURAL, *SOURCES)
+"""Every name that `load_benchmark` knows."""
 
 
-def load_benchmark(name: str, split: str = "test", limit: int | None = None) -> Sequence[ConceptSample]:
+def load_benchmark(
+    name: str,
+    root: str | os.PathLike | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 42,
+) -> Sequence[ConceptSample]:
     """Loads a benchmark.
 
+    Samples of files are read when they are asked for; that their files are there is checked at once.
+
     Args:
-        name: `"concept-shapes"`.
-        split: A split of that benchmark.
+        name: One of `BENCHMARKS`; `suite.SOURCES` says what each is, how its files lie, and where they are published.
+        root: Folder of its files; None for `"concept-shapes"`, which is drawn from seeds.
+        split: A split of that benchmark; "test" also names the split that is evaluated where its own name is another.
         limit: Only the first samples of the split.
+        seed: Seed by which references are drawn, where samples come without any of their own.
 
     Raises:
-        ValueError: If no benchmark or split has that name.
+        ValueError: If no benchmark or split has that name, or the files are not what they should be.
+        MissingFilesError: If files are missing: all of them, with counts.
+        ImportError: If a layout needs a package that is missing.
     """
-    if name not in BENCHMARKS:
+    if name in PROCEDURAL:
+        if root is not None:
+            raise ValueError(
+                f"load_benchmark: {name!r} is drawn from seeds and reads no files; leave root out."
+            )
+        return PROCEDURAL[name](split, length=limit)
+    samples = open_benchmark(name, root, split, limit, seed)
+    samples.check()
+    return samples
+
+
+def open_benchmark(
+    name: str, root: str | os.PathLike | None, split: str = "test", limit: int | None = None, seed: int = 42
+) -> FileBenchmark:
+    """As `load_benchmark`, for benchmarks of files, without looking for the files of the samples."""
+    source = get_source(name)
+    if limit is not None and limit < 1:
+        raise ValueError(f"load_benchmark: limit is {limit}; use at least 1.")
+    folder = existing_folder(root, name)
+    split = resolve_split(source, split)
+    return FileBenchmark(name, split, LAYOUTS[source.layout](folder, source, split), folder, limit, seed)
+
+
+def get_source(name: str) -> Source:
+    """What is known of a benchmark of files.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name not in SOURCES:
         raise ValueError(
             f"load_benchmark: no benchmark is named {name!r}; use one of {', '.join(BENCHMARKS)}."
         )
-    return BENCHMARKS[name](split, length=limit)
+    return SOURCES[name]
+
+
+def resolve_split(source: Source, split: str) -> str:
+    """The split by its own name.
+
+    Raises:
+        ValueError: If the benchmark has no such split.
+    """
+    split = source.aliases.get(split, split)
+    if source.counts and split not in source.counts:
+        raise ValueError(
+            f"load_benchmark: {source.name!r} has no split {split!r}; use one of {', '.join(source.counts)}."
+        )
+    return split

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from PIL import Image
 
@@ -30,6 +31,9 @@ class ConceptSample:
         rule: Ground-truth rule, where the benchmark has one.
         answer: Ground-truth noun phrase, where the benchmark has one.
         split: The benchmark's split.
+        ignore: "L", 255 where pixels do not count, the size of the image; None when all pixels count.
+        box_only: The benchmark knows a box and no mask: `mask` is that box, filled, and no metric of masks
+            may be computed from it.
     """
 
     image: Image.Image
@@ -46,8 +50,30 @@ class ConceptSample:
     rule: str | None = None
     answer: str | None = None
     split: str = "test"
+    ignore: Image.Image | None = None
+    box_only: bool = False
 
     @property
     def present(self) -> bool:
         """Whether the image shows the concept at all."""
         return self.box is not None
+
+
+class UnreadableSampleError(ValueError):
+    """One sample of a benchmark cannot be read; the others can.
+
+    Attributes:
+        fields: What is known of it: those fields of its `ConceptSample` that need no pixels.
+        truth: `mask`, `box`, `ignore` and `box_only` of its `ConceptSample` if the truth can be read, else
+            None.
+    """
+
+    def __init__(
+        self, message: str, fields: dict[str, Any] | None = None, truth: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.fields = {"prompt": "", "level": "?", "group": "?", "family": "?"} | (fields or {})
+        self.truth = truth
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.fields, self.truth)

@@ -13,13 +13,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..data import ConceptSample, load_benchmark
+from ..data import ConceptSample, FileBenchmark, UnreadableSampleError, load_benchmark
 from ..modeling_conceptseg import ConceptSegForSegmentation
 from ..processing_conceptseg import ConceptSegProcessor
 from ..router import ShortcutRouter
 from .loading import fingerprint, load_model_and_processor
 from .metrics import METRICS, MaskMetrics
-from .records import make_record, segment_samples
+from .records import make_error_record, make_record, segment_samples
 from .report import EvaluationReport, Record
 
 
@@ -36,8 +36,12 @@ def evaluate(
     processor: ConceptSegProcessor | None = None,
     generation_config: Any = None,
     progress: bool = False,
+    root: str | os.PathLike | None = None,
+    seed: int = 42,
 ) -> EvaluationReport:
     """Scores a model on a benchmark.
+
+    A sample that cannot be read ends with an error in its record and in the report, and the evaluation goes on.
 
     Args:
         model_or_path: A checkpoint's folder or hub id, None for the embedded one, or a model, which needs
@@ -54,6 +58,8 @@ def evaluate(
         processor: The processor of a model given as such.
         generation_config: How the MLLM writes; see `ConceptSegForSegmentation.segment`.
         progress: Show a progress bar.
+        root: Folder of the files of a benchmark given by name.
+        seed: Seed of its references; see `load_benchmark`.
 
     Returns:
         The report over the first `limit` samples.
@@ -70,13 +76,15 @@ def evaluate(
             raise ValueError("evaluate: a model was given without its processor; pass processor=... as well.")
     else:
         model, processor = load_model_and_processor(model_or_path)
-    samples = load_benchmark(benchmark, split=split) if isinstance(benchmark, str) else benchmark
+    samples = benchmark
+    if isinstance(benchmark, str):
+        files = {} if root is None else {"root": root, "limit": limit, "seed": seed}
+        samples = load_benchmark(benchmark, split=split, **files)
     total = len(samples) if limit is None else min(limit, len(samples))
     if not total:
         raise ValueError("evaluate: the benchmark has no samples; give one that has.")
     settings = {
-        "benchmark": benchmark if isinstance(benchmark, str) else getattr(samples[0], "dataset", ""),
-        "split": split if isinstance(benchmark, str) else getattr(samples[0], "split", ""),
+        **_source(samples),
         "protocol": protocol,
         "metrics": list(metrics),
         "router": router if isinstance(router, str) else repr(router),
@@ -89,11 +97,24 @@ def evaluate(
         batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
         bar = tqdm(total=total, initial=total - len(missing), unit="sample", disable=not progress)
         for batch in batches:
-            chosen = [samples[index] for index in batch]
-            results = segment_samples(model, processor, chosen, router, generation_config)
+            read = {index: _read(samples, index) for index in batch}
+            chosen = {
+                index: sample
+                for index, sample in read.items()
+                if not isinstance(sample, UnreadableSampleError)
+            }
+            results = {}
+            if chosen:
+                found = segment_samples(model, processor, list(chosen.values()), router, generation_config)
+                results = dict(zip(chosen, found, strict=True))
             records.add(
-                (index, make_record(sample, result, protocol, metrics))
-                for index, sample, result in zip(batch, chosen, results)
+                (
+                    index,
+                    make_record(sample, results[index], protocol, metrics)
+                    if index in results
+                    else make_error_record(sample, protocol, metrics),
+                )
+                for index, sample in read.items()
             )
             bar.update(len(batch))
         bar.close()
@@ -101,6 +122,25 @@ def evaluate(
     if output_dir is not None:
         _write_report(Path(output_dir), report)
     return report
+
+
+def _source(samples: Sequence[ConceptSample]) -> dict[str, Any]:
+    """Where samples come from: what they say of themselves, or else what the first one says."""
+    if isinstance(samples, FileBenchmark):
+        return {"benchmark": samples.name, "split": samples.split, "seed": samples.seed}
+    first = _read(samples, 0)
+    fields = first.fields if isinstance(first, UnreadableSampleError) else vars(first)
+    return {"benchmark": fields.get("dataset", ""), "split": fields.get("split", "")}
+
+
+def _read(samples: Sequence[ConceptSample], index: int) -> ConceptSample | UnreadableSampleError:
+    """A sample, or why there is none."""
+    try:
+        return samples[index]
+    except UnreadableSampleError as error:
+        return error
+    except (OSError, ValueError) as error:  # of samples of one's own
+        return UnreadableSampleError(f"sample {index}: {error}", {"sample_id": str(index)})
 
 
 class _Records:
@@ -173,5 +213,10 @@ def _write_report(folder: Path, report: EvaluationReport) -> None:
     (folder / "report.md").write_text(
         report.to_markdown() + "\n\n" + report.summary() + "\n", encoding="utf-8"
     )
-    content = {"settings": report.settings, "samples": len(report.records), "table": report.table}
+    content = {
+        "settings": report.settings,
+        "samples": len(report.records),
+        "table": report.table,
+        "errors": [{"sample_id": record["sample_id"], "error": record["error"]} for record in report.failed],
+    }
     (folder / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

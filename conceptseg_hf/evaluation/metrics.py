@@ -100,10 +100,28 @@ class MaskMetrics:
         if "s_measure" in metrics:
             _s_measure()
 
-    def update(self, prediction: Any, ground_truth: Any) -> dict[str, float]:
-        """Scores one image; arguments as the items of `score_masks`. Returns what it adds to `scores`."""
+    def update(self, prediction: Any, ground_truth: Any, ignore: Any = None) -> dict[str, float]:
+        """Scores one image.
+
+        Args:
+            prediction: As an item of `score_masks`.
+            ground_truth: As an item of `score_masks`.
+            ignore: Where pixels do not count, a bool array or a PIL mask of the truth's size, beside labels of
+                `ignore_index`.
+
+        Returns:
+            What it adds to `scores`.
+        """
         index = len(self.scores)
         truth, counted = _as_truth(ground_truth, self.ignore_index, index)
+        if ignore is not None:
+            ignored = _as_probability(ignore, index)
+            if ignored.shape != truth.shape:
+                raise ValueError(
+                    f"score_masks: the ignore mask of image {index} has shape {ignored.shape}, its truth "
+                    f"{truth.shape}; bring it to the truth's size."
+                )
+            counted = counted & ~(ignored > 0.5)
         probability = _as_probability(prediction, index)
         if probability.shape != truth.shape:
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from ..completion import parse_completion
-from ..data import ConceptSample
+from ..data import ConceptSample, UnreadableSampleError
 from ..modeling_conceptseg import ConceptSegForSegmentation
 from ..outputs import ConceptSegmentation
 from ..processing_conceptseg import ConceptSegInputs, ConceptSegProcessor, PreparedSample
@@ -53,13 +53,17 @@ def make_record(
         metrics: See `MaskMetrics`.
 
     Returns:
-        JSON values only. Among them `scores` (what `MaskMetrics` needs of the image) and `foreground_iou`, under the
-        protocol; `box_iou` and `format_valid` where the MLLM was asked (None on the shortcut; a missing
-        box counts 0), and `rejected`: the presence of the final decode is below 0.5.
+        JSON values only. Among them `scores` (what `MaskMetrics` needs of the image) and `foreground_iou`, under
+        the protocol, None where the truth is a box only; `box_iou` and `format_valid` where the MLLM was asked
+        (None on the shortcut; a missing box counts 0), and `rejected`: the presence of the final decode is below
+        0.5.
     """
-    mask = Image.new("L", sample.mask.size) if result.mask is None else result.mask
-    scores = MaskMetrics(protocol, metrics=metrics).update(mask, sample.mask)
-    union = scores["tp"] + scores["fp"] + scores["fn"]
+    scores, iou = None, None
+    if not sample.box_only:
+        mask = Image.new("L", sample.mask.size) if result.mask is None else result.mask
+        scores = MaskMetrics(protocol, metrics=metrics).update(mask, sample.mask, sample.ignore)
+        union = scores["tp"] + scores["fp"] + scores["fn"]
+        iou = scores["tp"] / union if union else 1.0
     reasoned = result.route == "reasoning"
     found_box = None
     if reasoned and sample.box is not None:
@@ -76,7 +80,7 @@ def make_record(
         "threshold": result.threshold,
         "decode_presence": result.decode_presence,
         "rejected": result.decode_presence is not None and result.decode_presence < REJECTION_THRESHOLD,
-        "foreground_iou": scores["tp"] / union if union else 1.0,
+        "foreground_iou": iou,
         "scores": scores,
         "score": result.score,
         "label": result.label,
@@ -94,3 +98,22 @@ def make_record(
         "check_iou": result.check_iou,
         "error": result.error,
     }
+
+
+def make_error_record(
+    error: UnreadableSampleError, protocol: str = "standard", metrics: Sequence[str] = METRICS
+) -> dict[str, Any]:
+    """The record of a sample that cannot be read.
+
+    With a readable truth it counts as an empty prediction; without one it has no scores and `present` is None.
+
+    Args:
+        error: What is known of the sample, and why it cannot be read.
+        protocol: See `protocols`.
+        metrics: See `MaskMetrics`.
+    """
+    truth = error.truth or {"mask": Image.new("L", (1, 1)), "box": None, "box_only": True}
+    sample = ConceptSample(image=Image.new("RGB", truth["mask"].size), **error.fields, **truth)
+    result = ConceptSegmentation.failed(str(error), sample.prompt)
+    record = make_record(sample, result, protocol, metrics)
+    return record if error.truth is not None else record | {"present": None, "rejected": None}

@@ -19,6 +19,7 @@ _MASK_HEADINGS = {
     "mdice": "mDice",
 }
 
+_LISTED = 50  # errors in a report
 LEVELS = ("CI", "CD", "CR")
 
 Record = dict[str, Any]
@@ -66,7 +67,8 @@ class EvaluationReport:
         """Rows for each group, each level and all.
 
         `level` and `group` ("all" for sums) name a row; its numbers are means over samples, None where
-        nothing was counted; `masks` holds the metrics of masks over all samples of the row, in percent.
+        nothing was counted; `masks` holds the metrics of masks over all samples of the row that have a
+        true mask, in percent.
         """
         rows = []
         for level in self.levels:
@@ -82,8 +84,14 @@ class EvaluationReport:
 
     def _row(self, level: str, group: str, records: Sequence[Record]) -> dict[str, Any]:
         masks = MaskMetrics(self.settings["protocol"], metrics=self.settings["metrics"])
-        masks.merge(record["scores"] for record in records)
-        return _row(level, group, records) | {"masks": masks.compute()}
+        masks.merge(record["scores"] for record in records if record["scores"] is not None)
+        values = masks.compute() if masks.scores else dict.fromkeys(self.settings["metrics"])
+        return _row(level, group, records) | {"masks": values}
+
+    @property
+    def failed(self) -> list[Record]:
+        """The records that end with an error."""
+        return [record for record in self.records if record["error"] is not None]
 
     @property
     def levels(self) -> list[str]:
@@ -119,10 +127,18 @@ class EvaluationReport:
         lines += _markdown(
             ["level", "group", *(_MASK_HEADINGS[name] for name in metrics)],
             [
-                [row["level"], row["group"], *(f"{row['masks'][name]:.1f}" for name in metrics)]
+                [row["level"], row["group"], *(_percent(row["masks"][name]) for name in metrics)]
                 for row in table
             ],
         )
+        without = sum(record["scores"] is None for record in self.records)
+        if without:
+            lines += ["", f"{without} samples have no mask to compare with and are in none of these metrics."]
+        if self.failed:
+            lines += ["", "Samples that ended with an error:", ""]
+            lines += [f"- {record['sample_id']}: {record['error']}" for record in self.failed[:_LISTED]]
+        if len(self.failed) > _LISTED:
+            lines.append(f"- and {len(self.failed) - _LISTED} more; records.jsonl has them all.")
         return "\n".join(lines)
 
 
@@ -164,6 +180,10 @@ def _mean(
 def _share(values: Iterable[float]) -> float | None:
     values = list(values)
     return sum(values) / len(values) if values else None
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _number(value: float | None) -> str:

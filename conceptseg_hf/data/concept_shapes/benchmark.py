@@ -87,27 +87,10 @@ class ConceptShapes(Sequence[ConceptSample]):
             yield self[index]
 
     def to_dataset(self) -> datasets.Dataset:
-        """The split as a `datasets.Dataset`; references are lists of images and of boxes."""
-        import datasets
+        """The split as a `datasets.Dataset`; see `as_dataset`."""
+        from ..tables import as_dataset
 
-        features = datasets.Features(
-            {
-                "sample_id": datasets.Value("string"),
-                "image": datasets.Image(),
-                "mask": datasets.Image(),
-                "prompt": datasets.Value("string"),
-                "level": datasets.Value("string"),
-                "group": datasets.Value("string"),
-                "family": datasets.Value("string"),
-                "box": datasets.List(datasets.Value("float32")),
-                "reference_images": datasets.List(datasets.Image()),
-                "reference_boxes": datasets.List(datasets.List(datasets.Value("float32"))),
-                "think": datasets.Value("string"),
-                "rule": datasets.Value("string"),
-                "answer": datasets.Value("string"),
-            }
-        )
-        return datasets.Dataset.from_generator(_rows, features=features, gen_kwargs={"samples": self})
+        return as_dataset(self)
 
     def export(self, folder: str | Path) -> Path:
         """Writes the split as PNG files and `samples.jsonl`.
@@ -150,18 +133,3 @@ def family_at(index: int) -> tuple[str, str, Family]:
     round_number, slot = divmod(index, len(GROUPS))
     level, group, families = GROUPS[slot]
     return level, group, families[round_number % len(families)]
-
-
-def _rows(samples: ConceptShapes) -> Iterator[dict[str, Any]]:
-    for sample in samples:
-        row = {
-            name: getattr(sample, name)
-            for name in ("sample_id", "image", "mask", "prompt", "level", "group", "family")
-        }
-        row |= {"think": sample.think, "rule": sample.rule, "answer": sample.answer}
-        row["box"] = None if sample.box is None else list(sample.box)
-        row["reference_images"] = [reference.image for reference in sample.references]
-        row["reference_boxes"] = [
-            None if reference.box is None else list(reference.box) for reference in sample.references
-        ]
-        yield row

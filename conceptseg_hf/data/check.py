@@ -1,0 +1,140 @@
+"""What of a benchmark is there, what is missing, and whether it is the set that the paper counts."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from .files import describe_names
+from .paths import MissingFilesError, check_files, existing_folder
+from .registry import get_source, open_benchmark, resolve_split
+
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """The state of one split.
+
+    Attributes:
+        name: The benchmark.
+        split: The split.
+        found: Samples that the index lists.
+        images: Different target images among them.
+        expected: What the paper counts (samples, or images where `counts_images`), None if it does not.
+        counts_images: Whether `expected` counts images.
+        files: Files that were looked for.
+        missing: Pairs of kind and path of those that are missing.
+        without_references: Classes whose samples can have no reference.
+        fault: One sentence, if the index itself cannot be read.
+    """
+
+    name: str
+    split: str
+    found: int = 0
+    images: int = 0
+    expected: int | None = None
+    counts_images: bool = False
+    files: int = 0
+    missing: tuple[tuple[str, Path], ...] = ()
+    without_references: tuple[str, ...] = ()
+    fault: str | None = None
+
+    @property
+    def matches(self) -> bool | None:
+        """Whether the count is the paper's; None if the paper gives none."""
+        if self.expected is None:
+            return None
+        return self.expected == (self.images if self.counts_images else self.found)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing and no count differs."""
+        return self.fault is None and not self.missing and self.found > 0 and self.matches is not False
+
+    def lines(self) -> list[str]:
+        """What a person must know, line by line."""
+        title = f"{self.name}, {self.split}:"
+        if self.fault is not None:
+            return [f"{title} {self.fault}"]
+        lines = [f"{title} {self.found} samples of {self.images} images", f"  {self._count_line()}"]
+        if self.missing:
+            kinds = Counter(kind for kind, _ in self.missing)
+            counted = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
+            lines.append(f"  missing: {len(self.missing)} of {self.files} files ({counted})")
+            lines += [f"    {path}" for _, path in self.missing[:_NAMED]]
+            if len(self.missing) > _NAMED:
+                lines.append(f"    and {len(self.missing) - _NAMED} more")
+        else:
+            lines.append(f"  files: all {self.files} are there")
+        if self.without_references:
+            lines.append(f"  references: {describe_names(self.without_references)} none")
+        return lines
+
+    def _count_line(self) -> str:
+        if self.matches is None:
+            return "count: the paper gives none"
+        unit = "images" if self.counts_images else "samples"
+        return (
+            f"count: the paper has {self.expected} {unit}: {'the same' if self.matches else 'another count'}"
+        )
+
+
+def check_benchmark(
+    name: str, root: str | os.PathLike | None, split: str | None = None, seed: int = 42
+) -> list[DataCheck]:
+    """Looks for everything that a benchmark needs.
+
+    Args:
+        name: A benchmark that reads files.
+        root: The folder of its files.
+        split: One split; None: those of the paper, or all if the paper has none.
+        seed: Seed of the references.
+
+    Returns:
+        One result per split.
+
+    Raises:
+        ValueError: If no benchmark, split or folder has that name.
+        ImportError: If a layout needs a package that is missing.
+    """
+    source = get_source(name)
+    existing_folder(root, name)
+    if split is not None:
+        splits: tuple[str, ...] = (resolve_split(source, split),)
+    else:
+        splits = source.paper_splits or tuple(source.counts) or ("test",)
+    return [_check_split(name, root, each, seed) for each in splits]
+
+
+def _check_split(name: str, root: str | os.PathLike | None, split: str, seed: int) -> DataCheck:
+    source = get_source(name)
+    try:
+        samples = open_benchmark(name, root, split, seed=seed)
+    except MissingFilesError as error:
+        return DataCheck(name, split, missing=error.missing, files=error.total, fault=_without_caller(error))
+    except ValueError as error:
+        return DataCheck(name, split, fault=_without_caller(error))
+    files = list(samples.files())
+    try:
+        check_files(files, name, samples.root)
+        missing: tuple[tuple[str, Path], ...] = ()
+    except MissingFilesError as error:
+        missing = error.missing
+    return DataCheck(
+        name,
+        split,
+        found=len(samples),
+        images=len({item.image for item in samples.items}),
+        expected=source.counts.get(split),
+        counts_images=source.counts_images,
+        files=len({path for _, path in files}),
+        missing=missing,
+        without_references=samples.without_references,
+    )
+
+
+def _without_caller(error: Exception) -> str:
+    return str(error).removeprefix("load_benchmark: ")

@@ -1,0 +1,23 @@
+"""How data sets lie on disk: one module per layout, each with `index_files(root, source, split) -> Index`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..files import Index
+from ..suite import Source
+from . import authors, cityscapes, coco20i, mgrounding, mig_bench, plain, reasonseg, reasonseg_hub
+
+LAYOUTS: dict[str, Callable[[Path, Source, str], Index]] = {
+    "authors": authors.index_files,
+    "cityscapes": cityscapes.index_files,
+    "coco20i": coco20i.index_files,
+    "mgrounding": mgrounding.index_files,
+    "mig-bench": mig_bench.index_files,
+    "plain": plain.index_files,
+    "reasonseg": reasonseg.index_files,
+    "reasonseg-hf": reasonseg_hub.index_files,
+}
+
+__all__ = ["LAYOUTS"]

@@ -1,0 +1,117 @@
+"""Cityscapes as its owners publish it, in two trees with one folder per split and city.
+
+`leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` are the images, `gtFine/SPLIT/CITY/*_gtFine_labelIds.png` the maps of labels.
+Each class of the 19 that an image shows is one sample; pixels of the other labels do not count. Which classes an image
+shows stands in its labels only: listing a split reads all its label images once.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from ..files import FileItem, FileReference, Index, ReferencePool, reference_count
+from ..paths import MissingFilesError, check_files
+from ..suite import Source
+from ..truths import LabelFile, read_labels
+
+# Label ids of the 19 classes that are evaluated, in the order of their training ids.
+CLASSES = {
+    "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19,
+    "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23, "person": 24, "rider": 25, "car": 26,
+    "truck": 27, "bus": 28, "train": 31, "motorcycle": 32, "bicycle": 33,
+}  # fmt: skip
+_LABELS = frozenset(CLASSES.values())
+_IGNORED = frozenset(range(256)) - _LABELS
+_MOST_REFERENCES = 4
+_IMAGE, _MAP = "_leftImg8bit.png", "_gtFine_labelIds.png"
+
+
+class StreetPool(ReferencePool):
+    """Draws train images, looking into their labels until there are enough of the class.
+
+    Args:
+        pairs: Images and maps of labels.
+    """
+
+    reads_files = True
+
+    def __init__(self, pairs: list[tuple[Path, Path]]) -> None:
+        self._pairs = pairs
+
+    def draw(self, concept: str, rng: random.Random, exclude: Path) -> list[FileReference]:
+        """See `ReferencePool.draw`."""
+        drawn: list[FileReference] = []
+        label, class_size = CLASSES[concept], 0
+        for image, labels in rng.sample(self._pairs, len(self._pairs)):
+            if label in _present(labels):
+                class_size += 1
+                if image != exclude:
+                    drawn.append(FileReference(image, LabelFile(labels, label)))
+            if len(drawn) == _MOST_REFERENCES:
+                return drawn
+        return drawn[: reference_count(class_size)]  # all were seen, so the size of the class is known
+
+    def knows(self, concept: str, exclude: Path) -> bool:
+        """See `ReferencePool.knows`."""
+        return any(image != exclude for image, _ in self._pairs)
+
+
+def index_files(root: Path, source: Source, split: str) -> Index:
+    """Lists the samples of a split; see `Index`."""
+    pairs = _pairs(root, split)
+    if not pairs:
+        folder = root / "leftImg8bit" / split
+        raise MissingFilesError(
+            f"load_benchmark: {source.name!r} lacks images below {str(folder)!r}; put leftImg8bit and gtFine there.",
+            (("folder", folder),),
+            1,
+        )
+    check_files(
+        (pair for image, labels in pairs for pair in (("image", image), ("mask", labels))), source.name, root
+    )
+    items = []
+    for image, labels in pairs:
+        for concept, label in CLASSES.items():
+            # A map that cannot be read is one sample, which will say so when it is its turn.
+            if label in (_present_or_unknown(labels) or {CLASSES["road"]}):
+                items.append(
+                    FileItem(
+                        sample_id=f"{image.name.removesuffix(_IMAGE)}-{concept.replace(' ', '_')}",
+                        image=image,
+                        truth=LabelFile(labels, label, _IGNORED),
+                        prompt=concept,
+                        level=source.level,
+                        group=source.group,
+                        family=source.name,
+                        concept=concept,
+                    )
+                )
+    return Index(items, StreetPool([pair for pair in _pairs(root, "train") if pair[1].is_file()]))
+
+
+def _pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
+    """Every image that has a file of its own or a map of labels, with both paths."""
+    images, maps = root / "leftImg8bit" / split, root / "gtFine" / split
+    stems = {
+        path.relative_to(folder).as_posix().removesuffix(ending)
+        for folder, ending in ((images, _IMAGE), (maps, _MAP))
+        for path in folder.glob(f"*/*{ending}")
+    }
+    return [(images / f"{stem}{_IMAGE}", maps / f"{stem}{_MAP}") for stem in sorted(stems)]
+
+
+def _present_or_unknown(path: Path) -> frozenset[int]:
+    try:
+        return _present(path)
+    except ValueError:
+        return frozenset()
+
+
+@lru_cache(maxsize=4096)
+def _present(path: Path) -> frozenset[int]:
+    """The evaluated labels that a map holds."""
+    return _LABELS.intersection(np.unique(read_labels(path)).tolist())

@@ -1,0 +1,58 @@
+"""ReasonSeg as LISA publishes it: folders `train`, `val` and `test` of `NAME.jpg` with `NAME.json`.
+
+Each image is one sample with the first of its texts, as in LISA's evaluation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..files import FileItem, Index
+from ..paths import MissingFilesError
+from ..suite import Source
+from ..truths import PolygonFile
+
+
+@dataclass(frozen=True)
+class ReasonSegItem(FileItem):
+    """An item whose words stand in its annotation."""
+
+    def read_fields(self) -> dict[str, Any]:
+        """Those fields of the sample that need no pixels; reads the annotation."""
+        annotation = self.truth.read_annotation()
+        texts = annotation.get("text")
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list) or not texts or not isinstance(texts[0], str) or not texts[0].strip():
+            raise ValueError(
+                f"{str(self.truth.path)!r} has no text; give ReasonSeg's JSON as it is published."
+            )
+        family = "sentence" if annotation.get("is_sentence") else "phrase"
+        return super().read_fields() | {"prompt": texts[0].strip(), "family": family}
+
+
+def index_files(root: Path, source: Source, split: str) -> Index:
+    """Lists the samples of a split below `root` or `root/ReasonSeg`; see `Index`."""
+    folder = root / "ReasonSeg" / split if (root / "ReasonSeg").is_dir() else root / split
+    if not folder.is_dir():
+        raise MissingFilesError(
+            f"load_benchmark: {source.name!r} lacks the folder {str(folder)!r}; put the split there.",
+            (("folder", folder),),
+            1,
+        )
+    stems = {path.stem for path in folder.iterdir() if path.suffix in (".jpg", ".json")}
+    return Index(
+        [
+            ReasonSegItem(
+                sample_id=stem,
+                image=folder / f"{stem}.jpg",
+                truth=PolygonFile(folder / f"{stem}.json"),
+                prompt="",
+                level=source.level,
+                group=source.group,
+                family="",
+            )
+            for stem in sorted(stems)
+        ]
+    )

@@ -1,0 +1,101 @@
+"""ReasonSeg as the hub has it in `Ricky06662/ReasonSeg_{val,test}`: Parquet files below a folder of that name.
+
+Columns image, text, mask (lists of bool), image_id. The copy knows no ignore regions: they became foreground.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ...images import load_image, load_mask
+from ..files import FileItem, Index
+from ..paths import MissingFilesError
+from ..suite import Source
+from ..truths import Size, Truth
+
+if TYPE_CHECKING:
+    import datasets
+
+_COLUMNS = ("image", "text", "mask")
+
+
+@dataclass(frozen=True)
+class RowTruth(Truth):
+    """The mask of a row of a table."""
+
+    table: datasets.Dataset
+    row: int
+
+    def read(self, size: Size | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """See `Truth.read`."""
+        value = self.table.select_columns(["mask"])[self.row]["mask"]
+        return load_mask(value if isinstance(value, Image.Image) else np.asarray(value), size), None
+
+
+@dataclass(frozen=True)
+class RowItem(FileItem):
+    """A row of a table."""
+
+    def read_fields(self) -> dict[str, Any]:
+        """Those fields of the sample that need no pixels."""
+        text = self.truth.table.select_columns(["text"])[self.truth.row]["text"]
+        text = text[0] if isinstance(text, list) and text else text
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f"row {self.truth.row} of {str(self.image)!r} has no text; fetch the file again."
+            )
+        return super().read_fields() | {"prompt": text.strip()}
+
+    def read_image(self) -> Image.Image:
+        """The target image, RGB."""
+        return load_image(self.truth.table.select_columns(["image"])[self.truth.row]["image"])
+
+
+def index_files(root: Path, source: Source, split: str) -> Index:
+    """Lists the rows of the Parquet files below `root/ReasonSeg_SPLIT`, or `root` if it is so called; see `Index`.
+
+    Raises:
+        ImportError: Without the package datasets.
+    """
+    name = f"ReasonSeg_{split}"
+    folder = root if root.name == name else root / name
+    files = sorted(folder.rglob("*.parquet"))
+    if not files:
+        raise MissingFilesError(
+            f"load_benchmark: {source.name!r} lacks the Parquet files of {str(folder)!r}; "
+            f"download Ricky06662/{name} there.",
+            (("Parquet file", folder / "data"),),
+            1,
+        )
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"load_benchmark: {source.name!r} needs the package datasets; install it with: pip install datasets"
+        ) from error
+    try:
+        table = datasets.Dataset.from_parquet([str(path) for path in files])
+    except Exception as error:  # of Arrow, of datasets, of the file system
+        raise ValueError(f"{str(files[0])!r} cannot be read as Parquet; download it again.") from error
+    lacking = [column for column in _COLUMNS if column not in table.column_names]
+    if lacking:
+        raise ValueError(f"{str(files[0])!r} has no column {lacking[0]!r}; download the copy again.")
+    return Index(
+        [
+            RowItem(
+                sample_id=f"{row:06d}",
+                image=files[0],
+                truth=RowTruth(table, row),
+                prompt="",
+                level=source.level,
+                group=source.group,
+                family=source.name,
+            )
+            for row in range(len(table))
+        ]
+    )

@@ -1,0 +1,137 @@
+"""Paths that stay inside a folder, files that are all there, and JSON of any encoding."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+_NAMED = 3  # missing files that an error names
+
+
+class MissingFilesError(FileNotFoundError):
+    """Files of a data set are missing.
+
+    Attributes:
+        missing: Pairs of kind ("image", "mask", ...) and path, all of them.
+        total: How many files were looked for.
+    """
+
+    def __init__(self, message: str, missing: tuple[tuple[str, Path], ...] = (), total: int = 0) -> None:
+        super().__init__(message)
+        self.missing, self.total = missing, total
+
+
+def inside(root: Path, relative: str) -> Path:
+    """The path of a file below a folder.
+
+    Args:
+        root: The folder.
+        relative: The file's path as a data set writes it, with either kind of slash.
+
+    Raises:
+        ValueError: If the path is absolute or leaves the folder. (Links in the folder may lead anywhere.)
+    """
+    if not isinstance(relative, str) or not relative or "\0" in relative:
+        raise ValueError(f"path {relative!r} is no path; give one relative to {str(root)!r}.")
+    windows = PureWindowsPath(relative)  # splits at both kinds of slash
+    parts = os.path.normpath("/".join(windows.parts)).split("/") if not windows.anchor else [".."]
+    if parts[0] == "..":
+        raise ValueError(
+            f"path {relative!r} leads out of {str(root)!r}; give paths relative to that folder, without '..'."
+        )
+    return root.joinpath(*parts)
+
+
+def existing_folder(root: str | os.PathLike | None, name: str) -> Path:
+    """The folder of a data set.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if root is None:
+        raise ValueError(f"load_benchmark: {name!r} reads files; give root=, the folder that holds them.")
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"load_benchmark: root {str(root)!r} is not a folder; give the folder of {name!r}.")
+    return folder
+
+
+def required_file(path: Path, name: str) -> Path:
+    """A file without which nothing is known of a data set.
+
+    Raises:
+        MissingFilesError: If it is missing.
+    """
+    if not path.is_file():
+        raise MissingFilesError(
+            f"load_benchmark: {name!r} lacks {str(path)!r}, which lists its samples; put it there.",
+            (("index", path),),
+            1,
+        )
+    return path
+
+
+def check_files(files: Iterable[tuple[str, Path]], name: str, root: Path) -> None:
+    """Finds all missing files at once.
+
+    Args:
+        files: Pairs of kind and path; a path may occur more than once.
+        name: Name of the data set.
+        root: Its folder.
+
+    Raises:
+        MissingFilesError: If there are any.
+    """
+    kinds: dict[Path, str] = {}
+    for kind, path in files:
+        kinds.setdefault(path, kind)
+    missing = tuple((kind, path) for path, kind in kinds.items() if not path.is_file())
+    if missing:
+        counts = " and ".join(
+            f"{count} {kind if count == 1 else kind + 's'}"
+            for kind, count in Counter(kind for kind, _ in missing).items()
+        )
+        names = ", ".join(repr(os.path.relpath(path, root)) for _, path in missing[:_NAMED])
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        raise MissingFilesError(
+            f"load_benchmark: {name!r} lacks {len(missing)} of its {len(kinds)} files below {str(root)!r} ({counts}): "
+            f"{names}{more}; put them there, or give another root.",
+            missing,
+            len(kinds),
+        )
+
+
+def read_text(path: Path, fallback_encoding: str | None = None) -> str:
+    """A text file in UTF-8, with or without byte order mark, or else in another encoding.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is in neither encoding.
+    """
+    content = path.read_bytes()
+    for encoding in ("utf-8-sig", fallback_encoding):
+        if encoding is not None:
+            try:
+                return content.decode(encoding)
+            except UnicodeDecodeError:
+                continue
+    raise ValueError(f"{str(path)!r} is not UTF-8 text; save it as UTF-8.")
+
+
+def read_json(path: Path, fallback_encoding: str | None = None) -> Any:
+    """A JSON file; see `read_text`.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not JSON.
+    """
+    try:
+        return json.loads(read_text(path, fallback_encoding))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{str(path)!r} is not JSON (line {error.lineno}); fetch or write the file again."
+        ) from error

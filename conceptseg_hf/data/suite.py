@@ -1,0 +1,215 @@
+"""The benchmark suite as data: what each set is called, what is asked, how many items there must be, and where it is.
+
+Counts are those of the paper's Tables 5 and 6 (Appendix B); a set with other counts is another set. The paper prints
+optical property under CI in Table 1 and under CD in Table 5; its text calls it CD, and so do we.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+AUTHORS = "https://huggingface.co/datasets/zhaoyuan666/ConceptSeg-Benchmark"
+LISA = "https://github.com/dvlab-research/LISA"
+MIGICIAN = "https://huggingface.co/datasets/Michael4933"
+
+CLASS_NAME = "{cls_name}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of samples with a name.
+
+    Attributes:
+        name: How `load_benchmark` knows it: `dataset_name` in the authors' metadata, where it is there.
+        title: What its publishers call it.
+        level: "CI", "CD" or "CR".
+        group: Column of the paper's Table 1, or the task of Table 6.
+        problem: The words that are asked; `CLASS_NAME`: the name of the item's class; None: each item has its own.
+        layout: How its files lie: a key of `LAYOUTS` in `layouts`.
+        published: Where its owners publish it.
+        counts: Number of samples of each split in the paper; None: the paper does not count this split.
+        counts_images: The paper counts images, of which one can make several samples.
+        paper_splits: Splits of the paper: "train" for training sets, others for evaluation sets.
+        aliases: Other names of splits, such as "test" for the split that is evaluated.
+        note: What a user must know before comparing numbers.
+    """
+
+    name: str
+    title: str
+    level: str
+    group: str
+    problem: str | None
+    layout: str
+    published: str
+    counts: dict[str, int | None]
+    counts_images: bool = False
+    paper_splits: tuple[str, ...] = ()
+    aliases: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+def _authors(
+    name: str, title: str, level: str, group: str, problem: str | None, note: str = "", **counts: int
+) -> Source:
+    return Source(
+        name,
+        title,
+        level,
+        group,
+        problem,
+        "authors",
+        AUTHORS,
+        # Single images draw their references from the train split, which the paper counts only where it trains.
+        counts={"train": counts.get("train"), "test": counts.get("test")},
+        paper_splits=tuple(counts),
+        note=note,
+    )
+
+
+_SUITE = (
+    _authors("coco2014_Living", "COCO-20i living", "CI", "diverse classes", CLASS_NAME, test=1700),
+    _authors("coco2014_Artifact", "COCO-20i artifact", "CI", "diverse classes", CLASS_NAME, test=6244),
+    _authors("rare", "iNaturalist fine-grained", "CI", "diverse classes", CLASS_NAME, test=5325),
+    _authors("ultra_rare", "iNaturalist ultra rare", "CI", "diverse classes", CLASS_NAME, test=52),
+    _authors("transparent1024", "Trans10K", "CD", "optical property", "transparent", test=4428),
+    _authors("Shadow_detection", "SBU", "CD", "optical property", "shadow", test=638),
+    _authors(
+        "COD10K1024", "COD10K", "CD", "camouflage", "camouflaged object segmentation", train=4040, test=2026
+    ),
+    _authors("DUTS", "DUTS", "CD", "saliency", "salient object segmentation", train=10548, test=5017),
+    _authors(
+        "ESDIDefects", "ESDIs-SOD", "CD", "industrial anomaly", "industrial defect segmentation", test=717
+    ),
+    _authors("Polyp", "Colon Polyp", "CD", "medical lesion", "polyp colon segmentation", test=798),
+    _authors("Breast_Tumor", "BUSI", "CD", "medical lesion", "breast tumor segmentation", test=161),
+    _authors("isic2018", "ISIC18", "CD", "medical lesion", "skin melanocytic tumor segmentation", test=808),
+    _authors("MIG_common_object", "MIG common", "CR", "consistency", None, test=477),
+    _authors("MIG_correspondence", "MIG correspondence", "CR", "consistency", None, test=84),
+    _authors("MIG_refer_grounding", "MIG reference", "CR", "consistency", None, test=93),
+    _authors("MIG_diff", "MIG static", "CR", "difference", None, test=187),
+    _authors("MIG_view_diff", "MIG view", "CR", "difference", None, test=85),
+    _authors("MIG_reasoning", "MIG logical", "CR", "rationality", None, test=89),
+    _authors("MIG_multi_view", "MIG cross-view", "CR", "spatio-temporality", None, test=224),
+    _authors("MIG_object_tracking", "MIG cross-frame", "CR", "spatio-temporality", None, test=543),
+    _authors(
+        "fewshot1000", "FSS-1000", "CR", "consistency", "Common object segmentation", train=10000
+    ),
+    _authors(
+        "CoSOD3k1024", "CoSOD3k", "CR", "consistency", "Common object segmentation", train=3316
+    ),
+    _authors(
+        "MGrounding",
+        "MGrounding",
+        "CR",
+        "consistency",
+        None,
+        train=9102 + 5854,
+        note="9102 items of consistency and 5854 of difference; the metadata calls both MGrounding",
+    ),
+    Source(
+        "cityscapes",
+        "Cityscapes",
+        "CI",
+        "urban scenes",
+        CLASS_NAME,
+        "cityscapes",
+        "https://www.cityscapes-dataset.com",
+        counts={"train": 2975, "val": 500},
+        counts_images=True,
+        paper_splits=("val",),
+        aliases={"test": "val"},
+        note="one sample per image and present class; the owners keep the test labels to themselves: test is val",
+    ),
+    Source(
+        "reasonseg",
+        "ReasonSeg",
+        "CR",
+        "reasoning",
+        None,
+        "reasonseg",
+        LISA,
+        counts={"train": 239, "val": 200, "test": 779},
+        paper_splits=("val", "test"),
+        note="polygons as published; ignore regions do not count",
+    ),
+)  # fmt: skip
+
+_OTHERS = (
+    Source(
+        "reasonseg-hf",
+        "ReasonSeg, copy on the hub",
+        "CR",
+        "reasoning",
+        None,
+        "reasonseg-hf",
+        "https://huggingface.co/datasets/Ricky06662/ReasonSeg_test",
+        counts={"val": 200, "test": 779},
+        note="ignore regions became foreground in this copy: its scores do not compare with those of reasonseg",
+    ),
+    Source(
+        "coco20i",
+        "COCO-20i",
+        "CI",
+        "diverse classes",
+        CLASS_NAME,
+        "coco20i",
+        "https://cocodataset.org",
+        counts={"train": None, "val": None},
+        aliases={"test": "val"},
+        note="all 80 classes of COCO 2014, val images; the paper samples from them: coco2014_Living, coco2014_Artifact",
+    ),
+    *(
+        Source(
+            f"coco20i-{fold}",
+            f"COCO-20i, fold {fold}",
+            "CI",
+            "diverse classes",
+            CLASS_NAME,
+            "coco20i",
+            "https://cocodataset.org",
+            counts={"train": None, "val": None},
+            aliases={"test": "val"},
+            note=f"the 20 classes whose place among the 80 leaves {fold} when divided by 4",
+        )
+        for fold in range(4)
+    ),
+    Source(
+        "mig-bench",
+        "MIG-Bench as published",
+        "CR",
+        "",
+        None,
+        "mig-bench",
+        f"{MIGICIAN}/MIG-Bench",
+        counts={"test": None},
+        note="boxes only; the paper's masks are in MIG_*",
+    ),
+    Source(
+        "mgrounding",
+        "MGrounding-630k as published",
+        "CR",
+        "",
+        None,
+        "mgrounding",
+        f"{MIGICIAN}/MGrounding-630k",
+        counts={"train": None},
+        note="boxes only; the paper's masks are in MGrounding",
+    ),
+    Source(
+        "plain",
+        "your own data",
+        "",
+        "",
+        None,
+        "plain",
+        "",
+        counts={},
+        note="a folder with samples.jsonl, samples.csv, or images/ and masks/",
+    ),
+)
+
+SOURCES = {source.name: source for source in (*_SUITE, *_OTHERS)}
+"""Every named set that reads files: the paper's suite first."""
+
+SUITE = tuple(source.name for source in _SUITE)
+"""Names of the paper's suite, Tables 5 and 6."""

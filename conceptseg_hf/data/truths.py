@@ -1,0 +1,196 @@
+"""How a data set writes down what is true: a mask file, a value in a map of labels, polygons, or a box alone."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ..images import load_mask
+from ..references import Box
+from .paths import read_json
+
+Size = tuple[int, int]
+
+
+class Truth(ABC):
+    """The truth of one sample, read only when it is needed."""
+
+    box_only = False
+    """Whether the mask is only a filled box."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that it reads."""
+        path = getattr(self, "path", None)
+        return () if path is None else (path,)
+
+    @abstractmethod
+    def read(self, size: Size | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """The mask, and where pixels do not count (None: all count), both (H, W) bool.
+
+        Args:
+            size: (width, height) of the image; None when the image cannot be read.
+
+        Raises:
+            OSError, ValueError: If it cannot be read, has another size, or needs the size and there is none.
+        """
+
+
+@dataclass(frozen=True)
+class MaskFile(Truth):
+    """A mask of its own file; see `images.load_mask` for what counts as foreground."""
+
+    path: Path
+
+    def read(self, size: Size | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """See `Truth.read`."""
+        return load_mask(self.path, size), None
+
+
+@dataclass(frozen=True)
+class LabelFile(Truth):
+    """One value of a map of labels (one channel, whole numbers).
+
+    Attributes:
+        path: The map.
+        label: The value of the concept.
+        ignored: Values of pixels that do not count.
+    """
+
+    path: Path
+    label: int
+    ignored: frozenset[int] = frozenset()
+
+    def read(self, size: Size | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """See `Truth.read`."""
+        labels = read_labels(self.path)
+        _check_size(labels, size, self.path)
+        return labels == self.label, np.isin(labels, tuple(self.ignored)) if self.ignored else None
+
+
+@dataclass(frozen=True)
+class PolygonFile(Truth):
+    """ReasonSeg's JSON: `shapes` of `label` and `points` in pixels.
+
+    Shapes labelled "flag" are skipped; larger ones are painted first; those whose label contains "ignore" do not count.
+    Coordinates are cut to whole pixels and outlines belong to the shape, as in LISA's reader; borders may differ from
+    it by single pixels, as the libraries that paint differ.
+    """
+
+    path: Path
+
+    def read_annotation(self) -> dict[str, Any]:
+        """The whole annotation: an object with `shapes`, `text` and `is_sentence`."""
+        annotation = read_json(self.path, fallback_encoding="cp1252")
+        if not isinstance(annotation, dict) or not isinstance(annotation.get("shapes"), list):
+            raise ValueError(
+                f"{str(self.path)!r} has no list of shapes; give ReasonSeg's JSON as it is published."
+            )
+        return annotation
+
+    def read(self, size: Size | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """See `Truth.read`."""
+        if size is None:
+            raise ValueError(f"the polygons of {str(self.path)!r} need the size of their image.")
+        painted = []
+        for shape in self.read_annotation()["shapes"]:
+            try:
+                label = shape["label"].lower()
+                points = [(int(x), int(y)) for x, y in shape["points"]]
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise ValueError(
+                    f"a shape of {str(self.path)!r} is not a label with points; give ReasonSeg's JSON as it is "
+                    "published."
+                ) from error
+            if label != "flag" and points:
+                painted.append((_polygon(points, size), "ignore" in label))
+        mask, ignore = np.zeros((2, size[1], size[0]), dtype=bool)
+        for pixels, is_ignored in sorted(painted, key=lambda shape: -np.count_nonzero(shape[0])):
+            mask[pixels], ignore[pixels] = not is_ignored, is_ignored
+        return mask, ignore if ignore.any() else None
+
+
+@dataclass(frozen=True)
+class BoxTruth(Truth):
+    """A box and no mask: x1, y1, x2, y2 as fractions of the image's sides."""
+
+    fractions: Box
+    box_only = True
+
+    def box(self, size: Size) -> Box:
+        """The box in pixels, cut to the image."""
+        x1, y1, x2, y2 = (min(max(value, 0.0), 1.0) for value in self.fractions)
+        return x1 * size[0], y1 * size[1], x2 * size[0], y2 * size[1]
+
+    def read(self, size: Size | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """See `Truth.read`."""
+        if size is None:
+            raise ValueError("a box in fractions needs the size of its image.")
+        return _filled(self.box(size), size), None
+
+
+@dataclass(frozen=True)
+class PixelBox(Truth):
+    """A box and no mask: x1, y1, x2, y2 in pixels, x2 and y2 exclusive."""
+
+    pixels: Box
+    box_only = True
+
+    def box(self, size: Size) -> Box:
+        """The box in pixels."""
+        return self.pixels
+
+    def read(self, size: Size | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """See `Truth.read`."""
+        if size is None:
+            raise ValueError("a box needs the size of its image.")
+        return _filled(self.pixels, size), None
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """A map of labels, (H, W), whole numbers; palette images by index."""
+    try:
+        with Image.open(path) as picture:
+            labels = np.array(picture)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # decoders raise almost anything on damaged files
+        raise ValueError(f"labels {str(path)!r} cannot be read; the file is damaged or no image.") from error
+    if labels.ndim != 2:
+        raise ValueError(
+            f"labels {str(path)!r} have {labels.shape[-1]} channels; give the map of labels, one channel."
+        )
+    return labels
+
+
+def _check_size(values: np.ndarray, size: Size | None, path: Path) -> None:
+    if size is not None and values.shape != (size[1], size[0]):
+        height, width = values.shape
+        raise ValueError(
+            f"mask {str(path)!r} has {width} x {height} pixels, but its image has {size[0]} x {size[1]}; "
+            "give a mask of the image's size."
+        )
+
+
+def _polygon(points: list[tuple[int, int]], size: Size) -> np.ndarray:
+    canvas = Image.new("1", size)
+    draw = ImageDraw.Draw(canvas)
+    if len(points) < 3:
+        draw.line(points * 2 if len(points) == 1 else points, fill=1)
+    else:
+        draw.polygon(points, fill=1, outline=1)
+    return np.array(canvas)
+
+
+def _filled(box: Box, size: Size) -> np.ndarray:
+    """Every pixel that a box touches."""
+    mask = np.zeros((size[1], size[0]), dtype=bool)
+    x1, y1, x2, y2 = box
+    mask[max(int(y1), 0) : math.ceil(y2), max(int(x1), 0) : math.ceil(x2)] = True
+    return mask

@@ -1,0 +1,83 @@
+"""What `conceptseg data` says."""
+
+from __future__ import annotations
+
+import pytest
+
+from conceptseg_hf.cli import main
+from conceptseg_hf.data import SUITE, check_benchmark
+
+
+def test_a_whole_set_with_another_count(polyp_root):
+    (check,) = check_benchmark("Polyp", polyp_root())
+    assert (check.split, check.found, check.expected, check.matches, check.missing) == (
+        "test",
+        3,
+        798,
+        False,
+        (),
+    )
+    assert not check.complete
+
+
+def test_the_papers_count(authors_tree):
+    authors_tree.add("train", "ultra_rare", "Abies", "t")
+    for number in range(52):
+        authors_tree.add("test", "ultra_rare", "Abies", f"x{number}")
+    (check,) = check_benchmark("ultra_rare", authors_tree.write())
+    assert check.complete and check.files == 2 * 53
+
+
+def test_missing_files_and_references(authors_tree):
+    for stem in ("a", "b"):
+        authors_tree.add("test", "rare", "Abies", stem)
+    root = authors_tree.write()
+    (root / "rare/test/mask/a.png").unlink()
+    (check,) = check_benchmark("rare", root)
+    assert [path.name for _, path in check.missing] == ["a.png"] and check.without_references == ("Abies",)
+    text = "\n".join(check.lines())
+    assert "missing: 1 of 4 files (mask 1)" in text and "class 'Abies' has none" in text
+
+
+def test_command(polyp_root, tmp_path, capsys):
+    root = str(polyp_root())
+    assert main(["data", "check", "Polyp", "--root", root]) == 1
+    output = capsys.readouterr().out
+    assert (
+        "Polyp, test: 3 samples of 3 images" in output
+        and "the paper has 798 samples: another count" in output
+    )
+    assert "files: all" in output and "published at https://" in output
+
+    assert main(["data", "check", "Polyp", "--root", str(tmp_path)]) == 1
+    assert "all_meta.json" in capsys.readouterr().out
+
+    for arguments, words in (
+        (["data", "check", "nothing", "--root", root], "no benchmark is named 'nothing'"),
+        (["data", "check", "Polyp", "--root", f"{root}/nowhere"], "is not a folder"),
+        (["data", "check", "Polyp", "--root", root, "--split", "dev"], "no split 'dev'"),
+    ):
+        assert main(arguments) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_set_that_the_paper_does_not_count_is_complete_when_all_files_are_there(tmp_path, capsys):
+    from conceptseg_hf.data import ConceptShapes
+
+    ConceptShapes("val", length=3).export(tmp_path)
+    assert main(["data", "check", "plain", "--root", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith("complete\n")
+    next(tmp_path.glob("images/*.png")).unlink()
+    assert main(["data", "check", "plain", "--root", str(tmp_path)]) == 1
+
+
+def test_list_names_the_suite(capsys):
+    assert main(["data", "list"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"  {name} " in output for name in SUITE) and "concept-shapes" in output
+
+
+def test_actions_are_required(capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(["data"])
+    assert raised.value.code == 2

@@ -1,0 +1,124 @@
+"""One's own data."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from trees import save_image, save_mask
+
+from conceptseg_hf.data import ConceptShapes, MissingFilesError, as_dataset, load_benchmark
+from conceptseg_hf.references import resolve_references
+
+
+@pytest.fixture()
+def root(tmp_path):
+    for stem in ("a", "b"):
+        save_image(tmp_path / f"images/{stem}.jpg", seed=ord(stem))
+        save_mask(tmp_path / f"masks/{stem}.png")
+    return tmp_path
+
+
+def write_lines(root, *rows):
+    text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    (root / "samples.jsonl").write_text(text + "\n", encoding="utf-8")
+
+
+A = {"image": "images/a.jpg", "mask": "masks/a.png", "prompt": "scratch"}
+B = {"image": "images/b.jpg", "mask": "masks/b.png", "prompt": "dent"}
+
+
+def test_jsonl(root):
+    references = ["images/b.jpg", {"image": "images/b.jpg", "mask": "masks/b.png"}]
+    references.append({"image": "images/b.jpg", "box": [1, 2, 3, 4]})
+    write_lines(
+        root, A | {"references": references, "level": "CD", "group": "mine"}, "", B | {"id": "second"}
+    )
+    first, second = load_benchmark("plain", root)
+    assert (first.prompt, first.level, first.group, first.sample_id) == ("scratch", "CD", "mine", "images/a")
+    assert resolve_references(first.references).boxes == (None, (4, 2, 12, 10), (1, 2, 3, 4))
+    assert (second.sample_id, second.references, second.level) == ("second", [], "CR")
+
+
+def test_splits(root):
+    write_lines(root, A | {"split": "train"}, B)
+    assert [sample.prompt for sample in load_benchmark("plain", root, split="train")] == ["scratch", "dent"]
+    assert [sample.prompt for sample in load_benchmark("plain", root)] == ["dent"]
+
+
+def test_csv(root):
+    lines = [
+        "image,mask,prompt,references",
+        "images/a.jpg,masks/a.png,scratch,images/b.jpg|masks/b.png; images/b.jpg",
+    ]
+    (root / "samples.csv").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")  # as spreadsheets write
+    (sample,) = load_benchmark("plain", root)
+    assert sample.prompt == "scratch"
+    assert resolve_references(sample.references).boxes == ((4, 2, 12, 10), None)
+
+
+def test_folder(root):
+    (root / "prompt.txt").write_text("the scratch\n")
+    samples = load_benchmark("plain", root)
+    assert [(sample.sample_id, sample.prompt) for sample in samples] == [
+        ("a", "the scratch"),
+        ("b", "the scratch"),
+    ]
+    (root / "masks/b.png").unlink()
+    with pytest.raises(MissingFilesError, match=r"\(1 mask\): 'masks/b.png'"):
+        load_benchmark("plain", root)
+
+
+def test_an_export_of_concept_shapes_comes_back(tmp_path):
+    shapes = ConceptShapes("val", length=10)
+    shapes.export(tmp_path)
+    for sample, original in zip(load_benchmark("plain", tmp_path, split="val"), shapes, strict=True):
+        for name in ("sample_id", "prompt", "level", "group", "family", "box", "think", "rule", "answer"):
+            assert getattr(sample, name) == getattr(original, name)
+        assert np.array_equal(np.asarray(sample.image), np.asarray(original.image))
+        assert np.array_equal(np.asarray(sample.mask), np.asarray(original.mask))
+        assert resolve_references(sample.references).boxes == resolve_references(original.references).boxes
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (["{"], "line 1 of samples.jsonl is not JSON"),
+        (["[]"], "line 1 of samples.jsonl is no object"),
+        ([A, {"image": "images/a.jpg", "mask": "masks/a.png"}], "line 2 of samples.jsonl has no prompt"),
+        ([A | {"references": [{"mask": "masks/a.png"}]}], "a reference without image"),
+        ([A | {"references": [{"image": "images/b.jpg", "box": [1]}]}], "box is not four numbers"),
+        ([A, A], "two samples with the id 'images/a'"),
+        ([A | {"mask": "../a.png"}], "leads out of"),
+    ],
+)
+def test_bad_rows_are_one_sentence(root, rows, words):
+    write_lines(root, *rows)
+    with pytest.raises(ValueError, match=words) as raised:
+        load_benchmark("plain", root)
+    assert "\n" not in str(raised.value)
+
+
+def test_nothing_to_list(tmp_path, root):
+    with pytest.raises(ValueError, match=r"no prompt\.txt"):
+        load_benchmark("plain", root)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingFilesError, match=r"neither samples\.jsonl"):
+        load_benchmark("plain", tmp_path / "empty")
+
+
+def test_as_dataset(root, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_lines(root, A | {"references": [{"image": "images/b.jpg", "mask": "masks/b.png"}, "images/b.jpg"]})
+    samples = load_benchmark("plain", root)
+    row = as_dataset(samples)[0]
+    assert (row["prompt"], row["dataset"], row["box"], row["ignore"]) == (
+        "scratch",
+        "plain",
+        [4, 2, 12, 10],
+        None,
+    )
+    assert np.array_equal(np.asarray(row["mask"]), np.asarray(samples[0].mask))
+    assert row["reference_boxes"] == [[4, 2, 12, 10], None] and len(row["reference_images"]) == 2

@@ -1,0 +1,137 @@
+"""ReasonSeg as LISA publishes it, and the copy on the hub."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+from trees import SIZE, save_image, save_json
+
+from conceptseg_hf.data import MissingFilesError, UnreadableSampleError, load_benchmark
+
+
+def square(label: str, left: int, top: int, side: int) -> dict:
+    right, bottom = left + side, top + side
+    return {
+        "label": label,
+        "labels": [label],
+        "shape_type": "polygon",
+        "points": [[left, top], [right, top], [right, bottom], [left, bottom]],
+        "group_id": None,
+        "flags": {},
+    }
+
+
+def write(folder, stem, shapes, text=("the thing one sits on",), sentence=True, encoding="utf-8"):
+    save_image(folder / f"{stem}.jpg")
+    content = {"shapes": shapes, "text": list(text), "is_sentence": sentence}
+    return save_json(folder / f"{stem}.json", content, encoding)
+
+
+def test_shapes_are_painted_large_to_small_and_ignored_pixels_do_not_count(tmp_path):
+    shapes = [
+        square("ignore", 4, 4, 3),  # inside the target, listed first
+        square("target", 2, 2, 9),
+        square("flag", 14, 2, 6),
+        square("Ignore_2", 14, 8, 3),
+    ]
+    write(tmp_path / "ReasonSeg/val", "1_a", shapes, text=("first", "second"))
+    (sample,) = load_benchmark("reasonseg", tmp_path, split="val")
+    mask, ignore = np.asarray(sample.mask) == 255, np.asarray(sample.ignore) == 255
+    assert (sample.prompt, sample.family, sample.level, sample.group) == (
+        "first",
+        "sentence",
+        "CR",
+        "reasoning",
+    )
+    expected = np.zeros(SIZE[::-1], dtype=bool)
+    expected[2:12, 2:12] = True  # outlines included
+    hole = np.zeros_like(expected)
+    hole[4:8, 4:8] = True
+    assert np.array_equal(mask, expected & ~hole)
+    assert (
+        np.array_equal(ignore[:, :13], hole[:, :13])
+        and ignore[8:12, 14:18].all()
+        and not ignore[2:7, 14:].any()
+    )
+    assert sample.box == (2, 2, 12, 12)
+
+
+def test_without_ignored_shapes_all_pixels_count(tmp_path):
+    write(tmp_path / "test", "a", [square("target", 2, 2, 4)], sentence=False)
+    (sample,) = load_benchmark("reasonseg", tmp_path)
+    assert sample.ignore is None and sample.family == "phrase"
+
+
+def test_files_that_are_not_utf8_are_read_as_cp1252(tmp_path):
+    write(tmp_path / "test", "a", [square("target", 2, 2, 4)], text=("the café’s door",), encoding="cp1252")
+    (sample,) = load_benchmark("reasonseg", tmp_path)
+    assert sample.prompt == "the café’s door"
+
+
+def test_an_image_without_annotation_is_missing(tmp_path):
+    write(tmp_path / "test", "a", [square("target", 2, 2, 4)])
+    save_image(tmp_path / "test/b.jpg")
+    with pytest.raises(MissingFilesError, match=r"lacks 1 of its 4 files .*\(1 mask\): 'test/b.json'"):
+        load_benchmark("reasonseg", tmp_path)
+    with pytest.raises(MissingFilesError, match="lacks the folder"):
+        load_benchmark("reasonseg", tmp_path, split="val")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([], "no list of shapes"),
+        ({"shapes": [], "text": [], "is_sentence": True}, "has no text"),
+        ({"shapes": [{"label": "target"}], "text": ["a"], "is_sentence": True}, "not a label with points"),
+    ],
+)
+def test_bad_annotations_are_one_sentence(tmp_path, content, words):
+    save_image(tmp_path / "test/a.jpg")
+    save_json(tmp_path / "test/a.json", content)
+    with pytest.raises(UnreadableSampleError, match=words) as raised:
+        load_benchmark("reasonseg", tmp_path)[0]
+    assert raised.value.fields["sample_id"] == "a" and "\n" not in str(raised.value)
+
+
+@pytest.fixture()
+def datasets(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return datasets
+
+
+def test_the_copy_on_the_hub_is_another_source(tmp_path, datasets):
+    mask = np.zeros(SIZE[::-1], dtype=bool)
+    mask[2:6, 3:9] = True
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "text": datasets.Value("string"),
+            "mask": datasets.List(datasets.List(datasets.Value("bool"))),
+            "image_id": datasets.Value("string"),
+            "ann_id": datasets.Value("string"),
+            "img_height": datasets.Value("int64"),
+            "img_width": datasets.Value("int64"),
+        }
+    )
+    picture = Image.open(save_image(tmp_path / "a.png"))
+    row = {"image": picture, "text": "the thing", "mask": mask.tolist(), "image_id": "a", "ann_id": "0"}
+    row |= {"img_height": SIZE[1], "img_width": SIZE[0]}
+    folder = tmp_path / "ReasonSeg_val/data"
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_list([row], features=features).to_parquet(folder / "test-00000-of-00001.parquet")
+    (sample,) = load_benchmark("reasonseg-hf", tmp_path, split="val")
+    assert (sample.prompt, sample.dataset, sample.box) == ("the thing", "reasonseg-hf", (3, 2, 9, 6))
+    assert sample.image.tobytes() == picture.tobytes() and sample.ignore is None
+    assert len(load_benchmark("reasonseg-hf", tmp_path / "ReasonSeg_val", split="val")) == 1
+    with pytest.raises(MissingFilesError, match=r"ReasonSeg_test.*download Ricky06662/ReasonSeg_test"):
+        load_benchmark("reasonseg-hf", tmp_path)
+
+
+def test_a_parquet_file_that_is_none(tmp_path, datasets):
+    folder = tmp_path / "ReasonSeg_test"
+    folder.mkdir()
+    (folder / "a.parquet").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot be read as Parquet"):
+        load_benchmark("reasonseg-hf", tmp_path)
