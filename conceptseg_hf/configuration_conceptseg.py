@@ -108,6 +108,11 @@ class ConceptSegConfig(PreTrainedConfig):
         """Width of the MLLM's hidden states."""
         return self.get_text_config().hidden_size
 
+    @property
+    def image_token_id(self) -> int:
+        """The MLLM's token that stands for an image."""
+        return self.vlm_config.image_token_id
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The MLLM's language-model configuration."""
         return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)

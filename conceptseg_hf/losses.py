@@ -40,12 +40,17 @@ def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float
     return loss.mean()
 
 
-def segmentation_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def segmentation_loss(
+    logits: Tensor, labels: Tensor, focal_alpha: float = 0.25, focal_gamma: float = 2.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """L_seg of eq. 5.
 
     Args:
         logits: (B, 1, h, w) mask logits; resized bilinearly to the labels' size.
         labels: (B, H, W) or (B, 1, H, W), 0 or 1 (bool or any number type).
+        focal_alpha: See `focal_loss`; with -1, and `focal_gamma` 0, it is the binary cross-entropy that the
+            released code has in its place.
+        focal_gamma: See `focal_loss`.
 
     Returns:
         `(loss, dice, focal)`, three scalars with `loss = dice + focal`.
@@ -63,5 +68,5 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, T
     logits = nn.functional.interpolate(
         logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False
     )
-    dice, focal = dice_loss(logits, labels), focal_loss(logits, labels)
+    dice, focal = dice_loss(logits, labels), focal_loss(logits, labels, focal_alpha, focal_gamma)
     return dice + focal, dice, focal

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 SUPPORTED_MODEL_TYPES = ("qwen2_5_vl",)
 
@@ -70,3 +70,28 @@ def last_hidden_states(vlm: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Te
 def forget_positions(vlm: PreTrainedModel) -> None:
     """Drops the position offsets that Qwen keeps on the module, so that no call depends on an earlier one."""
     vlm.model.rope_deltas = None
+
+
+def vision_tower(vlm: PreTrainedModel) -> nn.Module:
+    """The module that encodes pictures."""
+    return vlm.model.visual
+
+
+def make_processor(image_processor: Any, tokenizer: Any, chat_template: str) -> ProcessorMixin:
+    """The family's plain processor around an image processor and a tokenizer."""
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor  # they need torchvision
+
+    return Qwen2_5_VLProcessor(
+        image_processor, tokenizer, Qwen2VLVideoProcessor(), chat_template=chat_template
+    )
+
+
+def chat_template(image_token: str) -> str:
+    """The family's form of a chat, for a tokenizer that comes without one (Jinja)."""
+    return (
+        r"{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+        r"{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+        rf"<|vision_start|>{image_token}<|vision_end|>"
+        r"{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+        r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )

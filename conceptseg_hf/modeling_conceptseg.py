@@ -217,7 +217,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
     # -- SAM 3 stays frozen --
 
     def _freeze_sam(self) -> None:
-        if "sam" in self._modules:  # a trainer may keep SAM 3 outside of the model
+        if "sam" in self._modules:  # else it is detached, and as it was
             self.sam.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> ConceptSegForSegmentation:
@@ -225,6 +225,16 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         super().train(mode)
         self._freeze_sam()
         return self
+
+    def detach_sam(self) -> Sam3Model:
+        """Takes SAM 3 out of the module tree: `parameters`, `state_dict`, `to` and any wrapper pass it by.
+
+        For trainers, which must neither shard nor save it. The methods of the model go on using it; whoever
+        detaches it moves it to its device.
+        """
+        if "sam" in self._modules:
+            self.__dict__["sam"] = self._modules.pop("sam")
+        return self.sam
 
     # -- the MLLM's methods --
 
@@ -279,11 +289,31 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         # Zeros at the padding: a row without any token then has one result, however far it is padded.
         return self.ctm(hidden_states.masked_fill(~mask[..., None], 0), mask)
 
+    def translate_completion(
+        self, hidden_states: Tensor, completion_mask: Tensor, detach_hidden_states: bool = False
+    ) -> Tensor:
+        """The concept tokens of teacher-forced completions.
+
+        Args:
+            hidden_states: (B, L, C) last-layer, post-norm states of prompts and completions.
+            completion_mask: (B, L) true at the tokens of the completion, the end-of-sequence token excluded.
+            detach_hidden_states: Stop the gradient at the CTM's input (as the released code does).
+
+        Returns:
+            (B, L2, D) concept tokens Z.
+        """
+        states, mask = _completion_states(hidden_states, completion_mask, self.config.hidden_states_at)
+        return self.encode_concepts(states.detach() if detach_hidden_states else states, mask)
+
     def encode_image(self, sam_pixel_values: Tensor) -> ImageFeatures:
         """Encodes (B, 3, S, S) images with SAM 3, to be decoded with any number of prompts."""
-        with torch.no_grad():
+        with torch.no_grad(), self._own_precision():
             sam_pixel_values = sam_pixel_values.to(self.sam.device, self.sam.dtype)
             return sam_prompt.encode_image(self.sam, sam_pixel_values, self.config.sam_geometry_cls)
+
+    def _own_precision(self) -> torch.autocast:
+        """SAM 3 keeps its dtype in mixed precision: autocast cannot mix the halves of its box encoder with bfloat16."""
+        return torch.autocast(self.sam.device.type, enabled=False)
 
     def decode_masks(
         self,
@@ -304,14 +334,15 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             (B, 1, h, w) mask logits and (B, 1) presence logits.
         """
         text_embeds = text_mask = None
-        if sam_input_ids is not None:
-            with torch.no_grad():
-                text_embeds, text_mask = sam_prompt.encode_text(
-                    self.sam, sam_input_ids.to(self.sam.device), sam_attention_mask.to(self.sam.device)
-                )
-        if concept_embeds is not None:
-            concept_embeds = concept_embeds.to(self.sam.device, self.sam.dtype)
-        output = sam_prompt.decode(self.sam, features, text_embeds, text_mask, concept_embeds)
+        with self._own_precision():
+            if sam_input_ids is not None:
+                with torch.no_grad():
+                    text_embeds, text_mask = sam_prompt.encode_text(
+                        self.sam, sam_input_ids.to(self.sam.device), sam_attention_mask.to(self.sam.device)
+                    )
+            if concept_embeds is not None:
+                concept_embeds = concept_embeds.to(self.sam.device, self.sam.dtype)
+            output = sam_prompt.decode(self.sam, features, text_embeds, text_mask, concept_embeds)
         return output.semantic_seg, output.presence_logits
 
     def forward(
@@ -365,8 +396,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             },
         )
         logits = self.get_output_embeddings()(hidden_states) if output_logits else None
-        states, mask = _completion_states(hidden_states, completion_mask, self.config.hidden_states_at)
-        concept_embeds = self.encode_concepts(states.detach() if detach_hidden_states else states, mask)
+        concept_embeds = self.translate_completion(hidden_states, completion_mask, detach_hidden_states)
         if sam_pixel_values is not None:
             sam_features = self.encode_image(sam_pixel_values)
         if sam_features is None:

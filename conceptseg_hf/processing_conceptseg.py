@@ -10,6 +10,7 @@ With w, h the size of an image, S the canvas size and C the coordinate scale:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
+from . import mllm
 from .completion import Completion, format_box, parse_completion
 from .images import ImageInput, load_image
 from .prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
@@ -254,28 +256,42 @@ class ConceptSegProcessor(ProcessorMixin):
         """
         self._check_prompt(prompt)
         picture = load_image(image)
-        resolved = resolve_references(references if references is not None else ())
-        frame = self.make_frame(picture.size, resolved)
-        pictures = [picture.resize((self.canvas_size, self.canvas_size), Image.Resampling.BICUBIC)]
-        if frame.layout is not None:
-            pictures.insert(0, compose_mosaic(resolved.images, resolved.boxes, frame.layout, resolved.proxy))
+        frame, pictures = self.draw_pictures(picture, references)
         sample = PreparedSample(
             prompt=prompt,
             frame=frame,
             sam_pixel_values=self.sam_image_processor(images=picture, return_tensors="pt")["pixel_values"][0],
-            mllm_images=tuple(pictures),
+            mllm_images=pictures,
             mllm_text=self.chat_text(self.instruction(prompt, frame), len(pictures)),
         )
         return sample if lazy else self.prepare_mllm(sample)
+
+    def draw_pictures(
+        self, picture: Image.Image, references: Sequence[Reference | Mapping[str, Any]] | None
+    ) -> tuple[Frame, tuple[Image.Image, ...]]:
+        """Draws what the MLLM sees of a prompt.
+
+        Args:
+            picture: The target image, RGB.
+            references: As in `prepare`.
+
+        Returns:
+            The sample's frame, and `PreparedSample.mllm_images`.
+        """
+        resolved = resolve_references(references if references is not None else ())
+        frame = self.make_frame(picture.size, resolved)
+        target = picture.resize((self.canvas_size, self.canvas_size), Image.Resampling.BICUBIC)
+        if frame.layout is None:
+            return frame, (target,)
+        return frame, (compose_mosaic(resolved.images, resolved.boxes, frame.layout, resolved.proxy), target)
 
     def prepare_mllm(self, sample: PreparedSample) -> PreparedSample:
         """Fills the MLLM's tensors of a sample in place, once, and returns it."""
         if sample.input_ids is not None or sample.error is not None:
             return sample
-        side, factor = self.canvas_size, self.image_processor.patch_size * self.image_processor.merge_size
-        # The canvas alone decides the size: these limits leave the image processor only rounding to patches.
-        limits = {"shortest_edge": factor**2, "longest_edge": (side + factor) ** 2}
-        encoded = self.image_processor(images=list(sample.mllm_images), size=limits, return_tensors="pt")
+        encoded = self.image_processor(
+            images=list(sample.mllm_images), size=self._mllm_image_limits, return_tensors="pt"
+        )
         counts = (encoded["image_grid_thw"].prod(dim=-1) // self.image_processor.merge_size**2).tolist()
         pieces = sample.mllm_text.split(self.image_token)
         text = "".join(
@@ -467,6 +483,26 @@ class ConceptSegProcessor(ProcessorMixin):
 
     # Parts
 
+    def mllm_processor(self) -> ProcessorMixin:
+        """The MLLM's plain processor, for trainers and engines that know nothing of SAM 3.
+
+        Chats through it, with the pictures of `draw_pictures`, give the token ids and patches of
+        `prepare_mllm`.
+        """
+        image_processor = copy.deepcopy(self.image_processor)
+        image_processor.size = self._mllm_image_limits
+        return mllm.make_processor(image_processor, self.tokenizer, self._chat_template)
+
+    @property
+    def _mllm_image_limits(self) -> dict[str, int]:
+        """Limits in pixels under which the canvas alone decides the size: only rounding to patches is left."""
+        factor = self.image_processor.patch_size * self.image_processor.merge_size
+        return {"shortest_edge": factor**2, "longest_edge": (self.canvas_size + factor) ** 2}
+
+    @property
+    def _chat_template(self) -> str:
+        return self.chat_template or self.tokenizer.chat_template or mllm.chat_template(self.image_token)
+
     def _check_prompt(self, prompt: str) -> None:
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"prompt is {prompt!r}; give the concept in words.")
@@ -512,22 +548,15 @@ class ConceptSegProcessor(ProcessorMixin):
 
     def chat_text(self, instruction: str, num_images: int) -> str:
         """The chat up to where the MLLM goes on: system message, pictures (one image token each), words."""
-        system = self.template.system
-        chat_template = self.chat_template or self.tokenizer.chat_template
-        if not chat_template:
-            pictures = f"<|vision_start|>{self.image_token}<|vision_end|>" * num_images
-            turns = {"system": system, "user": f"{pictures}{instruction}"}
-            written = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns.items()]
-            return "".join([*written, "<|im_start|>assistant\n"])
         messages = [
-            {"role": "system", "content": [{"type": "text", "text": system}]},
+            {"role": "system", "content": [{"type": "text", "text": self.template.system}]},
             {
                 "role": "user",
                 "content": [{"type": "image"}] * num_images + [{"type": "text", "text": instruction}],
             },
         ]
         chat = self.apply_chat_template(
-            messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False
+            messages, chat_template=self._chat_template, add_generation_prompt=True, tokenize=False
         )
         if chat.count(self.image_token) != num_images:
             raise ValueError(

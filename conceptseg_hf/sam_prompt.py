@@ -7,6 +7,7 @@ is computed with the image features and reused.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,23 @@ class ImageFeatures:
                 fpn_position_encoding=tuple(level[rows] for level in self.vision.fpn_position_encoding),
             ),
             geometry_cls=None if self.geometry_cls is None else self.geometry_cls[rows],
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[ImageFeatures]) -> ImageFeatures:
+        """Several batches as one, in their order; they agree on having a `geometry_cls` or not."""
+        visions = [part.vision for part in parts]
+        tokens = [part.geometry_cls for part in parts]
+        return cls(
+            vision=Sam3VisionEncoderOutput(
+                fpn_hidden_states=tuple(
+                    torch.cat(levels) for levels in zip(*(vision.fpn_hidden_states for vision in visions))
+                ),
+                fpn_position_encoding=tuple(
+                    torch.cat(levels) for levels in zip(*(vision.fpn_position_encoding for vision in visions))
+                ),
+            ),
+            geometry_cls=None if tokens[0] is None else torch.cat(tokens),
         )
 
 

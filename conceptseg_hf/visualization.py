@@ -147,10 +147,10 @@ def panel(
         across, down = shown.width / target.width, shown.height / target.height
         shown = draw_box(shown, (box[0] * across, box[1] * down, box[2] * across, box[3] * down))
     tiles.append(("image" if box is None else "image and box", shown))
-    tiles.append(("mask", _scaled_overlay(target, mask, height)))
+    tiles.append(("mask", scaled_overlay(target, mask, height)))
     if truth is not None:
-        tiles.append(("true mask", _scaled_overlay(target, truth, height)))
-    return _compose(tiles, caption, height)
+        tiles.append(("true mask", scaled_overlay(target, truth, height)))
+    return side_by_side(tiles, caption, height)
 
 
 def caption_of(result: ConceptSegmentation, prompt: str, *remarks: str) -> str:
@@ -176,19 +176,39 @@ def _scaled_to(image: Image.Image, height: int, method: Image.Resampling | None 
     return image.resize((width, height), method)
 
 
-def _scaled_overlay(image: Image.Image, mask: Image.Image | np.ndarray | None, height: int) -> Image.Image:
+def scaled_overlay(image: Image.Image, mask: Image.Image | np.ndarray | None, height: int) -> Image.Image:
+    """An overlay at another height: drawn after scaling, so that outlines are as wide in any image.
+
+    Args:
+        image: Any size.
+        mask: "L" image (foreground from 128) or bool array of the image's size; None draws nothing.
+        height: Of the result, in pixels.
+
+    Raises:
+        ValueError: If the sizes differ.
+    """
     if mask is None:
         return _scaled_to(image, height)
     if isinstance(mask, np.ndarray):
         mask = Image.fromarray(mask.astype(bool).astype(np.uint8) * 255)
     if mask.size != image.size:
         raise ValueError(
-            f"panel: mask is {mask.size} pixels, its image {image.size}; bring them to one size."
+            f"scaled_overlay: mask is {mask.size} pixels, its image {image.size}; bring them to one size."
         )
     return overlay(_scaled_to(image, height), _scaled_to(mask, height, Image.Resampling.NEAREST))
 
 
-def _compose(tiles: list[tuple[str, Image.Image]], caption: str, height: int) -> Image.Image:
+def side_by_side(
+    tiles: Sequence[tuple[str, Image.Image]], caption: str = "", height: int = 320
+) -> Image.Image:
+    """Pictures in a row, each under its title, over a caption.
+
+    Args:
+        tiles: Titles and pictures; a picture of another height is scaled.
+        caption: Lines of text; long ones are wrapped.
+        height: Of the pictures, in pixels.
+    """
+    tiles = [(title, tile if tile.height == height else _scaled_to(tile, height)) for title, tile in tiles]
     font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=13)
     width = sum(tile.width + _MARGIN for _, tile in tiles) + _MARGIN
     width = max(width, 340)

@@ -236,16 +236,33 @@ def test_train_keeps_sam_frozen_and_in_eval_mode(make_model):
     assert not model.ctm.training
 
 
-def test_a_trainer_may_take_sam_out(make_model, tmp_path):
+def test_a_trainer_may_take_sam_out(make_model, tmp_path, training_batch):
     model = make_model()
-    sam = model._modules.pop("sam")
+    with torch.no_grad():
+        expected = model(**training_batch).mask_logits
+    sam = model.detach_sam()
+    assert model.detach_sam() is sam is model.sam
     model.train()
-    assert not any(name.startswith("sam.") for name in model.state_dict())
+    assert not sam.training
+    assert not any(name.startswith("sam.") for name in (*model.state_dict(), *dict(model.named_parameters())))
+    with torch.no_grad():
+        assert torch.equal(model(**training_batch).mask_logits, expected)  # it is still used
     sam.save_pretrained(tmp_path / "sam")
     model.config.sam_name_or_path = str(tmp_path / "sam")
     model.save_pretrained(tmp_path / "without")
     model.sam = sam
     assert_same_weights(AutoModel.from_pretrained(tmp_path / "without"), model)
+
+
+def test_sam_keeps_its_precision_under_autocast(model, training_batch):
+    pixels = training_batch["sam_pixel_values"]
+    text = (training_batch["sam_input_ids"], training_batch["sam_attention_mask"])
+    concepts = torch.randn(len(pixels), 8, 64)
+    with torch.no_grad():
+        expected, _ = model.decode_masks(model.encode_image(pixels), *text, concepts)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits, _ = model.decode_masks(model.encode_image(pixels), *text, concepts)
+    assert torch.equal(logits, expected)
 
 
 # -- forward --

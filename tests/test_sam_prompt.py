@@ -5,7 +5,7 @@ import torch
 from transformers import Sam3Model
 
 from conceptseg_hf import ConceptSegConfig
-from conceptseg_hf.sam_prompt import decode, encode_image, encode_text
+from conceptseg_hf.sam_prompt import ImageFeatures, decode, encode_image, encode_text
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,21 @@ def test_selected_rows_decode_as_they_do_alone(sam: Sam3Model, prompt: dict[str,
     alone = decode(sam, features.select(torch.tensor([1])), text[1:], mask[1:]).semantic_seg
     assert len(features) == 2
     torch.testing.assert_close(together[2:], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("geometry_cls", [True, False])
+def test_concatenated_features_are_those_of_the_batch(sam: Sam3Model, geometry_cls: bool) -> None:
+    whole = encode_image(sam, torch.randn(3, 3, 128, 128), geometry_cls)
+    parts = [whole.select(torch.tensor(rows)) for rows in ([0], [1, 2])]
+    again = ImageFeatures.concatenate(parts)
+    assert len(again) == 3
+    for ours, theirs in zip(
+        (*again.vision.fpn_hidden_states, *again.vision.fpn_position_encoding),
+        (*whole.vision.fpn_hidden_states, *whole.vision.fpn_position_encoding),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(again.geometry_cls, whole.geometry_cls) if geometry_cls else again.geometry_cls is None
 
 
 def test_a_prompt_needs_something(sam: Sam3Model) -> None:

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import demo, evaluate, info, segment
+from . import data, demo, evaluate, info, segment, train
 from .arguments import BadInputError
 
-_VERBS = (demo, segment, evaluate, info)
+_VERBS = (demo, segment, evaluate, train, data, info)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -156,11 +156,19 @@ def load_model(arguments: argparse.Namespace) -> tuple[ConceptSegForSegmentation
         if arguments.model is not None and not _is(arguments.model, Path.exists):
             reason = f"model {arguments.model!r} is no folder here, and the hub did not give it: {reason}"
         raise BadInputError(reason) from error
+    spare_threads(model)
+    return model, processor
+
+
+def spare_threads(model: ConceptSegForSegmentation) -> None:
+    """Leaves a small model on a CPU one thread.
+
+    Its layers are over before threads have met; on a busy machine they wait for each other.
+    """
     if model.device.type == "cpu" and model.num_parameters() < _SMALL_MODEL:
         import torch
 
-        torch.set_num_threads(1)  # its layers are over before threads have met; on a busy machine they wait
-    return model, processor
+        torch.set_num_threads(1)
 
 
 def make_output_dir(path: str | Path) -> Path:

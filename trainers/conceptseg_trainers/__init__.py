@@ -1,3 +1,55 @@
-"""Training of ConceptSeg. `conceptseg_trainers.nano` trains the embedded checkpoint."""
+"""Training of ConceptSeg: stage I, Meta-GRPO, and `conceptseg_trainers.nano`, which trains the embedded checkpoint.
+
+The trainers need the extra `train` (TRL, DeepSpeed, PEFT, Datasets); nothing of it is imported before a name is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import conceptseg_hf as conceptseg_hf  # before transformers: it makes torchvision importable beside a CPU torch
+
+if TYPE_CHECKING:
+    from .meta_grpo_config import MetaGRPOConfig
+    from .meta_grpo_trainer import MetaGRPOTrainer
+    from .rewards import box_reward, format_reward, mask_reward, meta_reward
+    from .sft_config import ConceptSFTConfig
+    from .sft_trainer import ConceptSFTTrainer
+    from .split_reference import split_reference_dataset
+
+_HOMES = {
+    "ConceptSFTConfig": "sft_config",
+    "ConceptSFTTrainer": "sft_trainer",
+    "MetaGRPOConfig": "meta_grpo_config",
+    "MetaGRPOTrainer": "meta_grpo_trainer",
+    "box_reward": "rewards",
+    "format_reward": "rewards",
+    "mask_reward": "rewards",
+    "meta_reward": "rewards",
+    "split_reference_dataset": "split_reference",
+}
+
+__all__ = [
+    "ConceptSFTConfig",
+    "ConceptSFTTrainer",
+    "MetaGRPOConfig",
+    "MetaGRPOTrainer",
+    "box_reward",
+    "format_reward",
+    "mask_reward",
+    "meta_reward",
+    "split_reference_dataset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

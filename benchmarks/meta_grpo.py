@@ -1,0 +1,119 @@
+"""Times a step of Meta-GRPO beside the scheme of the released code, which encodes SAM 3's image for every completion.
+
+    python benchmarks/meta_grpo.py          needs conceptseg-hf[train]
+
+Both schemes run on the same model, data and seed, in turns, each in a process of its own; the ratios are what counts.
+The embedded model's SAM 3 is small beside its MLLM: with released weights, whose images have 1008 pixels a side, the
+share of the encoder, and so the saving, is larger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SCHEMES = ("shared", "per-completion")
+STEPS, WARM_UP, TURNS, COMPLETIONS = 8, 2, 3, 8
+
+
+def measure(scheme: str) -> dict[str, float]:
+    """Seconds per step (median, after warm-up) and peak memory in MB of one scheme, in this process."""
+    import torch
+    from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
+    from transformers import TrainerCallback
+
+    from conceptseg_hf import nano_checkpoint
+    from conceptseg_hf.data import load_benchmark
+
+    torch.set_num_threads(1)
+
+    class PerCompletion(MetaGRPOTrainer):
+        """Encodes the image anew whenever a completion is decoded: for its reward, and for L_seg."""
+
+        def _decode(self, rollouts, concept_embeds):
+            masks = []
+            for rollout, concept in zip(rollouts, concept_embeds, strict=True):
+                images = [rollout.prompt.target]
+                pixels = self.concept_processor.sam_image_processor(images=images, return_tensors="pt")
+                features = self.concept_model.encode_image(pixels["pixel_values"])
+                text = self.concept_processor.sam_text([rollout.sam_text])
+                masks.append(self.concept_model.decode_masks(features, *text, concept[None])[0])
+            return torch.cat(masks)
+
+    class Clock(TrainerCallback):
+        """Keeps when each step ended."""
+
+        def __init__(self) -> None:
+            self.ends = [time.perf_counter()]
+
+        def on_step_end(self, *arguments: object, **keywords: object) -> None:
+            self.ends.append(time.perf_counter())
+
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = (MetaGRPOTrainer if scheme == "shared" else PerCompletion)(
+            model=nano_checkpoint(),
+            args=MetaGRPOConfig(
+                folder,
+                per_device_train_batch_size=COMPLETIONS,
+                num_generations=COMPLETIONS,
+                max_completion_length=80,
+                max_steps=STEPS,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to="none",
+                bf16=False,
+                gradient_checkpointing=False,
+                log_examples=0,
+                disable_tqdm=True,
+            ),
+            train_dataset=split_reference_dataset(load_benchmark("concept-shapes", split="train", limit=64)),
+            callbacks=[clock],
+        )
+        trainer.train()
+    steps = [after - before for before, after in zip(clock.ends, clock.ends[1:])][WARM_UP:]
+    return {
+        "seconds": statistics.median(steps),
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scheme", choices=SCHEMES, help="measure one scheme and print JSON")
+    scheme = parser.parse_args().scheme
+    if scheme:
+        print(json.dumps(measure(scheme)))
+        return
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in SCHEMES}
+    for _ in range(TURNS):
+        for name, measured in results.items():
+            command = [sys.executable, __file__, "--scheme", name]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            measured.append(json.loads(output.splitlines()[-1]))
+    medians = {
+        name: {key: statistics.median(one[key] for one in measured) for key in measured[0]}
+        for name, measured in results.items()
+    }
+    print(f"one step of {COMPLETIONS} completions of one prompt, medians of {TURNS} runs:")
+    for name, numbers in medians.items():
+        print(f"  {name:16} {numbers['seconds']:6.2f} s   peak {numbers['memory']:5.0f} MB")
+    shared, theirs = (medians[name] for name in SCHEMES)
+    print(
+        f"  ratio            {shared['seconds'] / theirs['seconds']:6.2f}     "
+        f"     {shared['memory'] / theirs['memory']:5.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

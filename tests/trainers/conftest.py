@@ -1,0 +1,76 @@
+"""Shared by the tests of the trainers: the embedded policy, ConceptShapes as training data, hashes of weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import nn
+
+from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, nano_checkpoint
+from conceptseg_hf.data import load_benchmark
+
+
+@pytest.fixture(scope="session")
+def nano_processor() -> ConceptSegProcessor:
+    return ConceptSegProcessor.from_pretrained(nano_checkpoint())
+
+
+@pytest.fixture(scope="session")
+def shapes() -> list:
+    """Samples of the training split, some of them without the concept."""
+    return list(load_benchmark("concept-shapes", split="train", limit=12))
+
+
+@pytest.fixture()
+def make_meta_grpo(nano_processor, shapes, tmp_path) -> Callable[..., Any]:
+    """Makes a MetaGRPOTrainer of the embedded policy: groups of 4, one group a step."""
+    pytest.importorskip("trl")
+    from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
+
+    def make(folder: str = "run", **settings: Any) -> MetaGRPOTrainer:
+        own = ("model", "train_dataset", "eval_dataset", "reward_funcs", "ref_model", "peft_config")
+        arguments = {name: settings.pop(name) for name in own if name in settings}
+        settings = {
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "num_generations": 4,
+            "max_completion_length": 64,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "learning_rate": 1e-5,
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": [],
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "log_examples": 0,
+            **settings,
+        }
+        if "model" not in arguments:
+            arguments["model"] = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
+        if "train_dataset" not in arguments:
+            arguments["train_dataset"] = split_reference_dataset(shapes)
+        return MetaGRPOTrainer(
+            args=MetaGRPOConfig(str(tmp_path / folder), **settings),
+            processing_class=nano_processor,
+            **arguments,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def weight_hash() -> Callable[[nn.Module], str]:
+    """Makes a hash of all weights, bit by bit."""
+
+    def hash_of(module: nn.Module) -> str:
+        digest = hashlib.sha256()
+        for name, weight in sorted(module.state_dict().items()):
+            digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    return hash_of

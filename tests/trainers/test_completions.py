@@ -1,0 +1,155 @@
+"""Where stage I's completions come from, and that generated ones are made once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conceptseg_trainers.completions import (
+    CompletionCache,
+    ground_truth_completion,
+    released_completion,
+    template_completion,
+)
+
+from conceptseg_hf import nano_checkpoint, parse_completion
+from conceptseg_hf.data import ConceptShapes
+from conceptseg_hf.evaluation.loading import load_model_and_processor
+
+LENGTH = 12  # tokens
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return load_model_and_processor(nano_checkpoint(), "cpu")
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return list(ConceptShapes("train", length=5))
+
+
+@pytest.fixture()
+def prepared(processor):
+    def prepare(sample):
+        return processor.prepare(sample.image, sample.prompt, sample.references)
+
+    return prepare
+
+
+def test_true_completions_hold_what_the_sample_says(samples, processor, prepared):
+    for sample in samples:
+        item = prepared(sample)
+        completion = ground_truth_completion(sample, item.frame, processor)
+        parsed = parse_completion(completion.text, processor.coordinate_scale, item.frame.proxy is not None)
+        assert parsed.is_valid
+        assert (parsed.think, parsed.rule, parsed.answer) == (sample.think, sample.rule, sample.answer)
+        assert parsed.bbox == pytest.approx(processor.box_to_text(sample.box, item.frame), abs=0.51)
+        assert (completion.sam_text, completion.rule) == (sample.answer, sample.rule)
+
+
+def test_templates_need_no_words(samples, processor, prepared):
+    sample = replace(samples[0], think=None, rule=None, answer=None)
+    frame = prepared(sample).frame
+    with pytest.raises(ValueError, match="no true think and rule and answer"):
+        ground_truth_completion(sample, frame, processor)
+    completion = template_completion(sample, frame, processor)
+    parsed = parse_completion(completion.text, processor.coordinate_scale)
+    assert (parsed.think, parsed.answer, completion.sam_text) == ("", sample.prompt, sample.prompt)
+
+    released = [released_completion(sample, frame, processor, draw) for draw in range(2)]
+    assert [completion.sam_text for completion in released] == ["visual", "object"]
+    parsed = parse_completion(released[0].text, processor.coordinate_scale)
+    assert (parsed.answer, parsed.bbox is not None) == (None, True)
+
+
+def test_an_absent_concept_has_an_empty_box(samples, processor, prepared):
+    sample = replace(samples[0], box=None)
+    completion = template_completion(sample, prepared(sample).frame, processor)
+    assert "<bbox>[0,0,0,0]</bbox>" in completion.text
+
+
+def test_generated_completions_are_the_models_own(nano, samples, tmp_path):
+    model, processor = nano
+    cache = CompletionCache(tmp_path, model, processor, max_new_tokens=64)
+    cache.generate(model, samples[:3], batch_size=2)
+    results = model.segment(
+        processor(
+            [sample.image for sample in samples[:3]],
+            [sample.prompt for sample in samples[:3]],
+            [sample.references for sample in samples[:3]],
+        ),
+        router="full_reasoning",
+        generation_config={"max_new_tokens": 64},
+    )
+    for sample, result in zip(samples, results):
+        completion = cache.completion(sample)
+        assert processor.tokenizer.decode(completion.text, skip_special_tokens=True) == result.completion
+        assert (completion.sam_text, completion.rule) == (result.answer, result.rule)
+
+
+def test_generation_goes_on_where_it_was_killed(nano, samples, tmp_path, monkeypatch):
+    model, processor = nano
+    whole = CompletionCache(tmp_path / "whole", model, processor, LENGTH)
+    whole.generate(model, samples, batch_size=2)
+
+    folder = tmp_path / "killed"
+    first = CompletionCache(folder, model, processor, LENGTH)
+    first.generate(model, samples[:3], batch_size=2)
+    path = folder / "completions-00000.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]) + lines[2][:20])  # killed in the middle of a line
+
+    written = []
+    complete = CompletionCache._complete
+    monkeypatch.setattr(
+        CompletionCache,
+        "_complete",
+        lambda self, model, batch: written.extend(batch) or complete(self, model, batch),
+    )
+    second = CompletionCache(folder, model, processor, LENGTH)
+    assert len(second) == 2
+    second.generate(model, samples, batch_size=2)
+    assert written == samples[2:]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["sample_id"] for row in rows] == [sample.sample_id for sample in samples]
+    assert [second.completion(sample) for sample in samples] == [
+        whole.completion(sample) for sample in samples
+    ]
+
+    third = CompletionCache(folder, model, processor, LENGTH)
+    third.generate(model, samples, batch_size=2)
+    assert written == samples[2:]
+
+
+def test_processes_share_the_work(nano, samples, tmp_path):
+    model, processor = nano
+    caches = [CompletionCache(tmp_path, model, processor, LENGTH) for _ in range(2)]
+    for process, cache in enumerate(caches):
+        cache.generate(model, samples, process=process, processes=2)
+    assert [len(cache) for cache in caches] == [3, 2]
+    for cache in caches:
+        cache.reload()
+        assert all(sample.sample_id in cache for sample in samples)
+    assert len(list(tmp_path.glob("*.jsonl"))) == 2
+
+
+def test_another_policy_writes_anew(nano, samples, tmp_path):
+    model, processor = nano
+    CompletionCache(tmp_path, model, processor, LENGTH).generate(model, samples[:1])
+    assert samples[0].sample_id in CompletionCache(tmp_path, model, processor, LENGTH)
+    assert not len(CompletionCache(tmp_path, model, processor, LENGTH + 1))
+    with torch.no_grad():
+        model.vlm.get_input_embeddings().weight[0, 0] += 1
+    try:
+        assert not len(CompletionCache(tmp_path, model, processor, LENGTH))
+    finally:
+        with torch.no_grad():
+            model.vlm.get_input_embeddings().weight[0, 0] -= 1
+
+
+def test_ids_must_differ(nano, samples, tmp_path):
+    with pytest.raises(ValueError, match="two samples have the sample_id 'train-000000'"):
+        CompletionCache(tmp_path, *nano, LENGTH).generate(nano[0], [samples[0], samples[0]])

@@ -1,0 +1,480 @@
+"""Stage II: where gradients go, what both losses see, what is rewarded, and that a stopped run ends as it should."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from conceptseg_hf import ConceptSegForSegmentation, nano_checkpoint
+from conceptseg_hf.evaluation import foreground_iou
+from conceptseg_hf.mllm import vision_token_ids
+
+pytest.importorskip("trl")
+from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
+from conceptseg_trainers.split_reference import find_composer
+
+
+def rollouts(trainer, index=0):
+    """A scored group of completions of one prompt, as the trainer hands it to its loss."""
+    trainer.model.train()
+    return trainer._generate_and_score_completions([trainer.train_dataset[index] for _ in range(4)])
+
+
+def segmentation_gradients(trainer) -> set[str]:
+    """Names of the parameters that L_seg alone reaches."""
+    inputs = rollouts(trainer)
+    inputs["advantages"].zero_()  # with beta 0 nothing is left of the policy loss
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._compute_loss(trainer.model, inputs).backward()
+    return {
+        name
+        for name, parameter in trainer.concept_model.named_parameters()
+        if parameter.grad is not None and parameter.grad.any()
+    }
+
+
+# -- gradients --
+
+
+def test_the_segmentation_loss_reaches_everything_that_trains(make_meta_grpo) -> None:
+    trainer = make_meta_grpo(beta=0.0)
+    reached = segmentation_gradients(trainer)
+    model = trainer.concept_model
+    ctm = {f"ctm.{name}" for name, _ in model.ctm.named_parameters()}
+    tower = {f"vlm.model.visual.{name}" for name, _ in model.vlm.model.visual.named_parameters()}
+    layers = {name for name, _ in model.named_parameters() if "language_model.layers" in name}
+    assert ctm <= reached and tower <= reached and layers <= reached
+    assert not any(
+        parameter.requires_grad or parameter.grad is not None for parameter in model.sam.parameters()
+    )
+
+
+def test_with_the_switch_it_reaches_the_ctm_alone(make_meta_grpo) -> None:
+    trainer = make_meta_grpo(beta=0.0, detach_hidden_states=True)
+    assert segmentation_gradients(trainer) == {
+        f"ctm.{name}" for name, _ in trainer.concept_model.ctm.named_parameters()
+    }
+
+
+def test_training_changes_mllm_and_ctm_and_not_sam(make_meta_grpo, weight_hash) -> None:
+    trainer = make_meta_grpo(max_steps=3, learning_rate=1e-4)
+    before = {name: weight.clone() for name, weight in trainer.concept_model.state_dict().items()}
+    sam = weight_hash(trainer.concept_model.sam)
+    trainer.train()
+    after = trainer.concept_model.state_dict()
+    # A bias of the keys shifts all scores of a softmax alike: its gradient is zero but for rounding.
+    unchanged = {name for name, weight in before.items() if torch.equal(weight, after[name])}
+    assert not {name for name in unchanged if "bias" not in name}
+    assert not any(name.startswith("sam.") for name in before)
+    assert weight_hash(trainer.concept_model.sam) == sam
+    assert not trainer.concept_model.sam.training
+    log = trainer.state.log_history
+    assert log[0]["kl"] == 0.0 and log[1]["kl"] > 0
+    for entry in log[:3]:
+        assert entry["loss"] == pytest.approx(entry["loss/grpo"] + entry["loss/seg"], abs=1e-4)
+        assert entry["loss/seg"] == pytest.approx(entry["loss/dice"] + entry["loss/focal"], abs=1e-4)
+        assert entry["rewards/mask/mean"] == pytest.approx(entry["mask_iou"], abs=1e-6)
+
+
+def test_the_vision_tower_can_be_frozen(make_meta_grpo, weight_hash) -> None:
+    trainer = make_meta_grpo(freeze_vision_tower=True, learning_rate=1e-4, max_steps=1)
+    tower = weight_hash(trainer.concept_model.vlm.model.visual)
+    language = weight_hash(trainer.concept_model.vlm.model.language_model)
+    trainer.train()
+    assert weight_hash(trainer.concept_model.vlm.model.visual) == tower
+    assert weight_hash(trainer.concept_model.vlm.model.language_model) != language
+
+
+# -- what the losses see --
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_are_those_of_plain_logits(make_meta_grpo, temperature) -> None:
+    trainer = make_meta_grpo(temperature=temperature)
+    inputs = rollouts(trainer)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
+    length = inputs["completion_ids"].shape[1]
+    with torch.no_grad():
+        output = trainer.model(
+            input_ids=ids,
+            attention_mask=mask,
+            labels=ids.masked_fill(mask == 0, -100),
+            fused_lm_head=True,
+            concept_mask=torch.zeros_like(mask, dtype=torch.bool),
+            **images,
+        )
+        logits = trainer.concept_model.vlm(input_ids=ids, attention_mask=mask, **images).logits
+    plain = (logits[:, :-1] / temperature).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    kept = inputs["completion_mask"].bool()
+    torch.testing.assert_close(
+        output.log_probs[:, -length:][kept], plain[:, -length:][kept], rtol=0, atol=1e-5
+    )
+
+
+def test_loss_and_reward_see_the_same_concepts(make_meta_grpo, monkeypatch) -> None:
+    """The reward's own forward pass, on batches of the processor, gives the Z that the loss trains."""
+    trainer = make_meta_grpo()
+    seen = []
+    decode = trainer._decode
+    monkeypatch.setattr(trainer, "_decode", lambda *args: seen.append(args) or decode(*args))
+    inputs = rollouts(trainer)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._compute_loss(trainer.model, inputs)
+    (rewarded, reward_concepts), (trained, loss_concepts) = seen
+    assert [rollout.sam_text for rollout in rewarded] == [rollout.sam_text for rollout in trained]
+    torch.testing.assert_close(reward_concepts, loss_concepts.detach(), rtol=0, atol=1e-4)
+
+
+def test_the_rewarded_mask_is_the_one_of_inference(make_meta_grpo, shapes, nano_processor) -> None:
+    """Greedy rollouts, rewarded and segmented by `model.segment`, have the same masks."""
+    trainer = make_meta_grpo(generation_kwargs={"do_sample": False})
+    row = trainer.train_dataset[0]
+    rows = [dict(row) for _ in range(4)]
+    trainer.model.train()
+    trainer._generate_and_score_completions(rows)
+    sample = shapes[0]
+    references = [replace(reference, role="auto") for reference in _composed(trainer, sample)]
+    inputs = nano_processor(sample.image, sample.prompt, [references])
+    (result,) = trainer.concept_model.segment(inputs, router="full_reasoning")
+    assert foreground_iou(np.asarray(result.mask) > 0, rows[0]["predicted_mask"]) > 0.99
+
+
+def _composed(trainer, sample):
+    from conceptseg_trainers.split_reference import compose_references
+
+    composer = find_composer(trainer.train_dataset)
+    return compose_references(sample.references, 2, [composer.seed, composer.epoch], sample.sample_id)
+
+
+def test_sam_sees_the_image_of_a_prompt_once(make_meta_grpo, monkeypatch) -> None:
+    trainer = make_meta_grpo(per_device_train_batch_size=8, max_steps=1)
+    encoded = []
+    encode = trainer.concept_model.encode_image
+    monkeypatch.setattr(
+        trainer.concept_model, "encode_image", lambda pixels: encoded.append(len(pixels)) or encode(pixels)
+    )
+    trainer.train()
+    assert encoded == [2]  # 8 completions of 2 prompts
+
+
+def test_samples_that_share_an_id_are_kept_apart(make_meta_grpo, shapes) -> None:
+    twins = [replace(sample, sample_id="same") for sample in shapes[:2]]
+    trainer = make_meta_grpo(train_dataset=split_reference_dataset(twins))
+    rows = [trainer.train_dataset[index] for index in (0, 0, 1)]
+    prompts = trainer._encode_prompts(rows)
+    assert [prompt.target.tobytes() for prompt in prompts.values()] == [
+        sample.image.tobytes() for sample in twins
+    ]
+
+
+def test_more_chunks_change_nothing(make_meta_grpo) -> None:
+    losses = []
+    for size in (8, 3):
+        trainer = make_meta_grpo(sam_decode_batch_size=size, max_steps=1)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss/seg"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_left_out_completions_do_not_count(make_meta_grpo, weight_hash) -> None:
+    trainer = make_meta_grpo(
+        max_completion_length=8, mask_truncated_completions=True, learning_rate=1e-2, beta=0.0
+    )
+    before = weight_hash(trainer.concept_model.ctm)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["completions/clipped_ratio"] == 1.0
+    assert log["loss/seg"] == 0.0 and log["rewards/format/mean"] == 0.0
+    assert weight_hash(trainer.concept_model.ctm) == before
+
+
+# -- rollouts --
+
+
+def test_image_tokens_are_never_sampled(make_meta_grpo) -> None:
+    trainer = make_meta_grpo(generation_kwargs={"suppress_tokens": [17]}, max_completion_length=8)
+    config = trainer.concept_model.config.vlm_config
+    tokens = {*vision_token_ids(config), 17}
+    assert set(trainer.generation_config.suppress_tokens) == tokens
+
+    def favour(module, inputs, logits):
+        logits[..., sorted(tokens)] += 1000
+        return logits
+
+    handle = trainer.concept_model.vlm.lm_head.register_forward_hook(favour)
+    completions = rollouts(trainer)["completion_ids"]
+    handle.remove()
+    assert tokens.isdisjoint(completions.flatten().tolist())
+
+
+def test_further_rewards_get_the_columns(make_meta_grpo) -> None:
+    from conceptseg_trainers import format_reward, mask_reward
+
+    seen = []
+
+    def area(completions, predicted_mask, gt_mask, problem, **columns):
+        seen.append([mask.shape for mask in predicted_mask])
+        return [float(mask.mean()) for mask in predicted_mask]
+
+    trainer = make_meta_grpo(
+        reward_funcs=[format_reward, mask_reward, area], reward_weights=[1.0, 1.0, 0.0], max_steps=1
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert seen == [[(128, 128)] * 4]
+    assert log["reward"] == pytest.approx(log["rewards/format/mean"] + log["rewards/mask/mean"], abs=1e-5)
+    assert 0 <= log["rewards/area/mean"] <= 1
+
+
+def test_references_are_recomposed_in_each_epoch(make_meta_grpo, shapes) -> None:
+    trainer = make_meta_grpo(
+        train_dataset=split_reference_dataset(shapes[:1]), num_train_epochs=2, max_steps=-1, log_examples=1
+    )
+    mosaics = []
+    score = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: (
+        mosaics.append({row["images"][0].tobytes() for row in inputs}) or score(inputs)
+    )
+    trainer.train()
+    assert [len(group) for group in mosaics] == [1, 1]  # all copies of a prompt see one mosaic
+    assert mosaics[0] != mosaics[1]
+
+
+def test_evaluation_and_pictures(make_meta_grpo, shapes, tmp_path) -> None:
+    trainer = make_meta_grpo(
+        eval_dataset=split_reference_dataset(shapes[4:6]), log_examples=2, log_examples_steps=1, max_steps=1
+    )
+    metrics = trainer.evaluate()
+    assert {"eval_loss", "eval_loss/seg", "eval_rewards/mask/mean", "eval_mask_iou"} <= set(metrics) | set(
+        trainer.state.log_history[-1]
+    )
+    trainer.train()
+    pictures = sorted(path.name for path in (tmp_path / "run" / "examples").iterdir())
+    assert "step_000001_0.png" in pictures
+
+
+def test_the_table_of_completions_tells_answers_and_masks(make_meta_grpo, tmp_path) -> None:
+    pandas = pytest.importorskip("pandas")
+    trainer = make_meta_grpo(log_completions=True, max_steps=1)
+    trainer.train()
+    table = pandas.read_parquet(tmp_path / "run" / "completions" / "completions_00001.parquet")
+    assert len(table) == 4
+    for _, row in table.iterrows():
+        assert f"<answer>{row['answer']}</answer>" in row["completion"][0]["content"].replace(" ", "")
+        assert row["mask_iou"] == pytest.approx(row["mask"], abs=1e-6)
+
+
+# -- the reference policy --
+
+
+def test_the_reference_policy_can_be_given(make_meta_grpo, weight_hash) -> None:
+    other = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
+    with torch.no_grad():
+        for parameter in other.vlm.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    trainer = make_meta_grpo(ref_model=other, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] > 0
+    assert weight_hash(trainer.ref_model) == weight_hash(other.vlm)
+    assert not any(parameter.requires_grad for parameter in trainer.ref_model.parameters())
+
+
+# -- saving and resuming --
+
+
+def test_a_run_ends_with_a_complete_model(make_meta_grpo, tmp_path, weight_hash) -> None:
+    trainer = make_meta_grpo(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "whole"))
+    whole = ConceptSegForSegmentation.from_pretrained(tmp_path / "whole")
+    assert weight_hash(whole.sam) == weight_hash(trainer.concept_model.sam)
+    assert weight_hash(whole.vlm) == weight_hash(trainer.concept_model.vlm)
+    assert weight_hash(whole.ctm) == weight_hash(trainer.concept_model.ctm)
+
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        assert {name.split(".")[0] for name in file.keys()} == {"vlm", "ctm"}  # noqa: SIM118
+    with pytest.raises(ValueError, match="SAM 3 weights"):  # the nano model has no source to refill them from
+        ConceptSegForSegmentation.from_pretrained(checkpoint)
+
+
+LORA = {
+    "target_modules": r"vlm\.model\.language_model\..*\.(q_proj|v_proj)",
+    "modules_to_save": ["ctm"],
+    "r": 4,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "accumulated", "lora"])
+def test_a_resumed_run_ends_with_the_same_weights(make_meta_grpo, kind, weight_hash) -> None:
+    def make(folder):
+        settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-4}
+        if kind == "accumulated":
+            settings |= {"gradient_accumulation_steps": 2}
+        if kind == "lora":
+            from peft import LoraConfig
+
+            settings |= {"peft_config": LoraConfig(**LORA)}
+        return make_meta_grpo(folder, **settings)
+
+    whole, stopped = make("whole"), make("resumed")
+    start = weight_hash(whole.model)
+    whole.train()
+    checkpoint = Path(whole.args.output_dir) / "checkpoint-2"
+    stopped.train(resume_from_checkpoint=str(checkpoint))
+    assert weight_hash(stopped.model) == weight_hash(whole.model) != start
+    assert stopped.state.log_history[-2]["kl"] == whole.state.log_history[-2]["kl"] > 0
+    if kind == "lora":
+        trained = {name for name, p in whole.model.named_parameters() if p.requires_grad}
+        assert all("lora_" in name or "modules_to_save" in name for name in trained)
+        assert whole.ref_model is None
+
+
+def test_a_checkpoint_inside_a_generation_batch_is_warned_of(make_meta_grpo, caplog) -> None:
+    settings = {"save_strategy": "steps", "steps_per_generation": 2}
+    make_meta_grpo(save_steps=4, **settings)
+    assert "make save_steps * gradient_accumulation_steps a multiple of 2" not in caplog.text
+    make_meta_grpo(save_steps=5, **settings)
+    assert "make save_steps * gradient_accumulation_steps a multiple of 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bf16": True}, {"gradient_checkpointing": True}, {"num_iterations": 2}]
+)
+def test_other_ways_to_train(make_meta_grpo, settings) -> None:
+    trainer = make_meta_grpo(**settings)
+    trainer.train()
+    log = trainer.state.log_history
+    assert log[0]["loss"] == pytest.approx(log[0]["loss/grpo"] + log[0]["loss/seg"], abs=1e-4)
+    assert 0 < log[0]["loss/seg"] < 2 and log[0]["grad_norm"] > 0
+
+
+def test_with_vllm_the_engine_gets_the_mllm(make_meta_grpo, monkeypatch) -> None:
+    """The engine itself needs a GPU; all up to its start does not."""
+    from conceptseg_trainers.vllm import ConceptVLLMGeneration
+    from trl.generation import vllm_generation
+
+    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(vllm_generation.VLLMGeneration, "_init_vllm", lambda self: None)
+    trainer = make_meta_grpo(use_vllm=True, vllm_mllm_name_or_path="an/mllm")
+    assert trainer.use_vllm and trainer.args.use_vllm
+    assert isinstance(trainer.vllm_generation, ConceptVLLMGeneration)
+    names = {name for name, _ in trainer.vllm_generation._iter_named_params()}
+    assert names == {name for name, _ in trainer.concept_model.vlm.named_parameters()}
+    biases = trainer.vllm_generation.generation_kwargs["logit_bias"]
+    assert set(biases) == set(vision_token_ids(trainer.concept_model.config.vlm_config))
+
+
+# -- bad input --
+
+
+def row_without(column):
+    return lambda dataset: _eager([{k: v for k, v in dataset[0].items() if k != column}])
+
+
+def row_with(**values):
+    return lambda dataset: _eager([{**dataset[0], **values}])
+
+
+def _eager(rows):
+    import datasets
+
+    return datasets.Dataset.from_list(rows)
+
+
+BAD_DATA = {
+    "no mask": (row_without("gt_mask"), r"train_dataset lacks the column gt_mask; make it with"),
+    "no id": (row_without("sample_id"), r"train_dataset lacks the column sample_id; make it with"),
+    "mask of another size": (
+        row_with(gt_mask=Image.new("L", (32, 16))),
+        r"sample 'train-000000': gt_mask: mask has 32 x 16 pixels, but its image has 128 x 128",
+    ),
+    "shared ids": (
+        lambda dataset: _eager([dataset[0], dataset[0]]),
+        r"train_dataset has rows that share a sample_id; give each row its own",
+    ),
+    "a list": (
+        lambda dataset: [dataset[0]],
+        r"a data set is a list; give what split_reference_dataset returns",
+    ),
+    "no rows": (lambda dataset: dataset.select([]), r"a data set has no rows"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "sentence"), BAD_DATA.values(), ids=BAD_DATA.keys())
+def test_bad_data_is_refused_before_training(make_meta_grpo, shapes, nano_processor, spoil, sentence) -> None:
+    dataset = split_reference_dataset(shapes[:1], processor=nano_processor)
+    with pytest.raises(ValueError, match=sentence):
+        make_meta_grpo(train_dataset=spoil(dataset))
+
+
+def test_a_mask_of_another_size_is_found_in_a_lazy_data_set(make_meta_grpo, shapes) -> None:
+    wrong = [*shapes[:3], replace(shapes[3], mask=Image.new("L", (10, 10)))]
+    with pytest.raises(ValueError, match=r"sample 'train-000003': gt_mask has 10 x 10 pixels"):
+        make_meta_grpo(train_dataset=split_reference_dataset(wrong))
+
+
+def test_an_eager_data_set_trains(make_meta_grpo, shapes, nano_processor) -> None:
+    rows = [dict(row) for row in split_reference_dataset(shapes[:2], processor=nano_processor)]
+    trainer = make_meta_grpo(train_dataset=_eager(rows), max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["mask_iou"] > 0
+
+
+def test_long_prompts_are_refused(make_meta_grpo) -> None:
+    with pytest.raises(ValueError, match=r"has a prompt of \d+ tokens, more than max_prompt_length = 100"):
+        make_meta_grpo(max_prompt_length=100)
+
+
+BAD_SETTINGS = {
+    "groups": (
+        {"num_generations": 3, "per_device_train_batch_size": 4},
+        r"4 completions at a time .* do not make whole groups of num_generations = 3; make them a multiple",
+    ),
+    "reward": ({"rewards": ["format", "style"]}, r"name some of format, mask, meta, box, each once"),
+    "proxy": ({"meta_without_proxy": "zero"}, r"meta_without_proxy is 'zero'; use one of none, box, square"),
+    "weight": ({"seg_loss_weight": -1.0}, r"seg_loss_weight is -1.0; use 0 or more"),
+    "batch": ({"sam_decode_batch_size": 0}, r"sam_decode_batch_size is 0; use at least 1"),
+    "sync": (
+        {"sync_ref_model": True},
+        r"sync_ref_model is true, but the reference policy of Meta-GRPO is fixed",
+    ),
+    "columns": (
+        {"remove_unused_columns": True},
+        r"remove_unused_columns is true, but SAM 3 and the rewards need",
+    ),
+    "workers": ({"dataloader_persistent_workers": True}, r"go on with its mosaics; leave it out"),
+    "vllm": ({"use_vllm": True}, r"use_vllm is true without vllm_mllm_name_or_path"),
+}
+
+
+@pytest.mark.parametrize(("settings", "sentence"), BAD_SETTINGS.values(), ids=BAD_SETTINGS.keys())
+def test_bad_settings_are_refused(tmp_path, settings, sentence) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        MetaGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
+
+
+def test_wrong_objects_are_refused(make_meta_grpo, model, tmp_path) -> None:
+    with pytest.raises(ValueError, match="model is a Qwen2_5_VLForConditionalGeneration; give a"):
+        make_meta_grpo(model=model.vlm)
+    with pytest.raises(ValueError, match="processing_class is not the model's ConceptSegProcessor"):
+        MetaGRPOTrainer(model, args=MetaGRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+def test_defaults_are_table_7(tmp_path) -> None:
+    args = MetaGRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    assert (args.num_train_epochs, args.learning_rate, args.lr_scheduler_type) == (2, 1e-6, "linear")
+    assert (args.num_generations, args.beta, args.seed) == (8, 0.04, 42)
+    assert (args.max_prompt_length, args.max_completion_length) == (2048, 768)
+    assert 8 * args.per_device_train_batch_size == 64
+    assert args.seg_loss_weight == args.dice_weight == args.focal_weight == 1.0
+    assert args.loss_type == "grpo" and not args.detach_hidden_states

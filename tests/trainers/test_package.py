@@ -1,0 +1,37 @@
+"""The package imports without the extra `train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import conceptseg_trainers
+import pytest
+
+TRAINERS = str(Path(conceptseg_trainers.__file__).parents[1])
+WITHOUT_EXTRA = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+for name in ("trl", "deepspeed", "peft", "datasets"):
+    sys.modules[name] = None  # to import it raises ImportError
+import conceptseg_trainers
+import conceptseg_trainers.nano.loop
+
+print(sorted(set(conceptseg_trainers.__all__) - set(dir(conceptseg_trainers))))
+try:
+    conceptseg_trainers.MetaGRPOTrainer
+except ImportError as error:
+    print("ImportError")
+"""
+
+
+def test_nothing_of_the_extra_is_imported_early(fresh_python) -> None:
+    assert fresh_python(WITHOUT_EXTRA, TRAINERS).splitlines() == ["[]", "ImportError"]
+
+
+def test_every_name_is_there() -> None:
+    pytest.importorskip("trl")
+    for name in conceptseg_trainers.__all__:
+        assert getattr(conceptseg_trainers, name).__module__.startswith("conceptseg_trainers.")
+    with pytest.raises(AttributeError, match="has no attribute 'PPOTrainer'"):
+        conceptseg_trainers.PPOTrainer  # noqa: B018

@@ -1,0 +1,124 @@
+"""The recipes and launch files that are shipped: they parse, agree with the paper, and fit their hardware."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("trl")
+
+from conceptseg_trainers.scripts import meta_grpo, sft
+
+FOLDER = Path(__file__).parents[2] / "trainers"
+RECIPES = sorted(path.name for path in (FOLDER / "recipes").glob("*.yaml"))
+LAUNCH_FILES = sorted((FOLDER / "accelerate_configs").glob("*.yaml"))
+# What TrainingArguments checks against the hardware, which is not here.
+ON_CPU = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--optim", "adamw_torch"]
+
+
+def parse(name: str):
+    script = sft if name.endswith("_sft.yaml") else meta_grpo
+    return script.make_parser().parse(["--config", str(FOLDER / "recipes" / name), *ON_CPU])
+
+
+def test_all_recipes_are_there():
+    stages = [f"{size}_{stage}.yaml" for size in ("3b", "7b", "nano") for stage in ("sft", "meta_grpo")]
+    assert set(stages) | {"3b_meta_grpo_lora.yaml"} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_parse(name):
+    data, model, args = parse(name)
+    recipe = yaml.safe_load((FOLDER / "recipes" / name).read_text())
+    parsed = {**vars(data), **vars(model), **vars(args)}
+    for field in recipe.keys() - {"bf16", "report_to", "optim", "use_cpu"}:
+        assert parsed[field] == recipe[field], field
+    assert args.seed == 42 and args.lr_scheduler_type == "linear"
+
+
+@pytest.mark.parametrize("size", ["3b", "7b"])
+def test_large_recipes_are_table_7(size):
+    _, model, args = parse(f"{size}_sft.yaml")
+    assert (args.learning_rate, args.num_train_epochs, 8 * args.per_device_train_batch_size) == (
+        3e-5,
+        20,
+        128,
+    )
+    assert (model.num_concept_tokens, model.canvas_size) == (8, 600)
+    assert (args.max_prompt_length, args.max_completion_length) == (2048, 768)
+
+    data, _, args = parse(f"{size}_meta_grpo.yaml")
+    assert (args.learning_rate, args.num_train_epochs, 8 * args.per_device_train_batch_size) == (1e-6, 2, 64)
+    assert (args.num_generations, args.beta, data.grid) == (8, 0.04, 2)
+    assert (args.max_prompt_length, args.max_completion_length) == (2048, 768)
+    assert (args.seg_loss_weight, args.detach_hidden_states, args.rewards) == (
+        1.0,
+        False,
+        ["format", "mask", "meta"],
+    )
+
+
+def test_defaults_are_table_7(tmp_path):
+    """What the recipes say of the paper is also what comes without them."""
+    for script, name in ((sft, "3b_sft.yaml"), (meta_grpo, "3b_meta_grpo.yaml")):
+        _, _, default = script.make_parser().parse(["--output_dir", str(tmp_path), *ON_CPU])
+        _, _, recipe = parse(name)
+        fields = ["learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed", "beta"]
+        fields += [
+            "num_generations",
+            "max_prompt_length",
+            "max_completion_length",
+            "dice_weight",
+            "focal_weight",
+        ]
+        fields += ["focal_alpha", "focal_gamma", "seg_loss_weight", "detach_hidden_states", "loss_type"]
+        for field in fields:
+            assert getattr(default, field, None) == getattr(recipe, field, None), (name, field)
+
+
+def test_the_lora_recipe_trains_adapters_and_the_ctm():
+    _, policy, args = parse("3b_meta_grpo_lora.yaml")
+    config = policy.peft_config()
+    assert config.modules_to_save == ["ctm"]
+    pattern = config.target_modules
+    assert re.fullmatch(pattern, "vlm.model.language_model.layers.3.self_attn.q_proj")
+    assert not re.fullmatch(pattern, "sam.detr_decoder.layers.0.self_attn.q_proj")
+    assert not re.fullmatch(pattern, "vlm.model.visual.blocks.0.attn.proj")
+    assert args.generation_batch_size == 64 and args.generation_batch_size % args.num_generations == 0
+    assert "quantization_config" not in policy.load_kwargs()
+    policy.load_in_4bit = True
+    assert "sam" in policy.load_kwargs()["quantization_config"].llm_int8_skip_modules
+
+
+def test_four_bits_need_adapters(tmp_path):
+    with pytest.raises(ValueError, match="so set use_peft"):
+        meta_grpo.make_parser().parse(["--load_in_4bit", "true", "--output_dir", str(tmp_path), *ON_CPU])
+
+
+def test_every_hyperparameter_of_the_paper_says_so():
+    for name in RECIPES:
+        for line in (FOLDER / "recipes" / name).read_text().splitlines():
+            if re.match(r"(learning_rate|num_train_epochs|beta|num_generations|seed|max_\w+_length):", line):
+                assert "Table 7" in line, (name, line)
+
+
+@pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.stem)
+def test_launch_files_are_known_to_accelerate(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == "bf16"
+    assert config.num_processes == (1 if path.stem == "single_gpu" else 8)
+
+
+def test_recipes_name_launch_files_that_exist():
+    names = {path.stem for path in LAUNCH_FILES}
+    assert names == {"single_gpu", "multi_gpu", "zero2", "zero3", "fsdp2"}
+    for name in RECIPES:
+        for launch_file in re.findall(
+            r"accelerate_configs/(\w+)\.yaml", (FOLDER / "recipes" / name).read_text()
+        ):
+            assert launch_file in names

@@ -1,0 +1,341 @@
+"""Recipes at work: `conceptseg train`, resuming after a kill, two processes, and what bad input is answered with."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conceptseg_hf import ConceptSegForSegmentation, cli, nano_checkpoint
+
+pytest.importorskip("trl")
+
+from conceptseg_trainers.scripts import meta_grpo, sft
+from conceptseg_trainers.scripts.common import ModelArguments, find_resume_checkpoint, run
+from conceptseg_trainers.sft_config import ConceptSFTConfig
+
+RECIPES = Path(__file__).parents[2] / "trainers" / "recipes"
+STEPS = 6
+
+
+def sft_words(folder: Path, **changes) -> list[str]:
+    """The command line of a few small steps of the nano recipe."""
+    options = {
+        "max_steps": STEPS,
+        "train_samples": 32,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "save_steps": 1,
+        "save_total_limit": STEPS,
+        "eval_strategy": "no",
+        "logging_steps": 1,
+        "output_dir": folder,
+        **changes,
+    }
+    words = ["--config", str(RECIPES / "nano_sft.yaml")]
+    return words + [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def meta_grpo_words(folder: Path) -> list[str]:
+    """The same of stage II: one group of four completions a step."""
+    options = {
+        "max_steps": STEPS,
+        "train_samples": 32,
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "save_steps": 1,
+        "save_total_limit": STEPS,
+        "eval_strategy": "no",
+        "logging_steps": 1,
+        "log_examples_steps": 2,
+        "output_dir": folder,
+    }
+    words = ["--config", str(RECIPES / "nano_meta_grpo.yaml")]
+    return words + [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+STAGES = {"sft": (sft, sft_words), "meta_grpo": (meta_grpo, meta_grpo_words)}
+
+
+@pytest.fixture(scope="module")
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    """The folder of a run of one process from start to end, by stage; each is made once."""
+
+    @functools.cache
+    def folder_of(stage: str) -> Path:
+        folder = tmp_path_factory.mktemp(stage)
+        script, words = STAGES[stage]
+        run(script.prepare(words(folder)))
+        return folder
+
+    return folder_of
+
+
+def trained(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"checkpoint-{step}" / "model.safetensors")
+
+
+def losses(folder: Path) -> list[float]:
+    state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def test_conceptseg_train_runs_a_recipe(tmp_path, capsys):
+    words = sft_words(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2, eval_samples=4)
+    assert cli.main(["train", "sft", *words]) == 0
+    assert (tmp_path / "config.json").is_file() and (tmp_path / "processor_config.json").is_file()
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert [entry for entry in state["log_history"] if "eval_mask_iou" in entry]
+    assert len(list((tmp_path / "examples").glob("step_000002_*.png"))) == 4
+
+
+@pytest.mark.slow
+def test_a_run_of_meta_grpo_leaves_figures_pictures_and_a_complete_model(whole_runs):
+    folder = whole_runs("meta_grpo")
+    state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    for name in (
+        "rewards/format/mean",
+        "rewards/mask/mean",
+        "kl",
+        "loss/seg",
+        "mask_iou",
+        "completions/mean_length",
+    ):
+        assert name in state["log_history"][0], name
+    assert len(list((folder / "examples").glob("step_*.png"))) == STEPS // 2
+    model = ConceptSegForSegmentation.from_pretrained(folder)
+    before = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
+    assert not torch.equal(model.ctm.queries, before.ctm.queries)
+    for name, value in before.sam.state_dict().items():
+        assert torch.equal(value, model.sam.state_dict()[name]), name
+
+
+def test_conceptseg_train_runs_meta_grpo(tmp_path):
+    assert cli.main(["train", "meta-grpo", *meta_grpo_words(tmp_path), "--max_steps", "1"]) == 0
+    assert (tmp_path / "config.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_ends_as_if_it_had_not_been_killed(stage, whole_runs, tmp_path, environment):
+    script, words = STAGES[stage]
+    command = [sys.executable, "-m", f"conceptseg_trainers.scripts.{stage}", *words(tmp_path)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    try:
+        while not (tmp_path / "checkpoint-2" / "trainer_state.json").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json").exists()
+
+    run(script.prepare(words(tmp_path)))  # the recipe resumes by itself
+    whole = whole_runs(stage)
+    for name, value in trained(whole).items():
+        assert torch.equal(value, trained(tmp_path)[name]), name
+    assert losses(tmp_path) == losses(whole)
+
+
+# DeepSpeed would compile this operation for minutes; gloo alone will do.
+WORKER = """
+import sys
+import deepspeed.ops
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+from conceptseg_trainers.scripts import meta_grpo, sft
+from conceptseg_trainers.scripts.common import main
+sys.exit(main(sft.prepare))
+"""
+
+
+def deepspeed_words(folder: Path, stage: int) -> list[str]:
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_param_persistence_threshold": 0,
+        },
+    }
+    path = folder / "deepspeed.json"
+    path.write_text(json.dumps(config))
+    return ["--deepspeed", str(path)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3"])
+def test_two_processes_are_one_with_twice_the_batches(kind, whole_runs, tmp_path, environment):
+    whole_run = whole_runs("sft")
+    words = sft_words(tmp_path, gradient_accumulation_steps=1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    if kind == "ddp":
+        command += ["-m", "conceptseg_trainers.scripts.sft", *words]
+    else:
+        pytest.importorskip("deepspeed")
+        worker = tmp_path / "worker.py"
+        worker.write_text(WORKER)
+        command += [str(worker), *words, *deepspeed_words(tmp_path, int(kind[-1]))]
+
+    def train():
+        result = subprocess.run(
+            command, env={**environment, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, timeout=480
+        )
+        assert result.returncode == 0, result.stderr
+
+    train()
+    # One random state per process: there were two.
+    assert sorted(path.name for path in (tmp_path / "checkpoint-1").glob("rng_state*")) == [
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    ]
+    assert bool(list(tmp_path.glob("checkpoint-1/global_step*"))) is (kind != "ddp")  # DeepSpeed was there
+    assert losses(tmp_path) == pytest.approx(losses(whole_run), abs=1e-5)
+    for step, tolerance in ((1, 1e-5), (STEPS, 1e-4)):
+        expected = trained(whole_run, step)
+        for name, value in trained(tmp_path, step).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=tolerance)
+        assert trained(tmp_path, step).keys() == expected.keys()
+    complete = ConceptSegForSegmentation.from_pretrained(tmp_path)
+    for name, value in trained(tmp_path).items():
+        assert torch.equal(complete.state_dict()[name], value), name
+
+    if kind == "zero3":
+        final = trained(tmp_path)
+        for step in range(4, STEPS + 1):
+            shutil.rmtree(tmp_path / f"checkpoint-{step}")
+        train()  # from checkpoint 3, as the recipe says
+        for name, value in trained(tmp_path).items():
+            assert torch.equal(value, final[name]), name
+
+
+BAD_WORDS = {
+    "no recipe": (["--config", "/nowhere.yaml"], "'/nowhere.yaml' is not a file"),
+    "recipe cut off": (["--config"], "is not a file"),
+    "no number": (["--learning_rate", "high"], "invalid float value: 'high'"),
+    "unknown option": (["--learning_rat", "1", "--bogus", "2"], "--bogus"),
+    "unknown source": (["--completion_source", "thin_air"], "completion_source"),
+    "unknown benchmark": (["--benchmark", "nothing"], "no benchmark is named 'nothing'"),
+    "no samples": (["--train_samples", "0"], "train_samples is 0"),
+    "no such model": (["--model_name_or_path", "/nowhere"], "/nowhere"),
+    "half of the backbones": (["--mllm_name_or_path", "a/b"], "belong together"),
+    "no checkpoint": (["--resume_from_checkpoint", "/nowhere"], "no complete checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WORDS)
+def test_bad_input_is_answered_in_one_sentence(case, tmp_path, capsys):
+    words, message = BAD_WORDS[case]
+    options = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    assert cli.main(["train", "sft", *options, *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("conceptseg train: ") and message in error
+    assert not list(tmp_path.glob("out/checkpoint-*"))
+
+
+BAD_META_GRPO_WORDS = {
+    "unknown reward": (["--rewards", "beauty"], "rewards is ['beauty']"),
+    "groups that do not fit": (
+        ["--per_device_train_batch_size", "6", "--num_generations", "4"],
+        "whole groups",
+    ),
+    "long prompt": (["--max_prompt_length", "50"], "max_prompt_length"),
+    "wide grid": (["--grid", "4"], "grid is 4"),
+    "4 bits": (["--load_in_4bit", "true"], "set use_peft"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_META_GRPO_WORDS)
+def test_bad_input_of_meta_grpo_is_answered_in_one_sentence(case, tmp_path, capsys):
+    words, message = BAD_META_GRPO_WORDS[case]
+    recipe = ["--config", str(RECIPES / "nano_meta_grpo.yaml"), "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["train", "meta-grpo", *recipe, *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("conceptseg train: ") and message in error
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("learning_rates: 1.0", "learning_rates"),
+        ("- learning_rate", "YAML mapping"),
+        ("a: [1", "not valid YAML"),
+    ],
+)
+def test_bad_recipes_are_explained(recipe, message, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    with pytest.raises(ValueError, match=message):
+        sft.make_parser().parse([f"--config={path}", "--output_dir", str(tmp_path)])
+
+
+def test_the_command_line_beats_the_recipe(tmp_path):
+    words = ["--config", str(RECIPES / "nano_sft.yaml"), "--learning_rate", "0.5"]
+    _, _, args = sft.make_parser().parse(words)
+    assert (args.learning_rate, args.per_device_train_batch_size) == (0.5, 32)
+
+
+def test_missing_packages_are_named(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("conceptseg_trainers.scripts.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert cli.main(["train", "sft"]) == 2
+    assert "pip install conceptseg-hf[train]" in capsys.readouterr().err
+
+
+def test_resuming_from_the_last_complete_checkpoint(tmp_path):
+    def find(value):
+        args = ConceptSFTConfig(output_dir=str(tmp_path), resume_from_checkpoint=value, use_cpu=True)
+        return find_resume_checkpoint(args)
+
+    assert find(None) is None and find("auto") is None
+    for step in (5, 40, 300):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 300:  # the last one was being written when the run was killed
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert find("auto") == str(tmp_path / "checkpoint-40")
+    assert find(str(tmp_path / "checkpoint-5")) == str(tmp_path / "checkpoint-5")
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        find(str(tmp_path / "checkpoint-300"))
+
+
+def test_backbones_are_joined(model, processor, tmp_path):
+    model.vlm.save_pretrained(tmp_path / "mllm")
+    processor.tokenizer.save_pretrained(tmp_path / "mllm")
+    processor.image_processor.save_pretrained(tmp_path / "mllm")
+    model.sam.save_pretrained(tmp_path / "sam")
+    processor.sam_tokenizer.save_pretrained(tmp_path / "sam")
+    processor.sam_image_processor.save_pretrained(tmp_path / "sam")
+    arguments = ModelArguments(
+        mllm_name_or_path=str(tmp_path / "mllm"),
+        sam_name_or_path=str(tmp_path / "sam"),
+        num_concept_tokens=3,
+        canvas_size=64,
+        coordinate_scale=64,
+    )
+    joined, joined_processor = arguments.load()
+    assert joined.config.ctm_config.num_queries == 3
+    assert (joined_processor.canvas_size, joined_processor.coordinate_scale) == (64, 64)
+    assert joined_processor.image_processor.patch_size == processor.image_processor.patch_size
+    assert torch.equal(
+        joined.vlm.get_input_embeddings().weight, model.vlm.get_input_embeddings().weight.to(joined.vlm.dtype)
+    )

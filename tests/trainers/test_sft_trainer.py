@@ -1,0 +1,265 @@
+"""Stage I: what trains, what is saved, and that a run that was stopped ends as if it had not been."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from conceptseg_hf import ConceptSegForSegmentation, Reference
+from conceptseg_hf.data import ConceptShapes
+from conceptseg_hf.evaluation import foreground_iou
+
+pytest.importorskip("datasets")
+
+from conceptseg_trainers.sft_config import ConceptSFTConfig
+from conceptseg_trainers.sft_trainer import ConceptSFTCollator, ConceptSFTTrainer
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return list(ConceptShapes("train", length=8, size=48))
+
+
+@pytest.fixture()
+def make_trainer(make_model, processor, samples, tmp_path):
+    def make(folder="run", train=samples, evaluation=None, **settings):
+        settings = {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 2,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "learning_rate": 1e-3,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "max_prompt_length": 400,
+            **settings,
+        }
+        return ConceptSFTTrainer(
+            make_model(),
+            ConceptSFTConfig(output_dir=str(tmp_path / folder), **settings),
+            train,
+            evaluation,
+            processor,
+        )
+
+    return make
+
+
+def weights(trainer: ConceptSFTTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.concept_model.state_dict().items()}
+
+
+@pytest.fixture()
+def digest(weight_hash):
+    return lambda trainer: weight_hash(trainer.concept_model.ctm)
+
+
+def test_only_the_ctm_trains(make_trainer):
+    trainer = make_trainer()
+    before = weights(trainer)
+    trainer.train()
+    changed = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.startswith("ctm.")}
+    assert not trainer.concept_model.vlm.training and not trainer.concept_model.sam.training
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(log["loss/dice"] + log["loss/focal"], abs=1e-4)
+    assert 0 <= log["mask_iou"] <= 1
+
+
+def test_the_loss_is_that_of_the_model(make_trainer, samples):
+    trainer = make_trainer()
+    batch = trainer.data_collator(samples[:3])
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    shown, labels = batch.pop("shown"), batch.pop("mask_labels")
+    output = trainer.concept_model(**batch, mask_labels=torch.stack(labels))
+    assert [example.target for example in shown] == [sample.image for sample in samples[:3]]
+    assert loss.item() == pytest.approx(output.loss.item(), abs=1e-5)
+
+
+def test_the_released_loss_is_a_setting(make_trainer, samples):
+    trainer = make_trainer(dice_weight=0.0, focal_alpha=-1.0, focal_gamma=0.0)
+    batch = trainer.data_collator(samples[:2])
+    loss, masks = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
+    logits = trainer.concept_model(
+        **{key: batch[key] for key in batch if key not in ("shown", "mask_labels")}
+    )
+    full = torch.nn.functional.interpolate(logits.mask_logits, size=(48, 48), mode="bilinear")[:, 0]
+    truth = torch.stack(batch["mask_labels"]).float()
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(full, truth)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert all(np.array_equal(mask, row.detach().numpy() > 0) for mask, row in zip(masks, full))
+
+
+def test_images_of_several_sizes(make_trainer, samples):
+    mixed = [samples[0], next(iter(ConceptShapes("train", size=64)))]
+    trainer = make_trainer()
+    both = trainer.compute_loss(trainer.model, trainer.data_collator(mixed))
+    alone = [trainer.compute_loss(trainer.model, trainer.data_collator([sample])) for sample in mixed]
+    assert both.item() == pytest.approx(torch.stack(alone).mean().item(), abs=1e-4)
+
+
+def test_checkpoints_hold_the_ctm_and_the_end_everything(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    trainer.save_model()
+    folder = Path(trainer.args.output_dir)
+    with safe_open(folder / f"checkpoint-{STEPS}" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert names == {f"ctm.{name}" for name in trainer.concept_model.ctm.state_dict()}
+    loaded = ConceptSegForSegmentation.from_pretrained(folder)
+    for name, value in weights(trainer).items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    config = json.loads((folder / "config.json").read_text())
+    assert "use_cache" not in config and (folder / "processor_config.json").is_file()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resuming_is_exact(make_trainer, digest, accumulation):
+    # 8 samples, so with accumulation the checkpoint at step 2 ends an epoch and the run goes on in the next.
+    settings = {"gradient_accumulation_steps": accumulation}
+    whole = make_trainer("whole", **settings)
+    whole.train()
+    resumed = make_trainer("resumed", **settings)
+    assert digest(resumed) != digest(whole)
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
+    assert digest(resumed) == digest(whole)
+
+
+def test_workers_change_nothing(make_trainer, digest):
+    alone, helped = make_trainer("alone"), make_trainer("helped", dataloader_num_workers=2)
+    for trainer in (alone, helped):
+        trainer.train()
+    assert digest(alone) == digest(helped)
+
+
+def test_generated_completions_are_trained_on_and_kept(make_trainer, samples, digest):
+    settings = {"completion_source": "generated", "max_completion_length": 6, "generation_batch_size": 4}
+    trainer = make_trainer(evaluation=samples[:2], **settings)
+    folder = Path(trainer.args.output_dir) / "completions"
+    kept = (folder / "completions-00000.jsonl").read_bytes()
+    assert len(kept.splitlines()) == len(samples)  # the two for evaluation are among them
+    _, completion = trainer.data_collator.row(samples[0])
+    assert completion.text == json.loads(kept.splitlines()[0])["token_ids"]
+    trainer.train()
+    # The CTM has changed, the MLLM has not: nothing is generated again.
+    resumed = make_trainer(evaluation=samples[:2], **settings)
+    resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-2"))
+    assert digest(resumed) == digest(trainer)
+    assert (folder / "completions-00000.jsonl").read_bytes() == kept
+
+
+def test_a_checkpoint_of_another_ctm_is_refused(make_trainer):
+    trainer = make_trainer(max_steps=2)
+    trainer.train()
+    path = Path(trainer.args.output_dir) / "checkpoint-2" / "model.safetensors"
+    state = load_file(path)
+    state.pop("ctm.queries")
+    save_file(state, path)
+    with pytest.raises(ValueError, match=r"ctm\.queries"):
+        make_trainer().train(resume_from_checkpoint=str(path.parent))
+
+
+def test_references_are_composed_anew_in_each_epoch(make_trainer, samples):
+    sample = next(sample for sample in samples if len(sample.references) > 2)
+    collator = make_trainer().data_collator
+
+    def mosaic(epoch):
+        collator.set_epoch(epoch)
+        prepared, _ = collator.row(sample)
+        return prepared.mllm_images[0].tobytes()
+
+    mosaics = [mosaic(epoch) for epoch in range(8)]
+    assert len(set(mosaics)) > 1
+    assert mosaics == [mosaic(epoch) for epoch in range(8)]
+    collator.set_epoch(3)
+    prepared, completion = collator.row(sample)
+    # The text says what the mosaic shows: the check box is where the proxy query of this epoch lies.
+    parsed = collator.processor.decode_completion(
+        collator.processor.tokenizer(completion.text)["input_ids"], prepared
+    )
+    assert collator.processor.check_iou(parsed.check, prepared.frame) > 0.5
+
+
+def test_the_epoch_reaches_the_collator_on_resuming(make_trainer):
+    epochs = []
+
+    class Listening(ConceptSFTCollator):
+        def __call__(self, batch):
+            epochs.append(self.epoch)
+            return super().__call__(batch)
+
+    trainer = make_trainer(max_steps=6, save_steps=5)
+    trainer.data_collator.__class__ = Listening
+    trainer.train()
+    assert epochs[:4] == [0] * 4 and set(epochs[4:]) == {1}  # batches are fetched ahead
+    epochs.clear()
+    resumed = make_trainer(max_steps=6)
+    resumed.data_collator.__class__ = Listening
+    resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-5"))
+    assert set(epochs) == {1}
+
+
+def test_evaluation_measures_masks_and_leaves_pictures(make_trainer, samples):
+    trainer = make_trainer(evaluation=samples[:3], per_device_eval_batch_size=2, log_examples=2)
+    shuffle = trainer.data_collator.shuffle
+    metrics = trainer.evaluate()
+    masks = [
+        mask
+        for index in range(3)
+        for mask in trainer.compute_loss(
+            trainer.model.eval(), trainer.get_eval_dataloader().collate_fn([samples[index]]), True
+        )[1]
+    ]
+    truths = [np.asarray(sample.mask) >= 128 for sample in samples]
+    expected = np.mean([foreground_iou(mask, truth) for mask, truth in zip(masks, truths)])
+    assert metrics["eval_mask_iou"] == pytest.approx(expected, abs=1e-6)
+    assert trainer.data_collator.shuffle is shuffle
+    assert len(list((Path(trainer.args.output_dir) / "examples").glob("*.png"))) == 2
+
+
+BROKEN = {
+    "mask": (
+        lambda sample: {"mask": sample.mask.resize((24, 24))},
+        r"mask of \(24, 24\) pixels for an image of \(48, 48\)",
+    ),
+    "completion": (lambda sample: {"rule": None}, "no true rule"),
+    "prompt": (lambda sample: {"prompt": "the red circle " * 200}, "more than max_prompt_length = 400"),
+    "think": (lambda sample: {"think": "the red circle " * 300}, "more than max_completion_length = 768"),
+    "reference": (
+        lambda sample: {"references": [Reference(sample.image, box=(90, 90, 99, 99))]},
+        "lies outside its image",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_bad_samples_are_explained_before_training(make_trainer, samples, fault):
+    change, message = BROKEN[fault]
+    with pytest.raises(ValueError, match=message):
+        make_trainer(train=[samples[0], replace(samples[1], **change(samples[1]))])
+
+
+def test_bad_arguments_are_explained(make_trainer, make_model, processor, samples, tmp_path):
+    with pytest.raises(ValueError, match="no samples"):
+        make_trainer(train=[])
+    with pytest.raises(ValueError, match="give ConceptSamples"):
+        make_trainer(train=[{"image": None}])
+    with pytest.raises(ValueError, match="completion_source is 'true'"):
+        ConceptSFTConfig(output_dir=str(tmp_path), completion_source="true")
+    with pytest.raises(ValueError, match="ConceptSegProcessor"):
+        ConceptSFTTrainer(make_model(), ConceptSFTConfig(output_dir=str(tmp_path)), samples)
+    with pytest.raises(ValueError, match="ConceptSegForSegmentation"):
+        ConceptSFTTrainer(make_model().vlm, ConceptSFTConfig(output_dir=str(tmp_path)), samples)
+    several = ConceptSFTConfig(output_dir=str(tmp_path), use_cpu=True)
+    several._n_gpu = 2
+    with pytest.raises(ValueError, match="one process sees 2 GPUs"):
+        ConceptSFTTrainer(make_model(), several, samples, processing_class=processor)

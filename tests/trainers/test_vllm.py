@@ -1,0 +1,78 @@
+"""vLLM rollouts. The engine needs a GPU; what is sent to it, and what it is built from, does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+from accelerate import Accelerator
+from conceptseg_trainers.vllm import ConceptVLLMGeneration, suppress_tokens
+from peft import LoraConfig, get_peft_model
+from trl.generation.vllm_generation import VLLMGeneration
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """Builds the backend up to the point where TRL would start the engine, and says what it would start from."""
+
+    def make(model, **kwargs):
+        started_from = []
+        monkeypatch.setattr(
+            VLLMGeneration, "_init_vllm", lambda self: started_from.append(self.model.name_or_path)
+        )
+        backend = ConceptVLLMGeneration(
+            model,
+            Accelerator(cpu=True),
+            None,
+            mllm_name_or_path="an/mllm",
+            suppressed_tokens=[7, 9],
+            **kwargs,
+        )
+        return backend, started_from
+
+    return make
+
+
+def test_only_the_mllm_is_sent_under_its_own_names(build, model) -> None:
+    backend, started_from = build(model)
+    sent = dict(backend._iter_named_params())
+    own = dict(model.vlm.named_parameters())
+    assert sent.keys() == own.keys()
+    assert all(torch.equal(sent[name], own[name]) for name in own)
+    assert started_from == ["an/mllm"] and model.name_or_path != "an/mllm"
+
+
+def test_adapters_are_sent_merged(build, make_model) -> None:
+    model = make_model()
+    expected = {name: parameter.clone() for name, parameter in model.vlm.named_parameters()}
+    adapted = get_peft_model(
+        model,
+        LoraConfig(target_modules=r"vlm\.model\.language_model\..*\.q_proj", modules_to_save=["ctm"]),
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    backend, started_from = build(adapted)
+    # A merged weight is only there while it is being sent.
+    sent = {name: parameter.clone() for name, parameter in backend._iter_named_params()}
+    assert sent.keys() == expected.keys()
+    changed = {name for name in sent if not torch.equal(sent[name], expected[name])}
+    assert changed == {
+        name for name in expected if "language_model" in name and name.endswith("q_proj.weight")
+    }
+    assert started_from == ["an/mllm"]
+
+
+def test_image_tokens_cannot_be_sampled_and_other_biases_stay(build, model) -> None:
+    backend, _ = build(model, generation_kwargs={"seed": 1, "logit_bias": {3: 2.0}})
+    assert backend.generation_kwargs == {"seed": 1, "logit_bias": {3: 2.0, 7: -100.0, 9: -100.0}}
+    assert suppress_tokens(None, []) == {"logit_bias": {}}
+
+
+def test_without_vllm_one_sentence_says_so(model) -> None:
+    with pytest.raises(ImportError, match="vLLM"):
+        ConceptVLLMGeneration(
+            model, Accelerator(cpu=True), None, mllm_name_or_path="an/mllm", suppressed_tokens=[]
+        )

@@ -1,0 +1,178 @@
+"""What each process of `test_distributed.py` runs, under torchrun: one kind of training on CPU, figures as JSON.
+
+Usage: `torchrun --nproc_per_node N two_processes.py KIND OUTPUT_DIR`, KIND one of ddp, zero2, zero3, fsdp2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from conceptseg_hf import (
+    ConceptSegForSegmentation,
+    ConceptSegProcessor,
+    format_completion,
+    nano_checkpoint,
+)
+from conceptseg_hf.data import load_benchmark
+
+GROUP, STEPS = 4, 3
+
+
+def deepspeed_config(stage: int) -> dict:
+    import deepspeed.ops
+
+    # DeepSpeed would compile it for minutes; gloo alone will do.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_param_persistence_threshold": 0,
+        },
+    }
+
+
+def make_trainer(kind: str, folder: Path, **settings):
+    from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
+
+    class Scripted(MetaGRPOTrainer):
+        """Completions that depend on the prompt and their place in the group alone: sampling differs by process."""
+
+        def _generate_single_turn(
+            self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
+        ):
+            sampled, _ = super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
+            )
+            assert all(0 < len(ids) <= self.max_completion_length for ids in sampled)
+            return [self._written(ids, row % GROUP) for row, ids in enumerate(prompt_ids)], None
+
+        def _written(self, prompt: list[int], place: int) -> list[int]:
+            rng = np.random.default_rng([sum(prompt), place])
+            boxes = [sorted(rng.integers(0, 101, 2)) for _ in range(4)]
+            check, bbox = ([a[0], b[0], a[1], b[1]] for a, b in (boxes[:2], boxes[2:]))
+            text = format_completion("", "same", check, bbox, "star" if place % 2 else "red circle", 100)
+            text = text if place else text.partition("</answer>")[0]  # so that rewards differ in a group
+            tokenizer = self.concept_processor.tokenizer
+            return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+    args = MetaGRPOConfig(
+        str(folder),
+        per_device_train_batch_size=GROUP,
+        num_generations=GROUP,
+        gradient_accumulation_steps=settings.pop("gradient_accumulation_steps", 1),
+        max_completion_length=48,
+        max_steps=STEPS,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=2,
+        learning_rate=1e-4,
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        log_examples=0,
+        deepspeed=deepspeed_config(int(kind[-1])) if kind.startswith("zero") else None,
+        **settings,
+    )
+    samples = list(load_benchmark("concept-shapes", split="train", limit=8))
+    return Scripted(
+        ConceptSegForSegmentation.from_pretrained(nano_checkpoint()),
+        args=args,
+        train_dataset=split_reference_dataset(samples),
+        processing_class=ConceptSegProcessor.from_pretrained(nano_checkpoint()),
+    )
+
+
+def train(kind: str, folder: Path, **settings) -> dict:
+    from conceptseg_trainers.distributed import is_sharded
+
+    trainer = make_trainer(kind, folder / "run", **settings)
+    sam = _hash(trainer.concept_model.sam)
+    trainer.train()
+    trainer.save_model(str(folder / "whole"))
+    resumed = make_trainer(kind, folder / "run", **settings)
+    resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
+    resumed.save_model(str(folder / "resumed"))
+    return {
+        "kind": str(trainer.accelerator.distributed_type).rpartition(".")[2],
+        "zero_stage": trainer.args.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None,
+        "world_size": trainer.accelerator.num_processes,
+        "sharded": sorted({is_sharded(parameter) for parameter in trainer.concept_model.parameters()}),
+        "sam_sharded": sorted(
+            {is_sharded(parameter) for parameter in trainer.concept_model.sam.parameters()}
+        ),
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "resumed": [entry for entry in resumed.state.log_history if "loss" in entry][-1],
+        "final_weights": _file_hash(folder / "whole"),
+        "resumed_weights": _file_hash(folder / "resumed"),
+        "sam_unchanged": _hash(trainer.concept_model.sam) == sam,
+    }
+
+
+def shard_and_generate() -> dict:
+    """FSDP2 by hand: accelerate offers it on GPUs only."""
+    from conceptseg_trainers.distributed import make_generate_gather
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo")
+    mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    processor = ConceptSegProcessor.from_pretrained(nano_checkpoint())
+    sample = load_benchmark("concept-shapes", split="train", limit=1)[0]
+    batch = processor.collate([processor.prepare(sample.image, sample.prompt, sample.references)])
+
+    def generate(model) -> list[int]:
+        return model.generate(**batch, max_new_tokens=12, do_sample=False)[0].tolist()
+
+    model = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
+    whole = generate(model)
+    model.detach_sam()
+    for layer in [*model.vlm.model.visual.blocks, *model.vlm.model.language_model.layers]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    try:
+        generate(model)
+        fails_without = False
+    except RuntimeError:
+        fails_without = True
+    make_generate_gather(model)
+    return {
+        "world_size": torch.distributed.get_world_size(),
+        "same": generate(model) == whole,
+        "fails_without": fails_without,
+    }
+
+
+def _hash(module) -> str:
+    weights = b"".join(weight.numpy().tobytes() for weight in module.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()
+
+
+def _file_hash(folder: Path) -> str:
+    path = folder / "model.safetensors"  # the main process writes it
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+
+
+def write(figures: dict, folder: Path) -> None:
+    (folder / "figures.json").write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    kind, folder = sys.argv[1], Path(sys.argv[2])
+    figures = shard_and_generate() if kind == "fsdp2" else train(kind, folder)
+    if torch.distributed.get_rank() == 0:
+        write(figures, folder)
+    torch.distributed.destroy_process_group()

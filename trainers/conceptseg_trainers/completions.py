@@ -1,0 +1,213 @@
+"""What the CTM reads in stage I: true completions, templated ones, or the frozen MLLM's own, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, format_completion
+from conceptseg_hf.data import ConceptSample
+from conceptseg_hf.evaluation.loading import fingerprint
+from conceptseg_hf.generation import generate_with_states
+from conceptseg_hf.processing_conceptseg import Frame
+
+_GENERIC_ANSWERS = ("visual", "object")
+
+
+@dataclass(frozen=True)
+class TrainingCompletion:
+    """A completion for teacher forcing.
+
+    Attributes:
+        text: The text, or the token ids without the end-of-turn token.
+        sam_text: What SAM 3 gets as the answer.
+        rule: The rule in it, for example pictures.
+    """
+
+    text: str | list[int]
+    sam_text: str
+    rule: str | None = None
+
+
+def ground_truth_completion(
+    sample: ConceptSample, frame: Frame, processor: ConceptSegProcessor
+) -> TrainingCompletion:
+    """The sample's reasoning, rule, boxes and answer.
+
+    Raises:
+        ValueError: If the sample lacks one of them.
+    """
+    missing = [name for name in ("think", "rule", "answer") if getattr(sample, name) is None]
+    if missing:
+        raise ValueError(
+            f"sample {sample.sample_id!r} has no true {' and '.join(missing)}; use completion_source template, "
+            "released or generated."
+        )
+    text = _write(sample, frame, processor, sample.think, sample.rule, sample.answer)
+    return TrainingCompletion(text, sample.answer, sample.rule)
+
+
+def template_completion(
+    sample: ConceptSample, frame: Frame, processor: ConceptSegProcessor
+) -> TrainingCompletion:
+    """The sample's boxes and its answer (else its prompt), with empty reasoning and rule."""
+    answer = sample.answer or sample.prompt
+    return TrainingCompletion(_write(sample, frame, processor, "", "", answer), answer)
+
+
+def released_completion(
+    sample: ConceptSample, frame: Frame, processor: ConceptSegProcessor, draw: int
+) -> TrainingCompletion:
+    """Boxes and nothing else; SAM 3 gets "visual" or "object" by the parity of the random number `draw`."""
+    return TrainingCompletion(_write(sample, frame, processor, "", "", ""), _GENERIC_ANSWERS[draw % 2])
+
+
+def _write(
+    sample: ConceptSample, frame: Frame, processor: ConceptSegProcessor, think: str, rule: str, answer: str
+) -> str:
+    box = None if sample.box is None else processor.box_to_text(sample.box, frame)
+    return format_completion(
+        think, rule, processor.check_to_text(frame), box, answer, processor.coordinate_scale
+    )
+
+
+class CompletionCache:
+    """Completions of one frozen MLLM in a folder, a JSON line each: generated once, whoever asks how often.
+
+    Every process writes a file of its own and reads all of them, so a run that was killed goes on where it
+    was, with any number of processes. Lines of another MLLM, template, canvas or length limit are passed
+    over.
+
+    Args:
+        folder: Created if missing.
+        model: Its MLLM is the one that writes.
+        processor: Writes the prompts.
+        max_new_tokens: Limit of a completion.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: ConceptSegForSegmentation,
+        processor: ConceptSegProcessor,
+        max_new_tokens: int,
+    ) -> None:
+        self.folder = folder
+        self.processor = processor
+        self.max_new_tokens = max_new_tokens
+        self.policy = _policy(model, processor, max_new_tokens)
+        self._token_ids: dict[str, list[int]] = {}
+        self.reload()
+
+    def __len__(self) -> int:
+        return len(self._token_ids)
+
+    def __contains__(self, sample_id: str) -> bool:
+        return sample_id in self._token_ids
+
+    def reload(self) -> None:
+        """Reads what all processes have written so far."""
+        for path in sorted(self.folder.glob("*.jsonl")):
+            self._token_ids.update(
+                (row["sample_id"], row["token_ids"]) for row in _rows(path) if row["policy"] == self.policy
+            )
+
+    def completion(self, sample: ConceptSample) -> TrainingCompletion:
+        """The completion of a sample that `generate` has seen; SAM 3 gets its answer, else the prompt."""
+        token_ids = self._token_ids[sample.sample_id]
+        parsed = self.processor.decode_completion(token_ids)
+        return TrainingCompletion(token_ids, parsed.answer or sample.prompt, parsed.rule)
+
+    def generate(
+        self,
+        model: ConceptSegForSegmentation,
+        samples: Sequence[ConceptSample],
+        batch_size: int = 16,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        """Lets the MLLM complete, greedily, those of every `processes`-th sample that are missing.
+
+        Args:
+            model: The one that the cache was made for.
+            samples: References as they are (not composed at random).
+            batch_size: Prompts at a time.
+            process: Number of this process, from 0.
+            processes: How many processes share the work.
+
+        Raises:
+            ValueError: If two samples share one `sample_id`.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"completions-{process:05d}.jsonl"
+        _drop_torn_line(path)
+        seen: set[str] = set()
+        batch: list[ConceptSample] = []
+        mine = range(process, len(samples), processes)
+        progress = tqdm(mine, desc="completions", unit="sample", disable=process > 0, mininterval=5)
+        with path.open("a", encoding="utf-8") as file:
+            for index in progress:
+                sample = samples[index]
+                if sample.sample_id in seen:
+                    raise ValueError(
+                        f"two samples have the sample_id {sample.sample_id!r}, by which generated completions are "
+                        "kept; give each its own."
+                    )
+                seen.add(sample.sample_id)
+                if sample.sample_id not in self:
+                    batch.append(sample)
+                if batch and (len(batch) == batch_size or index == mine[-1]):
+                    for row in self._complete(model, batch):
+                        self._token_ids[row["sample_id"]] = row["token_ids"]
+                        file.write(json.dumps(row) + "\n")
+                    file.flush()
+                    batch = []
+
+    def _complete(self, model: ConceptSegForSegmentation, samples: list[ConceptSample]) -> Iterator[dict]:
+        prepared = [
+            self.processor.prepare(sample.image, sample.prompt, sample.references, lazy=True)
+            for sample in samples
+        ]
+        generated = generate_with_states(
+            model.vlm,
+            self.processor.collate(prepared, device=model.device),
+            {"max_new_tokens": self.max_new_tokens},
+            model.config.hidden_states_at,
+        )
+        for sample, token_ids, mask in zip(samples, generated.token_ids, generated.mask, strict=True):
+            ids = token_ids[mask].tolist()
+            text = self.processor.tokenizer.decode(ids)  # for people who read the file
+            yield {"sample_id": sample.sample_id, "policy": self.policy, "text": text, "token_ids": ids}
+
+
+def _policy(model: ConceptSegForSegmentation, processor: ConceptSegProcessor, max_new_tokens: int) -> str:
+    """A hash of everything but the sample that decides what the MLLM writes."""
+    settings = {
+        "weights": fingerprint(model.vlm)["weights"],
+        "prompt_template": processor.prompt_template,
+        "canvas_size": processor.canvas_size,
+        "coordinate_scale": processor.coordinate_scale,
+        "max_new_tokens": max_new_tokens,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _rows(path: Path) -> Iterator[dict]:
+    """The complete lines of a file; the last one may have been cut off when a run was killed."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cuts the file behind its last complete line, so that the next line does not begin in a torn one."""
+    if path.exists():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            path.write_bytes(content[: content.rfind(b"\n") + 1])

@@ -1,0 +1,147 @@
+"""The settings of stage II."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from .rewards import REWARDS, WITHOUT_PROXY
+
+_UNSUPPORTED = {
+    "sync_ref_model": "the reference policy of Meta-GRPO is fixed",
+    "cast_lm_head_to_fp32": "TRL looks for the head on the model itself, not on its MLLM",
+    "remove_unused_columns": "SAM 3 and the rewards need columns that the MLLM does not",
+    "dataloader_persistent_workers": "workers that outlive an epoch would go on with its mosaics",
+}
+
+
+@dataclass
+class MetaGRPOConfig(GRPOConfig):
+    """Stage II of the paper: Meta-GRPO on the MLLM and the CTM (eq. 6, 7 and 8).
+
+    The fields of `trl.GRPOConfig`, with the defaults of Table 7 (2 epochs at 1e-6, linear, AdamW, seed 42; G 8; beta
+    0.04; 768 completion tokens; batch 64, which is 8 completions on each of 8 GPUs) and the loss of GRPO's own paper
+    (`loss_type="grpo"`), and these:
+
+    > Parameters that control the data
+
+        max_prompt_length: Tokens of a prompt, images included (Table 7); a longer one is refused.
+
+    > Parameters that control the rewards
+
+        rewards: The parts of the reward (eq. 6), of `"format"`, `"mask"`, `"meta"` and `"box"`; TRL's
+            `reward_weights` weighs them in this order. `"box"` in the place of `"meta"` is the ablation without meta
+            reward.
+        meta_without_proxy: R_meta where there is no proxy query. `"none"`: no reward, as eq. 2 has none; `"square"`:
+            IoU(bbox)^2, as in the released code; `"box"`: IoU(bbox).
+        sam_decode_batch_size: Masks that SAM 3 decodes, and images it encodes, at a time.
+
+    > Parameters that control the loss
+
+        seg_loss_weight: Weight of L_seg in eq. 8: 1 in the paper, 0.01 in the released code.
+        detach_hidden_states: Stop the gradient of L_seg at the CTM's input, as the released code does; in the paper
+            it reaches the MLLM.
+        dice_weight: Weight of the dice loss in L_seg (eq. 5).
+        focal_weight: Weight of the focal loss in L_seg.
+        focal_alpha: Its weight of foreground pixels; negative: none.
+        focal_gamma: Its discount of well-classified pixels. `focal_alpha=-1, focal_gamma=0` is the released code's
+            binary cross-entropy.
+
+    > Parameters that control the models
+
+        ref_model_name_or_path: A ConceptSeg checkpoint whose MLLM is the reference policy; by default the model as
+            it is given to the trainer. Needed when a run goes on with a model that was trained before.
+        freeze_vision_tower: Leave the MLLM's vision tower as it is; the paper trains all of the MLLM.
+        vllm_mllm_name_or_path: With `use_vllm`, the folder or id of the plain MLLM that a colocated engine starts
+            from.
+
+    > Parameters that control the example pictures
+
+        log_examples: Pictures at a time; 0 for none.
+        log_examples_steps: Steps between pictures.
+    """
+
+    # Table 7.
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW."})
+    num_train_epochs: float = field(default=2, metadata={"help": "Passes over the data."})
+    max_completion_length: int | None = field(default=768, metadata={"help": "Tokens of a completion."})
+    beta: float = field(default=0.04, metadata={"help": "Weight of the KL to the reference policy (eq. 7)."})
+    loss_type: str = field(default="grpo", metadata={"help": "See trl.GRPOConfig."})
+    # Pictures would be pickled across processes at every generation.
+    log_multimodal: bool = field(
+        default=False, metadata={"help": "Log images beside completions; slow across processes."}
+    )
+
+    max_prompt_length: int = field(default=2048, metadata={"help": "Tokens of a prompt; longer is refused."})
+    rewards: list[str] = field(
+        default_factory=lambda: ["format", "mask", "meta"], metadata={"help": "Parts of the reward (eq. 6)."}
+    )
+    meta_without_proxy: str = field(
+        default="none",
+        metadata={"help": "R_meta where there is no proxy query.", "choices": list(WITHOUT_PROXY)},
+    )
+    sam_decode_batch_size: int = field(default=8, metadata={"help": "Masks that SAM 3 decodes at a time."})
+    seg_loss_weight: float = field(default=1.0, metadata={"help": "Weight of L_seg (eq. 8)."})
+    detach_hidden_states: bool = field(
+        default=False, metadata={"help": "Stop the gradient of L_seg at the CTM's input."}
+    )
+    dice_weight: float = field(default=1.0, metadata={"help": "Weight of the dice loss."})
+    focal_weight: float = field(default=1.0, metadata={"help": "Weight of the focal loss."})
+    focal_alpha: float = field(default=0.25, metadata={"help": "Focal loss: weight of the foreground."})
+    focal_gamma: float = field(default=2.0, metadata={"help": "Focal loss: discount of easy pixels."})
+    ref_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint of the reference policy."}
+    )
+    freeze_vision_tower: bool = field(default=False, metadata={"help": "Do not train the vision tower."})
+    vllm_mllm_name_or_path: str | None = field(
+        default=None, metadata={"help": "Plain MLLM that a vLLM engine starts from."}
+    )
+    log_examples: int = field(default=4, metadata={"help": "Example pictures at a time; 0 for none."})
+    log_examples_steps: int = field(default=50, metadata={"help": "Steps between example pictures."})
+
+    def __post_init__(self) -> None:
+        self._check_fields()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if self.generation_batch_size and self.generation_batch_size % self.num_generations:
+                raise ValueError(
+                    f"MetaGRPOConfig: {self.generation_batch_size} completions at a time "
+                    "(per_device_train_batch_size x processes x steps_per_generation) do not make whole groups of "
+                    f"num_generations = {self.num_generations}; make them a multiple of it."
+                ) from error
+            raise
+
+    def _check_fields(self) -> None:
+        unknown = [name for name in self.rewards if name not in REWARDS]
+        if unknown or not self.rewards or len(set(self.rewards)) < len(self.rewards):
+            raise ValueError(
+                f"MetaGRPOConfig: rewards is {self.rewards}; name some of {', '.join(REWARDS)}, each once."
+            )
+        if self.meta_without_proxy not in WITHOUT_PROXY:
+            raise ValueError(
+                f"MetaGRPOConfig: meta_without_proxy is {self.meta_without_proxy!r}; use one of "
+                f"{', '.join(WITHOUT_PROXY)}."
+            )
+        for name in ("max_prompt_length", "sam_decode_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"MetaGRPOConfig: {name} is {getattr(self, name)}; use at least 1.")
+        for name in (
+            "seg_loss_weight",
+            "dice_weight",
+            "focal_weight",
+            "focal_gamma",
+            "log_examples",
+            "log_examples_steps",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"MetaGRPOConfig: {name} is {getattr(self, name)}; use 0 or more.")
+        for name, reason in _UNSUPPORTED.items():
+            if getattr(self, name):
+                raise ValueError(f"MetaGRPOConfig: {name} is true, but {reason}; leave it out.")
+        if self.use_vllm and not self.vllm_mllm_name_or_path:
+            raise ValueError(
+                "MetaGRPOConfig: use_vllm is true without vllm_mllm_name_or_path; name the plain MLLM that the engine "
+                "starts from."
+            )

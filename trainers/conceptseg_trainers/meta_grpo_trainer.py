@@ -1,0 +1,533 @@
+"""Stage II: Meta-GRPO (paper, eq. 1, 2, 6, 7 and 8) on TRL's GRPOTrainer."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import datasets
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+from trl.data_utils import prepare_multimodal_messages
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
+
+from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, mllm, parse_completion
+from conceptseg_hf.evaluation import foreground_iou
+from conceptseg_hf.images import load_image, load_mask
+from conceptseg_hf.losses import segmentation_loss
+from conceptseg_hf.processing_conceptseg import Frame, PreparedSample
+from conceptseg_hf.sam_prompt import ImageFeatures
+
+from .callbacks import EpochCallback, ExamplePicturesCallback, FormatOnlyWarning, TrainingExample
+from .distributed import clone_whole, make_generate_gather, materialize
+from .meta_grpo_config import MetaGRPOConfig
+from .rewards import REWARDS, completion_text, located
+from .split_reference import COLUMNS, INDEX, find_composer, set_epoch
+
+logger = logging.getLogger(__name__)
+
+_Key: TypeAlias = tuple[str, int | None]
+
+# So many rows, spread over the data, are tried before training; the others are checked before they are used.
+_TRIED_ROWS = 32
+
+
+class MetaGRPOTrainer(GRPOTrainer):
+    """GRPOTrainer for the MLLM and the CTM of a ConceptSeg model.
+
+    The only changes with respect to GRPOTrainer are that each completion is also translated to concept tokens, from
+    which SAM 3 decodes the mask that its reward is about, and that L_seg (eq. 8) is added to the policy loss, on the
+    same forward pass.
+
+    SAM 3 is frozen and taken out of the module tree, so that nothing trains, shards or wraps it; it encodes the image
+    of a prompt once for all of its completions. Checkpoints of a run go without it; `save_model()` writes the
+    complete model (an adapter alone with PEFT) and its processor. The reference policy is a copy of the MLLM as it
+    is given to the constructor: to resume a run, construct the trainer with the model that the run began with.
+
+    Logged beside what GRPOTrainer logs: `loss/grpo`, `loss/seg`, `loss/dice`, `loss/focal`, `mask_iou`, `box_iou` and
+    `check_iou` (where there is a proxy query).
+
+    Args:
+        model: The model, a PEFT model around one, or the folder or id of a checkpoint.
+        reward_funcs: Reward functions as GRPOTrainer takes them; by default those that `args.rewards` names.
+            They get the columns of the data set, and the column `predicted_mask`, (H, W) bool arrays.
+        args: The settings.
+        train_dataset: Rows as `split_reference_dataset` makes them.
+        eval_dataset: The same for evaluation, or several by name.
+        processing_class: The model's processor; by default that of the checkpoint `model` names.
+        ref_model: The reference policy, a ConceptSeg model or its MLLM, instead of a copy.
+        **kwargs: Further arguments of GRPOTrainer, such as `peft_config` and `callbacks`.
+
+    Attributes:
+        concept_model: The model, without any wrapper.
+        concept_processor: Its processor. `processing_class` is the MLLM's plain one.
+        examples: What `ExamplePicturesCallback` draws next.
+
+    Raises:
+        ValueError: If model, processor or data cannot be used.
+    """
+
+    _tag_names = ("trl", "grpo", "meta-grpo")
+    _name = "Meta-GRPO"
+
+    def __init__(
+        self,
+        model: ConceptSegForSegmentation | PreTrainedModel | str | os.PathLike,
+        reward_funcs: Callable | list[Callable] | None = None,
+        args: MetaGRPOConfig | None = None,
+        train_dataset: datasets.Dataset | datasets.IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: ConceptSegProcessor | None = None,
+        ref_model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = MetaGRPOConfig("meta-grpo") if args is None else args
+        if isinstance(model, (str, os.PathLike)):
+            processing_class = processing_class or ConceptSegProcessor.from_pretrained(model)
+            model = ConceptSegForSegmentation.from_pretrained(model)
+        adapted = is_peft_model(model) or kwargs.get("peft_config") is not None
+        self.concept_model = model.get_base_model() if is_peft_model(model) else model
+        self.concept_processor = processing_class
+        self._check_arguments(args)
+
+        self._mllm_processor = processing_class.mllm_processor()
+        self._max_prompt_length = args.max_prompt_length
+        for name, dataset in {"train_dataset": train_dataset, **_by_name(eval_dataset)}.items():
+            self._check_dataset(dataset, name)
+
+        materialize(self.concept_model.detach_sam())
+        if args.freeze_vision_tower:
+            mllm.vision_tower(self.concept_model.vlm).requires_grad_(False)
+        # TRL would load a second composite as the reference, and start vLLM with one: both get the MLLM below.
+        beta, use_vllm = args.beta, args.use_vllm
+        args.beta, args.use_vllm = beta if adapted else 0.0, False
+        try:
+            super().__init__(
+                model=model,
+                reward_funcs=_default_rewards(args) if reward_funcs is None else reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=self._mllm_processor,
+                **kwargs,
+            )
+        finally:
+            args.beta, args.use_vllm = beta, use_vllm
+        self.beta = beta
+        self.concept_model.sam.to(self.accelerator.device)
+        _add_concept_head(self.concept_model, args.detach_hidden_states)
+        if beta and not adapted:
+            self.ref_model = self._prepare_reference(ref_model)
+        self._suppress_image_tokens()
+        if use_vllm:
+            self._start_vllm()
+
+        _warn_of_inexact_resume(args)
+        self.examples: list[TrainingExample] = []
+        self._prompts: dict[_Key, _Prompt] = {}
+        self._rollouts: list[_Rollout] = []
+        self._saves_everything = False
+        self.add_callback(EpochCallback(functools.partial(set_epoch, self.train_dataset)))
+        self.add_callback(FormatOnlyWarning())
+        if args.log_examples:
+            self.add_callback(ExamplePicturesCallback(self, args.log_examples_steps, args.log_examples))
+
+    # -- construction --
+
+    def _check_arguments(self, args: MetaGRPOConfig) -> None:
+        if not isinstance(self.concept_model, ConceptSegForSegmentation):
+            raise ValueError(
+                f"MetaGRPOTrainer: model is a {type(self.concept_model).__name__}; give a ConceptSegForSegmentation, "
+                "or the folder or id of one."
+            )
+        if not isinstance(args, MetaGRPOConfig):
+            raise ValueError(f"MetaGRPOTrainer: args is a {type(args).__name__}; give a MetaGRPOConfig.")
+        if not isinstance(self.concept_processor, ConceptSegProcessor):
+            raise ValueError(
+                "MetaGRPOTrainer: processing_class is not the model's ConceptSegProcessor; pass it as "
+                "processing_class=..."
+            )
+
+    def _check_dataset(self, dataset: Any, name: str) -> None:
+        """Puts this model's processor to work in a split-reference data set, and tries some rows."""
+        if (composer := find_composer(dataset)) is not None:
+            composer.processor = self.concept_processor
+        for number, row in enumerate(_some_rows(dataset)):
+            missing = [column for column in COLUMNS if column not in row]
+            if missing:
+                raise ValueError(
+                    f"{name} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; make it with "
+                    "split_reference_dataset, or add them."
+                )
+            self._read_prompt(row)
+            if number == 0 and composer is None:
+                _check_sample_ids(dataset, name)
+
+    def _prepare_reference(self, model: PreTrainedModel | None) -> nn.Module:
+        if model is None and self.args.ref_model_name_or_path is not None:
+            model = ConceptSegForSegmentation.from_pretrained(self.args.ref_model_name_or_path)
+        model = self.concept_model if model is None else model
+        reference = clone_whole(model.vlm if isinstance(model, ConceptSegForSegmentation) else model)
+        add_fused_lm_head(reference, temperature=self.temperature)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(reference, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(reference, self.accelerator)
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    def _suppress_image_tokens(self) -> None:
+        """No completion may hold a token that stands for an image: the next forward pass would miss the image."""
+        given = self.generation_kwargs.get("suppress_tokens") or ()
+        tokens = sorted({*given, *mllm.vision_token_ids(self.concept_model.config.vlm_config)})
+        self.generation_kwargs["suppress_tokens"] = tokens
+        self.generation_config.suppress_tokens = tokens
+
+    def _start_vllm(self) -> None:
+        from .vllm import ConceptVLLMGeneration
+
+        self.use_vllm = True
+        self._last_loaded_step = -1
+        self.vllm_generation = ConceptVLLMGeneration.from_trainer(self, self.args.vllm_mllm_name_or_path)
+
+    # -- rollouts --
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        make_generate_gather(self.model_wrapped)
+        self._prompts = self._encode_prompts(inputs)
+        output = super()._generate_and_score_completions(inputs)
+        # A list is shuffled and split with the tensors; its entries share what belongs to their prompt.
+        output["rollouts"] = self._rollouts
+        self._prompts, self._rollouts = {}, []
+        return output
+
+    def _encode_prompts(self, inputs: list[dict[str, Any]]) -> dict[_Key, _Prompt]:
+        """What all completions of a prompt share."""
+        rows = {_key(row): row for row in inputs}
+        prompts = {key: self._read_prompt(row) for key, row in rows.items()}
+        features: list[ImageFeatures] = []
+        with torch.no_grad():
+            for part in self._chunks([prompt.target for prompt in prompts.values()]):
+                pixels = self.concept_processor.sam_image_processor(images=list(part), return_tensors="pt")
+                encoded = self.concept_model.encode_image(pixels["pixel_values"])
+                features += [encoded.select(torch.tensor([number])) for number in range(len(part))]
+        device = self.accelerator.device
+        return {
+            key: replace(prompt, mask=prompt.mask.to(device), features=feature)
+            for (key, prompt), feature in zip(prompts.items(), features, strict=True)
+        }
+
+    def _read_prompt(self, row: dict[str, Any]) -> _Prompt:
+        """Reads a row; SAM 3 has not seen the image yet.
+
+        Raises:
+            ValueError: If the mask is not of the image's size, or the prompt is too long.
+        """
+        where = f"sample {row['sample_id']!r}"
+        target = load_image(row["target_image"])
+        try:
+            mask = load_mask(row["gt_mask"], target.size)
+        except ValueError as error:
+            raise ValueError(f"{where}: gt_mask: {error}") from error
+        messages = prepare_multimodal_messages(row["prompt"], images=row["images"])
+        text = self._mllm_processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prepared = self.concept_processor.prepare_mllm(
+            PreparedSample(prompt=row["problem"], mllm_images=tuple(row["images"]), mllm_text=text)
+        )
+        if len(prepared.input_ids) > self._max_prompt_length:
+            raise ValueError(
+                f"{where} has a prompt of {len(prepared.input_ids)} tokens, more than max_prompt_length = "
+                f"{self._max_prompt_length}; raise that, shorten the prompt, or give the processor a smaller "
+                "canvas_size."
+            )
+        return _Prompt(prepared, target, torch.from_numpy(mask))
+
+    def _calculate_rewards(
+        self,
+        inputs: list[dict[str, Any]],
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids_list: list[list[int]],
+    ) -> Tensor:
+        parsed = [parse_completion(completion_text(completion)) for completion in completions]
+        self._rollouts = [
+            _Rollout(self._prompts[_key(row)], completion.answer or row["problem"])
+            for completion, row in zip(parsed, inputs, strict=True)
+        ]
+        with torch.no_grad(), self.accelerator.autocast():
+            concepts = self._translate(completion_ids_list)
+            logits = self._decode(self._rollouts, concepts)
+        ious = []
+        for row, rollout, row_logits in zip(inputs, self._rollouts, logits, strict=True):
+            target = rollout.prompt.target
+            mask, _ = self.concept_processor.post_process_mask(row_logits[0], Frame(target.size))
+            row["predicted_mask"] = np.asarray(mask) > 0
+            ious.append(foreground_iou(row["predicted_mask"], rollout.prompt.mask.cpu().numpy()))
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+        for row, completion, iou in zip(inputs, parsed, ious, strict=True):
+            self._log_metric("mask_iou", iou)
+            self._log_metric("box_iou", located(completion.bbox, row["gt_box"]))
+            if row["gt_check_box"] is not None:
+                self._log_metric("check_iou", located(completion.check, row["gt_check_box"]))
+        if self.log_completions:
+            self._log_completion_extra("answer", [completion.answer for completion in parsed])
+            self._log_completion_extra("mask_iou", ious)
+        own = rewards[self.accelerator.process_index * len(inputs) :][: len(inputs)].tolist()
+        self._keep_examples(inputs, parsed, own)
+        return rewards
+
+    def _translate(self, completion_ids: list[list[int]]) -> Tensor:
+        """(B, L2, D) concept tokens of the completions in `_rollouts`, by the policy as it is."""
+        ends = set(self.eos_token_ids)
+        training = self.model.training
+        size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+        concepts = []
+        for start in range(0, len(completion_ids), size):
+            batch = self.concept_processor.collate(
+                [rollout.prompt.prepared for rollout in self._rollouts[start : start + size]],
+                [
+                    [token for token in ids if token not in ends]
+                    for ids in completion_ids[start : start + size]
+                ],
+                device=self.accelerator.device,
+            )
+            concepts.append(self.model(**batch).concept_embeds)
+        return torch.cat(concepts)
+
+    def _decode(self, rollouts: Sequence[_Rollout], concept_embeds: Tensor) -> Tensor:
+        """(B, 1, h, w) mask logits of the prompts [Z; E_text(answer)] (eq. 4), differentiable in Z."""
+        logits = []
+        for part in self._chunks(list(zip(rollouts, concept_embeds, strict=True))):
+            some_rollouts, some_concepts = zip(*part, strict=True)
+            features = ImageFeatures.concatenate([rollout.prompt.features for rollout in some_rollouts])
+            text = self.concept_processor.sam_text([rollout.sam_text for rollout in some_rollouts])
+            mask_logits, _ = self.concept_model.decode_masks(features, *text, torch.stack(some_concepts))
+            logits.append(mask_logits)
+        return torch.cat(logits)
+
+    def _chunks(self, items: Sequence[Any]) -> Iterable[Sequence[Any]]:
+        size = self.args.sam_decode_batch_size
+        return (items[start : start + size] for start in range(0, len(items), size))
+
+    def _keep_examples(
+        self, inputs: list[dict[str, Any]], parsed: Sequence[Any], rewards: list[list[float]]
+    ) -> None:
+        """Keeps the first completion of some prompts for the pictures."""
+        self.examples = []
+        first_rows = {_key(row): number for number, row in reversed(list(enumerate(inputs)))}
+        for number in sorted(first_rows.values())[: self.args.log_examples]:
+            row, prompt = inputs[number], self._rollouts[number].prompt
+            named = zip(self.reward_func_names, rewards[number], strict=True)
+            self.examples.append(
+                TrainingExample(
+                    target=prompt.target,
+                    gt_mask=prompt.mask.cpu().numpy(),
+                    predicted_mask=row["predicted_mask"],
+                    mosaic=row["images"][0] if len(row["images"]) > 1 else None,
+                    rule=parsed[number].rule,
+                    answer=parsed[number].answer,
+                    rewards={name: value for name, value in named if value == value},
+                )
+            )
+
+    # -- the loss --
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        completion_ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]
+        ends = torch.tensor(self.eos_token_ids, device=completion_ids.device)
+        words = completion_mask.bool() & ~torch.isin(completion_ids, ends)
+        concept_mask = torch.cat([torch.zeros_like(inputs["prompt_mask"], dtype=torch.bool), words], dim=1)
+        concepts: list[Tensor] = []
+
+        def forward(**kwargs: Any) -> _ConceptLMOutput:
+            output = model(**kwargs, concept_mask=concept_mask)
+            concepts.append(output.concept_embeds)
+            return output
+
+        policy_loss = super()._compute_loss(forward, inputs)
+        (concept_embeds,) = concepts  # one forward pass for both losses
+        # A truncated completion that `mask_truncated_completions` leaves out has no tokens.
+        counts = completion_mask.any(dim=1).tolist()
+        dice, focal = self._segmentation_losses(inputs["rollouts"], concept_embeds, counts)
+        seg_loss = self.args.dice_weight * dice + self.args.focal_weight * focal
+
+        mode = "train" if self.model.training else "eval"
+        # TRL has divided the policy loss by this number already.
+        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+        for name, value in {
+            "grpo": policy_loss * steps,
+            "seg": seg_loss,
+            "dice": dice,
+            "focal": focal,
+        }.items():
+            self._metrics[mode][f"loss/{name}"].append(self.accelerator.gather(value.detach()).mean().item())
+        return policy_loss + self.args.seg_loss_weight * seg_loss / steps
+
+    def _segmentation_losses(
+        self, rollouts: Sequence[_Rollout], concept_embeds: Tensor, counts: Sequence[bool]
+    ) -> tuple[Tensor, Tensor]:
+        """Dice and focal loss (eq. 5): means over the rows that count, at the size of their images."""
+        logits = self._decode(rollouts, concept_embeds)
+        parts = [
+            segmentation_loss(
+                row_logits[None],
+                rollout.prompt.mask[None],
+                self.args.focal_alpha,
+                self.args.focal_gamma,
+            )[1:]
+            for rollout, row_logits, row_counts in zip(rollouts, logits, counts, strict=True)
+            if row_counts
+        ]
+        if not parts:
+            nothing = concept_embeds.sum() * 0
+            return nothing, nothing
+        dice, focal = (torch.stack(part).mean() for part in zip(*parts, strict=True))
+        return dice, focal
+
+    # -- saving --
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the complete model; the Trainer's own calls, for the checkpoints of a run, leave SAM 3 out."""
+        to_hub = output_dir is None  # the Trainer's own call without a folder
+        self._saves_everything = (to_hub or not _internal_call) and not is_peft_model(self.model)
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._saves_everything = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self._saves_everything:
+            sam = {f"sam.{name}": weight for name, weight in self.concept_model.sam.state_dict().items()}
+            state_dict = {**(self.concept_model.state_dict() if state_dict is None else state_dict), **sam}
+        self.processing_class = self.concept_processor
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.processing_class = self._mllm_processor
+
+
+@dataclass
+class _ConceptLMOutput(FusedCausalLMOutput):
+    """TRL's log-probabilities, and the concept tokens (B, L2, D) of the same forward pass."""
+
+    concept_embeds: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Prompt:
+    """What the completions of a prompt share.
+
+    Attributes:
+        prepared: The MLLM's input.
+        target: The target image.
+        mask: (H, W) bool, its true mask.
+        features: What SAM 3 sees in it, a batch of one.
+    """
+
+    prepared: PreparedSample
+    target: Image.Image
+    mask: Tensor
+    features: ImageFeatures | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Rollout:
+    """One completion: its prompt, and the words that SAM 3 gets."""
+
+    prompt: _Prompt
+    sam_text: str
+
+
+def _add_concept_head(model: ConceptSegForSegmentation, detach_hidden_states: bool) -> None:
+    """Lets `model(..., fused_lm_head=True, concept_mask=mask)` return concept tokens beside log-probabilities.
+
+    All that is trained must run inside the forward pass that DDP, DeepSpeed or FSDP has wrapped.
+    """
+    inner = model.forward
+
+    @functools.wraps(inner)
+    def forward(*args: Any, concept_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if concept_mask is None:
+            return inner(*args, **kwargs)
+        states: list[Tensor] = []
+        handle = model.base_model.register_forward_hook(
+            lambda module, inputs, output: states.append(output.last_hidden_state)
+        )
+        try:
+            output = inner(*args, **kwargs)
+        finally:
+            handle.remove()
+        mllm.forget_positions(model.vlm)
+        concept_embeds = model.translate_completion(states[0], concept_mask, detach_hidden_states)
+        return _ConceptLMOutput(**output, concept_embeds=concept_embeds)
+
+    model.forward = forward
+
+
+def _key(row: dict[str, Any]) -> _Key:
+    """What the copies of a row share, and no other row has."""
+    return row["sample_id"], row.get(INDEX)
+
+
+def _default_rewards(args: MetaGRPOConfig) -> list[Callable]:
+    rewards = {
+        **REWARDS,
+        "meta": functools.partial(REWARDS["meta"], without_proxy=args.meta_without_proxy),
+    }
+    return [rewards[name] for name in args.rewards]
+
+
+def _warn_of_inexact_resume(args: MetaGRPOConfig) -> None:
+    """Completions of a batch that is not used up are not in a checkpoint: resumed, the run makes others."""
+    generation = args.steps_per_generation * args.num_iterations
+    if (
+        args.save_strategy == "steps"
+        and args.save_steps >= 1
+        and args.save_steps * args.gradient_accumulation_steps % generation
+    ):
+        logger.warning(
+            "save_steps is %d, which lies inside of a generation batch: a run that is resumed there goes on with other "
+            "completions; make save_steps * gradient_accumulation_steps a multiple of %d.",
+            args.save_steps,
+            generation,
+        )
+
+
+def _by_name(eval_dataset: Any) -> dict[str, Any]:
+    """Evaluation data sets, one or several, under names for messages."""
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
+
+
+def _some_rows(dataset: Any) -> Iterable[dict[str, Any]]:
+    if isinstance(dataset, datasets.IterableDataset):
+        yield from dataset.take(_TRIED_ROWS)
+    elif isinstance(dataset, datasets.Dataset):
+        if not len(dataset):
+            raise ValueError("MetaGRPOTrainer: a data set has no rows; give some to train on.")
+        numbers = np.linspace(0, len(dataset) - 1, min(_TRIED_ROWS, len(dataset)), dtype=int)
+        yield from (dataset[int(number)] for number in numbers)
+    else:
+        raise ValueError(
+            f"MetaGRPOTrainer: a data set is a {type(dataset).__name__}; give what split_reference_dataset returns."
+        )
+
+
+def _check_sample_ids(dataset: Any, name: str) -> None:
+    """Completions find their prompt by its sample_id."""
+    if isinstance(dataset, datasets.Dataset) and len(set(dataset["sample_id"])) < len(dataset):
+        raise ValueError(f"{name} has rows that share a sample_id; give each row its own.")
+
+
+__all__ = ["MetaGRPOTrainer"]

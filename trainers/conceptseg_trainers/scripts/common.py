@@ -1,0 +1,228 @@
+"""What the scripts share: the recipe, the model, the data, and how a run ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import AutoImageProcessor, AutoTokenizer, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import TrlParser
+
+from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
+from conceptseg_hf.data import ConceptSample, load_benchmark
+from conceptseg_hf.evaluation.loading import find_checkpoint, load_config
+
+_TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
+
+
+class RecipeParser(TrlParser):
+    """A TrlParser (YAML by `--config`, the command line beats it) that explains what is wrong in one sentence."""
+
+    def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """The dataclasses, filled.
+
+        Raises:
+            ValueError: If the recipe is missing or malformed, or an option or its value is unknown.
+        """
+        argv = [part for word in argv for part in _split_config(word)]
+        if "--config" in argv:
+            position = argv.index("--config") + 1
+            if position == len(argv) or not Path(argv[position]).is_file():
+                name = argv[position] if position < len(argv) else ""
+                raise ValueError(f"--config {name!r} is not a file; give the path of a recipe (YAML).")
+        import yaml
+
+        try:
+            return self.parse_args_and_config(argv)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the recipe is not valid YAML ({reason}); correct it.") from error
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse calls for bad options."""
+        raise ValueError(f"{message.rstrip('.')}; see --help for the options.")
+
+
+def _split_config(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--config=") else [word]
+
+
+@dataclass
+class DataArguments:
+    """The data.
+
+    Attributes:
+        benchmark: A name that `load_benchmark` knows.
+        benchmark_root: Folder of the benchmark's files, if it has any.
+        train_split: Split to train on.
+        train_samples: Only the first samples of it; all by default.
+        eval_split: Split for evaluation.
+        eval_samples: Only the first samples of it.
+    """
+
+    benchmark: str = field(default="concept-shapes", metadata={"help": "Name of the benchmark."})
+    benchmark_root: str | None = field(default=None, metadata={"help": "Folder of its files."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    train_samples: int | None = field(default=None, metadata={"help": "Only its first samples."})
+    eval_split: str = field(default="val", metadata={"help": "Split for evaluation."})
+    eval_samples: int | None = field(default=None, metadata={"help": "Only its first samples."})
+
+    def __post_init__(self) -> None:
+        for name in ("train_samples", "eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; use at least 1, or leave it out for all.")
+
+    def load(self, training_args: TrainingArguments) -> tuple[Sequence[ConceptSample], Any]:
+        """The samples to train on, and those for evaluation (None if the run does not evaluate)."""
+        evaluates = training_args.eval_strategy != "no" or training_args.eval_on_start
+        return (
+            self._load(self.train_split, self.train_samples),
+            self._load(self.eval_split, self.eval_samples) if evaluates else None,
+        )
+
+    def _load(self, split: str, limit: int | None) -> Sequence[ConceptSample]:
+        root = {} if self.benchmark_root is None else {"root": self.benchmark_root}
+        return load_benchmark(self.benchmark, split=split, limit=limit, **root)
+
+
+@dataclass
+class ModelArguments:
+    """The model: a checkpoint, or two backbones with a fresh CTM between them.
+
+    Attributes:
+        model_name_or_path: Folder or hub id of a ConceptSeg checkpoint; the embedded one by default.
+        mllm_name_or_path: Folder or hub id of a Qwen2.5-VL, instead of a checkpoint.
+        sam_name_or_path: Folder or hub id of a SAM 3, which goes with it.
+        num_concept_tokens: L2, the number of concept tokens of the fresh CTM (Table 7: 8; released code: 16).
+        canvas_size: Side of mosaic and target, for backbones (Table 7: 600).
+        coordinate_scale: What a canvas side measures in the text, for backbones: 1 for the paper's decimals,
+            600 for the released code's pixels.
+        dtype: Of the MLLM; the checkpoint's by default.
+        attn_implementation: Of the MLLM.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "ConceptSeg checkpoint (default: the embedded nano checkpoint)."}
+    )
+    mllm_name_or_path: str | None = field(default=None, metadata={"help": "MLLM to begin from instead."})
+    sam_name_or_path: str | None = field(default=None, metadata={"help": "SAM 3 that goes with it."})
+    num_concept_tokens: int = field(default=8, metadata={"help": "L2 of the fresh CTM."})
+    canvas_size: int = field(default=600, metadata={"help": "Side of mosaic and target, for backbones."})
+    coordinate_scale: float = field(default=1.0, metadata={"help": "Text units of a canvas side."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Of the MLLM.", "choices": ["auto", "float32", "bfloat16", "float16"]},
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the MLLM."})
+
+    def __post_init__(self) -> None:
+        for name in ("model_name_or_path", "mllm_name_or_path", "sam_name_or_path"):
+            _check_source(name, getattr(self, name))
+        if (self.mllm_name_or_path is None) != (self.sam_name_or_path is None):
+            raise ValueError("mllm_name_or_path and sam_name_or_path belong together; give both or neither.")
+        if self.mllm_name_or_path and self.model_name_or_path:
+            raise ValueError(
+                "both model_name_or_path and mllm_name_or_path are given; begin from a checkpoint or from "
+                "backbones."
+            )
+
+    def load(self) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
+        """The model and its processor.
+
+        Raises:
+            OSError: If a checkpoint cannot be found.
+            ValueError: If it cannot be used.
+        """
+        if self.mllm_name_or_path is None:
+            checkpoint = find_checkpoint(self.model_name_or_path)
+            load_config(checkpoint)  # refuses what is no ConceptSeg checkpoint
+            model = ConceptSegForSegmentation.from_pretrained(
+                checkpoint, dtype=self.dtype, **self.load_kwargs()
+            )
+            return model, ConceptSegProcessor.from_pretrained(checkpoint)
+        model = ConceptSegForSegmentation.from_backbones(
+            self.mllm_name_or_path,
+            self.sam_name_or_path,
+            ctm_config={"num_queries": self.num_concept_tokens},
+            dtype=self.dtype,
+            vlm_kwargs=self.load_kwargs(),
+        )
+        processor = ConceptSegProcessor(
+            image_processor=AutoImageProcessor.from_pretrained(self.mllm_name_or_path),
+            tokenizer=AutoTokenizer.from_pretrained(self.mllm_name_or_path),
+            sam_image_processor=AutoImageProcessor.from_pretrained(self.sam_name_or_path),
+            sam_tokenizer=AutoTokenizer.from_pretrained(self.sam_name_or_path),
+            canvas_size=self.canvas_size,
+            coordinate_scale=self.coordinate_scale,
+        )
+        return model, processor
+
+    def load_kwargs(self) -> dict[str, Any]:
+        """Further arguments of `from_pretrained`, for the checkpoint or the MLLM."""
+        return {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+
+
+def _check_source(field_name: str, source: str | None) -> None:
+    if source is None or Path(source).is_dir():
+        return
+    try:
+        validate_repo_id(source)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{field_name} is {source!r}, which is neither a folder nor a hub id; give one of the two."
+        ) from error
+
+
+def run(trainer: Trainer) -> None:
+    """Trains, from a checkpoint if the settings say so, and saves the complete model to `output_dir`."""
+    trainer.train(resume_from_checkpoint=find_resume_checkpoint(trainer.args))
+    trainer.save_model()
+    trainer.end()
+
+
+def find_resume_checkpoint(args: TrainingArguments) -> str | None:
+    """The folder to resume from.
+
+    Args:
+        args: With `resume_from_checkpoint`: a folder, or "auto" for the last complete checkpoint of
+            `output_dir`, which may not be there yet.
+
+    Raises:
+        ValueError: If the folder is no complete checkpoint.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted != "auto":
+        if not (Path(wanted) / _TRAINER_STATE).is_file():
+            raise ValueError(
+                f"resume_from_checkpoint is {wanted!r}, which is no complete checkpoint; give the folder of one, "
+                'or "auto" for the last of output_dir.'
+            )
+        return wanted
+    # One that was being written when the run was killed lacks the file that comes last.
+    complete = [
+        path.parent for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_TRAINER_STATE}")
+    ]
+    last = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if last is None else str(last)
+
+
+def main(prepare: Callable[[Sequence[str]], Trainer]) -> int:
+    """Runs a script on the words of its command line.
+
+    Returns:
+        The exit code: 0, or 2 after bad input, which is explained in one sentence on standard error.
+    """
+    try:
+        trainer = prepare(sys.argv[1:])
+    except (ValueError, ImportError, OSError) as error:
+        sys.stderr.write(" ".join(str(error).split()) + "\n")
+        return 2
+    run(trainer)
+    return 0

@@ -1,0 +1,127 @@
+"""Stage II: `accelerate launch -m conceptseg_trainers.scripts.meta_grpo --config RECIPE`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+from ..meta_grpo_config import MetaGRPOConfig
+from ..meta_grpo_trainer import MetaGRPOTrainer
+from ..split_reference import split_reference_dataset
+from .common import DataArguments, ModelArguments, RecipeParser, find_resume_checkpoint, main
+
+# All attention projections of the language model; the vision tower stays as it is.
+_LORA_TARGETS = r"vlm\.model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj)"
+
+
+@dataclass
+class SplitReferenceArguments(DataArguments):
+    """The data, and how references are composed.
+
+    Attributes:
+        grid: Cells per side of the mosaic, K.
+    """
+
+    grid: int = field(default=2, metadata={"help": "Cells per side of the mosaic of references."})
+
+
+@dataclass
+class PolicyArguments(ModelArguments):
+    """The model, and whether all of its MLLM trains or adapters (LoRA) beside the CTM.
+
+    Attributes:
+        use_peft: Train LoRA adapters of the MLLM, and the CTM.
+        lora_r: Rank of the adapters.
+        lora_alpha: Their scale, times the rank.
+        lora_dropout: Their dropout.
+        lora_target_modules: A regular expression over module names; the attention projections of the language
+            model by default.
+        load_in_4bit: Keep the frozen MLLM under the adapters in 4 bits (needs bitsandbytes and a GPU).
+    """
+
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters and the CTM."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Their scale, times the rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Their dropout."})
+    lora_target_modules: str = field(default=_LORA_TARGETS, metadata={"help": "What gets adapters (regex)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Frozen MLLM in 4 bits; needs use_peft."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.load_in_4bit and not self.use_peft:
+            raise ValueError(
+                "load_in_4bit is true without use_peft; 4-bit weights cannot train, so set use_peft."
+            )
+
+    def peft_config(self) -> LoraConfig | None:
+        """What MetaGRPOTrainer wraps the model by."""
+        if not self.use_peft:
+            return None
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules,
+            modules_to_save=["ctm"],
+        )
+
+    def load_kwargs(self) -> dict[str, Any]:
+        """See `ModelArguments.load_kwargs`."""
+        kwargs = super().load_kwargs()
+        if self.load_in_4bit:
+            kwargs["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+                llm_int8_skip_modules=[
+                    "ctm",
+                    "sam",
+                    "lm_head",
+                ],  # of 4-bit loading too, whatever the name says
+            )
+        return kwargs
+
+
+def make_parser() -> RecipeParser:
+    """The parser of recipe and command line."""
+    return RecipeParser(
+        (SplitReferenceArguments, PolicyArguments, MetaGRPOConfig), prog="conceptseg train meta-grpo"
+    )
+
+
+def prepare(argv: Sequence[str]) -> MetaGRPOTrainer:
+    """Everything before the first step.
+
+    Args:
+        argv: `--config RECIPE` and further options.
+
+    Raises:
+        OSError: If a file cannot be found.
+        ValueError: If an option, the model or the data cannot be used.
+    """
+    data, policy, args = make_parser().parse(argv)
+    find_resume_checkpoint(args)
+    train, evaluation = (
+        None if samples is None else split_reference_dataset(samples, data.grid, args.seed)
+        for samples in data.load(args)
+    )
+    model, processor = policy.load()
+    return MetaGRPOTrainer(
+        model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=processor,
+        peft_config=policy.peft_config(),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(prepare))

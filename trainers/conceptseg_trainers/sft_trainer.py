@@ -1,0 +1,417 @@
+"""Stage I: the MLLM and SAM 3 are frozen, the Concept Translation Module learns to speak to SAM 3 (eq. 5)."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer, TrainerCallback
+
+from conceptseg_hf import ConceptSegForSegmentation, ConceptSegOutput, ConceptSegProcessor
+from conceptseg_hf.data import ConceptSample
+from conceptseg_hf.evaluation import foreground_iou
+from conceptseg_hf.losses import segmentation_loss
+from conceptseg_hf.processing_conceptseg import PreparedSample
+
+from .callbacks import EpochCallback, ExamplePicturesCallback, TrainingExample
+from .completions import (
+    CompletionCache,
+    TrainingCompletion,
+    ground_truth_completion,
+    released_completion,
+    template_completion,
+)
+from .distributed import is_sharded
+from .sft_config import ConceptSFTConfig
+from .split_reference import compose_references
+
+# So many samples, spread over the data, are tried before training; the others are checked as they come.
+_TRIED_SAMPLES = 32
+
+
+class ConceptSFTTrainer(Trainer):
+    """A Trainer of the CTM alone: what it wraps, shards and saves in checkpoints holds no other parameter.
+
+    Checkpoints of a run have only `ctm.*`; `save_model()` writes the complete model and its processor, which
+    `ConceptSegForSegmentation.from_pretrained` and stage II take. Masks are compared at the size of their
+    images. Logged beside the loss: `loss/dice`, `loss/focal` and `mask_iou`, the mean foreground IoU.
+
+    Args:
+        model: The model; every process holds its MLLM and SAM 3 whole.
+        args: The settings.
+        train_dataset: Samples that can be indexed, such as `load_benchmark` gives.
+        eval_dataset: Samples for evaluation; their references stay as they are.
+        processing_class: The model's processor.
+        callbacks: Further callbacks.
+        optimizers: As in `Trainer`.
+
+    Attributes:
+        concept_model: The model.
+        examples: What `ExamplePicturesCallback` draws next.
+
+    Raises:
+        ValueError: If model, processor or data cannot be used.
+    """
+
+    # Each batch has a mean of its own, which the Trainer divides by the number of accumulated batches.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: ConceptSegForSegmentation,
+        args: ConceptSFTConfig,
+        train_dataset: Sequence[ConceptSample],
+        eval_dataset: Sequence[ConceptSample] | None = None,
+        processing_class: ConceptSegProcessor | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        _check_arguments(model, args, train_dataset, processing_class)
+        collator = ConceptSFTCollator(processing_class, args)
+        for samples in (train_dataset, eval_dataset or ()):
+            _try_samples(samples, collator)
+        self.concept_model = model.requires_grad_(False).eval()
+        model.ctm.requires_grad_(True)
+        config_fields = set(vars(model.config))
+        super().__init__(
+            model=_TrainedPart(model),
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=_mean_iou,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        for name in set(vars(model.config)) - config_fields:  # the Trainer notes its own `use_cache` there
+            delattr(model.config, name)
+        model.to(args.device)
+        self.examples: list[TrainingExample] = []
+        self._metrics: list[Tensor] = []
+        self._saves_everything = False
+        if args.log_examples:
+            self.add_callback(ExamplePicturesCallback(self, args.log_examples_steps, args.log_examples))
+        self.add_callback(EpochCallback(collator.set_epoch))
+        if args.completion_source == "generated":
+            collator.cache = self._generated_completions()
+
+    def _generated_completions(self) -> CompletionCache:
+        folder = Path(self.args.completion_dir or Path(self.args.output_dir) / "completions")
+        limit = self.args.max_completion_length
+        cache = CompletionCache(folder, self.concept_model, self.processing_class, limit)
+        for samples in (self.train_dataset, self.eval_dataset or ()):
+            cache.generate(
+                self.concept_model,
+                samples,
+                self.args.generation_batch_size,
+                self.args.process_index,
+                self.args.world_size,
+            )
+        self.accelerator.wait_for_everyone()
+        cache.reload()
+        return cache
+
+    # -- steps --
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, list[np.ndarray]]:
+        """L_seg, a mean over the rows; with `return_outputs` also the predicted masks, (H, W) bool."""
+        inputs = dict(inputs)
+        shown, labels = inputs.pop("shown"), inputs.pop("mask_labels")
+        logits = model(**inputs).mask_logits
+        full_size = [
+            nn.functional.interpolate(
+                row[None].float(), size=label.shape, mode="bilinear", align_corners=False
+            )
+            for row, label in zip(logits, labels, strict=True)
+        ]
+        parts = [
+            segmentation_loss(row, label[None], self.args.focal_alpha, self.args.focal_gamma)[1:]
+            for row, label in zip(full_size, labels, strict=True)
+        ]
+        dice, focal = (torch.stack(part).mean() for part in zip(*parts, strict=True))
+        loss = self.args.dice_weight * dice + self.args.focal_weight * focal
+
+        masks = [(row[0, 0] > 0).cpu().numpy() for row in full_size]
+        if model.training:
+            iou = np.mean(_ious(masks, labels))
+            self._metrics.append(torch.stack([dice.detach(), focal.detach(), dice.new_tensor(iou)]))
+            every = self.args.log_examples_steps
+            if every and (self.state.global_step + 1) % every == 0:
+                self.examples = _examples(shown, masks, labels)
+        return (loss, masks) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss, and the foreground IoU of each row (twice: the Trainer wants labels to compare with)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, masks = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        examples = _examples(inputs["shown"], masks, inputs["mask_labels"])
+        self.examples += examples[: self.args.log_examples - len(self.examples)]
+        ious = torch.tensor(_ious(masks, inputs["mask_labels"]), device=loss.device)
+        return loss.detach(), ious, ious
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, with new examples."""
+        self.examples = []
+        return super().evaluation_loop(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means, over all processes, of what the steps since the last log have left."""
+        if "loss" in logs and self._metrics:
+            means = self.accelerator.reduce(torch.stack(self._metrics).mean(0), "mean").tolist()
+            logs |= dict(zip(("loss/dice", "loss/focal", "mask_iou"), means, strict=True))
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+    # -- data --
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """The Trainer's, over references as they are."""
+        training_collator = self.data_collator
+        self.data_collator = replace(training_collator, shuffle=False)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training_collator
+
+    # -- saving --
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the complete model; the Trainer's own calls, for the checkpoints of a run, save the CTM."""
+        self._saves_everything = not _internal_call or output_dir is None  # without a folder: for the hub
+        super().save_model(output_dir, _internal_call)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuses a checkpoint with other weights than the CTM's; the Trainer would only warn."""
+        wrong = [*load_result.missing_keys, *load_result.unexpected_keys]
+        if wrong:
+            raise ValueError(
+                f"the checkpoint's weights are not those of this CTM ({wrong[0]} and {len(wrong) - 1} others differ); "
+                "resume from a checkpoint of stage I of the same model."
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self._saves_everything:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            # A sharding engine hands the CTM's weights over; the model itself has only its share of them.
+            trained = self.model.state_dict() if state_dict is None else state_dict
+            self.concept_model.save_pretrained(
+                folder, state_dict={**self.concept_model.state_dict(), **trained}
+            )
+            self.processing_class.save_pretrained(folder)
+
+
+class _TrainedPart(nn.Module):
+    """The model as the Trainer sees it: its forward pass is whole, its parameters are the CTM's.
+
+    DDP, DeepSpeed and FSDP therefore move, shard and save the CTM only, as `ctm.*`; SAM 3 could not be
+    sharded, and the MLLM stays in eval mode.
+    """
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, model: ConceptSegForSegmentation) -> None:
+        super().__init__()
+        self.ctm = model.ctm
+        self.config = model.config
+        self._model = (model,)  # in a tuple it is no submodule
+
+    def forward(self, **inputs: Any) -> ConceptSegOutput:
+        """See `ConceptSegForSegmentation.forward`."""
+        return self._model[0](**inputs)
+
+
+@dataclass(eq=False)
+class ConceptSFTCollator:
+    """From samples to a batch: prompts with completions, SAM 3's images and answers, true masks.
+
+    What is drawn at random depends on the seed, the epoch and the sample alone.
+
+    Attributes:
+        processor: The model's processor.
+        args: The settings.
+        cache: The generated completions, if they are what is trained on.
+        shuffle: Whether references may be composed at random.
+        epoch: The epoch.
+    """
+
+    processor: ConceptSegProcessor
+    args: ConceptSFTConfig
+    cache: CompletionCache | None = None
+    shuffle: bool = True
+    epoch: int = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before the batches of an epoch."""
+        self.epoch = epoch
+
+    def __call__(self, samples: Sequence[ConceptSample]) -> dict[str, Any]:
+        """A batch.
+
+        Returns:
+            The arguments of the model's forward; `mask_labels`, a list of (H, W) bool; and `shown`, the first
+            rows as examples that lack their masks.
+        """
+        rows = [self.row(sample) for sample in samples]
+        prepared, completions = zip(*rows, strict=True)
+        batch = dict(self.processor.collate(prepared, [completion.text for completion in completions]))
+        for sample, length in zip(samples, batch["completion_mask"].sum(1).tolist(), strict=True):
+            if length > self.args.max_completion_length:
+                raise ValueError(
+                    f"sample {sample.sample_id!r} has a completion of {length} tokens, more than "
+                    f"max_completion_length = {self.args.max_completion_length}; raise that, or shorten its text."
+                )
+        sam_input_ids, sam_attention_mask = self.processor.sam_text(
+            [completion.sam_text for completion in completions]
+        )
+        shown = list(zip(samples, prepared, completions))[: self.args.log_examples]
+        return {
+            **batch,
+            "sam_pixel_values": torch.stack([item.sam_pixel_values for item in prepared]),
+            "sam_input_ids": sam_input_ids,
+            "sam_attention_mask": sam_attention_mask,
+            "mask_labels": [
+                torch.from_numpy(np.asarray(sample.mask.convert("L")) >= 128) for sample in samples
+            ],
+            "shown": [
+                TrainingExample(
+                    target=sample.image,
+                    mosaic=item.mllm_images[0] if len(item.mllm_images) > 1 else None,
+                    rule=completion.rule,
+                    answer=completion.sam_text,
+                )
+                for sample, item, completion in shown
+            ],
+        }
+
+    def row(self, sample: ConceptSample) -> tuple[PreparedSample, TrainingCompletion]:
+        """The prompt of a sample, and its completion.
+
+        Raises:
+            ValueError: If the sample cannot be used.
+        """
+        seeds, references = [self.args.seed, self.epoch], sample.references
+        if self.shuffle and self.args.shuffle_references and self.args.completion_source != "generated":
+            references = compose_references(references, self.args.grid, seeds, sample.sample_id)
+        prepared = self.prepare(sample, references)
+        match self.args.completion_source:
+            case "ground_truth":
+                completion = ground_truth_completion(sample, prepared.frame, self.processor)
+            case "template":
+                completion = template_completion(sample, prepared.frame, self.processor)
+            case "released":
+                draw = zlib.crc32(f"{seeds} {sample.sample_id}".encode())
+                completion = released_completion(sample, prepared.frame, self.processor, draw)
+            case "generated":
+                completion = self.cache.completion(sample)
+        return prepared, completion
+
+    def prepare(self, sample: ConceptSample, references: Sequence[Any]) -> PreparedSample:
+        """The prompt of a sample.
+
+        Raises:
+            ValueError: If the mask is not of the image's size, or the prompt is too long.
+        """
+        if sample.mask.size != sample.image.size:
+            raise ValueError(
+                f"sample {sample.sample_id!r} has a mask of {sample.mask.size} pixels for an image of "
+                f"{sample.image.size}; bring the mask to the size of its image."
+            )
+        prepared = self.processor.prepare(sample.image, sample.prompt, references)
+        if len(prepared.input_ids) > self.args.max_prompt_length:
+            raise ValueError(
+                f"sample {sample.sample_id!r} has a prompt of {len(prepared.input_ids)} tokens, more than "
+                f"max_prompt_length = {self.args.max_prompt_length}; raise that, shorten the prompt, or give the "
+                "processor a smaller canvas_size."
+            )
+        return prepared
+
+
+def _ious(masks: Sequence[np.ndarray], labels: Sequence[Tensor]) -> list[float]:
+    return [foreground_iou(mask, label.cpu().numpy()) for mask, label in zip(masks, labels, strict=True)]
+
+
+def _examples(
+    shown: Sequence[TrainingExample], masks: Sequence[np.ndarray], labels: Sequence[Tensor]
+) -> list[TrainingExample]:
+    """The examples of a batch, with their masks."""
+    ious = _ious(masks, labels)
+    return [
+        replace(example, gt_mask=label.cpu().numpy(), predicted_mask=mask, rewards={"mask IoU": iou})
+        for example, mask, label, iou in zip(shown, masks, labels, ious)
+    ]
+
+
+def _mean_iou(prediction: EvalPrediction) -> dict[str, float]:
+    return {"mask_iou": float(np.mean(prediction.predictions))}
+
+
+def _check_arguments(
+    model: ConceptSegForSegmentation,
+    args: ConceptSFTConfig,
+    train_dataset: Sequence[ConceptSample],
+    processor: ConceptSegProcessor | None,
+) -> None:
+    if not isinstance(model, ConceptSegForSegmentation):
+        raise ValueError(
+            f"ConceptSFTTrainer: model is a {type(model).__name__}; give a ConceptSegForSegmentation."
+        )
+    if not isinstance(args, ConceptSFTConfig):
+        raise ValueError(f"ConceptSFTTrainer: args is a {type(args).__name__}; give a ConceptSFTConfig.")
+    if not isinstance(processor, ConceptSegProcessor):
+        raise ValueError(
+            "ConceptSFTTrainer: processing_class is not the model's ConceptSegProcessor; pass it as "
+            "processing_class=..."
+        )
+    if train_dataset is None or not len(train_dataset):
+        raise ValueError("ConceptSFTTrainer: train_dataset has no samples; give some to train on.")
+    if args.n_gpu > 1:  # the Trainer would wrap the model by DataParallel, which copies what it sees: the CTM
+        raise ValueError(
+            f"ConceptSFTTrainer: one process sees {args.n_gpu} GPUs; start one process for each with accelerate launch "
+            "or torchrun, or show it one with CUDA_VISIBLE_DEVICES."
+        )
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "ConceptSFTTrainer: ZeRO-3 has sharded the model while it was loaded, but stage I shards the CTM alone; "
+            "load the model before the ConceptSFTConfig is made, or train with `conceptseg train sft`."
+        )
+
+
+def _try_samples(samples: Sequence[ConceptSample], collator: ConceptSFTCollator) -> None:
+    for index in sorted(set(np.linspace(0, len(samples) - 1, min(_TRIED_SAMPLES, len(samples)), dtype=int))):
+        sample = samples[int(index)]
+        if not isinstance(sample, ConceptSample):
+            raise ValueError(
+                f"ConceptSFTTrainer: sample {index} is a {type(sample).__name__}; give ConceptSamples, as "
+                "load_benchmark does."
+            )
+        if collator.args.completion_source == "generated":
+            collator.prepare(sample, sample.references)
+        else:
+            collator([sample])
+
+
+__all__ = ["ConceptSFTCollator", "ConceptSFTTrainer"]

@@ -1,0 +1,106 @@
+"""Rollouts with vLLM: the MLLM alone goes to the engine, under its own names; CTM and SAM 3 stay with the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from trl.generation.vllm_generation import VLLMGeneration
+
+from conceptseg_hf import ConceptSegForSegmentation, mllm
+
+if TYPE_CHECKING:
+    from .meta_grpo_trainer import MetaGRPOTrainer
+
+_MLLM = "vlm."
+# The engine has no list of forbidden tokens; the least bias it accepts makes one impossible in practice.
+_NEVER = -100.0
+
+
+class ConceptVLLMGeneration(VLLMGeneration):
+    """TRL's vLLM backend for the MLLM inside a `ConceptSegForSegmentation`.
+
+    What differs from `VLLMGeneration`: the engine starts from the MLLM's own folder or id, receives only the MLLM's
+    weights, and never samples the suppressed tokens.
+
+    Args:
+        *args: As for `VLLMGeneration`; its model is the trainer's (a composite, or a PEFT model around one).
+        mllm_name_or_path: Folder or id of a Qwen2.5-VL of the same shape with its processor: what a colocated engine
+            is built from. A server is started with it by hand.
+        suppressed_tokens: Ids of tokens that stand for images; a completion must not hold any.
+        generation_kwargs: Further sampling parameters of vLLM.
+        **kwargs: As for `VLLMGeneration`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        mllm_name_or_path: str,
+        suppressed_tokens: Sequence[int],
+        generation_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.mllm_name_or_path = mllm_name_or_path
+        super().__init__(
+            *args, generation_kwargs=suppress_tokens(generation_kwargs, suppressed_tokens), **kwargs
+        )
+
+    @classmethod
+    def from_trainer(cls, trainer: MetaGRPOTrainer, mllm_name_or_path: str) -> ConceptVLLMGeneration:
+        """The backend that a trainer's arguments describe; see `ConceptVLLMGeneration` for the folder or id."""
+        args = trainer.args
+        return cls(
+            model=trainer.model,
+            accelerator=trainer.accelerator,
+            processing_class=trainer.processing_class,
+            mllm_name_or_path=mllm_name_or_path,
+            suppressed_tokens=mllm.vision_token_ids(trainer.concept_model.config.vlm_config),
+            mode=args.vllm_mode,
+            structured_outputs_regex=args.vllm_structured_outputs_regex,
+            server_base_url=args.vllm_server_base_url,
+            server_host=args.vllm_server_host,
+            server_port=args.vllm_server_port,
+            server_timeout=args.vllm_server_timeout,
+            group_port=args.vllm_group_port,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            max_model_length=args.vllm_max_model_length,
+            max_num_seqs=args.per_device_train_batch_size
+            * args.vllm_tensor_parallel_size
+            * args.steps_per_generation,
+            enable_sleep_mode=args.vllm_enable_sleep_mode,
+            model_impl=args.vllm_model_impl,
+            repetition_penalty=args.repetition_penalty,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            max_completion_length=args.max_completion_length,
+            generation_kwargs=args.generation_kwargs,
+        )
+
+    def _init_vllm(self) -> None:
+        # The engine is built from `model.name_or_path`, which names the composite's folder.
+        composite = next(
+            module for module in self.model.modules() if isinstance(module, ConceptSegForSegmentation)
+        )
+        own = composite.name_or_path
+        composite.name_or_path = self.mllm_name_or_path
+        try:
+            super()._init_vllm()
+        finally:
+            composite.name_or_path = own
+
+    def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+        # Every parameter is walked, even those left out: to gather one is a collective operation.
+        for name, parameter in super()._iter_named_params():
+            if name.startswith(_MLLM):
+                yield name.removeprefix(_MLLM), parameter
+
+
+def suppress_tokens(generation_kwargs: Mapping[str, Any] | None, tokens: Sequence[int]) -> dict[str, Any]:
+    """Sampling parameters of vLLM under which some tokens are never sampled; other biases are kept."""
+    kwargs = dict(generation_kwargs or {})
+    kwargs["logit_bias"] = {**(kwargs.get("logit_bias") or {}), **dict.fromkeys(map(int, tokens), _NEVER)}
+    return kwargs
