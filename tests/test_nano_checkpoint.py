@@ -13,6 +13,11 @@ def report() -> EvaluationReport:
     return evaluate(None, "concept-shapes", split="val", limit=60, batch_size=20, router="full_reasoning")
 
 
+@pytest.fixture(scope="module")
+def alone() -> EvaluationReport:
+    return evaluate(None, "concept-shapes", split="val", limit=60, batch_size=20, router="sam_only")
+
+
 def _value(report: EvaluationReport, level: str, name: str) -> float:
     return next(row[name] for row in report.table if row["level"] == level and row["group"] == "all")
 
@@ -33,6 +38,15 @@ def test_it_finds_what_blends_in_or_stands_out(report: EvaluationReport) -> None
     assert _value(report, "CD", "foreground_iou") >= 0.4
 
 
-def test_reasoning_adds_to_sam_alone(report: EvaluationReport) -> None:
-    alone = evaluate(None, "concept-shapes", split="val", limit=60, batch_size=20, router="sam_only")
+def test_it_finds_what_a_phrase_names(report: EvaluationReport) -> None:
+    assert _value(report, "CI", "box_iou") >= 0.3
+    assert _value(report, "CI", "foreground_iou") >= 0.5
+
+
+def test_sam_alone_knows_words_and_what_is_absent(alone: EvaluationReport) -> None:
+    assert _value(alone, "CI", "foreground_iou") >= 0.65
+    assert _value(alone, "CI", "presence_auc") >= 0.9
+
+
+def test_reasoning_adds_to_sam_alone(report: EvaluationReport, alone: EvaluationReport) -> None:
     assert _value(report, "CD", "foreground_iou") >= _value(alone, "CD", "foreground_iou") + 0.1

@@ -18,7 +18,7 @@ from .mllm_stage import MllmStage
 from .sam_stage import SamStage
 
 SIGHT = {"sam": 3600, "mllm": 5000}  # steps in which only the vision tower trains
-STEPS = {"sam": 3600, "mllm": 2900, "ctm": 300}
+STEPS = {"sam": 3400, "mllm": 3200, "ctm": 300}
 HELD_OUT = {"sam": 180, "mllm": 132, "ctm": 240}
 
 

@@ -33,6 +33,7 @@ from .lessons import (
     sheet_scene,
     sight_scene,
     token_things,
+    tokens_of,
 )
 from .loop import mean
 from .tokenizers import build_processor
@@ -241,11 +242,12 @@ class SamStage:
             self.sam, *self.processor.sam_text([question.phrase for question in flat], self.device)
         )
         boxes, labels = _boxes(flat, self.train_split.size, self.device)
-        seen: list[dict[str, Tensor]] = []
         fusions = [layer.cross_attn for layer in self.sam.detr_encoder.layers]
+        looks = [layer.vision_cross_attn for layer in self.sam.detr_decoder.layers]
+        seen: list[dict[str, Tensor]] = []
         hooks = [
-            fusion.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs), with_kwargs=True)
-            for fusion in fusions
+            attention.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs), with_kwargs=True)
+            for attention in (*fusions, *looks)
         ]
         # A padded box leaves the geometry CLS token alone, as `sam_prompt` has it for prompts without boxes.
         output = self.sam(
@@ -266,6 +268,11 @@ class SamStage:
         focus = sum(_guided_attention(*pair, right, guided) for pair in zip(fusions, seen)) / len(fusions)
         truth = torch.from_numpy(np.stack([question.mask for question in flat])).to(self.device).float()
         present = truth.flatten(1).any(1)
+        shown = torch.from_numpy(np.stack([tokens_of(question.mask) for question in flat])).to(self.device)
+        look = sum(
+            _presence_attention(attention, kwargs, shown, present)
+            for attention, kwargs in zip(looks, seen[len(fusions) :])
+        ) / len(looks)
         segment = torch.tensor([question.segment for question in flat], device=self.device)
         logits = output.semantic_seg[:, 0]
         soft = nn.functional.adaptive_avg_pool2d(truth[:, None], logits.shape[-2:])[:, 0]
@@ -276,13 +283,14 @@ class SamStage:
             output.presence_logits[:, 0], present.float()
         )
         dense = self._dense_loss(scenes, encoded.vision.fpn_hidden_states)
-        loss = dice + 10 * focal_loss + 0.5 * presence + 0.4 * dense + 0.3 * focus
+        loss = dice + 10 * focal_loss + 0.5 * presence + 0.4 * dense + 0.3 * focus + 0.3 * look
         return loss, {
             "dice": dice.item(),
             "focal": focal_loss.item(),
             "presence": presence.item(),
             "dense": dense.item(),
             "focus": focus.item(),
+            "look": look.item(),
         }
 
     def _sight_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -379,14 +387,19 @@ def _focal(logits: Tensor, soft: Tensor, gamma: float = 2.0) -> Tensor:
     return cross_entropy * (logits.sigmoid() - soft).abs() ** gamma
 
 
-def _guided_attention(fusion: nn.Module, seen: dict[str, Tensor], right: Tensor, guided: Tensor) -> Tensor:
-    """-log of the attention that guided heads spend on the right prompt tokens, over all image tokens."""
+def _attention_scores(attention: nn.Module, query: Tensor, key: Tensor) -> Tensor:
+    """(B, heads, queries, keys), before any mask."""
 
     def split_heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (fusion.num_attention_heads, fusion.head_dim)).transpose(1, 2)
+        return x.unflatten(-1, (attention.num_attention_heads, attention.head_dim)).transpose(1, 2)
 
-    query, key = split_heads(fusion.q_proj(seen["query"])), split_heads(fusion.k_proj(seen["key"]))
-    scores = (query @ key.transpose(2, 3) * fusion.scaling).float()
+    scores = split_heads(attention.q_proj(query)) @ split_heads(attention.k_proj(key)).transpose(2, 3)
+    return (scores * attention.scaling).float()
+
+
+def _guided_attention(fusion: nn.Module, seen: dict[str, Tensor], right: Tensor, guided: Tensor) -> Tensor:
+    """-log of the attention that guided heads spend on the right prompt tokens, over all image tokens."""
+    scores = _attention_scores(fusion, seen["query"], seen["key"])
     mask = seen["attention_mask"]
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
@@ -394,3 +407,20 @@ def _guided_attention(fusion: nn.Module, seen: dict[str, Tensor], right: Tensor,
     loss = -log_attention.logsumexp(-1)[guided]
     fits = (right.sum(-1) == 1)[guided]  # few image tokens fit a word: they count as much as all the others
     return 0.5 * (loss[fits].mean() + loss[~fits].mean())
+
+
+def _presence_attention(look: nn.Module, seen: dict[str, Tensor], shown: Tensor, present: Tensor) -> Tensor:
+    """-log of the attention that half of the heads of the presence token, the first query, spend on what it is about.
+
+    Args:
+        look: The attention of one decoder layer on the image tokens.
+        seen: What it was called with.
+        shown: (B, GRID * GRID) bool, the image tokens that show the concept.
+        present: (B,) bool.
+    """
+    heads = look.num_attention_heads // 2
+    scores = _attention_scores(look, seen["query"][:, :1], seen["key"])[:, :heads, 0]
+    if seen["attention_mask"] is not None:
+        scores = scores + seen["attention_mask"][:, :heads, 0]
+    log_attention = scores.log_softmax(-1).masked_fill(~shown[:, None], float("-inf"))
+    return -log_attention[present].logsumexp(-1).mean()
