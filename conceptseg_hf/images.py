@@ -77,6 +77,11 @@ def load_mask(mask: ImageInput, size: tuple[int, int] | None = None) -> np.ndarr
     return foreground
 
 
+def mask_to_image(mask: np.ndarray) -> Image.Image:
+    """A bool array (H, W) as an "L" picture of 0 and 255, which `load_mask` reads back."""
+    return Image.fromarray(mask.astype(bool).astype(np.uint8) * 255)
+
+
 def _open(image: ImageInput, what: str) -> Image.Image:
     """Opens and fully decodes an input; `what` names it in errors."""
     if isinstance(image, Image.Image):

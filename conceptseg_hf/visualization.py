@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
+from .images import mask_to_image
 from .references import (
     Box,
     MosaicLayout,
@@ -61,7 +62,7 @@ def overlay(
     if mask is None:
         return picture
     if isinstance(mask, np.ndarray):
-        mask = Image.fromarray(mask.astype(bool).astype(np.uint8) * 255)
+        mask = mask_to_image(mask)
     if mask.size != picture.size:
         raise ValueError(
             f"overlay: mask is {mask.size} pixels, its image {picture.size}; bring them to one size."
@@ -190,7 +191,7 @@ def scaled_overlay(image: Image.Image, mask: Image.Image | np.ndarray | None, he
     if mask is None:
         return _scaled_to(image, height)
     if isinstance(mask, np.ndarray):
-        mask = Image.fromarray(mask.astype(bool).astype(np.uint8) * 255)
+        mask = mask_to_image(mask)
     if mask.size != image.size:
         raise ValueError(
             f"scaled_overlay: mask is {mask.size} pixels, its image {image.size}; bring them to one size."

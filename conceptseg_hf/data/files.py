@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from ..images import load_image
+from ..images import load_image, mask_to_image
 from ..references import Reference, mask_to_box
 from .paths import check_files
 from .sample import ConceptSample, UnreadableSampleError
@@ -267,17 +266,12 @@ def describe_names(names: Sequence[str]) -> str:
     return f"{len(names)} classes ({shown}) have"
 
 
-def as_mask_image(mask: np.ndarray) -> Image.Image:
-    """A bool array (H, W) as "L", 0 and 255."""
-    return Image.fromarray(mask.astype(np.uint8) * 255)
-
-
 def _read_truth(truth: Truth, size: tuple[int, int] | None) -> dict[str, Any]:
     mask, ignore = truth.read(size)
     return {
-        "mask": as_mask_image(mask),
+        "mask": mask_to_image(mask),
         "box": truth.box(size) if isinstance(truth, BoxTruth) else mask_to_box(mask),
-        "ignore": None if ignore is None else as_mask_image(ignore),
+        "ignore": None if ignore is None else mask_to_image(ignore),
         "box_only": truth.box_only,
     }
 

@@ -66,6 +66,21 @@ def _authors(
     )
 
 
+def _coco20i(name: str, title: str, note: str) -> Source:
+    return Source(
+        name,
+        title,
+        "CI",
+        "diverse classes",
+        CLASS_NAME,
+        "coco20i",
+        "https://cocodataset.org",
+        counts={"train": None, "val": None},
+        aliases={"test": "val"},
+        note=note,
+    )
+
+
 _SUITE = (
     _authors("coco2014_Living", "COCO-20i living", "CI", "diverse classes", CLASS_NAME, test=1700),
     _authors("coco2014_Artifact", "COCO-20i artifact", "CI", "diverse classes", CLASS_NAME, test=6244),
@@ -146,30 +161,16 @@ _OTHERS = (
         counts={"val": 200, "test": 779},
         note="ignore regions became foreground in this copy: its scores do not compare with those of reasonseg",
     ),
-    Source(
+    _coco20i(
         "coco20i",
         "COCO-20i",
-        "CI",
-        "diverse classes",
-        CLASS_NAME,
-        "coco20i",
-        "https://cocodataset.org",
-        counts={"train": None, "val": None},
-        aliases={"test": "val"},
-        note="all 80 classes of COCO 2014, val images; the paper samples from them: coco2014_Living, coco2014_Artifact",
+        "all 80 classes of COCO 2014, val images; the paper samples from them: coco2014_Living, coco2014_Artifact",
     ),
     *(
-        Source(
+        _coco20i(
             f"coco20i-{fold}",
             f"COCO-20i, fold {fold}",
-            "CI",
-            "diverse classes",
-            CLASS_NAME,
-            "coco20i",
-            "https://cocodataset.org",
-            counts={"train": None, "val": None},
-            aliases={"test": "val"},
-            note=f"the 20 classes whose place among the 80 leaves {fold} when divided by 4",
+            f"the 20 classes whose place among the 80 leaves {fold} when divided by 4",
         )
         for fold in range(4)
     ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -290,14 +291,18 @@ def _s_measure() -> Any:
         raise ImportError(
             "score_masks: s_measure needs pysodmetrics; install it with: pip install conceptseg-hf[eval]"
         ) from error
+    return _without_empty_regions(Smeasure)()
 
-    class SMeasure(Smeasure):
+
+@cache
+def _without_empty_regions(library: type) -> type:
+    class SMeasure(library):
         def ssim(self, pred: np.ndarray, gt: np.ndarray) -> float:
             # Where the foreground's centroid is at the border, regions are empty: their weight is 0, not their
             # score NaN.
             return super().ssim(pred, gt) if pred.size else 0.0
 
-    return SMeasure()
+    return SMeasure
 
 
 __all__ = ["METRICS", "MaskMetrics", "box_iou", "foreground_iou", "presence_auc", "score_masks"]

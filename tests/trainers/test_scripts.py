@@ -23,6 +23,7 @@ pytest.importorskip("trl")
 from conceptseg_trainers.scripts import meta_grpo, sft
 from conceptseg_trainers.scripts.common import ModelArguments, find_resume_checkpoint, run
 from conceptseg_trainers.sft_config import ConceptSFTConfig
+from two_processes import deepspeed_config
 
 RECIPES = Path(__file__).parents[2] / "trainers" / "recipes"
 STEPS = 6
@@ -165,20 +166,8 @@ sys.exit(main(sft.prepare))
 
 
 def deepspeed_words(folder: Path, stage: int) -> list[str]:
-    config = {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": stage,
-            "overlap_comm": False,
-            "stage3_gather_16bit_weights_on_model_save": True,
-            "stage3_param_persistence_threshold": 0,
-        },
-    }
     path = folder / "deepspeed.json"
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(deepspeed_config(stage)))
     return ["--deepspeed", str(path)]
 
 

@@ -25,11 +25,14 @@ from conceptseg_hf.data import load_benchmark
 GROUP, STEPS = 4, 3
 
 
-def deepspeed_config(stage: int) -> dict:
+def skip_compilation() -> None:
+    """DeepSpeed would compile this operation for minutes; gloo alone will do."""
     import deepspeed.ops
 
-    # DeepSpeed would compile it for minutes; gloo alone will do.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def deepspeed_config(stage: int) -> dict:
     return {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -173,6 +176,8 @@ def write(figures: dict, folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     kind, folder = sys.argv[1], Path(sys.argv[2])
+    if kind.startswith("zero"):
+        skip_compilation()
     figures = shard_and_generate() if kind == "fsdp2" else train(kind, folder)
     if torch.distributed.get_rank() == 0:
         write(figures, folder)

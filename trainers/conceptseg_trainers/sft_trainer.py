@@ -16,6 +16,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegOutput, ConceptSegProcessor
 from conceptseg_hf.data import ConceptSample
 from conceptseg_hf.evaluation import foreground_iou
+from conceptseg_hf.images import load_mask
 from conceptseg_hf.losses import segmentation_loss
 from conceptseg_hf.processing_conceptseg import PreparedSample
 
@@ -293,9 +294,7 @@ class ConceptSFTCollator:
             "sam_pixel_values": torch.stack([item.sam_pixel_values for item in prepared]),
             "sam_input_ids": sam_input_ids,
             "sam_attention_mask": sam_attention_mask,
-            "mask_labels": [
-                torch.from_numpy(np.asarray(sample.mask.convert("L")) >= 128) for sample in samples
-            ],
+            "mask_labels": [torch.from_numpy(load_mask(sample.mask)) for sample in samples],
             "shown": [
                 TrainingExample(
                     target=sample.image,

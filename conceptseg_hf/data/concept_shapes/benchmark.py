@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ...images import mask_to_image
 from ...references import Reference, mask_to_box
 from ..sample import ConceptSample
 from .families import GROUPS, Family, Task
@@ -61,7 +62,7 @@ class ConceptShapes(Sequence[ConceptSample]):
         task = self.task(index)
         return ConceptSample(
             image=Image.fromarray(task.scene.pixels),
-            mask=Image.fromarray(task.mask.astype(np.uint8) * 255),
+            mask=mask_to_image(task.mask),
             prompt=task.prompt,
             level=level,
             group=group,
