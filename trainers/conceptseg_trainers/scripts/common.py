@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
 from conceptseg_hf.data import ConceptSample, load_benchmark
 from conceptseg_hf.evaluation.loading import find_checkpoint, load_config
 
+_GLOO_ENDS = 1.0  # seconds
 _TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 
 
@@ -183,6 +185,10 @@ def run(trainer: Trainer) -> None:
     trainer.train(resume_from_checkpoint=find_resume_checkpoint(trainer.args))
     trainer.save_model()
     trainer.end()
+    if trainer.accelerator.num_processes > 1:
+        # Gloo's threads still let go of the last tensors, for which they need the interpreter: one that is taking
+        # itself apart would abort the process.
+        time.sleep(_GLOO_ENDS)
 
 
 def find_resume_checkpoint(args: TrainingArguments) -> str | None:
