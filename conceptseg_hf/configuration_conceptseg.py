@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -103,6 +105,20 @@ class ConceptSegConfig(PreTrainedConfig):
                 f"SAM 3's prompt space has width {prompt_size}; set ctm_config.sam_hidden_size to that width."
             )
 
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in the base class, but refuses a checkpoint in the authors' layout.
+
+        Raises:
+            ValueError: If it is one; the message says how to convert it.
+        """
+        content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if is_authors_config(content):
+            raise ValueError(how_to_convert(pretrained_model_name_or_path))
+        return content, kwargs
+
     @property
     def hidden_size(self) -> int:
         """Width of the MLLM's hidden states."""
@@ -129,12 +145,31 @@ class ConceptSegConfig(PreTrainedConfig):
         Raises:
             ValueError: If no preset has that name.
         """
-        if name not in _PRESETS:
+        if name not in PRESETS:
             raise ValueError(
                 f"ConceptSegConfig.from_preset: no preset is named {name!r}; "
-                f"use one of {', '.join(map(repr, _PRESETS))}."
+                f"use one of {', '.join(map(repr, PRESETS))}."
             )
-        return cls(**{**_PRESETS[name](), **overrides})
+        return cls(**{**PRESETS[name](), **overrides})
+
+
+AUTHORS_MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl")  # a released config.json may say either
+
+
+def is_authors_config(content: Mapping[str, Any]) -> bool:
+    """Whether the content of a config.json is that of a released checkpoint, in the authors' layout."""
+    return content.get("model_type") in AUTHORS_MODEL_TYPES and (
+        "num_of_query" in content
+        or any(str(name).startswith("ConceptSegR1") for name in content.get("architectures") or ())
+    )
+
+
+def how_to_convert(checkpoint: str | os.PathLike) -> str:
+    """One sentence for who loads a checkpoint in the authors' layout."""
+    return (
+        f"The checkpoint {str(checkpoint)!r} is in the authors' layout; make one that loads with `conceptseg convert "
+        f"--checkpoint {checkpoint} --sam facebook/sam3 --out DIR`."
+    )
 
 
 def _qwen2_5_vl(
@@ -318,4 +353,4 @@ def _preset_nano() -> dict[str, Any]:
     }
 
 
-_PRESETS = {"3b": _preset_3b, "7b": _preset_7b, "nano": _preset_nano}
+PRESETS = {"3b": _preset_3b, "7b": _preset_7b, "nano": _preset_nano}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,14 +21,15 @@ from transformers import (
 )
 from transformers import initialization as init
 
-from . import mllm, sam_prompt
+from . import hub, mllm, sam_prompt
 from .concept_translation import ConceptTranslationModule
 from .configuration_conceptseg import ConceptSegConfig, ConceptTranslationConfig
 from .generation import generate_with_states
 from .losses import segmentation_loss
 from .outputs import ConceptSegmentation, ConceptSegOutput
+from .quantization import spare_sam_and_ctm
 from .router import ShortcutRouter
-from .sam_prompt import ImageFeatures
+from .sam_prompt import BOX_TEXT, SAM_PROMPTS, ImageFeatures
 
 if TYPE_CHECKING:
     from .completion import Completion
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 
 # Arguments of `from_pretrained` that say where files come from; they serve every part of a model alike.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "use_safetensors")
+
+_NOTHING = -100.0  # a mask logit whose probability is 0
 
 
 class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
@@ -147,12 +152,14 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             *model_args: As in `PreTrainedModel.from_pretrained`.
             init_ctm: Accept a checkpoint without (some) CTM weights and initialise them afresh.
             output_loading_info: Also return the dictionary of missing and unexpected keys.
-            **kwargs: As in `PreTrainedModel.from_pretrained`.
+            **kwargs: As in `PreTrainedModel.from_pretrained`; a `quantization_config` is for the MLLM alone.
 
         Raises:
             ValueError: If weights of the CTM (without `init_ctm`), of the MLLM, or of SAM 3 (and
                 `config.sam_name_or_path` names no source for them) are missing.
         """
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = spare_sam_and_ctm(kwargs["quantization_config"])
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -179,10 +186,53 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike,
+        *args: Any,
+        save_original_format: bool = False,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
-        """Saves the model, by default under the names of `state_dict()`: the ones a trainer resumes from."""
+        """Saves the model, by default under the names of `state_dict()`: the ones a trainer resumes from.
+
+        A model card is written beside it where there is none.
+        """
+        repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
+        upload = {name: kwargs[name] for name in ("token",) if name in kwargs} | {
+            name: kwargs.pop(name)
+            for name in ("commit_message", "private", "revision", "create_pr")
+            if name in kwargs
+        }
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        if Path(save_directory).is_dir():  # other processes than the main one may have no folder
+            hub.save_model_card(save_directory, self.config)
+        if push_to_hub:
+            hub.upload(save_directory, repo_id, **upload)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        report: Any = None,
+        max_shard_size: int | str = "5GB",
+        **kwargs: Any,
+    ) -> Any:
+        """Uploads the model with its card; a card that the repository has is kept, unless there is a report.
+
+        Args:
+            repo_id: The repository, made if it does not exist.
+            report: An evaluation for the card; see `hub.save_model_card`.
+            max_shard_size: Size of the weight files.
+            **kwargs: Further arguments of `hub.upload`.
+
+        Returns:
+            What the Hub says of the commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            if report is not None:
+                hub.save_model_card(folder, self.config, report=report, overwrite=True)
+            return hub.upload(folder, repo_id, keep_card=report is None, **kwargs)
 
     def _refill_sam(self, fault: str, hub_arguments: Mapping[str, Any]) -> None:
         source = self.config.sam_name_or_path
@@ -321,6 +371,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         sam_input_ids: Tensor | None = None,
         sam_attention_mask: Tensor | None = None,
         concept_embeds: Tensor | None = None,
+        boxes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Decodes the prompt [Z; E_text; geometry CLS] (eq. 4), differentiable in Z.
 
@@ -329,6 +380,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             sam_input_ids: (B, T) text for SAM 3, or None.
             sam_attention_mask: (B, T) its mask.
             concept_embeds: (B, L2, D) concept tokens Z, or None.
+            boxes: See `sam_prompt.decode`; None: no boxes, as in the paper.
 
         Returns:
             (B, 1, h, w) mask logits and (B, 1) presence logits.
@@ -342,7 +394,9 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
                     )
             if concept_embeds is not None:
                 concept_embeds = concept_embeds.to(self.sam.device, self.sam.dtype)
-            output = sam_prompt.decode(self.sam, features, text_embeds, text_mask, concept_embeds)
+            if boxes is not None:
+                boxes = boxes.to(self.sam.device, self.sam.dtype)
+            output = sam_prompt.decode(self.sam, features, text_embeds, text_mask, concept_embeds, boxes)
         return output.semantic_seg, output.presence_logits
 
     def forward(
@@ -429,6 +483,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         processor: ConceptSegProcessor | None = None,
         return_heatmap: bool = False,
         batch_size: int | None = None,
+        sam_prompt: str = "concept+text",
+        return_logits: bool = False,
     ) -> list[ConceptSegmentation]:
         """Segments a batch of prepared samples; each takes its own route.
 
@@ -442,6 +498,10 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             processor: The processor; by default the one that `inputs` carries.
             return_heatmap: Also return the mask probabilities.
             batch_size: At most so many samples at a time; None: all at once.
+            sam_prompt: What of the reasoning SAM 3 is prompted with: `"concept+text"` is the method (eq. 4); the
+                others are for ablations (paper, Table 4): `"concept"` (the concept tokens Z alone), `"text"` (the
+                answer alone) and `"box"` (the MLLM's box alone; without one the mask is empty).
+            return_logits: Also return SAM 3's mask logits, at their own size.
 
         Returns:
             One result per sample, in their order.
@@ -460,6 +520,10 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"segment: batch_size is {batch_size}; use at least 1, or None for all samples at once."
             )
+        if sam_prompt not in SAM_PROMPTS:
+            raise ValueError(
+                f"segment: sam_prompt is {sam_prompt!r}; use one of {', '.join(map(repr, SAM_PROMPTS))}."
+            )
         samples = list(inputs)
         size = batch_size or max(len(samples), 1)
         was_training = self.training
@@ -469,7 +533,13 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
                 result
                 for start in range(0, len(samples), size)
                 for result in self._segment_batch(
-                    samples[start : start + size], router, generation_config, processor, return_heatmap
+                    samples[start : start + size],
+                    router,
+                    generation_config,
+                    processor,
+                    return_heatmap,
+                    sam_prompt,
+                    return_logits,
                 )
             ]
         finally:
@@ -482,6 +552,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         generation_config: GenerationConfig | Mapping[str, Any] | None,
         processor: ConceptSegProcessor,
         return_heatmap: bool,
+        sam_prompt: str,
+        return_logits: bool,
     ) -> list[ConceptSegmentation]:
         decoded: dict[int, _Decoded] = {}
         presences: dict[int, float] = {}
@@ -506,10 +578,20 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
                 completions, concepts = self._reason(
                     [samples[i] for i in reasoned], generation_config, processor
                 )
-                texts = [
-                    completion.answer or samples[i].prompt for i, completion in zip(reasoned, completions)
-                ]
-                answers = self._decode_rows(features, row_of, reasoned, texts, processor, concepts)
+                if sam_prompt == "box":
+                    answers = self._decode_boxes(features, row_of, reasoned, samples, completions, processor)
+                else:
+                    texts = [
+                        completion.answer or samples[i].prompt for i, completion in zip(reasoned, completions)
+                    ]
+                    answers = self._decode_rows(
+                        features,
+                        row_of,
+                        reasoned,
+                        None if sam_prompt == "concept" else texts,
+                        processor,
+                        None if sam_prompt == "text" else concepts,
+                    )
                 for i, completion in zip(reasoned, completions):
                     answers[i].completion = completion
                 decoded.update(answers)
@@ -521,6 +603,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
                 continue
             result = _result(sample, decoded[i], processor, return_heatmap)
             result.presence, result.threshold = presences.get(i), router.threshold(sample.prompt)
+            if return_logits:
+                result.mask_logits = decoded[i].mask_logits.cpu().numpy()
             results.append(result)
         return results
 
@@ -544,18 +628,48 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         features: ImageFeatures,
         row_of: dict[int, int],
         rows: list[int],
-        texts: list[str],
+        texts: list[str] | None,
         processor: ConceptSegProcessor,
         concept_embeds: Tensor | None = None,
+        boxes: Tensor | None = None,
     ) -> dict[int, _Decoded]:
         """Decodes one prompt for each of `rows`."""
         selected = features.select(torch.tensor([row_of[i] for i in rows], device=self.sam.device))
-        mask_logits, presence_logits = self.decode_masks(selected, *processor.sam_text(texts), concept_embeds)
+        text = (None, None) if texts is None else processor.sam_text(texts)
+        mask_logits, presence_logits = self.decode_masks(selected, *text, concept_embeds, boxes)
         presences = presence_logits.float().sigmoid()[:, 0].tolist()
         return {
             i: _Decoded(mask_logits[row, 0].float(), presence)
             for row, (i, presence) in enumerate(zip(rows, presences))
         }
+
+    def _decode_boxes(
+        self,
+        features: ImageFeatures,
+        row_of: dict[int, int],
+        rows: list[int],
+        samples: list[PreparedSample],
+        completions: list[Completion],
+        processor: ConceptSegProcessor,
+    ) -> dict[int, _Decoded]:
+        """Decodes the box of each completion, and nothing where there is none (`sam_prompt="box"`)."""
+        boxes = {
+            i: processor.text_box_to_sam(completion.bbox, samples[i].frame)
+            for i, completion in zip(rows, completions)
+            if completion.bbox is not None
+        }
+        boxes = {i: box for i, box in boxes.items() if box[2] > 0 and box[3] > 0}
+        answers = {i: _Decoded(torch.full((1, 1), _NOTHING), 0.0) for i in rows}
+        if boxes:
+            answers |= self._decode_rows(
+                features,
+                row_of,
+                list(boxes),
+                [BOX_TEXT] * len(boxes),
+                processor,
+                boxes=torch.tensor(list(boxes.values()))[:, None],
+            )
+        return answers
 
     def _reason(
         self,

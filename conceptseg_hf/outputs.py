@@ -63,6 +63,7 @@ class ConceptSegmentation:
             query.
         heatmap: (H, W) float32 mask probabilities at the input image's size; only when asked for.
         error: None, or one sentence saying why this item failed.
+        mask_logits: (h, w) float32 SAM 3's mask logits at their own size; only when asked for.
     """
 
     mask: Image.Image | None
@@ -82,6 +83,7 @@ class ConceptSegmentation:
     check_iou: float | None = None
     heatmap: np.ndarray | None = None
     error: str | None = None
+    mask_logits: np.ndarray | None = None
 
     @classmethod
     def failed(cls, error: str, label: str = "") -> ConceptSegmentation:
@@ -89,5 +91,8 @@ class ConceptSegmentation:
         return cls(mask=None, label=label, score=0.0, error=error)
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as a dictionary: every attribute under its name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The result as a dictionary: every attribute under its name, `mask_logits` only where there are any."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.mask_logits is None:
+            del values["mask_logits"]
+        return values

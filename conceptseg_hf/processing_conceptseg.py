@@ -11,8 +11,11 @@ With w, h the size of an image, S the canvas size and C the coordinate scale:
 from __future__ import annotations
 
 import copy
+import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from . import mllm
 from .completion import Completion, format_box, parse_completion
+from .configuration_conceptseg import how_to_convert, is_authors_config
 from .images import ImageInput, load_image
 from .prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
 from .references import (
@@ -192,6 +196,19 @@ class ConceptSegProcessor(ProcessorMixin):
             )
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._reserved_tokens = sorted({self.image_token, *special, *tokenizer.all_special_tokens})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> ConceptSegProcessor:
+        """As in the base class; of a checkpoint in the authors' layout it says how to convert it."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (ValueError, OSError):
+            config = Path(pretrained_model_name_or_path, "config.json")
+            if config.is_file() and is_authors_config(json.loads(config.read_text(encoding="utf-8"))):
+                raise ValueError(how_to_convert(pretrained_model_name_or_path)) from None
+            raise
 
     @property
     def template(self) -> PromptTemplate:
@@ -418,6 +435,12 @@ class ConceptSegProcessor(ProcessorMixin):
         return _clipped(
             _scaled(box, width / self.coordinate_scale, height / self.coordinate_scale), frame.image_size
         )
+
+    def text_box_to_sam(self, box: Sequence[float], frame: Frame) -> Box:
+        """Maps a box from text units to SAM 3's prompt: (centre x, centre y, width, height), shares of the image."""
+        width, height = frame.image_size
+        x1, y1, x2, y2 = self.text_box_to_image(box, frame)
+        return (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height
 
     def reference_box_to_text(self, box: Sequence[float], reference: int, frame: Frame) -> Box:
         """Maps a box from pixels of a reference to text units of the mosaic."""

@@ -16,6 +16,12 @@ from transformers import Sam3Model
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput, Sam3VisionEncoderOutput
 
+SAM_PROMPTS = ("concept+text", "concept", "text", "box")
+"""What of the MLLM's reasoning may prompt SAM 3: the method itself first, then its ablations."""
+
+BOX_TEXT = "visual"
+"""The word that stands in SAM 3's text where boxes alone say what is meant."""
+
 
 @dataclass(frozen=True)
 class ImageFeatures:
@@ -74,16 +80,24 @@ def encode_image(sam: Sam3Model, pixel_values: Tensor, geometry_cls: bool = True
 
 def _geometry_cls(sam: Sam3Model, vision: Sam3VisionEncoderOutput) -> Tensor:
     """The geometry encoder's answer to "no box": a padded dummy box leaves only its CLS token valid."""
-    finest = vision.fpn_hidden_states[0]
-    batch = finest.shape[0]
+    nothing = vision.fpn_hidden_states[0].new_zeros(len(vision.fpn_hidden_states[0]), 1, 4)
+    tokens, mask = _encode_boxes(sam, vision, nothing, valid=False)
+    return tokens[mask][:, None]
+
+
+def _encode_boxes(
+    sam: Sam3Model, vision: Sam3VisionEncoderOutput, boxes: Tensor, valid: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The geometry encoder's (B, N + 1, D) tokens of boxes and CLS, and their mask; see `decode` for the boxes."""
+    shape = boxes.shape[:2]
     geometry = sam.geometry_encoder(
-        box_embeddings=finest.new_zeros(batch, 1, 4),
-        box_mask=torch.zeros(batch, 1, dtype=torch.bool, device=finest.device),
-        box_labels=torch.zeros(batch, 1, dtype=torch.long, device=finest.device),
+        box_embeddings=boxes,
+        box_mask=torch.full(shape, valid, dtype=torch.bool, device=boxes.device),
+        box_labels=torch.full(shape, int(valid), dtype=torch.long, device=boxes.device),
         img_feats=vision.fpn_hidden_states[:-1],
         img_pos_embeds=vision.fpn_position_encoding[:-1],
     )
-    return geometry.last_hidden_state[geometry.attention_mask.bool()][:, None]
+    return geometry.last_hidden_state, geometry.attention_mask.bool()
 
 
 def encode_text(sam: Sam3Model, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,6 +121,7 @@ def decode(
     text_embeds: Tensor | None = None,
     text_mask: Tensor | None = None,
     concept_embeds: Tensor | None = None,
+    boxes: Tensor | None = None,
 ) -> Sam3ImageSegmentationOutput:
     """Decodes one prompt per image; differentiable in the prompt.
 
@@ -116,6 +131,8 @@ def decode(
         text_embeds: (B, T, D) explicit embeddings E_text, or None.
         text_mask: (B, T) their mask; required with `text_embeds`.
         concept_embeds: (B, L2, D) concept tokens Z, or None.
+        boxes: (B, N, 4) boxes around what is meant, as (centre x, centre y, width, height) in shares of the image, or
+            None.
 
     Returns:
         SAM 3's output: `semantic_seg` (B, 1, h, w) and `presence_logits` (B, 1) are what a concept mask is
@@ -136,7 +153,11 @@ def decode(
     if text_embeds is not None:
         tokens.append(text_embeds)
         masks.append(text_mask)
-    if features.geometry_cls is not None:
+    if boxes is not None:
+        box_tokens, box_mask = _encode_boxes(sam, features.vision, boxes)
+        tokens.append(box_tokens)
+        masks.append(box_mask)
+    elif features.geometry_cls is not None:
         tokens.append(features.geometry_cls)
         masks.append(
             torch.ones(features.geometry_cls.shape[:2], dtype=torch.bool, device=features.geometry_cls.device)

@@ -198,3 +198,34 @@ def fresh_python(tmp_path) -> Callable[..., str]:
         return result.stdout.strip()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def record_like() -> Callable[..., dict[str, Any]]:
+    """Makes a record of an evaluation: a shortcut's, of a square of which the given share is found."""
+    from conceptseg_hf import ConceptSegmentation
+    from conceptseg_hf.data import ConceptSample
+    from conceptseg_hf.evaluation.metrics import METRICS
+    from conceptseg_hf.evaluation.records import make_record
+
+    def make(found: float = 1.0, metrics: tuple[str, ...] = METRICS, **changes: Any) -> dict[str, Any]:
+        truth, mask = np.zeros((20, 20), dtype=np.uint8), np.zeros((20, 20), dtype=np.uint8)
+        truth[5:15, 5:15] = 255
+        mask[5:15, 5 : 5 + round(10 * found)] = 255
+        sample = ConceptSample(
+            image=Image.new("RGB", (20, 20)),
+            mask=Image.fromarray(truth),
+            prompt="red circle",
+            level="CI",
+            group="diverse classes",
+            family="attribute",
+            box=(5, 5, 15, 15),
+            dataset="mine",
+            sample_id="one",
+        )
+        result = ConceptSegmentation(
+            Image.fromarray(mask), "red circle", 0.6, route="shortcut", decode_presence=0.9
+        )
+        return make_record(sample, result, "standard", metrics) | changes
+
+    return make

@@ -548,6 +548,68 @@ def test_the_answer_is_what_sam_is_asked(model, processor, inputs, monkeypatch):
     assert asked == [["star", inputs[1].prompt]]
 
 
+ANSWER = "<bbox> [10,20,50,80] </bbox> <answer> star </answer>"
+
+
+def decoded_with(monkeypatch, model):
+    """What reaches `decode_masks`, call by call, as (has text, concept tokens, boxes)."""
+    calls = []
+    real = model.decode_masks
+
+    def decode_masks(features, ids, mask, concepts=None, boxes=None):
+        calls.append((ids, concepts, boxes))
+        return real(features, ids, mask, concepts, boxes)
+
+    monkeypatch.setattr(model, "decode_masks", decode_masks)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("sam_prompt", "has_text", "has_concepts"),
+    [("concept+text", True, True), ("concept", False, True), ("text", True, False)],
+)
+def test_what_sam_is_prompted_with(model, processor, inputs, monkeypatch, sam_prompt, has_text, has_concepts):
+    script(monkeypatch, model, processor, [ANSWER, ANSWER])
+    calls = decoded_with(monkeypatch, model)
+    model.segment(inputs[:2], NEVER, sam_prompt=sam_prompt)
+    ((ids, concepts, boxes),) = calls
+    assert (ids is not None, concepts is not None, boxes) == (has_text, has_concepts, None)
+    if has_text:
+        assert torch.equal(ids, processor.sam_text(["star", "star"])[0])
+
+
+def test_a_box_alone_prompts_sam(model, processor, inputs, monkeypatch):
+    script(monkeypatch, model, processor, [ANSWER, "<answer> star </answer>", "<bbox> [50,20,50,80] </bbox>"])
+    calls = decoded_with(monkeypatch, model)
+    results = model.segment(inputs[:3], NEVER, sam_prompt="box", return_heatmap=True)
+    ((ids, concepts, boxes),) = calls
+    assert torch.equal(ids, processor.sam_text(["visual"])[0]) and concepts is None
+    torch.testing.assert_close(boxes, torch.tensor([[[0.3, 0.5, 0.4, 0.6]]]))
+    for result in results[1:]:  # no box, and an empty one: nothing is found
+        assert (result.score, result.decode_presence, result.error) == (0.0, 0.0, None)
+        assert not np.asarray(result.mask).any() and result.heatmap.max() < 1e-6
+        assert result.mask.size == result.heatmap.shape[::-1]
+    assert results[0].decode_presence > 0 and results[1].answer == "star"
+
+
+@pytest.mark.parametrize("sam_prompt", ["concept", "text"])
+def test_batch_equals_single_whatever_prompts_sam(model, inputs, sam_prompt):
+    options = {"generation_config": GREEDY, "sam_prompt": sam_prompt, "return_heatmap": True}
+    for i, result in enumerate(model.segment(inputs, NEVER, **options)):
+        assert_same_result(result, model.segment(inputs[i : i + 1], NEVER, **options)[0])
+
+
+def test_batch_equals_single_with_boxes(model, processor, inputs, monkeypatch):
+    texts = [ANSWER, "<bbox> [0,0,30,90] </bbox> <answer> red circle </answer>", ANSWER, "nothing"]
+    options = {"sam_prompt": "box", "return_heatmap": True}
+    script(monkeypatch, model, processor, texts)
+    together = model.segment(inputs, NEVER, **options)
+    assert len({result.score for result in together}) == 4
+    for i, text in enumerate(texts):
+        script(monkeypatch, model, processor, [text])
+        assert_same_result(together[i], model.segment(inputs[i : i + 1], NEVER, **options)[0])
+
+
 def test_score_of_an_empty_mask_is_zero(model, inputs, monkeypatch):
     decode = model.decode_masks
     monkeypatch.setattr(model, "decode_masks", lambda *args: (decode(*args)[0] - 100, decode(*args)[1]))
@@ -577,6 +639,8 @@ def test_segment_refusals(model, inputs):
         model.segment(inputs, router="sometimes")
     with pytest.raises(ValueError, match="batch_size is 0"):
         model.segment(inputs, batch_size=0)
+    with pytest.raises(ValueError, match="sam_prompt is 'words'"):
+        model.segment(inputs, sam_prompt="words")
     with pytest.raises(ValueError, match="num_return_sequences"):
         model.segment(inputs[:1], NEVER, {**SAMPLED, "num_return_sequences": 2})
 

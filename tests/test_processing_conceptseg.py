@@ -397,6 +397,9 @@ def test_target_box_round_trip(
     text_box = processor.box_to_text(box, frame)
     assert min(text_box) >= 0 and max(text_box) <= scale * (1 + 1e-12)
     np.testing.assert_allclose(processor.text_box_to_image(text_box, frame), box, rtol=1e-9, atol=1e-6)
+    cx, cy, width, height = processor.text_box_to_sam(text_box, frame)
+    corners = np.array([cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2])
+    np.testing.assert_allclose(corners * np.tile(frame.image_size, 2), box, atol=1e-6)
     # Through the written completion: exact up to half a unit of the text.
     completion = parse_completion(format_completion("", "", None, text_box, "x", scale), scale)
     unit = 1 if scale > 1 else 0.001

@@ -39,6 +39,18 @@ def test_geometry_cls_equals_sam_with_one_padded_box(sam: Sam3Model, prompt: dic
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
 
 
+def test_boxes_equal_sams_own_box_prompt(sam: Sam3Model, prompt: dict[str, torch.Tensor]) -> None:
+    pixels = torch.randn(2, 3, 128, 128)
+    boxes = torch.tensor([[[0.5, 0.4, 0.3, 0.2]], [[0.2, 0.6, 0.3, 0.5]]])
+    features = encode_image(sam, pixels)
+    ours = decode(sam, features, *encode_text(sam, **prompt), boxes=boxes)
+    theirs = sam(pixel_values=pixels, **prompt, input_boxes=boxes)
+    for name in ("semantic_seg", "presence_logits", "pred_masks"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+    other = decode(sam, features, *encode_text(sam, **prompt), boxes=boxes.flip(0))
+    assert (other.semantic_seg - ours.semantic_seg).abs().max() > 1e-3
+
+
 def test_without_geometry_cls_it_is_plain_sam(sam: Sam3Model, prompt: dict[str, torch.Tensor]) -> None:
     pixels = torch.randn(2, 3, 128, 128)
     plain = sam(pixel_values=pixels, **prompt)

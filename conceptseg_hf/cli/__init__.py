@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import data, demo, evaluate, info, segment, train
+from . import ablate, compare, convert, data, demo, evaluate, info, segment, train
 from .arguments import BadInputError
 
-_VERBS = (demo, segment, evaluate, train, data, info)
+_VERBS = (demo, segment, evaluate, compare, ablate, train, convert, data, info)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +41,87 @@ def add_output_option(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --model, --device, --dtype and --router."""
+def add_root_option(parser: argparse.ArgumentParser, what: str = "folder of the files") -> None:
+    """Adds --root, which `parse_roots` reads."""
+    parser.add_argument(
+        "--root",
+        action="append",
+        metavar="[NAME=]DIR",
+        help=f"{what}; NAME=DIR is that of one benchmark where others have another (may be given again; "
+        "concept-shapes needs none)",
+    )
+
+
+def parse_roots(given: Sequence[str] | None) -> dict[str, str]:
+    """The folders by benchmark, as `load_benchmarks` takes them.
+
+    Raises:
+        BadInputError: If a benchmark has two.
+    """
+    from conceptseg_hf.data import SOURCES
+    from conceptseg_hf.data.groups import OTHERS
+
+    roots: dict[str, str] = {}
+    for text in given or ():
+        name, _, folder = text.partition("=")
+        name, folder = (name, folder) if name in SOURCES else (OTHERS, text)
+        if name in roots:
+            raise BadInputError(
+                f"--root {text!r} is a second folder of the same benchmarks; give one, and NAME=DIR for the others."
+            )
+        roots[name] = folder
+    return roots
+
+
+def parse_metrics(given: str | None) -> tuple[str, ...]:
+    """The metrics that --metrics names: some, "all", or those that need no further package."""
+    from conceptseg_hf.evaluation.metrics import LIBRARY_METRICS, METRICS
+
+    if given == "all":
+        return (*METRICS, *LIBRARY_METRICS)
+    return METRICS if given is None else tuple(given.split(","))
+
+
+def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which samples are scored, and how: --benchmark, --root, --split, --limit and so on."""
+    parser.add_argument(
+        "--benchmark",
+        default="concept-shapes",
+        metavar="NAME",
+        help="a benchmark, a group of the paper's suite (table1: the 20 sets of Table 1; ci, cd, cr: the sets of a "
+        "level; all: all 23), or several with commas between them (default: %(default)s)",
+    )
+    add_root_option(parser)
+    parser.add_argument(
+        "--split",
+        default="test",
+        help="split of benchmarks given by name; groups have those of the paper (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--limit", type=positive_int, metavar="N", help="only the first N samples of each benchmark"
+    )
+    parser.add_argument(
+        "--protocol",
+        default="standard",
+        metavar="P",
+        help="how masks are compared: standard or paper (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--metrics",
+        metavar="M,M",
+        help="metrics of masks, or all (default: all but f_w and s_measure, which need conceptseg-hf[eval])",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=8,
+        metavar="B",
+        help="samples at a time (default: %(default)s)",
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser, router: bool = True) -> None:
+    """Adds --model, --device, --dtype and, if wanted, --router."""
     parser.add_argument(
         "--model",
         metavar="PATH_OR_ID",
@@ -57,13 +136,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="number format of the weights (default: the checkpoint's)",
     )
-    parser.add_argument(
-        "--router",
-        choices=ROUTERS,
-        default="adaptive",
-        help="adaptive: SAM 3 alone where it is sure enough of the words, else reasoning; or always the "
-        "one or the other",
-    )
+    if router:
+        parser.add_argument(
+            "--router",
+            choices=ROUTERS,
+            default="adaptive",
+            help="adaptive: SAM 3 alone where it is sure enough of the words, else reasoning; or always the "
+            "one or the other",
+        )
 
 
 def parse_reference(text: str) -> ReferenceArgument:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import re
+from pathlib import Path
 from typing import Any
 
 from .arguments import (
+    BadInputError,
+    add_benchmark_options,
     add_model_options,
     as_bad_input,
     check_model,
     load_model,
     make_output_dir,
-    positive_int,
+    parse_metrics,
+    parse_roots,
 )
 
 
@@ -19,46 +24,34 @@ def add_parser(verbs: Any) -> None:
     """Adds the verb to the command."""
     parser = verbs.add_parser(
         "evaluate",
-        help="score a checkpoint on a benchmark",
-        description="Writes records.jsonl, report.md and report.json. A run that was stopped goes on where "
-        "it stopped.",
+        help="score a checkpoint on benchmarks",
+        description="Writes records.jsonl and the report. A run that was stopped goes on where it stopped. Several "
+        "processes share the samples: accelerate launch --num_processes N -m conceptseg_hf.cli evaluate ... on GPUs, "
+        "torchrun --nproc_per_node N -m conceptseg_hf.cli evaluate ... anywhere.",
     )
-    parser.add_argument(
-        "--benchmark",
-        default="concept-shapes",
-        metavar="NAME",
-        help="name of the benchmark (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--root", metavar="DIR", help="folder of the benchmark's files (concept-shapes needs none)"
-    )
-    parser.add_argument("--split", default="test", help="split of the benchmark (default: %(default)s)")
+    add_benchmark_options(parser)
     parser.add_argument(
         "--seed",
         type=int,
         default=42,
         metavar="S",
-        help="seed by which references are drawn for benchmarks of files (default: %(default)s)",
-    )
-    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N samples")
-    parser.add_argument(
-        "--protocol",
-        default="standard",
-        metavar="P",
-        help="how masks are compared: standard or paper (default: %(default)s)",
+        help="seed by which references are drawn (default: %(default)s)",
     )
     parser.add_argument(
-        "--metrics",
-        default="miou,giou,ciou,mae,ber,mdice",
-        metavar="M,M",
-        help="metrics of masks; also f_w and s_measure, with conceptseg-hf[eval] (default: %(default)s)",
+        "--routing-regret",
+        action="store_true",
+        help="run the route that was not taken as well, to say what the router loses",
     )
     parser.add_argument(
-        "--batch-size",
-        type=positive_int,
-        default=8,
-        metavar="B",
-        help="samples at a time (default: %(default)s)",
+        "--judgements",
+        metavar="FILE",
+        help="whether each think and rule is right, as .csv or .jsonl (sample_id, think, rule), for the eight outcomes "
+        "of the paper's appendix J; or exact-rule: compare rules with the true ones, where a benchmark has them",
+    )
+    parser.add_argument(
+        "--annotation-sheet",
+        metavar="FILE",
+        help="write a new .csv file of the completions, to be filled in and given to --judgements",
     )
     add_model_options(parser)
     parser.add_argument(
@@ -72,31 +65,63 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the verb."""
     check_model(arguments.model)
-    from conceptseg_hf.data import load_benchmark
+    from conceptseg_hf.data import load_benchmarks
     from conceptseg_hf.evaluation import evaluate
+    from conceptseg_hf.evaluation.decomposition import write_annotation_sheet
+    from conceptseg_hf.evaluation.processes import join_processes
 
-    files = {}
-    if arguments.root is not None:
-        files = {"root": arguments.root, "limit": arguments.limit, "seed": arguments.seed}
-    benchmark = as_bad_input(load_benchmark, arguments.benchmark, split=arguments.split, **files)
+    sheet = arguments.annotation_sheet
+    if sheet is not None and Path(sheet).exists():
+        raise BadInputError(
+            f"--annotation-sheet {sheet!r} exists already and may be filled in; give another name."
+        )
+    processes = join_processes()
+    if not processes.is_main:
+        _be_silent()
+    samples = as_bad_input(
+        load_benchmarks,
+        arguments.benchmark,
+        root=parse_roots(arguments.root),
+        split=arguments.split,
+        limit=arguments.limit,
+        seed=arguments.seed,
+    )
     model, processor = load_model(arguments)
-    name = f"{arguments.benchmark}-{arguments.split}-{arguments.router}"
-    folder = make_output_dir(arguments.output_dir or f"evaluation_output/{name}")
+    name = re.sub(r"[,\s]+", "+", arguments.benchmark)
+    folder = make_output_dir(
+        arguments.output_dir or f"evaluation_output/{name}-{arguments.split}-{arguments.router}"
+    )
     report = as_bad_input(
         evaluate,
         model,
-        benchmark,
+        samples,
         processor=processor,
         protocol=arguments.protocol,
-        metrics=tuple(arguments.metrics.split(",")),
+        metrics=parse_metrics(arguments.metrics),
         router=arguments.router,
         batch_size=arguments.batch_size,
         limit=arguments.limit,
         output_dir=folder,
-        split=arguments.split,
+        routing_regret=arguments.routing_regret,
+        judgements=arguments.judgements,
         progress=True,
     )
-    print(report.to_markdown())
-    print(folder / "report.md")
-    print(report.summary())
+    if processes.is_main:
+        print(report.to_markdown())
+        if sheet is not None:
+            as_bad_input(write_annotation_sheet, report.records, sheet)
+            print(sheet)
+        print(folder / "report.md")
+        print(report.summary())
+    processes.leave()
     return 0
+
+
+def _be_silent() -> None:
+    """Leaves it to the main process to speak of what all see; errors are told all the same."""
+    import warnings
+
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.disable_progress_bar()

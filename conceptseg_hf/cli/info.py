@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .arguments import as_bad_input, check_model
+from .arguments import BadInputError, as_bad_input, check_model
 
 _PACKAGES = ("conceptseg-hf", "torch", "torchvision", "transformers", "accelerate", "numpy", "pillow")
 
@@ -13,10 +13,13 @@ _PACKAGES = ("conceptseg-hf", "torch", "torchvision", "transformers", "accelerat
 def add_parser(verbs: Any) -> None:
     """Adds the verb to the command."""
     parser = verbs.add_parser("info", help="show versions, devices and what a checkpoint holds")
+    named = "checkpoint folder or hub id (default: the embedded nano checkpoint)"
+    parser.add_argument("folder", nargs="?", metavar="PATH_OR_ID", help=named)
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="the same")
     parser.add_argument(
-        "--model",
-        metavar="PATH_OR_ID",
-        help="checkpoint folder or hub id (default: the embedded nano checkpoint)",
+        "--hashes",
+        action="store_true",
+        help="read the weight files for their SHA-256, and compare it with what conversion.json says",
     )
     parser.set_defaults(run=run)
 
@@ -26,7 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
-    check_model(arguments.model)
+    if arguments.folder is not None and arguments.model is not None:
+        raise BadInputError("the checkpoint is named twice; leave --model out.")
+    checkpoint = arguments.folder or arguments.model
+    check_model(checkpoint)
     import torch
 
     from conceptseg_hf.evaluation.loading import default_device, find_checkpoint
@@ -42,7 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     rows["device"] = str(default_device()) + (
         f" ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else ""
     )
-    rows |= as_bad_input(_describe, as_bad_input(find_checkpoint, arguments.model))
+    checkpoint = as_bad_input(find_checkpoint, checkpoint)
+    rows |= as_bad_input(_describe, checkpoint)
+    rows |= as_bad_input(_describe_files, checkpoint, arguments.hashes)
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
@@ -70,5 +78,61 @@ def _describe(checkpoint: str) -> dict[str, str]:
     rows["  queries"] = (
         f"{config.ctm_config.num_queries} concept tokens, hidden states at {config.hidden_states_at!r}"
     )
+    rows["  preset"] = _preset_of(config) or "none of the presets"
     rows["  router"] = f"threshold {config.router_base} for one word, doubling with each further word"
+    return rows
+
+
+def _preset_of(config: Any) -> str | None:
+    """The preset whose MLLM has these sizes."""
+    from conceptseg_hf.configuration_conceptseg import PRESETS, ConceptSegConfig
+
+    def sizes(one: Any) -> tuple[int, ...]:
+        text, vision = one.get_text_config(), one.vlm_config.vision_config
+        return text.hidden_size, text.num_hidden_layers, text.vocab_size, vision.hidden_size, vision.depth
+
+    return next(
+        (name for name in PRESETS if sizes(ConceptSegConfig.from_preset(name)) == sizes(config)), None
+    )
+
+
+def _describe_files(checkpoint: str, hashes: bool) -> dict[str, str]:
+    """What the headers of the weight files say, where they lie on this disk."""
+    from collections import defaultdict
+    from pathlib import Path
+
+    from conceptseg_hf.conversion import MANIFEST_NAME
+    from conceptseg_hf.conversion.sources import SafetensorsSource, describe_files, read_json
+
+    folder = Path(checkpoint)
+    if not any(folder.glob("*.safetensors")):
+        return {}  # on the hub, or a configuration alone
+    weights = SafetensorsSource(folder)
+    sizes: dict[str, int] = defaultdict(int)
+    formats: dict[str, set[str]] = defaultdict(set)
+    for name, info in weights.tensors.items():
+        part = name.split(".")[0]
+        sizes[part] += info.nbytes
+        formats[part].add(str(info.dtype).removeprefix("torch."))
+    rows = {
+        f"  {part} on disk": f"{sizes[part] / 1e6:,.2f} MB, {', '.join(sorted(formats[part]))}"
+        for part in sizes
+    }
+    rows["  files"] = ", ".join(file.name for file in weights.files)
+    manifest = read_json(folder / MANIFEST_NAME) if (folder / MANIFEST_NAME).is_file() else {}
+    for role, source in manifest.get("sources", {}).items():
+        rows[f"  {role} from"] = str(source["name"])
+        rows |= {f"    {role}: {name}": f"sha256 {file['sha256']}" for name, file in source["files"].items()}
+    if hashes:
+        recorded = manifest.get("files", {})
+        for name, file in describe_files(weights.files, "hashing").items():
+            said = recorded.get(name, {}).get("sha256")
+            remark = (
+                ""
+                if said is None
+                else ", as converted"
+                if said == file["sha256"]
+                else ", CHANGED since converted"
+            )
+            rows[f"  {name}"] = f"sha256 {file['sha256']}{remark}"
     return rows

@@ -1,0 +1,97 @@
+"""`conceptseg ablate`: one evaluation under settings that differ in one thing."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .arguments import (
+    BadInputError,
+    add_benchmark_options,
+    add_model_options,
+    as_bad_input,
+    check_model,
+    load_model,
+    make_output_dir,
+    parse_metrics,
+    parse_roots,
+)
+
+# ablation.ablation_names(), which cannot be imported without torch; a test holds the two together.
+CONFIGS = ("router", "prompt", "references", "reference_seeds", "concept_queries")
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds the verb to the command."""
+    parser = verbs.add_parser(
+        "ablate",
+        help="evaluate a checkpoint under several settings and compare them",
+        description="Evaluates every variant of an ablation, each in a folder of its own, and writes ablation.md, "
+        "ablation.json and ablation.csv with paired differences to the baseline. A run that was stopped goes on "
+        "where it stopped.",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="NAME_OR_YAML",
+        help=f"{', '.join(CONFIGS)}, or a YAML file like theirs",
+    )
+    add_benchmark_options(parser)
+    add_model_options(parser, router=False)
+    parser.add_argument(
+        "--variant-model",
+        action="append",
+        default=[],
+        metavar="VARIANT=PATH_OR_ID",
+        help="checkpoint of one variant, where it is not that of --model (may be given again)",
+    )
+    parser.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        help="folder of the results (default: ablation_output/CONFIG-BENCHMARK-SPLIT)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the verb."""
+    check_model(arguments.model)
+    models = dict(_variant_model(text) for text in arguments.variant_model)
+    from conceptseg_hf.data import load_benchmarks
+    from conceptseg_hf.evaluation.ablation import ablate, load_ablation
+    from conceptseg_hf.evaluation.processes import join_processes
+
+    ablation = as_bad_input(load_ablation, arguments.config)
+    data = {"root": parse_roots(arguments.root), "split": arguments.split, "limit": arguments.limit}
+    as_bad_input(load_benchmarks, arguments.benchmark, **data)  # before a large model is loaded
+    processes = join_processes()
+    model, processor = load_model(arguments)
+    name = f"{ablation.name}-{arguments.benchmark.replace(',', '+')}-{arguments.split}"
+    folder = make_output_dir(arguments.output_dir or f"ablation_output/{name}")
+    report = as_bad_input(
+        ablate,
+        ablation,
+        model,
+        folder,
+        benchmark=arguments.benchmark,
+        processor=processor,
+        models=models,
+        **data,
+        protocol=arguments.protocol,
+        metrics=parse_metrics(arguments.metrics),
+        batch_size=arguments.batch_size,
+        progress=True,
+    )
+    if processes.is_main:
+        print(report.to_markdown())
+        print(folder / "ablation.md")
+    processes.leave()
+    return 0
+
+
+def _variant_model(text: str) -> tuple[str, str]:
+    variant, equals, path = text.rpartition("=")
+    if not (variant and equals and path):
+        raise BadInputError(f"--variant-model is {text!r}; give VARIANT=PATH_OR_ID.")
+    check_model(path)
+    return variant.strip(), path

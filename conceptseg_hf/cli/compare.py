@@ -1,0 +1,63 @@
+"""`conceptseg compare`: two evaluations of the same samples, sample by sample."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .arguments import (
+    BadInputError,
+    add_output_option,
+    add_root_option,
+    as_bad_input,
+    make_output_dir,
+    parse_roots,
+)
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds the verb to the command."""
+    parser = verbs.add_parser(
+        "compare",
+        help="compare two evaluations sample by sample",
+        description="Writes comparison.md, comparison.json, comparison.csv (a sample a line) and gallery.html (the "
+        "samples that differ most). Differences are B - A.",
+    )
+    parser.add_argument("first", metavar="A", help="output folder of an evaluation")
+    parser.add_argument(
+        "second", metavar="B", help="output folder of another, of the same benchmarks under the same protocol"
+    )
+    add_root_option(parser, "folder of the benchmark's files, for the pictures of the gallery")
+    add_output_option(parser, "comparison_output")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the verb."""
+    for folder in (arguments.first, arguments.second):
+        if not Path(folder).is_dir():
+            raise BadInputError(f"{folder!r} is no folder; give an output folder of conceptseg evaluate.")
+    from conceptseg_hf.data import SOURCES, load_benchmarks
+    from conceptseg_hf.data.registry import PROCEDURAL
+    from conceptseg_hf.evaluation.comparison import compare
+
+    comparison = as_bad_input(compare, arguments.first, arguments.second)
+    folder = make_output_dir(arguments.output_dir)
+    roots = parse_roots(arguments.root)
+    names = {pair.source[0] for pair in comparison.pairs}
+    readable = names <= set(PROCEDURAL) or (bool(roots) and names <= {*PROCEDURAL, *SOURCES})
+
+    def open_samples(name: str, split: str) -> Any:
+        seed = comparison.settings[0].get("seed", 42)
+        root = None if name in PROCEDURAL else roots
+        return as_bad_input(load_benchmarks, name, root=root, split=split, seed=seed)
+
+    comparison.write(folder, open_samples if readable else None)
+    print(comparison.to_markdown())
+    print(folder / "comparison.md")
+    if readable:
+        print(folder / "gallery.html")
+    else:
+        print("without pictures: give the benchmark's files with --root")
+    return 0

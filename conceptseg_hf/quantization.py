@@ -1,0 +1,40 @@
+"""Quantised loading: the MLLM only. SAM 3 and the CTM decide the mask, and are small beside it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+KEPT_MODULES = ("sam", "ctm", "lm_head")
+"""Modules that no quantisation touches."""
+
+# What the configurations of Transformers call the modules they leave alone (bitsandbytes; torchao and others).
+_SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert")
+
+
+def spare_sam_and_ctm(quantization_config: Any) -> Any:
+    """A quantisation that leaves SAM 3, the CTM and the language-model head as they are.
+
+    Args:
+        quantization_config: What `from_pretrained` takes: one of Transformers' configurations, or its dictionary.
+
+    Returns:
+        A copy with `KEPT_MODULES` among the modules that are skipped.
+
+    Raises:
+        ValueError: If this kind of quantisation cannot leave modules out.
+    """
+    if isinstance(quantization_config, Mapping):
+        from transformers.quantizers.auto import AutoQuantizationConfig
+
+        quantization_config = AutoQuantizationConfig.from_dict(dict(quantization_config))
+    field = next((name for name in _SKIP_FIELDS if hasattr(quantization_config, name)), None)
+    if field is None:
+        raise ValueError(
+            f"quantization_config is a {type(quantization_config).__name__}, which cannot leave SAM 3 out; use "
+            "BitsAndBytesConfig or TorchAoConfig."
+        )
+    spared = copy.deepcopy(quantization_config)
+    setattr(spared, field, list(dict.fromkeys([*(getattr(spared, field) or ()), *KEPT_MODULES])))
+    return spared

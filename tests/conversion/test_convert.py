@@ -1,0 +1,164 @@
+"""A converted checkpoint does what its parts do, wired by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from parity.reference_ctm import translate
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoProcessor
+
+from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, cli, sam_prompt
+from conceptseg_hf.conversion import MANIFEST_NAME, convert
+
+from .conftest import NUM_QUERIES
+
+
+@pytest.fixture(scope="module")
+def converted(parts, tmp_path_factory):
+    return convert(parts.checkpoint, parts.sam_folder, tmp_path_factory.mktemp("out") / "model")
+
+
+def test_auto_classes_load_it(converted):
+    model = AutoModel.from_pretrained(converted)
+    processor = AutoProcessor.from_pretrained(converted)
+    assert type(model) is ConceptSegForSegmentation and type(processor) is ConceptSegProcessor
+    assert model.config.ctm_config.num_queries == NUM_QUERIES
+    assert model.config.ctm_config.num_attention_heads == 16
+    assert (processor.canvas_size, processor.coordinate_scale, processor.sam_text_length) == (600, 600, 32)
+    assert processor.template.system == "You are a helpful assistant. "
+
+
+@torch.no_grad()
+def test_same_completion_concept_tokens_and_mask_as_the_parts(converted, parts, picture):
+    model = AutoModel.from_pretrained(converted).eval()
+    processor = AutoProcessor.from_pretrained(converted)
+    processor.canvas_size, processor.sam_text_length = 64, 8  # as small as the model
+    sample = processor.prepare(picture(1), "red circle", [{"image": picture(2), "box": (4, 4, 30, 30)}])
+    inputs = dict(processor.collate([sample]))
+    prompt_length = inputs["input_ids"].shape[1]
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+
+    # By hand: the MLLM writes, reads its own words again, the formulas translate, SAM 3 decodes.
+    ids = parts.vlm.generate(**inputs, **options)
+    token_types = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, ids.shape[1] - prompt_length))
+    parts.vlm.model.rope_deltas = None
+    states = parts.vlm.model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=token_types,
+        pixel_values=inputs["pixel_values"],
+        image_grid_thw=inputs["image_grid_thw"],
+    ).last_hidden_state[0, prompt_length:]
+    concepts = translate(parts.ctm, states)[None]
+    text_ids, text_mask = processor.sam_text(["red circle"])
+    pixels = sample.sam_pixel_values[None]
+    features = sam_prompt.encode_image(parts.sam, pixels)
+    text, mask = sam_prompt.encode_text(parts.sam, text_ids, text_mask)
+    wanted = sam_prompt.decode(parts.sam, features, text, mask, concepts)
+
+    assert torch.equal(model.generate(**inputs, **options), ids)
+    completion_mask = torch.zeros_like(ids, dtype=torch.bool)
+    completion_mask[:, prompt_length:] = True
+    output = model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=token_types,
+        pixel_values=inputs["pixel_values"],
+        image_grid_thw=inputs["image_grid_thw"],
+        completion_mask=completion_mask,
+        sam_pixel_values=pixels,
+        sam_input_ids=text_ids,
+        sam_attention_mask=text_mask,
+    )
+    torch.testing.assert_close(output.concept_embeds, concepts, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.mask_logits, wanted.semantic_seg, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.presence_logits, wanted.presence_logits, atol=1e-5, rtol=0)
+    assert concepts.std() > 0.05 and wanted.semantic_seg.std() > 0.05  # else nothing was compared
+
+
+def test_manifest_and_card(converted, parts):
+    text = (converted / MANIFEST_NAME).read_text()
+    manifest = json.loads(text)
+    assert str(parts.checkpoint.parent) not in text  # names and hashes, no paths of this machine
+    sources = manifest["sources"]
+    assert {role: source["name"] for role, source in sources.items()} == {
+        "checkpoint": parts.checkpoint.name,
+        "sam": parts.sam_folder.name,
+    }
+    for folder, source in ((parts.checkpoint, sources["checkpoint"]), (parts.sam_folder, sources["sam"])):
+        assert {name for name in source["files"] if name.endswith(".safetensors")} == {
+            path.name for path in folder.glob("*.safetensors")
+        }
+        for name, file in source["files"].items():
+            content = (folder / name).read_bytes()
+            assert file == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert not manifest["missing"] and not manifest["unexpected"] and not manifest["misshapen"]
+    assert "6 concept queries" in (converted / "README.md").read_text()
+    assert not [path for path in converted.parent.iterdir() if path != converted]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_precision(make_parts, tmp_path, dtype):
+    parts = make_parts(tied=False, dtype=dtype)
+    model = AutoModel.from_pretrained(convert(parts.checkpoint, parts.sam_folder, tmp_path / "out"))
+    assert {value.dtype for value in model.vlm.parameters()} == {dtype}
+    assert {value.dtype for value in (*model.sam.parameters(), *model.ctm.parameters())} == {torch.float32}
+    assert torch.equal(model.vlm.lm_head.weight, parts.tensors["lm_head.weight"])
+    kv = parts.tensors["connector.blocks.1.attn.kv.weight"]
+    assert torch.equal(model.ctm.blocks[1].attn.kv.weight, kv.float())
+    low = AutoModel.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert low.vlm.dtype == torch.bfloat16 and low.sam.dtype == low.ctm.queries.dtype == torch.float32
+
+
+def test_the_newer_layout_is_read(parts, tmp_path):
+    """Transformers has written `model.language_model` and `model.visual` since 4.52."""
+    folder = tmp_path / "newer"
+    shutil.copytree(parts.checkpoint, folder, ignore=shutil.ignore_patterns("model*"))
+    tensors = {
+        name: value.clone() for name, value in parts.vlm.state_dict().items() if name != "lm_head.weight"
+    }
+    save_file({**tensors, **parts.ctm}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    section = config["rope_scaling"]["mrope_section"]  # as a release saves it that has read "mrope" before
+    config["rope_scaling"] = {"type": "default", "rope_type": "default", "mrope_section": section}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = AutoModel.from_pretrained(convert(folder, parts.sam_folder, tmp_path / "out"))
+    for name, value in parts.vlm.state_dict().items():
+        assert torch.equal(model.vlm.state_dict()[name], value), name
+    rope, wanted = (one.text_config.rope_parameters for one in (model.config.vlm_config, parts.vlm.config))
+    assert {name: rope[name] for name in wanted} == wanted
+
+
+def test_shards(parts, tmp_path):
+    out = convert(parts.checkpoint, parts.sam_folder, tmp_path / "out", shard_bytes=1_000_000)
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 5 and files[-1].name == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
+    largest = max(value.nbytes for value in parts.tensors.values())
+    assert all(file.stat().st_size < max(1_000_000, largest) + 50_000 for file in files)
+    model = AutoModel.from_pretrained(out)
+    assert torch.equal(model.sam.text_projection.weight, parts.sam.text_projection.weight)
+
+
+def test_the_command(parts, tmp_path, capsys):
+    words = ["convert", "--checkpoint", str(parts.checkpoint), "--sam", str(parts.sam_folder)]
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "fits" and list(tmp_path.iterdir()) == []
+    out = str(tmp_path / "out")
+    assert cli.main([*words, "--out", out]) == 0
+    assert capsys.readouterr().out.startswith(f"{out}: ")
+    assert cli.main(["info", out, "--hashes"]) == 0
+    said = capsys.readouterr().out
+    for word in ("6 concept tokens", "ctm on disk", "float32", "sam from", "as converted", "preset"):
+        assert word in said
+    with (tmp_path / "out" / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"abcd")
+    assert cli.main(["info", out, "--hashes"]) == 0
+    assert "CHANGED since converted" in capsys.readouterr().out
+    assert cli.main(["info", out, "--model", out]) == 2
+    assert cli.main(["convert", "--to-original", "--checkpoint", out, "--out", f"{out}-back"]) == 0

@@ -1,0 +1,97 @@
+"""Ours in the authors' layout and back: not a bit lost."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from conceptseg_hf import ConceptSegForSegmentation, nano_checkpoint
+from conceptseg_hf.conversion import MANIFEST_NAME, convert, to_original
+
+from .conftest import old_config
+
+
+def all_tensors(folder) -> dict[str, torch.Tensor]:
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def assert_same(got, wanted) -> None:
+    assert set(got) == set(wanted)
+    for name in wanted:
+        assert got[name].dtype == wanted[name].dtype and torch.equal(got[name], wanted[name]), name
+
+
+def test_nano(tmp_path):
+    theirs = to_original(nano_checkpoint(), tmp_path / "theirs")
+    back = convert(theirs, nano_checkpoint(), tmp_path / "ours")
+    assert_same(all_tensors(back), all_tensors(nano_checkpoint()))
+    processors = [AutoProcessor.from_pretrained(folder) for folder in (nano_checkpoint(), back)]
+    for name in ("canvas_size", "coordinate_scale", "sam_text_length", "prompt_template"):
+        assert getattr(processors[0], name) == getattr(processors[1], name)
+    assert processors[0].chat_text("x", 2) == processors[1].chat_text("x", 2)
+    assert processors[0].tokenizer.get_vocab() == processors[1].tokenizer.get_vocab()
+    assert processors[0].sam_tokenizer.get_vocab() == processors[1].sam_tokenizer.get_vocab()
+    configs = [
+        ConceptSegForSegmentation.from_pretrained(folder).config for folder in (nano_checkpoint(), back)
+    ]
+    assert configs[0].ctm_config.to_dict() == configs[1].ctm_config.to_dict()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("original_format", [True, False], ids=["saved-original", "saved-ours"])
+def test_bfloat16_in_shards(make_model, processor, tmp_path, tied, original_format):
+    model = make_model(tied=tied)
+    model.vlm.to(torch.bfloat16)
+    folder = tmp_path / "ours"
+    model.save_pretrained(folder, max_shard_size="2MB", save_original_format=original_format)
+    processor.save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    theirs = to_original(folder, tmp_path / "theirs", shard_bytes=1_500_000)
+    back = convert(theirs, folder, tmp_path / "back", shard_bytes=1_000_000)
+    wanted = {name: value for name, value in model.state_dict().items() if not tied or "lm_head" not in name}
+    assert_same(all_tensors(back), wanted)
+    loaded = ConceptSegForSegmentation.from_pretrained(back)
+    assert_same(loaded.state_dict(), model.state_dict())
+    assert (
+        loaded.vlm.dtype == torch.bfloat16 and loaded.sam.dtype == loaded.ctm.queries.dtype == torch.float32
+    )
+
+
+def test_the_authors_layout(parts, tmp_path):
+    ours = convert(parts.checkpoint, parts.sam_folder, tmp_path / "ours")
+    theirs = to_original(ours, tmp_path / "theirs")
+    assert_same(all_tensors(theirs), parts.tensors)
+    config, wanted = json.loads((theirs / "config.json").read_text()), old_config(parts.vlm.config)
+    assert {name: config[name] for name in wanted if name not in ("vision_config", "sliding_window")} == {
+        name: value for name, value in wanted.items() if name not in ("vision_config", "sliding_window")
+    }
+    assert wanted["vision_config"].items() <= config["vision_config"].items()
+    assert "sam" not in json.loads((theirs / MANIFEST_NAME).read_text())["sources"]
+
+
+def test_transformers_reads_the_mllm_of_the_authors_layout(parts, tmp_path):
+    theirs = to_original(convert(parts.checkpoint, parts.sam_folder, tmp_path / "ours"), tmp_path / "theirs")
+    vlm, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(theirs, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert_same(vlm.state_dict(), parts.vlm.state_dict())
+    assert all(
+        name.startswith(("connector.", "learnable_query.", "proj_to_sam."))
+        for name in info["unexpected_keys"]
+    )
+
+
+def test_transformers_4_can_read_what_lies_beside(tmp_path):
+    theirs = to_original(nano_checkpoint(), tmp_path / "theirs")
+    tokenizer = json.loads((theirs / "tokenizer_config.json").read_text())
+    assert tokenizer["processor_class"] == "Qwen2_5_VLProcessor"
+    assert not isinstance(tokenizer.get("extra_special_tokens"), list)  # which would stop it
+    assert "<|image_pad|>" in tokenizer["additional_special_tokens"]
+    images = json.loads((theirs / "preprocessor_config.json").read_text())
+    assert images["min_pixels"] == images["size"]["shortest_edge"] and images["max_pixels"] > 0
+    template = json.loads((theirs / "chat_template.json").read_text())["chat_template"]
+    assert tokenizer["chat_template"] == template == (nano_checkpoint() / "chat_template.jinja").read_text()
+    assert (theirs / "generation_config.json").is_file()

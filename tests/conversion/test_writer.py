@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+
+from conceptseg_hf.conversion import ConversionError
+from conceptseg_hf.conversion.writer import new_folder
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path):
+    out = tmp_path / "a" / "b" / "out"
+    with new_folder(out) as folder:
+        (folder / "file").write_text("x")
+        assert not out.exists() and folder.parent == out.parent
+    assert [path.name for path in out.parent.iterdir()] == ["out"] and (out / "file").read_text() == "x"
+    assert out.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError, ConversionError])
+def test_nothing_is_left_of_an_interrupted_one(tmp_path, interruption):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(interruption), new_folder(tmp_path / "a" / "b" / "out") as folder:
+        (folder / "file").write_text("x")
+        raise interruption
+    assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
+
+
+def test_a_full_disk_is_told_before(tmp_path):
+    with (
+        pytest.raises(ConversionError, match=r"needs 1000000000\.0 GB"),
+        new_folder(tmp_path / "a" / "out", 10**18),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ConversionError, match="exists"), new_folder(tmp_path / "out"):
+        pass
+    with pytest.raises(ConversionError, match="cannot be made"), new_folder(tmp_path / "out" / "inner"):
+        pass
+    assert (tmp_path / "out").read_text() == "mine"
