@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import pytest
 from PIL import Image
 
 from conceptseg_hf import cli, nano_checkpoint
+from conceptseg_hf.cli.ablate import CONFIGS
 from conceptseg_hf.cli.arguments import DTYPES, ROUTERS, BadInputError, parse_reference
+from conceptseg_hf.evaluation.ablation import ablation_names
 from conceptseg_hf.router import ROUTER_MODES
 
 
@@ -97,6 +100,7 @@ def test_options_match_the_package():
     import torch
 
     assert all(hasattr(torch, name) for name in DTYPES if name != "auto")
+    assert sorted(CONFIGS) == ablation_names()
 
 
 def test_segment_writes_mask_overlay_and_json(files, checkpoint, capsys):
@@ -172,6 +176,9 @@ def test_segment_on_the_shortcut_without_references(files, checkpoint, capsys):
         (("evaluate", "--split", "other"), "no split is named 'other'"),
         (("evaluate", "--root", "data"), "reads no files"),
         (("evaluate", "--limit", "none"), "whole number"),
+        (("evaluate", "--benchmark", "cd"), "8 of 8 benchmarks cannot be read"),
+        (("evaluate", "--benchmark", "cd", "--split", "train"), "has the paper's splits"),
+        (("evaluate", "--judgements", "missing.csv", "--model", "CHECKPOINT"), "is no file"),
         (("evaluate", "--protocol", "other", "--model", "CHECKPOINT"), "no protocol is named 'other'"),
         (("info", "--model", "./missing"), "neither a folder nor a hub id"),
         (("other",), "'other'"),
@@ -224,12 +231,120 @@ def test_evaluate_ends_with_one_line_of_iou(files, checkpoint, capsys):
     folder = files / "evaluation_output" / "concept-shapes-test-sam_only"
     assert {path.name for path in folder.iterdir()} == {
         "records.jsonl",
+        "report.csv",
         "report.json",
         "report.md",
+        "gallery.html",
         "settings.json",
     }
     assert command(*words) == 0
     assert capsys.readouterr().out == first
+
+
+def test_compare_pairs_two_evaluations(files, checkpoint, capsys):
+    for router in ("sam_only", "adaptive"):
+        options = ("--model", checkpoint, "--limit", "3", "--router", router, "--output-dir", router)
+        assert command("evaluate", *options) == 0
+    assert command("compare", "sam_only", "adaptive", "--output-dir", "both") == 0
+    output = capsys.readouterr().out
+    assert "A: sam_only, B: adaptive; 3 samples of both." in output
+    assert {path.name for path in (files / "both").iterdir()} == {
+        "comparison.md",
+        "comparison.json",
+        "comparison.csv",
+        "gallery.html",
+    }
+    assert command("compare", "sam_only", "nowhere") == 2
+    assert capsys.readouterr().err == (
+        "conceptseg compare: 'nowhere' is no folder; give an output folder of conceptseg evaluate.\n"
+    )
+    assert command("evaluate", *options[:-1], "paper", "--protocol", "paper") == 0
+    assert command("compare", "adaptive", "paper") == 2
+    assert "protocols standard and paper" in capsys.readouterr().err
+
+
+def test_compare_does_without_pictures_it_cannot_read(files, checkpoint, capsys):
+    options = ("--model", checkpoint, "--limit", "1", "--router", "sam_only")
+    for name in ("a", "b"):
+        assert command("evaluate", *options, "--output-dir", name) == 0
+        settings = json.loads((files / name / "settings.json").read_text()) | {"benchmark": "plain"}
+        (files / name / "settings.json").write_text(json.dumps(settings))
+    assert command("compare", "a", "b", "--output-dir", "both") == 0
+    assert "without pictures: give the benchmark's files with --root" in capsys.readouterr().out
+    assert not (files / "both" / "gallery.html").exists()
+
+
+def test_ablate_runs_the_variants_of_a_file(files, checkpoint, capsys):
+    (files / "mine.yaml").write_text("variants: {plain: {router: sam_only}, adaptive: {router: adaptive}}")
+    options = ("--model", checkpoint, "--limit", "2", "--output-dir", "out")
+    assert command("ablate", "--config", "mine.yaml", *options) == 0
+    output = capsys.readouterr().out
+    assert output.endswith("out/ablation.md\n")
+    assert "| plain " in output and "| adaptive " in output
+    assert (files / "out" / "adaptive" / "records.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config", "other"], "ablation 'other' is neither a file nor one of"),
+        (["--config", "concept_queries"], "variant 'L2 = 1' needs a checkpoint with 1 concept queries"),
+        (
+            ["--config", "router", "--variant-model", "adaptive"],
+            "--variant-model is 'adaptive'; give VARIANT=PATH",
+        ),
+        (
+            ["--config", "router", "--variant-model", "x=nowhere"],
+            "'nowhere' is neither a folder nor a hub id",
+        ),
+        (["--config", "router", "--benchmark", "nothing"], "no benchmark is named 'nothing'"),
+    ],
+)
+def test_ablate_refuses_in_one_sentence(files, checkpoint, capsys, words, message):
+    assert command("ablate", "--model", checkpoint, "--limit", "1", "--output-dir", "out", *words) == 2
+    *_, error = capsys.readouterr().err.splitlines()  # progress bars may come before
+    assert error.startswith("conceptseg ablate: ") and message in error
+
+
+def test_evaluate_writes_a_sheet_and_takes_judgements(files, checkpoint, capsys):
+    options = ("--limit", "1", "--router", "full_reasoning", "--output-dir", "out")
+    words = ("evaluate", "--model", checkpoint, *options)
+    assert command(*words, "--annotation-sheet", "sheet.csv", "--judgements", "exact-rule") == 0
+    assert "sheet.csv" in capsys.readouterr().out.splitlines()
+    with (files / "sheet.csv").open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["sample_id"] for row in rows] == ["test-000000"]
+    for row in rows:
+        row["think"], row["rule"] = "true", "false"
+    with (files / "judged.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert command(*words, "--judgements", "judged.csv") == 0
+    outcomes = json.loads((files / "out" / "report.json").read_text())["outcomes"]
+    assert sum(row["count"] for row in outcomes if row["think"] and row["rule"] is False) == 1
+    capsys.readouterr()
+    assert command(*words, "--annotation-sheet", "sheet.csv") == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_evaluate_several_benchmarks(files, checkpoint, capsys):
+    pytest.importorskip("scipy")
+    pytest.importorskip("py_sod_metrics", exc_type=ImportError)
+    for folder, name in (("images", "a.png"), ("masks", "mask.png")):
+        (files / "own" / folder).mkdir(parents=True)
+        Image.open(name).save(f"own/{folder}/one.png")
+    (files / "own" / "prompt.txt").write_text("red square")
+    words = ("evaluate", "--benchmark", "concept-shapes,plain", "--model", checkpoint, "--limit", "2")
+    options = ("--router", "sam_only", "--metrics", "all", "--protocol", "paper", "--output-dir", "out")
+    assert command(*words, *options, "--root", "plain=own") == 0
+    report = json.loads((files / "out" / "report.json").read_text())
+    assert [row["samples"] for row in report["settings"]["benchmarks"]] == [2, 1]
+    assert {*report["settings"]["metrics"]} > {"f_w", "s_measure"}
+    assert (files / "out" / "plain-test" / "records.jsonl").is_file()
+    capsys.readouterr()
+    assert command(*words, *options, "--root", "own", "--root", "other") == 2
+    assert "second folder" in capsys.readouterr().err
 
 
 def test_demo_writes_a_picture_per_sample(files, checkpoint, capsys):

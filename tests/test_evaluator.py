@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from conceptseg_hf import ConceptSegmentation
+from conceptseg_hf import ConceptSegmentation, ShortcutRouter
 from conceptseg_hf.data import ConceptSample, load_benchmark
 from conceptseg_hf.evaluation import EvaluationReport, evaluate
 from conceptseg_hf.evaluation import evaluator as evaluator_module
+from conceptseg_hf.evaluation.decomposition import exact_rule
 from conceptseg_hf.evaluation.loading import fingerprint, load_model_and_processor
 from conceptseg_hf.evaluation.records import make_record, segment_samples
 
@@ -190,6 +193,11 @@ def test_records_of_another_run_are_refused(model, make_model, processor, tmp_pa
     other = make_model(seed=1)
     with pytest.raises(ValueError, match="other weights"):
         run(other, processor, output_dir=tmp_path, limit=1)
+    changed = copy.copy(processor)
+    changed.prompt_template = {**processor.prompt_template, "no_reference": "seek {problem}"}
+    with pytest.raises(ValueError, match="other configuration"):
+        run(model, changed, output_dir=tmp_path, limit=1)
+    run(model, copy.deepcopy(processor), output_dir=tmp_path, limit=1)
 
 
 def test_fingerprint_sees_an_update_of_the_weights(make_model):
@@ -240,3 +248,55 @@ def test_a_path_is_loaded(model, processor, tmp_path):
 
 def test_negatives_occur_in_the_benchmark():
     assert any(not sample.present for sample in load_benchmark("concept-shapes", limit=12))
+
+
+def test_routing_regret_is_what_the_other_route_would_have_given(model, processor):
+    options = {"limit": 8, "batch_size": 4}
+    router = ShortcutRouter(base=0.2)
+    report = run(model, processor, router=router, routing_regret=True, **options)
+    assert {record["route"] for record in report.records} == {"shortcut", "reasoning"}
+    alone = {
+        "shortcut": run(model, processor, router="sam_only", **options),
+        "reasoning": run(model, processor, router="full_reasoning", **options),
+    }
+    for index, record in enumerate(report.records):
+        assert list(record["route_ious"]) == ["shortcut", "reasoning"]
+        assert record["route_ious"][record["route"]] == record["foreground_iou"]
+        for route, iou in record["route_ious"].items():
+            assert iou == pytest.approx(alone[route].records[index]["foreground_iou"], abs=0.02)
+        assert record["routing_regret"] == max(record["route_ious"].values()) - record["foreground_iou"]
+    assert report.settings["routing_regret"] is True
+    assert {record["routing_regret"] for record in alone["shortcut"].records} == {None}
+
+
+def test_failed_samples_have_no_regret(model, processor):
+    report = evaluate(
+        model, [a_sample(prompt=" ")], processor=processor, router="sam_only", routing_regret=True
+    )
+    assert report.records[0]["route_ious"] is None and report.records[0]["routing_regret"] is None
+
+
+def test_the_papers_protocol_thresholds_logits_at_600_pixels(model, processor):
+    (sample,) = load_benchmark("concept-shapes", limit=1)
+    (result,) = segment_samples(model, processor, [sample], "sam_only")
+    assert result.mask_logits.dtype == np.float32 and result.mask_logits.shape != (600, 600)
+    logits = torch.from_numpy(result.mask_logits)[None, None]
+    expected = torch.nn.functional.interpolate(logits, size=(600, 600), mode="bilinear")[0, 0].numpy() > 0
+    scores = make_record(sample, result, "paper")["scores"]
+    assert scores["tp"] + scores["fp"] == np.count_nonzero(expected)
+    assert sum(scores[name] for name in ("tp", "fp", "fn", "tn")) == 600 * 600
+    # Where a data set knows ignore regions, its own size counts, also for samples without one.
+    ignoring = replace(sample, ignore=Image.new("L", sample.mask.size))
+    scores = make_record(ignoring, result, "paper")["scores"]
+    assert scores["tp"] + scores["fp"] == np.count_nonzero(np.asarray(result.mask))
+
+
+def test_judgements_enter_the_report_and_not_the_records(model, processor, tmp_path):
+    options = {"router": "full_reasoning", "output_dir": tmp_path, "limit": 3}
+    plain = run(model, processor, **options)
+    judged = run(model, processor, judgements=exact_rule, **options)
+    assert [record["judgement"]["rule"] for record in judged.records] == [False] * 3
+    assert judged.settings["judgements"] == "exact_rule" and judged.settings["prediction_threshold"] == 0.5
+    assert run(model, processor, **options).records == plain.records
+    with pytest.raises(ValueError, match="is no file"):
+        run(model, processor, judgements="missing.csv", **options)

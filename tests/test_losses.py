@@ -47,6 +47,16 @@ def test_logits_are_resized_to_the_labels(dtype):
     assert logits.grad.abs().sum() > 0
 
 
+def test_ignored_pixels_do_not_count():
+    logits, labels = torch.randn(2, 1, 6, 8), torch.rand(2, 6, 8) > 0.5
+    ignore = torch.zeros(2, 6, 8, dtype=torch.bool)
+    ignore[..., 5:] = True
+    expected = segmentation_loss(logits[..., :5], labels[..., :5])
+    for found, wanted in zip(segmentation_loss(logits, labels, ignore=ignore), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert segmentation_loss(logits, labels, ignore=torch.ones_like(ignore))[0].item() == 0
+
+
 def test_is_computed_in_float32():
     logits, labels = torch.randn(1, 1, 4, 4, dtype=torch.bfloat16), torch.ones(1, 4, 4)
     assert segmentation_loss(logits, labels)[0].dtype == torch.float32

@@ -13,6 +13,7 @@ from PIL import Image
 
 from conceptseg_hf.evaluation import MaskMetrics, box_iou, foreground_iou, presence_auc, score_masks
 from conceptseg_hf.evaluation.metrics import LIBRARY_METRICS, METRICS
+from conceptseg_hf.evaluation.s_measure import load_library, s_measure
 
 
 def mask(*rows: str) -> np.ndarray:
@@ -132,10 +133,20 @@ def test_errors_are_one_sentence(predictions, truths, options, message):
 
 
 @pytest.mark.parametrize(("metric", "module"), [("s_measure", "py_sod_metrics"), ("f_w", "scipy")])
-def test_library_metrics_need_the_library(monkeypatch, metric, module):
+def test_a_missing_library_is_found_before_any_work(monkeypatch, metric, module):
+    load_library.cache_clear()
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match="pip install"):
-        score_masks([LEFT], [LEFT], metrics=(metric,))
+        MaskMetrics(metrics=(metric,))
+
+
+def test_s_measure_of_a_mask_is_that_of_its_probabilities():
+    """From counts and by the library; among them centroids at the border, over which the library alone says NaN."""
+    pytest.importorskip("py_sod_metrics", exc_type=ImportError)
+    for prediction, truth in pairs(300):
+        assert s_measure(prediction, truth) == pytest.approx(
+            s_measure(prediction.astype(float), truth), abs=1e-9
+        )
 
 
 def test_library_metrics():
@@ -211,7 +222,7 @@ def test_500_pairs_equal_pysodmetrics():
             missing_classes += 1
             # The library counts a class that does not occur as missed altogether; we leave it out.
             expected["ber"] = 2 * expected["ber"] - 1
-        if np.isnan(expected["s_measure"]):  # the centroid is at the border; see `_s_measure`
+        if np.isnan(expected["s_measure"]):  # the centroid is at the border; see `load_library`
             empty_regions += 1
             assert 0 <= found["s_measure"] <= 100
             del expected["s_measure"]
@@ -308,6 +319,33 @@ def test_whole_number_errors_forgive_misses_near_the_border():
         weighted_f_measure(eroded.astype(float), disk, whole_numbers=True)
     with pytest.raises(ValueError, match="one size"):
         weighted_f_measure(eroded, disk[1:])
+
+
+def test_whole_number_errors_equal_pysodmetrics_fed_with_integers():
+    sod = pytest.importorskip("py_sod_metrics", exc_type=ImportError)
+    from conceptseg_hf.evaluation.weighted_f import weighted_f_measure
+
+    y, x = np.mgrid[:64, :64]
+    disk = np.hypot(y - 32, x - 30) < 20
+    assert weighted_f_measure(np.zeros_like(disk), disk, whole_numbers=True) < 0.3, (
+        "a missed object is no hit"
+    )
+    for prediction, truth in [*pairs(300), (np.zeros_like(disk), disk), (np.roll(disk, 9, 0), disk)]:
+        if truth.any():
+            expected = sod.WeightedFmeasure(beta=1).cal_wfm(prediction.astype(np.int64), truth)
+            found = weighted_f_measure(prediction, truth, whole_numbers=True)
+            assert found == pytest.approx(expected, abs=1e-6), prediction.shape
+
+
+def test_the_papers_protocol_scores_f_w_where_pixels_are_ignored_and_where_not():
+    pytest.importorskip("scipy")
+    truth = np.hypot(*np.mgrid[-30:30, -30:30]) < 20
+    labels = truth.astype(np.uint8)
+    labels[:9] = 255
+    for ground_truth in (truth, labels):
+        scores = score_masks([truth], [ground_truth], protocol="paper", metrics=("f_w", "giou"))
+        assert scores == pytest.approx({"f_w": 100, "giou": 100}, abs=1e-3)
+    assert score_masks([truth & False], [truth], protocol="paper", metrics=("f_w",))["f_w"] < 30
 
 
 def test_every_metric_is_a_percentage():

@@ -3,6 +3,7 @@
 from .check import DataCheck, check_benchmark
 from .concept_shapes import ConceptShapes
 from .files import FileBenchmark
+from .groups import GROUPS, BenchmarkGroup, load_benchmarks
 from .paths import MissingFilesError
 from .registry import BENCHMARKS, get_source, load_benchmark
 from .sample import ConceptSample, UnreadableSampleError
@@ -11,8 +12,10 @@ from .tables import as_dataset
 
 __all__ = [
     "BENCHMARKS",
+    "GROUPS",
     "SOURCES",
     "SUITE",
+    "BenchmarkGroup",
     "ConceptSample",
     "ConceptShapes",
     "DataCheck",
@@ -24,4 +27,5 @@ __all__ = [
     "check_benchmark",
     "get_source",
     "load_benchmark",
+    "load_benchmarks",
 ]

@@ -35,7 +35,7 @@ def load_benchmark(
         root: Folder of its files; None for `"concept-shapes"`, which is drawn from seeds.
         split: A split of that benchmark; "test" also names the split that is evaluated where its own name is another.
         limit: Only the first samples of the split.
-        seed: Seed by which references are drawn, where samples come without any of their own.
+        seed: Seed by which references are drawn, where samples come without any of their own, or are drawn themselves.
 
     Raises:
         ValueError: If no benchmark or split has that name, or the files are not what they should be.
@@ -47,7 +47,7 @@ def load_benchmark(
             raise ValueError(
                 f"load_benchmark: {name!r} is drawn from seeds and reads no files; leave root out."
             )
-        return PROCEDURAL[name](split, length=limit)
+        return PROCEDURAL[name](split, length=limit, seed=seed)
     samples = open_benchmark(name, root, split, limit, seed)
     samples.check()
     return samples

@@ -113,7 +113,7 @@ class PolygonFile(Truth):
         mask, ignore = np.zeros((2, size[1], size[0]), dtype=bool)
         for pixels, is_ignored in sorted(painted, key=lambda shape: -np.count_nonzero(shape[0])):
             mask[pixels], ignore[pixels] = not is_ignored, is_ignored
-        return mask, ignore if ignore.any() else None
+        return mask, ignore  # also where nothing is ignored: protocols go by what a data set knows
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,50 @@
-"""Runs a model over a benchmark.
+"""Runs a model over benchmarks.
 
-Every record is on disk as soon as it is made, so a killed run goes on where it stopped.
+Every record is on disk as soon as it is made, so a killed run goes on where it stopped. Batches are the same however
+many processes share them and wherever a run was stopped (one that was cut in two is run again), and so are results.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import torch
+import transformers
+from torch.utils.data import ConcatDataset, Subset
 
-from ..data import ConceptSample, FileBenchmark, UnreadableSampleError, load_benchmark
+import conceptseg_hf
+
+from ..data import (
+    BenchmarkGroup,
+    ConceptSample,
+    ConceptShapes,
+    FileBenchmark,
+    UnreadableSampleError,
+    load_benchmarks,
+)
+from ..data.groups import Root
 from ..modeling_conceptseg import ConceptSegForSegmentation
+from ..outputs import ConceptSegmentation
 from ..processing_conceptseg import ConceptSegProcessor
 from ..router import ShortcutRouter
-from .loading import fingerprint, load_model_and_processor
+from .decomposition import RIGHT_IOU, Judge, check_judge, judge_records, resolve_judge
+from .loading import configuration_hash, fingerprint, load_model_and_processor
 from .metrics import METRICS, MaskMetrics
-from .records import make_error_record, make_record, segment_samples
-from .report import EvaluationReport, Record
+from .processes import Processes, join_processes
+from .progress import Progress
+from .records import RECORD_FORMAT, make_error_record, make_record, segment_other_routes, segment_samples
+from .report import EvaluationReport
+from .store import Record, RecordStore
 
 
 def evaluate(
     model_or_path: ConceptSegForSegmentation | str | os.PathLike | None,
-    benchmark: str | Sequence[ConceptSample],
+    benchmark: str | Sequence[ConceptSample] | BenchmarkGroup,
     protocol: str = "standard",
     metrics: Sequence[str] = METRICS,
     router: str | ShortcutRouter = "adaptive",
@@ -36,97 +55,223 @@ def evaluate(
     processor: ConceptSegProcessor | None = None,
     generation_config: Any = None,
     progress: bool = False,
-    root: str | os.PathLike | None = None,
+    root: Root | Mapping[str, Root] = None,
     seed: int = 42,
+    sam_prompt: str = "concept+text",
+    max_references: int | None = None,
+    routing_regret: bool = False,
+    judgements: str | os.PathLike | Judge | None = None,
 ) -> EvaluationReport:
-    """Scores a model on a benchmark.
+    """Scores a model on a benchmark, or on several.
 
     A sample that cannot be read ends with an error in its record and in the report, and the evaluation goes on.
+
+    Processes that `accelerate launch` or torchrun started share the samples, if all of them call this; each returns the
+    whole report, and the main one writes it. A program of theirs ends with `processes.join_processes().leave()`.
 
     Args:
         model_or_path: A checkpoint's folder or hub id, None for the embedded one, or a model, which needs
             `processor`.
-        benchmark: A name that `load_benchmark` knows, or samples that can be indexed.
+        benchmark: A name that `load_benchmarks` knows: a benchmark, a group of the suite ("table1", "ci", "cd", "cr",
+            "all") or several with commas between them; or what it returns; or samples that can be indexed.
         protocol: `"standard"`: masks are compared at the size of the images; `"paper"`: see `protocols`.
         metrics: Metrics of masks; those of `LIBRARY_METRICS` need `pip install conceptseg-hf[eval]`.
         router: `"adaptive"`, `"sam_only"`, `"full_reasoning"` or a `ShortcutRouter`.
         batch_size: Samples at a time.
-        limit: Only the first samples.
-        output_dir: Folder for records.jsonl, report.md and report.json. Records found there are kept, if they
-            are of the same model, benchmark and settings, and only missing samples are run.
-        split: Split of a benchmark given by name.
+        limit: Only the first samples, of each benchmark.
+        output_dir: Folder for records.jsonl and the report; several benchmarks have a folder each in it. Records found
+            there are kept, if they are of the same model, benchmark and settings, and only missing samples are run.
+            Needed where there are several processes.
+        split: Split of benchmarks given by their own names.
         processor: The processor of a model given as such.
         generation_config: How the MLLM writes; see `ConceptSegForSegmentation.segment`.
-        progress: Show a progress bar.
-        root: Folder of the files of a benchmark given by name.
-        seed: Seed of its references; see `load_benchmark`.
+        progress: Show a progress bar (in the main process).
+        root: Folder of the files of benchmarks given by name; see `load_benchmarks`.
+        seed: Seed of their references; see `load_benchmark`.
+        sam_prompt: What of the reasoning reaches SAM 3; see `ConceptSegForSegmentation.segment`.
+        max_references: See `records.shown_references`.
+        routing_regret: Run the route that was not taken as well, and record what it would have given.
+        judgements: Whether each sample's think and rule are right: a file, a `Judge`, or the name of one; see
+            `decomposition`. They enter the report, not the records on disk.
 
     Returns:
         The report over the first `limit` samples.
 
     Raises:
         ValueError: If an argument is invalid, or the folder holds the records of another run.
+        MissingFilesError: If files of a benchmark are missing: of all benchmarks at once, before any work.
     """
     MaskMetrics(protocol, metrics=metrics)  # a wrong name is found before any work
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"evaluate: batch_size is {batch_size} and limit {limit}; use at least 1.")
-    if isinstance(model_or_path, ConceptSegForSegmentation):
-        model = model_or_path
-        if processor is None:
-            raise ValueError("evaluate: a model was given without its processor; pass processor=... as well.")
-    else:
-        model, processor = load_model_and_processor(model_or_path)
+    if isinstance(model_or_path, ConceptSegForSegmentation) and processor is None:
+        raise ValueError("evaluate: a model was given without its processor; pass processor=... as well.")
+    if judgements is not None:
+        check_judge(judgements)
     samples = benchmark
     if isinstance(benchmark, str):
-        files = {} if root is None else {"root": root, "limit": limit, "seed": seed}
-        samples = load_benchmark(benchmark, split=split, **files)
+        samples = load_benchmarks(benchmark, root=root, split=split, limit=limit, seed=seed)
+    processes = join_processes()
+    model = model_or_path
+    if not isinstance(model, ConceptSegForSegmentation):
+        model, processor = load_model_and_processor(model_or_path)
+    group = samples if isinstance(samples, BenchmarkGroup) else BenchmarkGroup("", {"": samples})
+    totals = {name: _length(name, member, limit) for name, member in group.members.items()}
+    run = _Run(
+        model,
+        processor,
+        processes,
+        batch_size=batch_size,
+        protocol=protocol,
+        metrics=tuple(metrics),
+        router=router,
+        generation_config=generation_config,
+        sam_prompt=sam_prompt,
+        max_references=max_references,
+        routing_regret=routing_regret,
+    )
+    folder = None if output_dir is None else Path(output_dir)
+    reports = {}
+    with Progress(sum(totals.values()), progress and processes.is_main) as bar:
+        for name, member in group.members.items():
+            bar.describe(name)
+            where = None if folder is None else folder / name
+            reports[name] = run.evaluate(member, totals[name], where, bar)
+            if group is samples and where is not None and processes.is_main:
+                reports[name].write(where, member)
+    report = _combine(group.name, reports) if group is samples else reports[""]
+    if judgements is not None:
+        report = _judge(report, judgements)
+    if folder is not None and processes.is_main:
+        parts = [Subset(member, range(totals[name])) for name, member in group.members.items()]
+        report.write(folder, ConcatDataset(parts))
+    return report
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A model and how it is evaluated; see `evaluate`."""
+
+    model: ConceptSegForSegmentation
+    processor: ConceptSegProcessor
+    processes: Processes
+    batch_size: int
+    protocol: str
+    metrics: tuple[str, ...]
+    router: str | ShortcutRouter
+    generation_config: Any
+    sam_prompt: str
+    max_references: int | None
+    routing_regret: bool
+
+    def evaluate(
+        self, samples: Sequence[ConceptSample], total: int, folder: Path | None, bar: Progress
+    ) -> EvaluationReport:
+        """Evaluates the first samples of one benchmark."""
+        settings = {**_source(samples), **self.settings()}
+        with RecordStore(folder, settings, self.processes) as records:
+            batches = [
+                range(start, min(start + self.batch_size, total))
+                for start in range(0, total, self.batch_size)
+            ]
+            waiting = [batch for batch in batches if not all(index in records for index in batch)]
+            bar.skip(total - sum(map(len, waiting)))
+            left = sum(map(len, waiting))
+            for batch in waiting[self.processes.index :: self.processes.count]:
+                records.add(self._evaluate_batch({index: _read(samples, index) for index in batch}))
+                done = len(batch) + (records.count_of_others() if bar.shown else 0)
+                bar.advance(done)
+                left -= done
+            records.finish()
+            bar.advance(left)
+            absent = [index for index in range(total) if index not in records]
+            if absent:
+                raise ValueError(
+                    f"evaluate: {len(absent)} of {total} records that other processes made are not in {str(folder)!r}; "
+                    "give an output_dir that all processes reach, and run again for what is missing."
+                )
+            return EvaluationReport([records[index] for index in range(total)], settings)
+
+    def _evaluate_batch(
+        self, read: Mapping[int, ConceptSample | UnreadableSampleError]
+    ) -> list[tuple[int, Record]]:
+        samples = {i: sample for i, sample in read.items() if isinstance(sample, ConceptSample)}
+        results: dict[int, ConceptSegmentation] = {}
+        others: dict[int, ConceptSegmentation] = {}
+        if samples:
+            batch = (self.model, self.processor, list(samples.values()))
+            options = (self.generation_config, self.sam_prompt, self.max_references)
+            found = segment_samples(*batch, self.router, *options)
+            results = dict(zip(samples, found, strict=True))
+            if self.routing_regret:
+                others = dict(zip(samples, segment_other_routes(*batch, found, *options), strict=True))
+        compared = (self.protocol, self.metrics)
+        return [
+            (
+                index,
+                make_record(sample, results[index], *compared, others.get(index))
+                if isinstance(sample, ConceptSample)
+                else make_error_record(sample, *compared),
+            )
+            for index, sample in read.items()
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        """What a record depends on, and where it was made."""
+        settings = {
+            "protocol": self.protocol,
+            "metrics": list(self.metrics),
+            "router": self.router if isinstance(self.router, str) else repr(self.router),
+            "generation": None if self.generation_config is None else repr(self.generation_config),
+            "sam_prompt": self.sam_prompt,
+            "max_references": self.max_references,
+            **({"routing_regret": True} if self.routing_regret else {}),
+            **fingerprint(self.model),
+            "configuration": configuration_hash(self.model, self.processor),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "record_format": RECORD_FORMAT,
+        }
+        versions = {module.__name__: module.__version__ for module in (conceptseg_hf, torch, transformers)}
+        place = {"device": self.model.device.type, "python": platform.python_version(), **versions}
+        return settings | {"environment": place}
+
+
+def _length(name: str, samples: Sequence[ConceptSample], limit: int | None) -> int:
     total = len(samples) if limit is None else min(limit, len(samples))
     if not total:
-        raise ValueError("evaluate: the benchmark has no samples; give one that has.")
-    settings = {
-        **_source(samples),
-        "protocol": protocol,
-        "metrics": list(metrics),
-        "router": router if isinstance(router, str) else repr(router),
-        "generation": None if generation_config is None else repr(generation_config),
-        **fingerprint(model),
-    }
+        raise ValueError(f"evaluate: the benchmark{name and f' {name!r}'} has no samples; give one that has.")
+    return total
 
-    with _Records(output_dir, settings) as records:
-        missing = [index for index in range(total) if index not in records]
-        batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
-        bar = tqdm(total=total, initial=total - len(missing), unit="sample", disable=not progress)
-        for batch in batches:
-            read = {index: _read(samples, index) for index in batch}
-            chosen = {
-                index: sample
-                for index, sample in read.items()
-                if not isinstance(sample, UnreadableSampleError)
-            }
-            results = {}
-            if chosen:
-                found = segment_samples(model, processor, list(chosen.values()), router, generation_config)
-                results = dict(zip(chosen, found, strict=True))
-            records.add(
-                (
-                    index,
-                    make_record(sample, results[index], protocol, metrics)
-                    if index in results
-                    else make_error_record(sample, protocol, metrics),
-                )
-                for index, sample in read.items()
-            )
-            bar.update(len(batch))
-        bar.close()
-        report = EvaluationReport([records[index] for index in range(total)], settings)
-    if output_dir is not None:
-        _write_report(Path(output_dir), report)
-    return report
+
+def _combine(name: str, reports: Mapping[str, EvaluationReport]) -> EvaluationReport:
+    """One report of several benchmarks; its settings are those that they share."""
+    first, *others = (report.settings for report in reports.values())
+    shared = {
+        key: value
+        for key, value in first.items()
+        if all(key in settings and settings[key] == value for settings in others)
+    }
+    members = [
+        {
+            "benchmark": report.settings["benchmark"],
+            "split": report.settings["split"],
+            "samples": len(report.records),
+        }
+        for report in reports.values()
+    ]
+    records = [record for report in reports.values() for record in report.records]
+    return EvaluationReport(records, {**shared, "benchmark": name, "benchmarks": members})
+
+
+def _judge(report: EvaluationReport, judgements: str | os.PathLike | Judge) -> EvaluationReport:
+    name, judge = resolve_judge(judgements, report.records)
+    settings = {**report.settings, "judgements": name, "prediction_threshold": RIGHT_IOU}
+    return EvaluationReport(judge_records(report.records, judge), settings)
 
 
 def _source(samples: Sequence[ConceptSample]) -> dict[str, Any]:
     """Where samples come from: what they say of themselves, or else what the first one says."""
-    if isinstance(samples, FileBenchmark):
+    if isinstance(samples, (ConceptShapes, FileBenchmark)):
         return {"benchmark": samples.name, "split": samples.split, "seed": samples.seed}
     first = _read(samples, 0)
     fields = first.fields if isinstance(first, UnreadableSampleError) else vars(first)
@@ -141,82 +286,3 @@ def _read(samples: Sequence[ConceptSample], index: int) -> ConceptSample | Unrea
         return error
     except (OSError, ValueError) as error:  # of samples of one's own
         return UnreadableSampleError(f"sample {index}: {error}", {"sample_id": str(index)})
-
-
-class _Records:
-    """The records by index of their sample; mirrored in a folder, if there is one."""
-
-    def __init__(self, folder: str | os.PathLike | None, settings: dict[str, Any]) -> None:
-        self._records: dict[int, Record] = {}
-        self._file = None
-        if folder is None:
-            return
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        path, settings_path = folder / "records.jsonl", folder / "settings.json"
-        if path.exists() and settings_path.exists():
-            _check_same(json.loads(settings_path.read_text(encoding="utf-8")), settings, folder)
-            self._records = dict(_read_records(path))
-        # Written anew, so that a line that was cut off when a run was killed is gone.
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(_line(index, record) for index, record in self._records.items())
-        settings_path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> _Records:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def __contains__(self, index: int) -> bool:
-        return index in self._records
-
-    def __getitem__(self, index: int) -> Record:
-        return self._records[index]
-
-    def add(self, records: Iterable[tuple[int, Record]]) -> None:
-        for index, record in records:
-            self._records[index] = record
-            if self._file is not None:
-                self._file.write(_line(index, record))
-        if self._file is not None:
-            self._file.flush()
-
-
-def _line(index: int, record: Record) -> str:
-    return json.dumps({"index": index, **record}) + "\n"
-
-
-def _read_records(path: Path) -> Iterator[tuple[int, Record]]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                record = json.loads(line)
-                yield record.pop("index"), record
-
-
-def _check_same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    wanted = json.loads(json.dumps(wanted))
-    differing = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
-    if differing:
-        raise ValueError(
-            f"evaluate: {str(folder)!r} holds the records of another run (other {', '.join(differing)}); "
-            "give another output folder, or remove this one."
-        )
-
-
-def _write_report(folder: Path, report: EvaluationReport) -> None:
-    (folder / "report.md").write_text(
-        report.to_markdown() + "\n\n" + report.summary() + "\n", encoding="utf-8"
-    )
-    content = {
-        "settings": report.settings,
-        "samples": len(report.records),
-        "table": report.table,
-        "errors": [{"sample_id": record["sample_id"], "error": record["error"]} for record in report.failed],
-    }
-    (folder / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 
 import conceptseg_hf
 
-from ..configuration_conceptseg import ConceptSegConfig
+from ..configuration_conceptseg import ConceptSegConfig, how_to_convert, is_authors_config
 from ..modeling_conceptseg import ConceptSegForSegmentation
 from ..processing_conceptseg import ConceptSegProcessor
 
@@ -47,6 +48,8 @@ def load_config(checkpoint: str) -> ConceptSegConfig:
         ValueError: If it is no ConceptSeg checkpoint.
     """
     config = AutoConfig.from_pretrained(checkpoint)
+    if is_authors_config(config.to_dict()):
+        raise ValueError(how_to_convert(checkpoint))
     if not isinstance(config, ConceptSegConfig):
         raise ValueError(
             f"model {checkpoint!r} is of the type {config.model_type!r}, not a ConceptSeg checkpoint; give the "
@@ -89,6 +92,18 @@ def fingerprint(model: PreTrainedModel) -> dict[str, str]:
         if not parameter.is_meta:
             digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return {"model": str(model.config.name_or_path), "weights": digest.hexdigest()[:16]}
+
+
+def configuration_hash(model: ConceptSegForSegmentation, processor: ConceptSegProcessor) -> str:
+    """A hash of what besides weights decides results: prompt, canvas, image sizes, router, and the like."""
+    config = model.config
+    values = {
+        "processor": processor.to_dict(),
+        "template": processor.chat_template,
+        "model": [config.hidden_states_at, config.sam_geometry_cls, config.router_base],
+    }
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _checked_device(device: str | torch.device) -> torch.device:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,19 +17,21 @@ from PIL import Image
 
 from ..references import box_iou
 from .protocols import get_protocol
-from .weighted_f import weighted_f_measure
+from .s_measure import load_library, s_measure
+from .weighted_f import load_ndimage, weighted_f_measure
 
 METRICS = ("miou", "giou", "ciou", "mae", "ber", "mdice")
 # These need SciPy and pysodmetrics: pip install conceptseg-hf[eval].
 LIBRARY_METRICS = ("f_w", "s_measure")
 
 
-def foreground_iou(prediction: np.ndarray, truth: np.ndarray) -> float:
+def foreground_iou(prediction: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None = None) -> float:
     """Intersection over union of two masks; 1 when both are empty.
 
     Args:
         prediction: (H, W) bool.
         truth: (H, W) bool.
+        ignore: (H, W) bool, pixels that do not count.
 
     Raises:
         ValueError: If the shapes differ.
@@ -40,6 +41,8 @@ def foreground_iou(prediction: np.ndarray, truth: np.ndarray) -> float:
             f"foreground_iou: the shapes {prediction.shape} and {truth.shape} differ; bring the masks to "
             "one size."
         )
+    if ignore is not None:
+        prediction, truth = prediction & ~ignore, truth & ~ignore
     union = np.count_nonzero(prediction | truth)
     return np.count_nonzero(prediction & truth) / union if union else 1.0
 
@@ -98,14 +101,16 @@ class MaskMetrics:
             )
         self.protocol, self.ignore_index, self.metrics = get_protocol(protocol), ignore_index, tuple(metrics)
         self.scores: list[Mapping[str, float]] = []
+        if "f_w" in metrics:
+            load_ndimage()
         if "s_measure" in metrics:
-            _s_measure()
+            load_library()
 
     def update(self, prediction: Any, ground_truth: Any, ignore: Any = None) -> dict[str, float]:
         """Scores one image.
 
         Args:
-            prediction: As an item of `score_masks`.
+            prediction: As an item of `score_masks`; or already of the size at which the protocol compares.
             ground_truth: As an item of `score_masks`.
             ignore: Where pixels do not count, a bool array or a PIL mask of the truth's size, beside labels of
                 `ignore_index`.
@@ -123,34 +128,30 @@ class MaskMetrics:
                     f"{truth.shape}; bring it to the truth's size."
                 )
             counted = counted & ~(ignored > 0.5)
+        keep_size = ignore is not None or not counted.all()
         probability = _as_probability(prediction, index)
-        if probability.shape != truth.shape:
+        ready = not keep_size and probability.shape == (self.protocol.size, self.protocol.size)
+        if probability.shape != truth.shape and not ready:
             raise ValueError(
                 f"score_masks: prediction {index} has shape {probability.shape}, its truth {truth.shape}; "
                 "bring them to the truth's size."
             )
-        probability, truth, counted = self.protocol.prepare(probability, truth, counted)
-        mask = probability > 0.5
-        score = {
-            name: float(np.count_nonzero(pixels & counted))
-            for name, pixels in (
-                ("tp", mask & truth),
-                ("fp", mask & ~truth),
-                ("fn", ~mask & truth),
-                ("tn", ~mask & ~truth),
-            )
-        }
-        score["mae"] = (
-            float(np.abs(probability.astype(np.float64) - truth)[counted].mean()) if counted.any() else 0.0
-        )
-        if "f_w" in self.metrics or "s_measure" in self.metrics:
-            probability, truth = np.where(counted, probability, 0), truth & counted
+        probability, truth, counted = self.protocol.prepare(probability, truth, counted, keep_size)
+        if not counted.all():
+            probability, truth = probability * counted, truth & counted
+        mask = probability if probability.dtype == bool else probability > 0.5
+        pixels = np.count_nonzero(counted)
+        tp = np.count_nonzero(mask & truth)
+        fp, fn = np.count_nonzero(mask) - tp, np.count_nonzero(truth) - tp
+        score = {"tp": float(tp), "fp": float(fp), "fn": float(fn), "tn": float(pixels - tp - fp - fn)}
+        if mask is probability:
+            score["mae"] = (fp + fn) / max(pixels, 1)
+        else:
+            score["mae"] = float(np.abs(probability.astype(np.float64) - truth).sum() / max(pixels, 1))
         if "f_w" in self.metrics:
             score["f_w"] = weighted_f_measure(probability, truth, self.protocol.whole_number_errors)
         if "s_measure" in self.metrics:
-            metric = _s_measure()
-            metric.step(pred=probability.astype(np.float64), gt=truth, normalize=False)
-            score["s_measure"] = float(metric.get_results()["sm"])
+            score["s_measure"] = s_measure(probability, truth)
         self.scores.append(score)
         return score
 
@@ -282,27 +283,6 @@ def _class_recall(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray, tn: np.ndarray
     return np.where(
         occurs.any(axis=0), (recall * occurs).sum(axis=0) / np.maximum(occurs.sum(axis=0), 1), 1.0
     )
-
-
-def _s_measure() -> Any:
-    try:
-        from py_sod_metrics import Smeasure
-    except ImportError as error:
-        raise ImportError(
-            "score_masks: s_measure needs pysodmetrics; install it with: pip install conceptseg-hf[eval]"
-        ) from error
-    return _without_empty_regions(Smeasure)()
-
-
-@cache
-def _without_empty_regions(library: type) -> type:
-    class SMeasure(library):
-        def ssim(self, pred: np.ndarray, gt: np.ndarray) -> float:
-            # Where the foreground's centroid is at the border, regions are empty: their weight is 0, not their
-            # score NaN.
-            return super().ssim(pred, gt) if pred.size else 0.0
-
-    return SMeasure
 
 
 __all__ = ["METRICS", "MaskMetrics", "box_iou", "foreground_iou", "presence_auc", "score_masks"]

@@ -1,10 +1,28 @@
-"""One benchmark sample segmented and compared with its truth: a record of plain values."""
+"""One benchmark sample segmented and compared with its truth: a record of plain values.
+
+A record holds JSON values only:
+
+- `sample_id`, `dataset`, `split`, `level`, `group`, `family`, `prompt`: the sample's, as in `ConceptSample`.
+- `present`, `true_box`, `true_answer`, `true_rule`, `true_think`: its truth; `present` is None where it is unreadable.
+- `route`, `presence`, `threshold`, `decode_presence`, `score`, `label`, `completion`, `think`, `rule`, `answer`, `box`,
+  `check`, `check_reference`, `check_iou`, `error`: the result's, as in `ConceptSegmentation`.
+- `mask`: the predicted mask, encoded by `rle.encode_mask`, at the size of the image; None where the sample failed.
+- `scores`: what `MaskMetrics` needs of the image under the protocol; None where the truth is a box only.
+- `foreground_iou`: under the protocol, a failed sample like an empty mask; None where the truth is a box only.
+- `rejected`: whether `decode_presence` is below 0.5.
+- `box_iou`, `format_valid`: of the completion; None on the shortcut. A missing box counts 0.
+- `route_ious`, `routing_regret`: the foreground IoU of both routes, and by how much the better one exceeds the one that
+  was taken; None where that was not asked for, or could not be measured.
+
+A report adds `judgement` where there are judgements (see `decomposition`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..completion import parse_completion
@@ -12,11 +30,28 @@ from ..data import ConceptSample, UnreadableSampleError
 from ..modeling_conceptseg import ConceptSegForSegmentation
 from ..outputs import ConceptSegmentation
 from ..processing_conceptseg import ConceptSegInputs, ConceptSegProcessor, PreparedSample
+from ..references import Reference
 from ..router import ShortcutRouter
 from .metrics import METRICS, MaskMetrics, box_iou
+from .protocols import get_protocol
+from .rle import encode_mask
 
 # Below this presence of the final decode the model says: it is not there.
 REJECTION_THRESHOLD = 0.5
+
+# Grows when records come to hold other things: older ones are then not mixed with newer ones.
+RECORD_FORMAT = 2
+
+
+def shown_references(sample: ConceptSample, max_references: int | None = None) -> list[Reference]:
+    """The references that the model is shown.
+
+    Args:
+        sample: The sample.
+        max_references: At most so many of a CI or CD sample, its first; 1 is the paper's 1x1 (Table 12). A CR sample
+            keeps its own, which are part of what is asked.
+    """
+    return sample.references if sample.level == "CR" else sample.references[:max_references]
 
 
 def segment_samples(
@@ -25,17 +60,61 @@ def segment_samples(
     samples: Sequence[ConceptSample],
     router: str | ShortcutRouter = "adaptive",
     generation_config: Any = None,
+    sam_prompt: str = "concept+text",
+    max_references: int | None = None,
 ) -> list[ConceptSegmentation]:
-    """Segments benchmark samples in one batch; a sample that cannot be prepared gives a failed result."""
+    """Segments benchmark samples in one batch; a sample that cannot be prepared gives a failed result.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        samples: The samples.
+        router: See `ConceptSegForSegmentation.segment`.
+        generation_config: See there.
+        sam_prompt: See there.
+        max_references: See `shown_references`.
+    """
     prepared = []
     for sample in samples:
         try:
-            prepared.append(processor.prepare(sample.image, sample.prompt, sample.references, lazy=True))
+            references = shown_references(sample, max_references)
+            prepared.append(processor.prepare(sample.image, sample.prompt, references, lazy=True))
         except (ValueError, OSError) as error:
             prepared.append(PreparedSample.failed(sample.prompt, str(error)))
     return model.segment(
-        ConceptSegInputs(prepared, processor), router=router, generation_config=generation_config
+        ConceptSegInputs(prepared, processor),
+        router=router,
+        generation_config=generation_config,
+        sam_prompt=sam_prompt,
+        return_logits=True,
     )
+
+
+def segment_other_routes(
+    model: ConceptSegForSegmentation,
+    processor: ConceptSegProcessor,
+    samples: Sequence[ConceptSample],
+    results: Sequence[ConceptSegmentation],
+    *options: Any,
+) -> list[ConceptSegmentation | None]:
+    """Segments each sample by the route that it did not take; None for a sample that took none.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        samples: The samples.
+        results: Their results.
+        *options: As of `segment_samples`, from `generation_config` on.
+    """
+    others: list[ConceptSegmentation | None] = [None] * len(samples)
+    for taken, router in (("shortcut", "full_reasoning"), ("reasoning", "sam_only")):
+        indices = [index for index, result in enumerate(results) if result.route == taken]
+        if indices:
+            chosen = [samples[index] for index in indices]
+            found = segment_samples(model, processor, chosen, router, *options)
+            for index, result in zip(indices, found, strict=True):
+                others[index] = result
+    return others
 
 
 def make_record(
@@ -43,6 +122,7 @@ def make_record(
     result: ConceptSegmentation,
     protocol: str = "standard",
     metrics: Sequence[str] = METRICS,
+    other: ConceptSegmentation | None = None,
 ) -> dict[str, Any]:
     """Compares a result with the truth.
 
@@ -51,25 +131,27 @@ def make_record(
         result: What the model made of it; a failed result counts as an empty mask.
         protocol: See `protocols`.
         metrics: See `MaskMetrics`.
+        other: What the route that was not taken makes of it, where routing regret is asked for.
 
     Returns:
-        JSON values only. Among them `scores` (what `MaskMetrics` needs of the image) and `foreground_iou`, under
-        the protocol, None where the truth is a box only; `box_iou` and `format_valid` where the MLLM was asked
-        (None on the shortcut; a missing box counts 0), and `rejected`: the presence of the final decode is below
-        0.5.
+        The record; see above.
     """
-    scores, iou = None, None
+    scores, iou, route_ious = None, None, None
     if not sample.box_only:
-        mask = Image.new("L", sample.mask.size) if result.mask is None else result.mask
-        scores = MaskMetrics(protocol, metrics=metrics).update(mask, sample.mask, sample.ignore)
-        union = scores["tp"] + scores["fp"] + scores["fn"]
-        iou = scores["tp"] / union if union else 1.0
+        scores, iou = _score(sample, result, protocol, metrics)
+        if other is not None and result.route is not None:
+            # In this order in every record, whichever was taken.
+            _, other_iou = _score(sample, other, protocol, ())
+            ious = {result.route: iou}
+            route_ious = {route: ious.get(route, other_iou) for route in ("shortcut", "reasoning")}
     reasoned = result.route == "reasoning"
     found_box = None
     if reasoned and sample.box is not None:
         found_box = 0.0 if result.box is None else box_iou(result.box, sample.box)
     return {
         "sample_id": sample.sample_id,
+        "dataset": sample.dataset,
+        "split": sample.split,
         "level": sample.level,
         "group": sample.group,
         "family": sample.family,
@@ -86,6 +168,8 @@ def make_record(
         "label": result.label,
         "answer": result.answer,
         "true_answer": sample.answer,
+        "think": result.think,
+        "true_think": sample.think,
         "rule": result.rule,
         "true_rule": sample.rule,
         "completion": result.completion,
@@ -96,7 +180,10 @@ def make_record(
         "check": None if result.check is None else list(result.check),
         "check_reference": result.check_reference,
         "check_iou": result.check_iou,
+        "route_ious": route_ious,
+        "routing_regret": None if route_ious is None else max(route_ious.values()) - iou,
         "error": result.error,
+        "mask": None if result.mask is None else encode_mask(np.asarray(result.mask) >= 128),
     }
 
 
@@ -117,3 +204,15 @@ def make_error_record(
     result = ConceptSegmentation.failed(str(error), sample.prompt)
     record = make_record(sample, result, protocol, metrics)
     return record if error.truth is not None else record | {"present": None, "rejected": None}
+
+
+def _score(
+    sample: ConceptSample, result: ConceptSegmentation, protocol: str, metrics: Sequence[str]
+) -> tuple[dict[str, float], float]:
+    """What `MaskMetrics` needs of the image, and the foreground IoU."""
+    mask = Image.new("L", sample.mask.size) if result.mask is None else result.mask
+    if sample.ignore is None and result.mask_logits is not None and get_protocol(protocol).size is not None:
+        mask = get_protocol(protocol).threshold(result.mask_logits)
+    scores = MaskMetrics(protocol, metrics=metrics).update(mask, sample.mask, sample.ignore)
+    union = scores["tp"] + scores["fp"] + scores["fn"]
+    return scores, scores["tp"] / union if union else 1.0

@@ -1,26 +1,35 @@
-"""What an evaluation says: a table by level and group, made from the records."""
+"""What an evaluation says: the paper's tables, and a table by level and group, made from the records."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from ..data import ConceptSample
+from . import paper_figures
+from .aggregate import Row, aggregate, levels_of
+from .bootstrap import resample
+from .decomposition import decompose
+from .gallery import write_gallery
 from .metrics import MaskMetrics, presence_auc
-
-_MASK_HEADINGS = {
-    "f_w": "F_w",
-    "miou": "mIoU",
-    "giou": "gIoU",
-    "ciou": "cIoU",
-    "mae": "MAE (lower is better)",
-    "ber": "BER (lower is better)",
-    "s_measure": "S-measure",
-    "mdice": "mDice",
-}
+from .paper_tables import paper_value, remarks, table_1, table_2, table_8, table_10
+from .tables import (
+    csv_text,
+    heading_of,
+    interval_values,
+    markdown_table,
+    percent,
+    provenance,
+    provenance_line,
+    share,
+)
 
 _LISTED = 50  # errors in a report
-LEVELS = ("CI", "CD", "CR")
 
 Record = dict[str, Any]
 
@@ -32,6 +41,7 @@ _COLUMNS = (
         "fg IoU",
         "mean foreground IoU of the samples that show their concept; a failed sample counts 0",
     ),
+    ("foreground_iou_interval", "95 % interval", "of fg IoU, by bootstrap over the samples"),
     (
         "rejection_rate",
         "rejected",
@@ -43,11 +53,19 @@ _COLUMNS = (
         "does the final presence tell samples with their concept from those without",
     ),
     ("shortcut_share", "shortcut", "share of the samples that SAM 3 answered alone"),
+    (
+        "routing_regret",
+        "regret",
+        "mean of what the better of both routes would have added to the foreground IoU",
+    ),
+    ("regretted", "regretted", "share of the samples that the other route would have answered better"),
     ("format_rate", "format", "share of the completions that follow the template"),
     ("box_iou", "box IoU", "mean IoU of the completions' boxes with the true ones; a missing box counts 0"),
     ("check_iou", "check IoU", "mean IoU of the check boxes with the withheld ones; a missing box counts 0"),
     ("failed", "failed", "samples that ended with an error"),
 )
+# Left out where no row has a value.
+_OPTIONAL = ("routing_regret", "regretted")
 
 
 @dataclass(frozen=True)
@@ -62,7 +80,12 @@ class EvaluationReport:
     records: list[Record]
     settings: dict[str, Any]
 
-    @property
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The rows of the paper's tables: data sets, groups, levels, and the mean of the ten groups."""
+        return aggregate(self.records, self.settings["protocol"], self.settings["metrics"])
+
+    @cached_property
     def table(self) -> list[dict[str, Any]]:
         """Rows for each group, each level and all.
 
@@ -96,38 +119,138 @@ class EvaluationReport:
     @property
     def levels(self) -> list[str]:
         """The levels that occur, in the order of the paper."""
-        present = {record["level"] for record in self.records}
-        return [*(level for level in LEVELS if level in present), *sorted(present.difference(LEVELS))]
+        return levels_of(self.records)
 
     def summary(self) -> str:
         """One line: the foreground IoU of each level and of all samples."""
         rows = {row["level"]: row["foreground_iou"] for row in self.table if row["group"] == "all"}
-        return "foreground IoU: " + " | ".join(f"{level} {_number(value)}" for level, value in rows.items())
+        return "foreground IoU: " + " | ".join(f"{level} {share(value)}" for level, value in rows.items())
+
+    def write(self, folder: str | os.PathLike, samples: Sequence[ConceptSample] | None = None) -> None:
+        """Writes report.md, report.json and report.csv, and gallery.html if there are samples.
+
+        Args:
+            folder: An existing folder.
+            samples: The samples of the records, in their order; those in the gallery are read again.
+        """
+        folder = Path(folder)
+        (folder / "report.md").write_text(
+            self.to_markdown() + "\n\n" + self.summary() + "\n", encoding="utf-8"
+        )
+        (folder / "report.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        (folder / "report.csv").write_text(self.to_csv(), encoding="utf-8")
+        if samples is not None:
+            write_gallery(folder / "gallery.html", self.records, self.settings, samples)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, and how they were made, as JSON values."""
+        return {
+            "settings": self.settings,
+            "provenance": provenance(self.settings, len(self.records)),
+            "remarks": remarks(self.rows, self.settings),
+            "samples": len(self.records),
+            "paper_layout": [_row_values(row) for row in self.rows],
+            "table": self.table,
+            **(
+                {"outcomes": decompose(self.records, self.settings["prediction_threshold"])}
+                if "judgements" in self.settings
+                else {}
+            ),
+            "errors": [
+                {"sample_id": record["sample_id"], "error": record["error"]} for record in self.failed
+            ],
+        }
+
+    def to_csv(self) -> str:
+        """One number a line, each with how it was made and with the paper's figures for the same, if there are any."""
+        lines = []
+        for row in self.rows:
+            stated = provenance(self.settings, row.samples)
+            # A row's own source says more than the name of the run.
+            stated["benchmark"] = "+".join(dict.fromkeys(name for name, _ in row.sources))
+            stated["split"] = "+".join(dict.fromkeys(split for _, split in row.sources))
+            for metric, value in (*row.values.items(), ("shortcut_share", row.shortcut_share)):
+                interval = row.intervals.get(metric)
+                printed = {method: paper_value(row, metric, method) for method in paper_figures.METHODS}
+                tables = {found[1] for found in printed.values() if found is not None}
+                lines.append(
+                    {"row": row.kind, "level": row.level, "group": row.group, "metric": metric}
+                    | {"value": value}
+                    | {end: getattr(interval, end, None) for end in ("low", "high")}
+                    | {f"paper {method}": found and found[0] for method, found in printed.items()}
+                    | {"paper table": next(iter(tables), None)}
+                    | stated
+                )
+        return csv_text(lines)
 
     def to_markdown(self) -> str:
-        """The table in two parts, with what was run above and the meaning of the columns below."""
+        """The paper's tables and the table by level and group, with what was run and what columns mean."""
         settings = self.settings
-        names = ("benchmark", "split", "protocol", "router", "model")
-        lines = [
-            ", ".join(f"{name} {settings[name]}" for name in names if settings.get(name))
-            + f"; {len(self.records)} samples.",
+        lines = [provenance_line(settings, len(self.records)), ""]
+        lines += [f"- {remark}" for remark in remarks(self.rows, settings)]
+        for title, make in (
+            ("By group, as Table 1", table_1),
+            ("By data set, as Table 8", table_8),
+            ("Routes, as Table 10", table_10),
+        ):
+            lines += ["", f"## {title}", "", *make(self.rows, settings)]
+        if classes := table_2(self.records, settings):
+            lines += ["", "## Cityscapes by class, as Table 2", "", *classes]
+        if "judgements" in settings:
+            lines += ["", "## Think, rule and prediction (appendix J)", "", *self._outcomes()]
+        lines += [
             "",
+            "Here a data set's value is the mean over its images, a group's the mean over its data sets.",
+            "",
+            "## By sample",
+            "",
+            *self._sample_tables(),
         ]
+        return "\n".join(lines)
+
+    def _outcomes(self) -> list[str]:
+        threshold = self.settings["prediction_threshold"]
+        words = {True: "right", False: "wrong", None: "not judged"}
+        rows = decompose(self.records, threshold)
+        table = [
+            [
+                *(words[row[part]] for part in ("think", "rule", "prediction")),
+                str(row["count"]),
+                "-" if row["share"] is None else f"{100 * row['share']:.1f}",
+            ]
+            for row in rows
+        ]
+        judged = sum(row["count"] for row in rows)
+        told = (
+            f"Think and rule as judged by {self.settings['judgements']}; a prediction is right from a foreground IoU "
+            f"of {threshold} on. {judged} of {len(self.records)} samples are judged."
+        )
+        return [*markdown_table(["think", "rule", "prediction", "samples", "%"], table), "", told]
+
+    def sample_tables(self) -> str:
+        """The tables by level and group alone, in Markdown, with what was run above."""
+        return "\n".join([provenance_line(self.settings, len(self.records)), "", *self._sample_tables()])
+
+    def _sample_tables(self) -> list[str]:
+        settings = self.settings
         table = self.table
         columns = [
-            column for column in _COLUMNS if column[0] != "failed" or any(row["failed"] for row in table)
+            column
+            for column in _COLUMNS
+            if (column[0] != "failed" or any(row["failed"] for row in table))
+            and (column[0] not in _OPTIONAL or any(row[column[0]] is not None for row in table))
         ]
-        lines += _markdown(
+        lines = markdown_table(
             ["level", "group", *(heading for _, heading, _ in columns)],
-            [[row["level"], row["group"], *(_number(row[name]) for name, _, _ in columns)] for row in table],
+            [[row["level"], row["group"], *(_cell(row[name]) for name, _, _ in columns)] for row in table],
         )
         lines += ["", *(f"- {heading}: {meaning}." for _, heading, meaning in columns)]
         lines += ["", "Masks of all samples, absent concepts included, in percent:", ""]
         metrics = settings["metrics"]
-        lines += _markdown(
-            ["level", "group", *(_MASK_HEADINGS[name] for name in metrics)],
+        lines += markdown_table(
+            ["level", "group", *map(heading_of, metrics)],
             [
-                [row["level"], row["group"], *(_percent(row["masks"][name]) for name in metrics)]
+                [row["level"], row["group"], *(percent(row["masks"][name]) for name in metrics)]
                 for row in table
             ],
         )
@@ -139,24 +262,45 @@ class EvaluationReport:
             lines += [f"- {record['sample_id']}: {record['error']}" for record in self.failed[:_LISTED]]
         if len(self.failed) > _LISTED:
             lines.append(f"- and {len(self.failed) - _LISTED} more; records.jsonl has them all.")
-        return "\n".join(lines)
+        return lines
 
 
-def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table with aligned columns."""
-    cells = [heading, *rows]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(heading))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+def _row_values(row: Row) -> dict[str, Any]:
+    printed: dict[str, dict[str, Any]] = {}
+    for method in paper_figures.METHODS:
+        found = {metric: paper_value(row, metric, method) for metric in row.values}
+        values = {metric: {"value": pair[0], "table": pair[1]} for metric, pair in found.items() if pair}
+        if values:
+            printed[method] = values
+    return {
+        "row": row.kind,
+        "level": row.level,
+        "group": row.group,
+        "sources": [list(source) for source in row.sources],
+        "samples": row.samples,
+        "values": row.values,
+        "intervals": {metric: interval_values(found) for metric, found in row.intervals.items()},
+        "shortcut_share": row.shortcut_share,
+        "paper": printed,
+    }
 
 
 def _row(level: str, group: str, records: Sequence[Record]) -> dict[str, Any]:
     judged = [record for record in records if record["decode_presence"] is not None]
+    counted = [
+        record["foreground_iou"]
+        for record in records
+        if record["present"] and record["foreground_iou"] is not None
+    ]
+    resampled = resample(counted, stream=f"{level}/{group}")
+    interval = None if resampled is None or resampled.smallest < 2 else resampled.interval()
+    regrets = [record["routing_regret"] for record in records if record.get("routing_regret") is not None]
     return {
         "level": level,
         "group": group,
         "samples": len(records),
-        "foreground_iou": _mean(records, "foreground_iou", lambda record: record["present"]),
+        "foreground_iou": _share(counted),
+        "foreground_iou_interval": None if interval is None else [interval.low, interval.high],
         "rejection_rate": _mean(records, "rejected", lambda record: not record["present"]),
         "presence_auc": presence_auc(
             [record["decode_presence"] for record in judged], [record["present"] for record in judged]
@@ -164,6 +308,8 @@ def _row(level: str, group: str, records: Sequence[Record]) -> dict[str, Any]:
         "shortcut_share": _share(
             record["route"] == "shortcut" for record in records if record["route"] is not None
         ),
+        "routing_regret": _share(regrets),
+        "regretted": _share(regret > 0 for regret in regrets),
         "format_rate": _mean(records, "format_valid"),
         "box_iou": _mean(records, "box_iou"),
         "check_iou": _mean(records, "check_iou"),
@@ -182,11 +328,5 @@ def _share(values: Iterable[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return str(value) if isinstance(value, int) else f"{value:.3f}"
+def _cell(value: Any) -> str:
+    return f"{value[0]:.3f} to {value[1]:.3f}" if isinstance(value, list) else share(value)

@@ -73,6 +73,39 @@ def test_pictures_are_the_same_on_every_machine() -> None:
     assert digest.hexdigest()[:16] == "58569503574c3812"
 
 
+def test_the_seed_of_the_benchmark_draws_all_from_one_source() -> None:
+    shapes = ConceptShapes("test")
+    for index in range(len(GROUPS)):
+        plain = family_at(index)[2](np.random.default_rng([SPLITS["test"], index]), 128, False)
+        task = shapes.task(index)
+        assert np.array_equal(task.scene.pixels, plain.scene.pixels)
+        for (scene, box), (other, other_box) in zip(task.references, plain.references, strict=True):
+            assert np.array_equal(scene.pixels, other.pixels) and box == other_box
+
+
+def test_another_seed_draws_other_references_for_the_same_targets() -> None:
+    drawn_anew = set()
+    for first, second, third in zip(
+        ConceptShapes("test", length=2 * ROUND),
+        ConceptShapes("test", length=2 * ROUND, seed=43),
+        load_benchmark("concept-shapes", limit=2 * ROUND, seed=43),
+        strict=True,
+    ):
+        for name in ("sample_id", "prompt", "answer", "rule", "box"):
+            assert getattr(first, name) == getattr(second, name)
+        assert first.image.tobytes() == second.image.tobytes()
+        assert first.mask.tobytes() == second.mask.tobytes()
+        pairs = list(zip(first.references, second.references, strict=True))
+        changed = {one.image.tobytes() != other.image.tobytes() for one, other in pairs}
+        assert len(changed) <= 1, "all references of a sample are drawn anew, or none"
+        drawn_anew |= {first.family} if True in changed else set()
+        assert [one.image.tobytes() for one in second.references] == [
+            one.image.tobytes() for one in third.references
+        ]
+    assert {"attribute", "shadow", "camouflage", "same_object", "odd_one_out"} <= drawn_anew
+    assert not {"changed", "tracking", "view"} & drawn_anew, "a first frame or view is part of the question"
+
+
 def _pairs(sample_index: int, split: str) -> set[tuple[str, str]]:
     task = ConceptShapes(split).task(sample_index)
     scenes = [task.scene, *(scene for scene, _ in task.references)]

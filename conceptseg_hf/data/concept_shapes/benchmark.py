@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image
 
 from ...images import mask_to_image
 from ...references import Reference, mask_to_box
 from ..sample import ConceptSample
-from .families import GROUPS, Family, Task
+from .families import GROUPS, Family, Task, TaskRng
 
 if TYPE_CHECKING:
     import datasets
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
 NAME = "concept-shapes"
 # The number of each split enters the seed of each of its samples; its length is only where iteration ends.
 SPLITS = {"train": 0, "val": 1, "test": 2, "test-compositional": 3}
+SEED = 42
+"""Seed of the references that are part of the benchmark."""
+
 _LENGTHS = {"train": 1_000_000, "val": 1_200, "test": 1_200, "test-compositional": 1_200}
 
 
@@ -35,18 +37,24 @@ class ConceptShapes(Sequence[ConceptSample]):
         split: `"train"`, `"val"`, `"test"` or `"test-compositional"`.
         length: Number of samples; the split's own by default.
         size: Side of the target images in pixels.
+        seed: Another than `SEED` draws other references for the same targets, wherever references are examples of a
+            concept; a first frame or view, which is part of the question, stays.
 
     Raises:
         ValueError: If there is no such split, or the size is under 32 pixels.
     """
 
-    def __init__(self, split: str = "test", length: int | None = None, size: int = 128) -> None:
+    def __init__(
+        self, split: str = "test", length: int | None = None, size: int = 128, seed: int = SEED
+    ) -> None:
         if split not in SPLITS:
             raise ValueError(f"ConceptShapes: no split is named {split!r}; use one of {', '.join(SPLITS)}.")
         if size < 32:
             raise ValueError(f"ConceptShapes: size is {size}, too small to draw in; use at least 32 pixels.")
+        self.name = NAME
         self.split = split
         self.size = size
+        self.seed = seed
         self.length = _LENGTHS[split] if length is None else length
 
     def __len__(self) -> int:
@@ -80,7 +88,7 @@ class ConceptShapes(Sequence[ConceptSample]):
     def task(self, index: int) -> Task:
         """The task behind a sample, with its scenes."""
         _, _, family = family_at(index)
-        rng = np.random.default_rng([SPLITS[self.split], index])
+        rng = TaskRng([SPLITS[self.split], index], None if self.seed == SEED else self.seed)
         return family(rng, self.size, self.split == "test-compositional")
 
     def __iter__(self) -> Iterator[ConceptSample]:

@@ -85,7 +85,7 @@ def tables(reports: dict[tuple[str, str], EvaluationReport]) -> str:
             _cell(rows.value(router, level, "foreground_iou")) for level in ("CI", "CD", "CR", "all")
         )
         lines.append(f"| {split} | {router} | {cells} |")
-    lines += ["", reports["test", "adaptive"].to_markdown()]
+    lines += ["", reports["test", "adaptive"].sample_tables()]
     return "\n".join(lines)
 
 

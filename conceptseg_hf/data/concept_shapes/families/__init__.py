@@ -23,9 +23,9 @@ from .context_reasoning import (
     tracking,
     view,
 )
-from .task import Rng, Task
+from .task import Rng, Task, TaskRng
 
-__all__ = ["GROUPS", "Family", "Task"]
+__all__ = ["GROUPS", "Family", "Task", "TaskRng"]
 
 Family = Callable[[Rng, int, bool], Task]
 

@@ -19,6 +19,22 @@ from ..scenes import (
 Rng = np.random.Generator
 
 
+class TaskRng(np.random.Generator):
+    """The source of chance of one task.
+
+    Args:
+        seeds: Numbers from which the task is drawn.
+        reference_seed: Another seed of its references: the target stays as it is, references are drawn anew. None: the
+            same source goes on.
+    """
+
+    def __init__(self, seeds: Sequence[int], reference_seed: int | None = None) -> None:
+        super().__init__(np.random.PCG64(list(seeds)))
+        self.of_references: Rng = self
+        if reference_seed is not None:
+            self.of_references = np.random.default_rng([*seeds, reference_seed])
+
+
 @dataclass(frozen=True)
 class Task:
     """One task before it becomes a `ConceptSample`.
@@ -60,8 +76,13 @@ def _reference_size(size: int, count: int) -> int:
 def draw_references(
     rng: Rng, size: int, draw: Callable[[Rng, int], tuple[Scene, Box | None]], count: int | None = None
 ) -> tuple[tuple[Scene, Box | None], ...]:
-    """Draws references for a target of the given size, each at the size it will have in the mosaic."""
+    """Draws references for a target of the given size, each at the size it will have in the mosaic.
+
+    All that is random in a target is drawn before its references.
+    """
     count = _reference_count(rng) if count is None else count
+    if isinstance(rng, TaskRng):
+        rng = rng.of_references
     return tuple(draw(rng, _reference_size(size, count)) for _ in range(count))
 
 

@@ -1,0 +1,168 @@
+"""The records of an evaluation on disk: written as they are made, found again, merged from several processes.
+
+A folder holds settings.json (what was run) and records.jsonl (a record a line, with the index of its sample). While
+several processes run, each has a file of its own beside it, records.N.jsonl; whoever comes next, in whatever number,
+finds them all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .processes import ALONE, Processes
+
+Record = dict[str, Any]
+
+# Settings that may change while a run goes on: they tell where it ran, not what.
+INFORMATIVE = ("environment",)
+
+
+class RecordStore:
+    """The records of one benchmark by index of their sample; mirrored in a folder, if there is one.
+
+    Args:
+        folder: The folder, or None.
+        settings: What is run; records of something else are refused.
+        processes: Those that share the work; each opens its own store.
+
+    Raises:
+        ValueError: If the folder holds records of another run, or several processes have no folder.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike | None, settings: dict[str, Any], processes: Processes = ALONE
+    ) -> None:
+        self._records: dict[int, Record] = {}
+        self._processes = processes
+        self._folder = None if folder is None else Path(folder)
+        self._file = None
+        self._seen: dict[Path, int] = {}
+        if self._folder is None:
+            if processes.count > 1:
+                raise ValueError(
+                    "evaluate: several processes share their records in files; give output_dir, a folder that all "
+                    "of them reach."
+                )
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._check_settings(settings)
+        self._records = self._read()
+        processes.wait()  # until all have read: then files may change
+        if processes.is_main:
+            self._replace("settings.json", [json.dumps(settings, indent=2) + "\n"])
+            self._merge()
+        processes.wait()
+        self._file = self._own_path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> RecordStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._records
+
+    def __getitem__(self, index: int) -> Record:
+        return self._records[index]
+
+    def add(self, records: Iterable[tuple[int, Record]]) -> None:
+        """Takes the records of a batch and writes them at once."""
+        records = dict(records)
+        self._records |= records
+        if self._file is not None:
+            self._file.write("".join(_line(index, record) for index, record in records.items()))
+            self._file.flush()
+
+    def count_of_others(self) -> int:
+        """How many records the other processes have written since the last call."""
+        found = 0
+        for path in self._parts():
+            if path != self._own_path:
+                with path.open("rb") as file:
+                    file.seek(self._seen.get(path, 0))
+                    text = file.read()
+                found += text.count(b"\n")
+                self._seen[path] = self._seen.get(path, 0) + len(text)
+        return found
+
+    def finish(self) -> None:
+        """Waits for the other processes; then all records are in every store, and in records.jsonl by index."""
+        if self._file is None:
+            return
+        self._file.close()
+        self._processes.wait()
+        if self._processes.count > 1:
+            self._records = self._read()
+        self._processes.wait()  # until all have read
+        if self._processes.is_main:
+            self._merge()
+
+    @property
+    def _own_path(self) -> Path:
+        name = "records.jsonl" if self._processes.count == 1 else f"records.{self._processes.index}.jsonl"
+        return self._folder / name
+
+    def _parts(self) -> list[Path]:
+        return sorted(self._folder.glob("records.*.jsonl")) if self._folder is not None else []
+
+    def _read(self) -> dict[int, Record]:
+        """All records of the folder; later ones replace earlier ones."""
+        whole = self._folder / "records.jsonl"
+        paths = [*([whole] if whole.exists() else []), *self._parts()]
+        return {index: record for path in paths for index, record in read_records(path)}
+
+    def _merge(self) -> None:
+        """Writes records.jsonl anew: by index, and without the line that was cut off when a run was killed."""
+        parts = self._parts()
+        self._replace(
+            "records.jsonl", (_line(index, self._records[index]) for index in sorted(self._records))
+        )
+        for part in parts:
+            part.unlink()
+
+    def _replace(self, name: str, lines: Iterable[str]) -> None:
+        """Writes a file beside the old one and puts it in its place: a kill leaves the one or the other."""
+        temporary = self._folder / f"{name}.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+        temporary.replace(self._folder / name)
+
+    def _check_settings(self, wanted: dict[str, Any]) -> None:
+        path = self._folder / "settings.json"
+        wanted = json.loads(json.dumps(wanted))
+        if not path.exists():
+            if (self._folder / "records.jsonl").exists():
+                raise ValueError(
+                    f"evaluate: {str(self._folder)!r} holds records without settings.json, which says what they are "
+                    "of; give another output folder, or remove this one."
+                )
+            return
+        found = json.loads(path.read_text(encoding="utf-8"))
+        names = [name for name in {**found, **wanted} if name not in INFORMATIVE]
+        differing = [name for name in names if found.get(name) != wanted.get(name)]
+        if differing:
+            raise ValueError(
+                f"evaluate: {str(self._folder)!r} holds the records of another run (other {', '.join(differing)}); "
+                "give another output folder, or remove this one."
+            )
+
+
+def _line(index: int, record: Record) -> str:
+    return json.dumps({"index": index, **record}) + "\n"
+
+
+def read_records(path: Path) -> Iterator[tuple[int, Record]]:
+    """The whole lines of a file; what a kill or a power cut left of others is done again."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+                yield record.pop("index"), record
+            except (ValueError, AttributeError, KeyError):
+                continue
