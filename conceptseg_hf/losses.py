@@ -5,30 +5,37 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 
-def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def dice_loss(logits: Tensor, labels: Tensor, ignore: Tensor | None = None) -> Tensor:
     """Soft dice loss.
 
     Args:
         logits: (B, ..., H, W) mask logits.
         labels: Same shape, 0 or 1 (bool or any number type).
+        ignore: Same shape, bool: pixels that do not count.
 
     Returns:
         Scalar in [0, 1]. The smoothing of one pixel makes "nothing there, nothing predicted" a loss of zero.
     """
     probabilities = logits.float().sigmoid().flatten(1)
     targets = labels.to(probabilities).flatten(1)
+    if ignore is not None:
+        counts = ~ignore.flatten(1)
+        probabilities, targets = probabilities * counts, targets * counts
     overlap = (probabilities * targets).sum(1)
     return (1 - (2 * overlap + 1) / (probabilities.sum(1) + targets.sum(1) + 1)).mean()
 
 
-def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Sigmoid focal loss (Lin et al., 2017), a mean over all pixels.
+def focal_loss(
+    logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0, ignore: Tensor | None = None
+) -> Tensor:
+    """Sigmoid focal loss (Lin et al., 2017), a mean over all pixels that count.
 
     Args:
         logits: (B, ..., H, W) mask logits.
         labels: Same shape, 0 or 1 (bool or any number type).
         alpha: Weight of foreground pixels; background pixels weigh `1 - alpha`. Negative: no weighting.
         gamma: How much well-classified pixels are discounted; 0 gives (weighted) cross-entropy.
+        ignore: Same shape, bool: pixels that do not count; 0 if none does.
     """
     logits = logits.float()
     targets = labels.to(logits)
@@ -37,11 +44,17 @@ def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float
     loss = cross_entropy * (1 - (-cross_entropy).exp()) ** gamma
     if alpha >= 0:
         loss = loss * (alpha * targets + (1 - alpha) * (1 - targets))
-    return loss.mean()
+    if ignore is None:
+        return loss.mean()
+    return (loss * ~ignore).sum() / (~ignore).sum().clamp(min=1)
 
 
 def segmentation_loss(
-    logits: Tensor, labels: Tensor, focal_alpha: float = 0.25, focal_gamma: float = 2.0
+    logits: Tensor,
+    labels: Tensor,
+    focal_alpha: float = 0.25,
+    focal_gamma: float = 2.0,
+    ignore: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_seg of eq. 5.
 
@@ -51,6 +64,7 @@ def segmentation_loss(
         focal_alpha: See `focal_loss`; with -1, and `focal_gamma` 0, it is the binary cross-entropy that the
             released code has in its place.
         focal_gamma: See `focal_loss`.
+        ignore: Shape of the labels, bool: pixels that do not count.
 
     Returns:
         `(loss, dice, focal)`, three scalars with `loss = dice + focal`.
@@ -59,7 +73,7 @@ def segmentation_loss(
         ValueError: If the batch sizes differ or the labels are no batch of masks.
     """
     if labels.ndim == 3:
-        labels = labels[:, None]
+        labels, ignore = labels[:, None], None if ignore is None else ignore[:, None]
     if labels.ndim != 4 or labels.shape[:2] != logits.shape[:2]:
         raise ValueError(
             f"segmentation_loss: labels of shape {tuple(labels.shape)} do not match logits of shape "
@@ -68,5 +82,6 @@ def segmentation_loss(
     logits = nn.functional.interpolate(
         logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False
     )
-    dice, focal = dice_loss(logits, labels), focal_loss(logits, labels, focal_alpha, focal_gamma)
+    dice = dice_loss(logits, labels, ignore)
+    focal = focal_loss(logits, labels, focal_alpha, focal_gamma, ignore)
     return dice + focal, dice, focal

@@ -15,7 +15,7 @@ from conceptseg_trainers.completions import (
 )
 
 from conceptseg_hf import nano_checkpoint, parse_completion
-from conceptseg_hf.data import ConceptShapes
+from conceptseg_hf.data import ConceptShapes, UnreadableSampleError
 from conceptseg_hf.evaluation.loading import load_model_and_processor
 
 LENGTH = 12  # tokens
@@ -114,7 +114,9 @@ def test_generation_goes_on_where_it_was_killed(nano, samples, tmp_path, monkeyp
     second.generate(model, samples, batch_size=2)
     assert written == samples[2:]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["sample_id"] for row in rows] == [sample.sample_id for sample in samples]
+    assert [row["sample"] for row in rows] == [
+        f"concept-shapes/train/{sample.sample_id}" for sample in samples
+    ]
     assert [second.completion(sample) for sample in samples] == [
         whole.completion(sample) for sample in samples
     ]
@@ -132,14 +134,14 @@ def test_processes_share_the_work(nano, samples, tmp_path):
     assert [len(cache) for cache in caches] == [3, 2]
     for cache in caches:
         cache.reload()
-        assert all(sample.sample_id in cache for sample in samples)
+        assert all(sample in cache for sample in samples)
     assert len(list(tmp_path.glob("*.jsonl"))) == 2
 
 
 def test_another_policy_writes_anew(nano, samples, tmp_path):
     model, processor = nano
     CompletionCache(tmp_path, model, processor, LENGTH).generate(model, samples[:1])
-    assert samples[0].sample_id in CompletionCache(tmp_path, model, processor, LENGTH)
+    assert samples[0] in CompletionCache(tmp_path, model, processor, LENGTH)
     assert not len(CompletionCache(tmp_path, model, processor, LENGTH + 1))
     with torch.no_grad():
         model.vlm.get_input_embeddings().weight[0, 0] += 1
@@ -153,3 +155,24 @@ def test_another_policy_writes_anew(nano, samples, tmp_path):
 def test_ids_must_differ(nano, samples, tmp_path):
     with pytest.raises(ValueError, match="two samples have the sample_id 'train-000000'"):
         CompletionCache(tmp_path, *nano, LENGTH).generate(nano[0], [samples[0], samples[0]])
+
+
+def test_broken_samples_are_passed_over(nano, samples, tmp_path):
+    """What stands in for a broken sample is completed once, at its own turn."""
+
+    class Broken(list):
+        def __getitem__(self, index):
+            if index == 0:
+                raise UnreadableSampleError("the image is cut off")
+            return super().__getitem__(index)
+
+    cache = CompletionCache(tmp_path, *nano, LENGTH)
+    cache.generate(nano[0], Broken(samples), batch_size=2)
+    assert len(cache) == len(samples) - 1
+    assert samples[0] not in cache and samples[1] in cache
+
+
+def test_benchmarks_may_share_ids(nano, samples, tmp_path):
+    cache = CompletionCache(tmp_path, *nano, LENGTH)
+    cache.generate(nano[0], [samples[0], replace(samples[0], dataset="another")])
+    assert len(cache) == 2

@@ -419,8 +419,37 @@ def test_bad_data_is_refused_before_training(make_meta_grpo, shapes, nano_proces
 
 def test_a_mask_of_another_size_is_found_in_a_lazy_data_set(make_meta_grpo, shapes) -> None:
     wrong = [*shapes[:3], replace(shapes[3], mask=Image.new("L", (10, 10)))]
-    with pytest.raises(ValueError, match=r"sample 'train-000003': gt_mask has 10 x 10 pixels"):
+    with pytest.raises(ValueError, match=r"sample 'train-000003': its mask has 10 x 10 pixels"):
         make_meta_grpo(train_dataset=split_reference_dataset(wrong))
+
+
+def test_several_gpus_in_one_process_are_refused(nano_processor, shapes, tmp_path) -> None:
+    args = MetaGRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="one process sees 2 GPUs"):
+        MetaGRPOTrainer(
+            nano_checkpoint(),
+            args=args,
+            train_dataset=split_reference_dataset(shapes),
+            processing_class=nano_processor,
+        )
+
+
+def test_pixels_to_ignore_change_neither_reward_nor_loss(make_meta_grpo, shapes) -> None:
+    """What the truth says below the ignore mask does not matter."""
+    left = Image.new("L", shapes[0].image.size)
+    left.paste(255, (0, 0, 64, 128))
+    other = shapes[0].mask.copy()
+    other.paste(255, (0, 0, 64, 128))
+    logs = []
+    for mask, ignore in ((shapes[0].mask, left), (other, left), (other, None)):
+        samples = [replace(shapes[0], mask=mask, ignore=ignore)]
+        trainer = make_meta_grpo(train_dataset=split_reference_dataset(samples), max_steps=1)
+        trainer.train()
+        log = trainer.state.log_history[0]
+        logs.append([log[name] for name in ("rewards/mask/mean", "loss/seg", "mask_iou")])
+    assert logs[0] == logs[1]
+    assert logs[0] != logs[2]
 
 
 def test_an_eager_data_set_trains(make_meta_grpo, shapes, nano_processor) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
+
+from conceptseg_hf.data import SOURCES, SUITE
+from conceptseg_hf.images import mask_to_image
 
 pytest.importorskip("trl")
 
@@ -122,3 +129,34 @@ def test_recipes_name_launch_files_that_exist():
             r"accelerate_configs/(\w+)\.yaml", (FOLDER / "recipes" / name).read_text()
         ):
             assert launch_file in names
+
+
+LARGE = sorted(name for name in RECIPES if not name.startswith("nano"))
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_recipes_train_on_the_papers_sets(name, tmp_path):
+    """Two items of each set, in the authors' tree."""
+    data, _, args = parse(name)
+    names = data.benchmark.split(",")
+    assert set(names) == {source for source in SUITE if "train" in SOURCES[source].paper_splits}
+    rng = np.random.default_rng(0)
+    items: dict[str, list[dict]] = {}
+    for benchmark in names:
+        for number in range(2):
+            folder = tmp_path / benchmark
+            folder.mkdir(exist_ok=True)
+            image = rng.integers(0, 256, (16, 20, 3), dtype=np.uint8)
+            Image.fromarray(image).save(folder / f"{number}.jpg")
+            mask_to_image(image[..., 0] > 128).save(folder / f"{number}.png")
+            paths = [f"{benchmark}/{number}.jpg"]
+            item = {"img_path": paths, "mask_path": f"{benchmark}/{number}.png", "task_name": benchmark}
+            item |= {"cls_name": "star", "dataset_name": benchmark, "problem": "find it"}
+            items.setdefault(f"{benchmark}_star", []).append(item)
+    (tmp_path / "all_meta.json").write_text(json.dumps({"train": items, "test": {}}))
+    train, evaluation = replace(data, benchmark_root=str(tmp_path)).load(args)
+    assert evaluation is None and len(train) == 2 * len(names)
+    assert [sample.dataset for sample in train] == [benchmark for benchmark in names for _ in range(2)]
+    assert all(sample.split == "train" and sample.mask.size == (20, 16) for sample in train)
+    (few, _) = replace(data, benchmark_root=str(tmp_path), train_samples=1).load(args)
+    assert len(few) == len(names)

@@ -217,6 +217,31 @@ def test_two_processes_are_one_with_twice_the_batches(kind, whole_runs, tmp_path
             assert torch.equal(value, final[name]), name
 
 
+def test_adapters_train_on_a_4_bit_mllm(tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    words = [*meta_grpo_words(tmp_path), "--use_peft", "true", "--load_in_4bit", "true"]
+    trainer = meta_grpo.prepare([*words, "--max_steps", "2", "--learning_rate", "1e-2"])
+    four_bit = {
+        name
+        for name, module in trainer.concept_model.named_modules()
+        if isinstance(module, bitsandbytes.nn.Linear4bit)
+    }
+    assert any("language_model" in name for name in four_bit)
+    assert not any(name.startswith(("ctm", "sam", "lm_head")) for name in four_bit)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    run(trainer)
+    changed = {
+        name
+        for name, value in trainer.model.named_parameters()
+        if not torch.equal(
+            value, before[name].to(value.dtype)
+        )  # biases of 4-bit layers are cast when first used
+    }
+    assert any("lora_" in name for name in changed) and any("ctm" in name for name in changed)
+    assert [name for name in changed if "lora_" not in name and "modules_to_save" not in name] == []
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
 BAD_WORDS = {
     "no recipe": (["--config", "/nowhere.yaml"], "'/nowhere.yaml' is not a file"),
     "recipe cut off": (["--config"], "is not a file"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -79,9 +80,10 @@ def test_the_loss_is_that_of_the_model(make_trainer, samples):
     trainer = make_trainer()
     batch = trainer.data_collator(samples[:3])
     loss = trainer.compute_loss(trainer.model, dict(batch))
-    shown, labels = batch.pop("shown"), batch.pop("mask_labels")
+    shown, labels, ignored = (batch.pop(name) for name in ("shown", "mask_labels", "ignored"))
     output = trainer.concept_model(**batch, mask_labels=torch.stack(labels))
     assert [example.target for example in shown] == [sample.image for sample in samples[:3]]
+    assert ignored == [None] * 3
     assert loss.item() == pytest.approx(output.loss.item(), abs=1e-5)
 
 
@@ -90,7 +92,7 @@ def test_the_released_loss_is_a_setting(make_trainer, samples):
     batch = trainer.data_collator(samples[:2])
     loss, masks = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
     logits = trainer.concept_model(
-        **{key: batch[key] for key in batch if key not in ("shown", "mask_labels")}
+        **{key: batch[key] for key in batch if key not in ("shown", "mask_labels", "ignored")}
     )
     full = torch.nn.functional.interpolate(logits.mask_logits, size=(48, 48), mode="bilinear")[:, 0]
     truth = torch.stack(batch["mask_labels"]).float()
@@ -226,11 +228,31 @@ def test_evaluation_measures_masks_and_leaves_pictures(make_trainer, samples):
     assert len(list((Path(trainer.args.output_dir) / "examples").glob("*.png"))) == 2
 
 
+def test_pixels_to_ignore_do_not_count(make_trainer, samples):
+    """What the truth says below the ignore mask does not matter."""
+    left, other = Image.new("L", (48, 48)), samples[0].mask.copy()
+    for mask in (left, other):
+        mask.paste(255, (0, 0, 24, 48))
+    losses, ious = [], []
+    for mask, ignore in ((samples[0].mask, left), (other, left), (other, None)):
+        trainer = make_trainer(train=[replace(samples[0], mask=mask, ignore=ignore)], max_steps=1)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+        ious.append(trainer.state.log_history[0]["mask_iou"])
+    assert losses[0] == losses[1] != losses[2]
+    assert ious[0] == ious[1]
+
+
 BROKEN = {
     "mask": (
         lambda sample: {"mask": sample.mask.resize((24, 24))},
-        r"mask of \(24, 24\) pixels for an image of \(48, 48\)",
+        r"its mask has 24 x 24 pixels, but its image has 48 x 48",
     ),
+    "ignore mask": (
+        lambda sample: {"ignore": sample.mask.resize((24, 24))},
+        r"its ignore mask has 24 x 24 pixels",
+    ),
+    "box": (lambda sample: {"box_only": True}, "has a box and no mask"),
     "completion": (lambda sample: {"rule": None}, "no true rule"),
     "prompt": (lambda sample: {"prompt": "the red circle " * 200}, "more than max_prompt_length = 400"),
     "think": (lambda sample: {"think": "the red circle " * 300}, "more than max_completion_length = 768"),

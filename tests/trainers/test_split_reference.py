@@ -160,7 +160,7 @@ def test_bad_input_is_named(shapes, nano_processor) -> None:
         split_reference_dataset(shapes, grid=5)
     wrong = [replace(shapes[0], mask=Image.new("L", (10, 12)))]
     with pytest.raises(
-        ValueError, match=r"'train-000000': gt_mask has 10 x 12 pixels, but its image has 128 x 128"
+        ValueError, match=r"'train-000000': its mask has 10 x 12 pixels, but its image has 128 x 128"
     ):
         split_reference_dataset(wrong, processor=nano_processor)[0]
 

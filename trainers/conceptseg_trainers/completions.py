@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -15,6 +16,8 @@ from conceptseg_hf.data import ConceptSample
 from conceptseg_hf.evaluation.loading import fingerprint
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.processing_conceptseg import Frame
+
+from .samples import ReadableSamples
 
 _GENERIC_ANSWERS = ("visual", "object")
 
@@ -107,19 +110,19 @@ class CompletionCache:
     def __len__(self) -> int:
         return len(self._token_ids)
 
-    def __contains__(self, sample_id: str) -> bool:
-        return sample_id in self._token_ids
+    def __contains__(self, sample: ConceptSample) -> bool:
+        return _name(sample) in self._token_ids
 
     def reload(self) -> None:
         """Reads what all processes have written so far."""
         for path in sorted(self.folder.glob("*.jsonl")):
             self._token_ids.update(
-                (row["sample_id"], row["token_ids"]) for row in _rows(path) if row["policy"] == self.policy
+                (row["sample"], row["token_ids"]) for row in _rows(path) if row["policy"] == self.policy
             )
 
     def completion(self, sample: ConceptSample) -> TrainingCompletion:
         """The completion of a sample that `generate` has seen; SAM 3 gets its answer, else the prompt."""
-        token_ids = self._token_ids[sample.sample_id]
+        token_ids = self._token_ids[_name(sample)]
         parsed = self.processor.decode_completion(token_ids)
         return TrainingCompletion(token_ids, parsed.answer or sample.prompt, parsed.rule)
 
@@ -141,11 +144,12 @@ class CompletionCache:
             processes: How many processes share the work.
 
         Raises:
-            ValueError: If two samples share one `sample_id`.
+            ValueError: If two samples of a benchmark and split share one `sample_id`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"completions-{process:05d}.jsonl"
         _drop_torn_line(path)
+        samples = ReadableSamples(samples)
         seen: set[str] = set()
         batch: list[ConceptSample] = []
         mine = range(process, len(samples), processes)
@@ -153,20 +157,27 @@ class CompletionCache:
         with path.open("a", encoding="utf-8") as file:
             for index in progress:
                 sample = samples[index]
-                if sample.sample_id in seen:
+                if index in samples.stand_ins:
+                    continue  # what stands in has its own turn
+                if _name(sample) in seen:
                     raise ValueError(
                         f"two samples have the sample_id {sample.sample_id!r}, by which generated completions are "
                         "kept; give each its own."
                     )
-                seen.add(sample.sample_id)
-                if sample.sample_id not in self:
+                seen.add(_name(sample))
+                if sample not in self:
                     batch.append(sample)
-                if batch and (len(batch) == batch_size or index == mine[-1]):
-                    for row in self._complete(model, batch):
-                        self._token_ids[row["sample_id"]] = row["token_ids"]
-                        file.write(json.dumps(row) + "\n")
-                    file.flush()
+                if len(batch) == batch_size:
+                    self._write(self._complete(model, batch), file)
                     batch = []
+            if batch:
+                self._write(self._complete(model, batch), file)
+
+    def _write(self, rows: Iterator[dict], file: TextIO) -> None:
+        for row in rows:
+            self._token_ids[row["sample"]] = row["token_ids"]
+            file.write(json.dumps(row) + "\n")
+        file.flush()
 
     def _complete(self, model: ConceptSegForSegmentation, samples: list[ConceptSample]) -> Iterator[dict]:
         prepared = [
@@ -182,7 +193,12 @@ class CompletionCache:
         for sample, token_ids, mask in zip(samples, generated.token_ids, generated.mask, strict=True):
             ids = token_ids[mask].tolist()
             text = self.processor.tokenizer.decode(ids)  # for people who read the file
-            yield {"sample_id": sample.sample_id, "policy": self.policy, "text": text, "token_ids": ids}
+            yield {"sample": _name(sample), "policy": self.policy, "text": text, "token_ids": ids}
+
+
+def _name(sample: ConceptSample) -> str:
+    """Names a sample among those of all benchmarks and splits."""
+    return "/".join((sample.dataset, sample.split, sample.sample_id))
 
 
 def _policy(model: ConceptSegForSegmentation, processor: ConceptSegProcessor, max_new_tokens: int) -> str:

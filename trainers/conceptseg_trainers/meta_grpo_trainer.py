@@ -32,14 +32,12 @@ from .callbacks import EpochCallback, ExamplePicturesCallback, FormatOnlyWarning
 from .distributed import clone_whole, make_generate_gather, materialize
 from .meta_grpo_config import MetaGRPOConfig
 from .rewards import REWARDS, completion_text, located
-from .split_reference import COLUMNS, INDEX, find_composer, set_epoch
+from .samples import TRIED, check_arguments, check_prompt_length, spread_indices
+from .split_reference import COLUMNS, IGNORE, INDEX, find_composer, set_epoch
 
 logger = logging.getLogger(__name__)
 
 _Key: TypeAlias = tuple[str, int | None]
-
-# So many rows, spread over the data, are tried before training; the others are checked before they are used.
-_TRIED_ROWS = 32
 
 
 class MetaGRPOTrainer(GRPOTrainer):
@@ -98,7 +96,7 @@ class MetaGRPOTrainer(GRPOTrainer):
         adapted = is_peft_model(model) or kwargs.get("peft_config") is not None
         self.concept_model = model.get_base_model() if is_peft_model(model) else model
         self.concept_processor = processing_class
-        self._check_arguments(args)
+        check_arguments("MetaGRPOTrainer", self.concept_model, args, MetaGRPOConfig, self.concept_processor)
 
         self._mllm_processor = processing_class.mllm_processor()
         self._max_prompt_length = args.max_prompt_length
@@ -143,20 +141,6 @@ class MetaGRPOTrainer(GRPOTrainer):
             self.add_callback(ExamplePicturesCallback(self, args.log_examples_steps, args.log_examples))
 
     # -- construction --
-
-    def _check_arguments(self, args: MetaGRPOConfig) -> None:
-        if not isinstance(self.concept_model, ConceptSegForSegmentation):
-            raise ValueError(
-                f"MetaGRPOTrainer: model is a {type(self.concept_model).__name__}; give a ConceptSegForSegmentation, "
-                "or the folder or id of one."
-            )
-        if not isinstance(args, MetaGRPOConfig):
-            raise ValueError(f"MetaGRPOTrainer: args is a {type(args).__name__}; give a MetaGRPOConfig.")
-        if not isinstance(self.concept_processor, ConceptSegProcessor):
-            raise ValueError(
-                "MetaGRPOTrainer: processing_class is not the model's ConceptSegProcessor; pass it as "
-                "processing_class=..."
-            )
 
     def _check_dataset(self, dataset: Any, name: str) -> None:
         """Puts this model's processor to work in a split-reference data set, and tries some rows."""
@@ -222,7 +206,12 @@ class MetaGRPOTrainer(GRPOTrainer):
                 features += [encoded.select(torch.tensor([number])) for number in range(len(part))]
         device = self.accelerator.device
         return {
-            key: replace(prompt, mask=prompt.mask.to(device), features=feature)
+            key: replace(
+                prompt,
+                mask=prompt.mask.to(device),
+                ignore=None if prompt.ignore is None else prompt.ignore.to(device),
+                features=feature,
+            )
             for (key, prompt), feature in zip(prompts.items(), features, strict=True)
         }
 
@@ -234,22 +223,20 @@ class MetaGRPOTrainer(GRPOTrainer):
         """
         where = f"sample {row['sample_id']!r}"
         target = load_image(row["target_image"])
-        try:
-            mask = load_mask(row["gt_mask"], target.size)
-        except ValueError as error:
-            raise ValueError(f"{where}: gt_mask: {error}") from error
+        masks: dict[str, Tensor | None] = {}
+        for column in ("gt_mask", IGNORE):
+            try:
+                given = row.get(column)
+                masks[column] = None if given is None else torch.from_numpy(load_mask(given, target.size))
+            except ValueError as error:
+                raise ValueError(f"{where}: {column}: {error}") from error
         messages = prepare_multimodal_messages(row["prompt"], images=row["images"])
         text = self._mllm_processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         prepared = self.concept_processor.prepare_mllm(
             PreparedSample(prompt=row["problem"], mllm_images=tuple(row["images"]), mllm_text=text)
         )
-        if len(prepared.input_ids) > self._max_prompt_length:
-            raise ValueError(
-                f"{where} has a prompt of {len(prepared.input_ids)} tokens, more than max_prompt_length = "
-                f"{self._max_prompt_length}; raise that, shorten the prompt, or give the processor a smaller "
-                "canvas_size."
-            )
-        return _Prompt(prepared, target, torch.from_numpy(mask))
+        check_prompt_length(where, len(prepared.input_ids), self._max_prompt_length)
+        return _Prompt(prepared, target, masks["gt_mask"], masks[IGNORE])
 
     def _calculate_rewards(
         self,
@@ -271,7 +258,9 @@ class MetaGRPOTrainer(GRPOTrainer):
             target = rollout.prompt.target
             mask, _ = self.concept_processor.post_process_mask(row_logits[0], Frame(target.size))
             row["predicted_mask"] = np.asarray(mask) > 0
-            ious.append(foreground_iou(row["predicted_mask"], rollout.prompt.mask.cpu().numpy()))
+            prompt = rollout.prompt
+            ignore = None if prompt.ignore is None else prompt.ignore.cpu().numpy()
+            ious.append(foreground_iou(row["predicted_mask"], prompt.mask.cpu().numpy(), ignore))
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
         for row, completion, iou in zip(inputs, parsed, ious, strict=True):
@@ -384,6 +373,7 @@ class MetaGRPOTrainer(GRPOTrainer):
                 rollout.prompt.mask[None],
                 self.args.focal_alpha,
                 self.args.focal_gamma,
+                None if rollout.prompt.ignore is None else rollout.prompt.ignore[None],
             )[1:]
             for rollout, row_logits, row_counts in zip(rollouts, logits, counts, strict=True)
             if row_counts
@@ -431,12 +421,14 @@ class _Prompt:
         prepared: The MLLM's input.
         target: The target image.
         mask: (H, W) bool, its true mask.
+        ignore: (H, W) bool, the pixels that do not count; None when all do.
         features: What SAM 3 sees in it, a batch of one.
     """
 
     prepared: PreparedSample
     target: Image.Image
     mask: Tensor
+    ignore: Tensor | None = None
     features: ImageFeatures | None = None
 
 
@@ -512,12 +504,11 @@ def _by_name(eval_dataset: Any) -> dict[str, Any]:
 
 def _some_rows(dataset: Any) -> Iterable[dict[str, Any]]:
     if isinstance(dataset, datasets.IterableDataset):
-        yield from dataset.take(_TRIED_ROWS)
+        yield from dataset.take(TRIED)
     elif isinstance(dataset, datasets.Dataset):
         if not len(dataset):
             raise ValueError("MetaGRPOTrainer: a data set has no rows; give some to train on.")
-        numbers = np.linspace(0, len(dataset) - 1, min(_TRIED_ROWS, len(dataset)), dtype=int)
-        yield from (dataset[int(number)] for number in numbers)
+        yield from (dataset[number] for number in spread_indices(len(dataset)))
     else:
         raise ValueError(
             f"MetaGRPOTrainer: a data set is a {type(dataset).__name__}; give what split_reference_dataset returns."

@@ -48,6 +48,7 @@ def mask_reward(
     completions: Completions,
     predicted_mask: Sequence[np.ndarray] | None = None,
     gt_mask: Sequence[Any] | None = None,
+    ignore_mask: Sequence[Any] | None = None,
     **columns: Any,
 ) -> list[float]:
     """R_mask of eq. 6: foreground IoU of the mask that SAM 3 decodes from this completion with the true mask.
@@ -56,6 +57,7 @@ def mask_reward(
         completions: Their number alone counts.
         predicted_mask: (H, W) bool per completion; `MetaGRPOTrainer` adds this column.
         gt_mask: True masks of the same sizes: images or arrays, see `images.load_mask`.
+        ignore_mask: Pixels that do not count, as such masks, or None where all do.
         **columns: Ignored.
 
     Returns:
@@ -69,9 +71,14 @@ def mask_reward(
             "mask_reward: the column predicted_mask or gt_mask is missing; train with MetaGRPOTrainer, which decodes "
             "the masks, on a data set that has gt_mask."
         )
+    ignored = [None] * len(completions) if ignore_mask is None else ignore_mask
     return [
-        foreground_iou(np.asarray(prediction, dtype=bool), load_mask(truth))
-        for _, prediction, truth in zip(completions, predicted_mask, gt_mask, strict=True)
+        foreground_iou(
+            np.asarray(prediction, dtype=bool),
+            load_mask(truth),
+            None if ignore is None else load_mask(ignore),
+        )
+        for _, prediction, truth, ignore in zip(completions, predicted_mask, gt_mask, ignored, strict=True)
     ]
 
 

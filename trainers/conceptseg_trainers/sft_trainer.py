@@ -16,7 +16,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegOutput, ConceptSegProcessor
 from conceptseg_hf.data import ConceptSample
 from conceptseg_hf.evaluation import foreground_iou
-from conceptseg_hf.images import load_mask
+from conceptseg_hf.images import load_image, load_mask
 from conceptseg_hf.losses import segmentation_loss
 from conceptseg_hf.processing_conceptseg import PreparedSample
 
@@ -29,11 +29,9 @@ from .completions import (
     template_completion,
 )
 from .distributed import is_sharded
+from .samples import ReadableSamples, check_arguments, check_prompt_length, check_sample, spread_indices
 from .sft_config import ConceptSFTConfig
 from .split_reference import compose_references
-
-# So many samples, spread over the data, are tried before training; the others are checked as they come.
-_TRIED_SAMPLES = 32
 
 
 class ConceptSFTTrainer(Trainer):
@@ -46,7 +44,8 @@ class ConceptSFTTrainer(Trainer):
     Args:
         model: The model; every process holds its MLLM and SAM 3 whole.
         args: The settings.
-        train_dataset: Samples that can be indexed, such as `load_benchmark` gives.
+        train_dataset: Samples that can be indexed, such as `load_benchmark` gives; one that cannot be read gives way
+            to the next.
         eval_dataset: Samples for evaluation; their references stay as they are.
         processing_class: The model's processor.
         callbacks: Further callbacks.
@@ -74,6 +73,8 @@ class ConceptSFTTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         _check_arguments(model, args, train_dataset, processing_class)
+        train_dataset = ReadableSamples(train_dataset)
+        eval_dataset = None if eval_dataset is None else ReadableSamples(eval_dataset)
         collator = ConceptSFTCollator(processing_class, args)
         for samples in (train_dataset, eval_dataset or ()):
             _try_samples(samples, collator)
@@ -130,7 +131,7 @@ class ConceptSFTTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, list[np.ndarray]]:
         """L_seg, a mean over the rows; with `return_outputs` also the predicted masks, (H, W) bool."""
         inputs = dict(inputs)
-        shown, labels = inputs.pop("shown"), inputs.pop("mask_labels")
+        shown, labels, ignored = (inputs.pop(name) for name in ("shown", "mask_labels", "ignored"))
         logits = model(**inputs).mask_logits
         full_size = [
             nn.functional.interpolate(
@@ -139,19 +140,25 @@ class ConceptSFTTrainer(Trainer):
             for row, label in zip(logits, labels, strict=True)
         ]
         parts = [
-            segmentation_loss(row, label[None], self.args.focal_alpha, self.args.focal_gamma)[1:]
-            for row, label in zip(full_size, labels, strict=True)
+            segmentation_loss(
+                row,
+                label[None],
+                self.args.focal_alpha,
+                self.args.focal_gamma,
+                None if ignore is None else ignore[None],
+            )[1:]
+            for row, label, ignore in zip(full_size, labels, ignored, strict=True)
         ]
         dice, focal = (torch.stack(part).mean() for part in zip(*parts, strict=True))
         loss = self.args.dice_weight * dice + self.args.focal_weight * focal
 
         masks = [(row[0, 0] > 0).cpu().numpy() for row in full_size]
         if model.training:
-            iou = np.mean(_ious(masks, labels))
+            iou = np.mean(_ious(masks, labels, ignored))
             self._metrics.append(torch.stack([dice.detach(), focal.detach(), dice.new_tensor(iou)]))
             every = self.args.log_examples_steps
             if every and (self.state.global_step + 1) % every == 0:
-                self.examples = _examples(shown, masks, labels)
+                self.examples = _examples(shown, masks, labels, ignored)
         return (loss, masks) if return_outputs else loss
 
     def prediction_step(
@@ -167,9 +174,10 @@ class ConceptSFTTrainer(Trainer):
             loss, masks = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
-        examples = _examples(inputs["shown"], masks, inputs["mask_labels"])
+        truth = inputs["mask_labels"], inputs["ignored"]
+        examples = _examples(inputs["shown"], masks, *truth)
         self.examples += examples[: self.args.log_examples - len(self.examples)]
-        ious = torch.tensor(_ious(masks, inputs["mask_labels"]), device=loss.device)
+        ious = torch.tensor(_ious(masks, *truth), device=loss.device)
         return loss.detach(), ious, ious
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -273,8 +281,8 @@ class ConceptSFTCollator:
         """A batch.
 
         Returns:
-            The arguments of the model's forward; `mask_labels`, a list of (H, W) bool; and `shown`, the first
-            rows as examples that lack their masks.
+            The arguments of the model's forward; `mask_labels`, a list of (H, W) bool; `ignored`, the same of
+            pixels that do not count, or None; and `shown`, the first rows as examples that lack their masks.
         """
         rows = [self.row(sample) for sample in samples]
         prepared, completions = zip(*rows, strict=True)
@@ -295,6 +303,10 @@ class ConceptSFTCollator:
             "sam_input_ids": sam_input_ids,
             "sam_attention_mask": sam_attention_mask,
             "mask_labels": [torch.from_numpy(load_mask(sample.mask)) for sample in samples],
+            "ignored": [
+                None if sample.ignore is None else torch.from_numpy(load_mask(sample.ignore))
+                for sample in samples
+            ],
             "shown": [
                 TrainingExample(
                     target=sample.image,
@@ -332,32 +344,33 @@ class ConceptSFTCollator:
         """The prompt of a sample.
 
         Raises:
-            ValueError: If the mask is not of the image's size, or the prompt is too long.
+            ValueError: If the sample has no mask of its image's size, or the prompt is too long.
         """
-        if sample.mask.size != sample.image.size:
-            raise ValueError(
-                f"sample {sample.sample_id!r} has a mask of {sample.mask.size} pixels for an image of "
-                f"{sample.image.size}; bring the mask to the size of its image."
-            )
+        check_sample(sample, load_image(sample.image).size)
         prepared = self.processor.prepare(sample.image, sample.prompt, references)
-        if len(prepared.input_ids) > self.args.max_prompt_length:
-            raise ValueError(
-                f"sample {sample.sample_id!r} has a prompt of {len(prepared.input_ids)} tokens, more than "
-                f"max_prompt_length = {self.args.max_prompt_length}; raise that, shorten the prompt, or give the "
-                "processor a smaller canvas_size."
-            )
+        check_prompt_length(
+            f"sample {sample.sample_id!r}", len(prepared.input_ids), self.args.max_prompt_length
+        )
         return prepared
 
 
-def _ious(masks: Sequence[np.ndarray], labels: Sequence[Tensor]) -> list[float]:
-    return [foreground_iou(mask, label.cpu().numpy()) for mask, label in zip(masks, labels, strict=True)]
+def _ious(
+    masks: Sequence[np.ndarray], labels: Sequence[Tensor], ignored: Sequence[Tensor | None]
+) -> list[float]:
+    return [
+        foreground_iou(mask, label.cpu().numpy(), None if ignore is None else ignore.cpu().numpy())
+        for mask, label, ignore in zip(masks, labels, ignored, strict=True)
+    ]
 
 
 def _examples(
-    shown: Sequence[TrainingExample], masks: Sequence[np.ndarray], labels: Sequence[Tensor]
+    shown: Sequence[TrainingExample],
+    masks: Sequence[np.ndarray],
+    labels: Sequence[Tensor],
+    ignored: Sequence[Tensor | None],
 ) -> list[TrainingExample]:
     """The examples of a batch, with their masks."""
-    ious = _ious(masks, labels)
+    ious = _ious(masks, labels, ignored)
     return [
         replace(example, gt_mask=label.cpu().numpy(), predicted_mask=mask, rewards={"mask IoU": iou})
         for example, mask, label, iou in zip(shown, masks, labels, ious)
@@ -374,24 +387,9 @@ def _check_arguments(
     train_dataset: Sequence[ConceptSample],
     processor: ConceptSegProcessor | None,
 ) -> None:
-    if not isinstance(model, ConceptSegForSegmentation):
-        raise ValueError(
-            f"ConceptSFTTrainer: model is a {type(model).__name__}; give a ConceptSegForSegmentation."
-        )
-    if not isinstance(args, ConceptSFTConfig):
-        raise ValueError(f"ConceptSFTTrainer: args is a {type(args).__name__}; give a ConceptSFTConfig.")
-    if not isinstance(processor, ConceptSegProcessor):
-        raise ValueError(
-            "ConceptSFTTrainer: processing_class is not the model's ConceptSegProcessor; pass it as "
-            "processing_class=..."
-        )
+    check_arguments("ConceptSFTTrainer", model, args, ConceptSFTConfig, processor)
     if train_dataset is None or not len(train_dataset):
         raise ValueError("ConceptSFTTrainer: train_dataset has no samples; give some to train on.")
-    if args.n_gpu > 1:  # the Trainer would wrap the model by DataParallel, which copies what it sees: the CTM
-        raise ValueError(
-            f"ConceptSFTTrainer: one process sees {args.n_gpu} GPUs; start one process for each with accelerate launch "
-            "or torchrun, or show it one with CUDA_VISIBLE_DEVICES."
-        )
     if any(map(is_sharded, model.parameters())):
         raise ValueError(
             "ConceptSFTTrainer: ZeRO-3 has sharded the model while it was loaded, but stage I shards the CTM alone; "
@@ -400,8 +398,8 @@ def _check_arguments(
 
 
 def _try_samples(samples: Sequence[ConceptSample], collator: ConceptSFTCollator) -> None:
-    for index in sorted(set(np.linspace(0, len(samples) - 1, min(_TRIED_SAMPLES, len(samples)), dtype=int))):
-        sample = samples[int(index)]
+    for index in spread_indices(len(samples)):
+        sample = samples[index]
         if not isinstance(sample, ConceptSample):
             raise ValueError(
                 f"ConceptSFTTrainer: sample {index} is a {type(sample).__name__}; give ConceptSamples, as "

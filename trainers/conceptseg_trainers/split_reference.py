@@ -19,6 +19,8 @@ from conceptseg_hf import ConceptSegProcessor, Reference, nano_checkpoint
 from conceptseg_hf.data import ConceptSample
 from conceptseg_hf.images import load_image
 
+from .samples import ReadableSamples, check_sample
+
 COLUMNS = (
     "prompt",
     "images",
@@ -29,6 +31,7 @@ COLUMNS = (
     "sample_id",
     "problem",
 )
+IGNORE = "ignore_mask"
 INDEX = "sample_index"
 # Rows that are kept: TRL reads a row once per completion and once per step of a generation batch.
 _CACHED_ROWS = 64
@@ -46,7 +49,7 @@ def split_reference_dataset(
     any process. `set_epoch` changes the epoch; the trainer calls it.
 
     Args:
-        samples: What `load_benchmark` gives, or any indexable samples.
+        samples: What `load_benchmark` gives, or any indexable samples; one that cannot be read gives way to the next.
         grid: Cells per side of the mosaic, K. Where a sample has more than K * K references, so many are drawn.
         seed: Of the composition.
         processor: Writes prompts and boxes. `MetaGRPOTrainer` puts its own in place; None, until then: that of the
@@ -60,7 +63,8 @@ def split_reference_dataset(
         gt_mask: its mask, "L", of its size;
         gt_box: box of the target in text units (x1, y1, x2, y2), None where the concept is absent;
         gt_check_box: box of the proxy query on the mosaic in text units, None where there is none;
-        sample_id, problem (the user's words), sample_index.
+        sample_id, problem (the user's words), sample_index;
+        ignore_mask: "L", 255 where pixels do not count, None where all do (the one column that may be missing).
 
     Raises:
         ValueError: If there are no samples, or the grid is not between 1 and 3.
@@ -70,7 +74,7 @@ def split_reference_dataset(
     if grid not in (1, 2, 3):
         raise ValueError(f"split_reference_dataset: grid is {grid}; use 1, 2 or 3 cells per side.")
     # The table holds row numbers alone; its other columns are there to be named.
-    table = {INDEX: range(len(samples)), **{name: [None] * len(samples) for name in COLUMNS}}
+    table = {INDEX: range(len(samples)), **{name: [None] * len(samples) for name in (*COLUMNS, IGNORE)}}
     dataset = datasets.Dataset.from_dict(table)
     dataset.set_transform(SplitReferences(samples, grid, seed, processor))
     return dataset
@@ -110,7 +114,7 @@ class SplitReferences:
         seed: int,
         processor: ConceptSegProcessor | None = None,
     ) -> None:
-        self.samples = samples
+        self.samples = ReadableSamples(samples)
         self.grid = grid
         self.seed = seed
         self.epoch = 0
@@ -138,7 +142,7 @@ class SplitReferences:
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """The rows whose numbers are in the batch, as columns."""
         rows = [self.row(index) for index in batch[INDEX]]
-        return {name: [row[name] for row in rows] for name in (*COLUMNS, INDEX)}
+        return {name: [row[name] for row in rows] for name in (*COLUMNS, IGNORE, INDEX)}
 
     def row(self, index: int) -> dict[str, Any]:
         """One row.
@@ -157,11 +161,7 @@ class SplitReferences:
         sample = self.samples[index]
         sample_id = sample.sample_id or str(index)
         image = load_image(sample.image)
-        if sample.mask.size != image.size:
-            raise ValueError(
-                f"sample {sample_id!r}: gt_mask has {sample.mask.size[0]} x {sample.mask.size[1]} pixels, but its "
-                f"image has {image.width} x {image.height}; give a mask of the image's size."
-            )
+        check_sample(replace(sample, sample_id=sample_id), image.size)
         references = compose_references(sample.references, self.grid, [self.seed, self.epoch], sample_id)
         frame, pictures = self.processor.draw_pictures(image, references)
         return {
@@ -172,6 +172,7 @@ class SplitReferences:
             "images": list(pictures),
             "target_image": image,
             "gt_mask": sample.mask,
+            IGNORE: sample.ignore,
             "gt_box": None if sample.box is None else list(self.processor.box_to_text(sample.box, frame)),
             "gt_check_box": None if frame.proxy is None else list(self.processor.check_to_text(frame)),
             "sample_id": sample_id,

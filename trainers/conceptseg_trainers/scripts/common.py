@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from torch.utils.data import ConcatDataset
 from transformers import AutoImageProcessor, AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import TrlParser
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
-from conceptseg_hf.data import ConceptSample, load_benchmark
+from conceptseg_hf.data import BenchmarkGroup, ConceptSample, load_benchmarks
 from conceptseg_hf.evaluation.loading import find_checkpoint, load_config
+from conceptseg_hf.evaluation.processes import let_gloo_end
 
-_GLOO_ENDS = 1.0  # seconds
 _TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 
 
@@ -59,16 +59,16 @@ class DataArguments:
     """The data.
 
     Attributes:
-        benchmark: A name that `load_benchmark` knows.
-        benchmark_root: Folder of the benchmark's files, if it has any.
+        benchmark: A name that `load_benchmark` knows, or several with commas between them.
+        benchmark_root: Folder of the benchmarks' files, if they have any.
         train_split: Split to train on.
-        train_samples: Only the first samples of it; all by default.
+        train_samples: Only the first samples of it, of each benchmark; all by default.
         eval_split: Split for evaluation.
-        eval_samples: Only the first samples of it.
+        eval_samples: Only the first samples of it, of each benchmark.
     """
 
-    benchmark: str = field(default="concept-shapes", metadata={"help": "Name of the benchmark."})
-    benchmark_root: str | None = field(default=None, metadata={"help": "Folder of its files."})
+    benchmark: str = field(default="concept-shapes", metadata={"help": "Names of benchmarks, with commas."})
+    benchmark_root: str | None = field(default=None, metadata={"help": "Folder of their files."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     train_samples: int | None = field(default=None, metadata={"help": "Only its first samples."})
     eval_split: str = field(default="val", metadata={"help": "Split for evaluation."})
@@ -88,8 +88,8 @@ class DataArguments:
         )
 
     def _load(self, split: str, limit: int | None) -> Sequence[ConceptSample]:
-        root = {} if self.benchmark_root is None else {"root": self.benchmark_root}
-        return load_benchmark(self.benchmark, split=split, limit=limit, **root)
+        samples = load_benchmarks(self.benchmark, root=self.benchmark_root, split=split, limit=limit)
+        return ConcatDataset(samples.members.values()) if isinstance(samples, BenchmarkGroup) else samples
 
 
 @dataclass
@@ -186,9 +186,7 @@ def run(trainer: Trainer) -> None:
     trainer.save_model()
     trainer.end()
     if trainer.accelerator.num_processes > 1:
-        # Gloo's threads still let go of the last tensors, for which they need the interpreter: one that is taking
-        # itself apart would abort the process.
-        time.sleep(_GLOO_ENDS)
+        let_gloo_end()
 
 
 def find_resume_checkpoint(args: TrainingArguments) -> str | None:

@@ -42,7 +42,7 @@ class PolicyArguments(ModelArguments):
         lora_dropout: Their dropout.
         lora_target_modules: A regular expression over module names; the attention projections of the language
             model by default.
-        load_in_4bit: Keep the frozen MLLM under the adapters in 4 bits (needs bitsandbytes and a GPU).
+        load_in_4bit: Keep the frozen MLLM under the adapters in 4 bits (needs bitsandbytes).
     """
 
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters and the CTM."})
@@ -80,11 +80,6 @@ class PolicyArguments(ModelArguments):
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=torch.bfloat16,
-                llm_int8_skip_modules=[
-                    "ctm",
-                    "sam",
-                    "lm_head",
-                ],  # of 4-bit loading too, whatever the name says
             )
         return kwargs
 

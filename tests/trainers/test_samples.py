@@ -1,0 +1,82 @@
+"""Samples that cannot be read give way to others, the same ones in every process."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+pytest.importorskip("datasets")
+
+from conceptseg_trainers.samples import ReadableSamples, spread_indices
+
+from conceptseg_hf.data import ConceptShapes, UnreadableSampleError
+
+
+class Broken:
+    """ConceptShapes of which some samples cannot be read."""
+
+    def __init__(self, length: int, broken: set[int]) -> None:
+        self.samples = ConceptShapes("train", length=length, size=48)
+        self.broken = broken
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        self.reads += 1
+        if index in self.broken:
+            raise UnreadableSampleError(f"sample {index}: its image is cut off; replace the file.")
+        return self.samples[index]
+
+
+def test_the_next_readable_sample_takes_the_place(caplog):
+    samples = ReadableSamples(Broken(6, {1, 2, 5}))
+    with caplog.at_level(logging.WARNING):
+        found = [samples[index].sample_id for index in range(len(samples))]
+    names = [sample.sample_id for sample in samples.samples.samples]
+    assert found == [names[index] for index in (0, 3, 3, 3, 4, 0)]
+    assert "sample 5: its image is cut off" in caplog.text
+    assert samples[-1].sample_id == names[0]
+
+
+def test_a_broken_sample_is_tried_and_named_once(caplog):
+    samples = ReadableSamples(Broken(4, {2}))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            samples[2]
+    assert len(caplog.records) == 1
+    assert samples.samples.reads == 4
+
+
+def test_the_order_of_reading_does_not_matter():
+    one, other = (ReadableSamples(Broken(8, {0, 3, 4})) for _ in range(2))
+    forwards = [one[index].sample_id for index in range(8)]
+    backwards = [other[index].sample_id for index in reversed(range(8))]
+    assert forwards == backwards[::-1]
+
+
+def test_nothing_to_read_is_an_error():
+    with pytest.raises(ValueError, match="none of the 3 samples can be read; the last says: sample"):
+        ReadableSamples(Broken(3, {0, 1, 2}))[0]
+    with pytest.raises(IndexError):
+        ReadableSamples(Broken(3, set()))[3]
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 5000])
+def test_indices_are_spread_over_the_data(length):
+    indices = spread_indices(length)
+    assert indices[0] == 0 and indices[-1] == length - 1
+    assert len(indices) == len(set(indices)) == min(length, 32)
+
+
+def test_training_passes_over_what_cannot_be_read(make_meta_grpo):
+    pytest.importorskip("trl")
+    from conceptseg_trainers import split_reference_dataset
+
+    samples = Broken(4, {1})
+    samples.samples = ConceptShapes("train", length=4)
+    trainer = make_meta_grpo(train_dataset=split_reference_dataset(samples), max_steps=4)
+    trainer.train()
+    assert trainer.state.global_step == 4

@@ -1,0 +1,141 @@
+"""What both trainers ask of model and data before they train, and what they do about samples that cannot be read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import TrainingArguments
+
+from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
+from conceptseg_hf.data import ConceptSample, UnreadableSampleError
+
+logger = logging.getLogger(__name__)
+
+# So many samples, spread over the data, are tried before training; the others are checked as they come.
+TRIED = 32
+
+
+class ReadableSamples:
+    """Samples, of which an unreadable one gives way to the next that can be read.
+
+    One broken file should not end a run of days. What stands in depends on the index alone, so that all processes, and
+    a resumed run, see the same. Each broken sample is named once in the log.
+
+    Args:
+        samples: Samples that can be indexed.
+
+    Attributes:
+        stand_ins: What stands in for the samples that were found broken: index by index.
+    """
+
+    def __init__(self, samples: Sequence[ConceptSample] | ReadableSamples) -> None:
+        self.samples = samples.samples if isinstance(samples, ReadableSamples) else samples
+        self.stand_ins: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> ConceptSample:
+        index = range(len(self))[index]
+        position = self.stand_ins.get(index, index)
+        for step in range(len(self)):
+            try:
+                sample = self.samples[position]
+            except UnreadableSampleError as error:
+                logger.warning(
+                    "%s; the next sample that can be read takes its place.", str(error).rstrip(".")
+                )
+                position, last = (index + step + 1) % len(self), error
+            else:
+                if position != index:
+                    self.stand_ins[index] = position
+                return sample
+        raise ValueError(f"none of the {len(self)} samples can be read; the last says: {last}") from last
+
+
+def spread_indices(length: int) -> list[int]:
+    """A few indices, evenly spread over a data set, whose rows are tried before training."""
+    return sorted({int(index) for index in np.linspace(0, length - 1, min(TRIED, length))})
+
+
+def check_arguments(
+    trainer: str,
+    model: Any,
+    args: TrainingArguments,
+    args_class: type[TrainingArguments],
+    processor: Any,
+) -> None:
+    """Checks what a trainer is given.
+
+    Args:
+        trainer: Its name, for the message.
+        model: Must be a ConceptSeg model, without any wrapper.
+        args: Its settings.
+        args_class: What they must be.
+        processor: Must be the model's processor.
+
+    Raises:
+        ValueError: If one of them cannot be used.
+    """
+    if not isinstance(model, ConceptSegForSegmentation):
+        raise ValueError(
+            f"{trainer}: model is a {type(model).__name__}; give a ConceptSegForSegmentation, or load one with "
+            "from_pretrained."
+        )
+    if not isinstance(args, args_class):
+        raise ValueError(f"{trainer}: args is a {type(args).__name__}; give a {args_class.__name__}.")
+    if not isinstance(processor, ConceptSegProcessor):
+        raise ValueError(
+            f"{trainer}: processing_class is not the model's ConceptSegProcessor; pass it as processing_class=..."
+        )
+    if (
+        args.n_gpu > 1
+    ):  # the Trainer would wrap the model by DataParallel, which copies less than a step needs
+        raise ValueError(
+            f"{trainer}: one process sees {args.n_gpu} GPUs; start one process for each with accelerate launch or "
+            "torchrun, or show it one with CUDA_VISIBLE_DEVICES."
+        )
+
+
+def check_sample(sample: ConceptSample, size: tuple[int, int]) -> None:
+    """Checks that a sample can be trained on.
+
+    Args:
+        sample: The sample.
+        size: (width, height) of its image, upright.
+
+    Raises:
+        ValueError: If a mask is not of the image's size, or is no more than a box.
+    """
+    for name, mask in (("mask", sample.mask), ("ignore mask", sample.ignore)):
+        if mask is not None and mask.size != size:
+            raise ValueError(
+                f"sample {sample.sample_id!r}: its {name} has {mask.width} x {mask.height} pixels, but its image has "
+                f"{size[0]} x {size[1]}; give a mask of the image's size."
+            )
+    if sample.box_only:
+        raise ValueError(
+            f"sample {sample.sample_id!r} has a box and no mask, which the mask reward and L_seg need; train on a copy "
+            "of the benchmark that has masks, such as the authors' tree."
+        )
+
+
+def check_prompt_length(where: str, length: int, limit: int) -> None:
+    """Checks the tokens of a prompt, images included, before it is trained on.
+
+    Args:
+        where: Names the sample.
+        length: Its tokens.
+        limit: `max_prompt_length`.
+
+    Raises:
+        ValueError: If there are too many.
+    """
+    if length > limit:
+        raise ValueError(
+            f"{where} has a prompt of {length} tokens, more than max_prompt_length = {limit}; raise that, shorten the "
+            "prompt, or give the processor a smaller canvas_size."
+        )
