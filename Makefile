@@ -3,15 +3,19 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 NANO_ARGS ?=
 DEMO_ARGS ?=
+APP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench nano dev clean
+.PHONY: help demo app test lint format bench nano dev clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-core  ## segment the first ConceptShapes test samples; pictures go to demo_output/
 	@$(VENV)/bin/conceptseg demo $(DEMO_ARGS)
+
+app: $(VENV)/.installed-app  ## open FiftyOne's App on ConceptShapes with the plugin; everything goes to fiftyone_app/
+	@$(VENV)/bin/python -m conceptseg_hf.integrations.fiftyone_app $(APP_ARGS)
 
 test: $(VENV)/.installed-test  ## run the tests (PYTEST_ARGS="-m 'not slow'" for a quick round)
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
@@ -34,7 +38,7 @@ dev: $(VENV)/.installed-dev  ## everything for development, with the commit hook
 	$(VENV)/bin/pre-commit install
 
 clean:  ## remove the environment, caches and what the commands wrote
-	rm -rf $(VENV) build dist demo_output evaluation_output conceptseg_output .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	rm -rf $(VENV) build dist demo_output fiftyone_app evaluation_output conceptseg_output .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt .ci/setup

@@ -70,14 +70,12 @@ def measure(folder: Path, count: int, router: str) -> None:
     begun = time.process_time()
     segment_seconds = segment_alone(paths)
     bare_seconds = time.process_time() - begun
-    process, memory = psutil.Process(), []
+    process = psutil.Process()
     begun = time.process_time()
-    for progress in segment_collection(
-        dataset, SegmentationJob(prompt=prompt, router=router, batch_size=BATCH)
-    ):
-        memory.append(process.memory_info().rss / 2**20)
+    job = SegmentationJob(prompt=prompt, router=router, batch_size=BATCH)
+    memory = [process.memory_info().rss / 2**20 for _ in segment_collection(dataset, job)]
     loop_seconds = time.process_time() - begun
-    print(f"{progress}; router {router}, {SIZE} pixels, batches of {BATCH}, CPU seconds:")
+    print(f"{len(paths)} samples; router {router}, {SIZE} pixels, batches of {BATCH}, CPU seconds:")
     print(f"  model.segment                    {segment_seconds:7.1f}")
     print(f"  reading, preparing, segmenting   {bare_seconds:7.1f}")
     print(f"  the loop                         {loop_seconds:7.1f}")

@@ -99,8 +99,8 @@ def _rows(word: str, split: str) -> Sequence[tuple[str, str]]:
         return [(word, SOURCES[word].aliases.get(split, split) if word in SOURCES else split)]
     if split != "test":
         raise ValueError(
-            f"load_benchmarks: the group {word!r} has the paper's splits; leave split {split!r} out, or name benchmarks "
-            "instead."
+            f"load_benchmarks: the group {word!r} has the paper's splits; leave split {split!r} out, or name "
+            "benchmarks instead."
         )
     return GROUPS[word.lower()]
 

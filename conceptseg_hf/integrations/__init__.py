@@ -1,0 +1,1 @@
+"""Bridges to other systems; each folder needs an extra of its own."""

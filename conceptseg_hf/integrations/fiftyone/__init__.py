@@ -1,0 +1,35 @@
+"""ConceptSeg in FiftyOne: a model for `apply_model`, an evaluation backend, importers, and the loop behind the plugin.
+
+Needs `pip install conceptseg-hf[fiftyone]`. The plugin `@conceptseg/conceptseg` holds forms and views only: whatever it
+does can be done with these names.
+"""
+
+from .benchmarks import load_concept_benchmark
+from .checkpoints import get_pipeline, release_models
+from .evaluation import ConceptSegEvaluationConfig, evaluate_concepts, register_evaluation_backend
+from .loop import Progress, SegmentationJob, segment_collection
+from .model import ConceptSegFiftyOneModel
+from .model_zoo import install_zoo_models
+from .reference_samples import references_from, view_with_references
+from .schema import declare_prediction_fields
+from .uncertainty import find_uncertain
+
+register_evaluation_backend()
+
+__all__ = [
+    "ConceptSegEvaluationConfig",
+    "ConceptSegFiftyOneModel",
+    "Progress",
+    "SegmentationJob",
+    "declare_prediction_fields",
+    "evaluate_concepts",
+    "find_uncertain",
+    "get_pipeline",
+    "install_zoo_models",
+    "load_concept_benchmark",
+    "references_from",
+    "register_evaluation_backend",
+    "release_models",
+    "segment_collection",
+    "view_with_references",
+]

@@ -1,0 +1,43 @@
+"""Pictures on disk: never half-written, never overwritten."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from pathlib import Path
+
+import fiftyone as fo
+import numpy as np
+from PIL import Image
+
+
+def default_folder(dataset_name: str, *parts: str) -> Path:
+    """Where pictures of a dataset go, below FiftyOne's own folder for data."""
+    return Path(fo.config.default_dataset_dir, "conceptseg", dataset_name, *parts)
+
+
+def write_picture(image: Image.Image, folder: Path, stem: str) -> str:
+    """Writes a PNG whose name ends in a hash of its content.
+
+    A name thus stands for one content: a file is complete or not there, other datasets and the browser's cache may hold
+    on to it, and writing it again changes nothing.
+
+    Returns:
+        The absolute path.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    content = buffer.getvalue()
+    path = folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}.png"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    return str(path.absolute())
+
+
+def probabilities_to_picture(probabilities: np.ndarray) -> Image.Image:
+    """(H, W) probabilities as an 8-bit picture, 255 for 1."""
+    return Image.fromarray(np.rint(np.clip(probabilities, 0, 1) * 255).astype(np.uint8))

@@ -1,0 +1,229 @@
+"""The loop behind the operator: read, segment, write a file, then its label, sample by sample.
+
+What is written is complete: a mask is on disk before a label names it, and each label is saved as soon as its batch is
+segmented. A killed run therefore loses the batch in work, and `skip_existing` does the rest of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import fiftyone as fo
+from fiftyone import ViewField as F
+
+from ...outputs import ConceptSegmentation
+from ...pipelines import ConceptSegmentationPipeline
+from ...references import Reference
+from ...router import ROUTER_MODES
+from .checkpoints import NANO, get_pipeline
+from .files import default_folder
+from .labels import attributes_of, to_labels
+from .reference_samples import reference_label_fields, references_from
+from .schema import declare_prediction_fields, output_fields
+
+
+@dataclass(frozen=True)
+class SegmentationJob:
+    """What to segment, and how.
+
+    Attributes:
+        field: Where predictions go; see `schema.output_fields`.
+        prompt: The concept in words.
+        prompt_field: Or the sample field that holds each sample's own words.
+        references: References that all samples share.
+        reference_ids_field: Or the sample field that lists the ids of each sample's own references.
+        reference_label_field: The field that marks the concept in those; found by itself if None.
+        proxy: Withhold the box of the first boxed reference (of those above), so that the rule is checked.
+        checkpoint: `"nano"`, a folder or a hub id.
+        router: `"adaptive"`, `"sam_only"` or `"full_reasoning"`.
+        outputs: See `schema.OUTPUTS`.
+        skip_existing: Leave samples that have a prediction without error.
+        batch_size: Samples at a time.
+        folder: Where masks and heatmaps go; FiftyOne's folder for data by default.
+    """
+
+    field: str = "concept"
+    prompt: str | None = None
+    prompt_field: str | None = None
+    references: Sequence[Reference] = ()
+    reference_ids_field: str | None = None
+    reference_label_field: str | None = None
+    proxy: bool = True
+    checkpoint: str = NANO
+    router: str = "adaptive"
+    outputs: Sequence[str] = ("segmentation",)
+    skip_existing: bool = False
+    batch_size: int = 8
+    folder: str | Path | None = None
+
+    def check(self, samples: fo.core.collections.SampleCollection) -> None:
+        """Finds what cannot work before any work.
+
+        Raises:
+            ValueError: One sentence.
+        """
+        if not (self.prompt or "").strip() and self.prompt_field is None:
+            raise ValueError("there is no prompt; give words, or the field that holds them.")
+        for name, value in (("prompt", self.prompt_field), ("reference", self.reference_ids_field)):
+            if value is not None and not samples.has_field(value):
+                raise ValueError(f"{name} field {value!r} is not in the dataset; give one of its fields.")
+        if self.router not in ROUTER_MODES:
+            raise ValueError(f"router is {self.router!r}; use one of {', '.join(ROUTER_MODES)}.")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; use at least 1.")
+        output_fields(self.field, self.outputs)
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        total: Samples to do.
+        done: Samples done, those with errors included.
+        skipped: Samples that had a prediction before.
+        errors: Error of each sample that failed, by sample id.
+    """
+
+    total: int
+    done: int = 0
+    skipped: int = 0
+    errors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fraction(self) -> float:
+        """Share that is done, 0 to 1."""
+        return self.done / self.total if self.total else 1.0
+
+    def __str__(self) -> str:
+        parts = [f"{self.done} of {self.total} segmented"]
+        parts += [f"{self.skipped} skipped"] if self.skipped else []
+        parts += [f"{len(self.errors)} with an error"] if self.errors else []
+        return ", ".join(parts)
+
+
+def segment_collection(
+    samples: fo.core.collections.SampleCollection,
+    job: SegmentationJob,
+    pipeline: ConceptSegmentationPipeline | None = None,
+) -> Iterator[Progress]:
+    """Segments samples; yields the progress at the start and after every batch.
+
+    Args:
+        samples: A dataset or view of images. Samples with an error of their own get a label with `error` and no mask.
+        job: What to do.
+        pipeline: The model; the one of `job.checkpoint` by default.
+
+    Raises:
+        ValueError: If the job cannot be done; the message is one sentence.
+    """
+    job.check(samples)
+    dataset = samples._dataset
+    pipeline = pipeline or get_pipeline(job.checkpoint)
+    declare_prediction_fields(dataset, job.field, job.outputs)
+    fields = output_fields(job.field, job.outputs)
+    ids, total = pending_ids(samples, job), samples.count()
+    progress = Progress(total=len(ids), skipped=total - len(ids))
+    yield progress
+
+    folder = Path(job.folder) if job.folder else default_folder(dataset.name, job.field)
+    references_of = _ReferenceReader(dataset, job)
+    needed = [name for name in (job.prompt_field, job.reference_ids_field) if name is not None]
+    for start in range(0, len(ids), job.batch_size):
+        batch = list(
+            dataset.select(ids[start : start + job.batch_size], ordered=True).select_fields(
+                [*needed, *fields.values()]
+            )
+        )
+        prompts = [_prompt_of(sample, job) for sample in batch]
+        results = _segment(pipeline, batch, prompts, job, references_of)
+        for sample, prompt, result in zip(batch, prompts, results, strict=True):
+            attributes = attributes_of(result, prompt, checkpoint=job.checkpoint, router=job.router)
+            try:
+                labels = to_labels(result, attributes, fields, folder, sample.id)
+            except OSError as error:  # a full disk must not end the run silently, nor lose what is done
+                result = ConceptSegmentation.failed(f"the mask cannot be written: {error}.", prompt)
+                labels = to_labels(result, attributes | {"error": result.error}, fields)
+            for output, name in fields.items():
+                sample[name] = labels.get(output)
+            sample.save()
+            if result.error is not None:
+                progress.errors[sample.id] = result.error
+        progress.done += len(batch)
+        yield progress
+
+
+def pending_ids(samples: fo.core.collections.SampleCollection, job: SegmentationJob) -> list[str]:
+    """The ids of the samples that a run has to do."""
+    if job.skip_existing and samples.has_field(job.field):
+        done = samples.exists(job.field)
+        if samples.has_field(f"{job.field}.error"):
+            done = done.match(F(f"{job.field}.error") == None)  # noqa: E711 (an expression of FiftyOne)
+        return samples.exclude(done.values("id")).values("id")
+    return samples.values("id")
+
+
+class _ReferenceReader:
+    """The references of a sample: those of the job, or the sample's own, which are read from the dataset."""
+
+    def __init__(self, dataset: fo.Dataset, job: SegmentationJob) -> None:
+        self._dataset, self._job = dataset, job
+        self._label_field = job.reference_label_field or next(iter(reference_label_fields(dataset)), None)
+        self._read = lru_cache(maxsize=256)(self._read_anew)
+
+    def __call__(self, sample: fo.Sample) -> Sequence[Reference]:
+        if self._job.reference_ids_field is None:
+            return self._job.references
+        return self._read(tuple(sample[self._job.reference_ids_field] or ()))
+
+    def _read_anew(self, ids: tuple[str, ...]) -> list[Reference]:
+        if not ids:
+            return []
+        samples = list(self._dataset.select(ids, ordered=True))
+        if len(samples) < len(ids):
+            raise ValueError(f"{len(ids) - len(samples)} of its references are not in the dataset.")
+        return references_from(samples, self._label_field, self._job.proxy, unmarked=True)
+
+
+def _prompt_of(sample: fo.Sample, job: SegmentationJob) -> str:
+    if job.prompt_field is None:
+        return job.prompt or ""
+    value = sample[job.prompt_field]
+    return "" if value is None else str(value)
+
+
+def _segment(
+    pipeline: ConceptSegmentationPipeline,
+    samples: Sequence[fo.Sample],
+    prompts: Sequence[str],
+    job: SegmentationJob,
+    references_of: _ReferenceReader,
+) -> list[ConceptSegmentation]:
+    """The results of a batch; whatever a sample is guilty of ends in its own result."""
+    results: list[ConceptSegmentation | None] = [None] * len(samples)
+    items = {}
+    for index, (sample, prompt) in enumerate(zip(samples, prompts)):
+        try:
+            if not prompt.strip():
+                raise ValueError(f"there is no prompt in {job.prompt_field!r}; write one.")
+            items[index] = {"image": sample.filepath, "prompt": prompt, "references": references_of(sample)}
+        except (ValueError, OSError) as error:
+            results[index] = ConceptSegmentation.failed(str(error), prompt)
+    settings = {"router": job.router, "return_heatmap": "heatmap" in job.outputs}
+    try:
+        found = dict(zip(items, pipeline(list(items.values()), batch_size=job.batch_size, **settings)))
+    except Exception:  # out of memory, for example: one by one, so that only the guilty fail
+        found = {index: _segment_one(pipeline, item, settings) for index, item in items.items()}
+    for index, result in found.items():
+        results[index] = ConceptSegmentation(**result)
+    return results
+
+
+def _segment_one(pipeline: ConceptSegmentationPipeline, item: dict, settings: dict) -> dict:
+    try:
+        return pipeline(item, **settings)
+    except Exception as error:
+        return ConceptSegmentation.failed(f"the model failed: {error}", item["prompt"]).to_dict()

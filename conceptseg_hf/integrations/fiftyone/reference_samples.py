@@ -1,0 +1,90 @@
+"""References that are samples of a dataset: their boxes or masks, as the processor takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import fiftyone as fo
+
+from ...images import load_image
+from ...references import MAX_REFERENCES, Reference
+from .labels import mask_of, pixel_box
+from .schema import GROUND_TRUTH, REFERENCE_BOXES, REFERENCE_IDS, fields_of_type
+
+BOX_TYPES = (fo.Detections, fo.Detection, fo.Segmentation)
+"""Labels that can mark the concept in a reference."""
+
+
+def reference_label_fields(samples: fo.core.collections.SampleCollection) -> list[str]:
+    """The fields that can mark a concept, the likeliest first."""
+    names = fields_of_type(samples, *BOX_TYPES)
+    return sorted(names, key=lambda name: (name != REFERENCE_BOXES, name != GROUND_TRUTH))
+
+
+def references_from(
+    samples: Iterable[fo.Sample],
+    label_field: str | None = None,
+    proxy: bool = True,
+    unmarked: bool = False,
+) -> list[Reference]:
+    """Samples as references.
+
+    Args:
+        samples: The samples, in order.
+        label_field: The field of boxes (`Detections`, `Detection`) or masks (`Segmentation`) that mark the concept;
+            None: the images alone. A sample with several boxes gives several references.
+        proxy: Withhold the box of the first, so that the model checks its rule on it.
+        unmarked: Show a sample without box or mask in that field as an image alone, rather than raise.
+
+    Raises:
+        ValueError: If a sample has no box or mask in that field (unless `unmarked`), or there are more than nine
+            references.
+    """
+    references: list[Reference] = []
+    role = "auto" if proxy else "support"
+    for sample in samples:
+        found = [] if label_field is None else _marked(sample, label_field, role)
+        if not found and (unmarked or label_field is None):
+            found = [Reference(sample.filepath, role="support")]
+        if not found:
+            raise ValueError(
+                f"reference {sample.filename!r} has neither box nor mask in {label_field!r}; mark the concept there, "
+                "choose another field, or leave the sample out."
+            )
+        references += found
+        if len(references) > MAX_REFERENCES:
+            raise ValueError(
+                f"there are more than {MAX_REFERENCES} references; at most {MAX_REFERENCES} fit, so choose fewer."
+            )
+    return references
+
+
+def has_marks(sample: fo.Sample, label_field: str) -> bool:
+    """Whether a sample has a box or mask in a field."""
+    label = sample[label_field]
+    if isinstance(label, fo.Detections):
+        return bool(label.detections)
+    return isinstance(label, fo.Detection) or (isinstance(label, fo.Segmentation) and label.has_mask)
+
+
+def view_with_references(samples: fo.core.collections.SampleCollection, ids: Sequence[str]) -> fo.DatasetView:
+    """Some targets, each after its own references (`reference_ids`): what the model saw, side by side."""
+    dataset = samples._dataset
+    ordered: list[str] = []
+    for sample in dataset.select(ids, ordered=True).select_fields(REFERENCE_IDS):
+        ordered += [*(sample[REFERENCE_IDS] or ()), sample.id]
+    return dataset.select(list(dict.fromkeys(ordered)), ordered=True)
+
+
+def _marked(sample: fo.Sample, label_field: str, role: str) -> list[Reference]:
+    if not has_marks(sample, label_field):
+        return []
+    label = sample[label_field]
+    if isinstance(label, fo.Segmentation):
+        return [Reference(sample.filepath, mask=mask_of(label), role=role)]
+    detections = label.detections if isinstance(label, fo.Detections) else [label]
+    size = load_image(sample.filepath).size
+    return [
+        Reference(sample.filepath, box=pixel_box(detection.bounding_box, size), role=role)
+        for detection in detections
+    ]

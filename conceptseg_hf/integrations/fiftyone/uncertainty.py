@@ -1,0 +1,77 @@
+"""What a curator should look at first."""
+
+from __future__ import annotations
+
+import fiftyone as fo
+from fiftyone import ViewField as F
+
+from ...evaluation.metrics import foreground_iou
+from ...images import load_mask
+from .labels import mask_of
+
+TAGS = {
+    "presence": "uncertain: presence near threshold",
+    "check": "uncertain: check failed",
+    "routes": "uncertain: routes disagree",
+    "error": "uncertain: error",
+}
+"""Tag of each reason."""
+
+
+def find_uncertain(
+    samples: fo.core.collections.SampleCollection,
+    field: str = "concept",
+    margin: float = 0.1,
+    check_iou: float = 0.5,
+    other_field: str | None = None,
+    routes_iou: float = 0.5,
+    tag: bool = True,
+) -> dict[str, list[str]]:
+    """Finds the samples whose predictions deserve a look.
+
+    Args:
+        samples: A dataset or view.
+        field: The predictions.
+        margin: A presence is near the router's threshold when they differ by at most this.
+        check_iou: A check failed when its IoU with the withheld box is below this.
+        other_field: Predictions (`Segmentation`) of another route, to compare masks with.
+        routes_iou: Routes disagree when the IoU of their masks is below this.
+        tag: Tag the samples with `TAGS`; tags of an earlier search are removed first.
+
+    Returns:
+        Sample ids by reason: "presence", "check", "routes" (with `other_field`) and "error".
+
+    Raises:
+        ValueError: If a field is missing.
+    """
+    for name in filter(None, (field, other_field)):
+        if not samples.has_field(f"{name}.presence"):
+            raise ValueError(
+                f"field {name!r} holds no predictions of ConceptSeg; run segment_concept first, or give another field."
+            )
+    presence, threshold = F(f"{field}.presence"), F(f"{field}.threshold")
+    known = samples.match((presence != None) & (threshold != None))  # noqa: E711 (expressions of FiftyOne)
+    checked = samples.match(F(f"{field}.check_iou") != None)  # noqa: E711
+    found = {
+        "presence": known.match((presence - threshold).abs() <= margin).values("id"),
+        "check": checked.match(F(f"{field}.check_iou") < check_iou).values("id"),
+        "error": samples.match(F(f"{field}.error") != None).values("id"),  # noqa: E711
+    }
+    if other_field is not None:
+        found["routes"] = [
+            sample.id
+            for sample in samples.exists(field).exists(other_field).select_fields([field, other_field])
+            if _masks_differ(sample[field], sample[other_field], routes_iou)
+        ]
+    if tag:
+        samples.untag_samples(list(TAGS.values()))
+        for reason, ids in found.items():
+            if ids:
+                samples._dataset.select(ids).tag_samples(TAGS[reason])
+    return found
+
+
+def _masks_differ(first: fo.Segmentation, second: fo.Segmentation, iou: float) -> bool:
+    if mask_of(first) is None or mask_of(second) is None:
+        return False  # an error, which is a reason of its own
+    return foreground_iou(load_mask(mask_of(first)), load_mask(mask_of(second))) < iou

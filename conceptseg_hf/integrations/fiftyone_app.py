@@ -1,0 +1,143 @@
+"""The newcomer's way in: MongoDB, ConceptShapes and FiftyOne's App on loopback, in one command.
+
+    python -m conceptseg_hf.integrations.fiftyone_app
+
+Everything it writes lies below one folder; FiftyOne's own folders and database stay as they are, unless
+`FIFTYONE_DATABASE_URI` names a database.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+import webbrowser
+from pathlib import Path
+
+from .mongodb import free_port, start_mongod
+
+DATASET = "concept-shapes"
+_PLUGIN = Path(__file__).resolve().parents[2] / "fiftyone_plugin"
+_START_SECONDS = 180.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs until it is interrupted; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m conceptseg_hf.integrations.fiftyone_app",
+        description="Opens FiftyOne's App on ConceptShapes with the ConceptSeg plugin. Ctrl-C ends it.",
+    )
+    parser.add_argument("--folder", type=Path, default=Path("fiftyone_app"), help="where everything goes")
+    parser.add_argument("--port", type=int, help="of the App (default: a free one)")
+    parser.add_argument(
+        "--samples", type=int, default=60, help="ConceptShapes targets to load (default: %(default)s)"
+    )
+    parser.add_argument("--plugin", type=Path, default=_PLUGIN, help="folder of the plugin")
+    parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    options = parser.parse_args(arguments)
+    if options.samples < 1:
+        parser.error(f"--samples is {options.samples}; use at least 1.")
+    if not (options.plugin / "fiftyone.yml").is_file():
+        parser.error(
+            f"--plugin {str(options.plugin)!r} has no fiftyone.yml; give the folder fiftyone_plugin."
+        )
+    folder, port = options.folder.absolute(), options.port or free_port()
+    try:
+        _prepare(folder, options.plugin.absolute())
+        _load(options.samples)
+        server = start_server(port, folder / "server.log")
+    except (RuntimeError, ImportError, OSError) as error:
+        parser.exit(2, f"fiftyone_app: {error}\n")
+    except KeyboardInterrupt:
+        return 130
+    address = f"http://127.0.0.1:{port}/datasets/{DATASET}"
+    sys.stdout.write(f"FiftyOne is at {address}; Ctrl-C ends it.\n")
+    sys.stdout.flush()
+    if not options.no_browser:
+        webbrowser.open(address)
+    with contextlib.suppress(KeyboardInterrupt):
+        return server.wait()
+    server.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(timeout=10)
+    server.kill()
+    return 0
+
+
+def start_server(port: int, log: Path) -> subprocess.Popen:
+    """Starts FiftyOne's App server on loopback and waits until it answers.
+
+    FiftyOne's settings are taken from this process's environment.
+
+    Raises:
+        RuntimeError: If it does not start.
+    """
+    [package] = importlib.util.find_spec("fiftyone").submodule_search_locations
+    program = Path(package, "server", "main.py")
+    command = [sys.executable, str(program), "--port", str(port), "--address", "127.0.0.1"]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=program.parent, stdout=file, stderr=file)
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/fiftyone", timeout=5),
+        ):
+            return process
+        time.sleep(0.2)
+    process.kill()
+    raise RuntimeError(f"FiftyOne's App server does not start; {str(log)!r} says why.")
+
+
+def _prepare(folder: Path, plugin: Path) -> None:
+    """Sets what FiftyOne reads when it is imported."""
+    if importlib.util.find_spec("fiftyone") is None:
+        raise ImportError("FiftyOne is not installed; install it with: pip install 'conceptseg-hf[fiftyone]'")
+    plugins = folder / "plugins"
+    plugins.mkdir(parents=True, exist_ok=True)
+    link = plugins / "conceptseg"
+    if link.is_symlink():
+        link.unlink()
+    try:
+        link.symlink_to(plugin, target_is_directory=True)
+    except OSError:  # systems where links need rights
+        shutil.copytree(plugin, link, dirs_exist_ok=True)
+    settings = {
+        "FIFTYONE_PLUGINS_DIR": plugins,
+        "FIFTYONE_DEFAULT_DATASET_DIR": folder / "data",
+        "FIFTYONE_MODEL_ZOO_DIR": folder / "zoo",
+        "FIFTYONE_DATABASE_NAME": "conceptseg",
+        "FIFTYONE_DATABASE_VALIDATION": "false",  # else a warning about MongoDB 6 in every process
+        "FIFTYONE_DO_NOT_TRACK": "true",
+        "FIFTYONE_ALLOW_LEGACY_ORCHESTRATORS": "true",  # lets the form offer "Schedule"
+        "FIFTYONE_OPERATOR_TIMEOUT": "86400",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, str(value))
+    if "FIFTYONE_DATABASE_URI" not in os.environ:
+        os.environ["FIFTYONE_DATABASE_URI"] = start_mongod(folder / "database")
+
+
+def _load(samples: int) -> None:
+    from tqdm import tqdm
+
+    from .fiftyone import install_zoo_models, load_concept_benchmark
+
+    install_zoo_models()
+    with tqdm(total=samples, unit="sample", desc=DATASET) as bar:
+        load_concept_benchmark(
+            "concept-shapes",
+            limit=samples,
+            dataset_name=DATASET,
+            progress=lambda done, _: bar.update(done - bar.n),
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

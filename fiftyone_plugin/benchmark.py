@@ -1,0 +1,86 @@
+"""Operator `load_concept_benchmark`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import fiftyone.operators as foo
+from fiftyone.operators import types
+
+from . import forms
+
+
+class LoadConceptBenchmark(foo.Operator):
+    """Loads a benchmark as a dataset of targets and references."""
+
+    @property
+    def config(self) -> foo.OperatorConfig:
+        """How the operator is shown and run."""
+        return forms.config(
+            "load_concept_benchmark",
+            "ConceptSeg: load a benchmark",
+            "ConceptShapes (drawn, needs no data) or any benchmark of the suite from its files",
+            dynamic=True,
+            execute_as_generator=True,
+            allow_delegated_execution=True,
+        )
+
+    def resolve_input(self, ctx: Any) -> types.Property:
+        """The form."""
+        inputs = types.Object()
+        label = "Load a benchmark"
+        if forms.package_missing():
+            forms.warn(inputs, "missing", forms.INSTALL)
+            return forms.form(inputs, label)
+        from conceptseg_hf.data import BENCHMARKS, SOURCES
+
+        titles = {name: f"{SOURCES[name].title} ({name})" if name in SOURCES else name for name in BENCHMARKS}
+        forms.dropdown(inputs, "benchmark", titles, "concept-shapes", "Benchmark")
+        name = ctx.params.get("benchmark") or "concept-shapes"
+        if name in SOURCES:
+            inputs.str("root", label="Folder of its files", required=True)
+            if SOURCES[name].note:
+                inputs.view("note", types.Notice(label=SOURCES[name].note))
+        inputs.str("split", default="test", label="Split")
+        inputs.int(
+            "limit", default=60, min=1, label="Only the first samples", description="Leave empty for all"
+        )
+        inputs.str("dataset_name", label="Name of the dataset", description="By default: benchmark-split")
+        fault = _fault_of(ctx)
+        if fault is not None:
+            forms.warn(inputs, "fault", fault)
+        return forms.form(inputs, label)
+
+    def execute(self, ctx: Any) -> Iterator[Any]:
+        """Loads, then opens the dataset."""
+        if forms.package_missing():
+            raise ImportError(forms.INSTALL)
+        from conceptseg_hf.integrations.fiftyone.benchmarks import import_benchmark
+
+        get = ctx.params.get
+        name, split = get("benchmark") or "concept-shapes", get("split") or "test"
+        dataset_name = get("dataset_name") or f"{name}-{split}"
+        for done, total in import_benchmark(name, get("root") or None, split, get("limit"), dataset_name):
+            progress = {"progress": done / max(total, 1), "label": f"{done} of {total} samples"}
+            if ctx.delegated:
+                ctx.set_progress(**progress)
+            else:
+                yield ctx.ops.set_progress(**progress)
+        if not ctx.delegated:
+            yield ctx.ops.open_dataset(dataset_name)
+
+
+def _fault_of(ctx: Any) -> str | None:
+    """Why the benchmark cannot be loaded, once a folder is given."""
+    from conceptseg_hf.data import SOURCES
+    from conceptseg_hf.data.registry import open_benchmark
+
+    name, root = ctx.params.get("benchmark"), ctx.params.get("root")
+    if name not in SOURCES or not root:
+        return None
+    try:
+        open_benchmark(name, root, ctx.params.get("split") or "test", ctx.params.get("limit"))
+    except (ValueError, OSError, ImportError) as error:
+        return str(error)
+    return None

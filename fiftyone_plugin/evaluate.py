@@ -1,0 +1,148 @@
+"""Operator `evaluate_concepts`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fiftyone as fo
+import fiftyone.operators as foo
+from fiftyone.operators import types
+
+from . import forms
+
+PROTOCOLS = {
+    "standard": "Standard: at the size of the images",
+    "paper": "Paper: as the paper's figures were made",
+}
+
+
+class EvaluateConcepts(foo.Operator):
+    """Scores predicted masks against true ones."""
+
+    @property
+    def config(self) -> foo.OperatorConfig:
+        """How the operator is shown and run."""
+        return forms.config(
+            "evaluate_concepts",
+            "ConceptSeg: evaluate masks",
+            "The metrics of the field, per sample, level and group; missing predictions count as empty masks",
+            dynamic=True,
+            allow_delegated_execution=True,
+        )
+
+    def resolve_input(self, ctx: Any) -> types.Property:
+        """The form."""
+        inputs = types.Object()
+        label = "Evaluate masks"
+        if forms.package_missing():
+            forms.warn(inputs, "missing", forms.INSTALL)
+            return forms.form(inputs, label)
+        from conceptseg_hf.integrations.fiftyone.schema import fields_of_type, prediction_fields
+
+        masks = fields_of_type(ctx.dataset, fo.Segmentation)
+        predicted = [name for name in prediction_fields(ctx.dataset) if name in masks]
+        inputs.view_target(ctx, action_description="Evaluate", require_flat=True)
+        forms.choose_field(
+            inputs,
+            "pred_field",
+            predicted or masks,
+            "Predictions",
+            "No field has masks; run segment_concept first.",
+        )
+        forms.choose_field(
+            inputs,
+            "gt_field",
+            masks,
+            "True masks",
+            "No field has masks; there is no truth here.",
+            "ground_truth",
+        )
+        inputs.str("eval_key", default="concepts", label="Name of the run")
+        forms.dropdown(inputs, "protocol", PROTOCOLS, "standard", "Protocol")
+        inputs.bool(
+            "all_metrics",
+            default=False,
+            label="Also weighted F-measure and S-measure",
+            description="Slower; they need: pip install 'conceptseg-hf[eval]'",
+            view=types.SwitchView(),
+        )
+        heatmaps = fields_of_type(ctx.dataset, fo.Heatmap)
+        if heatmaps:
+            choices = {"none": "None: masks only"} | {name: name for name in heatmaps}
+            forms.dropdown(
+                inputs, "heatmap_field", choices, "none", "Probabilities for MAE, F_w and S-measure"
+            )
+        key = ctx.params.get("eval_key")
+        if key and not key.isidentifier():
+            forms.warn(inputs, "bad_key", f"{key!r} cannot be a name; use letters, digits and underscores.")
+        elif key in ctx.dataset.list_evaluations():
+            forms.warn(
+                inputs, "overwrite", f"The run {key!r} is there already and will be replaced.", blocks=False
+            )
+        return forms.form(inputs, label)
+
+    def execute(self, ctx: Any) -> dict[str, Any]:
+        """Evaluates; the result holds the table that is shown."""
+        if forms.package_missing():
+            raise ImportError(forms.INSTALL)
+        from conceptseg_hf.evaluation.metrics import LIBRARY_METRICS, METRICS
+        from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+        from conceptseg_hf.integrations.fiftyone.evaluation import report_of
+
+        get = ctx.params.get
+        samples, key = ctx.target_view(require_flat=True), get("eval_key") or "concepts"
+        heatmap = get("heatmap_field")
+        results = evaluate_concepts(
+            samples,
+            pred_field=get("pred_field") or "concept",
+            gt_field=get("gt_field") or "ground_truth",
+            eval_key=key,
+            protocol=get("protocol") or "standard",
+            metrics=(*METRICS, *LIBRARY_METRICS) if get("all_metrics") else METRICS,
+            heatmap_field=None if heatmap in (None, "none") else heatmap,
+            progress=fo.report_progress(lambda bar: ctx.set_progress(progress=bar.progress), dt=2.0),
+        )
+        if not ctx.delegated:
+            ctx.ops.reload_dataset()
+        report = report_of(samples, key)
+        return {
+            "eval_key": key,
+            "metrics": {metric["key"]: metric["value"] for metric in results.custom_metrics.values()},
+            "summary": report.summary(),
+            "table": [metrics_row(row) for row in report.table],
+        }
+
+    def resolve_output(self, ctx: Any) -> types.Property:
+        """The table by level and group."""
+        outputs = types.Object()
+        outputs.str("summary", label="Summary")
+        table = types.TableView(label="By level and group")
+        for key, label in METRIC_COLUMNS.items():
+            table.add_column(key, label=label)
+        outputs.list("table", types.Object(), view=table)
+        return types.Property(outputs, view=types.View(label="Evaluation"))
+
+
+METRIC_COLUMNS = {
+    "level": "Level",
+    "group": "Group",
+    "samples": "n",
+    "foreground_iou": "fg IoU",
+    "giou": "gIoU",
+    "ciou": "cIoU",
+    "shortcut": "Shortcut",
+}
+
+
+def metrics_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a report's table as text: fg IoU and share of shortcuts 0 to 1, the others in percent."""
+    values = {"level": row["level"], "group": row["group"], "samples": row["samples"]}
+    values |= {name: _number(row["masks"].get(name), 1) for name in ("giou", "ciou")}
+    return values | {
+        "foreground_iou": _number(row["foreground_iou"], 3),
+        "shortcut": _number(row["shortcut_share"], 2),
+    }
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,285 @@
+"""Panel `concept_explorer`: metrics, routes, rules and failures of a run, each a click away from its samples."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import fiftyone as fo
+import fiftyone.operators as foo
+from fiftyone import ViewField as F
+from fiftyone.operators import types
+
+from . import forms
+from .evaluate import METRIC_COLUMNS, metrics_row
+
+NO_RULE = "(no rule: shortcut)"
+_SHOWN_RULES = 50
+_RULE_WIDTH = 44  # characters that fit beside the grid
+
+
+class ConceptExplorer(foo.Panel):
+    """What a run found, seen from above."""
+
+    @property
+    def config(self) -> foo.PanelConfig:
+        """How the panel is shown."""
+        return foo.PanelConfig(
+            name="concept_explorer",
+            label="Concept explorer",
+            help_markdown="Metrics by level and group, routes, rules and failures of ConceptSeg's predictions.",
+            light_icon="/assets/icon-light.svg",
+            dark_icon="/assets/icon-dark.svg",
+        )
+
+    def on_load(self, ctx: Any) -> None:
+        """Chooses what to show first."""
+        self._refresh(ctx)
+
+    def on_change_dataset(self, ctx: Any) -> None:
+        """Another dataset has other fields."""
+        ctx.panel.set_state({"field": None, "eval_key": None})
+        self._refresh(ctx)
+
+    def on_choose(self, ctx: Any) -> None:
+        """Another field or run was chosen."""
+        self._refresh(ctx)
+
+    def show_route(self, ctx: Any) -> None:
+        """Shows the samples of a bar."""
+        field = ctx.panel.get_state("field")
+        self._show(ctx, ctx.dataset.match(F(f"{field}.route") == ctx.params.get("x")))
+
+    def show_point(self, ctx: Any) -> None:
+        """Shows the sample of a point."""
+        if ctx.params.get("id"):
+            self._show(ctx, ctx.dataset.select([ctx.params["id"]]))
+
+    def show_points(self, ctx: Any) -> None:
+        """Shows the samples of the points that were marked."""
+        ids = [point["id"] for point in ctx.params.get("data") or () if point.get("id")]
+        if ids:
+            self._show(ctx, ctx.dataset.select(ids))
+
+    def show_rule(self, ctx: Any) -> None:
+        """Shows the samples of a row of rules."""
+        rule, field = self._row(ctx, "rules")["rule"], ctx.panel.get_state("field")
+        self._show(ctx, _with(ctx.dataset, field, "rule", None if rule == NO_RULE else rule))
+
+    def show_failure(self, ctx: Any) -> None:
+        """Shows the samples of a row of failures."""
+        kind, field = self._row(ctx, "failures")["kind"], ctx.panel.get_state("field")
+        self._show(ctx, ctx.dataset.select(_failures(ctx.dataset, field)[kind]))
+
+    def show_group(self, ctx: Any) -> None:
+        """Shows the samples of a row of metrics."""
+        row = self._row(ctx, "metrics")
+        view = ctx.dataset.exists(f"{ctx.panel.get_state('eval_key')}_iou")
+        for name in ("level", "group"):
+            if row[name] != "all" and ctx.dataset.has_field(name):
+                view = view.match(F(name) == row[name])
+        self._show(ctx, view)
+
+    def show_all(self, ctx: Any) -> None:
+        """Back to all samples."""
+        ctx.ops.clear_view()
+
+    def render(self, ctx: Any) -> types.Property:
+        """Draws what is known; nothing, until `on_load` was there."""
+        panel = types.Object()
+        state = ctx.panel.get_state
+        if not state("status"):
+            panel.view("loading", types.LoadingView(label="Reading predictions"))
+            return types.Property(panel)
+        if state("status") != "ready":
+            panel.md(state("status"), name="status_shown")
+            return types.Property(panel)
+        panel.md(state("summary"), name="summary_shown")
+        self._render_choices(panel, ctx)
+        if state("metrics"):
+            self._render_metrics(panel)
+        self._render_plots(panel, ctx)
+        self._table(
+            panel,
+            "rules",
+            "Rules and the samples they produced",
+            {"shown": "Rule", "samples": "n"},
+            self.show_rule,
+        )
+        if state("failures"):
+            self._table(
+                panel,
+                "failures",
+                "Failures by kind",
+                {"kind": "Kind", "samples": "n"},
+                self.show_failure,
+            )
+        return types.Property(panel, view=types.ObjectView())
+
+    def _refresh(self, ctx: Any) -> None:
+        """Reads the dataset into the panel's state."""
+        if forms.package_missing():
+            ctx.panel.set_state("status", forms.INSTALL)
+            return
+        from conceptseg_hf.integrations.fiftyone.evaluation import BACKEND, report_of
+        from conceptseg_hf.integrations.fiftyone.schema import prediction_fields
+
+        ctx.dataset.reload()
+        fields = prediction_fields(ctx.dataset)
+        if not fields:
+            ctx.panel.set_state(
+                "status",
+                "There are no predictions yet. Run **ConceptSeg: segment a concept**, then open this panel.",
+            )
+            return
+        field = ctx.panel.get_state("field")
+        field = field if field in fields else fields[0]
+        keys = [
+            key
+            for key in ctx.dataset.list_evaluations(method=BACKEND)
+            if ctx.dataset.get_evaluation_info(key).config.pred_field == field
+        ]
+        key = ctx.panel.get_state("eval_key")
+        key = key if key in keys else next(iter(keys), None)
+        summary = "No evaluation of this field yet: run **ConceptSeg: evaluate masks**."
+        metrics = []
+        if key is not None:
+            report = report_of(ctx.dataset, key)
+            metrics = [metrics_row(row) for row in report.table]
+            summary = report.summary()
+        rules = ctx.dataset.exists(field).count_values(f"{field}.rule")
+        rules = sorted(((rule or NO_RULE, count) for rule, count in rules.items()), key=lambda item: -item[1])
+        failures = {kind: len(ids) for kind, ids in _failures(ctx.dataset, field).items() if ids}
+        ctx.panel.set_state(
+            {
+                "status": "ready",
+                "field": field,
+                "fields": fields,
+                "eval_key": key or "",
+                "eval_keys": keys,
+                "summary": summary,
+                "metrics": metrics,
+                "rules": [
+                    {
+                        "rule": rule,
+                        "shown": textwrap.shorten(rule, _RULE_WIDTH, placeholder=" …"),
+                        "samples": count,
+                    }
+                    for rule, count in rules[:_SHOWN_RULES]
+                ],
+                "failures": [{"kind": kind, "samples": count} for kind, count in failures.items()],
+            }
+        )
+        ctx.panel.set_data(
+            {"routes": _routes_plot(ctx.dataset, field), "presence": _presence_plot(ctx.dataset, field)}
+        )
+
+    def _render_choices(self, panel: types.Object, ctx: Any) -> None:
+        for name, values, label in (
+            ("field", ctx.panel.get_state("fields"), "Predictions"),
+            ("eval_key", ctx.panel.get_state("eval_keys"), "Evaluation"),
+        ):
+            if values:
+                view = types.DropdownView(label=label)
+                for value in values:
+                    view.add_choice(value, label=value)
+                panel.enum(
+                    name, values, view=view, on_change=self.on_choose, default=ctx.panel.get_state(name)
+                )
+        row = panel.h_stack("buttons", gap=2)
+        row.btn("refresh", label="Read again", on_click=self.on_choose)
+        row.btn("all", label="Show all samples", on_click=self.show_all)
+
+    def _render_metrics(self, panel: types.Object) -> None:
+        self._table(panel, "metrics", "Metrics by level and group", METRIC_COLUMNS, self.show_group)
+
+    def _render_plots(self, panel: types.Object, ctx: Any) -> None:
+        common = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "height": 280}
+        common |= {"margin": {"l": 50, "r": 20, "t": 40, "b": 45}, "showlegend": False, "dragmode": "select"}
+        panel.plot(
+            "routes",
+            layout=common
+            | {"title": {"text": "Routes", "font": {"size": 14}}, "yaxis": {"title": {"text": "samples"}}},
+            config={"displayModeBar": False},
+            on_click=self.show_route,
+        )
+        panel.plot(
+            "presence",
+            layout=common
+            | {
+                "title": {
+                    "text": "Presence against threshold (shortcut above the line)",
+                    "font": {"size": 14},
+                },
+                "xaxis": {"title": {"text": "threshold"}, "range": [-0.03, 1.03]},
+                "yaxis": {"title": {"text": "presence"}, "range": [-0.03, 1.03]},
+            },
+            config={"displayModeBar": False},
+            on_click=self.show_point,
+            on_selected=self.show_points,
+        )
+
+    def _table(
+        self, panel: types.Object, name: str, title: str, columns: dict[str, str], on_click: Any
+    ) -> None:
+        panel.md(f"**{title}**", name=f"{name}_title")
+        table = types.TableView()
+        for key, label in columns.items():
+            table.add_column(key, label=label)
+        table.add_row_action("show", on_click=on_click, icon="visibility", tooltip="Show these samples")
+        panel.list(name, types.Object(), view=table)
+
+    def _row(self, ctx: Any, name: str) -> dict[str, Any]:
+        return (ctx.panel.get_state(name) or [])[int(ctx.params["row"])]
+
+    def _show(self, ctx: Any, view: fo.DatasetView) -> None:
+        ctx.ops.set_view(view=view)
+
+
+def _with(dataset: fo.Dataset, field: str, attribute: str, value: str | None) -> fo.DatasetView:
+    return dataset.exists(field).match(F(f"{field}.{attribute}") == value)
+
+
+def _failures(dataset: fo.Dataset, field: str) -> dict[str, list[str]]:
+    """Sample ids by kind of failure."""
+    predicted = dataset.exists(field)
+    reasoned = predicted.match(F(f"{field}.route") == "reasoning")
+    kinds = {
+        "error": predicted.match(F(f"{field}.error") != None),  # noqa: E711 (an expression of FiftyOne)
+        "no rule in the completion": reasoned.match(F(f"{field}.rule") == None),  # noqa: E711
+        "no answer in the completion": reasoned.match(F(f"{field}.answer") == None),  # noqa: E711
+        "check IoU below 0.5": predicted.exists(f"{field}.check_iou").match(F(f"{field}.check_iou") < 0.5),
+        "empty mask": predicted.match((F(f"{field}.score") == 0) & (F(f"{field}.error") == None)),  # noqa: E711
+    }
+    return {kind: view.values("id") for kind, view in kinds.items()}
+
+
+def _routes_plot(dataset: fo.Dataset, field: str) -> list[dict[str, Any]]:
+    counts = dataset.exists(field).count_values(f"{field}.route")
+    names = [name for name in ("shortcut", "reasoning") if counts.get(name)]
+    return [{"type": "bar", "name": "routes", "x": names, "y": [counts[name] for name in names]}]
+
+
+def _presence_plot(dataset: fo.Dataset, field: str) -> list[dict[str, Any]]:
+    asked = dataset.exists(f"{field}.presence")
+    paths = ["id", f"{field}.threshold", f"{field}.presence", f"{field}.prompt"]
+    ids, thresholds, presences, prompts = asked.values(paths)
+    return [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "samples",
+            "x": thresholds,
+            "y": presences,
+            "ids": ids,
+            "text": prompts,
+        },
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "threshold",
+            "x": [0, 1],
+            "y": [0, 1],
+            "hoverinfo": "skip",
+        },
+    ]

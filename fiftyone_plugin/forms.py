@@ -1,0 +1,73 @@
+"""What the forms share. Nothing of `conceptseg_hf` is imported before `package_missing` was asked."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import fiftyone as fo
+import fiftyone.operators as foo
+from fiftyone.operators import types
+
+INSTALL = (
+    "The package conceptseg_hf is not installed where this FiftyOne runs; install it there with: "
+    "pip install 'conceptseg-hf[fiftyone]'"
+)
+
+
+def config(name: str, label: str, description: str, **options: Any) -> foo.OperatorConfig:
+    """The configuration of an operator, with the plugin's icons."""
+    return foo.OperatorConfig(
+        name=name,
+        label=label,
+        description=description,
+        light_icon="/assets/icon-light.svg",
+        dark_icon="/assets/icon-dark.svg",
+        **options,
+    )
+
+
+def package_missing() -> bool:
+    """Whether the package, or what it needs, is absent."""
+    return importlib.util.find_spec("conceptseg_hf") is None
+
+
+def warn(inputs: types.Object, name: str, message: str, blocks: bool = True) -> None:
+    """A message in the form; with `blocks` the form cannot be sent."""
+    shown = inputs.view(name, types.Warning(label=message))
+    if blocks:
+        shown.invalid = True
+        shown.error_message = message
+
+
+def dropdown(
+    inputs: types.Object, name: str, choices: dict[str, str], default: str | None, label: str, **options: Any
+) -> None:
+    """A dropdown of values and their labels."""
+    view = types.DropdownView(label=label, **options)
+    for value, text in choices.items():
+        view.add_choice(value, label=text)
+    inputs.enum(name, list(choices), default=default, view=view)
+
+
+def string_fields(dataset: fo.Dataset) -> list[str]:
+    """Sample fields that can hold prompts."""
+    hidden = {"id", "filepath", "created_at", "last_modified_at"}
+    return [name for name in dataset.get_field_schema(ftype=fo.StringField) if name not in hidden]
+
+
+def choose_field(
+    inputs: types.Object, name: str, fields: list[str], label: str, missing: str, default: str | None = None
+) -> None:
+    """A dropdown of fields, or a warning when there are none."""
+    if not fields:
+        warn(inputs, f"{name}_missing", missing)
+        return
+    dropdown(
+        inputs, name, {field: field for field in fields}, default if default in fields else fields[0], label
+    )
+
+
+def form(inputs: types.Object, label: str) -> types.Property:
+    """The finished form."""
+    return types.Property(inputs, view=types.View(label=label))

@@ -1,0 +1,340 @@
+"""Operator `segment_concept`, and `release_model`, which frees what it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import fiftyone.operators as foo
+from fiftyone import ViewField as F
+from fiftyone.operators import types
+
+from . import forms
+
+DELEGATE_FROM = 500  # samples, from which on the form proposes to schedule the run
+REFERENCES = {
+    "none": "None: the words alone",
+    "selected": "The selected samples",
+    "saved_view": "A saved view",
+    "own": "Each sample's own (field reference_ids)",
+}
+ROUTERS = {
+    "adaptive": "Adaptive: SAM 3 first, reason if it is not sure",
+    "sam_only": "SAM 3 only: fast, words as they stand",
+    "full_reasoning": "Always reason",
+}
+
+
+class SegmentConcept(foo.Operator):
+    """Segments what a prompt means in every sample of a view."""
+
+    @property
+    def config(self) -> foo.OperatorConfig:
+        """How the operator is shown and run."""
+        return forms.config(
+            "segment_concept",
+            "ConceptSeg: segment a concept",
+            "Masks, rules and routes for what a prompt means, with reference samples if you like",
+            dynamic=True,
+            execute_as_generator=True,
+            allow_delegated_execution=True,
+        )
+
+    def resolve_placement(self, ctx: Any) -> types.Placement:
+        """A button above the grid."""
+        return types.Placement(
+            types.Places.SAMPLES_GRID_ACTIONS,
+            types.Button(
+                label="Segment a concept",
+                icon="/assets/icon-light.svg",
+                light_icon="/assets/icon-light.svg",
+                dark_icon="/assets/icon-dark.svg",
+                prompt=True,
+            ),
+        )
+
+    def resolve_execution_options(self, ctx: Any) -> foo.ExecutionOptions:
+        """Immediate with progress; large runs are proposed for scheduling."""
+        large = (
+            ctx.dataset is not None
+            and not forms.package_missing()
+            and targets_of(ctx).count() > DELEGATE_FROM
+        )
+        return foo.ExecutionOptions(
+            allow_immediate_execution=True, allow_delegated_execution=True, default_choice_to_delegated=large
+        )
+
+    def resolve_input(self, ctx: Any) -> types.Property:
+        """The form."""
+        inputs = types.Object()
+        label = "Segment a concept"
+        if forms.package_missing():
+            forms.warn(inputs, "missing", forms.INSTALL)
+            return forms.form(inputs, label)
+        _check(inputs, ctx)
+        _ask_prompt(inputs, ctx)
+        _ask_references(inputs, ctx)
+        inputs.view_target(
+            ctx,
+            action_description="Segment",
+            allow_selected_samples=reference_source(ctx) != "selected",
+            require_flat=True,
+        )
+        _ask_model(inputs, ctx)
+        _ask_output(inputs, ctx)
+        return forms.form(inputs, label)
+
+    def execute(self, ctx: Any) -> Iterator[Any]:
+        """Runs; every batch is stored when it is done."""
+        if forms.package_missing():
+            raise ImportError(forms.INSTALL)
+        from conceptseg_hf.integrations.fiftyone import segment_collection
+        from conceptseg_hf.integrations.fiftyone.schema import output_fields
+
+        job = job_of(ctx)
+        progress = None
+        for progress in segment_collection(targets_of(ctx), job):
+            if ctx.delegated:
+                ctx.set_progress(progress=progress.fraction, label=str(progress))
+            else:
+                yield ctx.ops.set_progress(progress=progress.fraction, label=str(progress))
+        if ctx.delegated:
+            return
+        yield ctx.ops.reload_dataset()
+        yield ctx.ops.set_active_fields(
+            [*dict.fromkeys([*ctx.active_fields, *output_fields(job.field, job.outputs).values()])]
+        )
+        message = str(progress)
+        if progress.errors:
+            message += f". First error: {next(iter(progress.errors.values()))}"
+        yield ctx.ops.notify(message, variant="warning" if progress.errors else "success")
+
+
+class ReleaseModel(foo.Operator):
+    """Frees the memory of the model that runs share."""
+
+    @property
+    def config(self) -> foo.OperatorConfig:
+        """How the operator is shown and run."""
+        return forms.config(
+            "release_model", "ConceptSeg: free the model", "Frees the memory of the model that runs share"
+        )
+
+    def execute(self, ctx: Any) -> dict[str, int]:
+        """Frees; returns how many models there were."""
+        from conceptseg_hf.integrations.fiftyone import release_models
+
+        count = release_models()
+        ctx.ops.notify("The model is freed." if count else "There was no model in memory.", variant="success")
+        return {"released": count}
+
+    def resolve_output(self, ctx: Any) -> types.Property:
+        """The count."""
+        outputs = types.Object()
+        outputs.int("released", label="Models freed")
+        return types.Property(outputs)
+
+
+def reference_source(ctx: Any) -> str:
+    """Where references come from; the selection, if nothing is said and there is one."""
+    chosen = ctx.params.get("references")
+    if chosen in REFERENCES:
+        return chosen
+    return "selected" if ctx.selected else "none"
+
+
+def prompt_source(ctx: Any) -> str:
+    """`"text"` or `"field"`."""
+    chosen = ctx.params.get("prompt_source")
+    if chosen is not None:
+        return chosen
+    return "field" if ctx.params.get("prompt_field") and not ctx.params.get("prompt") else "text"
+
+
+def outputs_of(ctx: Any) -> list[str]:
+    """The outputs that are switched on; masks unless said otherwise."""
+    defaults = {"segmentation": True, "detections": False, "heatmap": False}
+    return [name for name, default in defaults.items() if ctx.params.get(name, default)]
+
+
+def reference_samples(ctx: Any) -> Any:
+    """The samples that serve as references for all, or None."""
+    source = reference_source(ctx)
+    if source == "selected":
+        return ctx.dataset.select(ctx.selected, ordered=True)
+    name = ctx.params.get("saved_view")
+    if source == "saved_view" and name in ctx.dataset.list_saved_views():
+        return ctx.dataset.load_saved_view(name)
+    return None
+
+
+def targets_of(ctx: Any) -> Any:
+    """The samples to segment: the target view without references."""
+    samples = ctx.target_view(require_flat=True)
+    references = reference_samples(ctx)
+    if references is not None:
+        samples = samples.exclude(references.values("id"))
+    if samples.has_field("role"):
+        samples = samples.match(F("role") != "reference")
+    return samples
+
+
+def job_of(ctx: Any) -> Any:
+    """The form's values as a job.
+
+    Raises:
+        ValueError: If references cannot be used.
+    """
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob, references_from
+
+    get = ctx.params.get
+    source = reference_source(ctx)
+    samples = reference_samples(ctx)
+    if source == "saved_view" and samples is None:
+        raise ValueError(
+            f"saved view {get('saved_view')!r} is not in the dataset; give one of its saved views."
+        )
+    from_field = prompt_source(ctx) == "field"
+    return SegmentationJob(
+        field=get("field") or "concept",
+        prompt=None if from_field else get("prompt"),
+        prompt_field=get("prompt_field") if from_field else None,
+        references=[]
+        if samples is None
+        else references_from(samples, label_field_of(ctx), get("proxy", True)),
+        reference_ids_field="reference_ids" if source == "own" else None,
+        reference_label_field=label_field_of(ctx),
+        proxy=get("proxy", True),
+        checkpoint=get("checkpoint") or "nano",
+        router=get("router") or "adaptive",
+        outputs=outputs_of(ctx),
+        skip_existing=get("skip_existing", False),
+        batch_size=get("batch_size") or 8,
+    )
+
+
+def label_field_of(ctx: Any) -> str | None:
+    """The field that marks the concept in references; None for images alone."""
+    from conceptseg_hf.integrations.fiftyone.reference_samples import reference_label_fields
+
+    chosen = ctx.params.get("reference_label_field")
+    if chosen is not None:
+        return chosen if chosen != NO_MARK else None
+    return next(iter(reference_label_fields(ctx.dataset)), None)
+
+
+NO_MARK = "none"
+
+
+def _ask_prompt(inputs: types.Object, ctx: Any) -> None:
+    fields = forms.string_fields(ctx.dataset)
+    tabs = types.TabsView()
+    tabs.add_choice("text", label="One prompt for all")
+    tabs.add_choice("field", label="Prompts in a field")
+    inputs.enum("prompt_source", ["text", "field"], default="text", view=tabs)
+    if prompt_source(ctx) == "text":
+        inputs.str(
+            "prompt",
+            label="Prompt",
+            description='The concept in words, such as "red circle" or "the same defect"',
+        )
+        return
+    forms.choose_field(
+        inputs,
+        "prompt_field",
+        fields,
+        "Prompt field",
+        "The dataset has no text field; add one that holds a prompt for each sample.",
+        "prompt",
+    )
+
+
+def _ask_references(inputs: types.Object, ctx: Any) -> None:
+    from conceptseg_hf.integrations.fiftyone.reference_samples import reference_label_fields
+
+    choices = dict(REFERENCES)
+    choices["selected"] += f" ({len(ctx.selected)})"
+    if not ctx.dataset.has_field("reference_ids"):
+        del choices["own"]
+    forms.dropdown(inputs, "references", choices, reference_source(ctx), "References")
+    source = reference_source(ctx)
+    if source == "none":
+        return
+    if source == "saved_view":
+        forms.choose_field(
+            inputs,
+            "saved_view",
+            ctx.dataset.list_saved_views(),
+            "Saved view",
+            "The dataset has no saved view; save one that holds the references.",
+        )
+    marks = {name: name for name in reference_label_fields(ctx.dataset)}
+    forms.dropdown(
+        inputs,
+        "reference_label_field",
+        marks | {NO_MARK: "Nothing: show the images alone"},
+        label_field_of(ctx) or NO_MARK,
+        "Boxes or masks that mark the concept",
+    )
+    inputs.bool(
+        "proxy",
+        default=True,
+        label="Proxy query",
+        description="Withhold the box of the first reference: the model must find it, which checks its rule",
+        view=types.SwitchView(),
+    )
+
+
+def _ask_model(inputs: types.Object, ctx: Any) -> None:
+    inputs.str(
+        "checkpoint", default="nano", label="Checkpoint", description="nano (embedded), a folder, or a hub id"
+    )
+    forms.dropdown(inputs, "router", ROUTERS, "adaptive", "Router")
+
+
+def _ask_output(inputs: types.Object, ctx: Any) -> None:
+    inputs.str("field", default="concept", label="Field for the predictions")
+    texts = {
+        "segmentation": ("Segmentation", "A mask per sample, as a file", True),
+        "detections": ("Detections", "A box with instance mask per connected region", False),
+        "heatmap": ("Heatmap", "The mask's probabilities, as a file", False),
+    }
+    for name, (label, description, default) in texts.items():
+        inputs.bool(name, default=default, label=label, description=description, view=types.SwitchView())
+    inputs.bool(
+        "skip_existing",
+        default=False,
+        label="Skip samples that have a prediction",
+        description="Finishes a run that was cut off; samples with an error are tried again",
+        view=types.SwitchView(),
+    )
+    inputs.int("batch_size", default=8, min=1, label="Samples at a time")
+
+
+def _check(inputs: types.Object, ctx: Any) -> None:
+    """One line on top: what would fail, or how much there is to do."""
+    from conceptseg_hf.integrations.fiftyone.checkpoints import fault_of
+    from conceptseg_hf.integrations.fiftyone.loop import pending_ids
+
+    try:
+        job = job_of(ctx)
+        fault = fault_of(job.checkpoint)
+        if fault is None and reference_source(ctx) == "selected" and not ctx.selected:
+            fault = "no samples are selected; select the references in the grid."
+        if fault is not None:
+            raise ValueError(fault)
+        job.check(ctx.dataset)
+        count = len(pending_ids(targets_of(ctx), job))
+        if count == 0:
+            raise ValueError("there is nothing to segment: the view is empty, or all its samples are done.")
+    except (ValueError, OSError) as error:
+        forms.warn(inputs, "fault", _sentence(str(error)))
+        return
+    message = f"{count} samples will be segmented; reference samples are left out."
+    if count > DELEGATE_FROM:
+        message += " This is a large run: schedule it, so that it goes on when the App is closed."
+    inputs.view("summary", types.Notice(label=message))
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]

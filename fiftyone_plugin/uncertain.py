@@ -1,0 +1,123 @@
+"""Operators `find_uncertain` and `show_references`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fiftyone as fo
+import fiftyone.operators as foo
+from fiftyone.operators import types
+
+from . import forms
+
+REASONS = {
+    "presence": "Presence near the threshold",
+    "check": "Check failed",
+    "routes": "Routes disagree",
+    "error": "Error",
+}
+
+
+class FindUncertain(foo.Operator):
+    """Tags and shows what a curator should look at first."""
+
+    @property
+    def config(self) -> foo.OperatorConfig:
+        """How the operator is shown and run."""
+        return forms.config(
+            "find_uncertain",
+            "ConceptSeg: find uncertain samples",
+            "Presence near the threshold, failed checks, routes that disagree: what to look at first",
+            dynamic=True,
+        )
+
+    def resolve_input(self, ctx: Any) -> types.Property:
+        """The form."""
+        inputs = types.Object()
+        label = "Find uncertain samples"
+        if forms.package_missing():
+            forms.warn(inputs, "missing", forms.INSTALL)
+            return forms.form(inputs, label)
+        from conceptseg_hf.integrations.fiftyone.schema import fields_of_type, prediction_fields
+
+        predicted = prediction_fields(ctx.dataset)
+        inputs.view_target(ctx, action_description="Search", require_flat=True)
+        forms.choose_field(
+            inputs, "field", predicted, "Predictions", "There are no predictions; run segment_concept first."
+        )
+        inputs.float("margin", default=0.1, min=0, max=1, label="Presence this near to the threshold")
+        inputs.float("check_iou", default=0.5, min=0, max=1, label="Check IoU below")
+        masks = fields_of_type(ctx.dataset, fo.Segmentation)
+        chosen = ctx.params.get("field") or next(iter(predicted), None)
+        others = [name for name in predicted if name in masks and name != chosen]
+        if others:
+            choices = {"none": "Nothing"} | {name: name for name in others}
+            forms.dropdown(inputs, "other_field", choices, "none", "Compare with the masks of another route")
+            inputs.float("routes_iou", default=0.5, min=0, max=1, label="Routes disagree below IoU")
+        return forms.form(inputs, label)
+
+    def execute(self, ctx: Any) -> dict[str, int]:
+        """Tags, shows, and returns the counts."""
+        if forms.package_missing():
+            raise ImportError(forms.INSTALL)
+        from conceptseg_hf.integrations.fiftyone import find_uncertain
+
+        get = ctx.params.get
+        other = get("other_field")
+        found = find_uncertain(
+            ctx.target_view(require_flat=True),
+            field=get("field") or "concept",
+            margin=get("margin", 0.1),
+            check_iou=get("check_iou", 0.5),
+            other_field=None if other in (None, "none") else other,
+            routes_iou=get("routes_iou", 0.5),
+        )
+        ids = list(dict.fromkeys(sample_id for ids in found.values() for sample_id in ids))
+        ctx.ops.reload_dataset()
+        if ids:
+            ctx.ops.set_view(view=ctx.dataset.select(ids))
+        return {"total": len(ids), **{reason: len(found.get(reason, ())) for reason in REASONS}}
+
+    def resolve_output(self, ctx: Any) -> types.Property:
+        """The counts."""
+        outputs = types.Object()
+        outputs.int("total", label="Samples to look at")
+        for reason, label in REASONS.items():
+            outputs.int(reason, label=label)
+        return types.Property(outputs, view=types.View(label="Uncertain samples"))
+
+
+class ShowReferences(foo.Operator):
+    """Shows targets beside their references."""
+
+    @property
+    def config(self) -> foo.OperatorConfig:
+        """How the operator is shown and run."""
+        return forms.config(
+            "show_references",
+            "ConceptSeg: show references beside targets",
+            "A view of the selected samples, or of the open one, each after its own references",
+        )
+
+    def resolve_input(self, ctx: Any) -> types.Property:
+        """Nothing to ask; says what is missing."""
+        inputs = types.Object()
+        if not ctx.dataset.has_field("reference_ids"):
+            forms.warn(
+                inputs,
+                "missing",
+                "The samples have no field reference_ids; load a benchmark that has references.",
+            )
+        elif not _chosen(ctx):
+            forms.warn(inputs, "empty", "No sample is selected or open; select the targets in the grid.")
+        return forms.form(inputs, "Show references beside targets")
+
+    def execute(self, ctx: Any) -> None:
+        """Sets the view."""
+        from conceptseg_hf.integrations.fiftyone import view_with_references
+
+        ctx.ops.set_view(view=view_with_references(ctx.dataset, _chosen(ctx)))
+
+
+def _chosen(ctx: Any) -> list[str]:
+    return list(ctx.selected) or ([ctx.current_sample] if ctx.current_sample else [])

@@ -1,0 +1,180 @@
+"""A real MongoDB, a real App server, a real headless Chromium, each started once per process and only when asked for.
+
+FiftyOne reads its settings when it is imported: test modules import it inside fixtures and tests, after `folder`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conceptseg_hf.integrations.fiftyone_app import start_server
+from conceptseg_hf.integrations.mongodb import find_mongod, free_port, start_mongod
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGIN = "@conceptseg/conceptseg"
+
+
+def _installed(name: str) -> bool:
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Where FiftyOne keeps everything; its settings are made here."""
+    if not _installed("fiftyone"):
+        pytest.skip("FiftyOne is not installed: pip install -e '.[fiftyone]'")
+    if find_mongod() is None:
+        pytest.skip(
+            "there is no MongoDB: see conceptseg_hf/integrations/mongodb.py for where it is looked for"
+        )
+    folder = tmp_path_factory.mktemp("fiftyone")
+    (folder / "plugins").mkdir()
+    (folder / "plugins" / "conceptseg").symlink_to(ROOT / "fiftyone_plugin", target_is_directory=True)
+    os.environ |= {
+        "FIFTYONE_DATABASE_NAME": "conceptseg_tests",
+        "FIFTYONE_DATABASE_VALIDATION": "false",
+        "FIFTYONE_DO_NOT_TRACK": "true",
+        "FIFTYONE_DEFAULT_APP_ADDRESS": "127.0.0.1",
+        "FIFTYONE_ALLOW_LEGACY_ORCHESTRATORS": "true",
+        "FIFTYONE_PLUGINS_DIR": str(folder / "plugins"),
+        "FIFTYONE_CONFIG_PATH": str(folder / "config.json"),
+        "FIFTYONE_MODEL_ZOO_DIR": str(folder / "zoo"),
+        "FIFTYONE_DEFAULT_DATASET_DIR": str(folder / "data"),
+        "FIFTYONE_SHOW_PROGRESS_BARS": "false",
+        "FIFTYONE_DATABASE_URI": start_mongod(folder / "database"),
+    }
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fo(folder) -> Any:
+    """The module fiftyone."""
+    import fiftyone
+
+    return fiftyone
+
+
+@pytest.fixture()
+def make_dataset(fo, request) -> Iterator[Callable[..., Any]]:
+    """Makes a ConceptShapes dataset of the test's own."""
+    from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
+
+    names = []
+
+    def make(limit: int = 12, split: str = "test") -> Any:
+        names.append(f"shapes-{request.node.name}-{len(names)}"[:60].replace("[", "-").replace("]", ""))
+        return load_concept_benchmark("concept-shapes", split=split, limit=limit, dataset_name=names[-1])
+
+    yield make
+    for name in names:
+        fo.delete_dataset(name)
+
+
+@pytest.fixture(scope="session")
+def run_operator(fo) -> Callable[..., Any]:
+    """Runs an operator of the plugin as Python users do.
+
+    In a thread of its own: where Playwright's event loop runs, FiftyOne would return a task that nobody awaits.
+    """
+    import fiftyone.operators as foo
+
+    def run(name: str, dataset: Any = None, params: dict[str, Any] | None = None, **context: Any) -> Any:
+        context |= {"params": params or {}} | ({} if dataset is None else {"dataset": dataset.name})
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(foo.execute_operator, f"{PLUGIN}/{name}", context).result()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_queued(fo) -> Callable[[Any], None]:
+    """Runs what is scheduled for a dataset, as a worker does; in a thread, for the same reason."""
+    from fiftyone.operators.delegated import DelegatedOperationService
+
+    def run(dataset: Any) -> None:
+        service = DelegatedOperationService()
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(service.execute_queued_operations, dataset_name=dataset.name).result()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def server(fo, folder) -> Iterator[str]:
+    """Address of an App server."""
+    port = free_port()
+    process = start_server(port, folder / "server.log")
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait(timeout=30)
+
+
+def find_chromium() -> str | None:
+    """A Chromium to drive: named by CONCEPTSEG_CHROMIUM or on the PATH."""
+    names = (os.environ.get("CONCEPTSEG_CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
+    return next((path for path in map(shutil.which, filter(None, names)) if path), None)
+
+
+def launch_chromium(playwright: Any) -> Any:
+    """Starts it, or Playwright's own."""
+    from playwright.sync_api import Error
+
+    try:
+        return playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
+    except Error as error:
+        pytest.skip(
+            f"there is no Chromium that runs; name one in CONCEPTSEG_CHROMIUM: {error.message.splitlines()[0]}"
+        )
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless browser."""
+    if not _installed("playwright"):
+        pytest.skip("Playwright is not installed: pip install playwright")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = launch_chromium(playwright)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture()
+def outside() -> list[str]:
+    """The addresses outside loopback that the page of a test asked for."""
+    return []
+
+
+@pytest.fixture()
+def page(chromium, outside, folder, request) -> Iterator[Any]:
+    """A fresh page that reaches loopback only."""
+    context = chromium.new_context(viewport={"width": 1440, "height": 900})
+    context.set_default_timeout(120_000)
+
+    def guard(route: Any) -> None:
+        host = route.request.url.split("/")[2].split(":")[0]
+        if host == "127.0.0.1" or not route.request.url.startswith("http"):
+            route.continue_()
+        else:
+            outside.append(route.request.url)
+            route.abort()
+
+    context.route("**/*", guard)
+    page = context.new_page()
+    failed = request.session.testsfailed
+    yield page
+    if request.session.testsfailed > failed:
+        page.screenshot(path=folder / f"{request.node.name}.png")
+        warnings.warn(f"the page as it was: {folder / request.node.name}.png", stacklevel=1)
+    context.close()

@@ -1,0 +1,138 @@
+"""A curator's way through the App, in a real browser."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+DATASET = "walk"
+
+
+@pytest.fixture()
+def app(page, server):
+    from app_driver import App
+
+    return App(page, server)
+
+
+def test_a_curators_walk(app, fo, outside, request):
+    from app_driver import eventually
+    from playwright.sync_api import expect
+
+    page = app.page
+    request.addfinalizer(lambda: fo.dataset_exists(DATASET) and fo.delete_dataset(DATASET))
+
+    # From an empty database: load ConceptShapes.
+    app.open()
+    page.get_by_text("browse operations").click()
+    form = app.open_form("ConceptSeg: load a benchmark", "Split", browse=False)
+    form.locator("input").last.fill(DATASET)
+    expect(form.locator("input").last).to_have_value(DATASET)
+    page.wait_for_timeout(1500)  # the form resolves what was typed
+    app.shot("1-load")
+    app.execute(form)
+    page.wait_for_url(re.compile(f"/datasets/{DATASET}"))
+    page.get_by_role("button", name="Done").click()
+    app.wait_for_grid()
+    dataset = fo.load_dataset(DATASET)
+    targets = dataset.load_saved_view("targets")
+    assert len(targets) == 60
+
+    # Three references of one task lie before their target.
+    for index in range(3):
+        app.select(index)
+    expect(page.get_by_text("3", exact=True).first).to_be_visible()
+    app.shot("2-references")
+
+    # Segment from the form; it says what is missing before it can be sent.
+    form = app.open_form("ConceptSeg: segment a concept", "Checkpoint")
+    expect(form.get_by_text("There is no prompt; give words, or the field that holds them.")).to_be_visible()
+    assert form.get_by_text("The selected samples (3)").count() == 1
+    form.locator("input[type=string]").first.fill("the same object")
+    expect(form.get_by_text("60 samples will be segmented")).to_be_visible()
+    app.shot("3-form")
+    app.execute(form)
+    expect(page.get_by_text("60 of 60 segmented").first).to_be_visible()
+    page.get_by_role("button", name="Done").click()
+    dataset.reload()
+    assert dataset.count("concept") == 60
+    references = dataset.limit(3)
+    assert references.count("concept") == 0 and set(references.values("role")) == {"reference"}
+    assert set(dataset.distinct("concept.prompt")) == {"the same object"}
+
+    # The same, each sample with its own prompt and references.
+    form = app.open_form("ConceptSeg: segment a concept", "Checkpoint")
+    form.get_by_text("Prompts in a field").click()
+    expect(form.get_by_text("Prompt field", exact=True)).to_be_visible()
+    app.choose(form, "The selected samples", "Each sample's own (field reference_ids)")
+    expect(form.get_by_text("60 samples will be segmented")).to_be_visible()
+    app.execute(form)
+    expect(page.get_by_text("60 of 60 segmented").first).to_be_visible()
+    page.get_by_role("button", name="Done").click()
+    dataset.reload()
+    routes = dataset.count_values("concept.route")
+    assert routes["shortcut"] > 5 and routes["reasoning"] > 20
+
+    # The mask, and its rule in the tooltip.
+    reasoned = dataset.match({"concept.rule": {"$ne": None}}).first()
+    page.goto(f"{app.address}/datasets/{DATASET}?view=targets&id={reasoned.id}")
+    page.locator("[data-cy=modal-looker-container]").wait_for()
+    page.wait_for_timeout(2000)
+    tooltip = app.hover_mask()
+    expect(tooltip).to_contain_text(reasoned["concept"]["rule"])
+    expect(tooltip).to_contain_text("reasoning")
+    app.shot("4-tooltip")
+    page.keyboard.press("Escape")
+
+    # Evaluate; the numbers are those of the package.
+    form = app.open_form("ConceptSeg: evaluate masks", "Protocol")
+    app.execute(form)
+    expect(page.get_by_text("foreground IoU:").first).to_be_visible()
+    app.shot("5-evaluation")
+    page.get_by_role("button", name="Close").click()
+    dataset.reload()
+    results = dataset.load_evaluation_results("concepts")
+    metrics = {metric["key"]: metric["value"] for metric in results.custom_metrics.values()}
+    assert metrics["giou"] > 50
+
+    # Its numbers in the explorer; a rule leads to its samples.
+    app.open_panel("Concept explorer")
+    expect(page.get_by_text("Rules and the samples they produced")).to_be_visible()
+    expect(page.get_by_text(re.compile(r"foreground IoU: CI \d"))).to_be_visible()
+    cells = page.locator("tr", has=page.get_by_text("all", exact=True)).last
+    expect(cells).to_contain_text(f"{metrics['giou']:.1f}")
+    app.shot("6-explorer")
+    rules = dataset.count_values("concept.rule")
+    rule, count = max(((rule, count) for rule, count in rules.items() if rule), key=lambda item: item[1])
+    row = page.locator("tr", has=page.get_by_text(textwrap.shorten(rule, 44, placeholder=" …"), exact=True))
+    row.scroll_into_view_if_needed()
+    app.shot("7-rules")
+    row.hover()
+    row.get_by_role("button").first.click()
+    eventually(page, lambda: page.get_by_text(f"{count} samples", exact=True).count() == 1)
+    app.shot("8-rule")
+
+    assert not [address for address in outside if not address.startswith("https://fonts.googleapis.com/")]
+
+
+def test_the_run_is_in_fiftyones_own_panel(app, make_dataset, run_operator):
+    from playwright.sync_api import expect
+
+    dataset = make_dataset(12)
+    own = {"prompt_source": "field", "prompt_field": "prompt", "references": "own"}
+    run_operator("segment_concept", dataset, own)
+    result = run_operator("evaluate_concepts", dataset, {"eval_key": "shapes_run"}).result
+    app.open(dataset.name)
+    app.open_panel("Model Evaluation")
+    app.page.wait_for_timeout(3000)
+    app.shot("9-before")
+    app.page.get_by_text("shapes_run", exact=True).last.click()
+    for name in ("gIoU (mean foreground IoU) (%)", "mIoU (%)", "MAE (%)"):
+        expect(app.page.get_by_text(name).first).to_be_visible()
+    row = app.page.locator("tr", has=app.page.get_by_text("mIoU (%)", exact=True)).first
+    expect(row).to_contain_text(f"{result['metrics']['miou']:.1f}"[:4])
+    app.shot("9-model-evaluation")

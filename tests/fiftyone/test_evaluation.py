@@ -1,0 +1,134 @@
+"""The backend "conceptseg": the package's numbers, kept as a run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from conceptseg_hf.evaluation import foreground_iou, score_masks
+from conceptseg_hf.images import load_mask
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture()
+def segmented(make_dataset):
+    """A dataset with predictions; two of its targets have none."""
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
+
+    dataset = make_dataset(12)
+    job = SegmentationJob(prompt_field="prompt", router="sam_only", outputs=("segmentation", "heatmap"))
+    for _ in segment_collection(dataset.load_saved_view("targets").limit(10), job):
+        pass
+    return dataset
+
+
+def pairs(dataset):
+    """Predictions and truths; no prediction is an empty mask."""
+    found = []
+    for sample in dataset.load_saved_view("targets"):
+        truth = load_mask(sample["ground_truth"].mask_path)
+        label = sample["concept"]
+        found.append((np.zeros_like(truth) if label is None else load_mask(label.mask_path), truth))
+    return found
+
+
+@pytest.mark.parametrize("protocol", ["standard", "paper"])
+def test_numbers_are_the_packages(fo, segmented, protocol):
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+
+    names = ("miou", "giou", "ciou", "mae", "ber", "mdice", "f_w", "s_measure")
+    results = evaluate_concepts(segmented, eval_key="run", protocol=protocol, metrics=names)
+    predictions, truths = zip(*pairs(segmented))
+    expected = score_masks(predictions, truths, protocol=protocol, metrics=names)
+    values = {metric["key"]: metric["value"] for metric in results.custom_metrics.values()}
+    assert values == pytest.approx(expected)
+    assert {
+        name for name, metric in zip(values, results.custom_metrics.values()) if metric["lower_is_better"]
+    } == {
+        "mae",
+        "ber",
+    }
+    segmented.reload()
+    again = segmented.load_evaluation_results("run")
+    assert again.custom_metrics == results.custom_metrics
+    if protocol == "standard":
+        ious = segmented.load_saved_view("targets").values("run_iou")
+        assert ious == pytest.approx([foreground_iou(*pair) for pair in pairs(segmented)])
+        assert again.metrics()["recall"] == pytest.approx(
+            sum((prediction & truth).sum() for prediction, truth in pairs(segmented))
+            / sum(truth.sum() for truth in truths)
+        )
+    assert segmented.load_saved_view("references").count("run_iou") == 0
+    segmented.delete_evaluation("run")
+    assert not [name for name in segmented.get_field_schema() if name.startswith("run_")]
+
+
+def test_the_report_speaks_of_levels_and_groups(segmented):
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+    from conceptseg_hf.integrations.fiftyone.evaluation import report_of
+
+    evaluate_concepts(segmented, eval_key="run")
+    table = report_of(segmented, "run").table
+    rows = {(row["level"], row["group"]): row for row in table}
+    ious = {"CI": [], "CD": [], "CR": []}
+    for sample in segmented.load_saved_view("targets"):
+        if sample["present"]:
+            ious[sample["level"]].append(sample["run_iou"])
+    for level, values in ious.items():
+        assert rows[level, "all"]["foreground_iou"] == pytest.approx(np.mean(values))
+    assert rows["all", "all"]["samples"] == 12
+    with pytest.raises(ValueError, match="there is no evaluation 'other'"):
+        report_of(segmented, "other")
+
+
+def test_probabilities_can_be_scored(segmented):
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+
+    hard = evaluate_concepts(segmented, metrics=("mae", "giou"))
+    soft = evaluate_concepts(segmented, metrics=("mae", "giou"), heatmap_field="concept_heatmap")
+    assert soft.custom_metrics["conceptseg_giou"] == hard.custom_metrics["conceptseg_giou"]
+    assert soft.custom_metrics["conceptseg_mae"] != hard.custom_metrics["conceptseg_mae"]
+
+
+def test_fiftyones_own_way_in(fo, segmented):
+    from conceptseg_hf.integrations.fiftyone import register_evaluation_backend
+
+    register_evaluation_backend()
+    results = segmented.evaluate_segmentations("concept", gt_field="ground_truth", method="conceptseg")
+    assert results.custom_metrics["conceptseg_giou"]["value"] > 0
+
+
+def test_what_is_missing_is_said(segmented):
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+
+    with pytest.raises(ValueError, match="field 'nothing' is not in the dataset"):
+        evaluate_concepts(segmented, pred_field="nothing")
+    with pytest.raises(ValueError, match="no sample has a mask in 'ground_truth'"):
+        evaluate_concepts(segmented.match({"role": "nobody"}))
+
+
+def test_uncertain_samples_are_tagged(segmented):
+    from conceptseg_hf.integrations.fiftyone import find_uncertain
+    from conceptseg_hf.integrations.fiftyone.uncertainty import TAGS
+
+    targets = list(segmented.load_saved_view("targets").exists("concept"))
+    near, failed, wrong = targets[:3]
+    near["concept"]["threshold"] = near["concept"]["presence"] + 0.02
+    for sample in targets[1:]:
+        sample["concept"]["threshold"] = 2.0  # out of reach of any presence
+    failed["concept"]["check_iou"] = 0.1
+    wrong["concept"]["error"] = "an error of the test."
+    for sample in targets:
+        sample.save()
+    found = find_uncertain(segmented)
+    assert found == {"presence": [near.id], "check": [failed.id], "error": [wrong.id]}
+    assert segmented.match_tags(TAGS["check"]).values("id") == [failed.id]
+
+    # A second search replaces the tags of the first; equal masks agree.
+    segmented.clone_sample_field("concept", "other")
+    found = find_uncertain(segmented, margin=0, check_iou=0, other_field="other", routes_iou=0.99)
+    assert not any(found[reason] for reason in ("presence", "check", "routes"))
+    assert segmented.count_sample_tags() == {TAGS["error"]: 1}
+    with pytest.raises(ValueError, match="field 'ground_truth' holds no predictions"):
+        find_uncertain(segmented, field="ground_truth")

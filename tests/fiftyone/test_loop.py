@@ -1,0 +1,201 @@
+"""One loop behind the operator, delegated runs and Python: equal masks, errors of their own, nothing lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+OWN = {"prompt_source": "field", "prompt_field": "prompt", "references": "own"}
+
+WORKER = """
+import sys
+from fiftyone.operators.delegated import DelegatedOperationService
+DelegatedOperationService().execute_queued_operations(dataset_name=sys.argv[1])
+"""
+
+
+def masks(dataset, field):
+    """The masks of the targets, by sample id."""
+    view = dataset.load_saved_view("targets")
+    return {sample.id: sample[field].get_mask() for sample in view.exists(field)}
+
+
+def assert_equal_masks(first, second):
+    assert first.keys() == second.keys() and first
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+
+
+def test_equal_masks_everywhere(fo, make_dataset, run_operator, run_queued, folder):
+    from fiftyone.operators.delegated import DelegatedOperationService
+
+    from conceptseg_hf.integrations.fiftyone import ConceptSegFiftyOneModel, declare_prediction_fields
+
+    dataset = make_dataset(12)
+    run_operator("segment_concept", dataset, OWN | {"field": "immediate"})
+    run_operator("segment_concept", dataset, OWN | {"field": "delegated"}, request_delegation=True)
+    dataset.reload()
+    assert dataset.count("immediate") == 12 and not dataset.has_field("delegated")
+    service = DelegatedOperationService()
+    run_queued(dataset)
+    declare_prediction_fields(dataset, "applied")
+    dataset.load_saved_view("targets").apply_model(
+        ConceptSegFiftyOneModel(),
+        "applied",
+        prompt_field="prompt",
+        reference_field="reference_ids",
+        batch_size=5,
+        output_dir=str(folder / dataset.name),
+    )
+    dataset.reload()
+    immediate = masks(dataset, "immediate")
+    assert len(immediate) == 12 and any(mask.any() for mask in immediate.values())
+    assert_equal_masks(immediate, masks(dataset, "delegated"))
+    assert_equal_masks(immediate, masks(dataset, "applied"))
+    for name in ("route", "rule", "answer", "prompt"):
+        assert dataset.values(f"immediate.{name}") == dataset.values(f"applied.{name}")
+    for name in ("presence", "check_iou"):
+        targets = dataset.exists(f"immediate.{name}")
+        assert targets.values(f"immediate.{name}") == pytest.approx(
+            targets.values(f"applied.{name}"), abs=1e-4
+        )
+    [operation] = service.list_operations(dataset_name=dataset.name)
+    assert (operation.run_state, operation.status.progress) == ("completed", 1.0)
+
+
+def test_masks_are_the_pipelines(make_dataset):
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob, get_pipeline, segment_collection
+
+    dataset = make_dataset(8)
+    targets = dataset.load_saved_view("targets")
+    job = SegmentationJob(prompt="star", router="sam_only", outputs=("segmentation", "detections", "heatmap"))
+    *_, progress = segment_collection(targets, job)
+    assert str(progress) == "8 of 8 segmented"
+    for sample in dataset.load_saved_view("targets"):
+        result = get_pipeline()(sample.filepath, prompt="star", router="sam_only", return_heatmap=True)
+        mask = np.asarray(result["mask"])
+        assert np.array_equal(sample["concept"].get_mask(), mask)
+        assert sample["concept"]["presence"] == pytest.approx(result["presence"], abs=1e-4)
+        assert np.allclose(sample["concept_heatmap"].get_map() / 255, result["heatmap"], atol=1 / 255)
+        # Regions of the mask, put together again.
+        again = np.zeros_like(mask, dtype=bool)
+        height, width = mask.shape
+        for detection in sample["concept_detections"].detections:
+            x, y = round(detection.bounding_box[0] * width), round(detection.bounding_box[1] * height)
+            part = detection.mask
+            again[y : y + part.shape[0], x : x + part.shape[1]] |= part
+        assert np.array_equal(again, mask > 0)
+
+
+def test_an_error_stays_with_its_sample(make_dataset):
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
+    from conceptseg_hf.integrations.fiftyone.loop import pending_ids
+
+    dataset = make_dataset(9)
+    broken, wordless, lonely, *_ = list(dataset.load_saved_view("targets").match({"level": "CD"}))
+    picture = Path(broken.filepath).read_bytes()
+    Path(broken.filepath).write_bytes(picture[:200])
+    wordless["prompt"] = None
+    wordless.save()
+    lonely["reference_ids"] = ["0" * 24]
+    lonely.save()
+    job = SegmentationJob(
+        prompt_field="prompt", reference_ids_field="reference_ids", batch_size=4, skip_existing=True
+    )
+    targets = dataset.load_saved_view("targets")
+    *_, progress = segment_collection(targets, job)
+    assert progress.done == 9 and set(progress.errors) == {broken.id, wordless.id, lonely.id}
+    assert "damaged" in progress.errors[broken.id]
+    assert "there is no prompt" in progress.errors[wordless.id]
+    assert "references are not in the dataset" in progress.errors[lonely.id]
+    assert len(dataset.match({"concept.mask_path": {"$ne": None}})) == 6
+    assert set(dataset.match({"concept.error": {"$ne": None}}).values("id")) == set(progress.errors)
+
+    # What failed is tried again, and only that.
+    Path(broken.filepath).write_bytes(picture)
+    targets = dataset.load_saved_view("targets")
+    assert set(pending_ids(targets, job)) == set(progress.errors)
+    *_, again = segment_collection(targets, job)
+    assert (again.total, again.skipped, set(again.errors)) == (3, 6, {wordless.id, lonely.id})
+
+
+def test_a_killed_run_loses_nothing_that_was_written(fo, make_dataset, run_operator, run_queued):
+    from fiftyone.operators.delegated import DelegatedOperationService
+
+    dataset = make_dataset(60)
+    params = OWN | {"skip_existing": True, "batch_size": 2, "router": "full_reasoning"}
+    run_operator("segment_concept", dataset, params, request_delegation=True)
+    worker = subprocess.Popen([sys.executable, "-c", WORKER, dataset.name])
+    try:
+        deadline = time.monotonic() + 240
+        while not dataset.has_field("concept") or dataset.count("concept") < 20:
+            assert worker.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+            dataset.reload()
+    finally:
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.wait()
+    dataset.reload()
+    written = dict(zip(*dataset.exists("concept").values(["id", "concept.mask_path"])))
+    assert 20 <= len(written) < 60
+    for path in written.values():
+        with Image.open(path) as picture:
+            picture.load()
+            assert picture.size == (128, 128)
+
+    service = DelegatedOperationService()
+    [operation] = service.list_operations(dataset_name=dataset.name)
+    assert operation.run_state == "running"  # for ever: FiftyOne does not notice
+    service.set_failed(operation.id)
+    again = service.rerun_operation(operation.id)
+    run_queued(dataset)
+    dataset.reload()
+    assert dataset.count("concept") == 60
+    after = dict(zip(*dataset.exists("concept").values(["id", "concept.mask_path"])))
+    assert written.items() <= after.items()
+    assert f"{60 - len(written)} of {60 - len(written)} segmented" in service.get(again.id).status.label
+
+
+def test_references_are_read_from_boxes_and_masks(fo, make_dataset):
+    from conceptseg_hf.integrations.fiftyone import references_from, view_with_references
+
+    dataset = make_dataset(12)
+    target = dataset.match({"group": "camouflage", "role": "target"}).first()
+    samples = list(dataset.select(target["reference_ids"], ordered=True))
+    references = references_from(samples, "ref_boxes")
+    first = samples[0]["ref_boxes"].detections[0].bounding_box
+    assert references[0].box == pytest.approx(
+        (first[0] * 64, first[1] * 64, (first[0] + first[2]) * 64, (first[1] + first[3]) * 64)
+    )
+    assert {reference.role for reference in references} == {"auto"}
+    assert {reference.role for reference in references_from(samples, "ref_boxes", proxy=False)} == {"support"}
+    [masked] = references_from([target], "ground_truth")
+    assert masked.mask == target["ground_truth"].mask_path
+    with pytest.raises(ValueError, match="has neither box nor mask in 'ref_boxes'"):
+        references_from([target], "ref_boxes")
+    assert [reference.box for reference in references_from([target], None)] == [None]
+    with pytest.raises(ValueError, match="at most 9"):
+        references_from(list(dataset.match({"role": "reference"}).exists("ref_boxes"))[:10], "ref_boxes")
+    view = view_with_references(dataset, [target.id])
+    assert view.values("id") == [*target["reference_ids"], target.id]
+
+
+def test_the_model_is_shared_and_freed(fo, make_dataset, run_operator):
+    from conceptseg_hf.integrations.fiftyone import get_pipeline, release_models
+
+    release_models()
+    first = get_pipeline()
+    assert get_pipeline() is first
+    assert run_operator("release_model").result == {"released": 1}
+    assert get_pipeline() is not first
+    with pytest.raises(ValueError, match="checkpoint 'nowhere' was not found"):
+        get_pipeline("nowhere")
