@@ -97,7 +97,7 @@ def test_the_lora_recipe_trains_adapters_and_the_ctm():
     assert args.generation_batch_size == 64 and args.generation_batch_size % args.num_generations == 0
     assert "quantization_config" not in policy.load_kwargs()
     policy.load_in_4bit = True
-    assert "sam" in policy.load_kwargs()["quantization_config"].llm_int8_skip_modules
+    assert policy.load_kwargs()["quantization_config"].load_in_4bit
 
 
 def test_four_bits_need_adapters(tmp_path):
