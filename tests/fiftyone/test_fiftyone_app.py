@@ -35,6 +35,11 @@ def reached(process: psutil.Process) -> set[str]:
     return {connection.raddr.ip for connection in connections if connection.raddr}
 
 
+def heed_interrupts() -> None:
+    """What a shell runs in the background ignores Ctrl-C, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_one_command_opens_the_app(folder, tmp_path):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FIFTYONE_")}
     command = [
@@ -46,7 +51,8 @@ def test_one_command_opens_the_app(folder, tmp_path):
         "3",
     ]
     command += ["--folder", str(tmp_path / "app")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=kept) as app:
+    app = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=kept, preexec_fn=heed_interrupts)
+    try:
         line = app.stdout.readline()
         address = re.search(r"http://127\.0\.0\.1:\d+/datasets/concept-shapes", line)[0]
         assert urllib.request.urlopen(address, timeout=60).status == 200
@@ -56,6 +62,10 @@ def test_one_command_opens_the_app(folder, tmp_path):
         assert listening(process) == {"127.0.0.1"} == reached(process)
         app.send_signal(signal.SIGINT)
         assert app.wait(timeout=60) == 0
+    finally:
+        app.kill()
+        app.wait()
+        app.stdout.close()
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     written = {path.name for path in (tmp_path / "app").iterdir()}
     assert {"database", "data", "plugins", "zoo"} <= written
