@@ -149,7 +149,8 @@ class CompletionCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"completions-{process:05d}.jsonl"
         _drop_torn_line(path)
-        samples = ReadableSamples(samples)
+        if not isinstance(samples, ReadableSamples):
+            samples = ReadableSamples(samples)
         seen: set[str] = set()
         batch: list[ConceptSample] = []
         mine = range(process, len(samples), processes)

@@ -31,8 +31,8 @@ class ReadableSamples:
         stand_ins: What stands in for the samples that were found broken: index by index.
     """
 
-    def __init__(self, samples: Sequence[ConceptSample] | ReadableSamples) -> None:
-        self.samples = samples.samples if isinstance(samples, ReadableSamples) else samples
+    def __init__(self, samples: Sequence[ConceptSample]) -> None:
+        self.samples = samples
         self.stand_ins: dict[int, int] = {}
 
     def __len__(self) -> int:
