@@ -2,18 +2,21 @@
 
 python benchmarks/fiftyone_loop.py                       # 1,000 drawn pictures of 112 pixels
 python benchmarks/fiftyone_loop.py --samples 200 --router full_reasoning
+python benchmarks/fiftyone_loop.py --check               # and fails beyond 25 % or where memory grows
 
-Both read the same files and segment batches of 8 with the embedded checkpoint; the loop also writes masks and labels
-and needs MongoDB. Times are of this process (CPU seconds), as a busy machine stretches others.
+Both segment the same files in batches of 8 with the embedded checkpoint, in turns; the loop also writes masks and
+labels and needs MongoDB. Times are of this process (CPU seconds), as a busy machine stretches others.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import atexit
 import os
+import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -21,21 +24,40 @@ import psutil
 from conceptseg_hf.data.concept_shapes import ConceptShapes
 from conceptseg_hf.integrations.mongodb import start_mongod
 
-SIZE, BATCH = 112, 8
+SIZE, BATCH, TURNS = 112, 8, 10
+LIMIT_PERCENT, LIMIT_GROWTH = 25.0, 1.05
 
 
-def main() -> None:
-    """Measures both and prints the figures."""
+def main() -> int:
+    """Measures both, prints the figures and returns the exit code."""
     parser = argparse.ArgumentParser(description="Overhead of the FiftyOne loop.")
     parser.add_argument("--samples", type=int, default=1000, help="pictures (default: %(default)s)")
     parser.add_argument("--router", default="sam_only", help="router mode (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="exit with 1 beyond the limits")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        measure(Path(folder), arguments.samples, arguments.router)
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # runs after MongoDB has ended
+    bare, segmenting, loop, memory = measure(folder, arguments.samples, arguments.router)
+    overhead = 100 * (loop / segmenting - 1)
+    growth = memory[-1] / memory[0]
+    print(
+        f"{arguments.samples} samples; router {arguments.router}, {SIZE} pixels, batches of {BATCH}, CPU seconds:"
+    )
+    print(f"  model.segment                    {segmenting:7.1f}")
+    print(f"  reading, preparing, segmenting   {bare:7.1f}")
+    print(f"  the loop                         {loop:7.1f}")
+    print(f"  over model.segment               {overhead:6.1f} %")
+    print(f"  over reading + model.segment     {100 * (loop / bare - 1):6.1f} %")
+    print(f"  resident memory in MiB after each turn: {', '.join(f'{value:.0f}' for value in memory)}")
+    return int(arguments.check and (overhead > LIMIT_PERCENT or growth > LIMIT_GROWTH))
 
 
-def measure(folder: Path, count: int, router: str) -> None:
-    """Segments the same files with the model alone, then through the loop."""
+def measure(folder: Path, count: int, router: str) -> tuple[float, float, float, list[float]]:
+    """Segments the same files with the model alone and through the loop.
+
+    Returns:
+        CPU seconds of reading and segmenting, of `model.segment` in that, and of the loop; MiB after each turn.
+    """
     os.environ |= {
         "FIFTYONE_DATABASE_URI": start_mongod(folder / "database"),
         "FIFTYONE_DATABASE_VALIDATION": "false",
@@ -56,35 +78,35 @@ def measure(folder: Path, count: int, router: str) -> None:
     dataset.add_samples([fo.Sample(filepath=path) for path in paths])
     pipeline, prompt = get_pipeline(), "striped star"
     model, processor = pipeline.model, pipeline.processor
+    job = SegmentationJob(prompt=prompt, router=router, batch_size=BATCH)
+    spent = {"bare": 0.0, "segmenting": 0.0, "loop": 0.0}
 
-    def segment_alone(chosen: list[str]) -> float:
-        seconds = 0.0
+    def segment_alone(chosen: list[str]) -> None:
+        begun = time.process_time()
         for start in range(0, len(chosen), BATCH):
             batch = [processor.prepare(path, prompt, lazy=True) for path in chosen[start : start + BATCH]]
-            begun = time.process_time()
+            ready = time.process_time()
             model.segment(ConceptSegInputs(batch, processor), router=router)
-            seconds += time.process_time() - begun
-        return seconds
+            spent["segmenting"] += time.process_time() - ready
+        spent["bare"] += time.process_time() - begun
+
+    def segment_in_loop(samples: Iterable[fo.Sample]) -> None:
+        begun = time.process_time()
+        for _ in segment_collection(samples, job):
+            pass
+        spent["loop"] += time.process_time() - begun
 
     segment_alone(paths[: 4 * BATCH])  # warm
-    begun = time.process_time()
-    segment_seconds = segment_alone(paths)
-    bare_seconds = time.process_time() - begun
-    process = psutil.Process()
-    begun = time.process_time()
-    job = SegmentationJob(prompt=prompt, router=router, batch_size=BATCH)
-    memory = [process.memory_info().rss / 2**20 for _ in segment_collection(dataset, job)]
-    loop_seconds = time.process_time() - begun
-    print(f"{len(paths)} samples; router {router}, {SIZE} pixels, batches of {BATCH}, CPU seconds:")
-    print(f"  model.segment                    {segment_seconds:7.1f}")
-    print(f"  reading, preparing, segmenting   {bare_seconds:7.1f}")
-    print(f"  the loop                         {loop_seconds:7.1f}")
-    print(f"  over model.segment               {100 * (loop_seconds / segment_seconds - 1):6.1f} %")
-    print(f"  over reading + model.segment     {100 * (loop_seconds / bare_seconds - 1):6.1f} %")
-    tenth = len(memory) // 10
-    shown = ", ".join(f"{value:.0f}" for value in itertools.islice(memory, tenth, None, max(1, 2 * tenth)))
-    print(f"  resident memory in MiB on the way: {shown}")
+    segment_in_loop(dataset[: 4 * BATCH])
+    spent.update(dict.fromkeys(spent, 0.0))
+    process, memory = psutil.Process(), []
+    step = -(-count // TURNS)
+    for start in range(0, count, step):
+        segment_alone(paths[start : start + step])
+        segment_in_loop(dataset[start : start + step])
+        memory.append(process.memory_info().rss / 2**20)
+    return spent["bare"], spent["segmenting"], spent["loop"], memory
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

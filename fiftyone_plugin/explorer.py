@@ -63,22 +63,28 @@ class ConceptExplorer(foo.Panel):
 
     def show_rule(self, ctx: Any) -> None:
         """Shows the samples of a row of rules."""
-        rule, field = self._row(ctx, "rules")["rule"], ctx.panel.get_state("field")
-        self._show(ctx, _with(ctx.dataset, field, "rule", None if rule == NO_RULE else rule))
+        row, field = self._row(ctx, "rules"), ctx.panel.get_state("field")
+        if row:
+            self._show(
+                ctx, _with(ctx.dataset, field, "rule", None if row["rule"] == NO_RULE else row["rule"])
+            )
 
     def show_failure(self, ctx: Any) -> None:
         """Shows the samples of a row of failures."""
-        kind, field = self._row(ctx, "failures")["kind"], ctx.panel.get_state("field")
-        self._show(ctx, ctx.dataset.select(_failures(ctx.dataset, field)[kind]))
+        row = self._row(ctx, "failures")
+        if row:
+            failures = _failures(ctx.dataset, ctx.panel.get_state("field"))
+            self._show(ctx, ctx.dataset.select(failures[row["kind"]]))
 
     def show_group(self, ctx: Any) -> None:
         """Shows the samples of a row of metrics."""
         row = self._row(ctx, "metrics")
-        view = ctx.dataset.exists(f"{ctx.panel.get_state('eval_key')}_iou")
-        for name in ("level", "group"):
-            if row[name] != "all" and ctx.dataset.has_field(name):
-                view = view.match(F(name) == row[name])
-        self._show(ctx, view)
+        if row:
+            view = ctx.dataset.exists(f"{ctx.panel.get_state('eval_key')}_iou")
+            for name in ("level", "group"):
+                if row[name] != "all" and ctx.dataset.has_field(name):
+                    view = view.match(F(name) == row[name])
+            self._show(ctx, view)
 
     def show_all(self, ctx: Any) -> None:
         """Back to all samples."""
@@ -97,23 +103,14 @@ class ConceptExplorer(foo.Panel):
         panel.md(state("summary"), name="summary_shown")
         self._render_choices(panel, ctx)
         if state("metrics"):
-            self._render_metrics(panel)
+            title = "Metrics by level and group"
+            self._table(panel, ctx, "metrics", title, METRIC_COLUMNS, self.show_group)
         self._render_plots(panel, ctx)
-        self._table(
-            panel,
-            "rules",
-            "Rules and the samples they produced",
-            {"shown": "Rule", "samples": "n"},
-            self.show_rule,
-        )
+        shown = {"shown": "Rule", "samples": "n"}
+        self._table(panel, ctx, "rules", "Rules and the samples they produced", shown, self.show_rule)
         if state("failures"):
-            self._table(
-                panel,
-                "failures",
-                "Failures by kind",
-                {"kind": "Kind", "samples": "n"},
-                self.show_failure,
-            )
+            shown = {"kind": "Kind", "samples": "n"}
+            self._table(panel, ctx, "failures", "Failures by kind", shown, self.show_failure)
         return types.Property(panel, view=types.ObjectView())
 
     def _refresh(self, ctx: Any) -> None:
@@ -190,9 +187,6 @@ class ConceptExplorer(foo.Panel):
         row.btn("refresh", label="Read again", on_click=self.on_choose)
         row.btn("all", label="Show all samples", on_click=self.show_all)
 
-    def _render_metrics(self, panel: types.Object) -> None:
-        self._table(panel, "metrics", "Metrics by level and group", METRIC_COLUMNS, self.show_group)
-
     def _render_plots(self, panel: types.Object, ctx: Any) -> None:
         common = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "height": 280}
         common |= {"margin": {"l": 50, "r": 20, "t": 40, "b": 45}, "showlegend": False, "dragmode": "select"}
@@ -220,17 +214,31 @@ class ConceptExplorer(foo.Panel):
         )
 
     def _table(
-        self, panel: types.Object, name: str, title: str, columns: dict[str, str], on_click: Any
+        self, panel: types.Object, ctx: Any, name: str, title: str, columns: dict[str, str], on_click: Any
     ) -> None:
         panel.md(f"**{title}**", name=f"{name}_title")
-        table = types.TableView()
+        table = types.TableView(
+            on_click_row=on_click,
+            actions_label="Show",
+            componentsProps={  # FiftyOne's own measures are too wide for half a window
+                "table": {"sx": {"minWidth": 0}},
+                "tableHeadCell": {"sx": {"px": 1}},
+                "tableBodyCell": {"sx": {"px": 1, "fontSize": "1rem"}},
+                "tableBodyRow": {"hover": True, "sx": {"cursor": "pointer"}},
+            },
+        )
         for key, label in columns.items():
             table.add_column(key, label=label)
+        for index, row in enumerate(ctx.panel.get_state(name) or ()):
+            if row.get("rule") != row.get("shown"):  # it was shortened
+                table.add_tooltip(index, 0, row["rule"])
         table.add_row_action("show", on_click=on_click, icon="visibility", tooltip="Show these samples")
         panel.list(name, types.Object(), view=table)
 
-    def _row(self, ctx: Any, name: str) -> dict[str, Any]:
-        return (ctx.panel.get_state(name) or [])[int(ctx.params["row"])]
+    def _row(self, ctx: Any, name: str) -> dict[str, Any] | None:
+        """The row that was clicked; None for the head of the table."""
+        rows, index = ctx.panel.get_state(name) or [], int(ctx.params["row"])
+        return rows[index] if 0 <= index < len(rows) else None
 
     def _show(self, ctx: Any, view: fo.DatasetView) -> None:
         ctx.ops.set_view(view=view)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-import fiftyone as fo
 import fiftyone.operators as foo
 from fiftyone.operators import types
 
@@ -48,12 +47,6 @@ def dropdown(
     for value, text in choices.items():
         view.add_choice(value, label=text)
     inputs.enum(name, list(choices), default=default, view=view)
-
-
-def string_fields(dataset: fo.Dataset) -> list[str]:
-    """Sample fields that can hold prompts."""
-    hidden = {"id", "filepath", "created_at", "last_modified_at"}
-    return [name for name in dataset.get_field_schema(ftype=fo.StringField) if name not in hidden]
 
 
 def choose_field(

@@ -18,11 +18,6 @@ REFERENCES = {
     "saved_view": "A saved view",
     "own": "Each sample's own (field reference_ids)",
 }
-ROUTERS = {
-    "adaptive": "Adaptive: SAM 3 first, reason if it is not sure",
-    "sam_only": "SAM 3 only: fast, words as they stand",
-    "full_reasoning": "Always reason",
-}
 
 
 class SegmentConcept(foo.Operator):
@@ -169,11 +164,8 @@ def reference_samples(ctx: Any) -> Any:
 
 
 def targets_of(ctx: Any) -> Any:
-    """The samples to segment: the target view without references."""
+    """The samples to segment: the target view without the references of a benchmark."""
     samples = ctx.target_view(require_flat=True)
-    references = reference_samples(ctx)
-    if references is not None:
-        samples = samples.exclude(references.values("id"))
     if samples.has_field("role"):
         samples = samples.match(F("role") != "reference")
     return samples
@@ -183,9 +175,9 @@ def job_of(ctx: Any) -> Any:
     """The form's values as a job.
 
     Raises:
-        ValueError: If references cannot be used.
+        ValueError: If there is no such saved view.
     """
-    from conceptseg_hf.integrations.fiftyone import SegmentationJob, references_from
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob
 
     get = ctx.params.get
     source = reference_source(ctx)
@@ -199,9 +191,7 @@ def job_of(ctx: Any) -> Any:
         field=get("field") or "concept",
         prompt=None if from_field else get("prompt"),
         prompt_field=get("prompt_field") if from_field else None,
-        references=[]
-        if samples is None
-        else references_from(samples, label_field_of(ctx), get("proxy", True)),
+        reference_ids=[] if samples is None else samples.values("id"),
         reference_ids_field="reference_ids" if source == "own" else None,
         reference_label_field=label_field_of(ctx),
         proxy=get("proxy", True),
@@ -215,19 +205,19 @@ def job_of(ctx: Any) -> Any:
 
 def label_field_of(ctx: Any) -> str | None:
     """The field that marks the concept in references; None for images alone."""
-    from conceptseg_hf.integrations.fiftyone.reference_samples import reference_label_fields
+    from conceptseg_hf.integrations.fiftyone.reference_samples import AUTO, resolve_label_field
 
     chosen = ctx.params.get("reference_label_field")
-    if chosen is not None:
-        return chosen if chosen != NO_MARK else None
-    return next(iter(reference_label_fields(ctx.dataset)), None)
+    return None if chosen == NO_MARK else resolve_label_field(ctx.dataset, chosen or AUTO)
 
 
 NO_MARK = "none"
 
 
 def _ask_prompt(inputs: types.Object, ctx: Any) -> None:
-    fields = forms.string_fields(ctx.dataset)
+    from conceptseg_hf.integrations.fiftyone.schema import text_fields
+
+    fields = text_fields(ctx.dataset)
     tabs = types.TabsView()
     tabs.add_choice("text", label="One prompt for all")
     tabs.add_choice("field", label="Prompts in a field")
@@ -286,6 +276,8 @@ def _ask_references(inputs: types.Object, ctx: Any) -> None:
 
 
 def _ask_model(inputs: types.Object, ctx: Any) -> None:
+    from conceptseg_hf.integrations.fiftyone.schema import ROUTERS
+
     inputs.str(
         "checkpoint", default="nano", label="Checkpoint", description="nano (embedded), a folder, or a hub id"
     )

@@ -29,6 +29,7 @@ class FindUncertain(foo.Operator):
             "ConceptSeg: find uncertain samples",
             "Presence near the threshold, failed checks, routes that disagree: what to look at first",
             dynamic=True,
+            allow_delegated_execution=True,
         )
 
     def resolve_input(self, ctx: Any) -> types.Property:
@@ -50,9 +51,18 @@ class FindUncertain(foo.Operator):
         masks = fields_of_type(ctx.dataset, fo.Segmentation)
         chosen = ctx.params.get("field") or next(iter(predicted), None)
         others = [name for name in predicted if name in masks and name != chosen]
-        if others:
+        if chosen in masks:
+            inputs.bool(
+                "other_route",
+                default=False,
+                label="Also take the route that was not taken",
+                description="Compares the masks of both routes; takes as long as another run",
+                view=types.SwitchView(),
+            )
+        if others and not ctx.params.get("other_route"):
             choices = {"none": "Nothing"} | {name: name for name in others}
-            forms.dropdown(inputs, "other_field", choices, "none", "Compare with the masks of another route")
+            forms.dropdown(inputs, "other_field", choices, "none", "Compare with the masks of another run")
+        if others or ctx.params.get("other_route"):
             inputs.float("routes_iou", default=0.5, min=0, max=1, label="Routes disagree below IoU")
         return forms.form(inputs, label)
 
@@ -60,21 +70,28 @@ class FindUncertain(foo.Operator):
         """Tags, shows, and returns the counts."""
         if forms.package_missing():
             raise ImportError(forms.INSTALL)
-        from conceptseg_hf.integrations.fiftyone import find_uncertain
+        from conceptseg_hf.integrations.fiftyone import find_uncertain, segment_other_route
+        from conceptseg_hf.integrations.fiftyone.schema import other_route_field
 
         get = ctx.params.get
+        samples, field = ctx.target_view(require_flat=True), get("field") or "concept"
         other = get("other_field")
+        if get("other_route"):
+            for progress in segment_other_route(samples, field):
+                ctx.set_progress(progress=progress.fraction, label=str(progress))
+            other = other_route_field(field)
         found = find_uncertain(
-            ctx.target_view(require_flat=True),
-            field=get("field") or "concept",
+            samples,
+            field=field,
             margin=get("margin", 0.1),
             check_iou=get("check_iou", 0.5),
             other_field=None if other in (None, "none") else other,
             routes_iou=get("routes_iou", 0.5),
         )
         ids = list(dict.fromkeys(sample_id for ids in found.values() for sample_id in ids))
-        ctx.ops.reload_dataset()
-        if ids:
+        if not ctx.delegated:
+            ctx.ops.reload_dataset()
+        if ids and not ctx.delegated:
             ctx.ops.set_view(view=ctx.dataset.select(ids))
         return {"total": len(ids), **{reason: len(found.get(reason, ())) for reason in REASONS}}
 

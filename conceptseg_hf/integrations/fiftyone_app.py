@@ -24,6 +24,10 @@ from .mongodb import free_port, start_mongod
 
 DATASET = "concept-shapes"
 _PLUGIN = Path(__file__).resolve().parents[2] / "fiftyone_plugin"
+_SERVER = Path(__file__).with_name("fiftyone_server.py")
+# Not `-m`, which would import `conceptseg_hf`, and torch, before the server answers; nor the file by its path, which
+# would put its folder before site-packages, and the `fiftyone` in it before FiftyOne.
+_RUN = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 _START_SECONDS = 180.0
 
 
@@ -71,18 +75,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def start_server(port: int, log: Path) -> subprocess.Popen:
-    """Starts FiftyOne's App server on loopback and waits until it answers.
+    """Starts the App server of `fiftyone_server.py` and waits until it answers.
 
     FiftyOne's settings are taken from this process's environment.
 
     Raises:
         RuntimeError: If it does not start.
     """
-    [package] = importlib.util.find_spec("fiftyone").submodule_search_locations
-    program = Path(package, "server", "main.py")
-    command = [sys.executable, str(program), "--port", str(port), "--address", "127.0.0.1"]
+    command = [sys.executable, "-c", _RUN, str(_SERVER), "--port", str(port)]
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=program.parent, stdout=file, stderr=file)
+        process = subprocess.Popen(command, stdout=file, stderr=file)
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         with (

@@ -54,6 +54,12 @@ class App:
         """Sends the form."""
         form.get_by_role("button", name="Execute", exact=True).click()
 
+    def schedule(self, form: Locator) -> None:
+        """Sends the form to a worker."""
+        form.locator("button[aria-haspopup=menu]").last.click()
+        self.page.get_by_role("menuitem", name="Schedule").click()
+        form.get_by_role("button", name="Schedule", exact=True).click()
+
     def select(self, index: int) -> None:
         """Selects a sample of the grid."""
         tile = self.page.locator("[data-cy=looker]").nth(index)

@@ -1,4 +1,4 @@
-"""A real MongoDB, a real App server, a real headless Chromium, each started once per process and only when asked for.
+"""A real MongoDB, a real headless Chromium, real App servers, started only when a test asks for them.
 
 FiftyOne reads its settings when it is imported: test modules import it inside fixtures and tests, after `folder`.
 """
@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from reached_hosts import audited, hosts_in
 
 from conceptseg_hf.integrations.fiftyone_app import start_server
 from conceptseg_hf.integrations.mongodb import find_mongod, free_port, start_mongod
@@ -40,6 +42,9 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("fiftyone")
     (folder / "plugins").mkdir()
     (folder / "plugins" / "conceptseg").symlink_to(ROOT / "fiftyone_plugin", target_is_directory=True)
+    official = os.environ.get("CONCEPTSEG_ZOO_PLUGIN")  # test_model_zoo.py says how to get it
+    if official is not None:
+        (folder / "plugins" / "zoo").symlink_to(Path(official).absolute(), target_is_directory=True)
     os.environ |= {
         "FIFTYONE_DATABASE_NAME": "conceptseg_tests",
         "FIFTYONE_DATABASE_VALIDATION": "false",
@@ -109,14 +114,21 @@ def run_queued(fo) -> Callable[[Any], None]:
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture()
 def server(fo, folder) -> Iterator[str]:
-    """Address of an App server."""
+    """Address of an App server of the test's own: it remembers the dataset that was last looked at."""
     port = free_port()
-    process = start_server(port, folder / "server.log")
+    with mock.patch.dict(os.environ, audited(os.environ, folder / "hosts")):
+        process = start_server(port, folder / "server.log")
     yield f"http://127.0.0.1:{port}"
     process.terminate()
     process.wait(timeout=30)
+
+
+@pytest.fixture()
+def hosts_reached(server, folder) -> Callable[[], set[str]]:
+    """Says which hosts the server's Python has asked for since it was started."""
+    return lambda: hosts_in(folder / "hosts")
 
 
 def find_chromium() -> str | None:

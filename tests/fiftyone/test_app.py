@@ -19,7 +19,7 @@ def app(page, server):
     return App(page, server)
 
 
-def test_a_curators_walk(app, fo, outside, request):
+def test_a_curators_walk(app, fo, outside, hosts_reached, request):
     from app_driver import eventually
     from playwright.sync_api import expect
 
@@ -111,28 +111,68 @@ def test_a_curators_walk(app, fo, outside, request):
     row = page.locator("tr", has=page.get_by_text(textwrap.shorten(rule, 44, placeholder=" …"), exact=True))
     row.scroll_into_view_if_needed()
     app.shot("7-rules")
-    row.hover()
-    row.get_by_role("button").first.click()
+    row.get_by_role("button").click()
     eventually(page, lambda: page.get_by_text(f"{count} samples", exact=True).count() == 1)
     app.shot("8-rule")
+    widths = "table => [table.offsetWidth, table.parentElement.offsetWidth]"
+    for table in page.locator("table").all():
+        table_width, panel_width = table.evaluate(widths)
+        assert table_width <= panel_width
+    page.get_by_role("button", name="Show all samples").click()
+    eventually(page, lambda: page.get_by_text(f"{len(dataset)} samples", exact=True).count() == 1)
+    row.click()
+    eventually(page, lambda: page.get_by_text(f"{count} samples", exact=True).count() == 1)
 
-    assert not [address for address in outside if not address.startswith("https://fonts.googleapis.com/")]
+    # The run is in FiftyOne's own panel, too.
+    app.open_panel("Model Evaluation")
+    card = page.get_by_text("Needs Review").locator("xpath=ancestor::*[.//*[text()='concepts']][1]")
+    card.get_by_text("concepts", exact=True).click()
+    for name in ("gIoU (mean foreground IoU) (%)", "mIoU (%)", "MAE (%)"):
+        expect(page.get_by_text(name).first).to_be_visible()
+    row = page.locator("tr", has=page.get_by_text("mIoU (%)", exact=True)).first
+    expect(row).to_contain_text(str(metrics["miou"])[:4])  # FiftyOne rounds elsewhere
+    app.shot("9-model-evaluation")
+
+    assert outside == [] and hosts_reached() == {"127.0.0.1"}
 
 
-def test_the_run_is_in_fiftyones_own_panel(app, make_dataset, run_operator):
+def test_a_run_is_scheduled(app, make_dataset, run_queued):
+    """Scheduled in the form, done by a worker; then what to look at first."""
+    from app_driver import eventually
+    from fiftyone.operators.delegated import DelegatedOperationService
     from playwright.sync_api import expect
 
-    dataset = make_dataset(12)
-    own = {"prompt_source": "field", "prompt_field": "prompt", "references": "own"}
-    run_operator("segment_concept", dataset, own)
-    result = run_operator("evaluate_concepts", dataset, {"eval_key": "shapes_run"}).result
+    dataset, page = make_dataset(12), app.page
     app.open(dataset.name)
-    app.open_panel("Model Evaluation")
-    app.page.wait_for_timeout(3000)
-    app.shot("9-before")
-    app.page.get_by_text("shapes_run", exact=True).last.click()
-    for name in ("gIoU (mean foreground IoU) (%)", "mIoU (%)", "MAE (%)"):
-        expect(app.page.get_by_text(name).first).to_be_visible()
-    row = app.page.locator("tr", has=app.page.get_by_text("mIoU (%)", exact=True)).first
-    expect(row).to_contain_text(f"{result['metrics']['miou']:.1f}"[:4])
-    app.shot("9-model-evaluation")
+    form = app.open_form("ConceptSeg: segment a concept", "Checkpoint")
+    form.get_by_text("Prompts in a field").click()
+    expect(form.get_by_text("Prompt field", exact=True)).to_be_visible()
+    app.choose(form, "None: the words alone", "Each sample's own (field reference_ids)")
+    expect(form.get_by_text("12 samples will be segmented")).to_be_visible()
+    app.shot("10-schedule")
+    app.schedule(form)
+    service = DelegatedOperationService()
+    eventually(page, lambda: len(service.list_operations(dataset_name=dataset.name)) == 1)
+    app.shot("11-scheduled")
+    run_queued(dataset)
+    [operation] = service.list_operations(dataset_name=dataset.name)
+    assert operation.run_state == "completed"
+    dataset.reload()
+    assert dataset.count("concept") == 12 and dataset.count("concept.run") == 12
+
+    page.reload()
+    app.wait_for_grid()
+    form = app.open_form("ConceptSeg: find uncertain samples", "Check IoU below")
+    form.get_by_role("switch").or_(form.get_by_role("checkbox")).first.click()
+    expect(form.get_by_text("Routes disagree below IoU")).to_be_visible()
+    app.shot("12-uncertain")
+    app.execute(form)
+    expect(page.get_by_text("Samples to look at")).to_be_visible()
+    app.shot("13-uncertain-found")
+    page.get_by_role("button", name="Close").click()
+    dataset.reload()
+    assert dataset.count("concept_other_route") == 12
+    found = dataset.match_tags("uncertain: routes disagree")
+    assert 0 < len(found) < 12
+    shown = dataset.match({"tags": {"$ne": []}}).count()
+    eventually(page, lambda: page.get_by_text(f"{shown} samples", exact=True).count() == 1)

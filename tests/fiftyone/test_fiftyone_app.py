@@ -11,6 +11,7 @@ import urllib.request
 
 import psutil
 import pytest
+from reached_hosts import audited, hosts_in
 
 from conceptseg_hf.integrations import fiftyone_app
 
@@ -51,7 +52,13 @@ def test_one_command_opens_the_app(folder, tmp_path):
         "3",
     ]
     command += ["--folder", str(tmp_path / "app")]
-    app = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=kept, preexec_fn=heed_interrupts)
+    app = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=audited(kept, tmp_path / "hosts"),
+        preexec_fn=heed_interrupts,
+    )
     try:
         line = app.stdout.readline()
         address = re.search(r"http://127\.0\.0\.1:\d+/datasets/concept-shapes", line)[0]
@@ -67,6 +74,7 @@ def test_one_command_opens_the_app(folder, tmp_path):
         app.wait()
         app.stdout.close()
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert hosts_in(tmp_path / "hosts") == {"127.0.0.1"}
     written = {path.name for path in (tmp_path / "app").iterdir()}
     assert {"database", "data", "plugins", "zoo"} <= written
 

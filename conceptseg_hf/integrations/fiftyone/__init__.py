@@ -7,9 +7,11 @@ does can be done with these names.
 from .benchmarks import load_concept_benchmark
 from .checkpoints import get_pipeline, release_models
 from .evaluation import ConceptSegEvaluationConfig, evaluate_concepts, register_evaluation_backend
-from .loop import Progress, SegmentationJob, segment_collection
+from .job import SegmentationJob
+from .loop import Progress, segment_collection
 from .model import ConceptSegFiftyOneModel
 from .model_zoo import install_zoo_models
+from .other_route import segment_other_route
 from .reference_samples import references_from, view_with_references
 from .schema import declare_prediction_fields
 from .uncertainty import find_uncertain
@@ -31,5 +33,6 @@ __all__ = [
     "register_evaluation_backend",
     "release_models",
     "segment_collection",
+    "segment_other_route",
     "view_with_references",
 ]

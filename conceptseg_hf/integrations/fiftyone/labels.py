@@ -23,7 +23,7 @@ def attributes_of(result: ConceptSegmentation, prompt: str, **settings: str) -> 
     Args:
         result: The result.
         prompt: The words that were asked.
-        **settings: `checkpoint` and `router` of the run.
+        **settings: `checkpoint`, `router` and, where it is kept, `run`.
     """
     values = result.to_dict() | {"prompt": prompt, **settings}
     return {name: values[name] for name in PREDICTION_ATTRIBUTES if values.get(name) is not None}

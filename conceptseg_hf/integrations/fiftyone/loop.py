@@ -7,7 +7,7 @@ segmented. A killed run therefore loses the batch in work, and `skip_existing` d
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,64 +17,12 @@ from fiftyone import ViewField as F
 from ...outputs import ConceptSegmentation
 from ...pipelines import ConceptSegmentationPipeline
 from ...references import Reference
-from ...router import ROUTER_MODES
-from .checkpoints import NANO, get_pipeline
+from .checkpoints import get_pipeline
 from .files import default_folder
+from .job import SegmentationJob
 from .labels import attributes_of, to_labels
-from .reference_samples import reference_label_fields, references_from
-from .schema import declare_prediction_fields, output_fields
-
-
-@dataclass(frozen=True)
-class SegmentationJob:
-    """What to segment, and how.
-
-    Attributes:
-        field: Where predictions go; see `schema.output_fields`.
-        prompt: The concept in words.
-        prompt_field: Or the sample field that holds each sample's own words.
-        references: References that all samples share.
-        reference_ids_field: Or the sample field that lists the ids of each sample's own references.
-        reference_label_field: The field that marks the concept in those; found by itself if None.
-        proxy: Withhold the box of the first boxed reference (of those above), so that the rule is checked.
-        checkpoint: `"nano"`, a folder or a hub id.
-        router: `"adaptive"`, `"sam_only"` or `"full_reasoning"`.
-        outputs: See `schema.OUTPUTS`.
-        skip_existing: Leave samples that have a prediction without error.
-        batch_size: Samples at a time.
-        folder: Where masks and heatmaps go; FiftyOne's folder for data by default.
-    """
-
-    field: str = "concept"
-    prompt: str | None = None
-    prompt_field: str | None = None
-    references: Sequence[Reference] = ()
-    reference_ids_field: str | None = None
-    reference_label_field: str | None = None
-    proxy: bool = True
-    checkpoint: str = NANO
-    router: str = "adaptive"
-    outputs: Sequence[str] = ("segmentation",)
-    skip_existing: bool = False
-    batch_size: int = 8
-    folder: str | Path | None = None
-
-    def check(self, samples: fo.core.collections.SampleCollection) -> None:
-        """Finds what cannot work before any work.
-
-        Raises:
-            ValueError: One sentence.
-        """
-        if not (self.prompt or "").strip() and self.prompt_field is None:
-            raise ValueError("there is no prompt; give words, or the field that holds them.")
-        for name, value in (("prompt", self.prompt_field), ("reference", self.reference_ids_field)):
-            if value is not None and not samples.has_field(value):
-                raise ValueError(f"{name} field {value!r} is not in the dataset; give one of its fields.")
-        if self.router not in ROUTER_MODES:
-            raise ValueError(f"router is {self.router!r}; use one of {', '.join(ROUTER_MODES)}.")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; use at least 1.")
-        output_fields(self.field, self.outputs)
+from .reference_samples import references_from, resolve_label_field, samples_by_id
+from .schema import declare_prediction_fields, other_route_field, output_fields
 
 
 @dataclass
@@ -98,6 +46,10 @@ class Progress:
         """Share that is done, 0 to 1."""
         return self.done / self.total if self.total else 1.0
 
+    def plus(self, part: Progress) -> Progress:
+        """This progress, and a part of its samples done."""
+        return replace(self, done=self.done + part.done, errors=self.errors | part.errors)
+
     def __str__(self) -> str:
         parts = [f"{self.done} of {self.total} segmented"]
         parts += [f"{self.skipped} skipped"] if self.skipped else []
@@ -113,8 +65,9 @@ def segment_collection(
     """Segments samples; yields the progress at the start and after every batch.
 
     Args:
-        samples: A dataset or view of images. Samples with an error of their own get a label with `error` and no mask.
-        job: What to do.
+        samples: A dataset or view of images. Samples with an error of their own get a label with `error` and no mask;
+            the job's reference samples are left out.
+        job: What to do. Its settings are kept as a custom run, which labels name in `run`.
         pipeline: The model; the one of `job.checkpoint` by default.
 
     Raises:
@@ -125,23 +78,25 @@ def segment_collection(
     pipeline = pipeline or get_pipeline(job.checkpoint)
     declare_prediction_fields(dataset, job.field, job.outputs)
     fields = output_fields(job.field, job.outputs)
-    ids, total = pending_ids(samples, job), samples.count()
+    ids, total = pending_ids(samples, job), targets_of(samples, job).count()
     progress = Progress(total=len(ids), skipped=total - len(ids))
     yield progress
 
+    settings = {"checkpoint": job.checkpoint, "router": job.router, "run": job.keep(dataset)}
     folder = Path(job.folder) if job.folder else default_folder(dataset.name, job.field)
     references_of = _ReferenceReader(dataset, job)
     needed = [name for name in (job.prompt_field, job.reference_ids_field) if name is not None]
+    stale = [name for name in [other_route_field(job.field)] if dataset.has_field(name)]
     for start in range(0, len(ids), job.batch_size):
         batch = list(
             dataset.select(ids[start : start + job.batch_size], ordered=True).select_fields(
-                [*needed, *fields.values()]
+                [*needed, *stale, *fields.values()]
             )
         )
         prompts = [_prompt_of(sample, job) for sample in batch]
         results = _segment(pipeline, batch, prompts, job, references_of)
         for sample, prompt, result in zip(batch, prompts, results, strict=True):
-            attributes = attributes_of(result, prompt, checkpoint=job.checkpoint, router=job.router)
+            attributes = attributes_of(result, prompt, **settings)
             try:
                 labels = to_labels(result, attributes, fields, folder, sample.id)
             except OSError as error:  # a full disk must not end the run silently, nor lose what is done
@@ -149,6 +104,8 @@ def segment_collection(
                 labels = to_labels(result, attributes | {"error": result.error}, fields)
             for output, name in fields.items():
                 sample[name] = labels.get(output)
+            for name in stale:
+                sample[name] = None
             sample.save()
             if result.error is not None:
                 progress.errors[sample.id] = result.error
@@ -156,8 +113,16 @@ def segment_collection(
         yield progress
 
 
+def targets_of(
+    samples: fo.core.collections.SampleCollection, job: SegmentationJob
+) -> fo.core.collections.SampleCollection:
+    """The samples without those that are references for all."""
+    return samples.exclude(job.reference_ids) if job.reference_ids else samples
+
+
 def pending_ids(samples: fo.core.collections.SampleCollection, job: SegmentationJob) -> list[str]:
     """The ids of the samples that a run has to do."""
+    samples = targets_of(samples, job)
     if job.skip_existing and samples.has_field(job.field):
         done = samples.exists(job.field)
         if samples.has_field(f"{job.field}.error"):
@@ -171,20 +136,19 @@ class _ReferenceReader:
 
     def __init__(self, dataset: fo.Dataset, job: SegmentationJob) -> None:
         self._dataset, self._job = dataset, job
-        self._label_field = job.reference_label_field or next(iter(reference_label_fields(dataset)), None)
+        self._shared = job.shared_references(dataset)
+        self._label_field = resolve_label_field(dataset, job.reference_label_field)
         self._read = lru_cache(maxsize=256)(self._read_anew)
 
     def __call__(self, sample: fo.Sample) -> Sequence[Reference]:
         if self._job.reference_ids_field is None:
-            return self._job.references
+            return self._shared
         return self._read(tuple(sample[self._job.reference_ids_field] or ()))
 
     def _read_anew(self, ids: tuple[str, ...]) -> list[Reference]:
         if not ids:
             return []
-        samples = list(self._dataset.select(ids, ordered=True))
-        if len(samples) < len(ids):
-            raise ValueError(f"{len(ids) - len(samples)} of its references are not in the dataset.")
+        samples = samples_by_id(self._dataset, ids)
         return references_from(samples, self._label_field, self._job.proxy, unmarked=True)
 
 

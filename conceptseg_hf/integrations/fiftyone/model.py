@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import fiftyone as fo
 import fiftyone.core.models as fom
 import numpy as np
+from PIL import ExifTags, Image
 
 from ...outputs import ConceptSegmentation
 from ...references import Reference
+from ...router import ROUTER_MODES
 from .checkpoints import NANO, get_pipeline
 from .labels import attributes_of, to_labels
-from .reference_samples import reference_label_fields, references_from
+from .reference_samples import AUTO, references_from, resolve_label_field, samples_by_id
 from .schema import output_fields
 
 
-class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.Model):
+class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchModelMixin, fom.Model):
     """A ConceptSeg model as FiftyOne's `apply_model` takes it.
 
     A sample that cannot be segmented gets a label with `error` and an empty mask; the others of its batch go on.
     Attributes show in the App once `declare_prediction_fields(dataset, label_field)` was called.
+
+    `prompt_field` and `reference_field` may be given here, or to `apply_model`, whose values go first.
 
     Args:
         checkpoint: `"nano"`, a folder or a hub id.
@@ -31,9 +36,15 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.Model):
         output: `"segmentation"` or `"detections"`.
         heatmap: Also return mask probabilities; `apply_model` then writes the fields `<label_field>_<output>` and
             `<label_field>_heatmap`.
-        reference_label_field: The field that marks the concept in references given by their ids.
+        reference_label_field: The field that marks the concept in references given by their ids; `"auto"`: found by
+            itself, in each dataset; None: they are shown unmarked.
         proxy: Withhold the box of the first of those references, so that the rule is checked.
         device: Such as `"cuda"`; the first accelerator by default.
+        prompt_field: The sample field that holds each sample's own words.
+        reference_field: The sample field that lists the ids of each sample's own references.
+
+    Raises:
+        ValueError: If the router, output or checkpoint is unknown.
 
     Example:
         >>> declare_prediction_fields(dataset, "concept")
@@ -51,12 +62,18 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.Model):
         router: str = "adaptive",
         output: str = "segmentation",
         heatmap: bool = False,
-        reference_label_field: str | None = None,
+        reference_label_field: str | None = AUTO,
         proxy: bool = True,
         device: str | None = None,
+        prompt_field: str | None = None,
+        reference_field: str | None = None,
     ) -> None:
         super().__init__()
         output_fields("output", [output])
+        if router not in ROUTER_MODES:
+            raise ValueError(f"router is {router!r}; use one of {', '.join(ROUTER_MODES)}.")
+        fields = {"prompt_field": prompt_field, "reference_field": reference_field}
+        self._own_fields = {key: name for key, name in fields.items() if name is not None}
         self.checkpoint, self.prompt, self.references, self.router = (
             checkpoint,
             prompt,
@@ -93,22 +110,45 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.Model):
     def preprocess(self, value: bool) -> None:
         self._preprocess = value
 
-    def predict(self, arg: np.ndarray, sample: fo.Sample | None = None) -> Any:
+    @property
+    def needs_fields(self) -> dict[str, str]:
+        """The sample fields to read. `apply_model` sets its own for one run, which must not undo the model's."""
+        return self._own_fields | self._fields
+
+    @needs_fields.setter
+    def needs_fields(self, value: dict[str, str]) -> None:
+        self._fields = value
+
+    @property
+    def has_collate_fn(self) -> bool:
+        """True: a batch is a list."""
+        return True
+
+    def build_get_item(self, field_mapping: dict[str, str] | None = None) -> Any:
+        """What FiftyOne's data loader reads of a sample: only its path.
+
+        Where FiftyOne reads the images, one damaged file costs its whole batch.
+        """
+        from .get_item import GetFilepath
+
+        return GetFilepath(field_mapping)
+
+    def predict(self, arg: np.ndarray | str, sample: fo.Sample | None = None) -> Any:
         """Segments one image; see `predict_all`."""
         return self.predict_all([arg], None if sample is None else [sample])[0]
 
     def predict_all(
-        self, args: Sequence[np.ndarray], samples: Sequence[fo.Sample] | None = None
+        self, args: Sequence[np.ndarray | str], samples: Sequence[fo.Sample] | None = None
     ) -> list[Any]:
         """Segments images.
 
         Args:
-            args: RGB images (H, W, 3) uint8. Where a sample names its file, the file is read instead: rotated as its
-                EXIF data says, and decoded as everywhere else in this package.
+            args: RGB images (H, W, 3) uint8, or paths. Where a sample names its file, the file is read instead: rotated
+                as its EXIF data says, and decoded as everywhere else in this package.
             samples: Their samples, for `prompt_field` and `reference_field`.
 
         Returns:
-            A label each, or with `heatmap` a dict of labels.
+            A label each, or with `heatmap` a dict of labels. None for a file of which not even the size can be read.
         """
         samples = [None] * len(args) if samples is None else samples
         results: list[ConceptSegmentation | None] = [None] * len(samples)
@@ -127,17 +167,27 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.Model):
                 "references": references,
             }
         settings = {"router": self.router, "return_heatmap": "heatmap" in self.outputs}
-        found = self.pipeline(list(items.values()), batch_size=max(1, len(items)), **settings)
-        for index, result in zip(items, found, strict=True):
+        for index, result in zip(items, self._segment(list(items.values()), settings), strict=True):
             results[index] = ConceptSegmentation(**result)
         return [self._label(*item) for item in zip(results, prompts, args, strict=True)]
 
-    def _label(self, result: ConceptSegmentation, prompt: str, image: np.ndarray) -> Any:
+    def _segment(self, items: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+        try:
+            return self.pipeline(items, batch_size=max(1, len(items)), **settings)
+        except Exception as error:  # out of memory, for example: one by one, so that only the guilty fail
+            if len(items) > 1:
+                return [found for item in items for found in self._segment([item], settings)]
+            return [ConceptSegmentation.failed(f"the model failed: {error}", items[0]["prompt"]).to_dict()]
+
+    def _label(self, result: ConceptSegmentation, prompt: str, image: np.ndarray | str) -> Any:
         attributes = attributes_of(result, prompt, checkpoint=self.checkpoint, router=self.router)
         labels = to_labels(result, attributes, self.outputs)
         if result.mask is None and "segmentation" in labels:
             # `apply_model` with output_dir drops a whole batch if one label has no mask to write.
-            labels["segmentation"].mask = np.zeros(image.shape[:2], dtype=np.uint8)
+            size = _size_of(image)
+            if size is None:
+                return None
+            labels["segmentation"].mask = np.zeros(size, dtype=np.uint8)
         return labels if len(self.outputs) > 1 else labels[self.outputs[0]]
 
     def _prompt_of(self, sample: fo.Sample | None) -> str:
@@ -150,8 +200,21 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.Model):
         if name is None or sample is None:
             return self.references
         ids = sample[name] or ()
-        dataset = sample.dataset
-        label_field = self.reference_label_field or next(iter(reference_label_fields(dataset)), None)
         if not ids:
             return []
-        return references_from(dataset.select(ids, ordered=True), label_field, self.proxy, unmarked=True)
+        label_field = resolve_label_field(sample.dataset, self.reference_label_field)
+        return references_from(samples_by_id(sample.dataset, ids), label_field, self.proxy, unmarked=True)
+
+
+def _size_of(image: np.ndarray | str) -> tuple[int, int] | None:
+    """(height, width) after EXIF rotation, also of most damaged files; None if it cannot be read."""
+    if isinstance(image, np.ndarray):
+        return image.shape[:2]
+    turned = False
+    try:
+        with Image.open(image) as picture:
+            with suppress(Exception):  # not every damaged file says how it is turned
+                turned = picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return picture.size if turned else picture.size[::-1]
+    except Exception:  # decoders raise almost anything on damaged files
+        return None

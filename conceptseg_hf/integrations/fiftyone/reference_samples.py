@@ -5,20 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import fiftyone as fo
+from bson import ObjectId
 
 from ...images import load_image
 from ...references import MAX_REFERENCES, Reference
 from .labels import mask_of, pixel_box
-from .schema import GROUND_TRUTH, REFERENCE_BOXES, REFERENCE_IDS, fields_of_type
+from .schema import GROUND_TRUTH, REFERENCE_BOXES, REFERENCE_IDS, fields_of_type, prediction_fields
 
 BOX_TYPES = (fo.Detections, fo.Detection, fo.Segmentation)
 """Labels that can mark the concept in a reference."""
+
+AUTO = "auto"
+"""In place of a field that marks the concept: the likeliest of the dataset."""
 
 
 def reference_label_fields(samples: fo.core.collections.SampleCollection) -> list[str]:
     """The fields that can mark a concept, the likeliest first."""
     names = fields_of_type(samples, *BOX_TYPES)
     return sorted(names, key=lambda name: (name != REFERENCE_BOXES, name != GROUND_TRUTH))
+
+
+def resolve_label_field(samples: fo.core.collections.SampleCollection, chosen: str | None) -> str | None:
+    """The field that marks the concept: as chosen, or the likeliest for `AUTO`; None if there is none.
+
+    Of itself it takes no predictions: what a run writes must not become its own references.
+    """
+    if chosen != AUTO:
+        return chosen
+    predictions = prediction_fields(samples)
+    return next((name for name in reference_label_fields(samples) if name not in predictions), None)
 
 
 def references_from(
@@ -57,6 +72,22 @@ def references_from(
                 f"there are more than {MAX_REFERENCES} references; at most {MAX_REFERENCES} fit, so choose fewer."
             )
     return references
+
+
+def samples_by_id(samples: fo.core.collections.SampleCollection, ids: Sequence[str]) -> list[fo.Sample]:
+    """The samples of these ids, in order.
+
+    Raises:
+        ValueError: If the dataset lacks some of them.
+    """
+    valid = [sample_id for sample_id in ids if ObjectId.is_valid(sample_id)]
+    found = list(samples._dataset.select(valid, ordered=True))
+    missing = {*ids}.difference(sample.id for sample in found)
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(set(ids))} references are not in the dataset; choose others."
+        )
+    return found
 
 
 def has_marks(sample: fo.Sample, label_field: str) -> bool:

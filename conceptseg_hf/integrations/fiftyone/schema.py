@@ -9,6 +9,13 @@ import fiftyone as fo
 OUTPUTS = ("segmentation", "detections", "heatmap")
 """What a run can write: a mask on disk, a box with instance mask per connected region, mask probabilities."""
 
+ROUTERS = {
+    "adaptive": "Adaptive: SAM 3 first, reason if it is not sure",
+    "sam_only": "SAM 3 only: fast, words as they stand",
+    "full_reasoning": "Always reason",
+}
+"""Router modes as forms show them."""
+
 TARGET, REFERENCE = "target", "reference"
 """Values of the field `role`."""
 
@@ -29,8 +36,10 @@ PREDICTION_ATTRIBUTES = {
     "error": fo.StringField,
     "checkpoint": fo.StringField,
     "router": fo.StringField,
+    "run": fo.StringField,
 }
-"""Attributes of a predicted label, in the order of the App's tooltip; `ConceptSegmentation` says what they mean."""
+"""Attributes of a predicted label, in the order of the App's tooltip; `ConceptSegmentation` says what they mean, and
+`run` is the key of the custom run that holds the job's settings."""
 
 BENCHMARK_FIELDS = {
     "role": fo.StringField,
@@ -72,6 +81,11 @@ def output_fields(field: str, outputs: Iterable[str]) -> dict[str, str]:
         )
     ordered = [name for name in OUTPUTS if name in wanted]
     return {name: field if index == 0 else f"{field}_{name}" for index, name in enumerate(ordered)}
+
+
+def other_route_field(field: str) -> str:
+    """Where the predictions of the route that was not taken go."""
+    return f"{field}_other_route"
 
 
 def declare_prediction_fields(
@@ -142,6 +156,12 @@ def fields_of_type(samples: fo.core.collections.SampleCollection, *label_types: 
         for name, field in samples.get_field_schema().items()
         if getattr(field, "document_type", None) in label_types
     ]
+
+
+def text_fields(samples: fo.core.collections.SampleCollection) -> list[str]:
+    """The fields that can hold prompts."""
+    hidden = {"id", "filepath"}
+    return [name for name in samples.get_field_schema(ftype=fo.StringField) if name not in hidden]
 
 
 def _declare(dataset: fo.Dataset, fields: dict[str, type]) -> None:

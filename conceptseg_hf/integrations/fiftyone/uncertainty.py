@@ -8,6 +8,7 @@ from fiftyone import ViewField as F
 from ...evaluation.metrics import foreground_iou
 from ...images import load_mask
 from .labels import mask_of
+from .schema import fields_of_type
 
 TAGS = {
     "presence": "uncertain: presence near threshold",
@@ -34,7 +35,8 @@ def find_uncertain(
         field: The predictions.
         margin: A presence is near the router's threshold when they differ by at most this.
         check_iou: A check failed when its IoU with the withheld box is below this.
-        other_field: Predictions (`Segmentation`) of another route, to compare masks with.
+        other_field: Predictions of another route, to compare masks with: those of `segment_other_route`, or of a second
+            run. Both fields then hold a `Segmentation`.
         routes_iou: Routes disagree when the IoU of their masks is below this.
         tag: Tag the samples with `TAGS`; tags of an earlier search are removed first.
 
@@ -42,12 +44,18 @@ def find_uncertain(
         Sample ids by reason: "presence", "check", "routes" (with `other_field`) and "error".
 
     Raises:
-        ValueError: If a field is missing.
+        ValueError: If a field is missing, or holds no masks to compare.
     """
     for name in filter(None, (field, other_field)):
         if not samples.has_field(f"{name}.presence"):
             raise ValueError(
                 f"field {name!r} holds no predictions of ConceptSeg; run segment_concept first, or give another field."
+            )
+    masks = fields_of_type(samples, fo.Segmentation)
+    for name in (field, other_field) if other_field is not None else ():
+        if name not in masks:
+            raise ValueError(
+                f"field {name!r} holds no Segmentation, so routes cannot be compared; give one that does."
             )
     presence, threshold = F(f"{field}.presence"), F(f"{field}.threshold")
     known = samples.match((presence != None) & (threshold != None))  # noqa: E711 (expressions of FiftyOne)

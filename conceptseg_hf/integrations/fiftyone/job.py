@@ -1,0 +1,132 @@
+"""What to segment and how; kept with the dataset, so that a prediction can say what made it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fiftyone as fo
+
+from ...references import Reference
+from ...router import ROUTER_MODES
+from .checkpoints import NANO
+from .reference_samples import AUTO, references_from, resolve_label_field, samples_by_id
+from .schema import output_fields
+
+_KEPT = (
+    "field",
+    "prompt",
+    "prompt_field",
+    "reference_ids",
+    "reference_ids_field",
+    "reference_label_field",
+    "proxy",
+    "checkpoint",
+    "router",
+    "outputs",
+)
+
+
+@dataclass(frozen=True)
+class SegmentationJob:
+    """What to segment, and how.
+
+    Attributes:
+        field: Where predictions go; see `schema.output_fields`.
+        prompt: The concept in words.
+        prompt_field: Or the sample field that holds each sample's own words.
+        references: References that all samples share.
+        reference_ids: Or the ids of samples that serve all others as references.
+        reference_ids_field: Or the sample field that lists the ids of each sample's own references.
+        reference_label_field: The field that marks the concept in reference samples; `"auto"`: found by itself; None:
+            they are shown unmarked.
+        proxy: Withhold the box of the first boxed reference sample, so that the rule is checked.
+        checkpoint: `"nano"`, a folder or a hub id.
+        router: `"adaptive"`, `"sam_only"` or `"full_reasoning"`.
+        outputs: See `schema.OUTPUTS`.
+        skip_existing: Leave samples that have a prediction without error.
+        batch_size: Samples at a time.
+        folder: Where masks and heatmaps go; FiftyOne's folder for data by default.
+    """
+
+    field: str = "concept"
+    prompt: str | None = None
+    prompt_field: str | None = None
+    references: Sequence[Reference] = ()
+    reference_ids: Sequence[str] = ()
+    reference_ids_field: str | None = None
+    reference_label_field: str | None = AUTO
+    proxy: bool = True
+    checkpoint: str = NANO
+    router: str = "adaptive"
+    outputs: Sequence[str] = ("segmentation",)
+    skip_existing: bool = False
+    batch_size: int = 8
+    folder: str | Path | None = None
+
+    def check(self, samples: fo.core.collections.SampleCollection) -> None:
+        """Finds what cannot work before any work.
+
+        Raises:
+            ValueError: One sentence.
+        """
+        if not (self.prompt or "").strip() and self.prompt_field is None:
+            raise ValueError("there is no prompt; give words, or the field that holds them.")
+        for name, value in (("prompt", self.prompt_field), ("reference", self.reference_ids_field)):
+            if value is not None and not samples.has_field(value):
+                raise ValueError(f"{name} field {value!r} is not in the dataset; give one of its fields.")
+        if self.router not in ROUTER_MODES:
+            raise ValueError(f"router is {self.router!r}; use one of {', '.join(ROUTER_MODES)}.")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; use at least 1.")
+        self.shared_references(samples)
+        output_fields(self.field, self.outputs)
+
+    def shared_references(self, samples: fo.core.collections.SampleCollection) -> Sequence[Reference]:
+        """The references that all samples share.
+
+        Raises:
+            ValueError: If a reference sample is gone, or has no mark.
+        """
+        if not self.reference_ids:
+            return self.references
+        label_field = resolve_label_field(samples, self.reference_label_field)
+        return references_from(samples_by_id(samples, self.reference_ids), label_field, self.proxy)
+
+    def keep(self, dataset: fo.Dataset) -> str:
+        """Keeps the settings as a custom run of the dataset (`dataset.get_run_info`).
+
+        Returns:
+            The run's key. Equal settings have the same key, so a run that is resumed is one run.
+        """
+        settings = {name: getattr(self, name) for name in _KEPT}
+        settings |= {"reference_ids": list(self.reference_ids), "outputs": sorted(self.outputs)}
+        settings["other_references"] = len(self.references)
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        key = f"{self.field}_{digest[:8]}"
+        if key not in dataset.list_runs():
+            config = dataset.init_run(**settings)
+            config.method = "segment_concept"
+            dataset.register_run(key, config)
+        return key
+
+    @classmethod
+    def load(cls, dataset: fo.Dataset, key: str) -> SegmentationJob:
+        """The job of a run that was kept.
+
+        Raises:
+            ValueError: If there is no such run, or its references were no samples of the dataset.
+        """
+        if key not in dataset.list_runs():
+            raise ValueError(f"run {key!r} is not kept in the dataset; segment its samples again.")
+        settings: dict[str, Any] = dataset.get_run_info(key).config.serialize()
+        if settings["other_references"]:
+            raise ValueError(
+                f"run {key!r} had references that are no samples of the dataset, so it cannot be repeated; "
+                "add them as samples and give reference_ids."
+            )
+        return cls(**{name: settings[name] for name in _KEPT})
