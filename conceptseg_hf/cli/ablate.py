@@ -10,7 +10,9 @@ from .arguments import (
     add_benchmark_options,
     add_model_options,
     as_bad_input,
+    be_silent,
     check_model,
+    folder_name,
     load_model,
     make_output_dir,
     parse_metrics,
@@ -65,8 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
     data = {"root": parse_roots(arguments.root), "split": arguments.split, "limit": arguments.limit}
     as_bad_input(load_benchmarks, arguments.benchmark, **data)  # before a large model is loaded
     processes = join_processes()
+    if not processes.is_main:
+        be_silent()
     model, processor = load_model(arguments)
-    name = f"{ablation.name}-{arguments.benchmark.replace(',', '+')}-{arguments.split}"
+    name = f"{ablation.name}-{folder_name(arguments.benchmark)}-{arguments.split}"
     folder = make_output_dir(arguments.output_dir or f"ablation_output/{name}")
     report = as_bad_input(
         ablate,

@@ -267,6 +267,21 @@ def make_output_dir(path: str | Path) -> Path:
     return folder
 
 
+def folder_name(benchmarks: str) -> str:
+    """The value of --benchmark as a part of a folder's name."""
+    return re.sub(r"[,\s]+", "+", benchmarks.strip())
+
+
+def be_silent() -> None:
+    """Leaves it to the main process to speak of what all see; errors are told all the same."""
+    import warnings
+
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.disable_progress_bar()
+
+
 def as_bad_input(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls a function whose ValueError, ImportError and OSError speak to the user."""
     try:

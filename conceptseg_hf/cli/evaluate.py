@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ from .arguments import (
     add_benchmark_options,
     add_model_options,
     as_bad_input,
+    be_silent,
     check_model,
+    folder_name,
     load_model,
     make_output_dir,
     parse_metrics,
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     processes = join_processes()
     if not processes.is_main:
-        _be_silent()
+        be_silent()
     samples = as_bad_input(
         load_benchmarks,
         arguments.benchmark,
@@ -87,10 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     model, processor = load_model(arguments)
-    name = re.sub(r"[,\s]+", "+", arguments.benchmark)
-    folder = make_output_dir(
-        arguments.output_dir or f"evaluation_output/{name}-{arguments.split}-{arguments.router}"
-    )
+    name = f"{folder_name(arguments.benchmark)}-{arguments.split}-{arguments.router}"
+    folder = make_output_dir(arguments.output_dir or f"evaluation_output/{name}")
     report = as_bad_input(
         evaluate,
         model,
@@ -115,13 +114,3 @@ def run(arguments: argparse.Namespace) -> int:
         print(report.summary())
     processes.leave()
     return 0
-
-
-def _be_silent() -> None:
-    """Leaves it to the main process to speak of what all see; errors are told all the same."""
-    import warnings
-
-    from transformers.utils import logging
-
-    warnings.simplefilter("ignore")
-    logging.disable_progress_bar()
