@@ -24,8 +24,11 @@ def refuse(*args, **kwargs):
     raise AssertionError("a socket was opened")
 
 socket.socket.__init__ = socket.create_connection = socket.getaddrinfo = refuse
+import torchvision_shim
+from transformers import GenerationMixin  # older releases bring scikit-learn, and that pandas
+theirs = set(sys.modules)
 import conceptseg_hf
-heavy = {"trl", "deepspeed", "fiftyone", "datasets", "matplotlib", "pandas"} & set(sys.modules)
+heavy = {"trl", "deepspeed", "fiftyone", "datasets", "matplotlib", "pandas"} & (set(sys.modules) - theirs)
 assert not heavy, heavy
 """
 

@@ -36,11 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         script = importlib.import_module(f"conceptseg_trainers.scripts.{_SCRIPTS[arguments.stage]}")
         common = importlib.import_module("conceptseg_trainers.scripts.common")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise BadInputError(
             f"training needs a package that is missing ({error.name}); install all with: "
             "pip install conceptseg-hf[train]"
         ) from error
+    except ImportError as error:  # TRL is too old
+        raise BadInputError(str(error)) from error
     trainer = as_bad_input(script.prepare, arguments.options)
     spare_threads(trainer.concept_model)
     common.run(trainer)

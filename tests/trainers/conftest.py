@@ -27,7 +27,7 @@ def shapes() -> list:
 @pytest.fixture()
 def make_meta_grpo(nano_processor, shapes, tmp_path) -> Callable[..., Any]:
     """Makes a MetaGRPOTrainer of the embedded policy: groups of 4, one group a step."""
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", "1.16")
     from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
 
     def make(folder: str = "run", **settings: Any) -> MetaGRPOTrainer:

@@ -14,7 +14,7 @@ from torch import nn
 
 from conceptseg_hf import ConceptSegForSegmentation
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", "1.16")
 from conceptseg_trainers.distributed import clone_whole, make_generate_gather, materialize
 
 WORKER = Path(__file__).with_name("two_processes.py")

@@ -15,7 +15,7 @@ from conceptseg_hf import ConceptSegForSegmentation, nano_checkpoint
 from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.mllm import vision_token_ids
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", "1.16")
 from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
 from conceptseg_trainers.split_reference import find_composer
 

@@ -15,7 +15,7 @@ from PIL import Image
 from conceptseg_hf.data import SOURCES, SUITE
 from conceptseg_hf.images import mask_to_image
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", "1.16")
 
 from conceptseg_trainers.scripts import meta_grpo, sft
 

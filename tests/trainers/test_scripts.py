@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from conceptseg_hf import ConceptSegForSegmentation, cli, nano_checkpoint
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", "1.16")
 
 from conceptseg_trainers.scripts import meta_grpo, sft
 from conceptseg_trainers.scripts.common import ModelArguments, find_resume_checkpoint, run

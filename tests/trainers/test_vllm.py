@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", "1.16")
 from accelerate import Accelerator
 from conceptseg_trainers.vllm import ConceptVLLMGeneration, suppress_tokens
 from peft import LoraConfig, get_peft_model

@@ -16,10 +16,9 @@ from accelerate.utils import is_peft_model
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl import GRPOTrainer
+from trl import GRPOTrainer, __version__
 from trl.data_utils import prepare_multimodal_messages
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, mllm, parse_completion
 from conceptseg_hf.evaluation import foreground_iou
@@ -34,6 +33,14 @@ from .meta_grpo_config import MetaGRPOConfig
 from .rewards import REWARDS, completion_text, located
 from .samples import TRIED, check_arguments, check_prompt_length, spread_indices
 from .split_reference import COLUMNS, IGNORE, INDEX, find_composer, set_epoch
+
+try:
+    from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
+except ImportError as error:
+    raise ImportError(
+        f"MetaGRPOTrainer needs TRL 1.16 or newer, and that Python 3.11; here TRL is {__version__}. Install it with: "
+        "pip install -U 'trl>=1.16'."
+    ) from error
 
 logger = logging.getLogger(__name__)
 
