@@ -67,10 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         webbrowser.open(address)
     with contextlib.suppress(KeyboardInterrupt):
         return server.wait()
-    server.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        server.wait(timeout=10)
-    server.kill()
+    stop_server(server)
     return 0
 
 
@@ -95,6 +92,16 @@ def start_server(port: int, log: Path) -> subprocess.Popen:
         time.sleep(0.2)
     process.kill()
     raise RuntimeError(f"FiftyOne's App server does not start; {str(log)!r} says why.")
+
+
+def stop_server(server: subprocess.Popen) -> None:
+    """Ends the App server; from Python 3.12 on it would wait for every open page, so it gets five seconds."""
+    server.terminate()
+    try:
+        server.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
 
 
 def _prepare(folder: Path, plugin: Path) -> None:
