@@ -208,3 +208,50 @@ def test_the_model_is_shared_and_freed(fo, make_dataset, run_operator):
     assert get_pipeline() is not first
     with pytest.raises(ValueError, match="checkpoint 'nowhere' was not found"):
         get_pipeline("nowhere")
+
+
+def test_grouped_datasets_have_all_slices(fo, folder):
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob, find_uncertain, segment_collection
+
+    dataset = fo.Dataset("grouped")
+    try:
+        dataset.add_group_field("group", default="left")
+        for number in range(3):
+            group = fo.Group()
+            for slice_ in ("left", "right"):
+                path = folder / f"{slice_}{number}.png"
+                Image.new("RGB", (64, 48), "gray").save(path)
+                box = fo.Detection(label="this", bounding_box=[0.2, 0.2, 0.4, 0.4])
+                dataset.add_sample(
+                    fo.Sample(
+                        filepath=str(path), group=group.element(slice_), marks=fo.Detections(detections=[box])
+                    )
+                )
+        everything = dataset.select_group_slices(media_type="image")
+        reference = dataset.select_group_slices("right").first().id
+        job = SegmentationJob(prompt="star", reference_ids=[reference], batch_size=2)
+        *_, progress = segment_collection(everything, job)
+        assert (progress.total, progress.done, progress.errors) == (5, 5, {})
+        assert everything.count("concept") == 5
+        *_, progress = segment_collection(dataset, SegmentationJob(prompt="star", field="shown"))
+        assert progress.done == 3 and everything.count("shown") == 3
+        found = find_uncertain(everything, margin=1)
+        assert len(found["presence"]) == 5
+        assert len(everything.match_tags("uncertain: presence near threshold")) == 5
+    finally:
+        fo.delete_dataset("grouped")
+
+
+def test_only_whole_images_are_segmented(fo, make_dataset):
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob
+
+    job = SegmentationJob(prompt="star")
+    with pytest.raises(ValueError, match="a view of patches, whose labels are not kept"):
+        job.check(make_dataset(2).to_patches("ref_boxes"))
+    video = fo.Dataset("moving")
+    try:
+        video.add_sample(fo.Sample(filepath="nothing.mp4"))
+        with pytest.raises(ValueError, match="these samples are of type 'video'"):
+            job.check(video)
+    finally:
+        fo.delete_dataset("moving")

@@ -74,6 +74,14 @@ class SegmentationJob:
         Raises:
             ValueError: One sentence.
         """
+        if samples.media_type not in (None, "image", "group"):
+            raise ValueError(
+                f"these samples are of type {samples.media_type!r}; choose a dataset or view of images."
+            )
+        if samples._is_generated:
+            raise ValueError(
+                "this is a view of patches, whose labels are not kept; choose a view of whole images."
+            )
         if not (self.prompt or "").strip() and self.prompt_field is None:
             raise ValueError("there is no prompt; give words, or the field that holds them.")
         for name, value in (("prompt", self.prompt_field), ("reference", self.reference_ids_field)):

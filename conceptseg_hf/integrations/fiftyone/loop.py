@@ -22,7 +22,7 @@ from .files import default_folder
 from .job import SegmentationJob
 from .labels import attributes_of, to_labels
 from .reference_samples import references_from, resolve_label_field, samples_by_id
-from .schema import declare_prediction_fields, other_route_field, output_fields
+from .schema import declare_prediction_fields, other_route_field, output_fields, whole_dataset
 
 
 @dataclass
@@ -86,10 +86,11 @@ def segment_collection(
     folder = Path(job.folder) if job.folder else default_folder(dataset.name, job.field)
     references_of = _ReferenceReader(dataset, job)
     needed = [name for name in (job.prompt_field, job.reference_ids_field) if name is not None]
+    everything = whole_dataset(samples)
     stale = [name for name in [other_route_field(job.field)] if dataset.has_field(name)]
     for start in range(0, len(ids), job.batch_size):
         batch = list(
-            dataset.select(ids[start : start + job.batch_size], ordered=True).select_fields(
+            everything.select(ids[start : start + job.batch_size], ordered=True).select_fields(
                 [*needed, *stale, *fields.values()]
             )
         )

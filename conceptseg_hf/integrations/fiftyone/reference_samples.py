@@ -10,7 +10,14 @@ from bson import ObjectId
 from ...images import load_image
 from ...references import MAX_REFERENCES, Reference
 from .labels import mask_of, pixel_box
-from .schema import GROUND_TRUTH, REFERENCE_BOXES, REFERENCE_IDS, fields_of_type, prediction_fields
+from .schema import (
+    GROUND_TRUTH,
+    REFERENCE_BOXES,
+    REFERENCE_IDS,
+    fields_of_type,
+    prediction_fields,
+    whole_dataset,
+)
 
 BOX_TYPES = (fo.Detections, fo.Detection, fo.Segmentation)
 """Labels that can mark the concept in a reference."""
@@ -81,7 +88,7 @@ def samples_by_id(samples: fo.core.collections.SampleCollection, ids: Sequence[s
         ValueError: If the dataset lacks some of them.
     """
     valid = [sample_id for sample_id in ids if ObjectId.is_valid(sample_id)]
-    found = list(samples._dataset.select(valid, ordered=True))
+    found = list(whole_dataset(samples).select(valid, ordered=True))
     missing = {*ids}.difference(sample.id for sample in found)
     if missing:
         raise ValueError(
@@ -100,7 +107,7 @@ def has_marks(sample: fo.Sample, label_field: str) -> bool:
 
 def view_with_references(samples: fo.core.collections.SampleCollection, ids: Sequence[str]) -> fo.DatasetView:
     """Some targets, each after its own references (`reference_ids`): what the model saw, side by side."""
-    dataset = samples._dataset
+    dataset = whole_dataset(samples)
     ordered: list[str] = []
     for sample in dataset.select(ids, ordered=True).select_fields(REFERENCE_IDS):
         ordered += [*(sample[REFERENCE_IDS] or ()), sample.id]

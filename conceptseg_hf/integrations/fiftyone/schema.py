@@ -164,6 +164,12 @@ def text_fields(samples: fo.core.collections.SampleCollection) -> list[str]:
     return [name for name in samples.get_field_schema(ftype=fo.StringField) if name not in hidden]
 
 
+def whole_dataset(samples: fo.core.collections.SampleCollection) -> fo.core.collections.SampleCollection:
+    """The dataset that samples come from; of a grouped one the images of all slices, as it shows one slice only."""
+    dataset = samples._dataset
+    return dataset.select_group_slices(media_type="image") if dataset.media_type == "group" else dataset
+
+
 def _declare(dataset: fo.Dataset, fields: dict[str, type]) -> None:
     for name, kind in fields.items():
         dataset.add_sample_field(name, kind)

@@ -8,7 +8,7 @@ from fiftyone import ViewField as F
 from ...evaluation.metrics import foreground_iou
 from ...images import load_mask
 from .labels import mask_of
-from .schema import fields_of_type
+from .schema import fields_of_type, whole_dataset
 
 TAGS = {
     "presence": "uncertain: presence near threshold",
@@ -75,7 +75,7 @@ def find_uncertain(
         samples.untag_samples(list(TAGS.values()))
         for reason, ids in found.items():
             if ids:
-                samples._dataset.select(ids).tag_samples(TAGS[reason])
+                whole_dataset(samples).select(ids).tag_samples(TAGS[reason])
     return found
 
 
