@@ -38,7 +38,7 @@ dev: $(VENV)/.installed-dev  ## everything for development, with the commit hook
 	$(VENV)/bin/pre-commit install
 
 clean:  ## remove the environment, caches and what the commands wrote
-	rm -rf $(VENV) build dist demo_output fiftyone_app evaluation_output conceptseg_output .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	rm -rf $(VENV) build dist demo_output fiftyone_app evaluation_output ablation_output comparison_output conceptseg_output trainer_output .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt .ci/setup

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from . import mllm
 
 MAX_NEW_TOKENS = 768  # Table 7
+
+# An MLLM keeps positions, and the hook below its states, between the steps of a completion: threads take turns.
+_turns: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ def generate_with_states(
 
     The state of a token at the position where it is the input (`"token"`) appears one decoding step after the
     token itself; generation therefore runs one step beyond `max_new_tokens`, and that step's token is
-    dropped. States equal those of a teacher-forced pass over prompt and completion to numerical noise. Not
-    safe to call from two threads on one model.
+    dropped. States equal those of a teacher-forced pass over prompt and completion to numerical noise. Threads
+    that share a model take turns.
 
     Args:
         vlm: The MLLM.
@@ -59,16 +64,18 @@ def generate_with_states(
         generated.
 
     Raises:
-        ValueError: If beam search or assisted decoding is asked for, or the inputs are incomplete.
+        ValueError: If beam search or assisted decoding is asked for, a field of the configuration does not exist, or
+            the inputs are incomplete.
     """
     inputs = mllm.model_inputs(inputs)
     config = _prepare_config(vlm, generation_config, prompt_length=inputs["input_ids"].shape[1])
     limit = config.max_new_tokens
     at_token = hidden_states_at == "token"
     config.max_new_tokens = limit + int(at_token)
-    with _last_states(mllm.final_norm(vlm)) as collected:
-        sequences = vlm.generate(**inputs, generation_config=config)
-    mllm.forget_positions(vlm)
+    with _turns.setdefault(vlm, threading.Lock()):
+        with _last_states(mllm.final_norm(vlm)) as collected:
+            sequences = vlm.generate(**inputs, generation_config=config)
+        mllm.forget_positions(vlm)
 
     # Step t reads token t - 1 and predicts token t. Where every row ended with its first token, no token has
     # been read.
@@ -85,9 +92,16 @@ def _prepare_config(
     vlm: PreTrainedModel, given: GenerationConfig | Mapping[str, Any] | None, prompt_length: int
 ) -> GenerationConfig:
     """A private copy with every value set that the one-pass scheme depends on."""
-    config = (
-        copy.deepcopy(given) if isinstance(given, GenerationConfig) else GenerationConfig(**(given or {}))
-    )
+    if isinstance(given, GenerationConfig):
+        config = copy.deepcopy(given)
+    else:
+        config = GenerationConfig()
+        for name, value in (given or {}).items():
+            if not hasattr(config, name):
+                raise ValueError(
+                    f"generation_config has no field {name!r}; see transformers.GenerationConfig for them."
+                )
+            setattr(config, name, value)
     own = vlm.generation_config
     text_config = vlm.config.get_text_config()
 

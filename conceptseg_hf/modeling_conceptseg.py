@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,28 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         model.ctm.apply(model._init_weights)
         model._freeze_sam()
         return model.eval()
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        init_ctm: bool = ...,
+        output_loading_info: Literal[False] = ...,
+        **kwargs: Any,
+    ) -> ConceptSegForSegmentation: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        init_ctm: bool = ...,
+        output_loading_info: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[ConceptSegForSegmentation, dict[str, Any]]: ...
 
     @classmethod
     def from_pretrained(

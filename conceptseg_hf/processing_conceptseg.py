@@ -529,6 +529,8 @@ class ConceptSegProcessor(ProcessorMixin):
     def _check_prompt(self, prompt: str) -> None:
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"prompt is {prompt!r}; give the concept in words.")
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ValueError(f"prompt {prompt!r} has half a character in it; mend its encoding.")
         for token in self._reserved_tokens:
             # Else the user's words could end the turn or claim to be an image.
             if token in prompt:

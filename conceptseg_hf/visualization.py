@@ -31,6 +31,7 @@ _INK: Colour = (32, 32, 32)
 _FADED: Colour = (112, 112, 112)
 _SHADE = 0.4
 _MARGIN = 10
+_LONGEST = 8  # a picture wider than so many heights is squeezed
 _MAX_CAPTION_LINES = 12
 
 
@@ -71,9 +72,15 @@ def overlay(
     tint = Image.blend(picture, Image.new("RGB", picture.size, colour), opacity)
     dark = Image.blend(picture, Image.new("RGB", picture.size), _SHADE)
     tinted = Image.composite(tint, dark, solid)
-    width = max(3, 2 * (max(picture.size) // 400) + 1)
-    outline = ImageChops.difference(solid.filter(ImageFilter.MaxFilter(width)), solid)
+    outline = ImageChops.difference(_dilated(solid, max(1, max(picture.size) // 400)), solid)
     return Image.composite(Image.new("RGB", picture.size, colour), tinted, outline)
+
+
+def _dilated(mask: Image.Image, radius: int) -> Image.Image:
+    """A mask of 0 and 255, wider by `radius` pixels; row by row, then column by column, so that width costs nothing."""
+    for across, down in ((radius, 0), (0, radius)):
+        mask = mask.filter(ImageFilter.BoxBlur((across, down))).point(lambda value: 255 * (value > 0))
+    return mask
 
 
 def draw_box(image: Image.Image, box: Box, colour: Colour = BOX_COLOUR) -> Image.Image:
@@ -171,7 +178,7 @@ def caption_of(result: ConceptSegmentation, prompt: str, *remarks: str) -> str:
 
 
 def _scaled_to(image: Image.Image, height: int, method: Image.Resampling | None = None) -> Image.Image:
-    width = max(1, round(image.width * height / image.height))
+    width = min(max(1, round(image.width * height / image.height)), _LONGEST * height)
     if method is None:  # small pictures keep their pixels
         method = Image.Resampling.LANCZOS if image.height > height else Image.Resampling.NEAREST
     return image.resize((width, height), method)

@@ -61,26 +61,30 @@ class LoadConceptBenchmark(foo.Operator):
         get = ctx.params.get
         name, split = get("benchmark") or "concept-shapes", get("split") or "test"
         dataset_name = get("dataset_name") or f"{name}-{split}"
-        for done, total in import_benchmark(name, get("root") or None, split, get("limit"), dataset_name):
-            progress = {"progress": done / max(total, 1), "label": f"{done} of {total} samples"}
-            if ctx.delegated:
-                ctx.set_progress(**progress)
-            else:
-                yield ctx.ops.set_progress(**progress)
+        try:
+            for done, total in import_benchmark(name, get("root") or None, split, get("limit"), dataset_name):
+                progress = {"progress": done / max(total, 1), "label": f"{done} of {total} samples"}
+                if ctx.delegated:
+                    ctx.set_progress(**progress)
+                else:
+                    yield ctx.ops.set_progress(**progress)
+        except Exception as error:
+            yield from forms.told(ctx, error)
         if not ctx.delegated:
             yield ctx.ops.open_dataset(dataset_name)
 
 
 def _fault_of(ctx: Any) -> str | None:
     """Why the benchmark cannot be loaded, once a folder is given."""
-    from conceptseg_hf.data import SOURCES
+    from conceptseg_hf.data import SOURCES, load_benchmark
     from conceptseg_hf.data.registry import open_benchmark
 
     name, root = ctx.params.get("benchmark"), ctx.params.get("root")
-    if name not in SOURCES or not root:
-        return None
     try:
-        open_benchmark(name, root, ctx.params.get("split") or "test", ctx.params.get("limit"))
+        if name not in SOURCES:
+            load_benchmark(name or "concept-shapes", split=ctx.params.get("split") or "test")
+        elif root:
+            open_benchmark(name, root, ctx.params.get("split") or "test", ctx.params.get("limit"))
     except (ValueError, OSError, ImportError) as error:
         return str(error)
     return None

@@ -45,7 +45,7 @@ class EvaluateConcepts(foo.Operator):
         forms.choose_field(
             inputs,
             "pred_field",
-            predicted or masks,
+            predicted or [name for name in masks if name != "ground_truth"],
             "Predictions",
             "No field has masks; run segment_concept first.",
         )
@@ -90,7 +90,7 @@ class EvaluateConcepts(foo.Operator):
         from conceptseg_hf.integrations.fiftyone.evaluation import report_of
 
         get = ctx.params.get
-        samples, key = ctx.target_view(require_flat=True), get("eval_key") or "concepts"
+        samples, key = forms.target_view(ctx), get("eval_key") or "concepts"
         heatmap = get("heatmap_field")
         results = evaluate_concepts(
             samples,
@@ -108,7 +108,7 @@ class EvaluateConcepts(foo.Operator):
         return {
             "eval_key": key,
             "metrics": {metric["key"]: metric["value"] for metric in results.custom_metrics.values()},
-            "summary": report.summary(),
+            "summary": report.summary() + _unscored(results.backend.unscored),
             "table": [metrics_row(row) for row in report.table],
         }
 
@@ -142,6 +142,12 @@ def metrics_row(row: dict[str, Any]) -> dict[str, Any]:
         "foreground_iou": _number(row["foreground_iou"], 3),
         "shortcut": _number(row["shortcut_share"], 2),
     }
+
+
+def _unscored(errors: dict[str, str]) -> str:
+    if not errors:
+        return ""
+    return f" ({len(errors)} samples could not be scored; the first: {next(iter(errors.values()))})"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -65,9 +65,9 @@ class ConceptExplorer(foo.Panel):
         """Shows the samples of a row of rules."""
         row, field = self._row(ctx, "rules"), ctx.panel.get_state("field")
         if row:
-            self._show(
-                ctx, _with(ctx.dataset, field, "rule", None if row["rule"] == NO_RULE else row["rule"])
-            )
+            rule = None if row["rule"] == NO_RULE else row["rule"]
+            answered = ctx.dataset.match(F(f"{field}.route") != None)  # noqa: E711 (else errors have no rule either)
+            self._show(ctx, answered.match(F(f"{field}.rule") == rule))
 
     def show_failure(self, ctx: Any) -> None:
         """Shows the samples of a row of failures."""
@@ -107,7 +107,10 @@ class ConceptExplorer(foo.Panel):
             self._table(panel, ctx, "metrics", title, METRIC_COLUMNS, self.show_group)
         self._render_plots(panel, ctx)
         shown = {"shown": "Rule", "samples": "n"}
-        self._table(panel, ctx, "rules", "Rules and the samples they produced", shown, self.show_rule)
+        title = "Rules and the samples they produced"
+        if state("rule_count") > _SHOWN_RULES:
+            title += f" (the {_SHOWN_RULES} most frequent of {state('rule_count')})"
+        self._table(panel, ctx, "rules", title, shown, self.show_rule)
         if state("failures"):
             shown = {"kind": "Kind", "samples": "n"}
             self._table(panel, ctx, "failures", "Failures by kind", shown, self.show_failure)
@@ -144,7 +147,7 @@ class ConceptExplorer(foo.Panel):
             report = report_of(ctx.dataset, key)
             metrics = [metrics_row(row) for row in report.table]
             summary = report.summary()
-        rules = ctx.dataset.exists(field).count_values(f"{field}.rule")
+        rules = ctx.dataset.match(F(f"{field}.route") != None).count_values(f"{field}.rule")  # noqa: E711
         rules = sorted(((rule or NO_RULE, count) for rule, count in rules.items()), key=lambda item: -item[1])
         failures = {kind: len(ids) for kind, ids in _failures(ctx.dataset, field).items() if ids}
         ctx.panel.set_state(
@@ -156,6 +159,7 @@ class ConceptExplorer(foo.Panel):
                 "eval_keys": keys,
                 "summary": summary,
                 "metrics": metrics,
+                "rule_count": len(rules),
                 "rules": [
                     {
                         "rule": rule,
@@ -242,10 +246,6 @@ class ConceptExplorer(foo.Panel):
 
     def _show(self, ctx: Any, view: fo.DatasetView) -> None:
         ctx.ops.set_view(view=view)
-
-
-def _with(dataset: fo.Dataset, field: str, attribute: str, value: str | None) -> fo.DatasetView:
-    return dataset.exists(field).match(F(f"{field}.{attribute}") == value)
 
 
 def _failures(dataset: fo.Dataset, field: str) -> dict[str, list[str]]:

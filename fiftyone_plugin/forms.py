@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
+import fiftyone as fo
 import fiftyone.operators as foo
 from fiftyone.operators import types
 
@@ -47,6 +49,22 @@ def dropdown(
     for value, text in choices.items():
         view.add_choice(value, label=text)
     inputs.enum(name, list(choices), default=default, view=view)
+
+
+def target_view(ctx: Any) -> fo.core.collections.SampleCollection:
+    """The samples an operator works on, flat. FiftyOne cannot flatten dynamic groups by itself."""
+    target = ctx.params.get("view_target") or ctx.request_params.get("view_target")
+    if ctx.view is not None and ctx.view._is_dynamic_groups and target != "DATASET" and not ctx.selected:
+        ctx.target_view()  # keeps the choice in the form
+        return ctx.view.flatten()
+    return ctx.target_view(require_flat=True)
+
+
+def told(ctx: Any, error: Exception) -> Iterator[Any]:
+    """Shows an error in the App, which keeps those of generators to itself, and raises it."""
+    if not ctx.delegated:
+        yield ctx.ops.notify(str(error), variant="error")
+    raise error
 
 
 def choose_field(

@@ -88,11 +88,14 @@ class SegmentConcept(foo.Operator):
 
         job = job_of(ctx)
         progress = None
-        for progress in segment_collection(targets_of(ctx), job):
-            if ctx.delegated:
-                ctx.set_progress(progress=progress.fraction, label=str(progress))
-            else:
-                yield ctx.ops.set_progress(progress=progress.fraction, label=str(progress))
+        try:
+            for progress in segment_collection(targets_of(ctx), job):
+                if ctx.delegated:
+                    ctx.set_progress(progress=progress.fraction, label=str(progress))
+                else:
+                    yield ctx.ops.set_progress(progress=progress.fraction, label=str(progress))
+        except Exception as error:
+            yield from forms.told(ctx, error)
         if ctx.delegated:
             return
         yield ctx.ops.reload_dataset()
@@ -165,7 +168,7 @@ def reference_samples(ctx: Any) -> Any:
 
 def targets_of(ctx: Any) -> Any:
     """The samples to segment: the target view without the references of a benchmark."""
-    samples = ctx.target_view(require_flat=True)
+    samples = forms.target_view(ctx)
     if samples.has_field("role"):
         samples = samples.match(F("role") != "reference")
     return samples
@@ -186,6 +189,8 @@ def job_of(ctx: Any) -> Any:
         raise ValueError(
             f"saved view {get('saved_view')!r} is not in the dataset; give one of its saved views."
         )
+    if samples is not None and source == "saved_view" and not samples.count():
+        raise ValueError(f"saved view {get('saved_view')!r} is empty; give one that holds the references.")
     from_field = prompt_source(ctx) == "field"
     return SegmentationJob(
         field=get("field") or "concept",

@@ -74,7 +74,7 @@ class FindUncertain(foo.Operator):
         from conceptseg_hf.integrations.fiftyone.schema import other_route_field
 
         get = ctx.params.get
-        samples, field = ctx.target_view(require_flat=True), get("field") or "concept"
+        samples, field = forms.target_view(ctx), get("field") or "concept"
         other = get("other_field")
         if get("other_route"):
             for progress in segment_other_route(samples, field):

@@ -79,6 +79,13 @@ def test_pictures_are_embedded_and_nothing_else_is_loaded(record_like, tmp_path)
         assert Image.open(io.BytesIO(base64.b64decode(data))).height == 224
 
 
+def test_references_that_cannot_be_drawn_are_left_out(record_like, tmp_path):
+    references = [Reference(Image.new("RGB", (9, 9)), box=(20, 20, 30, 30))]
+    record = record_like(0.5, error="reference 0: box lies outside its image.")
+    write_gallery(tmp_path / "g.html", [record], SETTINGS, [a_sample(references=references)])
+    assert Page((tmp_path / "g.html").read_text()).alts == ["truth"]
+
+
 def test_the_check_box_is_drawn_in_the_mosaic(record_like, tmp_path):
     references = [Reference(Image.new("RGB", (9, 9)), box=(1, 1, 5, 5))] * 2
     brightest = {}

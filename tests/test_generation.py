@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -150,8 +152,21 @@ def test_several_completions_a_prompt(vlm, processor, samples):
     assert (states - generated.hidden_states)[mask].abs().max() < 1e-4
 
 
+def test_threads_take_turns(vlm, processor, samples):
+    batches = [processor.collate([sample]) for sample in samples] * 3
+    settings = {"max_new_tokens": 8}
+    alone = [generate_with_states(vlm, batch, settings) for batch in batches]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda batch: generate_with_states(vlm, batch, settings), batches))
+    for first, second in zip(alone, together, strict=True):
+        assert torch.equal(first.token_ids, second.token_ids)
+        assert torch.equal(first.hidden_states, second.hidden_states)
+
+
 def test_refusals(vlm, processor, samples):
     batch = processor.collate(samples[:1])
+    with pytest.raises(ValueError, match="generation_config has no field 'max_new_tokns'"):
+        generate_with_states(vlm, batch, {"max_new_tokns": 3})
     with pytest.raises(ValueError, match="beam search"):
         generate_with_states(vlm, batch, {"num_beams": 2})
     with pytest.raises(ValueError, match="max_length is 3"):

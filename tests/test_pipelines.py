@@ -236,6 +236,7 @@ def test_bad_items_carry_an_error_and_the_others_go_on(pipe, picture, tmp_path: 
         {"image": picture(0)},
         {"image": picture(0), "prompt": "red", "references": [Reference(picture(1), box=(5, 5, 5, 5))]},
         {"image": picture(0), "prompt": "red", "references": 7},
+        {"image": picture(0), "prompt": "half a \ud83d character"},
         object(),
     ]
     good = {"image": picture(0), "prompt": "red"}

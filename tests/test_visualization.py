@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image, ImageFilter, ImageFont
 
 from conceptseg_hf import ConceptSegmentation, Reference
 from conceptseg_hf.visualization import (
     BOX_COLOUR,
     MASK_COLOUR,
+    _dilated,
     _wrapped,
     caption_of,
     draw_box,
     draw_mosaic,
     overlay,
     panel,
+    scaled_overlay,
 )
 
 GREY = Image.new("RGB", (40, 30), (100, 100, 100))
@@ -110,3 +114,18 @@ def test_caption_tells_the_route():
     assert "rule: has ears" in text and "answer: none given" in text and "IoU 0.25" in text
     assert "IoU 0.10" in text
     assert "not readable" in caption_of(ConceptSegmentation.failed("not readable."), "cat")
+
+
+@pytest.mark.parametrize("radius", [1, 3, 10])
+def test_outlines_widen_by_a_square(radius):
+    mask = Image.fromarray(np.random.default_rng(0).random((40, 60)) > 0.99).convert("L")
+    assert np.array_equal(_dilated(mask, radius), mask.filter(ImageFilter.MaxFilter(2 * radius + 1)))
+
+
+def test_thin_and_large_pictures_are_drawn_at_once():
+    started = time.process_time()
+    for size in ((5000, 20), (4000, 3000)):
+        picture = scaled_overlay(Image.new("RGB", size), np.ones(size[::-1], dtype=bool), 320)
+        assert picture.height == 320 and picture.width <= 8 * 320
+        overlay(Image.new("RGB", size), np.ones(size[::-1], dtype=bool))
+    assert time.process_time() - started < 20  # minutes, where cost grows with the outline's width

@@ -33,6 +33,10 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the verb."""
+    if not arguments.options:
+        raise BadInputError(
+            "no recipe is given; name one: --config trainers/recipes/nano_sft.yaml, for example."
+        )
     try:
         script = importlib.import_module(f"conceptseg_trainers.scripts.{_SCRIPTS[arguments.stage]}")
         common = importlib.import_module("conceptseg_trainers.scripts.common")

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,8 @@ def truth_pictures(
         if record is not None and record["check"] is not None and record["check_reference"] is not None:
             check = (record["check_reference"], record["check"])
         caption = "references" if check is None else "references and the check box"
-        pictures.append((caption, draw_mosaic(references, _HEIGHT, check)))
+        with suppress(OSError, ValueError):  # a reference that cannot be drawn: the record says what is wrong
+            pictures.append((caption, draw_mosaic(references, _HEIGHT, check)))
     truth = "truth" if sample.present else "target; the concept is absent"
     pictures.append((truth, _overlaid(sample, sample.mask)))
     return pictures

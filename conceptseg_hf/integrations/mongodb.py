@@ -85,7 +85,10 @@ def start_mongod(folder: Path, cache_gigabytes: float = 0.25) -> str:
     ]
     command += ["--wiredTigerCacheSizeGB", str(cache_gigabytes)]
     command += [] if os.name == "nt" else ["--nounixsocket"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # A session of its own: Ctrl-C must not end it before FiftyOne has cleaned up.
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     atexit.register(_stop, process)
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:

@@ -41,6 +41,13 @@ def test_jsonl(root):
     assert (second.sample_id, second.references, second.level) == ("second", [], "CR")
 
 
+def test_lines_end_where_json_says(root):
+    line = json.dumps(A | {"prompt": "one\u2028two\x85three"}, ensure_ascii=False)
+    (root / "samples.jsonl").write_text(line + "\r\n", encoding="utf-8")
+    [sample] = load_benchmark("plain", root)
+    assert sample.prompt == "one\u2028two\x85three"
+
+
 def test_splits(root):
     write_lines(root, A | {"split": "train"}, B)
     assert [sample.prompt for sample in load_benchmark("plain", root, split="train")] == ["scratch", "dent"]

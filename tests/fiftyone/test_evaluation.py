@@ -132,3 +132,40 @@ def test_uncertain_samples_are_tagged(segmented):
     assert segmented.count_sample_tags() == {TAGS["error"]: 1}
     with pytest.raises(ValueError, match="field 'ground_truth' holds no predictions"):
         find_uncertain(segmented, field="ground_truth")
+
+
+def test_a_run_that_fails_replaces_none(segmented):
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+
+    kept = evaluate_concepts(segmented, eval_key="run").custom_metrics
+    with pytest.raises(ValueError, match="no sample has a mask in 'ground_truth'"):
+        evaluate_concepts(segmented.match({"role": "nobody"}), eval_key="run")
+    assert segmented.load_evaluation_results("run").custom_metrics == kept
+    with pytest.raises(ValueError, match="protocol"):
+        evaluate_concepts(segmented, eval_key="other", protocol="nothing")
+    assert segmented.list_evaluations() == ["run"]
+
+
+def test_what_cannot_be_scored_is_left_out_and_named(segmented, tmp_path):
+    from PIL import Image
+
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+
+    first, second, *_ = segmented.load_saved_view("targets").exists("concept")
+    Image.new("L", (20, 30)).save(tmp_path / "small.png")
+    first["ground_truth"].mask_path = str(tmp_path / "small.png")
+    second["concept"].mask_path = str(tmp_path / "gone.png")
+    first.save(), second.save()
+    results = evaluate_concepts(segmented, eval_key="run")
+    assert results.backend.unscored.keys() == {first.id, second.id}
+    assert segmented.count("run_iou") == 10
+
+
+def test_fields_of_other_people_are_not_a_benchmarks(segmented):
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+    from conceptseg_hf.integrations.fiftyone.evaluation import report_of
+
+    segmented.delete_sample_field("level")
+    segmented.set_values("level", [None if index % 2 else 3 for index in range(len(segmented))])
+    evaluate_concepts(segmented, eval_key="run")
+    assert {row["level"] for row in report_of(segmented, "run").table} == {"?", "all"}

@@ -71,3 +71,57 @@ def test_references_can_be_shown_unmarked(make_dataset):
             pass
     assert any(value is not None for value in targets.values("marked.check_iou"))
     assert set(targets.values("unmarked.check_iou")) == {None}
+
+
+def test_other_labels_are_never_written_to(fo, make_dataset):
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob
+
+    dataset = make_dataset(2)
+    for field, message in (
+        ("ground_truth", "holds labels that ConceptSeg did not make"),
+        ("ref_boxes", "is there already and holds no Segmentation"),
+        ("prompt", "is there already and holds no Segmentation"),
+    ):
+        with pytest.raises(ValueError, match=f"field '{field}' {message}"):
+            SegmentationJob(prompt="star", field=field).check(dataset)
+    with pytest.raises(ValueError, match="field 'ref_boxes' holds labels that ConceptSeg did not make"):
+        SegmentationJob(prompt="star", field="ref_boxes", outputs=("detections",)).check(dataset)
+    with pytest.raises(ValueError, match="reference field 'nothing' is not in the dataset"):
+        SegmentationJob(prompt="star", reference_label_field="nothing").check(dataset)
+
+
+def test_a_broken_reference_spoils_no_predictions(make_dataset):
+    from pathlib import Path
+
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
+
+    dataset = make_dataset(6)
+    targets = dataset.load_saved_view("targets").limit(3)
+    for _ in segment_collection(targets, SegmentationJob(prompt="star", router="sam_only")):
+        pass
+    before = targets.values("concept.id")
+    reference = dataset.match({"role": "reference"}).first()
+    content = Path(reference.filepath).read_bytes()
+    Path(reference.filepath).write_bytes(content[:100])
+    try:
+        job = SegmentationJob(prompt="star", reference_ids=[reference.id], reference_label_field=None)
+        with pytest.raises(ValueError, match="cannot be read"):
+            list(segment_collection(targets, job))
+    finally:
+        Path(reference.filepath).write_bytes(content)
+    assert targets.values("concept.id") == before
+
+
+def test_outputs_of_an_earlier_run_do_not_stay(make_dataset):
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
+
+    dataset = make_dataset(4)
+    targets = dataset.load_saved_view("targets")
+    outputs = ("segmentation", "detections", "heatmap")
+    for samples, kinds in ((targets, outputs), (targets.limit(3), ("segmentation",))):
+        for _ in segment_collection(
+            samples, SegmentationJob(prompt="star", router="sam_only", outputs=kinds)
+        ):
+            pass
+    assert (targets.count("concept"), targets.count("concept_heatmap")) == (4, 1)
+    assert len(targets.exists("concept_detections")) == 1

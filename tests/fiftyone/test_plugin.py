@@ -148,3 +148,25 @@ def test_references_stand_beside_targets(fo, make_dataset, run_operator):
     target = dataset.match({"role": "target"}).exists("reference_ids").last()
     result = run_operator("show_references", dataset, selected=[target.id])
     assert result.error is None
+
+
+def test_dynamic_groups_are_flattened(fo, make_dataset, run_operator):
+    dataset = make_dataset(6)
+    view = dataset.load_saved_view("episodes")
+    run_operator("segment_concept", dataset, {"prompt": "star", "router": "sam_only"}, view=view)
+    dataset.reload()
+    assert dataset.count("concept") == 6
+    assert run_operator("evaluate_concepts", dataset, {}, view=view).result["table"]
+
+
+def test_a_benchmark_is_not_mixed_into_other_samples(fo, run_operator):
+    other = fo.Dataset("someone_elses")
+    try:
+        other.add_sample(fo.Sample(filepath="nothing.png"))
+        with pytest.raises(
+            Exception, match="dataset 'someone_elses' is there already and holds other samples"
+        ):
+            run_operator("load_concept_benchmark", None, {"dataset_name": "someone_elses", "limit": 2})
+        assert len(other) == 1
+    finally:
+        fo.delete_dataset("someone_elses")

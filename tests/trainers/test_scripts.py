@@ -126,6 +126,11 @@ def test_a_run_of_meta_grpo_leaves_figures_pictures_and_a_complete_model(whole_r
         assert torch.equal(value, model.sam.state_dict()[name]), name
 
 
+def test_conceptseg_train_wants_a_recipe(capsys):
+    assert cli.main(["train", "sft"]) == 2
+    assert "no recipe is given; name one: --config" in capsys.readouterr().err
+
+
 def test_conceptseg_train_runs_meta_grpo(tmp_path):
     assert cli.main(["train", "meta-grpo", *meta_grpo_words(tmp_path), "--max_steps", "1"]) == 0
     assert (tmp_path / "config.json").is_file()

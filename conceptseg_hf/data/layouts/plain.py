@@ -94,7 +94,7 @@ def _reference(root: Path, where: str, reference: Any) -> FileReference:
 
 def _jsonl_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"line {number} of {path.name}"

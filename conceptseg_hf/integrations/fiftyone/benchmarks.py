@@ -77,6 +77,10 @@ def import_benchmark(
     samples = load_benchmark(name, root=root, split=split, limit=limit, seed=seed)
     if fo.dataset_exists(dataset_name):
         dataset = fo.load_dataset(dataset_name)
+        if len(dataset) and not dataset.has_field("benchmark"):
+            raise ValueError(
+                f"dataset {dataset_name!r} is there already and holds other samples; give another name."
+            )
     else:
         dataset = fo.Dataset(dataset_name, persistent=True)
     declare_benchmark_fields(dataset)

@@ -35,6 +35,12 @@ LABELS = {
     "mdice": "mDice",
 }
 LOWER_IS_BETTER = ("mae", "ber")
+_OF_A_BENCHMARK = {
+    "level": fo.StringField,
+    "group": fo.StringField,
+    "episode": fo.StringField,
+    "present": fo.BooleanField,
+}
 
 
 class ConceptSegEvaluationConfig(foues.SegmentationEvaluationConfig):
@@ -104,8 +110,13 @@ class ConceptSegEvaluation(foues.SegmentationEvaluation):
         names = {} if eval_key is None else self.score_fields(eval_key)
         matches = []
         chosen = samples.exists(config.gt_field).select_fields(fields)
+        self.unscored: dict[str, str] = {}
         for sample in chosen.iter_samples(progress=progress, autosave=eval_key is not None):
-            truth, score = self._score(sample, total)
+            try:
+                truth, score = self._score(sample, total)
+            except (ValueError, OSError) as error:  # a lost file, or a mask of another shape
+                self.unscored[sample.id] = str(error)
+                continue
             prediction_id = None if sample[config.pred_field] is None else sample[config.pred_field].id
             for (true, predicted), count in zip(
                 (
@@ -121,9 +132,8 @@ class ConceptSegEvaluation(foues.SegmentationEvaluation):
             for name, field in names.items():
                 sample[field] = _share_of(name, score)
         if not total.scores:
-            raise ValueError(
-                f"no sample has a mask in {config.gt_field!r}; give the field of the true masks."
-            )
+            reason = next(iter(self.unscored.values()), "there is no mask")
+            raise ValueError(f"no sample with a mask in {config.gt_field!r} can be scored: {reason}")
         sums = {name: int(sum(score[name] for score in total.scores)) for name in COUNTS}
         return foues.SegmentationResults(
             samples,
@@ -188,7 +198,8 @@ def evaluate_concepts(
         progress: As FiftyOne's `progress`.
 
     Returns:
-        FiftyOne's results; `results.custom_metrics` holds the metrics, in percent.
+        FiftyOne's results; `results.custom_metrics` holds the metrics, in percent, and `results.backend.unscored` why
+        samples were left out (a lost file, a mask of another shape), by sample id.
 
     Raises:
         ValueError: If fields are missing or no sample has a true mask.
@@ -196,17 +207,24 @@ def evaluate_concepts(
     for name in filter(None, (pred_field, gt_field, heatmap_field)):
         if not samples.has_field(name):
             raise ValueError(f"field {name!r} is not in the dataset; give one of its fields.")
-    return samples.evaluate_segmentations(
-        pred_field,
-        gt_field=gt_field,
-        eval_key=eval_key,
-        method=ConceptSegEvaluationConfig,
-        protocol=protocol,
-        metrics=metrics,
-        ignore_field=IGNORE if samples.has_field(IGNORE) else None,
-        heatmap_field=heatmap_field,
-        progress=progress,
-    )
+    if not samples.exists(gt_field).count():  # before a run of the same key is replaced
+        raise ValueError(f"no sample has a mask in {gt_field!r}; give the field of the true masks.")
+    try:
+        return samples.evaluate_segmentations(
+            pred_field,
+            gt_field=gt_field,
+            eval_key=eval_key,
+            method=ConceptSegEvaluationConfig,
+            protocol=protocol,
+            metrics=metrics,
+            ignore_field=IGNORE if samples.has_field(IGNORE) else None,
+            heatmap_field=heatmap_field,
+            progress=progress,
+        )
+    except Exception:
+        if eval_key is not None and eval_key in samples.list_evaluations():
+            samples._dataset.delete_evaluation(eval_key)  # else half a run would pass for a whole one
+        raise
 
 
 def report_of(samples: Any, eval_key: str) -> EvaluationReport:
@@ -231,6 +249,9 @@ def _records(samples: Any, config: Any, eval_key: str) -> Iterable[dict[str, Any
     paths |= {name: name for name in ("level", "group", "present", "episode")}
     paths |= {name: f"{pred}.{name}" for name in ("route", "decode_presence", "check_iou", "error")}
     known = {name: path for name, path in paths.items() if samples.has_field(path)}
+    for name, kind in _OF_A_BENCHMARK.items():  # others may use these names for something else
+        if name in known and not isinstance(samples.get_field(name), kind):
+            del known[name]
     columns = dict(zip(known, samples.values(list(known.values()))))
     for values in zip(*columns.values()):
         value = dict.fromkeys(paths) | dict(zip(columns, values))

@@ -15,7 +15,7 @@ from ...references import Reference
 from ...router import ROUTER_MODES
 from .checkpoints import NANO
 from .reference_samples import AUTO, references_from, resolve_label_field, samples_by_id
-from .schema import output_fields
+from .schema import check_output_fields
 
 _KEPT = (
     "field",
@@ -91,8 +91,14 @@ class SegmentationJob:
             raise ValueError(f"router is {self.router!r}; use one of {', '.join(ROUTER_MODES)}.")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; use at least 1.")
+        if self.reference_label_field not in (None, AUTO) and not samples.has_field(
+            self.reference_label_field
+        ):
+            raise ValueError(
+                f"reference field {self.reference_label_field!r} is not in the dataset; give one of its fields."
+            )
         self.shared_references(samples)
-        output_fields(self.field, self.outputs)
+        check_output_fields(samples, self.field, self.outputs)
 
     def shared_references(self, samples: fo.core.collections.SampleCollection) -> Sequence[Reference]:
         """The references that all samples share.

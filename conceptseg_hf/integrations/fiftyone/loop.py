@@ -6,6 +6,7 @@ segmented. A killed run therefore loses the batch in work, and `skip_existing` d
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -14,6 +15,7 @@ from pathlib import Path
 import fiftyone as fo
 from fiftyone import ViewField as F
 
+from ...images import load_image, load_mask
 from ...outputs import ConceptSegmentation
 from ...pipelines import ConceptSegmentationPipeline
 from ...references import Reference
@@ -22,7 +24,9 @@ from .files import default_folder
 from .job import SegmentationJob
 from .labels import attributes_of, to_labels
 from .reference_samples import references_from, resolve_label_field, samples_by_id
-from .schema import declare_prediction_fields, other_route_field, output_fields, whole_dataset
+from .schema import declare_prediction_fields, output_fields, stale_fields, whole_dataset
+
+_DECLARING = threading.Lock()
 
 
 @dataclass
@@ -75,8 +79,10 @@ def segment_collection(
     """
     job.check(samples)
     dataset = samples._dataset
+    references_of = _ReferenceReader(dataset, job)
     pipeline = pipeline or get_pipeline(job.checkpoint)
-    declare_prediction_fields(dataset, job.field, job.outputs)
+    with _DECLARING:  # two runs that begin at once would declare the same fields
+        declare_prediction_fields(dataset, job.field, job.outputs)
     fields = output_fields(job.field, job.outputs)
     ids, total = pending_ids(samples, job), targets_of(samples, job).count()
     progress = Progress(total=len(ids), skipped=total - len(ids))
@@ -84,10 +90,9 @@ def segment_collection(
 
     settings = {"checkpoint": job.checkpoint, "router": job.router, "run": job.keep(dataset)}
     folder = Path(job.folder) if job.folder else default_folder(dataset.name, job.field)
-    references_of = _ReferenceReader(dataset, job)
     needed = [name for name in (job.prompt_field, job.reference_ids_field) if name is not None]
     everything = whole_dataset(samples)
-    stale = [name for name in [other_route_field(job.field)] if dataset.has_field(name)]
+    stale = stale_fields(dataset, job.field, job.outputs)
     for start in range(0, len(ids), job.batch_size):
         batch = list(
             everything.select(ids[start : start + job.batch_size], ordered=True).select_fields(
@@ -138,6 +143,10 @@ class _ReferenceReader:
     def __init__(self, dataset: fo.Dataset, job: SegmentationJob) -> None:
         self._dataset, self._job = dataset, job
         self._shared = job.shared_references(dataset)
+        for reference in self._shared:  # one that cannot be read would make every sample fail
+            image = load_image(reference.image)
+            if reference.mask is not None:
+                load_mask(reference.mask, image.size)
         self._label_field = resolve_label_field(dataset, job.reference_label_field)
         self._read = lru_cache(maxsize=256)(self._read_anew)
 

@@ -88,6 +88,39 @@ def other_route_field(field: str) -> str:
     return f"{field}_other_route"
 
 
+def stale_fields(
+    samples: fo.core.collections.SampleCollection, field: str, outputs: Iterable[str]
+) -> list[str]:
+    """The fields of an earlier run that a new prediction makes void: outputs that it lacks, and the other route."""
+    written = output_fields(field, outputs).values()
+    names = [f"{field}_detections", f"{field}_heatmap", other_route_field(field)]
+    ours = [*prediction_fields(samples), *fields_of_type(samples, fo.Heatmap)]
+    return [name for name in names if name in ours and name not in written]
+
+
+def check_output_fields(
+    samples: fo.core.collections.SampleCollection, field: str, outputs: Iterable[str]
+) -> None:
+    """Finds labels that a run would spoil.
+
+    Raises:
+        ValueError: If a field is there and of another type, or holds labels that are no predictions of ConceptSeg.
+    """
+    ours = [*prediction_fields(samples), *fields_of_type(samples, fo.Heatmap)]
+    for output, name in output_fields(field, outputs).items():
+        if not samples.has_field(name):
+            continue
+        label_type = _LABEL_TYPES[output]
+        if name not in fields_of_type(samples, label_type):
+            raise ValueError(
+                f"field {name!r} is there already and holds no {label_type.__name__}; give another field name."
+            )
+        if name not in ours and samples._dataset.count(name):
+            raise ValueError(
+                f"field {name!r} holds labels that ConceptSeg did not make; give another field name."
+            )
+
+
 def declare_prediction_fields(
     dataset: fo.Dataset, field: str, outputs: Iterable[str] = ("segmentation",)
 ) -> None:
