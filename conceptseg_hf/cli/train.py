@@ -33,10 +33,6 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the verb."""
-    if not arguments.options:
-        raise BadInputError(
-            "no recipe is given; name one: --config trainers/recipes/nano_sft.yaml, for example."
-        )
     try:
         script = importlib.import_module(f"conceptseg_trainers.scripts.{_SCRIPTS[arguments.stage]}")
         common = importlib.import_module("conceptseg_trainers.scripts.common")
@@ -47,6 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
         ) from error
     except ImportError as error:  # TRL is too old
         raise BadInputError(str(error)) from error
+    if not arguments.options:
+        raise BadInputError(
+            "no recipe is given; name one: --config trainers/recipes/nano_sft.yaml, for example."
+        )
     trainer = as_bad_input(script.prepare, arguments.options)
     spare_threads(trainer.concept_model)
     common.run(trainer)
