@@ -75,7 +75,7 @@ class LoadConceptBenchmark(foo.Operator):
 
 
 def _fault_of(ctx: Any) -> str | None:
-    """Why the benchmark cannot be loaded, once a folder is given."""
+    """Why the benchmark cannot be loaded; one of files, once their folder is given."""
     from conceptseg_hf.data import SOURCES, load_benchmark
     from conceptseg_hf.data.registry import open_benchmark
 

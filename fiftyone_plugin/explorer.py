@@ -66,8 +66,7 @@ class ConceptExplorer(foo.Panel):
         row, field = self._row(ctx, "rules"), ctx.panel.get_state("field")
         if row:
             rule = None if row["rule"] == NO_RULE else row["rule"]
-            answered = ctx.dataset.match(F(f"{field}.route") != None)  # noqa: E711 (else errors have no rule either)
-            self._show(ctx, answered.match(F(f"{field}.rule") == rule))
+            self._show(ctx, _answered(ctx.dataset, field).match(F(f"{field}.rule") == rule))
 
     def show_failure(self, ctx: Any) -> None:
         """Shows the samples of a row of failures."""
@@ -147,7 +146,7 @@ class ConceptExplorer(foo.Panel):
             report = report_of(ctx.dataset, key)
             metrics = [metrics_row(row) for row in report.table]
             summary = report.summary()
-        rules = ctx.dataset.match(F(f"{field}.route") != None).count_values(f"{field}.rule")  # noqa: E711
+        rules = _answered(ctx.dataset, field).count_values(f"{field}.rule")
         rules = sorted(((rule or NO_RULE, count) for rule, count in rules.items()), key=lambda item: -item[1])
         failures = {kind: len(ids) for kind, ids in _failures(ctx.dataset, field).items() if ids}
         ctx.panel.set_state(
@@ -246,6 +245,11 @@ class ConceptExplorer(foo.Panel):
 
     def _show(self, ctx: Any, view: fo.DatasetView) -> None:
         ctx.ops.set_view(view=view)
+
+
+def _answered(dataset: fo.Dataset, field: str) -> fo.DatasetView:
+    """The samples without an error: errors have no rule either."""
+    return dataset.match(F(f"{field}.route") != None)  # noqa: E711 (an expression of FiftyOne)
 
 
 def _failures(dataset: fo.Dataset, field: str) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Checkpoints by name, and the one model that a process keeps."""
+"""Checkpoints by name, the one model that a process keeps, and what it makes of a batch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import gc
 import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...evaluation.loading import load_model_and_processor
+from ...outputs import ConceptSegmentation
 from ...pipelines import ConceptSegmentationPipeline
 
 NANO = "nano"
@@ -56,6 +58,25 @@ def get_pipeline(checkpoint: str = NANO, device: str | None = None) -> ConceptSe
             model, processor = load_model_and_processor(name, device)
             _kept[key] = ConceptSegmentationPipeline(model=model, processor=processor, device=model.device)
         return _kept[key]
+
+
+def segment_batch(
+    pipeline: ConceptSegmentationPipeline, items: list[dict[str, Any]], settings: dict[str, Any]
+) -> list[ConceptSegmentation]:
+    """Segments a batch; where the model itself fails, one by one, so that only the guilty carry an error.
+
+    Args:
+        pipeline: The model.
+        items: Inputs of the pipeline, with `prompt`.
+        settings: Further arguments of the pipeline.
+    """
+    try:
+        found = pipeline(items, batch_size=max(1, len(items)), **settings)
+    except Exception as error:  # out of memory, for example
+        if len(items) > 1:
+            return [result for item in items for result in segment_batch(pipeline, [item], settings)]
+        return [ConceptSegmentation.failed(f"the model failed: {error}", items[0]["prompt"])]
+    return [ConceptSegmentation(**result) for result in found]
 
 
 def release_models() -> int:

@@ -17,6 +17,7 @@ from fiftyone import ViewField as F
 from ...evaluation.metrics import LIBRARY_METRICS, METRICS, MaskMetrics
 from ...evaluation.records import REJECTION_THRESHOLD
 from ...evaluation.report import EvaluationReport
+from ...evaluation.tables import HEADINGS, LOWER_IS_BETTER
 from ...images import load_mask
 from .labels import mask_of
 from .schema import GROUND_TRUTH, IGNORE
@@ -24,17 +25,7 @@ from .schema import GROUND_TRUTH, IGNORE
 BACKEND = "conceptseg"
 CLASSES = ["background", "concept"]
 COUNTS = ("tp", "fp", "fn", "tn")
-LABELS = {
-    "f_w": "Weighted F-measure",
-    "miou": "mIoU",
-    "giou": "gIoU (mean foreground IoU)",
-    "ciou": "cIoU",
-    "mae": "MAE",
-    "ber": "BER",
-    "s_measure": "S-measure",
-    "mdice": "mDice",
-}
-LOWER_IS_BETTER = ("mae", "ber")
+LABELS = HEADINGS | {"f_w": "Weighted F-measure", "giou": "gIoU (mean foreground IoU)"}
 _OF_A_BENCHMARK = {
     "level": fo.StringField,
     "group": fo.StringField,

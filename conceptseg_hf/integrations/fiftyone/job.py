@@ -84,19 +84,18 @@ class SegmentationJob:
             )
         if not (self.prompt or "").strip() and self.prompt_field is None:
             raise ValueError("there is no prompt; give words, or the field that holds them.")
-        for name, value in (("prompt", self.prompt_field), ("reference", self.reference_ids_field)):
+        label_field = None if self.reference_label_field == AUTO else self.reference_label_field
+        for name, value in (
+            ("prompt", self.prompt_field),
+            ("reference", self.reference_ids_field),
+            ("reference", label_field),
+        ):
             if value is not None and not samples.has_field(value):
                 raise ValueError(f"{name} field {value!r} is not in the dataset; give one of its fields.")
         if self.router not in ROUTER_MODES:
             raise ValueError(f"router is {self.router!r}; use one of {', '.join(ROUTER_MODES)}.")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; use at least 1.")
-        if self.reference_label_field not in (None, AUTO) and not samples.has_field(
-            self.reference_label_field
-        ):
-            raise ValueError(
-                f"reference field {self.reference_label_field!r} is not in the dataset; give one of its fields."
-            )
         self.shared_references(samples)
         check_output_fields(samples, self.field, self.outputs)
 

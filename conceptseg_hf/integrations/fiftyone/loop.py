@@ -19,7 +19,7 @@ from ...images import load_image, load_mask
 from ...outputs import ConceptSegmentation
 from ...pipelines import ConceptSegmentationPipeline
 from ...references import Reference
-from .checkpoints import get_pipeline
+from .checkpoints import get_pipeline, segment_batch
 from .files import default_folder
 from .job import SegmentationJob
 from .labels import attributes_of, to_labels
@@ -187,17 +187,6 @@ def _segment(
         except (ValueError, OSError) as error:
             results[index] = ConceptSegmentation.failed(str(error), prompt)
     settings = {"router": job.router, "return_heatmap": "heatmap" in job.outputs}
-    try:
-        found = dict(zip(items, pipeline(list(items.values()), batch_size=job.batch_size, **settings)))
-    except Exception:  # out of memory, for example: one by one, so that only the guilty fail
-        found = {index: _segment_one(pipeline, item, settings) for index, item in items.items()}
-    for index, result in found.items():
-        results[index] = ConceptSegmentation(**result)
+    for index, result in zip(items, segment_batch(pipeline, list(items.values()), settings), strict=True):
+        results[index] = result
     return results
-
-
-def _segment_one(pipeline: ConceptSegmentationPipeline, item: dict, settings: dict) -> dict:
-    try:
-        return pipeline(item, **settings)
-    except Exception as error:
-        return ConceptSegmentation.failed(f"the model failed: {error}", item["prompt"]).to_dict()

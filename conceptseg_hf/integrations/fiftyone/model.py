@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 from ...outputs import ConceptSegmentation
 from ...references import Reference
 from ...router import ROUTER_MODES
-from .checkpoints import NANO, get_pipeline
+from .checkpoints import NANO, get_pipeline, segment_batch
 from .labels import attributes_of, to_labels
 from .reference_samples import AUTO, references_from, resolve_label_field, samples_by_id
 from .schema import output_fields
@@ -167,17 +167,10 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
                 "references": references,
             }
         settings = {"router": self.router, "return_heatmap": "heatmap" in self.outputs}
-        for index, result in zip(items, self._segment(list(items.values()), settings), strict=True):
-            results[index] = ConceptSegmentation(**result)
+        found = segment_batch(self.pipeline, list(items.values()), settings)
+        for index, result in zip(items, found, strict=True):
+            results[index] = result
         return [self._label(*item) for item in zip(results, prompts, args, strict=True)]
-
-    def _segment(self, items: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
-        try:
-            return self.pipeline(items, batch_size=max(1, len(items)), **settings)
-        except Exception as error:  # out of memory, for example: one by one, so that only the guilty fail
-            if len(items) > 1:
-                return [found for item in items for found in self._segment([item], settings)]
-            return [ConceptSegmentation.failed(f"the model failed: {error}", items[0]["prompt"]).to_dict()]
 
     def _label(self, result: ConceptSegmentation, prompt: str, image: np.ndarray | str) -> Any:
         attributes = attributes_of(result, prompt, checkpoint=self.checkpoint, router=self.router)

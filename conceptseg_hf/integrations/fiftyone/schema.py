@@ -62,7 +62,7 @@ REFERENCE_BOXES = "ref_boxes"
 GROUND_TRUTH = "ground_truth"
 IGNORE = "ignore"
 
-_LABEL_TYPES = {"segmentation": fo.Segmentation, "detections": fo.Detections, "heatmap": fo.Heatmap}
+LABEL_TYPES = {"segmentation": fo.Segmentation, "detections": fo.Detections, "heatmap": fo.Heatmap}
 
 
 def output_fields(field: str, outputs: Iterable[str]) -> dict[str, str]:
@@ -94,7 +94,7 @@ def stale_fields(
     """The fields of an earlier run that a new prediction makes void: outputs that it lacks, and the other route."""
     written = output_fields(field, outputs).values()
     names = [f"{field}_detections", f"{field}_heatmap", other_route_field(field)]
-    ours = [*prediction_fields(samples), *fields_of_type(samples, fo.Heatmap)]
+    ours = _fields_of_runs(samples)
     return [name for name in names if name in ours and name not in written]
 
 
@@ -106,16 +106,10 @@ def check_output_fields(
     Raises:
         ValueError: If a field is there and of another type, or holds labels that are no predictions of ConceptSeg.
     """
-    ours = [*prediction_fields(samples), *fields_of_type(samples, fo.Heatmap)]
+    ours = _fields_of_runs(samples)
     for output, name in output_fields(field, outputs).items():
-        if not samples.has_field(name):
-            continue
-        label_type = _LABEL_TYPES[output]
-        if name not in fields_of_type(samples, label_type):
-            raise ValueError(
-                f"field {name!r} is there already and holds no {label_type.__name__}; give another field name."
-            )
-        if name not in ours and samples._dataset.count(name):
+        _check_type(samples.get_field_schema(), name, LABEL_TYPES[output])
+        if samples.has_field(name) and name not in ours and samples._dataset.count(name):
             raise ValueError(
                 f"field {name!r} holds labels that ConceptSeg did not make; give another field name."
             )
@@ -138,13 +132,9 @@ def declare_prediction_fields(
     """
     schema = dataset.get_field_schema()
     for output, name in output_fields(field, outputs).items():
-        label_type = _LABEL_TYPES[output]
+        _check_type(schema, name, LABEL_TYPES[output])
         if name not in schema:
-            dataset.add_sample_field(name, fo.EmbeddedDocumentField, embedded_doc_type=label_type)
-        elif getattr(schema[name], "document_type", None) is not label_type:
-            raise ValueError(
-                f"field {name!r} is there already and holds no {label_type.__name__}; give another field name."
-            )
+            dataset.add_sample_field(name, fo.EmbeddedDocumentField, embedded_doc_type=LABEL_TYPES[output])
         if output == "segmentation":
             dataset.mask_targets = dataset.mask_targets | {name: {FOREGROUND: "concept"}}
         if output != "heatmap":
@@ -201,6 +191,18 @@ def whole_dataset(samples: fo.core.collections.SampleCollection) -> fo.core.coll
     """The dataset that samples come from; of a grouped one the images of all slices, as it shows one slice only."""
     dataset = samples._dataset
     return dataset.select_group_slices(media_type="image") if dataset.media_type == "group" else dataset
+
+
+def _fields_of_runs(samples: fo.core.collections.SampleCollection) -> list[str]:
+    """The fields that runs may write to; a heatmap does not say what made it."""
+    return [*prediction_fields(samples), *fields_of_type(samples, fo.Heatmap)]
+
+
+def _check_type(schema: dict[str, fo.Field], name: str, label_type: type) -> None:
+    if name in schema and getattr(schema[name], "document_type", None) is not label_type:
+        raise ValueError(
+            f"field {name!r} is there already and holds no {label_type.__name__}; give another field name."
+        )
 
 
 def _declare(dataset: fo.Dataset, fields: dict[str, type]) -> None:

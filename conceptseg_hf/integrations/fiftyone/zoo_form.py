@@ -12,6 +12,7 @@ from fiftyone import ViewField as F
 from fiftyone.operators import types
 
 from .schema import (
+    LABEL_TYPES,
     REFERENCE_IDS,
     ROUTERS,
     declare_prediction_fields,
@@ -25,7 +26,6 @@ OUTPUTS = {
     "detections": "Detections: a box with instance mask per connected region",
 }
 _ARGUMENTS = ("prompt", "prompt_field", "reference_field", "router", "output")
-_LABEL_TYPES = {"segmentation": fo.Segmentation, "detections": fo.Detections}
 
 
 def zoo_form(ctx: Any) -> types.Property:
@@ -165,7 +165,7 @@ def _label_field_fault(dataset: fo.Dataset, name: str | None, output: str) -> st
         message = str(error)
         return message[:1].upper() + message[1:]
     field = dataset.get_field(name)
-    wanted = _LABEL_TYPES[output]
+    wanted = LABEL_TYPES[output]
     if field is not None and getattr(field, "document_type", None) is not wanted:
         return f"Field {name!r} is there already and holds no {wanted.__name__}; give another label field."
     return None
