@@ -12,11 +12,14 @@ from conceptseg_hf import (
     ConceptSegProcessor,
 )
 
-TIMED = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
-BACKBONES = TIMED.format(
-    "import torchvision_shim; from transformers import Qwen2_5_VLForConditionalGeneration, Sam3Model"
-)
-PACKAGE = TIMED.format("import conceptseg_hf")
+IMPORT_AFTER_THE_BACKBONES = """
+import time
+import torchvision_shim
+from transformers import Qwen2_5_VLForConditionalGeneration, Sam3Model
+start = time.process_time()
+import conceptseg_hf
+print(time.process_time() - start)
+"""
 NO_SOCKETS = """
 import socket, sys
 
@@ -67,13 +70,9 @@ def test_import_opens_no_socket_and_stays_light(fresh_python):
 
 
 def test_import_costs_little_beyond_the_backbones(fresh_python):
-    """At most 0.3 s beyond the modeling files it registers; best of a few runs: the machine may be busy."""
-    best_backbones = best_package = float("inf")
-    for _ in range(4):
-        best_backbones = min(best_backbones, float(fresh_python(BACKBONES)))
-        best_package = min(best_package, float(fresh_python(PACKAGE)))
-        if best_package - best_backbones <= 0.3:
-            return
-    pytest.fail(
-        f"import conceptseg_hf: {best_package:.2f} s, the backbones' modeling files: {best_backbones:.2f} s"
-    )
+    """At most 0.3 s beyond the modeling files it registers.
+
+    In one process, after them: two processes, each of seconds, differ by more than that on a busy machine.
+    """
+    cost = min(float(fresh_python(IMPORT_AFTER_THE_BACKBONES)) for _ in range(2))
+    assert cost <= 0.3, f"import conceptseg_hf costs {cost:.2f} s after the backbones' modeling files"
