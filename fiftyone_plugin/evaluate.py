@@ -37,6 +37,7 @@ class EvaluateConcepts(foo.Operator):
         if forms.package_missing():
             forms.warn(inputs, "missing", forms.INSTALL)
             return forms.form(inputs, label)
+        from conceptseg_hf.integrations.fiftyone.evaluation import check_eval_key
         from conceptseg_hf.integrations.fiftyone.schema import fields_of_type, prediction_fields
 
         masks = fields_of_type(ctx.dataset, fo.Segmentation)
@@ -72,13 +73,15 @@ class EvaluateConcepts(foo.Operator):
             forms.dropdown(
                 inputs, "heatmap_field", choices, "none", "Probabilities for MAE, F_w and S-measure"
             )
-        key = ctx.params.get("eval_key")
-        if key and not key.isidentifier():
-            forms.warn(inputs, "bad_key", f"{key!r} cannot be a name; use letters, digits and underscores.")
-        elif key in ctx.dataset.list_evaluations():
-            forms.warn(
-                inputs, "overwrite", f"The run {key!r} is there already and will be replaced.", blocks=False
-            )
+        get = ctx.params.get
+        try:
+            check_eval_key(ctx.dataset, get("eval_key"), get("pred_field"), get("gt_field"))
+        except ValueError as error:
+            forms.warn(inputs, "bad_key", str(error))
+        else:
+            if get("eval_key") in ctx.dataset.list_evaluations():
+                message = f"The run {get('eval_key')!r} is there already and will be replaced."
+                forms.warn(inputs, "overwrite", message, blocks=False)
         return forms.form(inputs, label)
 
     def execute(self, ctx: Any) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class ConceptExplorer(foo.Panel):
         if forms.package_missing():
             ctx.panel.set_state("status", forms.INSTALL)
             return
-        from conceptseg_hf.integrations.fiftyone.evaluation import BACKEND, report_of
+        from conceptseg_hf.integrations.fiftyone.evaluation import BACKEND, replaced_since, report_of
         from conceptseg_hf.integrations.fiftyone.schema import prediction_fields
 
         ctx.dataset.reload()
@@ -146,6 +146,9 @@ class ConceptExplorer(foo.Panel):
             report = report_of(ctx.dataset, key)
             metrics = [metrics_row(row) for row in report.table]
             summary = report.summary()
+            replaced = len(replaced_since(ctx.dataset, key))
+            if replaced:
+                summary += f" **Masks made since: {replaced}; evaluate again.**"
         rules = _answered(ctx.dataset, field).count_values(f"{field}.rule")
         rules = sorted(((rule or NO_RULE, count) for rule, count in rules.items()), key=lambda item: -item[1])
         failures = {kind: len(ids) for kind, ids in _failures(ctx.dataset, field).items() if ids}

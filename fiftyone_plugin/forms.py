@@ -34,7 +34,8 @@ def package_missing() -> bool:
 
 
 def warn(inputs: types.Object, name: str, message: str, blocks: bool = True) -> None:
-    """A message in the form; with `blocks` the form cannot be sent."""
+    """A message in the form, as a sentence; with `blocks` the form cannot be sent."""
+    message = message[:1].upper() + message[1:]
     shown = inputs.view(name, types.Warning(label=message))
     if blocks:
         shown.invalid = True

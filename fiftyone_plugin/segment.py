@@ -325,13 +325,9 @@ def _check(inputs: types.Object, ctx: Any) -> None:
         if count == 0:
             raise ValueError("there is nothing to segment: the view is empty, or all its samples are done.")
     except (ValueError, OSError) as error:
-        forms.warn(inputs, "fault", _sentence(str(error)))
+        forms.warn(inputs, "fault", str(error))
         return
     message = f"{count} samples will be segmented; reference samples are left out."
     if count > DELEGATE_FROM:
         message += " This is a large run: schedule it, so that it goes on when the App is closed."
     inputs.view("summary", types.Notice(label=message))
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -23,6 +23,8 @@ def test_a_curators_walk(app, fo, outside, hosts_reached, request):
     from app_driver import eventually
     from playwright.sync_api import expect
 
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
+
     page = app.page
     request.addfinalizer(lambda: fo.dataset_exists(DATASET) and fo.delete_dataset(DATASET))
 
@@ -122,6 +124,11 @@ def test_a_curators_walk(app, fo, outside, hosts_reached, request):
     eventually(page, lambda: page.get_by_text(f"{len(dataset)} samples", exact=True).count() == 1)
     row.click()
     eventually(page, lambda: page.get_by_text(f"{count} samples", exact=True).count() == 1)
+
+    # A mask that was made since is no part of the run.
+    list(segment_collection(dataset.select(reasoned.id), SegmentationJob(prompt="star", router="sam_only")))
+    page.get_by_role("button", name="Read again").click()
+    expect(page.get_by_text("Masks made since: 1; evaluate again.")).to_be_visible()
 
     # The run is in FiftyOne's own panel, too.
     app.open_panel("Model Evaluation")

@@ -106,6 +106,43 @@ def test_what_is_missing_is_said(segmented):
         evaluate_concepts(segmented, pred_field="nothing")
     with pytest.raises(ValueError, match="no sample has a mask in 'ground_truth'"):
         evaluate_concepts(segmented.match({"role": "nobody"}))
+    with pytest.raises(ValueError, match="field 'concept' holds no Heatmap"):
+        evaluate_concepts(segmented, heatmap_field="concept")
+
+
+def test_objects_are_scored_once_they_are_masks(segmented):
+    """As the message says."""
+    import fiftyone.utils.labels as foul
+
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob, evaluate_concepts, segment_collection
+
+    targets = segmented.load_saved_view("targets").exists("concept")
+    job = SegmentationJob("objects", prompt_field="prompt", router="sam_only", outputs=("detections",))
+    list(segment_collection(targets, job))
+    with pytest.raises(ValueError, match="field 'objects' holds no Segmentation"):
+        evaluate_concepts(targets, "objects")
+    foul.objects_to_segmentations(targets, "objects", "rendered")
+    of_objects, of_masks = evaluate_concepts(targets, "rendered"), evaluate_concepts(targets)
+    giou = [results.custom_metrics["conceptseg_giou"]["value"] for results in (of_objects, of_masks)]
+    assert giou[0] == pytest.approx(giou[1], abs=1)  # boxes are rendered on whole pixels
+
+
+def test_masks_made_since_are_named(segmented):
+    """The report keeps the run's scores, and does not pass a newer label's route for theirs."""
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob, evaluate_concepts, segment_collection
+    from conceptseg_hf.integrations.fiftyone.evaluation import replaced_since, report_of
+
+    evaluate_concepts(segmented, eval_key="run")
+    before = report_of(segmented, "run").table
+    assert replaced_since(segmented, "run") == []
+    ids = segmented.load_saved_view("targets").values("id")
+    made = ids[:3] + ids[-1:]  # the last had no prediction
+    job = SegmentationJob(prompt_field="prompt", router="full_reasoning")
+    list(segment_collection(segmented.select(made), job))
+    assert replaced_since(segmented, "run") == made
+    after = report_of(segmented, "run").table
+    assert [row["masks"] for row in after] == [row["masks"] for row in before]
+    assert after[-1]["shortcut_share"] == before[-1]["shortcut_share"] == 1
 
 
 def test_uncertain_samples_are_tagged(segmented):
@@ -138,12 +175,32 @@ def test_a_run_that_fails_replaces_none(segmented):
     from conceptseg_hf.integrations.fiftyone import evaluate_concepts
 
     kept = evaluate_concepts(segmented, eval_key="run").custom_metrics
-    with pytest.raises(ValueError, match="no sample has a mask in 'ground_truth'"):
-        evaluate_concepts(segmented.match({"role": "nobody"}), eval_key="run")
-    assert segmented.load_evaluation_results("run").custom_metrics == kept
-    with pytest.raises(ValueError, match="protocol"):
-        evaluate_concepts(segmented, eval_key="other", protocol="nothing")
+    segmented.clone_sample_field("concept", "other")
+    segmented.add_sample_field("mine_iou", segmented.get_field("run_iou").__class__)
+    nobody = segmented.match({"role": "nobody"})
+    for samples, arguments, fault in (
+        (nobody, {"eval_key": "run"}, "no sample has a mask in 'ground_truth'"),
+        (segmented, {"eval_key": "run", "protocol": "nothing"}, "protocol"),
+        (segmented, {"eval_key": "run", "metrics": ["nothing"]}, "no metric is named 'nothing'"),
+        (segmented, {"eval_key": "run", "pred_field": "other"}, "evaluation 'run' is of other fields"),
+        (segmented, {"eval_key": "mine"}, "field 'mine_iou' is there already"),
+        (segmented, {"eval_key": "no name"}, "'no name' cannot be a run's name"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            evaluate_concepts(samples, **arguments)
     assert segmented.list_evaluations() == ["run"]
+    assert segmented.load_evaluation_results("run").custom_metrics == kept
+    assert segmented.count("run_iou") == 12
+
+
+def test_a_run_of_another_method_is_not_replaced(segmented):
+    """FiftyOne's own evaluation of the same fields."""
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+
+    theirs = segmented.evaluate_segmentations("concept", gt_field="ground_truth", eval_key="simple")
+    with pytest.raises(ValueError, match="evaluation 'simple' is of other fields or another method"):
+        evaluate_concepts(segmented, eval_key="simple")
+    assert segmented.load_evaluation_results("simple").metrics() == theirs.metrics()
 
 
 def test_what_cannot_be_scored_is_left_out_and_named(segmented, tmp_path):

@@ -128,6 +128,27 @@ def test_an_error_stays_with_its_sample(make_dataset):
     assert (again.total, again.skipped, set(again.errors)) == (3, 6, {wordless.id, lonely.id})
 
 
+def test_samples_deleted_during_the_run_are_named(make_dataset):
+    """Those that were not read yet, and those whose labels cannot be saved any more."""
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob, get_pipeline, segment_collection
+
+    dataset = make_dataset(6)
+    targets = dataset.load_saved_view("targets")
+    first, read, waiting, *others = targets.values("id")
+
+    def deletes(items, **settings):
+        if progress.done == 1:
+            dataset.delete_samples([read, waiting])
+        return get_pipeline()(items, **settings)
+
+    job = SegmentationJob(prompt_field="prompt", router="sam_only", batch_size=1)
+    for progress in segment_collection(targets, job, pipeline=deletes):  # noqa: B007 (`deletes` looks at it)
+        pass
+    assert str(progress) == "6 of 6 segmented, 2 with an error"
+    assert progress.errors == dict.fromkeys((read, waiting), "the sample was deleted during the run.")
+    assert dataset.exists("concept").values("id") == [first, *others]
+
+
 def test_a_killed_run_loses_nothing_that_was_written(fo, make_dataset, run_operator, run_queued):
     from fiftyone.operators.delegated import DelegatedOperationService
 

@@ -105,7 +105,7 @@ def test_other_forms_say_what_is_missing(fo, make_dataset, messages, tmp_path):
         "No sample is selected or open; select the targets in the grid."
     ]
     assert messages("evaluate_concepts", dataset, {"eval_key": "no name"}) == [
-        "'no name' cannot be a name; use letters, digits and underscores."
+        "'no name' cannot be a run's name; use letters, digits and underscores."
     ]
     assert messages("load_concept_benchmark", dataset, {"benchmark": "DUTS"}) == []
     [fault] = messages("load_concept_benchmark", dataset, {"benchmark": "DUTS", "root": str(tmp_path / "no")})

@@ -20,11 +20,13 @@ from ...evaluation.report import EvaluationReport
 from ...evaluation.tables import HEADINGS, LOWER_IS_BETTER
 from ...images import load_mask
 from .labels import mask_of
-from .schema import GROUND_TRUTH, IGNORE
+from .schema import GROUND_TRUTH, IGNORE, fields_of_type
 
 BACKEND = "conceptseg"
 CLASSES = ["background", "concept"]
 COUNTS = ("tp", "fp", "fn", "tn")
+SCORES = ("iou", "dice", *COUNTS, "mae", *LIBRARY_METRICS)
+"""What a run keeps of each sample; those of `LIBRARY_METRICS` only where they are asked for."""
 LABELS = HEADINGS | {"f_w": "Weighted F-measure", "giou": "gIoU (mean foreground IoU)"}
 _OF_A_BENCHMARK = {
     "level": fo.StringField,
@@ -32,6 +34,7 @@ _OF_A_BENCHMARK = {
     "episode": fo.StringField,
     "present": fo.BooleanField,
 }
+_OF_A_LABEL = ("route", "decode_presence", "check_iou", "error")
 
 
 class ConceptSegEvaluationConfig(foues.SegmentationEvaluationConfig):
@@ -71,8 +74,8 @@ class ConceptSegEvaluation(foues.SegmentationEvaluation):
 
     def score_fields(self, eval_key: str) -> dict[str, str]:
         """The sample field of each number of a sample."""
-        extra = [name for name in LIBRARY_METRICS if name in self.config.metrics]
-        return {name: f"{eval_key}_{name}" for name in ("iou", "dice", *COUNTS, "mae", *extra)}
+        wanted = [name for name in SCORES if name not in LIBRARY_METRICS or name in self.config.metrics]
+        return {name: f"{eval_key}_{name}" for name in wanted}
 
     def register_samples(self, samples: Any, eval_key: str | None) -> None:
         """Declares the fields."""
@@ -193,13 +196,25 @@ def evaluate_concepts(
         samples were left out (a lost file, a mask of another shape), by sample id.
 
     Raises:
-        ValueError: If fields are missing or no sample has a true mask.
+        ValueError: If fields are missing or of another type, no sample has a true mask, the protocol or a metric does
+            not exist, or `eval_key` names something else.
     """
-    for name in filter(None, (pred_field, gt_field, heatmap_field)):
-        if not samples.has_field(name):
+    for name, label_type in {
+        pred_field: fo.Segmentation,
+        gt_field: fo.Segmentation,
+        heatmap_field: fo.Heatmap,
+    }.items():
+        if name is not None and not samples.has_field(name):
             raise ValueError(f"field {name!r} is not in the dataset; give one of its fields.")
+        if name is not None and name not in fields_of_type(samples, label_type):
+            raise ValueError(
+                f"field {name!r} holds no {label_type.__name__}; give one that does "
+                "(fiftyone.utils.labels.objects_to_segmentations makes one of Detections)."
+            )
     if not samples.exists(gt_field).count():  # before a run of the same key is replaced
         raise ValueError(f"no sample has a mask in {gt_field!r}; give the field of the true masks.")
+    MaskMetrics(protocol, metrics=metrics)  # finds what does not exist, as early
+    check_eval_key(samples, eval_key, pred_field, gt_field)
     try:
         return samples.evaluate_segmentations(
             pred_field,
@@ -218,8 +233,33 @@ def evaluate_concepts(
         raise
 
 
+def check_eval_key(samples: Any, eval_key: str | None, pred_field: str, gt_field: str) -> None:
+    """Finds runs and fields that a run of this key would spoil; a run of the same fields may be replaced.
+
+    Raises:
+        ValueError: If the key cannot be one, or is taken.
+    """
+    if eval_key is None:
+        return
+    if not eval_key.isidentifier():
+        raise ValueError(f"{eval_key!r} cannot be a run's name; use letters, digits and underscores.")
+    if eval_key in samples.list_evaluations():
+        kept = samples.get_evaluation_info(eval_key).config
+        if kept.method != BACKEND or (kept.pred_field, kept.gt_field) != (pred_field, gt_field):
+            raise ValueError(
+                f"evaluation {eval_key!r} is of other fields or another method; give another name, or delete it first."
+            )
+        return
+    taken = [name for name in (f"{eval_key}_{score}" for score in SCORES) if samples.has_field(name)]
+    if taken:
+        raise ValueError(f"field {taken[0]!r} is there already; give the evaluation another name.")
+
+
 def report_of(samples: Any, eval_key: str) -> EvaluationReport:
     """The report of a kept run, by level and group, over the samples given.
+
+    Where a mask was replaced since (`replaced_since`), the scores are of the old one, and what the label says of its
+    making (route, presence, check, error) is left out.
 
     Raises:
         ValueError: If there is no such run.
@@ -227,9 +267,26 @@ def report_of(samples: Any, eval_key: str) -> EvaluationReport:
     if eval_key not in samples.list_evaluations():
         raise ValueError(f"there is no evaluation {eval_key!r}; run evaluate_concepts first.")
     config = samples.get_evaluation_info(eval_key).config
-    records = list(_records(samples.match(F(f"{eval_key}_tp") != None), config, eval_key))  # noqa: E711
+    records = list(_records(_scored(samples, eval_key), config, eval_key))
     settings = {"protocol": config.protocol, "metrics": config.metrics, "benchmark": samples._dataset.name}
     return EvaluationReport(records, settings)
+
+
+def replaced_since(samples: Any, eval_key: str) -> list[str]:
+    """Ids of the samples whose prediction or true mask is another than a kept run has scored."""
+    config = samples.get_evaluation_info(eval_key).config
+    results = samples.load_evaluation_results(eval_key)
+    scored = set(zip(results.ytrue_ids, results.ypred_ids))
+    paths = ["id", f"{config.gt_field}.id", f"{config.pred_field}.id"]
+    return [
+        sample_id
+        for sample_id, *label_ids in zip(*_scored(samples, eval_key).values(paths))
+        if tuple(label_ids) not in scored
+    ]
+
+
+def _scored(samples: Any, eval_key: str) -> Any:
+    return samples.match(F(f"{eval_key}_tp") != None)  # noqa: E711 (an expression of FiftyOne)
 
 
 def _records(samples: Any, config: Any, eval_key: str) -> Iterable[dict[str, Any]]:
@@ -238,14 +295,17 @@ def _records(samples: Any, config: Any, eval_key: str) -> Iterable[dict[str, Any
     extra = [name for name in LIBRARY_METRICS if name in config.metrics]
     paths = {name: f"{eval_key}_{name}" for name in (*COUNTS, "mae", "iou", *extra)}
     paths |= {name: name for name in ("level", "group", "present", "episode")}
-    paths |= {name: f"{pred}.{name}" for name in ("route", "decode_presence", "check_iou", "error")}
+    paths |= {name: f"{pred}.{name}" for name in _OF_A_LABEL} | {"id": "id"}
     known = {name: path for name, path in paths.items() if samples.has_field(path)}
     for name, kind in _OF_A_BENCHMARK.items():  # others may use these names for something else
         if name in known and not isinstance(samples.get_field(name), kind):
             del known[name]
     columns = dict(zip(known, samples.values(list(known.values()))))
+    replaced = set(replaced_since(samples, eval_key))
     for values in zip(*columns.values()):
         value = dict.fromkeys(paths) | dict(zip(columns, values))
+        if value["id"] in replaced:
+            value |= dict.fromkeys(_OF_A_LABEL)
         presence = value["decode_presence"]
         yield {
             "sample_id": value["episode"],

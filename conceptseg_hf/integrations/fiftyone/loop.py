@@ -26,6 +26,7 @@ from .labels import attributes_of, to_labels
 from .reference_samples import references_from, resolve_label_field, samples_by_id
 from .schema import declare_prediction_fields, output_fields, stale_fields, whole_dataset
 
+_GONE = "the sample was deleted during the run."
 _DECLARING = threading.Lock()
 
 
@@ -94,11 +95,11 @@ def segment_collection(
     everything = whole_dataset(samples)
     stale = stale_fields(dataset, job.field, job.outputs)
     for start in range(0, len(ids), job.batch_size):
+        batch_ids = ids[start : start + job.batch_size]
         batch = list(
-            everything.select(ids[start : start + job.batch_size], ordered=True).select_fields(
-                [*needed, *stale, *fields.values()]
-            )
+            everything.select(batch_ids, ordered=True).select_fields([*needed, *stale, *fields.values()])
         )
+        progress.errors |= dict.fromkeys(set(batch_ids).difference(sample.id for sample in batch), _GONE)
         prompts = [_prompt_of(sample, job) for sample in batch]
         results = _segment(pipeline, batch, prompts, job, references_of)
         for sample, prompt, result in zip(batch, prompts, results, strict=True):
@@ -112,10 +113,16 @@ def segment_collection(
                 sample[name] = labels.get(output)
             for name in stale:
                 sample[name] = None
-            sample.save()
+            try:
+                sample.save()
+            except ValueError:
+                if everything.select(sample.id):
+                    raise
+                progress.errors[sample.id] = _GONE
+                continue
             if result.error is not None:
                 progress.errors[sample.id] = result.error
-        progress.done += len(batch)
+        progress.done += len(batch_ids)
         yield progress
 
 
