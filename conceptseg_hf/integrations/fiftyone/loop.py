@@ -26,7 +26,6 @@ from .labels import attributes_of, to_labels
 from .reference_samples import references_from, resolve_label_field, samples_by_id
 from .schema import declare_prediction_fields, output_fields, stale_fields, whole_dataset
 
-_GONE = "the sample was deleted during the run."
 _DECLARING = threading.Lock()
 
 
@@ -96,32 +95,27 @@ def segment_collection(
     stale = stale_fields(dataset, job.field, job.outputs)
     for start in range(0, len(ids), job.batch_size):
         batch_ids = ids[start : start + job.batch_size]
-        batch = list(
-            everything.select(batch_ids, ordered=True).select_fields([*needed, *stale, *fields.values()])
-        )
-        progress.errors |= dict.fromkeys(set(batch_ids).difference(sample.id for sample in batch), _GONE)
+        view = everything.select(batch_ids, ordered=True)
+        batch = list(view.select_fields([*needed, *stale, *fields.values()]))
         prompts = [_prompt_of(sample, job) for sample in batch]
         results = _segment(pipeline, batch, prompts, job, references_of)
-        for sample, prompt, result in zip(batch, prompts, results, strict=True):
-            attributes = attributes_of(result, prompt, **settings)
-            try:
-                labels = to_labels(result, attributes, fields, folder, sample.id)
-            except OSError as error:  # a full disk must not end the run silently, nor lose what is done
-                result = ConceptSegmentation.failed(f"the mask cannot be written: {error}.", prompt)
-                labels = to_labels(result, attributes | {"error": result.error}, fields)
-            for output, name in fields.items():
-                sample[name] = labels.get(output)
-            for name in stale:
-                sample[name] = None
-            try:
-                sample.save()
-            except ValueError:
-                if everything.select(sample.id):
-                    raise
-                progress.errors[sample.id] = _GONE
-                continue
-            if result.error is not None:
-                progress.errors[sample.id] = result.error
+        with view.save_context(batch_size=len(batch_ids)) as context:
+            for sample, prompt, result in zip(batch, prompts, results, strict=True):
+                attributes = attributes_of(result, prompt, **settings)
+                try:
+                    labels = to_labels(result, attributes, fields, folder, sample.id)
+                except OSError as error:  # a full disk must not end the run silently, nor lose what is done
+                    result = ConceptSegmentation.failed(f"the mask cannot be written: {error}.", prompt)
+                    labels = to_labels(result, attributes | {"error": result.error}, fields)
+                for output, name in fields.items():
+                    sample[name] = labels.get(output)
+                for name in stale:
+                    sample[name] = None
+                context.save(sample)
+                if result.error is not None:
+                    progress.errors[sample.id] = result.error
+        gone = set(batch_ids).difference(view.values("id"))
+        progress.errors |= dict.fromkeys(gone, "the sample was deleted during the run.")
         progress.done += len(batch_ids)
         yield progress
 
