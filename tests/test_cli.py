@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from conceptseg_hf import cli, nano_checkpoint
+from conceptseg_hf.cli import ablate, compare, evaluate
 from conceptseg_hf.cli.ablate import CONFIGS
 from conceptseg_hf.cli.arguments import DTYPES, ROUTERS, BadInputError, parse_reference
+from conceptseg_hf.cli.outputs import check_output_dir
 from conceptseg_hf.evaluation.ablation import ablation_names
 from conceptseg_hf.router import ROUTER_MODES
 
@@ -140,6 +142,24 @@ def test_segment_on_the_shortcut_without_references(files, checkpoint, capsys):
     assert (files / "conceptseg_output" / "a_mask.png").exists()
 
 
+def test_images_of_one_name_have_results_of_their_own(files, checkpoint):
+    Image.new("RGB", (20, 10)).save("C:/a.png")
+    Image.new("RGB", (10, 20)).save("a.jpg")
+    images = ("a.png", "C:/a.png", "a.jpg", "C:/b.png")
+    (files / "out").mkdir()
+    (files / "out" / "b.json").write_text('["mine"]')
+    for image in (*images, "./C:/a.png"):
+        options = ("--model", checkpoint, "--router", "sam_only", "--output-dir", "out")
+        assert command("segment", image, "--prompt", "red circle", *options) == 0
+    names = ("a", "a-2", "a-3", "b-2")
+    assert {path.name for path in (files / "out").glob("*.json")} == {"b.json", *(f"{n}.json" for n in names)}
+    for image, name in zip(images, names, strict=True):
+        record = json.loads((files / "out" / f"{name}.json").read_text())
+        assert files / record["image"] == files / image and record["mask"] == f"{name}_mask.png"
+        assert Image.open(files / "out" / record["mask"]).size == Image.open(image).size
+    assert (files / "out" / "b.json").read_text() == '["mine"]'
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -168,10 +188,6 @@ def test_segment_on_the_shortcut_without_references(files, checkpoint, capsys):
             "reference 0",
         ),
         (("segment", "a.png", "--prompt", "x", "--model", "nobody/nothing"), "the hub did not give it"),
-        (
-            ("segment", "a.png", "--prompt", "x", "--model", "CHECKPOINT", "--output-dir", "a.png"),
-            "--output-dir",
-        ),
         (("evaluate", "--benchmark", "other"), "no benchmark is named 'other'"),
         (("evaluate", "--split", "other"), "no split is named 'other'"),
         (("evaluate", "--root", "data"), "reads no files"),
@@ -192,6 +208,67 @@ def test_bad_input_exits_with_2_and_one_sentence(files, checkpoint, capsys, word
     complaint = [line for line in captured.err.splitlines() if line.startswith("conceptseg")]
     assert len(complaint) == 1 and complaint[0].endswith(".")
     assert captured.out == ""
+
+
+SEGMENT = ("segment", "a.png", "--prompt", "x")
+CONVERT = ("convert", "--checkpoint", "nobody/nothing", "--sam", "nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            (*SEGMENT, "--output-dir", "text.png"),
+            "--output-dir 'text.png' cannot be written: 'text.png' is a file",
+        ),
+        ((*SEGMENT, "--output-dir", "text.png/a/b"), "'text.png' is a file"),
+        ((*SEGMENT, "--output-dir", "taken"), "'taken/a_mask.png' is a folder"),
+        ((*SEGMENT, "--output-dir", "x" * 5000), "name too long"),
+        ((*SEGMENT, "--output-dir", "a\0b"), "null"),
+        (("demo", "--output-dir", "text.png/a"), "'text.png' is a file"),
+        (("evaluate", "--output-dir", "text.png"), "'text.png' is a file"),
+        (("evaluate", "--output-dir", "taken"), "'taken/report.md' is a folder"),
+        (("evaluate", "--annotation-sheet", "taken"), "--annotation-sheet 'taken' cannot be written"),
+        (("evaluate", "--annotation-sheet", "text.png/a.csv"), "'text.png' is a file"),
+        (("ablate", "--config", "router", "--output-dir", "text.png/a"), "'text.png' is a file"),
+        (("ablate", "--config", "router", "--output-dir", "taken"), "'taken/ablation.md' is a folder"),
+        (("compare", "C:", "C:", "--output-dir", "text.png"), "'text.png' is a file"),
+        ((*CONVERT, "--out", "text.png"), "--out 'text.png' cannot be written: 'text.png' is a file"),
+        ((*CONVERT, "--out", "text.png/a"), "'text.png' is a file"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_loaded(
+    files, monkeypatch, capsys, words, message
+):
+    def never(*_, **__):
+        raise AssertionError("something was loaded")
+
+    for verb in ("segment", "demo", "evaluate", "ablate"):
+        monkeypatch.setattr(f"conceptseg_hf.cli.{verb}.load_model", never)
+    monkeypatch.setattr("conceptseg_hf.data.load_benchmarks", never)
+    monkeypatch.setattr("conceptseg_hf.evaluation.comparison.compare", never)
+    monkeypatch.setattr("conceptseg_hf.conversion.convert", never)
+    for name in ("a_mask.png", "report.md", "ablation.md"):
+        (files / "taken" / name).mkdir(parents=True)
+    before = sorted(files.rglob("*"))
+    assert command(*words) == 2
+    error = capsys.readouterr().err
+    assert message.lower() in error.lower() and error.count("\n") == 1 and "; give another" in error
+    assert sorted(files.rglob("*")) == before
+
+
+def test_a_folder_is_tried_and_not_made(files, monkeypatch):
+    assert check_output_dir("new/deep", "report.md").parts == ("new", "deep")
+    assert not (files / "new").exists()
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    with pytest.raises(
+        BadInputError, match=r"'new' cannot be written: '\.': Permission denied; give another"
+    ):
+        check_output_dir("new")
 
 
 def test_another_models_folder_is_refused(files, checkpoint, capsys):
@@ -229,14 +306,7 @@ def test_evaluate_ends_with_one_line_of_iou(files, checkpoint, capsys):
     first = capsys.readouterr().out
     assert first.splitlines()[-1].startswith("foreground IoU: CI ")
     folder = files / "evaluation_output" / "concept-shapes-test-sam_only"
-    assert {path.name for path in folder.iterdir()} == {
-        "records.jsonl",
-        "report.csv",
-        "report.json",
-        "report.md",
-        "gallery.html",
-        "settings.json",
-    }
+    assert {path.name for path in folder.iterdir()} == {*evaluate.FILES}
     assert command(*words) == 0
     assert capsys.readouterr().out == first
 
@@ -248,12 +318,7 @@ def test_compare_pairs_two_evaluations(files, checkpoint, capsys):
     assert command("compare", "sam_only", "adaptive", "--output-dir", "both") == 0
     output = capsys.readouterr().out
     assert "A: sam_only, B: adaptive; 3 samples of both." in output
-    assert {path.name for path in (files / "both").iterdir()} == {
-        "comparison.md",
-        "comparison.json",
-        "comparison.csv",
-        "gallery.html",
-    }
+    assert {path.name for path in (files / "both").iterdir()} == {*compare.FILES}
     assert command("compare", "sam_only", "nowhere") == 2
     assert capsys.readouterr().err == (
         "conceptseg compare: 'nowhere' is no folder; give an output folder of conceptseg evaluate.\n"
@@ -282,6 +347,7 @@ def test_ablate_runs_the_variants_of_a_file(files, checkpoint, capsys):
     assert output.endswith("out/ablation.md\n")
     assert "| plain " in output and "| adaptive " in output
     assert (files / "out" / "adaptive" / "records.jsonl").exists()
+    assert {path.name for path in (files / "out").glob("*.*")} == {*ablate.FILES}
 
 
 @pytest.mark.parametrize(
@@ -309,9 +375,9 @@ def test_ablate_refuses_in_one_sentence(files, checkpoint, capsys, words, messag
 def test_evaluate_writes_a_sheet_and_takes_judgements(files, checkpoint, capsys):
     options = ("--limit", "1", "--router", "full_reasoning", "--output-dir", "out")
     words = ("evaluate", "--model", checkpoint, *options)
-    assert command(*words, "--annotation-sheet", "sheet.csv", "--judgements", "exact-rule") == 0
-    assert "sheet.csv" in capsys.readouterr().out.splitlines()
-    with (files / "sheet.csv").open(encoding="utf-8-sig", newline="") as file:
+    assert command(*words, "--annotation-sheet", "new/sheet.csv", "--judgements", "exact-rule") == 0
+    assert "new/sheet.csv" in capsys.readouterr().out.splitlines()
+    with (files / "new" / "sheet.csv").open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["sample_id"] for row in rows] == ["test-000000"]
     for row in rows:
@@ -324,7 +390,7 @@ def test_evaluate_writes_a_sheet_and_takes_judgements(files, checkpoint, capsys)
     outcomes = json.loads((files / "out" / "report.json").read_text())["outcomes"]
     assert sum(row["count"] for row in outcomes if row["think"] and row["rule"] is False) == 1
     capsys.readouterr()
-    assert command(*words, "--annotation-sheet", "sheet.csv") == 2
+    assert command(*words, "--annotation-sheet", "new/sheet.csv") == 2
     assert "exists already" in capsys.readouterr().err
 
 

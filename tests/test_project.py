@@ -93,23 +93,21 @@ def run_python(code: str, *words: str) -> subprocess.CompletedProcess:
 
 
 LAUNCH = "import runpy; launch = runpy.run_path(sys.argv.pop(1))['main']\nsys.argv[0] = 'conceptseg'\n"
+LAUNCH_LIGHTLY = (
+    NO_SOCKETS
+    + LAUNCH
+    + "try:\n    launch()\nfinally:\n    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+)
 
 
 @pytest.mark.parametrize(
     "verb", [(), ("demo",), ("segment",), ("evaluate",), ("compare",), ("ablate",), ("info",)], ids=" ".join
 )
 def test_help_answers_at_once_and_opens_no_socket(verb):
-    code = (
-        NO_SOCKETS
-        + LAUNCH
-        + (
-            "try:\n    launch()\nfinally:\n    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
-        )
-    )
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        done = run_python(code, str(PACKAGE / "cli" / "launcher.py"), *verb, "--help")
+        done = run_python(LAUNCH_LIGHTLY, str(PACKAGE / "cli" / "launcher.py"), *verb, "--help")
         times.append(time.perf_counter() - start)
         assert done.returncode == 0, done.stderr
         assert "usage: conceptseg" in done.stdout
@@ -146,6 +144,11 @@ def test_verbs_load_nothing_twice():
 def test_version_is_said_once():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^version = "(.+)"$', text, re.MULTILINE)[1] == conceptseg_hf.__version__
+
+
+def test_the_command_tells_it_without_importing_the_package():
+    done = run_python(LAUNCH_LIGHTLY, str(PACKAGE / "cli" / "launcher.py"), "--version")
+    assert (done.returncode, done.stdout) == (0, f"conceptseg {conceptseg_hf.__version__}\n"), done.stderr
 
 
 def test_constraints_pin_what_setup_installs():

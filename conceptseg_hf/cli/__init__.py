@@ -10,10 +10,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import ablate, compare, convert, data, demo, evaluate, info, segment, train
-from .arguments import BadInputError
+from .arguments import BadInputError, installed_version
 
 _VERBS = (demo, segment, evaluate, compare, ablate, train, convert, data, info)
 
@@ -25,12 +25,21 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message.rstrip('.')}. See {self.prog} --help.\n")
 
 
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(f"{parser.prog} {installed_version('conceptseg-hf')}")
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command; each verb adds its own."""
     parser = _Parser(
         prog="conceptseg",
         description="Segment what a prompt means, by words or by reasoning over reference images.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
     for verb in _VERBS:
         verb.add_parser(verbs)

@@ -12,15 +12,15 @@ from .arguments import (
     as_bad_input,
     be_silent,
     check_model,
-    folder_name,
     load_model,
-    make_output_dir,
     parse_metrics,
     parse_roots,
 )
+from .outputs import check_output_dir, folder_name
 
 # ablation.ablation_names(), which cannot be imported without torch; a test holds the two together.
 CONFIGS = ("router", "prompt", "references", "reference_seeds", "concept_queries")
+FILES = ("ablation.md", "ablation.json", "ablation.csv")
 
 
 def add_parser(verbs: Any) -> None:
@@ -64,14 +64,14 @@ def run(arguments: argparse.Namespace) -> int:
     from conceptseg_hf.evaluation.processes import join_processes
 
     ablation = as_bad_input(load_ablation, arguments.config)
+    name = f"{ablation.name}-{folder_name(arguments.benchmark)}-{arguments.split}"
+    folder = check_output_dir(arguments.output_dir or f"ablation_output/{name}", *FILES)
     data = {"root": parse_roots(arguments.root), "split": arguments.split, "limit": arguments.limit}
     as_bad_input(load_benchmarks, arguments.benchmark, **data)  # before a large model is loaded
     processes = join_processes()
     if not processes.is_main:
         be_silent()
     model, processor = load_model(arguments)
-    name = f"{ablation.name}-{folder_name(arguments.benchmark)}-{arguments.split}"
-    folder = make_output_dir(arguments.output_dir or f"ablation_output/{name}")
     report = as_bad_input(
         ablate,
         ablation,

@@ -251,27 +251,6 @@ def spare_threads(model: ConceptSegForSegmentation) -> None:
         torch.set_num_threads(1)
 
 
-def make_output_dir(path: str | Path) -> Path:
-    """Creates a folder.
-
-    Raises:
-        BadInputError: If that does not work.
-    """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInputError(
-            f"output folder {str(folder)!r} cannot be made ({error.strerror}); give another --output-dir."
-        ) from error
-    return folder
-
-
-def folder_name(benchmarks: str) -> str:
-    """The value of --benchmark as a part of a folder's name."""
-    return re.sub(r"[,\s]+", "+", benchmarks.strip())
-
-
 def be_silent() -> None:
     """Leaves it to the main process to speak of what all see; errors are told all the same."""
     import warnings
@@ -288,6 +267,16 @@ def as_bad_input(function: Any, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
     except (ValueError, ImportError, OSError) as error:
         raise BadInputError(_first_sentence(error)) from error
+
+
+def installed_version(package: str) -> str:
+    """The version of a package, found without importing it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def positive_int(text: str) -> int:

@@ -6,14 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import (
-    BadInputError,
-    add_output_option,
-    add_root_option,
-    as_bad_input,
-    make_output_dir,
-    parse_roots,
-)
+from .arguments import BadInputError, add_output_option, add_root_option, as_bad_input, parse_roots
+from .outputs import check_output_dir
+
+FILES = ("comparison.md", "comparison.json", "comparison.csv", "gallery.html")
 
 
 def add_parser(verbs: Any) -> None:
@@ -38,12 +34,12 @@ def run(arguments: argparse.Namespace) -> int:
     for folder in (arguments.first, arguments.second):
         if not Path(folder).is_dir():
             raise BadInputError(f"{folder!r} is no folder; give an output folder of conceptseg evaluate.")
+    folder = check_output_dir(arguments.output_dir, *FILES)
     from conceptseg_hf.data import SOURCES, load_benchmarks
     from conceptseg_hf.data.registry import PROCEDURAL
     from conceptseg_hf.evaluation.comparison import compare
 
     comparison = as_bad_input(compare, arguments.first, arguments.second)
-    folder = make_output_dir(arguments.output_dir)
     roots = parse_roots(arguments.root)
     names = {pair.source[0] for pair in comparison.pairs}
     readable = names <= set(PROCEDURAL) or (bool(roots) and names <= {*PROCEDURAL, *SOURCES})
@@ -53,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         root = None if name in PROCEDURAL else roots
         return as_bad_input(load_benchmarks, name, root=root, split=split, seed=seed)
 
+    folder.mkdir(parents=True, exist_ok=True)
     comparison.write(folder, open_samples if readable else None)
     print(comparison.to_markdown())
     print(folder / "comparison.md")

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from .arguments import BadInputError, as_bad_input
+from .outputs import check_output_dir
 
 
 def add_parser(verbs: Any) -> None:
@@ -52,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise BadInputError("--dry-run has no use with --to-original; leave one of them out.")
     if arguments.out is None and not arguments.dry_run:
         raise BadInputError("--out is missing; name the folder to make.")
+    if not arguments.dry_run:
+        check_output_dir(arguments.out, option="--out")
 
     from conceptseg_hf import conversion
 

@@ -5,27 +5,35 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .arguments import as_bad_input
+from .arguments import add_root_option, as_bad_input, parse_roots
 
 
 def add_parser(verbs: Any) -> None:
     """Adds the verb to the command."""
     parser = verbs.add_parser(
         "data",
-        help="list the benchmarks, and check the files of one",
-        description="Lists the benchmarks of the suite, or says what of one is there.",
+        help="list the benchmarks, and check their files",
+        description="Lists the benchmarks of the suite, or says what of them is there.",
     )
     actions = parser.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="every benchmark: what it asks, how much there is, and where")
     listing.set_defaults(run=run_list)
     check = actions.add_parser(
         "check",
-        help="say what of a benchmark is there, what is missing, and whether counts match the paper",
+        help="say what of benchmarks is there, what is missing, and whether counts match the paper",
         description="Exit code 0: all is there; 1: something is missing or a count differs; 2: bad input.",
     )
-    check.add_argument("name", metavar="NAME", help="name of the benchmark, as conceptseg data list has it")
-    check.add_argument("--root", required=True, metavar="DIR", help="folder of its files")
-    check.add_argument("--split", help="one split (default: those that the paper counts)")
+    check.add_argument(
+        "name",
+        metavar="NAME",
+        help="a benchmark, as conceptseg data list has it, a group (table1, ci, cd, cr, all), or several with commas "
+        "between them",
+    )
+    add_root_option(check)
+    check.add_argument(
+        "--split",
+        help="split of benchmarks given by name (default: those that the paper counts); groups have those of the paper",
+    )
     check.set_defaults(run=run_check)
 
 
@@ -50,17 +58,20 @@ def run_list(arguments: argparse.Namespace) -> int:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    """Prints the state of a benchmark; 0 if it is complete, else 1."""
-    from conceptseg_hf.data import check_benchmark, get_source
+    """Prints the state of benchmarks; 0 if all are complete, else 1."""
+    from conceptseg_hf.data import SOURCES, check_benchmarks
 
-    source = as_bad_input(get_source, arguments.name)
-    checks = as_bad_input(check_benchmark, arguments.name, arguments.root, arguments.split)
+    checks = as_bad_input(check_benchmarks, arguments.name, parse_roots(arguments.root), arguments.split)
     for check in checks:
         print("\n".join(check.lines()))
-    if all(check.complete for check in checks):
+    incomplete = dict.fromkeys(check.name for check in checks if not check.complete)
+    if not incomplete:
         print("complete")
         return 0
-    print("not complete" + (f"; published at {source.published}" if source.published else ""))
+    total = len({check.name for check in checks})
+    which = f" ({len(incomplete)} of {total} benchmarks)" if total > 1 else ""
+    published = ", ".join(dict.fromkeys(SOURCES[name].published for name in incomplete))
+    print(f"not complete{which}" + (f"; published at {published}" if published else ""))
     return 1
 
 

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_model_options, add_output_option, load_model, make_output_dir, positive_int
+from .arguments import add_model_options, add_output_option, load_model, positive_int
+from .outputs import check_output_dir
 
 if TYPE_CHECKING:
     from conceptseg_hf import ConceptSegmentation
@@ -41,7 +42,7 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the verb."""
-    folder = make_output_dir(arguments.output_dir)
+    folder = check_output_dir(arguments.output_dir, "results.json")
     model, processor = load_model(arguments)
 
     from tqdm import tqdm
@@ -50,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from conceptseg_hf.evaluation.records import segment_samples
 
     samples = list(load_benchmark("concept-shapes", split="test", limit=arguments.samples))
+    folder.mkdir(parents=True, exist_ok=True)
     records = []
     with tqdm(total=len(samples), unit="image", leave=False) as bar:
         for start in range(0, len(samples), _BATCH):

@@ -13,12 +13,13 @@ from .arguments import (
     as_bad_input,
     be_silent,
     check_model,
-    folder_name,
     load_model,
-    make_output_dir,
     parse_metrics,
     parse_roots,
 )
+from .outputs import check_output_dir, check_output_file, folder_name
+
+FILES = ("records.jsonl", "settings.json", "report.md", "report.json", "report.csv", "gallery.html")
 
 
 def add_parser(verbs: Any) -> None:
@@ -66,16 +67,20 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the verb."""
     check_model(arguments.model)
+    sheet = arguments.annotation_sheet
+    if sheet is not None:
+        check_output_file(sheet, "--annotation-sheet")
+        if Path(sheet).exists():
+            raise BadInputError(
+                f"--annotation-sheet {sheet!r} exists already and may be filled in; give another name."
+            )
+    name = f"{folder_name(arguments.benchmark)}-{arguments.split}-{arguments.router}"
+    folder = check_output_dir(arguments.output_dir or f"evaluation_output/{name}", *FILES)
     from conceptseg_hf.data import load_benchmarks
     from conceptseg_hf.evaluation import evaluate
     from conceptseg_hf.evaluation.decomposition import write_annotation_sheet
     from conceptseg_hf.evaluation.processes import join_processes
 
-    sheet = arguments.annotation_sheet
-    if sheet is not None and Path(sheet).exists():
-        raise BadInputError(
-            f"--annotation-sheet {sheet!r} exists already and may be filled in; give another name."
-        )
     processes = join_processes()
     if not processes.is_main:
         be_silent()
@@ -88,8 +93,6 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     model, processor = load_model(arguments)
-    name = f"{folder_name(arguments.benchmark)}-{arguments.split}-{arguments.router}"
-    folder = make_output_dir(arguments.output_dir or f"evaluation_output/{name}")
     report = as_bad_input(
         evaluate,
         model,

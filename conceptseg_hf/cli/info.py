@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .arguments import BadInputError, as_bad_input, check_model
+from .arguments import BadInputError, as_bad_input, check_model, installed_version
 
 _PACKAGES = ("conceptseg-hf", "torch", "torchvision", "transformers", "accelerate", "numpy", "pillow")
 
@@ -27,7 +27,6 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the verb."""
     import platform
-    from importlib.metadata import PackageNotFoundError, version
 
     if arguments.folder is not None and arguments.model is not None:
         raise BadInputError("the checkpoint is named twice; leave --model out.")
@@ -37,14 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from conceptseg_hf.evaluation.loading import default_device, find_checkpoint
 
-    def installed(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "not installed"
-
     rows = {"python": f"{platform.python_version()} on {platform.platform()}"}
-    rows |= {name: installed(name) for name in _PACKAGES}
+    rows |= {name: installed_version(name) for name in _PACKAGES}
     rows["device"] = str(default_device()) + (
         f" ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else ""
     )

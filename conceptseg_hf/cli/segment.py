@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from .arguments import (
     as_bad_input,
     check_image,
     load_model,
-    make_output_dir,
     parse_reference,
     positive_int,
 )
+from .outputs import check_output_dir
 
 
 def add_parser(verbs: Any) -> None:
@@ -26,7 +28,8 @@ def add_parser(verbs: Any) -> None:
         "segment",
         help="segment what a prompt means in one image",
         description="Writes NAME_mask.png, NAME_overlay.png (references | image with the answer's box | "
-        "mask) and NAME.json.",
+        "mask) and NAME.json. NAME is the image's name without its ending; where another image of that name has its "
+        "results in the folder already, NAME-2, NAME-3 and so on.",
     )
     parser.add_argument("image", metavar="IMAGE", help="path or URL of the image")
     parser.add_argument(
@@ -57,6 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
     references = [parse_reference(text) for text in arguments.reference]
     if not arguments.prompt.strip():
         raise BadInputError('--prompt is empty; say what to segment, such as --prompt "red circle".')
+    folder = Path(arguments.output_dir)
+    name = _free_name(folder, image)
+    paths = {"mask": folder / f"{name}_mask.png", "overlay": folder / f"{name}_overlay.png"}
+    json_path = folder / f"{name}.json"
+    check_output_dir(folder, *(path.name for path in (*paths.values(), json_path)))
     model, processor = load_model(arguments)
 
     from conceptseg_hf import Reference
@@ -71,9 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         ConceptSegInputs([sample], processor), router=arguments.router, generation_config=generation
     )[0]
 
-    folder = make_output_dir(arguments.output_dir)
-    name = _file_stem(image)
-    paths = {"mask": folder / f"{name}_mask.png", "overlay": folder / f"{name}_overlay.png"}
+    folder.mkdir(parents=True, exist_ok=True)
     result.mask.save(paths["mask"])
     picture = panel(
         load_image(image),
@@ -92,7 +98,6 @@ def run(arguments: argparse.Namespace) -> int:
     }
     record |= {key: value for key, value in result.to_dict().items() if key not in ("mask", "heatmap")}
     record |= {key: path.name for key, path in paths.items()}
-    json_path = folder / f"{name}.json"
     json_path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     covered = sum(result.mask.histogram()[128:]) / (result.mask.width * result.mask.height)
@@ -103,6 +108,23 @@ def run(arguments: argparse.Namespace) -> int:
     for path in (*paths.values(), json_path):
         print(path)
     return 0
+
+
+def _free_name(folder: Path, image: str) -> str:
+    """The image's stem, or the first of stem-2, stem-3, ... that no other image has in the folder."""
+    stem = _file_stem(image)
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if _is_free(folder / f"{name}.json", image))
+
+
+def _is_free(record: Path, image: str) -> bool:
+    """Whether nothing is there but, perhaps, the results of this image."""
+    if not os.path.lexists(record):
+        return True
+    try:
+        return Path(json.loads(record.read_text(encoding="utf-8"))["image"]) == Path(image)
+    except (OSError, ValueError, LookupError, TypeError):  # somebody else's file
+        return False
 
 
 def _file_stem(image: str) -> str:

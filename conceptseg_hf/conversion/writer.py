@@ -68,9 +68,8 @@ def check_free(out: Path) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():
-        raise ConversionError(
-            f"output folder {str(out)!r} exists and is not empty; remove it or give another."
-        )
+        fault = "exists and is not empty" if out.is_dir() else "is a file, not a folder"
+        raise ConversionError(f"output folder {str(out)!r} {fault}; remove it or give another.")
 
 
 def write_shards(steps: Sequence[Step], folder: Path, shard_bytes: int = SHARD_BYTES) -> list[Path]:

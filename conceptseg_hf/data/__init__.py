@@ -1,6 +1,6 @@
 """Benchmarks of concept segmentation: samples with image, mask, prompt, level and references."""
 
-from .check import DataCheck, check_benchmark
+from .check import DataCheck, check_benchmark, check_benchmarks
 from .concept_shapes import ConceptShapes
 from .files import FileBenchmark
 from .groups import GROUPS, BenchmarkGroup, load_benchmarks
@@ -25,6 +25,7 @@ __all__ = [
     "UnreadableSampleError",
     "as_dataset",
     "check_benchmark",
+    "check_benchmarks",
     "get_source",
     "load_benchmark",
     "load_benchmarks",

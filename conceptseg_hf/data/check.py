@@ -1,15 +1,17 @@
-"""What of a benchmark is there, what is missing, and whether it is the set that the paper counts."""
+"""What of benchmarks is there, what is missing, and whether they are the sets that the paper counts."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from .files import describe_names
+from .groups import Root, is_single, list_rows, root_of
 from .paths import MissingFilesError, check_files, existing_folder
-from .registry import get_source, open_benchmark, resolve_split
+from .registry import PROCEDURAL, get_source, load_benchmark, open_benchmark, resolve_split
 
 _NAMED = 5
 
@@ -25,7 +27,7 @@ class DataCheck:
         images: Different target images among them.
         expected: What the paper counts (samples, or images where `counts_images`), None if it does not.
         counts_images: Whether `expected` counts images.
-        files: Files that were looked for.
+        files: Files that were looked for; 0 where the benchmark reads none.
         missing: Pairs of kind and path of those that are missing.
         without_references: Classes whose samples can have no reference.
         fault: One sentence, if the index itself cannot be read.
@@ -67,8 +69,10 @@ class DataCheck:
             lines += [f"    {path}" for _, path in self.missing[:_NAMED]]
             if len(self.missing) > _NAMED:
                 lines.append(f"    and {len(self.missing) - _NAMED} more")
-        else:
+        elif self.files:
             lines.append(f"  files: all {self.files} are there")
+        else:
+            lines.append("  files: it is drawn from seeds and needs none")
         if self.without_references:
             lines.append(f"  references: {describe_names(self.without_references)} none")
         return lines
@@ -82,14 +86,43 @@ class DataCheck:
         )
 
 
+def check_benchmarks(
+    name: str, root: Root | Mapping[str, Root] = None, split: str | None = None, seed: int = 42
+) -> list[DataCheck]:
+    """Looks for everything that one or several benchmarks need.
+
+    Args:
+        name: What `load_benchmarks` takes: a benchmark, a group of the suite, or several with commas between them.
+        root: Folder of the files, or folders by the name of their benchmark; see `load_benchmarks`.
+        split: Split of benchmarks given by their own names; None: see `check_benchmark`.
+        seed: Seed of the references.
+
+    Returns:
+        One result per benchmark and split.
+
+    Raises:
+        ValueError, ImportError: See `check_benchmark`.
+    """
+    if is_single(name):
+        return check_benchmark(name.strip(), root_of(name.strip(), root), split, seed)
+    checks = (
+        check
+        for row_name, row_split in list_rows(name, split)
+        for check in check_benchmark(
+            row_name, None if row_name in PROCEDURAL else root_of(row_name, root), row_split, seed
+        )
+    )
+    return list(dict.fromkeys(checks))  # a benchmark may be named alone and by its group
+
+
 def check_benchmark(
-    name: str, root: str | os.PathLike | None, split: str | None = None, seed: int = 42
+    name: str, root: str | os.PathLike | None = None, split: str | None = None, seed: int = 42
 ) -> list[DataCheck]:
     """Looks for everything that a benchmark needs.
 
     Args:
-        name: A benchmark that reads files.
-        root: The folder of its files.
+        name: A benchmark.
+        root: The folder of its files, if it reads any.
         split: One split; None: those of the paper, or all if the paper has none.
         seed: Seed of the references.
 
@@ -100,6 +133,9 @@ def check_benchmark(
         ValueError: If no benchmark, split or folder has that name.
         ImportError: If a layout needs a package that is missing.
     """
+    if name in PROCEDURAL:
+        samples = load_benchmark(name, root, split or "test", seed=seed)
+        return [DataCheck(name, samples.split, found=len(samples), images=len(samples))]
     source = get_source(name)
     existing_folder(root, name)
     if split is not None:

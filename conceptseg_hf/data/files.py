@@ -19,7 +19,7 @@ from .paths import check_files
 from .sample import ConceptSample, UnreadableSampleError
 from .truths import BoxTruth, MaskFile, PixelBox, Truth
 
-_NAMED_CLASSES = 3
+_NAMED = 3  # classes or samples that a message names
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,14 @@ class Index:
         items: The samples of a split.
         pool: Where references are drawn from; None: samples have their own, or none.
         files: Further files that must be there, as pairs of kind and path.
+        partial: Samples that lack files fail one by one, as damaged ones do; otherwise they refuse the whole set, whose
+            numbers would not be its own without them.
     """
 
     items: Sequence[FileItem]
     pool: ReferencePool | None = None
     files: Sequence[tuple[str, Path]] = field(default_factory=tuple)
+    partial: bool = False
 
 
 class FileBenchmark(Sequence[ConceptSample]):
@@ -173,7 +176,7 @@ class FileBenchmark(Sequence[ConceptSample]):
     ) -> None:
         self.name, self.split, self.root, self.seed = name, split, root, seed
         self.items = index.items if limit is None else index.items[:limit]
-        self._pool, self._files = index.pool, index.files
+        self._pool, self._files, self._partial = index.pool, index.files, index.partial
         self.without_references = self._classes_without_references()
 
     def __len__(self) -> int:
@@ -223,22 +226,34 @@ class FileBenchmark(Sequence[ConceptSample]):
     def files(self) -> Iterator[tuple[str, Path]]:
         """All files that the samples need, as pairs of kind and path."""
         yield from self._files
-        draws_freely = self._pool is None or not self._pool.reads_files
         for item in self.items:
-            yield "image", item.image
-            yield from (("mask", path) for path in item.truth.files)
-            for reference in self.references_of(item) if draws_freely else item.references:
-                yield "reference image", reference.image
-                if reference.truth is not None:
-                    yield from (("reference mask", path) for path in reference.truth.files)
+            yield from self._files_of(item)
+
+    def _files_of(self, item: FileItem) -> Iterator[tuple[str, Path]]:
+        yield "image", item.image
+        yield from (("mask", path) for path in item.truth.files)
+        draws_freely = self._pool is None or not self._pool.reads_files
+        for reference in self.references_of(item) if draws_freely else item.references:
+            yield "reference image", reference.image
+            if reference.truth is not None:
+                yield from (("reference mask", path) for path in reference.truth.files)
 
     def check(self) -> None:
-        """Checks that all files are there and says which classes have no references.
+        """Checks that files are there, and warns of samples that lack some and of classes that have no references.
 
         Raises:
-            MissingFilesError: If files are missing; it counts and holds all of them.
+            MissingFilesError: If files are missing (where samples may lack some: if no sample has all of its own); it
+                counts and holds all of them.
         """
-        check_files(self.files(), self.name, self.root)
+        lacking = self._samples_lacking_files() if self._partial else []
+        if not self._partial or len(lacking) == len(self):
+            check_files(self.files(), self.name, self.root)
+        elif lacking:
+            warnings.warn(
+                f"{self.name}: {len(lacking)} of {len(self)} samples lack files ({_shown(lacking)}) and will fail; "
+                "conceptseg data check names the files.",
+                stacklevel=3,
+            )
         if self.without_references:
             count = sum(item.concept in self.without_references for item in self.items)
             warnings.warn(
@@ -246,6 +261,13 @@ class FileBenchmark(Sequence[ConceptSample]):
                 f"besides the target; {count} of {len(self)} samples come without references.",
                 stacklevel=3,
             )
+
+    def _samples_lacking_files(self) -> list[str]:
+        return [
+            item.sample_id
+            for item in self.items
+            if not all(path.is_file() for _, path in self._files_of(item))
+        ]
 
     def _classes_without_references(self) -> tuple[str, ...]:
         if self._pool is None:
@@ -262,8 +284,11 @@ def describe_names(names: Sequence[str]) -> str:
     """Subject and verb: "class 'a' has", or "4 classes ('a', 'b', 'c', ...) have"."""
     if len(names) == 1:
         return f"class {names[0]!r} has"
-    shown = ", ".join(map(repr, names[:_NAMED_CLASSES])) + (", ..." if len(names) > _NAMED_CLASSES else "")
-    return f"{len(names)} classes ({shown}) have"
+    return f"{len(names)} classes ({_shown(names)}) have"
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
 
 
 def _read_truth(truth: Truth, size: tuple[int, int] | None) -> dict[str, Any]:

@@ -74,39 +74,58 @@ def load_benchmarks(
     for key in root if isinstance(root, Mapping) else ():
         if key != OTHERS:
             get_source(key)
-    words = [word.strip() for word in name.split(",")]
-    if len(words) == 1 and words[0].lower() not in GROUPS:
-        return load_benchmark(words[0], root=_root_of(words[0], root), split=split, limit=limit, seed=seed)
-    rows = [row for word in words for row in _rows(word, split)]
+    if is_single(name):
+        name = name.strip()
+        return load_benchmark(name, root=root_of(name, root), split=split, limit=limit, seed=seed)
+    rows = list_rows(name, split)
     members: dict[str, Sequence[ConceptSample]] = {}
     faults: list[tuple[str, Exception]] = []
-    for row_name, row_split in dict.fromkeys(rows):
-        where = _root_of(row_name, root) if row_name in SOURCES else None
+    for row_name, row_split in rows:
+        where = root_of(row_name, root) if row_name in SOURCES else None
         try:
             samples = load_benchmark(row_name, root=where, split=row_split, limit=limit, seed=seed)
             members[f"{row_name}-{row_split}"] = samples
         except (ValueError, OSError) as error:
             faults.append((row_name, error))
     if faults:
-        raise _joined(faults, len(dict.fromkeys(rows)))
+        raise _joined(faults, len(rows))
     return BenchmarkGroup(name, members)
 
 
-def _rows(word: str, split: str) -> Sequence[tuple[str, str]]:
+def is_single(name: str) -> bool:
+    """Whether a name stands for one benchmark, and for no group or list."""
+    return "," not in name and name.strip().lower() not in GROUPS
+
+
+def list_rows(name: str, split: str | None = "test") -> list[tuple[str, str | None]]:
+    """Benchmark and split of everything that a name stands for, once each.
+
+    Args:
+        name: See `load_benchmarks`.
+        split: Split of benchmarks given by their own names; None leaves it open.
+
+    Raises:
+        ValueError: If a name is none, or a group is given a split.
+    """
+    return list(dict.fromkeys(row for word in name.split(",") for row in _rows(word.strip(), split)))
+
+
+def root_of(name: str, root: Root | Mapping[str, Root]) -> Root:
+    """The folder of one benchmark; see `load_benchmarks`."""
+    return root.get(name, root.get(OTHERS)) if isinstance(root, Mapping) else root
+
+
+def _rows(word: str, split: str | None) -> Sequence[tuple[str, str | None]]:
     if word.lower() not in GROUPS:
         if word not in BENCHMARKS:
             get_source(word)  # says which there are
         return [(word, SOURCES[word].aliases.get(split, split) if word in SOURCES else split)]
-    if split != "test":
+    if split not in (None, "test"):
         raise ValueError(
             f"load_benchmarks: the group {word!r} has the paper's splits; leave split {split!r} out, or name "
             "benchmarks instead."
         )
     return GROUPS[word.lower()]
-
-
-def _root_of(name: str, root: Root | Mapping[str, Root]) -> Root:
-    return root.get(name, root.get(OTHERS)) if isinstance(root, Mapping) else root
 
 
 def _joined(faults: Sequence[tuple[str, Exception]], total: int) -> Exception:

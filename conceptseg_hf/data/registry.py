@@ -39,7 +39,8 @@ def load_benchmark(
 
     Raises:
         ValueError: If no benchmark or split has that name, or the files are not what they should be.
-        MissingFilesError: If files are missing: all of them, with counts.
+        MissingFilesError: If files are missing: all of them, with counts. (Of one's own data: if no sample has all of
+            its files; fewer are warned of, and fail when they are read.)
         ImportError: If a layout needs a package that is missing.
     """
     if name in PROCEDURAL:

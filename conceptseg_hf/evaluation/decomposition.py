@@ -139,7 +139,7 @@ def write_annotation_sheet(records: Sequence[Record], path: str | os.PathLike) -
 
     Args:
         records: Records.
-        path: The file.
+        path: The file; its folder is made.
 
     Returns:
         The number of lines.
@@ -152,6 +152,7 @@ def write_annotation_sheet(records: Sequence[Record], path: str | os.PathLike) -
         raise FileExistsError(
             f"annotation sheet {str(path)!r} exists already and may be filled in; give another name."
         )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     # With a byte order mark, by which spreadsheets know UTF-8.
     with Path(path).open("x", encoding="utf-8-sig", newline="") as file:
         writer = csv.DictWriter(file, _SHEET)

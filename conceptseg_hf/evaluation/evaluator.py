@@ -99,7 +99,8 @@ def evaluate(
 
     Raises:
         ValueError: If an argument is invalid, or the folder holds the records of another run.
-        MissingFilesError: If files of a benchmark are missing: of all benchmarks at once, before any work.
+        MissingFilesError: If files of a benchmark are missing: of all benchmarks at once, before any work. (Samples of
+            one's own data fail one by one; see `load_benchmark`.)
     """
     MaskMetrics(protocol, metrics=metrics)  # a wrong name is found before any work
     if batch_size < 1 or (limit is not None and limit < 1):

@@ -35,7 +35,10 @@ def test_a_full_disk_is_told_before(tmp_path):
 
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(ConversionError, match="exists"), new_folder(tmp_path / "out"):
+    with (
+        pytest.raises(ConversionError, match="is a file, not a folder; remove it or"),
+        new_folder(tmp_path / "out"),
+    ):
         pass
     with pytest.raises(ConversionError, match="cannot be made"), new_folder(tmp_path / "out" / "inner"):
         pass

@@ -95,6 +95,22 @@ def test_a_broken_reference_costs_one_sample(model, processor, polyp_root):
     assert all(record["scores"] is not None for record in report.records)
 
 
+@pytest.mark.parametrize(("lost", "truth_is_known"), [("images/b.jpg", True), ("masks/b.png", False)])
+def test_a_missing_file_of_ones_own_data_costs_one_sample(
+    model, processor, tmp_path, capsys, lost, truth_is_known
+):
+    for stem in "abc":
+        save_image(tmp_path / f"images/{stem}.jpg", seed=ord(stem))
+        save_mask(tmp_path / f"masks/{stem}.png")
+    (tmp_path / "prompt.txt").write_text("the scratch")
+    (tmp_path / lost).unlink()
+    with pytest.warns(UserWarning, match="1 of 3 samples lack files"):
+        report = evaluate(model, "plain", processor=processor, root=tmp_path, router="sam_only")
+    assert [record["error"] is None for record in report.records] == [True, False, True]
+    assert (report.records[1]["scores"] is not None) is truth_is_known
+    assert "- b: sample 'b': " in report.to_markdown()
+
+
 class OwnSamples(list):
     def __getitem__(self, index):
         if index == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from conceptseg_hf.cli import main
-from conceptseg_hf.data import SUITE, check_benchmark
+from conceptseg_hf.data import GROUPS, SUITE, ConceptShapes, check_benchmark, check_benchmarks
 
 
 def test_a_whole_set_with_another_count(polyp_root):
@@ -54,6 +54,8 @@ def test_command(polyp_root, tmp_path, capsys):
 
     for arguments, words in (
         (["data", "check", "nothing", "--root", root], "no benchmark is named 'nothing'"),
+        (["data", "check", "Polyp"], "'Polyp' reads files; give root="),
+        (["data", "check", "cd", "--root", root, "--split", "train"], "has the paper's splits"),
         (["data", "check", "Polyp", "--root", f"{root}/nowhere"], "is not a folder"),
         (["data", "check", "Polyp", "--root", root, "--split", "dev"], "no split 'dev'"),
     ):
@@ -61,9 +63,36 @@ def test_command(polyp_root, tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
-def test_a_set_that_the_paper_does_not_count_is_complete_when_all_files_are_there(tmp_path, capsys):
-    from conceptseg_hf.data import ConceptShapes
+def test_groups_and_lists_as_evaluate_takes_them(polyp_root, tmp_path, capsys):
+    root = polyp_root()
+    names = [(check.name, check.split) for check in check_benchmarks("CD,Polyp", root)]
+    assert names == list(GROUPS["cd"])
+    own = tmp_path / "own"
+    ConceptShapes("val", length=3).export(own)
+    roots = ["--root", str(root), "--root", f"plain={own}"]
+    assert main(["data", "check", "Polyp, concept-shapes,plain", *roots]) == 1
+    output = capsys.readouterr().out
+    assert all(
+        line in output for line in ("Polyp, test: 3 samples", "plain, test: 3 samples", "needs none\n")
+    )
+    assert "not complete (1 of 3 benchmarks); published at https://" in output
+    assert main(["data", "check", "table1", "--root", str(root)]) == 1
+    assert "not complete (20 of 20 benchmarks); published at https://" in capsys.readouterr().out
 
+
+def test_concept_shapes_needs_no_files(capsys):
+    assert main(["data", "check", "concept-shapes"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("concept-shapes, test: 1200 samples") and output.endswith("complete\n")
+    for arguments, words in (
+        (["--root", "data"], "reads no files; leave root out"),
+        (["--split", "dev"], "no split is named 'dev'"),
+    ):
+        assert main(["data", "check", "concept-shapes", *arguments]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_set_that_the_paper_does_not_count_is_complete_when_all_files_are_there(tmp_path, capsys):
     ConceptShapes("val", length=3).export(tmp_path)
     assert main(["data", "check", "plain", "--root", str(tmp_path)]) == 0
     assert capsys.readouterr().out.endswith("complete\n")

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from trees import save_image, save_mask
 
-from conceptseg_hf.data import ConceptShapes, MissingFilesError, as_dataset, load_benchmark
+from conceptseg_hf.data import (
+    ConceptShapes,
+    MissingFilesError,
+    UnreadableSampleError,
+    as_dataset,
+    load_benchmark,
+)
 from conceptseg_hf.references import resolve_references
 
 
@@ -72,9 +78,45 @@ def test_folder(root):
         ("a", "the scratch"),
         ("b", "the scratch"),
     ]
+
+
+def test_samples_that_lack_files_fail_alone(root):
+    (root / "prompt.txt").write_text("the scratch\n")
     (root / "masks/b.png").unlink()
-    with pytest.raises(MissingFilesError, match=r"\(1 mask\): 'masks/b.png'"):
+    with pytest.warns(UserWarning, match=r"plain: 1 of 2 samples lack files \('b'\) and will fail"):
+        samples = load_benchmark("plain", root)
+    assert samples[0].sample_id == "a"
+    with pytest.raises(UnreadableSampleError, match=r"^sample 'b': mask '.*b\.png' is not a file; give"):
+        samples[1]
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (
+            ["images/a.jpg", "images/b.jpg", "masks/a.png", "masks/b.png"],
+            r"4 of its 4 files below '.*' \(2 im",
+        ),
+        (
+            ["images/a.jpg", "masks/b.png"],
+            r"2 of its 4 files below '.*' \(1 image and 1 mask\): 'images/a.jpg'",
+        ),
+    ],
+)
+def test_without_one_whole_sample_the_set_is_refused(root, lost, message):
+    write_lines(root, A, B)
+    for path in lost:
+        (root / path).unlink()
+    with pytest.raises(MissingFilesError, match=message) as raised:
         load_benchmark("plain", root)
+    assert repr(str(root)) in str(raised.value) and str(raised.value).endswith("or give another root.")
+
+
+@pytest.mark.parametrize("reference", ["images/b.jpg", {"image": "images/b.jpg", "box": [1, 2, 3, 4]}])
+def test_a_single_reference_needs_no_list(root, reference):
+    write_lines(root, A | {"references": reference}, B | {"references": [reference]})
+    first, second = (item.references for item in load_benchmark("plain", root).items)
+    assert first == second and len(first) == 1
 
 
 def test_an_export_of_concept_shapes_comes_back(tmp_path):
@@ -94,6 +136,8 @@ def test_an_export_of_concept_shapes_comes_back(tmp_path):
         (["{"], "line 1 of samples.jsonl is not JSON"),
         (["[]"], "line 1 of samples.jsonl is no object"),
         ([A, {"image": "images/a.jpg", "mask": "masks/a.png"}], "line 2 of samples.jsonl has no prompt"),
+        ([A, B | {"references": 5}], "line 2 of samples.jsonl has references that are no list"),
+        ([A | {"references": ["images/b.jpg", 5]}], "a reference without image"),
         ([A | {"references": [{"mask": "masks/a.png"}]}], "a reference without image"),
         ([A | {"references": [{"image": "images/b.jpg", "box": [1]}]}], "box is not four numbers"),
         ([A, A], "two samples with the id 'images/a'"),

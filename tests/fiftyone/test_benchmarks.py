@@ -97,6 +97,29 @@ def test_files_stay_where_they_are(fo, plain):
         fo.delete_dataset("plain-files")
 
 
+def test_what_cannot_be_read_is_shown_and_tried_again(fo, plain):
+    from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
+
+    picture, mask = plain / "images" / "b.jpg", plain / "masks" / "c.png"
+    picture.rename(plain / "kept.jpg")
+    try:
+        with pytest.warns(UserWarning, match="1 of 3 samples lack files"):
+            dataset = load_concept_benchmark("plain", root=plain, dataset_name="plain-broken")
+        errors = dict(zip(*dataset.exists("load_error").values(["filepath", "load_error"])))
+        assert errors.keys() == {str(picture), str(plain / "images" / "c.jpg")}
+        assert str(picture) in errors[str(picture)]
+
+        (plain / "kept.jpg").rename(picture)
+        load_concept_benchmark("plain", root=plain, dataset_name="plain-broken")
+        assert dataset.exists("load_error").values("filepath") == [str(plain / "images" / "c.jpg")]
+        Image.fromarray(np.zeros((40, 60), dtype=np.uint8)).save(mask)
+        load_concept_benchmark("plain", root=plain, dataset_name="plain-broken")
+        assert dataset.count("load_error") == 0
+        assert len(dataset.load_saved_view("targets").exists("ground_truth")) == 3
+    finally:
+        fo.delete_dataset("plain-broken")
+
+
 def test_an_unknown_benchmark_is_named(fo):
     from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
 

@@ -10,7 +10,7 @@ pytest.importorskip("datasets")
 
 from conceptseg_trainers.samples import ReadableSamples, spread_indices
 
-from conceptseg_hf.data import ConceptShapes, UnreadableSampleError
+from conceptseg_hf.data import ConceptShapes, UnreadableSampleError, load_benchmark
 
 
 class Broken:
@@ -55,6 +55,16 @@ def test_the_order_of_reading_does_not_matter():
     forwards = [one[index].sample_id for index in range(8)]
     backwards = [other[index].sample_id for index in reversed(range(8))]
     assert forwards == backwards[::-1]
+
+
+def test_a_missing_file_of_ones_own_data_is_a_broken_sample(tmp_path, caplog):
+    ConceptShapes("train", length=3, size=48).export(tmp_path)
+    missing = sorted((tmp_path / "images").iterdir())[1]
+    missing.unlink()
+    with pytest.warns(UserWarning, match="1 of 3 samples lack files"):
+        samples = ReadableSamples(load_benchmark("plain", tmp_path, split="train"))
+    assert samples[1].sample_id == samples[2].sample_id
+    assert f"sample {missing.stem!r}: image" in caplog.text
 
 
 def test_nothing_to_read_is_an_error():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from conceptseg_hf import ConceptSegForSegmentation, cli, nano_checkpoint
 
 pytest.importorskip("trl", "1.16")
 
-from conceptseg_trainers.scripts import meta_grpo, sft
+from conceptseg_trainers.scripts import common, meta_grpo, sft
 from conceptseg_trainers.scripts.common import ModelArguments, find_resume_checkpoint, run
 from conceptseg_trainers.sft_config import ConceptSFTConfig
 from two_processes import deepspeed_config
@@ -257,6 +258,7 @@ BAD_WORDS = {
     "no samples": (["--train_samples", "0"], "train_samples is 0"),
     "no such model": (["--model_name_or_path", "/nowhere"], "/nowhere"),
     "half of the backbones": (["--mllm_name_or_path", "a/b"], "belong together"),
+    "unknown tracker": (["--report_to", "paper"], "report_to is 'paper'; use one of"),
     "no checkpoint": (["--resume_from_checkpoint", "/nowhere"], "no complete checkpoint"),
 }
 
@@ -311,6 +313,24 @@ def test_the_command_line_beats_the_recipe(tmp_path):
     words = ["--config", str(RECIPES / "nano_sft.yaml"), "--learning_rate", "0.5"]
     _, _, args = sft.make_parser().parse(words)
     assert (args.learning_rate, args.per_device_train_batch_size) == (0.5, 32)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_missing_tracker_is_named_before_the_model_is_loaded(stage, tmp_path, monkeypatch, capsys):
+    def never(self):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(ModelArguments, "load", never)
+    monkeypatch.setattr(common, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    words = [*STAGES[stage][1](tmp_path), "--report_to", "wandb"]
+    assert cli.main(["train", stage.replace("_", "-"), *words]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        "conceptseg train: report_to is 'wandb', a package that is not installed; install it with: pip install wandb"
+    )
+
+
+def test_optional_kernels_are_not_spoken_of():
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):

@@ -1,12 +1,13 @@
 """Your own data: a folder with a list of samples, or with images and masks of equal names.
 
-- `samples.jsonl`: one object a line with image, mask, prompt, and where you have them references (a list of paths, or
-  of objects with image, and mask or box), level, group, family, id (or sample_id), split, think, rule, answer;
+- `samples.jsonl`: one object a line with image, mask, prompt, and where you have them references (paths, or objects
+  with image, and mask or box: a list, or a single one), level, group, family, id (or sample_id), split, think, rule,
+  answer;
 - `samples.csv`: the same as columns; references are paths separated by ";", each `IMAGE` or `IMAGE|MASK`;
 - `images/` and `masks/` with equal stems, and the prompt in `prompt.txt`.
 
-Paths are relative to the folder. A `split` limits a row to that split; rows without it belong to every split. This is
-also what `ConceptShapes.export` writes.
+Paths are relative to the folder. A `split` limits a row to that split; rows without it belong to every split. A sample
+whose files are missing fails alone, as a damaged one does. This is also what `ConceptShapes.export` writes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def index_files(root: Path, source: Source, split: str) -> Index:
     elif (root / "samples.csv").is_file():
         rows = _csv_rows(root / "samples.csv")
     elif (root / "images").is_dir() and (root / "masks").is_dir():
-        return Index(_folder_items(root, source))
+        return Index(_folder_items(root, source), partial=True)
     else:
         raise MissingFilesError(
             f"load_benchmark: {source.name!r} finds neither samples.jsonl nor samples.csv nor images/ with masks/ in "
@@ -51,7 +52,7 @@ def index_files(root: Path, source: Source, split: str) -> Index:
                 f"{str(root)!r} has two samples with the id {item.sample_id!r}; give each its own."
             )
         seen.add(item.sample_id)
-    return Index(items)
+    return Index(items, partial=True)
 
 
 def _item(root: Path, source: Source, where: str, row: dict[str, Any]) -> FileItem:
@@ -69,9 +70,17 @@ def _item(root: Path, source: Source, where: str, row: dict[str, Any]) -> FileIt
         level=row.get("level") or LEVEL,
         group=row.get("group") or GROUP,
         family=row.get("family") or source.name,
-        references=tuple(_reference(root, where, reference) for reference in row.get("references") or ()),
+        references=_references(root, where, row.get("references") or []),
         **{name: row.get(name) or None for name in ("think", "rule", "answer")},
     )
+
+
+def _references(root: Path, where: str, references: Any) -> tuple[FileReference, ...]:
+    if isinstance(references, (str, dict)):
+        references = [references]
+    if not isinstance(references, list):
+        raise ValueError(f"{where} has references that are no list; give a list of paths or objects.")
+    return tuple(_reference(root, where, reference) for reference in references)
 
 
 def _reference(root: Path, where: str, reference: Any) -> FileReference:

@@ -44,7 +44,7 @@ def load_concept_benchmark(
     """Loads a benchmark into FiftyOne; samples that are there already stay as they are.
 
     Pictures of files stay where they are; drawn ones and all masks are written to FiftyOne's folder for data. A sample
-    that cannot be read becomes a sample with `load_error`, where its image is there at all.
+    that cannot be read becomes a sample with `load_error`, which the next load tries again.
 
     Args:
         name: One of `conceptseg_hf.data.BENCHMARKS`.
@@ -85,8 +85,9 @@ def import_benchmark(
         dataset = fo.Dataset(dataset_name, persistent=True)
     declare_benchmark_fields(dataset)
     writer = _Writer(dataset, name, split)
-    own = (F("benchmark") == name) & (F("split") == split) & (F("role") == TARGET)
-    present = set(dataset.match(own).values("episode"))
+    own = dataset.match((F("benchmark") == name) & (F("split") == split) & (F("role") == TARGET))
+    dataset.delete_samples(own.match(F("load_error") != None))  # noqa: E711 (an expression of FiftyOne)
+    present = set(own.values("episode"))
     total = len(samples)
     yield 0, total
     for done, (index, sample) in enumerate(_read(samples), start=1):
@@ -113,7 +114,7 @@ class _Writer:
         """Adds a target and its references."""
         item = samples.items[index] if isinstance(samples, FileBenchmark) else None
         if isinstance(sample, UnreadableSampleError):
-            if item is not None and item.image.is_file():
+            if item is not None:
                 self._dataset.add_sample(self._failed(sample, item.image, episode))
             return
         path = str(item.image) if item is not None else self._write(sample.image, "images", episode)

@@ -11,6 +11,10 @@ from typing import Any, NoReturn
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch.utils.data import ConcatDataset
 from transformers import AutoImageProcessor, AutoTokenizer, Trainer, TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import TrlParser
 
@@ -20,6 +24,10 @@ from conceptseg_hf.evaluation.loading import find_checkpoint, load_config
 from conceptseg_hf.evaluation.processes import let_gloo_end
 
 _TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
+
+
+# What Transformers reports to without counting it among what is available: it depends on more than a package.
+_UNCOUNTED = {"azure_ml", "flyte", "kubeflow"}
 
 
 class RecipeParser(TrlParser):
@@ -187,6 +195,26 @@ def run(trainer: Trainer) -> None:
     trainer.end()
     if trainer.accelerator.num_processes > 1:
         let_gloo_end()
+
+
+def check_report_to(args: TrainingArguments) -> None:
+    """Finds out whether the run can report to where it should; the Trainer does so when the model is loaded.
+
+    Raises:
+        ValueError: If Transformers does not know a name.
+        ImportError: If a package is missing.
+    """
+    available = {*get_available_reporting_integrations(), *_UNCOUNTED}
+    for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"report_to is {name!r}; use one of {', '.join(INTEGRATION_TO_CALLBACK)}, or all of them that are "
+                "installed (all), or none."
+            )
+        if name not in available:
+            raise ImportError(
+                f"report_to is {name!r}, a package that is not installed; install it with: pip install {name}"
+            )
 
 
 def find_resume_checkpoint(args: TrainingArguments) -> str | None:

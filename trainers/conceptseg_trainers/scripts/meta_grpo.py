@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig
 from ..meta_grpo_config import MetaGRPOConfig
 from ..meta_grpo_trainer import MetaGRPOTrainer
 from ..split_reference import split_reference_dataset
-from .common import DataArguments, ModelArguments, RecipeParser, find_resume_checkpoint, main
+from .common import DataArguments, ModelArguments, RecipeParser, check_report_to, find_resume_checkpoint, main
 
 # All attention projections of the language model; the vision tower stays as it is.
 _LORA_TARGETS = r"vlm\.model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj)"
@@ -103,6 +103,7 @@ def prepare(argv: Sequence[str]) -> MetaGRPOTrainer:
     """
     data, policy, args = make_parser().parse(argv)
     find_resume_checkpoint(args)
+    check_report_to(args)
     train, evaluation = (
         None if samples is None else split_reference_dataset(samples, data.grid, args.seed)
         for samples in data.load(args)
