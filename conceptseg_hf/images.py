@@ -51,7 +51,7 @@ def load_mask(mask: ImageInput, size: tuple[int, int] | None = None) -> np.ndarr
 
     A pixel is foreground when its value is not zero; in a mask whose values reach 255, when it is at least
     128 (so that soft edges and JPEG noise stay background); in a float mask, when it is at least 0.5. Palette
-    masks are read by index, colour masks by their brightest channel.
+    masks are read by index, those of black and white by colour; colour masks by their brightest channel.
 
     Args:
         mask: See `ImageInput`.
@@ -206,6 +206,8 @@ def _array_to_image(array: np.ndarray) -> Image.Image:
 
 
 def _picture_foreground(picture: Image.Image) -> np.ndarray:
+    if picture.mode == "P" and _has_white(picture):  # in a GIF, white may come first
+        picture = picture.convert("L")
     mode = picture.mode
     if mode == "LA":
         return _array_foreground(np.asarray(picture.getchannel("L"))) & (
@@ -214,6 +216,13 @@ def _picture_foreground(picture: Image.Image) -> np.ndarray:
     if mode in ("1", "L", "P", "F", "RGB", "RGBA") or mode.startswith("I"):
         return _array_foreground(np.asarray(picture))
     return _array_foreground(np.asarray(picture.convert("RGBA" if mode in ("PA", "La", "RGBa") else "RGB")))
+
+
+def _has_white(picture: Image.Image) -> bool:
+    """Whether a palette picture uses greys alone, and a bright one; classes have colours, or no palette at all."""
+    palette = np.reshape(picture.getpalette("RGB"), (-1, 3))
+    used = palette[[index for index in np.unique(np.asarray(picture)) if index < len(palette)]]
+    return bool((used == used[:, :1]).all() and used.max(initial=0) >= _MASK_LEVEL)
 
 
 def _array_foreground(array: np.ndarray) -> np.ndarray:

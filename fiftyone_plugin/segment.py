@@ -169,8 +169,9 @@ def reference_samples(ctx: Any) -> Any:
 def targets_of(ctx: Any) -> Any:
     """The samples to segment: the target view without the references of a benchmark."""
     samples = forms.target_view(ctx)
-    if samples.has_field("role"):
-        samples = samples.match(F("role") != "reference")
+    if ctx.dataset.has_field("role"):  # which a view may hide
+        references = ctx.dataset.match(F("role") == "reference").values("id")
+        samples = samples.exclude(references)
     return samples
 
 
@@ -199,6 +200,7 @@ def job_of(ctx: Any) -> Any:
         reference_ids=[] if samples is None else samples.values("id"),
         reference_ids_field="reference_ids" if source == "own" else None,
         reference_label_field=label_field_of(ctx),
+        reference_label_ids=[] if samples is None else _filtered_labels(samples, label_field_of(ctx)),
         proxy=get("proxy", True),
         checkpoint=get("checkpoint") or "nano",
         router=get("router") or "adaptive",
@@ -214,6 +216,16 @@ def label_field_of(ctx: Any) -> str | None:
 
     chosen = ctx.params.get("reference_label_field")
     return None if chosen == NO_MARK else resolve_label_field(ctx.dataset, chosen or AUTO)
+
+
+def _filtered_labels(samples: Any, label_field: str | None) -> list[str]:
+    """Ids of the boxes that a view of references shows, if it filters them: those alone mark the concept."""
+    if label_field is None or not samples.has_field(f"{label_field}.detections"):
+        return []
+    path = f"{label_field}.detections.id"
+    shown = samples.values(path, unwind=True)
+    everything = samples._dataset.select(samples.values("id")).values(path, unwind=True)
+    return shown if len(shown) < len(everything) else []
 
 
 NO_MARK = "none"

@@ -286,6 +286,21 @@ def test_mask_pictures(mode: str) -> None:
     np.testing.assert_array_equal(load_mask(image, SIZE), FOREGROUND)
 
 
+@pytest.mark.parametrize("mode", ["gif", "quantized", "classes"])
+def test_palette_masks(mode: str, tmp_path: pathlib.Path) -> None:
+    """Black and white in any order, by their colours; classes by their numbers."""
+    source = Image.fromarray(FOREGROUND.astype(np.uint8) * 255)
+    if mode == "gif":
+        source.convert("RGB").save(tmp_path / "mask.gif")
+        image = Image.open(tmp_path / "mask.gif")
+    elif mode == "quantized":
+        image = source.quantize(2)
+    else:
+        image = Image.fromarray(FOREGROUND.astype(np.uint8), "P")
+        image.putpalette([200, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(load_mask(image, SIZE), FOREGROUND)
+
+
 def test_soft_mask_is_cut_halfway() -> None:
     mask = np.array([[0, 100, 127, 128, 255]], dtype=np.uint8)
     np.testing.assert_array_equal(load_mask(mask), [[False, False, False, True, True]])

@@ -15,9 +15,9 @@ def test_settings_are_kept_and_found_again(make_dataset):
     job = SegmentationJob(prompt="the same", reference_ids=ids, router="full_reasoning", proxy=False)
     key = job.keep(dataset)
     assert key.startswith("concept_") and dataset.list_runs(method="segment_concept") == [key]
-    assert SegmentationJob.load(dataset, key) == SegmentationJob(
-        prompt="the same", reference_ids=ids, router="full_reasoning", proxy=False, outputs=["segmentation"]
-    )
+    found = SegmentationJob.load(dataset, key)
+    assert (found.prompt, found.reference_ids, found.router) == ("the same", ids, "full_reasoning")
+    assert not found.proxy and found.keep(dataset) == key
     resumed = SegmentationJob(
         prompt="the same", reference_ids=ids, router="full_reasoning", proxy=False, skip_existing=True
     )
@@ -78,13 +78,13 @@ def test_other_labels_are_never_written_to(fo, make_dataset):
 
     dataset = make_dataset(2)
     for field, message in (
-        ("ground_truth", "holds labels that ConceptSeg did not make"),
+        ("ground_truth", "holds labels that ConceptSeg did not make there"),
         ("ref_boxes", "is there already and holds no Segmentation"),
         ("prompt", "is there already and holds no Segmentation"),
     ):
         with pytest.raises(ValueError, match=f"field '{field}' {message}"):
             SegmentationJob(prompt="star", field=field).check(dataset)
-    with pytest.raises(ValueError, match="field 'ref_boxes' holds labels that ConceptSeg did not make"):
+    with pytest.raises(ValueError, match="field 'ref_boxes' holds labels that ConceptSeg did not make there"):
         SegmentationJob(prompt="star", field="ref_boxes", outputs=("detections",)).check(dataset)
     with pytest.raises(ValueError, match="reference field 'nothing' is not in the dataset"):
         SegmentationJob(prompt="star", reference_label_field="nothing").check(dataset)
@@ -125,3 +125,109 @@ def test_outputs_of_an_earlier_run_do_not_stay(make_dataset):
             pass
     assert (targets.count("concept"), targets.count("concept_heatmap")) == (4, 1)
     assert len(targets.exists("concept_detections")) == 1
+
+
+def test_fields_are_those_that_runs_wrote(fo, make_dataset):
+    """Neither a name nor a type makes a field a run's, nor does a view that hides it."""
+    import numpy as np
+
+    from conceptseg_hf.integrations.fiftyone import (
+        SegmentationJob,
+        declare_prediction_fields,
+        segment_collection,
+    )
+
+    dataset = make_dataset(3)
+    targets = dataset.load_saved_view("targets")
+
+    def run(field, samples=targets, **settings):
+        return list(
+            segment_collection(samples, SegmentationJob(field, prompt="star", router="sam_only", **settings))
+        )
+
+    for sample in targets:
+        sample["defect_heatmap"] = fo.Heatmap(map=np.full((8, 8), 0.5))
+        sample.save()
+    run("defect")
+    assert targets.count("defect_heatmap") == 3
+    with pytest.raises(ValueError, match="field 'defect_heatmap' holds labels"):
+        run("defect", outputs=("segmentation", "heatmap"))
+    run("defect_detections", outputs=("detections",))
+    run("defect")
+    assert len(targets.exists("defect_detections")) == 3
+
+    truths = targets.values("ground_truth.id")
+    dataset.clone_sample_field("defect", "corrected")
+    declare_prediction_fields(dataset, "ground_truth")
+    for field in ("corrected", "ground_truth"):
+        for samples in (targets, targets.select_fields("prompt")):
+            with pytest.raises(
+                ValueError, match=f"field '{field}' holds labels that ConceptSeg did not make there"
+            ):
+                run(field, samples)
+    assert targets.values("ground_truth.id") == truths
+
+    made = targets.values("defect.id")
+    hidden = targets.exclude_fields("defect")
+    assert run("defect", hidden, skip_existing=True)[-1].skipped == 3
+    assert targets.values("defect.id") == made
+
+
+def test_labels_in_other_slices_are_seen(fo, make_dataset):
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob
+
+    path = make_dataset(1).first().filepath
+    dataset = fo.Dataset("slices")
+    try:
+        dataset.add_group_field("group", default="left")
+        group = fo.Group()
+        left = fo.Sample(filepath=path, group=group.element("left"))
+        right = fo.Sample(filepath=path, group=group.element("right"), truth=fo.Segmentation(mask_path=path))
+        dataset.add_samples([left, right])
+        with pytest.raises(ValueError, match="field 'truth' holds labels"):
+            SegmentationJob("truth", prompt="star").check(dataset.select_group_slices("left"))
+    finally:
+        fo.delete_dataset("slices")
+
+
+def test_filtered_labels_of_references_count_alone(fo, make_dataset, run_operator):
+    from fiftyone import ViewField as F
+
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob
+
+    dataset = make_dataset(2)
+    references = dataset.load_saved_view("references").limit(2)
+    for sample in references:
+        boxes = [fo.Detection(label=label, bounding_box=[0.1, 0.1, 0.3, 0.3]) for label in ("dog", "cat")]
+        sample["animals"] = fo.Detections(detections=boxes)
+        sample.save()
+    view = references.filter_labels("animals", F("label") == "dog")
+    dataset.save_view("dogs", view)
+    parameters = {"prompt": "star", "references": "saved_view", "saved_view": "dogs"}
+    parameters |= {"reference_label_field": "animals", "router": "sam_only"}
+    run_operator("segment_concept", dataset, parameters)
+    dataset.reload()
+    [key] = dataset.list_runs()
+    job = SegmentationJob.load(dataset, key)
+    assert job.reference_label_ids == view.values("animals.detections.id", unwind=True)
+    assert len(job.shared_references(dataset)) == 2
+
+
+def test_what_is_kept_tells_runs_apart(make_dataset):
+    """References outside the dataset, and the field that was likeliest when the run was made."""
+    from conceptseg_hf import Reference
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob
+
+    dataset = make_dataset(2)
+    first, second = dataset.load_saved_view("targets").values("filepath")
+    keys = {
+        SegmentationJob(prompt="star", references=[Reference(path, box=box)]).keep(dataset)
+        for path in (first, second)
+        for box in ((1, 2, 30, 40), (1, 2, 30, 50))
+    }
+    assert len(keys) == 4
+    ids = dataset.load_saved_view("references").values("id")[:1]
+    job = SegmentationJob(prompt="star", reference_ids=ids)
+    assert SegmentationJob.load(dataset, job.keep(dataset)).reference_label_field == "ref_boxes"
+    with pytest.raises(ValueError, match="several kinds of references"):
+        SegmentationJob(prompt="star", reference_ids=ids, references=[Reference(first)]).check(dataset)

@@ -128,6 +128,39 @@ def test_an_error_stays_with_its_sample(make_dataset):
     assert (again.total, again.skipped, set(again.errors)) == (3, 6, {wordless.id, lonely.id})
 
 
+def test_what_fiftyone_cannot_hold_ends_no_run(fo, make_dataset, tmp_path):
+    """It makes no detections of a mask that is one pixel high."""
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
+
+    dataset = make_dataset(2)
+    Image.new("RGB", (64, 1)).save(tmp_path / "line.png")
+    line = fo.Sample(filepath=str(tmp_path / "line.png"))
+    dataset.add_sample(line)
+
+    def everything(items, **settings):
+        masks = [Image.new("L", Image.open(item["image"]).size, 255) for item in items]
+        return [{"mask": mask, "label": "star", "score": 1.0} for mask in masks]
+
+    job = SegmentationJob(prompt="star", router="sam_only", outputs=("detections",))
+    samples = dataset.select([line.id, *dataset.load_saved_view("targets").values("id")])
+    *_, progress = segment_collection(samples, job, pipeline=everything)
+    assert progress.done == 3 and progress.errors.keys() == {line.id}
+    assert "the mask cannot be written" in progress.errors[line.id]
+
+
+def test_no_sample_is_its_own_reference(make_dataset):
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
+
+    dataset = make_dataset(4)
+    targets = dataset.load_saved_view("targets")
+    vain = targets.first()
+    vain["reference_ids"] = [vain.id]
+    vain.save()
+    job = SegmentationJob(prompt="star", reference_ids_field="reference_ids", router="sam_only")
+    *_, progress = segment_collection(targets, job)
+    assert progress.errors == {vain.id: "the sample is listed among its own references; take it out."}
+
+
 def test_samples_deleted_during_the_run_are_named(make_dataset):
     """Those that were not read yet, and those whose labels cannot be saved any more."""
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, get_pipeline, segment_collection

@@ -150,6 +150,15 @@ def test_references_stand_beside_targets(fo, make_dataset, run_operator):
     assert result.error is None
 
 
+def test_a_view_that_hides_fields_changes_nothing(fo, make_dataset, run_operator):
+    """Neither which samples are references, nor what marks the concept in them."""
+    dataset = make_dataset(3)
+    view = dataset.exclude_fields(["role", "ref_boxes"])
+    run_operator("segment_concept", dataset, {"prompt": "star", "router": "sam_only"}, view=view)
+    dataset.reload()
+    assert set(dataset.exists("concept").values("role")) == {"target"}
+
+
 def test_dynamic_groups_are_flattened(fo, make_dataset, run_operator):
     dataset = make_dataset(6)
     view = dataset.load_saved_view("episodes")

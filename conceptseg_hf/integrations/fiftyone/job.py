@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import fiftyone as fo
 
+from ...images import load_image, load_mask
 from ...references import Reference
 from ...router import ROUTER_MODES
 from .checkpoints import NANO
 from .reference_samples import AUTO, references_from, resolve_label_field, samples_by_id
-from .schema import check_output_fields
+from .runs import check_output_fields, keep_run, load_run
 
 _KEPT = (
     "field",
@@ -24,6 +23,7 @@ _KEPT = (
     "reference_ids",
     "reference_ids_field",
     "reference_label_field",
+    "reference_label_ids",
     "proxy",
     "checkpoint",
     "router",
@@ -44,6 +44,7 @@ class SegmentationJob:
         reference_ids_field: Or the sample field that lists the ids of each sample's own references.
         reference_label_field: The field that marks the concept in reference samples; `"auto"`: found by itself; None:
             they are shown unmarked.
+        reference_label_ids: Ids of the labels that mark the concept there, of `Detections`; all by default.
         proxy: Withhold the box of the first boxed reference sample, so that the rule is checked.
         checkpoint: `"nano"`, a folder or a hub id.
         router: `"adaptive"`, `"sam_only"` or `"full_reasoning"`.
@@ -60,6 +61,7 @@ class SegmentationJob:
     reference_ids: Sequence[str] = ()
     reference_ids_field: str | None = None
     reference_label_field: str | None = AUTO
+    reference_label_ids: Sequence[str] = ()
     proxy: bool = True
     checkpoint: str = NANO
     router: str = "adaptive"
@@ -84,20 +86,27 @@ class SegmentationJob:
             )
         if not (self.prompt or "").strip() and self.prompt_field is None:
             raise ValueError("there is no prompt; give words, or the field that holds them.")
+        dataset = samples._dataset  # a view may hide fields, which a run reads and writes all the same
         label_field = None if self.reference_label_field == AUTO else self.reference_label_field
         for name, value in (
             ("prompt", self.prompt_field),
             ("reference", self.reference_ids_field),
             ("reference", label_field),
         ):
-            if value is not None and not samples.has_field(value):
+            if value is not None and not dataset.has_field(value):
                 raise ValueError(f"{name} field {value!r} is not in the dataset; give one of its fields.")
         if self.router not in ROUTER_MODES:
             raise ValueError(f"router is {self.router!r}; use one of {', '.join(ROUTER_MODES)}.")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; use at least 1.")
+        if (bool(self.references), bool(self.reference_ids), self.reference_ids_field is not None).count(
+            True
+        ) > 1:
+            raise ValueError(
+                "there are several kinds of references; give one of references, reference_ids and reference_ids_field."
+            )
         self.shared_references(samples)
-        check_output_fields(samples, self.field, self.outputs)
+        check_output_fields(dataset, self.field, self.outputs)
 
     def shared_references(self, samples: fo.core.collections.SampleCollection) -> Sequence[Reference]:
         """The references that all samples share.
@@ -107,25 +116,21 @@ class SegmentationJob:
         """
         if not self.reference_ids:
             return self.references
-        label_field = resolve_label_field(samples, self.reference_label_field)
-        return references_from(samples_by_id(samples, self.reference_ids), label_field, self.proxy)
+        return references_from(
+            samples_by_id(samples, self.reference_ids),
+            resolve_label_field(samples._dataset, self.reference_label_field),
+            self.proxy,
+            label_ids=self.reference_label_ids,
+        )
 
     def keep(self, dataset: fo.Dataset) -> str:
-        """Keeps the settings as a custom run of the dataset (`dataset.get_run_info`).
-
-        Returns:
-            The run's key. Equal settings have the same key, so a run that is resumed is one run.
-        """
+        """Keeps the settings with the dataset; see `keep_run`."""
         settings = {name: getattr(self, name) for name in _KEPT}
-        settings |= {"reference_ids": list(self.reference_ids), "outputs": sorted(self.outputs)}
-        settings["other_references"] = len(self.references)
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        key = f"{self.field}_{digest[:8]}"
-        if key not in dataset.list_runs():
-            config = dataset.init_run(**settings)
-            config.method = "segment_concept"
-            dataset.register_run(key, config)
-        return key
+        settings |= {"outputs": sorted(self.outputs), "other_references": _digest_of(self.references)}
+        settings |= {name: list(settings[name]) for name in ("reference_ids", "reference_label_ids")}
+        if self.reference_ids or self.reference_ids_field is not None:  # what is likeliest may change
+            settings["reference_label_field"] = resolve_label_field(dataset, self.reference_label_field)
+        return keep_run(dataset, self.field, settings)
 
     @classmethod
     def load(cls, dataset: fo.Dataset, key: str) -> SegmentationJob:
@@ -134,12 +139,24 @@ class SegmentationJob:
         Raises:
             ValueError: If there is no such run, or its references were no samples of the dataset.
         """
-        if key not in dataset.list_runs():
-            raise ValueError(f"run {key!r} is not kept in the dataset; segment its samples again.")
-        settings: dict[str, Any] = dataset.get_run_info(key).config.serialize()
+        settings = load_run(dataset, key)
         if settings["other_references"]:
             raise ValueError(
                 f"run {key!r} had references that are no samples of the dataset, so it cannot be repeated; "
                 "add them as samples and give reference_ids."
             )
         return cls(**{name: settings[name] for name in _KEPT})
+
+
+def _digest_of(references: Sequence[Reference]) -> str | None:
+    """What tells references outside the dataset from others; None if there are none."""
+    if not references:
+        return None
+    digest = hashlib.sha256()
+    for reference in references:
+        image = load_image(reference.image)
+        digest.update(f"{image.size} {reference.box} {reference.role}".encode())
+        digest.update(image.tobytes())
+        if reference.mask is not None:
+            digest.update(load_mask(reference.mask, image.size).tobytes())
+    return digest.hexdigest()[:16]

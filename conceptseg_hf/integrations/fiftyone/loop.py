@@ -24,7 +24,8 @@ from .files import default_folder
 from .job import SegmentationJob
 from .labels import attributes_of, to_labels
 from .reference_samples import references_from, resolve_label_field, samples_by_id
-from .schema import declare_prediction_fields, output_fields, stale_fields, whole_dataset
+from .runs import stale_fields
+from .schema import declare_prediction_fields, output_fields, whole_dataset
 
 _DECLARING = threading.Lock()
 
@@ -104,7 +105,7 @@ def segment_collection(
                 attributes = attributes_of(result, prompt, **settings)
                 try:
                     labels = to_labels(result, attributes, fields, folder, sample.id)
-                except OSError as error:  # a full disk must not end the run silently, nor lose what is done
+                except (OSError, ValueError) as error:  # a full disk, or a shape that FiftyOne cannot hold
                     result = ConceptSegmentation.failed(f"the mask cannot be written: {error}.", prompt)
                     labels = to_labels(result, attributes | {"error": result.error}, fields)
                 for output, name in fields.items():
@@ -129,13 +130,16 @@ def targets_of(
 
 def pending_ids(samples: fo.core.collections.SampleCollection, job: SegmentationJob) -> list[str]:
     """The ids of the samples that a run has to do."""
-    samples = targets_of(samples, job)
-    if job.skip_existing and samples.has_field(job.field):
-        done = samples.exists(job.field)
-        if samples.has_field(f"{job.field}.error"):
-            done = done.match(F(f"{job.field}.error") == None)  # noqa: E711 (an expression of FiftyOne)
-        return samples.exclude(done.values("id")).values("id")
-    return samples.values("id")
+    ids, dataset = targets_of(samples, job).values("id"), samples._dataset
+    if not (job.skip_existing and dataset.has_field(job.field)):
+        return ids
+    left = F(job.field) == None  # noqa: E711 (an expression of FiftyOne)
+    if dataset.has_field(f"{job.field}.error"):
+        left |= F(f"{job.field}.error") != None  # noqa: E711
+    left_ids = set(
+        whole_dataset(samples).match(left).values("id")
+    )  # of the dataset: a view may hide the field
+    return [sample_id for sample_id in ids if sample_id in left_ids]
 
 
 class _ReferenceReader:
@@ -154,13 +158,19 @@ class _ReferenceReader:
     def __call__(self, sample: fo.Sample) -> Sequence[Reference]:
         if self._job.reference_ids_field is None:
             return self._shared
-        return self._read(tuple(sample[self._job.reference_ids_field] or ()))
+        ids = tuple(sample[self._job.reference_ids_field] or ())
+        if sample.id in ids:
+            raise ValueError("the sample is listed among its own references; take it out.")
+        return self._read(ids)
 
     def _read_anew(self, ids: tuple[str, ...]) -> list[Reference]:
         if not ids:
             return []
         samples = samples_by_id(self._dataset, ids)
-        return references_from(samples, self._label_field, self._job.proxy, unmarked=True)
+        label_ids = self._job.reference_label_ids
+        return references_from(
+            samples, self._label_field, self._job.proxy, unmarked=True, label_ids=label_ids
+        )
 
 
 def _prompt_of(sample: fo.Sample, job: SegmentationJob) -> str:

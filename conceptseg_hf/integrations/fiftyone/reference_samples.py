@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import fiftyone as fo
 from bson import ObjectId
@@ -48,6 +48,7 @@ def references_from(
     label_field: str | None = None,
     proxy: bool = True,
     unmarked: bool = False,
+    label_ids: Collection[str] = (),
 ) -> list[Reference]:
     """Samples as references.
 
@@ -57,6 +58,7 @@ def references_from(
             None: the images alone. A sample with several boxes gives several references.
         proxy: Withhold the box of the first, so that the model checks its rule on it.
         unmarked: Show a sample without box or mask in that field as an image alone, rather than raise.
+        label_ids: Ids of the `Detections` that count; all by default.
 
     Raises:
         ValueError: If a sample has no box or mask in that field (unless `unmarked`), or there are more than nine
@@ -65,7 +67,7 @@ def references_from(
     references: list[Reference] = []
     role = "auto" if proxy else "support"
     for sample in samples:
-        found = [] if label_field is None else _marked(sample, label_field, role)
+        found = [] if label_field is None else _marked(sample, label_field, role, label_ids)
         if not found and (unmarked or label_field is None):
             found = [Reference(sample.filepath, role="support")]
         if not found:
@@ -114,7 +116,7 @@ def view_with_references(samples: fo.core.collections.SampleCollection, ids: Seq
     return dataset.select(list(dict.fromkeys(ordered)), ordered=True)
 
 
-def _marked(sample: fo.Sample, label_field: str, role: str) -> list[Reference]:
+def _marked(sample: fo.Sample, label_field: str, role: str, label_ids: Collection[str]) -> list[Reference]:
     if not has_marks(sample, label_field):
         return []
     label = sample[label_field]
@@ -125,4 +127,5 @@ def _marked(sample: fo.Sample, label_field: str, role: str) -> list[Reference]:
     return [
         Reference(sample.filepath, box=pixel_box(detection.bounding_box, size), role=role)
         for detection in detections
+        if not label_ids or detection.id in label_ids
     ]

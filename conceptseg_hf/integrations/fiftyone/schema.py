@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import fiftyone as fo
 
@@ -88,31 +88,16 @@ def other_route_field(field: str) -> str:
     return f"{field}_other_route"
 
 
-def stale_fields(
-    samples: fo.core.collections.SampleCollection, field: str, outputs: Iterable[str]
-) -> list[str]:
-    """The fields of an earlier run that a new prediction makes void: outputs that it lacks, and the other route."""
-    written = output_fields(field, outputs).values()
-    names = [f"{field}_detections", f"{field}_heatmap", other_route_field(field)]
-    ours = _fields_of_runs(samples)
-    return [name for name in names if name in ours and name not in written]
-
-
-def check_output_fields(
-    samples: fo.core.collections.SampleCollection, field: str, outputs: Iterable[str]
-) -> None:
-    """Finds labels that a run would spoil.
+def check_label_type(schema: Mapping[str, fo.Field], name: str, label_type: type) -> None:
+    """Finds out whether a field can hold labels of a type.
 
     Raises:
-        ValueError: If a field is there and of another type, or holds labels that are no predictions of ConceptSeg.
+        ValueError: If it is there and of another type.
     """
-    ours = _fields_of_runs(samples)
-    for output, name in output_fields(field, outputs).items():
-        _check_type(samples.get_field_schema(), name, LABEL_TYPES[output])
-        if samples.has_field(name) and name not in ours and samples._dataset.count(name):
-            raise ValueError(
-                f"field {name!r} holds labels that ConceptSeg did not make; give another field name."
-            )
+    if name in schema and getattr(schema[name], "document_type", None) is not label_type:
+        raise ValueError(
+            f"field {name!r} is there already and holds no {label_type.__name__}; give another field name."
+        )
 
 
 def declare_prediction_fields(
@@ -132,11 +117,11 @@ def declare_prediction_fields(
     """
     schema = dataset.get_field_schema()
     for output, name in output_fields(field, outputs).items():
-        _check_type(schema, name, LABEL_TYPES[output])
+        check_label_type(schema, name, LABEL_TYPES[output])
         if name not in schema:
             dataset.add_sample_field(name, fo.EmbeddedDocumentField, embedded_doc_type=LABEL_TYPES[output])
         if output == "segmentation":
-            dataset.mask_targets = dataset.mask_targets | {name: {FOREGROUND: "concept"}}
+            dataset.mask_targets = {name: {FOREGROUND: "concept"}} | dataset.mask_targets
         if output != "heatmap":
             paths = [name, f"{name}.detections"] if output == "detections" else [name]
             _declare(
@@ -191,18 +176,6 @@ def whole_dataset(samples: fo.core.collections.SampleCollection) -> fo.core.coll
     """The dataset that samples come from; of a grouped one the images of all slices, as it shows one slice only."""
     dataset = samples._dataset
     return dataset.select_group_slices(media_type="image") if dataset.media_type == "group" else dataset
-
-
-def _fields_of_runs(samples: fo.core.collections.SampleCollection) -> list[str]:
-    """The fields that runs may write to; a heatmap does not say what made it."""
-    return [*prediction_fields(samples), *fields_of_type(samples, fo.Heatmap)]
-
-
-def _check_type(schema: dict[str, fo.Field], name: str, label_type: type) -> None:
-    if name in schema and getattr(schema[name], "document_type", None) is not label_type:
-        raise ValueError(
-            f"field {name!r} is there already and holds no {label_type.__name__}; give another field name."
-        )
 
 
 def _declare(dataset: fo.Dataset, fields: dict[str, type]) -> None:
