@@ -10,6 +10,10 @@ from fiftyone.operators import types
 
 from . import forms
 
+_LIMIT = (
+    60  # samples, unless the caller says how many; None, which the form sends when it is emptied, means all
+)
+
 
 class LoadConceptBenchmark(foo.Operator):
     """Loads a benchmark as a dataset of targets and references."""
@@ -44,7 +48,7 @@ class LoadConceptBenchmark(foo.Operator):
                 inputs.view("note", types.Notice(label=SOURCES[name].note))
         inputs.str("split", default="test", label="Split")
         inputs.int(
-            "limit", default=60, min=1, label="Only the first samples", description="Leave empty for all"
+            "limit", default=_LIMIT, min=1, label="Only the first samples", description="Leave empty for all"
         )
         inputs.str("dataset_name", label="Name of the dataset", description="By default: benchmark-split")
         fault = _fault_of(ctx)
@@ -61,8 +65,9 @@ class LoadConceptBenchmark(foo.Operator):
         get = ctx.params.get
         name, split = get("benchmark") or "concept-shapes", get("split") or "test"
         dataset_name = get("dataset_name") or f"{name}-{split}"
+        limit = get("limit", _LIMIT)
         try:
-            for done, total in import_benchmark(name, get("root") or None, split, get("limit"), dataset_name):
+            for done, total in import_benchmark(name, get("root") or None, split, limit, dataset_name):
                 progress = {"progress": done / max(total, 1), "label": f"{done} of {total} samples"}
                 if ctx.delegated:
                     ctx.set_progress(**progress)

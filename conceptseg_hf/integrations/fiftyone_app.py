@@ -13,12 +13,14 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import urllib.request
 import webbrowser
 from pathlib import Path
+from typing import Any
 
 from .mongodb import free_port, start_mongod
 
@@ -29,6 +31,8 @@ _SERVER = Path(__file__).with_name("fiftyone_server.py")
 # would put its folder before site-packages, and the `fiftyone` in it before FiftyOne.
 _RUN = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 _START_SECONDS = 180.0
+# A terminal that closes sends the second; Windows has none.
+_ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"--plugin {str(options.plugin)!r} has no fiftyone.yml; give the folder fiftyone_plugin."
         )
     folder, port = options.folder.absolute(), options.port or free_port()
+    _heed_endings()
     try:
         _prepare(folder, options.plugin.absolute())
         _load(options.samples)
@@ -60,15 +65,30 @@ def main(arguments: list[str] | None = None) -> int:
         parser.exit(2, f"fiftyone_app: {error}\n")
     except KeyboardInterrupt:
         return 130
-    address = f"http://127.0.0.1:{port}/datasets/{DATASET}"
-    sys.stdout.write(f"FiftyOne is at {address}; Ctrl-C ends it.\n")
-    sys.stdout.flush()
-    if not options.no_browser:
-        webbrowser.open(address)
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
+        address = f"http://127.0.0.1:{port}/datasets/{DATASET}"
+        sys.stdout.write(f"FiftyOne is at {address}; Ctrl-C ends it.\n")
+        sys.stdout.flush()
+        if not options.no_browser:
+            webbrowser.open(address)
         return server.wait()
-    stop_server(server)
-    return 0
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        stop_server(server)
+
+
+def _heed_endings() -> None:
+    """Lets other signals end the app as Ctrl-C does: by default they end Python at once, and MongoDB would stay."""
+    for number in _ENDINGS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _interrupt_once)
+
+
+def _interrupt_once(*_: Any) -> None:
+    for number in _ENDINGS:  # a closing terminal may send several, which must not cut the clean-up off
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def start_server(port: int, log: Path) -> subprocess.Popen:
@@ -82,16 +102,26 @@ def start_server(port: int, log: Path) -> subprocess.Popen:
     command = [sys.executable, "-c", _RUN, str(_SERVER), "--port", str(port)]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        if not _answers(process, port):
+            raise RuntimeError(f"FiftyOne's App server does not start; {str(log)!r} says why.")
+    except BaseException:
+        process.kill()
+        raise
+    return process
+
+
+def _answers(server: subprocess.Popen, port: int) -> bool:
+    """Waits until the server answers; False if it ends before, or takes too long."""
     deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and server.poll() is None:
         with (
             contextlib.suppress(OSError),
             urllib.request.urlopen(f"http://127.0.0.1:{port}/fiftyone", timeout=5),
         ):
-            return process
+            return True
         time.sleep(0.2)
-    process.kill()
-    raise RuntimeError(f"FiftyOne's App server does not start; {str(log)!r} says why.")
+    return False
 
 
 def stop_server(server: subprocess.Popen) -> None:

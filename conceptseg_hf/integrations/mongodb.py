@@ -7,6 +7,7 @@ for in more places, and FiftyOne is told by `FIFTYONE_DATABASE_URI`.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -97,7 +98,18 @@ def start_mongod(folder: Path, cache_gigabytes: float = 0.25) -> str:
             return f"mongodb://127.0.0.1:{port}/"
         except OSError:
             time.sleep(0.05)
-    raise RuntimeError(f"MongoDB does not start; {str(log)!r} says why.")
+    raise RuntimeError(_why_not_started(folder, log))
+
+
+def _why_not_started(folder: Path, log: Path) -> str:
+    with contextlib.suppress(OSError):
+        if "DBPathInUse" in log.read_text(errors="replace"):
+            holder = (folder / "mongod.lock").read_text().strip()
+            return (
+                f"MongoDB does not start, as process {holder} uses {str(folder)!r}; end the app that it belongs to or, "
+                f"if that was killed, the process itself: kill {holder}"
+            )
+    return f"MongoDB does not start; {str(log)!r} says why."
 
 
 def _stop(process: subprocess.Popen) -> None:

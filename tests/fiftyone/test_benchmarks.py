@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from conceptseg_hf.data import load_benchmark
-from conceptseg_hf.images import load_mask
+from conceptseg_hf.images import load_image, load_mask
 
 
 def test_concept_shapes(fo, make_dataset):
@@ -97,6 +98,102 @@ def test_files_stay_where_they_are(fo, plain):
         fo.delete_dataset("plain-files")
 
 
+def test_targets_share_a_reference_only_with_its_mark(fo, plain, monkeypatch):
+    from conceptseg_hf.integrations.fiftyone import benchmarks, load_concept_benchmark
+
+    def save_mask(name, columns):
+        mask = np.zeros((40, 60), dtype=np.uint8)
+        mask[5:20, columns] = 255
+        Image.fromarray(mask).save(plain / "masks" / f"{name}.png")
+
+    marks = {"left": slice(0, 10), "right": slice(40, 60), "copy": slice(0, 10)}
+    for name, columns in marks.items():
+        save_mask(name, columns)
+    marks = [{"mask": f"masks/{name}.png"} for name in marks]
+    marks += [marks[0], {"box": [0, 0, 30, 20]}, {"box": [30, 0, 60, 20]}, {"box": [0, 0, 30, 20]}, {}, {}]
+    image = {"image": "images/a.jpg", "mask": "masks/a.png", "prompt": "thing"}
+    rows = [
+        image | {"id": str(number), "references": {"image": "images/r.jpg"} | mark}
+        for number, mark in enumerate(marks)
+    ]
+    (plain / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = []
+    monkeypatch.setattr(benchmarks, "load_image", lambda image: read.append(image) or load_image(image))
+    try:
+        load_concept_benchmark("plain", root=plain, dataset_name="plain-marks", limit=5)
+        assert len(read) == 3 + 1  # each mask's file and box once
+        monkeypatch.chdir(plain.parent)
+        dataset = load_concept_benchmark("plain", root=plain.name, dataset_name="plain-marks")
+        [ids] = zip(*dataset.load_saved_view("targets").values("reference_ids"))
+        left, right, copy, again, box, other_box, same_box, bare, bare_again = ids
+        assert left == copy == again and box == same_box and bare == bare_again
+        assert len({left, right, box, other_box, bare}) == 5 == len(dataset.load_saved_view("references"))
+        assert load_mask(dataset[right]["ground_truth"].mask_path)[:, 40:].any()
+        assert not load_mask(dataset[left]["ground_truth"].mask_path)[:, 40:].any()
+        assert dataset[other_box]["ref_boxes"].detections[0].bounding_box == pytest.approx([0.5, 0, 0.5, 0.5])
+        assert dataset[bare]["ref_boxes"] is None and dataset[bare]["ground_truth"] is None
+    finally:
+        fo.delete_dataset("plain-marks")
+
+
+def test_a_dataset_holds_a_benchmark_from_one_folder(fo, plain, tmp_path_factory):
+    from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
+
+    other = tmp_path_factory.mktemp("other") / "project"
+    shutil.copytree(plain, other)
+    try:
+        dataset = load_concept_benchmark("plain", root=plain, dataset_name="plain-roots")
+        ids = dataset.values("id")
+        with pytest.raises(ValueError) as refused:
+            load_concept_benchmark("plain", root=other, dataset_name="plain-roots")
+        assert all(word in str(refused.value) for word in (str(plain), str(other), "another dataset_name"))
+        load_concept_benchmark("plain", root=str(plain / "images" / ".."), dataset_name="plain-roots")
+        assert dataset.values("id")[:-1] == ids[:-1]  # the last has a load_error and was tried again
+        load_concept_benchmark(limit=1, dataset_name="plain-roots")  # another benchmark
+        assert set(dataset.distinct("benchmark")) == {"plain", "concept-shapes"}
+    finally:
+        fo.delete_dataset("plain-roots")
+
+
+def test_a_field_named_benchmark_makes_no_dataset_ours(fo):
+    from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
+
+    other = fo.Dataset("someones")
+    try:
+        load_concept_benchmark(limit=1, dataset_name="someones")  # one without samples is
+        other.clear()
+        other.info = {}
+        other.save()
+        other.add_sample(fo.Sample(filepath="nothing.png", benchmark="mine"))
+        with pytest.raises(ValueError, match="'someones' is there already and holds other samples"):
+            load_concept_benchmark(limit=1, dataset_name="someones")
+        assert len(other) == 1
+    finally:
+        fo.delete_dataset("someones")
+
+
+def test_edited_views_stay_and_new_levels_get_theirs(fo, plain):
+    from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
+
+    def load():
+        return load_concept_benchmark("plain", root=plain, dataset_name="plain-views")
+
+    try:
+        dataset = load()
+        dataset.save_view("targets", dataset.limit(1), overwrite=True)
+        dataset.delete_saved_view("episodes")
+        dataset.save_view("Episodes", dataset.limit(2))  # the same name to FiftyOne
+        rows = [json.loads(line) for line in (plain / "samples.jsonl").read_text().splitlines()]
+        rows.append(rows[0] | {"id": "new", "level": "late"})
+        (plain / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        views = set(load().list_saved_views())
+        assert len(dataset.load_saved_view("targets")) == 1
+        assert len(dataset.load_saved_view("Episodes")) == 2 and "episodes" not in views
+        assert dataset.load_saved_view("level late").values("episode") == ["new"]
+    finally:
+        fo.delete_dataset("plain-views")
+
+
 def test_what_cannot_be_read_is_shown_and_tried_again(fo, plain):
     from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
 
@@ -126,3 +223,30 @@ def test_an_unknown_benchmark_is_named(fo):
     with pytest.raises(ValueError, match="no benchmark is named 'nothing'"):
         load_concept_benchmark("nothing")
     assert not fo.dataset_exists("nothing-test")
+
+
+@pytest.mark.parametrize(("params", "limit"), [({}, 60), ({"limit": None}, None), ({"limit": 3}, 3)])
+def test_the_operator_loads_as_many_as_its_form_says(fo, run_operator, monkeypatch, params, limit):
+    from conceptseg_hf.integrations.fiftyone import benchmarks
+
+    limits = []
+    monkeypatch.setattr(benchmarks, "import_benchmark", lambda *given: limits.append(given[3]) or iter(()))
+    run_operator("load_concept_benchmark", None, params)
+    assert limits == [limit]
+
+
+def test_a_damaged_reference_is_its_targets_fault_alone(fo, plain):
+    from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
+
+    (plain / "images" / "broken.jpg").write_bytes(b"no picture")
+    lines = (plain / "samples.jsonl").read_text().splitlines()
+    (plain / "samples.jsonl").write_text(
+        "\n".join([lines[0].replace("images/r.jpg", "images/broken.jpg"), lines[1]])
+    )
+    dataset = load_concept_benchmark("plain", root=plain, dataset_name="plain-reference")
+    try:
+        first, second = dataset.load_saved_view("targets")
+        assert "broken.jpg" in first["load_error"] and first["ground_truth"] is None
+        assert second["load_error"] is None and len(second["reference_ids"]) == 1
+    finally:
+        fo.delete_dataset("plain-reference")

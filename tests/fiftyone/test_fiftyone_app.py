@@ -14,8 +14,7 @@ import pytest
 from reached_hosts import audited, hosts_in
 
 from conceptseg_hf.integrations import fiftyone_app
-
-pytestmark = pytest.mark.slow
+from conceptseg_hf.integrations.mongodb import find_mongod, start_mongod
 
 
 def listening(process: psutil.Process) -> set[str]:
@@ -36,12 +35,22 @@ def reached(process: psutil.Process) -> set[str]:
     return {connection.raddr.ip for connection in connections if connection.raddr}
 
 
+def running(process: psutil.Process) -> bool:
+    """Whether a process is there and not merely unburied."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def heed_interrupts() -> None:
     """What a shell runs in the background ignores Ctrl-C, and so would what it starts."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_one_command_opens_the_app(folder, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_one_command_opens_the_app_and_a_signal_ends_it(folder, tmp_path, ending):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FIFTYONE_")}
     command = [
         sys.executable,
@@ -59,6 +68,7 @@ def test_one_command_opens_the_app(folder, tmp_path):
         env=audited(kept, tmp_path / "hosts"),
         preexec_fn=heed_interrupts,
     )
+    children = []
     try:
         line = app.stdout.readline()
         address = re.search(r"http://127\.0\.0\.1:\d+/datasets/concept-shapes", line)[0]
@@ -67,13 +77,15 @@ def test_one_command_opens_the_app(folder, tmp_path):
         children = process.children(recursive=True)
         assert {"mongod"} < {child.name() for child in children}
         assert listening(process) == {"127.0.0.1"} == reached(process)
-        app.send_signal(signal.SIGINT)
+        app.send_signal(ending)
         assert app.wait(timeout=60) == 0
+        assert not [child for child in children if running(child)]
     finally:
+        for child in filter(running, children):
+            child.kill()
         app.kill()
         app.wait()
         app.stdout.close()
-    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert hosts_in(tmp_path / "hosts") == {"127.0.0.1"}
     written = {path.name for path in (tmp_path / "app").iterdir()}
     assert {"database", "data", "plugins", "zoo"} <= written
@@ -91,3 +103,47 @@ def test_bad_words_end_with_one_sentence(words, message, capsys):
         fiftyone_app.main(words)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_second_signal_does_not_cut_the_end_off_and_nohup_counts():
+    code = """if True:
+        import os, signal
+        from conceptseg_hf.integrations import fiftyone_app
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        fiftyone_app._heed_endings()
+        os.kill(os.getpid(), signal.SIGHUP)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("ended")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "ended\n"
+
+
+def test_an_interrupted_start_leaves_no_server(tmp_path, monkeypatch):
+    servers = []
+
+    def interrupted(server, port):
+        servers.append(server)
+        raise KeyboardInterrupt
+
+    script = tmp_path / "server.py"
+    script.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(fiftyone_app, "_SERVER", script)
+    monkeypatch.setattr(fiftyone_app, "_answers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fiftyone_app.start_server(1, tmp_path / "server.log")
+    assert servers[0].wait(timeout=10) != 0
+
+
+def test_a_database_in_use_is_told_by_its_process(tmp_path):
+    if find_mongod() is None:
+        pytest.skip("there is no MongoDB")
+    start_mongod(tmp_path)
+    pid = next(
+        child.pid for child in psutil.Process().children() if str(tmp_path) in " ".join(child.cmdline())
+    )
+    with pytest.raises(RuntimeError, match=rf"process {pid} uses '.*'; end the app .*: kill {pid}$"):
+        start_mongod(tmp_path)

@@ -1,20 +1,23 @@
 """Importers: any benchmark of the registry as a flat dataset.
 
 Every target and every reference image is one sample. A target lists its references in `reference_ids`; a reference
-image that serves many targets is there once.
+image that serves many targets with the same mark is there once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import fiftyone as fo
+import fiftyone.core.storage as fos
+import fiftyone.core.utils as fou
 from fiftyone import ViewField as F
 from PIL import Image
 
 from ...data import ConceptSample, FileBenchmark, UnreadableSampleError, load_benchmark
+from ...data.files import FileReference
 from ...images import load_image, load_mask, mask_to_image
 from ...references import Reference, mask_to_box
 from .files import default_folder, write_picture
@@ -29,7 +32,11 @@ from .schema import (
     declare_benchmark_fields,
 )
 
+_SOURCES = "conceptseg_benchmarks"  # key of `dataset.info`: benchmark, split and folder of each load
 _STEP = 20  # samples between two reports of progress
+
+Mark: TypeAlias = tuple[str | None, tuple[float, ...] | None]
+"""What marks the concept on a reference: the file of its mask and its relative box, as far as there are."""
 
 
 def load_concept_benchmark(
@@ -44,14 +51,16 @@ def load_concept_benchmark(
     """Loads a benchmark into FiftyOne; samples that are there already stay as they are.
 
     Pictures of files stay where they are; drawn ones and all masks are written to FiftyOne's folder for data. A sample
-    that cannot be read becomes a sample with `load_error`, which the next load tries again.
+    that cannot be read becomes a sample with `load_error`, which the next load tries again. Saved views that are there
+    stay as they are, too.
 
     Args:
         name: One of `conceptseg_hf.data.BENCHMARKS`.
         root: Folder of its files; None for `"concept-shapes"`.
         split: Its split.
         limit: Only the first samples.
-        dataset_name: The dataset, made if it is not there; by default `<name>-<split>`.
+        dataset_name: The dataset, made if it is not there; by default `<name>-<split>`. It may hold several benchmarks
+            and splits, each from one folder.
         seed: Seed by which references are drawn.
         progress: Called with (done, total) as samples come in.
 
@@ -60,7 +69,7 @@ def load_concept_benchmark(
         references as dynamic groups).
 
     Raises:
-        ValueError: If there is no such benchmark or split.
+        ValueError: If there is no such benchmark or split, or the dataset holds other samples.
         MissingFilesError: If files are missing.
     """
     dataset_name = dataset_name or f"{name}-{split}"
@@ -77,12 +86,9 @@ def import_benchmark(
     samples = load_benchmark(name, root=root, split=split, limit=limit, seed=seed)
     if fo.dataset_exists(dataset_name):
         dataset = fo.load_dataset(dataset_name)
-        if len(dataset) and not dataset.has_field("benchmark"):
-            raise ValueError(
-                f"dataset {dataset_name!r} is there already and holds other samples; give another name."
-            )
     else:
         dataset = fo.Dataset(dataset_name, persistent=True)
+    _remember_source(dataset, name, split, None if root is None else str(Path(root).expanduser().resolve()))
     declare_benchmark_fields(dataset)
     writer = _Writer(dataset, name, split)
     own = dataset.match((F("benchmark") == name) & (F("split") == split) & (F("role") == TARGET))
@@ -99,14 +105,33 @@ def import_benchmark(
     _save_views(dataset)
 
 
+def _remember_source(dataset: fo.Dataset, name: str, split: str, root: str | None) -> None:
+    """Notes where samples come from, before the first is there: a load that was cut off can then go on."""
+    known = dataset.info.get(_SOURCES) if len(dataset) else []
+    if known is None:
+        raise ValueError(
+            f"dataset {dataset.name!r} is there already and holds other samples; give another dataset_name."
+        )
+    for source in known:
+        if (source["benchmark"], source["split"]) == (name, split) and source["root"] != root:
+            raise ValueError(
+                f"dataset {dataset.name!r} holds {name!r} from {source['root']!r}, and samples from {root!r} may have "
+                "the same ids; give another dataset_name."
+            )
+    source = {"benchmark": name, "split": split, "root": root}
+    if source not in known:
+        dataset.info[_SOURCES] = [*known, source]
+        dataset.save()
+
+
 class _Writer:
     """Stores targets, each right after the references that it is the first to use."""
 
     def __init__(self, dataset: fo.Dataset, name: str, split: str) -> None:
         self._dataset, self._name, self._split = dataset, name, split
         self._folder = default_folder(dataset.name, name, split)
-        shared = dataset.match((F("role") == REFERENCE) & (F("episode") == None))  # noqa: E711
-        self._shared = dict(zip(shared.values("filepath"), shared.values("id")))
+        self._shared = _shared_references(dataset)
+        self._by_file: dict[FileReference, str] = {}  # spares reading a picture again for each target
 
     def add(
         self, samples: Any, index: int, sample: ConceptSample | UnreadableSampleError, episode: str
@@ -115,7 +140,7 @@ class _Writer:
         item = samples.items[index] if isinstance(samples, FileBenchmark) else None
         if isinstance(sample, UnreadableSampleError):
             if item is not None:
-                self._dataset.add_sample(self._failed(sample, item.image, episode))
+                self._add_failed(sample, item.image, episode, sample.fields)
             return
         path = str(item.image) if item is not None else self._write(sample.image, "images", episode)
         fields = {name: getattr(sample, name) for name in ("prompt", "level", "group", "family")}
@@ -135,59 +160,100 @@ class _Writer:
             target[GROUND_TRUTH] = fo.Segmentation(mask_path=self._write(sample.mask, "masks", episode))
         if sample.ignore is not None:
             target[IGNORE] = fo.Segmentation(mask_path=self._write(sample.ignore, "ignore", episode))
-        files = [reference.image for reference in samples.references_of(item)] if item is not None else None
-        target[REFERENCE_IDS] = [
-            self._reference_id(
-                reference, None if files is None else str(files[number]), f"{episode}-{number}", target
-            )
-            for number, reference in enumerate(sample.references)
-        ]
+        if item is None:
+            target[REFERENCE_IDS] = [
+                self._drawn_reference(reference, f"{episode}-{number}", target)
+                for number, reference in enumerate(sample.references)
+            ]
+        else:
+            try:
+                target[REFERENCE_IDS] = [
+                    self._shared_reference(file, reference, target)
+                    for file, reference in zip(samples.references_of(item), sample.references, strict=True)
+                ]
+            except (ValueError, OSError) as error:  # a reference is read only here
+                self._add_failed(error, item.image, episode, fields)
+                return
         self._dataset.add_sample(target)
 
     def _write(self, image: Image.Image, kind: str, stem: str) -> str:
         return write_picture(image, self._folder / kind, stem.replace("/", "_"))
 
-    def _reference_id(self, reference: Reference, path: str | None, stem: str, target: fo.Sample) -> str:
-        if path in self._shared:
-            return self._shared[path]
-        own = path is None
+    def _shared_reference(self, file: FileReference, reference: Reference, target: fo.Sample) -> str:
+        """The id of a file's reference, added unless its picture is there with the same mark."""
+        if file not in self._by_file:
+            image, path = load_image(reference.image), fos.normalize_path(str(file.image))
+            mark = self._mark_of(reference, image.size, file.image.stem)
+            if (path, mark) not in self._shared:
+                self._shared[path, mark] = self._add_reference(path, image.size, mark, target)
+            self._by_file[file] = self._shared[path, mark]
+        return self._by_file[file]
+
+    def _drawn_reference(self, reference: Reference, stem: str, target: fo.Sample) -> str:
+        """Adds a reference that is the target's own, and its picture."""
         image = load_image(reference.image)
+        path, mark = self._write(image, "references", stem), self._mark_of(reference, image.size, stem)
+        return self._add_reference(
+            path, image.size, mark, target, episode=target["episode"], prompt=target["prompt"]
+        )
+
+    def _mark_of(self, reference: Reference, size: tuple[int, int], stem: str) -> Mark:
+        box, mask_path = reference.box, None
+        if box is None and reference.mask is not None:
+            mask = load_mask(reference.mask, size)
+            mask_path, box = self._write(mask_to_image(mask), "reference_masks", stem), mask_to_box(mask)
+        return mask_path, None if box is None else tuple(relative_box(box, size))
+
+    def _add_reference(
+        self, path: str, size: tuple[int, int], mark: Mark, target: fo.Sample, **fields: str
+    ) -> str:
         sample = fo.Sample(
-            filepath=self._write(image, "references", stem) if own else path,
+            filepath=path,
             role=REFERENCE,
             benchmark=self._name,
             split=self._split,
-            episode=target["episode"] if own else None,
             level=target["level"],
             group=target["group"],
-            prompt=target["prompt"] if own else None,
-        )
-        sample.metadata = fo.ImageMetadata(width=image.width, height=image.height)
-        box = reference.box
-        if box is None and reference.mask is not None:
-            mask = load_mask(reference.mask, image.size)
-            sample[GROUND_TRUTH] = fo.Segmentation(mask_path=self._write(mask_to_image(mask), "masks", stem))
-            box = mask_to_box(mask)
-        if box is not None:
-            sample[REFERENCE_BOXES] = fo.Detections(
-                detections=[fo.Detection(label="reference", bounding_box=relative_box(box, image.size))]
-            )
-        self._dataset.add_sample(sample)
-        if not own:
-            self._shared[path] = sample.id
-        return sample.id
-
-    def _failed(self, error: UnreadableSampleError, path: Path, episode: str) -> fo.Sample:
-        fields = {name: error.fields[name] for name in ("prompt", "level", "group", "family")}
-        return fo.Sample(
-            filepath=str(path),
-            role=TARGET,
-            benchmark=self._name,
-            split=self._split,
-            episode=episode,
-            load_error=str(error),
             **fields,
         )
+        sample.metadata = fo.ImageMetadata(width=size[0], height=size[1])
+        mask_path, box = mark
+        if mask_path is not None:
+            sample[GROUND_TRUTH] = fo.Segmentation(mask_path=mask_path)
+        if box is not None:
+            sample[REFERENCE_BOXES] = fo.Detections(
+                detections=[fo.Detection(label="reference", bounding_box=list(box))]
+            )
+        self._dataset.add_sample(sample)
+        return sample.id
+
+    def _add_failed(self, error: Exception, path: Path, episode: str, fields: Mapping[str, Any]) -> None:
+        self._dataset.add_sample(
+            fo.Sample(
+                filepath=str(path),
+                role=TARGET,
+                benchmark=self._name,
+                split=self._split,
+                episode=episode,
+                load_error=str(error),
+                **{name: fields[name] for name in ("prompt", "level", "group", "family")},
+            )
+        )
+
+
+def _shared_references(dataset: fo.Dataset) -> dict[tuple[str, Mark], str]:
+    """The ids of the references that no target has for itself, by picture and mark.
+
+    The name of a mask's file stands for its content, so a mark is the same in every load.
+    """
+    shared = dataset.match((F("role") == REFERENCE) & (F("episode") == None))  # noqa: E711
+    stored = zip(
+        shared.values("filepath"),
+        shared.values(f"{GROUND_TRUTH}.mask_path"),
+        shared.values(f"{REFERENCE_BOXES}.detections.bounding_box"),
+        shared.values("id"),
+    )
+    return {(path, (mask, tuple(boxes[0]) if boxes else None)): id_ for path, mask, boxes, id_ in stored}
 
 
 def _read(samples: Any) -> Iterator[tuple[int, ConceptSample | UnreadableSampleError]]:
@@ -214,4 +280,6 @@ def _save_views(dataset: fo.Dataset) -> None:
         "episode", order_by="role", reverse=True
     )
     for name, view in views.items():
-        dataset.save_view(name, view, overwrite=True)
+        # FiftyOne takes names with the same slug for one. A view that is there may be edited: it stays.
+        if fou.to_slug(name) not in map(fou.to_slug, dataset.list_saved_views()):
+            dataset.save_view(name, view)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from pathlib import Path
 
 import fiftyone as fo
@@ -14,14 +15,21 @@ from PIL import Image
 
 def default_folder(dataset_name: str, *parts: str) -> Path:
     """Where pictures of a dataset go, below FiftyOne's own folder for data."""
-    return Path(fo.config.default_dataset_dir, "conceptseg", dataset_name, *parts)
+    return Path(fo.config.default_dataset_dir, "conceptseg", *map(_folder_name, (dataset_name, *parts)))
+
+
+def _folder_name(name: str) -> str:
+    """A name as that of one folder: datasets may be called "../x", and must not write there."""
+    name = re.sub(r"[/\\]", "_", name)
+    return name if name.strip(".") else name.replace(".", "_")
 
 
 def write_picture(image: Image.Image, folder: Path, stem: str) -> str:
     """Writes a PNG whose name ends in a hash of its content.
 
     A name thus stands for one content: a file is complete or not there, other datasets and the browser's cache may hold
-    on to it, and writing it again changes nothing.
+    on to it, and writing it again changes nothing. A file that was edited since keeps its name and what it holds; the
+    picture then goes into another one.
 
     Returns:
         The absolute path.
@@ -29,7 +37,11 @@ def write_picture(image: Image.Image, folder: Path, stem: str) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     content = buffer.getvalue()
-    path = folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}.png"
+    name = f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}"
+    path, copies = folder / f"{name}.png", 1
+    while path.exists() and path.read_bytes() != content:  # somebody edited it
+        copies += 1
+        path = folder / f"{name}-{copies}.png"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
