@@ -18,7 +18,7 @@ ImageInput: TypeAlias = Any
 """A PIL image, an array (H, W) or (H, W, 1, 3 or 4), a path, an http(s) URL, bytes or a binary file."""
 
 URL_TIMEOUT_SECONDS = 30.0
-# Foreground level of a mask whose values reach 255: halfway, so that soft edges and JPEG noise do not count.
+# Foreground level of a grey mask: halfway, so that soft edges and JPEG noise do not count.
 _MASK_LEVEL = 128
 
 
@@ -49,7 +49,7 @@ def load_image(image: ImageInput) -> Image.Image:
 def load_mask(mask: ImageInput, size: tuple[int, int] | None = None) -> np.ndarray:
     """Reads a mask: foreground is True.
 
-    A pixel is foreground when its value is not zero; in a mask whose values reach 255, when it is at least
+    A pixel is foreground when its value is not zero; in a mask whose largest value is 128 to 255, when it is at least
     128 (so that soft edges and JPEG noise stay background); in a float mask, when it is at least 0.5. Palette
     masks are read by index, those of black and white by colour; colour masks by their brightest channel.
 
@@ -234,7 +234,7 @@ def _array_foreground(array: np.ndarray) -> np.ndarray:
         return array.copy()
     if array.dtype.kind == "f":
         return array >= 0.5
-    if array.max(initial=0) == 255:
+    if _MASK_LEVEL <= array.max(initial=0) <= 255:
         return array >= _MASK_LEVEL
     return array != 0
 

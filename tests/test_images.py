@@ -301,8 +301,9 @@ def test_palette_masks(mode: str, tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(load_mask(image, SIZE), FOREGROUND)
 
 
-def test_soft_mask_is_cut_halfway() -> None:
-    mask = np.array([[0, 100, 127, 128, 255]], dtype=np.uint8)
+@pytest.mark.parametrize("white", [200, 255])
+def test_soft_mask_is_cut_halfway(white: int) -> None:
+    mask = np.array([[0, 100, 127, 128, white]], dtype=np.uint8)
     np.testing.assert_array_equal(load_mask(mask), [[False, False, False, True, True]])
 
 
