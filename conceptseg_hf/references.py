@@ -295,6 +295,12 @@ def _checked_box(box: Sequence[float], image_size: tuple[int, int]) -> Box:
         raise ValueError(
             f"box is {(x1, y1, x2, y2)}; give (x1, y1, x2, y2) in pixels with x1 < x2 and y1 < y2."
         )
+    # Whole numbers may be meant: (0, 0, 1, 1) is the box of a single pixel.
+    if max(width, height) > 1 and min(x1, y1) >= 0 and max(x2, y2) <= 1 and {x1, y1, x2, y2} - {0.0, 1.0}:
+        raise ValueError(
+            f"box {(x1, y1, x2, y2)} lies within one pixel of its image of {width} x {height} pixels and seems to be "
+            "normalised; give it in pixels."
+        )
     inside = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
     if inside[0] >= inside[2] or inside[1] >= inside[3]:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from PIL import Image
 from conceptseg_hf import cli, nano_checkpoint
 from conceptseg_hf.cli import ablate, compare, evaluate
 from conceptseg_hf.cli.ablate import CONFIGS
-from conceptseg_hf.cli.arguments import DTYPES, ROUTERS, BadInputError, parse_reference
+from conceptseg_hf.cli.arguments import DTYPES, ROUTERS, BadInputError, parse_metrics, parse_reference
 from conceptseg_hf.cli.outputs import check_output_dir
 from conceptseg_hf.evaluation.ablation import ablation_names
 from conceptseg_hf.router import ROUTER_MODES
@@ -160,6 +161,49 @@ def test_images_of_one_name_have_results_of_their_own(files, checkpoint):
     assert (files / "out" / "b.json").read_text() == '["mine"]'
 
 
+def segment_words(image, checkpoint, *options):
+    return (
+        *("segment", str(image), "--prompt", "red circle", "--model", checkpoint, "--router", "sam_only"),
+        *options,
+    )
+
+
+def test_pictures_of_somebody_else_are_kept(files, checkpoint):
+    shutil.copy("mask.png", "a_mask.png")
+    (files / "b_overlay.png").write_text("mine")
+    Image.new("RGB", (10, 10)).save("b.png")
+    before = (files / "a_mask.png").read_bytes()
+    options = ("--reference", "a.png:a_mask.png", "--output-dir", ".")
+    for image in ("a.png", "a.png", "b.png"):
+        assert command(*segment_words(image, checkpoint, *options)) == 0
+    assert (files / "a_mask.png").read_bytes() == before and not (files / "a.json").exists()
+    assert (files / "b_overlay.png").read_text() == "mine"
+    assert {path.name for path in files.glob("*.json")} == {"a-2.json", "b-2.json"}
+
+
+def test_a_mask_that_is_a_reference_now_is_kept(files, checkpoint):
+    assert command(*segment_words("a.png", checkpoint, "--output-dir", ".")) == 0
+    shutil.copy("mask.png", "a_mask.png")  # a result, drawn over by hand
+    before = (files / "a_mask.png").read_bytes()
+    words = segment_words("a.png", checkpoint, "--output-dir", ".", "--reference", "C:/../a.png:./a_mask.png")
+    assert command(*words) == 0
+    assert (files / "a_mask.png").read_bytes() == before and (files / "a-2.json").exists()
+
+
+def test_images_of_two_working_directories_are_two(files, checkpoint, monkeypatch):
+    options = ("--output-dir", str(files / "out"))
+    for folder, size in (("x", (20, 10)), ("y", (10, 20))):
+        (files / folder).mkdir()
+        Image.new("RGB", size).save(files / folder / "a.png")
+        monkeypatch.chdir(files / folder)
+        assert command(*segment_words("a.png", checkpoint, *options)) == 0
+    monkeypatch.chdir(files)
+    assert command(*segment_words("x/a.png", checkpoint, *options)) == 0
+    found = {path.name: Image.open(path).size for path in (files / "out").glob("*_mask.png")}
+    assert found == {"a_mask.png": (20, 10), "a-2_mask.png": (10, 20)}
+    assert json.loads((files / "out" / "a-2.json").read_text())["image"] == str(files / "y" / "a.png")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -197,6 +241,19 @@ def test_images_of_one_name_have_results_of_their_own(files, checkpoint):
         (("evaluate", "--judgements", "missing.csv", "--model", "CHECKPOINT"), "is no file"),
         (("evaluate", "--protocol", "other", "--model", "CHECKPOINT"), "no protocol is named 'other'"),
         (("info", "--model", "./missing"), "neither a folder nor a hub id"),
+        (
+            (
+                "segment",
+                "a.png",
+                "--prompt",
+                "x",
+                "--model",
+                "CHECKPOINT",
+                "--reference",
+                "a.png:.1,.1,.9,.9",
+            ),
+            "in pixels",
+        ),
         (("other",), "'other'"),
         ((), "VERB"),
     ],
@@ -250,6 +307,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_loaded(
     monkeypatch.setattr("conceptseg_hf.conversion.convert", never)
     for name in ("a_mask.png", "report.md", "ablation.md"):
         (files / "taken" / name).mkdir(parents=True)
+    (files / "taken" / "a.json").write_text(json.dumps({"image": "a.png"}))  # of an earlier run
     before = sorted(files.rglob("*"))
     assert command(*words) == 2
     error = capsys.readouterr().err
@@ -309,6 +367,47 @@ def test_evaluate_ends_with_one_line_of_iou(files, checkpoint, capsys):
     assert {path.name for path in folder.iterdir()} == {*evaluate.FILES}
     assert command(*words) == 0
     assert capsys.readouterr().out == first
+
+
+def test_metrics_may_have_spaces_between_them():
+    assert parse_metrics(" giou, miou") == ("giou", "miou")
+    assert parse_metrics(" all ")[-1] == "s_measure"
+
+
+def write_own_data(root, colour):
+    for folder, mode, value in (("images", "RGB", colour), ("masks", "L", 255)):
+        (root / folder).mkdir(parents=True)
+        Image.new(mode, (20, 20), value).save(root / folder / "one.png")
+    (root / "prompt.txt").write_text("red square")
+
+
+@pytest.mark.parametrize("verb", [("evaluate",), ("ablate", "--config", "mine.yaml")])
+def test_records_of_another_root_are_refused(files, checkpoint, capsys, verb):
+    (files / "mine.yaml").write_text("variants: {plain: {router: sam_only}, other: {router: sam_only}}")
+    for root, colour in (("A", "red"), ("B", "blue")):
+        write_own_data(files / root, colour)
+    options = ("--benchmark", "plain", "--model", checkpoint)
+    assert command(*verb, *options, "--root", "A") == 0
+    capsys.readouterr()
+    assert command(*verb, *options, "--root", "B") == 2
+    assert "holds the records of another run (other samples, such as 'one')" in capsys.readouterr().err
+
+
+def test_a_reader_who_has_seen_enough_ends_no_traceback(files):
+    code = "import sys; from conceptseg_hf.cli import main; sys.exit(main(['data', 'list']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # before anything is written
+    error = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(timeout=240) == 141
+    assert "Traceback" not in error and "BrokenPipe" not in error
+
+
+def test_the_package_is_run_as_the_command(files):
+    done = subprocess.run(
+        [sys.executable, "-m", "conceptseg_hf", "--version"], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0 and done.stdout.startswith("conceptseg ")
 
 
 def test_compare_pairs_two_evaluations(files, checkpoint, capsys):

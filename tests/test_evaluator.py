@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Subset
 
 from conceptseg_hf import ConceptSegmentation, ShortcutRouter
 from conceptseg_hf.data import ConceptSample, load_benchmark
@@ -18,6 +20,7 @@ from conceptseg_hf.evaluation import evaluator as evaluator_module
 from conceptseg_hf.evaluation.decomposition import exact_rule
 from conceptseg_hf.evaluation.loading import fingerprint, load_model_and_processor
 from conceptseg_hf.evaluation.records import make_record, segment_samples
+from conceptseg_hf.evaluation.samples import identify_sample
 
 SHORT = {"max_new_tokens": 8}
 
@@ -178,12 +181,161 @@ def test_a_killed_run_goes_on(model, processor, tmp_path, monkeypatch):
     assert path.read_text() == (tmp_path / "whole" / "records.jsonl").read_text()
 
 
-def test_limits_may_grow_and_shrink(model, processor, tmp_path):
+def test_a_larger_limit_goes_on_and_a_smaller_one_is_refused(model, processor, tmp_path):
     run(model, processor, output_dir=tmp_path, limit=2)
     longer = run(model, processor, output_dir=tmp_path, limit=4)
-    shorter = run(model, processor, output_dir=tmp_path, limit=1)
-    assert (len(longer.records), len(shorter.records)) == (4, 1)
-    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 4
+    assert len(longer.records) == 4
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="holds records of more samples than the 1 asked for; give a larger"):
+        run(model, processor, output_dir=tmp_path, limit=1)
+    assert contents(tmp_path) == before, "report and records are still of the same samples"
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture()
+def own_data(tmp_path):
+    """Makes a data set of one's own: pictures of one size, with equal names whatever they show."""
+
+    def make(name, colours, squares=None):
+        root = tmp_path / name
+        for folder in ("images", "masks"):
+            (root / folder).mkdir(parents=True)
+        for index, colour in enumerate(colours):
+            left = (squares or range(len(colours)))[index]
+            mask = Image.new("L", (20, 20))
+            mask.paste(255, (left, 5, left + 6, 15))
+            Image.new("RGB", (20, 20), colour).save(root / "images" / f"{index}.png")
+            mask.save(root / "masks" / f"{index}.png")
+        (root / "prompt.txt").write_text("square")
+        return root
+
+    return make
+
+
+def run_own(model, processor, root, folder, **options):
+    arguments = {"router": "sam_only", "batch_size": 2} | options
+    return evaluate(model, "plain", processor=processor, root=root, output_dir=folder, **arguments)
+
+
+def counted(monkeypatch) -> list[list[str]]:
+    """The ids of the samples of each batch that reaches the model from now on."""
+    batches = []
+    real = segment_samples
+
+    def counting(*arguments, **options):
+        batches.append([sample.sample_id for sample in arguments[2]])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(evaluator_module, "segment_samples", counting)
+    return batches
+
+
+COLOURS = ("red", "blue", "lime")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"colours": ("red", "blue", "yellow")},
+        {"colours": COLOURS, "squares": (0, 9, 2)},
+    ],
+    ids=["pictures", "masks"],
+)
+def test_records_of_other_pictures_of_the_same_names_are_refused(model, processor, own_data, tmp_path, other):
+    run_own(model, processor, own_data("a", COLOURS), tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"records of another run \(other samples, such as '[12]'\)"):
+        run_own(model, processor, own_data("b", **other), tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_other_words_are_other_samples(model, processor, own_data, tmp_path):
+    root = own_data("a", COLOURS)
+    run_own(model, processor, root, tmp_path / "out")
+    (root / "prompt.txt").write_text("circle")
+    with pytest.raises(ValueError, match="other samples"):
+        run_own(model, processor, root, tmp_path / "out")
+
+
+def test_a_data_set_may_move_and_its_old_records_are_taken(model, processor, own_data, tmp_path, monkeypatch):
+    run_own(model, processor, own_data("a", COLOURS), tmp_path / "out")
+    before = contents(tmp_path / "out")
+    batches = counted(monkeypatch)
+    copy_of_it = own_data("b", COLOURS)
+    run_own(model, processor, copy_of_it, tmp_path / "out")
+    assert contents(tmp_path / "out") == before and batches == []
+
+    records = tmp_path / "out" / "records.jsonl"
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    assert all(line.pop("files") for line in lines)  # as records were made before there was this hash
+    records.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run_own(model, processor, copy_of_it, tmp_path / "out")
+    assert batches == []
+    records.write_text("".join(json.dumps(line | {"sample_id": "x"}) + "\n" for line in lines))
+    with pytest.raises(ValueError, match="other samples"):
+        run_own(model, processor, copy_of_it, tmp_path / "out")
+
+
+def test_other_samples_in_memory_are_refused(model, processor, tmp_path):
+    samples = [a_sample(sample_id=str(index), box=(5, 5, 15, 10 + index)) for index in range(4)]
+    options = {"processor": processor, "router": "sam_only", "output_dir": tmp_path}
+    evaluate(model, samples[:2], **options)
+    with pytest.raises(ValueError, match="other samples, such as '2'"):
+        evaluate(model, samples[2:], **options)
+    unnamed = [replace(sample, sample_id="0") for sample in samples]
+    with pytest.raises(ValueError, match="other samples"):
+        evaluate(model, unnamed[2:], **options)
+    with pytest.raises(ValueError, match="other samples"):
+        evaluate(model, Subset(samples, [1, 0]), **options)
+    assert len(evaluate(model, Subset(samples, [0, 1, 3]), **options).records) == 3
+
+
+def test_of_samples_that_must_be_read_only_the_first_is_compared(model, processor, tmp_path):
+    def made_of(names):
+        class Lazy(Sequence):
+            def __len__(self):
+                return len(names)
+
+            def __getitem__(self, index):
+                read.append(index)
+                return a_sample(sample_id=names[index])
+
+        return Lazy()
+
+    read = []
+    options = {"processor": processor, "router": "sam_only", "output_dir": tmp_path}
+    evaluate(model, made_of("abc"), **options)
+    with pytest.raises(ValueError, match="other samples, such as 'd'"):
+        evaluate(model, made_of("def"), **options)
+    read.clear()
+    assert identify_sample(made_of("abc"), 1) == {} and read == []
+
+
+def test_a_mended_file_is_tried_again_and_nothing_else(model, processor, own_data, tmp_path, monkeypatch):
+    root = own_data("a", COLOURS)
+    run_own(model, processor, root, tmp_path / "whole")
+    picture = root / "images" / "1.png"
+    content = picture.read_bytes()
+    picture.write_bytes(content[:30])
+    first = run_own(model, processor, root, tmp_path / "out")
+    assert [record["error"] is None for record in first.records] == [True, False, True]
+    before = contents(tmp_path / "out")
+
+    batches = counted(monkeypatch)
+    run_own(model, processor, root, tmp_path / "out")
+    assert contents(tmp_path / "out") == before and batches == []
+
+    picture.write_bytes(content)
+    report = run_own(model, processor, root, tmp_path / "out")
+    assert batches == [["1"]] and not report.failed
+    assert [record["sample_id"] for record in report.records] == ["0", "1", "2"]
+    whole = json.loads((tmp_path / "whole" / "records.jsonl").read_text().splitlines()[1])
+    mended = json.loads((tmp_path / "out" / "records.jsonl").read_text().splitlines()[1])
+    assert mended["files"] == whole["files"]
+    assert mended["foreground_iou"] == pytest.approx(whole["foreground_iou"], abs=0.02)
 
 
 def test_records_of_another_run_are_refused(model, make_model, processor, tmp_path):

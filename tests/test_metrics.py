@@ -100,6 +100,25 @@ def test_a_mask_of_0_and_255_is_no_label_map():
     assert score_masks([LEFT], [Image.fromarray(LEFT.astype(np.uint8) * 255)])["giou"] == 100
 
 
+@pytest.mark.parametrize("top", [1, 255])
+@pytest.mark.parametrize("mode", ["L", "P", "I"])
+def test_pictures_are_read_as_masks_of_0_and_1_or_255(top, mode):
+    left, above = (Image.fromarray(found.astype(np.uint8) * top) for found in (LEFT, TOP))
+    if mode == "P":
+        left.putpalette([0, 0, 0] * 256)
+    left = left.convert(mode)
+    assert score_masks([left], [above])["giou"] == pytest.approx(100 / 3)
+    assert score_masks([above], [left]) == score_masks([TOP], [LEFT])
+    with pytest.raises(ValueError, match="prediction 0 has shape"):
+        score_masks([left], [Image.new("L", (3, 2), top)])
+    assert MaskMetrics().update(TOP, LEFT, ignore=left)["tn"] == 1
+
+
+def test_f_w_of_nothing_is_0_as_in_the_library():
+    pytest.importorskip("scipy")
+    assert score_masks([EMPTY], [EMPTY], metrics=("f_w", "giou")) == {"f_w": 0, "giou": 100}
+
+
 def test_probabilities_are_thresholded_but_mae_is_not():
     probabilities = np.where(LEFT, 0.75, 0.25).astype(np.float32)
     scores = score_masks([probabilities], [LEFT])
@@ -122,6 +141,8 @@ def test_accepts_generators_and_chosen_metrics():
         ([LEFT.astype(np.uint8)], [LEFT], {}, "bool, or probabilities"),
         ([np.full((2, 2), 1.5)], [LEFT], {}, "bool, or probabilities"),
         ([LEFT], [np.full((2, 2), 7)], {}, "labels"),
+        ([LEFT[None]], [LEFT[None]], {}, r"truth 0 has shape \(1, 2, 2\); give \(H, W\)"),
+        ([LEFT[..., None]], [LEFT], {}, r"prediction 0 has shape \(2, 2, 1\); give \(H, W\)"),
         ([LEFT], [LEFT], {"protocol": "other"}, "no protocol is named 'other'"),
         ([LEFT], [LEFT], {"metrics": ("iou",)}, "no metric is named 'iou'"),
     ],

@@ -17,6 +17,7 @@ from conceptseg_hf.evaluation import evaluate, evaluator
 from conceptseg_hf.evaluation.loading import load_model_and_processor
 from conceptseg_hf.evaluation.processes import Processes, join_processes
 from conceptseg_hf.evaluation.progress import Progress
+from conceptseg_hf.evaluation.records import RECORD_FIELDS
 from conceptseg_hf.evaluation.store import RecordStore
 
 SCRIPT = Path(__file__).with_name("evaluation_process.py")
@@ -144,20 +145,69 @@ def test_a_batch_that_was_cut_in_two_is_run_again(model, processor, tmp_path, mo
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_files_of_killed_processes_are_found_by_any_number(tmp_path):
+def a_line(index, record) -> str:
+    return json.dumps({"index": index, **record}) + "\n"
+
+
+def test_files_of_killed_processes_are_found_by_any_number(tmp_path, record_like):
     with RecordStore(tmp_path, {"a": 1}) as store:
-        store.add([(0, {"x": "zero"})])
+        store.add([(0, record_like(label="zero"))])
     # Two processes were killed, one while it wrote; what they had is newer than what was there.
-    (tmp_path / "records.0.jsonl").write_text('{"index": 0, "x": "new"}\n{"index": 4, "x": "four"}\n')
-    (tmp_path / "records.1.jsonl").write_text('{"index": 2, "x": "two"}\n{"index": 3, "x": "th')
+    lines = [a_line(0, record_like(label="new")), a_line(4, record_like(label="four"))]
+    (tmp_path / "records.0.jsonl").write_text("".join(lines))
+    (tmp_path / "records.1.jsonl").write_text(
+        a_line(2, record_like(label="two")) + a_line(3, record_like())[:99]
+    )
     with RecordStore(tmp_path, {"a": 1}) as store:
         assert [index in store for index in range(5)] == [True, False, True, False, True]
-        assert [store[index]["x"] for index in (0, 2, 4)] == ["new", "two", "four"]
-        store.add([(3, {"x": "three"}), (1, {"x": "one"})])
+        assert [store[index]["label"] for index in (0, 2, 4)] == ["new", "two", "four"]
+        store.add([(3, record_like(label="three")), (1, record_like(label="one"))])
         store.finish()
     lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == [0, 1, 2, 3, 4]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["records.jsonl", "settings.json"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("[]", "[1, 2]", "7", "null", "{}"),
+        *(f'{{"index": {index}}}' for index in ("3", "999", "-1", '"x"', "null", "true", "[1]")),
+    ],
+)
+def test_lines_that_are_no_records_are_dropped(tmp_path, record_like, line):
+    with RecordStore(tmp_path, {}) as store:
+        store.add([(3, record_like())])
+    path = tmp_path / "records.jsonl"
+    before = path.read_text()
+    path.write_text(before + line + "\n")
+    with RecordStore(tmp_path, {}, total=4) as store:
+        assert store[3] == record_like()
+        store.finish()
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize("change", [{"index": -1}, {"index": True}, {"index": "x"}, {"scores": 3}])
+def test_whole_records_of_a_wrong_place_or_kind_are_dropped(tmp_path, record_like, change):
+    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "records.jsonl").write_text(json.dumps({"index": 0, **record_like()} | change) + "\n")
+    with RecordStore(tmp_path, {}) as store:
+        assert 0 not in store and 1 not in store
+    assert (tmp_path / "records.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "7", ""])
+def test_settings_that_are_none_are_refused_in_a_sentence(tmp_path, text):
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"settings\.json' does not hold the settings of a run; give another"
+    ):
+        RecordStore(tmp_path, {})
+    assert (tmp_path / "settings.json").read_text() == text
+
+
+def test_records_have_the_fields_that_are_asked_of_them(record_like):
+    assert record_like().keys() == RECORD_FIELDS
 
 
 def test_records_that_nobody_can_name_are_kept(tmp_path):

@@ -183,6 +183,11 @@ def test_resolve_reads_masks_boxes_and_mappings() -> None:
     assert [image.size for image in resolved.images] == [(40, 30)] * 4
 
 
+def test_boxes_of_a_pixel_are_no_normalised_ones() -> None:
+    for image, box in ((IMAGE, (0, 0, 1, 1)), (Image.new("RGB", (1, 1)), (0.2, 0, 1, 0.7))):
+        assert resolve_references([Reference(image, box=box)]).boxes == (box,)
+
+
 def test_resolve_nothing() -> None:
     assert resolve_references([]).images == ()
 
@@ -204,6 +209,10 @@ def test_resolve_nothing() -> None:
         ([Reference(IMAGE, box=(5, 2, 5, 9))], "with x1 < x2 and y1 < y2"),
         ([Reference(IMAGE, box=(0, 0, float("nan"), 9))], "with x1 < x2 and y1 < y2"),
         ([Reference(IMAGE, box=(50, 0, 60, 9))], "lies outside its image of 40 x 30 pixels"),
+        (
+            [Reference(IMAGE, box=(0.1, 0, 0.5, 1))],
+            "within one pixel of its image of 40 x 30 pixels and seems",
+        ),
         ([Reference(IMAGE)] * 10, "10 were given; a mosaic holds 1 to 9"),
     ],
 )

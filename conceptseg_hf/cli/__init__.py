@@ -53,12 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after `conceptseg`; those of the process by default.
 
     Returns:
-        The exit code: 0, or 2 after bad input, which is explained in one sentence on standard error.
+        The exit code: 0; 2 after bad input, which is explained in one sentence on standard error; 130 if stopped, 141
+        if whoever reads the output stopped reading.
     """
     arguments = build_parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads has seen enough, as in `conceptseg data list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+        return 141
     except BadInputError as error:
         print(f"conceptseg {arguments.verb}: {error}", file=sys.stderr)
         return 2

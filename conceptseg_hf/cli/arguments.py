@@ -77,9 +77,10 @@ def parse_metrics(given: str | None) -> tuple[str, ...]:
     """The metrics that --metrics names: some, "all", or those that need no further package."""
     from conceptseg_hf.evaluation.metrics import LIBRARY_METRICS, METRICS
 
-    if given == "all":
-        return (*METRICS, *LIBRARY_METRICS)
-    return METRICS if given is None else tuple(given.split(","))
+    if given is None:
+        return METRICS
+    names = tuple(name.strip() for name in given.split(","))
+    return (*METRICS, *LIBRARY_METRICS) if names == ("all",) else names
 
 
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +99,11 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
         help="split of benchmarks given by name; groups have those of the paper (default: %(default)s)",
     )
     parser.add_argument(
-        "--limit", type=positive_int, metavar="N", help="only the first N samples of each benchmark"
+        "--limit",
+        type=positive_int,
+        metavar="N",
+        help="only the first N samples of each benchmark; "
+        "an output folder goes on with a larger N, not with a smaller one",
     )
     parser.add_argument(
         "--protocol",
@@ -171,7 +176,7 @@ def parse_reference(text: str) -> ReferenceArgument:
             return ReferenceArgument(head, box=box)
         if _is_readable(tail):
             return ReferenceArgument(head, mask=tail)
-    if _is_url(text):
+    if is_url(text):
         return ReferenceArgument(text)
     if not images:
         named = next((head for head, tail in cuts if _parse_box(tail) is not None), text)
@@ -301,7 +306,7 @@ def _parse_box(text: str) -> tuple[float, float, float, float] | None:
 
 
 def _is_readable(name: str) -> bool:
-    return _is_url(name) or _is(name, Path.is_file)
+    return is_url(name) or _is(name, Path.is_file)
 
 
 def _is(name: str, kind: Callable[[Path], bool]) -> bool:
@@ -312,5 +317,6 @@ def _is(name: str, kind: Callable[[Path], bool]) -> bool:
         return False
 
 
-def _is_url(name: str) -> bool:
+def is_url(name: str) -> bool:
+    """Whether an image is fetched and not opened."""
     return re.match(r"https?://[^/]", name) is not None

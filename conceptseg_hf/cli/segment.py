@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from .arguments import (
     add_output_option,
     as_bad_input,
     check_image,
+    is_url,
     load_model,
     parse_reference,
     positive_int,
 )
 from .outputs import check_output_dir
+
+_ENDINGS = (".json", "_mask.png", "_overlay.png")
 
 
 def add_parser(verbs: Any) -> None:
@@ -28,8 +32,8 @@ def add_parser(verbs: Any) -> None:
         "segment",
         help="segment what a prompt means in one image",
         description="Writes NAME_mask.png, NAME_overlay.png (references | image with the answer's box | "
-        "mask) and NAME.json. NAME is the image's name without its ending; where another image of that name has its "
-        "results in the folder already, NAME-2, NAME-3 and so on.",
+        "mask) and NAME.json. NAME is the image's name without its ending; where these names are taken by anything but "
+        "earlier results of the image, NAME-2, NAME-3 and so on.",
     )
     parser.add_argument("image", metavar="IMAGE", help="path or URL of the image")
     parser.add_argument(
@@ -61,10 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.prompt.strip():
         raise BadInputError('--prompt is empty; say what to segment, such as --prompt "red circle".')
     folder = Path(arguments.output_dir)
-    name = _free_name(folder, image)
-    paths = {"mask": folder / f"{name}_mask.png", "overlay": folder / f"{name}_overlay.png"}
-    json_path = folder / f"{name}.json"
-    check_output_dir(folder, *(path.name for path in (*paths.values(), json_path)))
+    inputs = [name for item in references for name in (item.image, item.mask) if name is not None]
+    json_path, *pictures = _free_paths(folder, image, inputs)
+    paths = dict(zip(("mask", "overlay"), pictures, strict=True))
+    check_output_dir(folder, *(path.name for path in (*pictures, json_path)))
     model, processor = load_model(arguments)
 
     from conceptseg_hf import Reference
@@ -91,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     picture.save(paths["overlay"])
     record = {
-        "image": image,
+        "image": _resolved(image),
         "prompt": arguments.prompt,
         "references": arguments.reference,
         "router": arguments.router,
@@ -110,21 +114,29 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _free_name(folder: Path, image: str) -> str:
-    """The image's stem, or the first of stem-2, stem-3, ... that no other image has in the folder."""
+def _free_paths(folder: Path, image: str, inputs: Sequence[str]) -> list[Path]:
+    """Where JSON, mask and overlay go: the image's stem, or the first of stem-2, stem-3, ... that nothing else has."""
     stem = _file_stem(image)
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    return next(name for name in names if _is_free(folder / f"{name}.json", image))
+    candidates = ([folder / f"{name}{end}" for end in _ENDINGS] for name in names)
+    return next(paths for paths in candidates if _are_free(paths, image, inputs))
 
 
-def _is_free(record: Path, image: str) -> bool:
-    """Whether nothing is there but, perhaps, the results of this image."""
-    if not os.path.lexists(record):
+def _are_free(paths: Sequence[Path], image: str, inputs: Sequence[str]) -> bool:
+    """Whether nothing is there but, perhaps, earlier results of this image, of which none is an input now."""
+    if not any(map(os.path.lexists, paths)):
         return True
+    if {_resolved(name) for name in (image, *inputs)} & {_resolved(str(path)) for path in paths}:
+        return False
     try:
-        return Path(json.loads(record.read_text(encoding="utf-8"))["image"]) == Path(image)
+        return _resolved(json.loads(paths[0].read_text(encoding="utf-8"))["image"]) == _resolved(image)
     except (OSError, ValueError, LookupError, TypeError):  # somebody else's file
         return False
+
+
+def _resolved(image: str) -> str:
+    """A path from whatever folder it was typed in; a URL as it is."""
+    return image if is_url(image) else str(Path(image).resolve())
 
 
 def _file_stem(image: str) -> str:

@@ -2,6 +2,7 @@
 
 Every record is on disk as soon as it is made, so a killed run goes on where it stopped. Batches are the same however
 many processes share them and wherever a run was stopped (one that was cut in two is run again), and so are results.
+Samples that failed are tried again, as their files may have been mended.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 import conceptseg_hf
 
-from ..data import (
-    BenchmarkGroup,
-    ConceptSample,
-    ConceptShapes,
-    FileBenchmark,
-    UnreadableSampleError,
-    load_benchmarks,
-)
+from ..data import BenchmarkGroup, ConceptSample, UnreadableSampleError, load_benchmarks
 from ..data.groups import Root
 from ..modeling_conceptseg import ConceptSegForSegmentation
 from ..outputs import ConceptSegmentation
@@ -39,6 +34,7 @@ from .processes import Processes, join_processes
 from .progress import Progress
 from .records import RECORD_FORMAT, make_error_record, make_record, segment_other_routes, segment_samples
 from .report import EvaluationReport
+from .samples import describe_samples, identify_sample, read_sample
 from .store import Record, RecordStore
 
 
@@ -78,10 +74,11 @@ def evaluate(
         metrics: Metrics of masks; those of `LIBRARY_METRICS` need `pip install conceptseg-hf[eval]`.
         router: `"adaptive"`, `"sam_only"`, `"full_reasoning"` or a `ShortcutRouter`.
         batch_size: Samples at a time.
-        limit: Only the first samples, of each benchmark.
+        limit: Only the first samples, of each benchmark. A larger limit than before goes on in the same folder, a
+            smaller one is refused there.
         output_dir: Folder for records.jsonl and the report; several benchmarks have a folder each in it. Records found
-            there are kept, if they are of the same model, benchmark and settings, and only missing samples are run.
-            Needed where there are several processes.
+            there are kept, if they are of the same model, samples and settings, and only missing samples and those that
+            failed are run. Needed where there are several processes.
         split: Split of benchmarks given by their own names.
         processor: The processor of a model given as such.
         generation_config: How the MLLM writes; see `ConceptSegForSegmentation.segment`.
@@ -98,7 +95,7 @@ def evaluate(
         The report over the first `limit` samples.
 
     Raises:
-        ValueError: If an argument is invalid, or the folder holds the records of another run.
+        ValueError: If an argument is invalid, or the folder holds the records of another run or of more samples.
         MissingFilesError: If files of a benchmark are missing: of all benchmarks at once, before any work. (Samples of
             one's own data fail one by one; see `load_benchmark`.)
     """
@@ -169,17 +166,19 @@ class _Run:
         self, samples: Sequence[ConceptSample], total: int, folder: Path | None, bar: Progress
     ) -> EvaluationReport:
         """Evaluates the first samples of one benchmark."""
-        settings = {**_source(samples), **self.settings()}
-        with RecordStore(folder, settings, self.processes) as records:
+        settings = {**describe_samples(samples), **self.settings()}
+        known = partial(identify_sample, samples)
+        with RecordStore(folder, settings, self.processes, total, known) as records:
             batches = [
                 range(start, min(start + self.batch_size, total))
                 for start in range(0, total, self.batch_size)
             ]
-            waiting = [batch for batch in batches if not all(index in records for index in batch)]
+            waiting = [rest for batch in batches if (rest := _rest_of(batch, records))]
             bar.skip(total - sum(map(len, waiting)))
             left = sum(map(len, waiting))
             for batch in waiting[self.processes.index :: self.processes.count]:
-                records.add(self._evaluate_batch({index: _read(samples, index) for index in batch}))
+                found = self._evaluate_batch({index: read_sample(samples, index) for index in batch})
+                records.add((index, record | known(index)) for index, record in found)
                 done = len(batch) + (records.count_of_others() if bar.shown else 0)
                 bar.advance(done)
                 left -= done
@@ -244,6 +243,13 @@ def _length(name: str, samples: Sequence[ConceptSample], limit: int | None) -> i
     return total
 
 
+def _rest_of(batch: Sequence[int], records: RecordStore) -> Sequence[int]:
+    """What of a batch is to be run: all of it where records are missing, else those that failed."""
+    if not all(index in records for index in batch):
+        return batch
+    return [index for index in batch if records[index]["error"] is not None]
+
+
 def _combine(name: str, reports: Mapping[str, EvaluationReport]) -> EvaluationReport:
     """One report of several benchmarks; its settings are those that they share."""
     first, *others = (report.settings for report in reports.values())
@@ -268,22 +274,3 @@ def _judge(report: EvaluationReport, judgements: str | os.PathLike | Judge) -> E
     name, judge = resolve_judge(judgements, report.records)
     settings = {**report.settings, "judgements": name, "prediction_threshold": RIGHT_IOU}
     return EvaluationReport(judge_records(report.records, judge), settings)
-
-
-def _source(samples: Sequence[ConceptSample]) -> dict[str, Any]:
-    """Where samples come from: what they say of themselves, or else what the first one says."""
-    if isinstance(samples, (ConceptShapes, FileBenchmark)):
-        return {"benchmark": samples.name, "split": samples.split, "seed": samples.seed}
-    first = _read(samples, 0)
-    fields = first.fields if isinstance(first, UnreadableSampleError) else vars(first)
-    return {"benchmark": fields.get("dataset", ""), "split": fields.get("split", "")}
-
-
-def _read(samples: Sequence[ConceptSample], index: int) -> ConceptSample | UnreadableSampleError:
-    """A sample, or why there is none."""
-    try:
-        return samples[index]
-    except UnreadableSampleError as error:
-        return error
-    except (OSError, ValueError) as error:  # of samples of one's own
-        return UnreadableSampleError(f"sample {index}: {error}", {"sample_id": str(index)})

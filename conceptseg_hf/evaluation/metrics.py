@@ -1,7 +1,8 @@
 """Metrics as pure functions, and `MaskMetrics`, which accumulates them.
 
 Masks are bool arrays of shape (H, W). Wherever a ratio has nothing to count (an empty prediction of an empty
-truth), the answer is right and the metric perfect. Conventions of names follow the paper (appendix E): mIoU
+truth), the answer is right and the metric perfect; but for F_w, which is 0 wherever the truth is empty, as in
+PySODMetrics. Conventions of names follow the paper (appendix E): mIoU
 averages foreground and background, gIoU is the mean foreground IoU of the images, cIoU pools intersections
 and unions over all images.
 """
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..images import load_mask
 from ..references import box_iou
 from .protocols import get_protocol
 from .s_measure import load_library, s_measure
@@ -197,13 +199,14 @@ def score_masks(
     """Scores masks against the truth.
 
     A pixel is predicted as foreground when its probability exceeds 0.5. BER is the mean error rate of the classes
-    that occur in the image.
+    that occur in the image. F_w is 0 where the truth is empty, whatever was predicted, as in PySODMetrics; all other
+    metrics are perfect where nothing is found and nothing is there.
 
     Args:
-        predictions: Per image a bool array, a float array of probabilities, or a PIL mask (foreground from
-            128), all (H, W).
-        ground_truths: Per image a bool array, a PIL mask (foreground from 128; nothing ignored), or an
-            integer array of labels: 0 background, 1 foreground, and `ignore_index`.
+        predictions: Per image a bool array, a float array of probabilities, or a PIL mask as `images.load_mask` reads
+            it (0 and 1, or 0 and 255), all (H, W).
+        ground_truths: Per image a bool array, a PIL mask likewise (nothing ignored), or an integer array of labels: 0
+            background, 1 foreground, and `ignore_index`.
         protocol: `"standard"`: at the truth's resolution; MAE, F_w and S-measure see probabilities where there are
             some. `"paper"`: as the paper's figures were made, see `protocols`.
         ignore_index: Label of the pixels that do not count, or None.
@@ -237,9 +240,9 @@ def _pairs(predictions: Iterable[Any], ground_truths: Iterable[Any]) -> Iterable
 def _as_truth(truth: Any, ignore_index: int | None, index: int) -> tuple[np.ndarray, np.ndarray]:
     """The true mask, and where it counts."""
     if isinstance(truth, Image.Image):
-        mask = np.asarray(truth.convert("L")) >= 128
+        mask = load_mask(truth)
         return mask, np.ones_like(mask)
-    labels = np.asarray(truth)
+    labels = _as_plane(truth, f"truth {index}")
     if labels.dtype == bool:
         return labels, np.ones_like(labels)
     counted = np.ones(labels.shape, dtype=bool) if ignore_index is None else labels != ignore_index
@@ -258,8 +261,8 @@ def _as_truth(truth: Any, ignore_index: int | None, index: int) -> tuple[np.ndar
 
 def _as_probability(prediction: Any, index: int) -> np.ndarray:
     if isinstance(prediction, Image.Image):
-        return np.asarray(prediction.convert("L")) >= 128
-    values = np.asarray(prediction)
+        return load_mask(prediction)
+    values = _as_plane(prediction, f"prediction {index}")
     if values.dtype != bool and not (
         values.dtype.kind == "f" and (values.min(initial=0) >= 0) and (values.max(initial=0) <= 1)
     ):
@@ -268,6 +271,13 @@ def _as_probability(prediction: Any, index: int) -> np.ndarray:
             "0 to 1 as float."
         )
     return values
+
+
+def _as_plane(values: Any, what: str) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 2:
+        raise ValueError(f"score_masks: {what} has shape {array.shape}; give (H, W), one mask at a time.")
+    return array
 
 
 def _ratio(numerator: Any, denominator: Any) -> Any:

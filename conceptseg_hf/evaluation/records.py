@@ -14,7 +14,8 @@ A record holds JSON values only:
 - `route_ious`, `routing_regret`: the foreground IoU of both routes, and by how much the better one exceeds the one that
   was taken; None where that was not asked for, or could not be measured.
 
-A report adds `judgement` where there are judgements (see `decomposition`).
+An evaluation adds `files`, a hash of the sample's files, where it has files (see `samples`); a report adds `judgement`
+where there are judgements (see `decomposition`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,15 @@ REJECTION_THRESHOLD = 0.5
 
 # Grows when records come to hold other things: older ones are then not mixed with newer ones.
 RECORD_FORMAT = 2
+
+RECORD_FIELDS = frozenset(
+    """
+    sample_id dataset split level group family prompt present route presence threshold decode_presence rejected
+    foreground_iou scores score label answer true_answer think true_think rule true_rule completion format_valid box
+    true_box box_iou check check_reference check_iou route_ious routing_regret error mask
+    """.split()
+)
+"""The fields that every record has."""
 
 
 def shown_references(sample: ConceptSample, max_references: int | None = None) -> list[Reference]:

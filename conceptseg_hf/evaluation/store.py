@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .processes import ALONE, Processes
+from .records import RECORD_FIELDS
 
 Record = dict[str, Any]
 
@@ -28,13 +29,21 @@ class RecordStore:
         folder: The folder, or None.
         settings: What is run; records of something else are refused.
         processes: Those that share the work; each opens its own store.
+        total: How many samples there are; records of more are refused.
+        identify: Gives those fields of a sample's record that are known beforehand, by its index; records of other
+            samples are refused. Those that failed are not asked, as whatever was wrong may have been mended.
 
     Raises:
-        ValueError: If the folder holds records of another run, or several processes have no folder.
+        ValueError: If the folder holds records of another run or of more samples, or several processes have no folder.
     """
 
     def __init__(
-        self, folder: str | os.PathLike | None, settings: dict[str, Any], processes: Processes = ALONE
+        self,
+        folder: str | os.PathLike | None,
+        settings: dict[str, Any],
+        processes: Processes = ALONE,
+        total: int | None = None,
+        identify: Callable[[int], Mapping[str, Any]] | None = None,
     ) -> None:
         self._records: dict[int, Record] = {}
         self._processes = processes
@@ -51,6 +60,7 @@ class RecordStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._check_settings(settings)
         self._records = self._read()
+        self._check_records(total, identify)
         processes.wait()  # until all have read: then files may change
         if processes.is_main:
             self._replace("settings.json", [json.dumps(settings, indent=2) + "\n"])
@@ -143,14 +153,42 @@ class RecordStore:
                     "of; give another output folder, or remove this one."
                 )
             return
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = self._read_settings(path)
         names = [name for name in {**found, **wanted} if name not in INFORMATIVE]
         differing = [name for name in names if found.get(name) != wanted.get(name)]
         if differing:
+            raise self._other_run(", ".join(differing))
+
+    def _read_settings(self, path: Path) -> dict[str, Any]:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
             raise ValueError(
-                f"evaluate: {str(self._folder)!r} holds the records of another run (other {', '.join(differing)}); "
-                "give another output folder, or remove this one."
+                f"evaluate: {str(path)!r} does not hold the settings of a run; give another output folder, or remove "
+                "this one."
             )
+        return found
+
+    def _check_records(self, total: int | None, identify: Callable[[int], Mapping[str, Any]] | None) -> None:
+        for index, record in self._records.items():
+            if identify is None or record["error"] is not None or (total is not None and index >= total):
+                continue
+            known = identify(index)
+            if any(record.get(name, value) != value for name, value in known.items()):
+                raise self._other_run(f"samples, such as {known['sample_id']!r}")
+        if total is not None and any(index >= total for index in self._records):
+            raise ValueError(
+                f"evaluate: {str(self._folder)!r} holds records of more samples than the {total} asked for; give a "
+                "larger limit or another output folder."
+            )
+
+    def _other_run(self, differing: str) -> ValueError:
+        return ValueError(
+            f"evaluate: {str(self._folder)!r} holds the records of another run (other {differing}); give another "
+            "output folder, or remove this one."
+        )
 
 
 def _line(index: int, record: Record) -> str:
@@ -158,11 +196,23 @@ def _line(index: int, record: Record) -> str:
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Record]]:
-    """The whole lines of a file; what a kill or a power cut left of others is done again."""
+    """The whole records of a file; what a kill, a power cut or an editor left of others is done again."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
-                yield record.pop("index"), record
-            except (ValueError, AttributeError, KeyError):
+            except ValueError:
                 continue
+            if _is_whole(record):
+                yield record.pop("index"), record
+
+
+def _is_whole(record: Any) -> bool:
+    """Whether a line is a record with its index; a bool is an int to Python, but no index."""
+    return (
+        isinstance(record, dict)
+        and type(record.get("index")) is int
+        and record["index"] >= 0
+        and record.keys() >= RECORD_FIELDS
+        and isinstance(record["scores"], dict | None)
+    )

@@ -29,7 +29,7 @@ def weighted_f_measure(prediction: np.ndarray, truth: np.ndarray, whole_numbers:
             predictions only.
 
     Returns:
-        A number in [0, 1]; 0 when the truth is empty.
+        A number in [0, 1]; 0 when the truth is empty, also for an empty prediction, as PySODMetrics has it.
 
     Raises:
         ValueError: If the shapes differ, or `whole_numbers` is asked for probabilities.

@@ -1,0 +1,7 @@
+"""`python -m conceptseg_hf`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
