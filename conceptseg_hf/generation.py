@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
 from . import mllm
 
 MAX_NEW_TOKENS = 768  # Table 7
 
-# An MLLM keeps positions, and the hook below its states, between the steps of a completion: threads take turns.
+# An MLLM keeps positions between the steps of a completion, and calls the hooks of all threads: they take turns.
 _turns: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
 
 
@@ -64,8 +64,9 @@ def generate_with_states(
         generated.
 
     Raises:
-        ValueError: If beam search or assisted decoding is asked for, a field of the configuration does not exist, or
-            the inputs are incomplete.
+        ValueError: If the configuration has a field that does not exist or cannot be used here, or the inputs are
+            incomplete.
+        RuntimeError: If the MLLM is compiled in such a way that its states cannot be seen.
     """
     inputs = mllm.model_inputs(inputs)
     config = _prepare_config(vlm, generation_config, prompt_length=inputs["input_ids"].shape[1])
@@ -73,13 +74,18 @@ def generate_with_states(
     at_token = hidden_states_at == "token"
     config.max_new_tokens = limit + int(at_token)
     with _turns.setdefault(vlm, threading.Lock()):
-        with _last_states(mllm.final_norm(vlm)) as collected:
-            sequences = vlm.generate(**inputs, generation_config=config)
-        mllm.forget_positions(vlm)
+        recorder = _StateRecorder()
+        handle = vlm.get_output_embeddings().register_forward_pre_hook(recorder.see)
+        try:
+            sequences = vlm.generate(**inputs, generation_config=config, stopping_criteria=[recorder])
+        finally:
+            handle.remove()
+            mllm.forget_positions(vlm)
 
     # Step t reads token t - 1 and predicts token t. Where every row ended with its first token, no token has
-    # been read.
-    states = torch.stack(collected[int(at_token) :] or [torch.zeros_like(collected[0])], dim=1)
+    # been read. Tokens past the end, which generate takes back on some devices, leave states behind theirs.
+    recorded = recorder.states
+    states = torch.stack(recorded[int(at_token) :] or [torch.zeros_like(recorded[0])], dim=1)
     token_ids = sequences[:, inputs["input_ids"].shape[1] :]
     mask = _before_end(token_ids, config.eos_token_id)[:, : min(limit, states.shape[1])]
     length = max(1, int(mask.sum(1).max()))
@@ -104,15 +110,7 @@ def _prepare_config(
             setattr(config, name, value)
     own = vlm.generation_config
     text_config = vlm.config.get_text_config()
-
-    def first_set(*values: Any) -> Any:
-        return next((value for value in values if value is not None), None)
-
-    if first_set(config.num_beams, own.num_beams, 1) > 1 or config.prompt_lookup_num_tokens:
-        raise ValueError(
-            "generate_with_states: beam search and assisted decoding do not keep one hidden state per token; "
-            "use greedy decoding or sampling."
-        )
+    _check_config(config, own)
     if config.max_new_tokens is None:
         config.max_new_tokens = (
             MAX_NEW_TOKENS if config.max_length is None else config.max_length - prompt_length
@@ -123,19 +121,50 @@ def _prepare_config(
             "tokens; set max_new_tokens instead."
         )
     config.max_length = None
-    config.eos_token_id = first_set(config.eos_token_id, own.eos_token_id, text_config.eos_token_id)
+    config.eos_token_id = _first_set(config.eos_token_id, own.eos_token_id, text_config.eos_token_id)
     eos_ids = _as_list(config.eos_token_id)
-    config.pad_token_id = first_set(
+    config.pad_token_id = _first_set(
         config.pad_token_id, own.pad_token_id, text_config.pad_token_id, *eos_ids[:1], 0
     )
     config.suppress_tokens = sorted(
-        {*mllm.vision_token_ids(vlm.config), *(first_set(config.suppress_tokens, own.suppress_tokens) or [])}
+        {*mllm.vision_token_ids(vlm.config), *(_first_set(config.suppress_tokens, own.suppress_tokens) or [])}
     )
     config.return_dict_in_generate = False
     config.do_sample = bool(config.do_sample)
     if not config.do_sample:  # sampling fields of the MLLM's own file would only cause warnings
         config.temperature, config.top_p, config.top_k = 1.0, 1.0, 50
     return config
+
+
+def _check_config(config: GenerationConfig, own: GenerationConfig) -> None:
+    """Refuses what does not give one hidden state per token, or cannot work; `own` fills what `config` leaves open."""
+
+    def asked(name: str) -> Any:
+        return _first_set(getattr(config, name), getattr(own, name))
+
+    for name in ("max_new_tokens", "max_length"):
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise ValueError(f"generate_with_states: {name} is {value!r}; give a whole number of at least 1.")
+    if (asked("num_beams") or 1) > 1 or asked("prompt_lookup_num_tokens") or asked("assistant_early_exit"):
+        raise ValueError(
+            "generate_with_states: beam search and assisted decoding do not keep one hidden state per token; "
+            "use greedy decoding or sampling."
+        )
+    if (asked("guidance_scale") or 1) != 1:
+        raise ValueError(
+            f"generate_with_states: guidance_scale is {asked('guidance_scale')}, but guidance needs a prompt without "
+            "images, which there is not; leave it out."
+        )
+    if asked("stop_strings"):
+        raise ValueError(
+            f"generate_with_states: stop_strings is {asked('stop_strings')!r}, but text is not read while it is "
+            "written; give the tokens to stop at as eos_token_id."
+        )
+
+
+def _first_set(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
 
 
 def _as_list(token_ids: int | list[int] | None) -> list[int]:
@@ -152,12 +181,32 @@ def _before_end(token_ids: Tensor, eos_token_id: int | list[int] | None) -> Tens
     return ends.cumsum(1) == 0
 
 
-@contextmanager
-def _last_states(norm: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the (B, C) output of `norm` at the last position of every forward pass."""
-    states: list[Tensor] = []
-    handle = norm.register_forward_hook(lambda module, args, output: states.append(output[:, -1].clone()))
-    try:
-        yield states
-    finally:
-        handle.remove()
+class _StateRecorder(StoppingCriteria):
+    """Records one (B, C) hidden state for each step of `generate`; it never stops a row.
+
+    A hook on the language-model head sees the states of every forward pass, and `generate` asks its criteria once a
+    step: passes of which no token comes (chunks of the prompt, passes that only keep processes in step) leave nothing.
+    The head also lies outside of a compiled language model, which neither recompiles for the hook nor passes it by.
+
+    Attributes:
+        states: The states from which the tokens were predicted, in the order of the steps.
+    """
+
+    def __init__(self) -> None:
+        self.states: list[Tensor] = []
+        self._last: Tensor | None = None
+
+    def see(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """The head's forward pre-hook."""
+        self._last = inputs[0][:, -1]
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Keeps the last state seen; true for no row."""
+        if self._last is None:
+            raise RuntimeError(
+                "generate_with_states: the MLLM was compiled as a whole by an earlier call, and its graph hides the "
+                "hidden states; call torch.compiler.reset() before, or compile model.vlm.model.language_model alone."
+            )
+        self.states.append(self._last.clone())  # not a view, which would keep the states of the whole prompt
+        self._last = None
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

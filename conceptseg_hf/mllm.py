@@ -55,11 +55,6 @@ def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: inputs[name] for name in INPUT_NAMES}
 
 
-def final_norm(vlm: PreTrainedModel) -> nn.Module:
-    """The norm whose output is the language model's last hidden state."""
-    return vlm.model.language_model.norm
-
-
 def last_hidden_states(vlm: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     """(B, L, C) last-layer, post-norm hidden states of one full forward pass over `model_inputs`."""
     states = vlm.base_model(**inputs, use_cache=False).last_hidden_state

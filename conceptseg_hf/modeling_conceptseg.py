@@ -548,7 +548,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             )
         samples = list(inputs)
         size = batch_size or max(len(samples), 1)
-        was_training = self.training
+        modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
             return [
@@ -565,7 +565,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
                 )
             ]
         finally:
-            self.train(was_training)
+            for module, training in modes.items():
+                module.training = training
 
     def _segment_batch(
         self,

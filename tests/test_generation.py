@@ -124,7 +124,7 @@ def test_one_pass_and_one_step_beyond_the_limit(vlm, processor, samples):
 
 def test_no_call_depends_on_an_earlier_one(vlm, processor, samples):
     first = generate(vlm, processor.collate(samples[:1]))
-    assert vlm.model.rope_deltas is None and not vlm.model.language_model.norm._forward_hooks
+    assert vlm.model.rope_deltas is None and not vlm.lm_head._forward_pre_hooks
     generate(vlm, processor.collate(samples[1:]))
     again = generate(vlm, processor.collate(samples[:1]))
     assert torch.equal(first.token_ids, again.token_ids) and torch.equal(
@@ -142,6 +142,73 @@ def test_greedy_unless_asked_and_the_given_config_stays_as_it_is(vlm, processor,
     assert config.to_dict() == before
     total = GenerationConfig(max_length=batch["input_ids"].shape[1] + 4)
     assert torch.equal(generate_with_states(vlm, batch, total).token_ids, a.token_ids)
+
+
+@pytest.mark.parametrize("hidden_states_at", ["token", "predict"])
+def test_a_prompt_read_in_chunks_gives_the_same(vlm, processor, samples, hidden_states_at):
+    lengths = []
+    handle = vlm.model.language_model.register_forward_hook(
+        lambda module, args, output: lengths.append(output[0].shape[1])
+    )
+    batch = processor.collate(samples)
+    whole, chunked = (
+        generate(vlm, batch, prefill_chunk_size=size, hidden_states_at=hidden_states_at)
+        for size in (None, 16)
+    )
+    handle.remove()
+    assert lengths.count(16) > 2
+    assert torch.equal(whole.token_ids, chunked.token_ids)
+    assert torch.allclose(whole.hidden_states, chunked.hidden_states, atol=1e-4)
+
+
+@pytest.fixture()
+def compiled():
+    """Compiles a module; the list grows with each graph."""
+    graphs, modules = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compile(module):
+        module.compile(backend=backend)
+        modules.append(module)
+        return graphs
+
+    torch.compiler.reset()
+    yield compile
+    for module in modules:
+        module._compiled_call_impl = None
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_compiled_language_model(vlm, processor, samples, compiled, used_before):
+    batch = processor.collate(samples)
+    settings = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": []}
+    expected = generate(vlm, batch, **settings)
+    graphs = compiled(vlm.model.language_model)
+    if used_before:
+        vlm.generate(**batch, max_new_tokens=12)
+        vlm.model.rope_deltas = None
+    for _ in range(2):
+        generated = generate(vlm, batch, **settings)
+        assert torch.equal(generated.token_ids, expected.token_ids)
+        assert torch.allclose(generated.hidden_states, expected.hidden_states, atol=1e-4)
+    assert len(graphs) < 6  # and not one a token
+
+
+def test_a_graph_without_states_is_refused(vlm, processor, samples, compiled):
+    batch = processor.collate(samples[:1])
+    settings = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": []}
+    expected = generate(vlm, batch, **settings)
+    compiled(vlm)
+    vlm.generate(**batch, max_new_tokens=4)
+    vlm.model.rope_deltas = None
+    with pytest.raises(RuntimeError, match="compiled as a whole"):
+        generate(vlm, batch, **settings)
+    torch.compiler.reset()
+    assert torch.allclose(generate(vlm, batch, **settings).hidden_states, expected.hidden_states, atol=1e-4)
 
 
 def test_several_completions_a_prompt(vlm, processor, samples):
@@ -171,6 +238,13 @@ def test_refusals(vlm, processor, samples):
         generate_with_states(vlm, batch, {"num_beams": 2})
     with pytest.raises(ValueError, match="max_length is 3"):
         generate_with_states(vlm, batch, {"max_length": 3})
+    for limit in (0, -3, "5", 2.5):
+        with pytest.raises(ValueError, match=f"max_new_tokens is {limit!r}; give a whole number"):
+            generate_with_states(vlm, batch, {"max_new_tokens": limit})
+    with pytest.raises(ValueError, match=r"guidance_scale is 1[.]5"):
+        generate_with_states(vlm, batch, {"guidance_scale": 1.5})
+    with pytest.raises(ValueError, match=r"stop_strings is .* eos_token_id"):
+        generate_with_states(vlm, batch, {"stop_strings": ["</answer>"]})
     incomplete = {name: value for name, value in batch.items() if name != "mm_token_type_ids"}
     with pytest.raises(ValueError, match="mm_token_type_ids"):
         generate_with_states(vlm, incomplete)

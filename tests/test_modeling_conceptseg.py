@@ -632,6 +632,15 @@ def test_segment_restores_the_training_mode_and_builds_no_graph(make_model, inpu
     assert all(parameter.requires_grad for parameter in model.ctm.parameters())
 
 
+def test_segment_restores_the_mode_of_each_part(make_model, inputs):
+    model = make_model().eval()
+    model.ctm.train()
+    model.vlm.lm_head.train()
+    before = {name: module.training for name, module in model.named_modules()}
+    model.segment(inputs[:1], NEVER, GREEDY)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 def test_segment_refusals(model, inputs):
     with pytest.raises(ValueError, match="no processor"):
         model.segment(list(inputs))

@@ -107,7 +107,7 @@ def test_generation_goes_on_where_it_was_killed(nano, samples, tmp_path, monkeyp
     monkeypatch.setattr(
         CompletionCache,
         "_complete",
-        lambda self, model, batch: written.extend(batch) or complete(self, model, batch),
+        lambda self, model, batch: written.extend(batch.values()) or complete(self, model, batch),
     )
     second = CompletionCache(folder, model, processor, LENGTH)
     assert len(second) == 2
@@ -152,9 +152,50 @@ def test_another_policy_writes_anew(nano, samples, tmp_path):
             model.vlm.get_input_embeddings().weight[0, 0] -= 1
 
 
-def test_ids_must_differ(nano, samples, tmp_path):
-    with pytest.raises(ValueError, match="two samples have the sample_id 'train-000000'"):
-        CompletionCache(tmp_path, *nano, LENGTH).generate(nano[0], [samples[0], samples[0]])
+def changed_inputs(sample, other):
+    """The sample under its own name with something else that the MLLM reads."""
+    shown = sample.references[-1]
+    shown_elsewhere = replace(shown, box=tuple(value + 1 for value in shown.box))
+    return {
+        "picture": replace(sample, image=other.image),
+        "prompt": replace(sample, prompt="another thing"),
+        "no references": replace(sample, references=[]),
+        "reference pictures": replace(sample, references=other.references),
+        "order": replace(sample, references=sample.references[::-1]),
+        "box": replace(sample, references=[*sample.references[:-1], shown_elsewhere]),
+        "proxy": replace(sample, references=[*sample.references[:-1], replace(shown, role="proxy")]),
+    }
+
+
+def test_a_completion_belongs_to_what_the_mllm_read(nano, samples, tmp_path):
+    """Two data sets whose samples have the same names may share a folder."""
+    sample, other = (sample for sample in samples if len(sample.references) > 2)
+    cache = CompletionCache(tmp_path, *nano, LENGTH)
+    cache.generate(nano[0], [sample])
+    for name, changed in changed_inputs(sample, other).items():
+        assert changed not in cache, name
+    assert replace(sample, dataset="another", think="of what the MLLM does not read") in cache
+
+    cache.generate(nano[0], [replace(other, sample_id=sample.sample_id)])
+    alone = CompletionCache(tmp_path / "alone", *nano, LENGTH)
+    alone.generate(nano[0], [other])
+    assert cache.completion(other) == alone.completion(other)
+
+
+def test_equal_samples_are_completed_once(nano, samples, tmp_path):
+    cache = CompletionCache(tmp_path, *nano, LENGTH)
+    cache.generate(nano[0], [samples[0], replace(samples[0], dataset="another")], batch_size=2)
+    assert len((tmp_path / "completions-00000.jsonl").read_text().splitlines()) == 1
+
+
+def test_lines_of_early_versions_are_passed_over(nano, samples, tmp_path):
+    cache = CompletionCache(tmp_path, *nano, LENGTH)
+    row = {"sample": f"concept-shapes/train/{samples[0].sample_id}", "policy": cache.policy, "token_ids": [1]}
+    (tmp_path / "completions-00000.jsonl").write_text(json.dumps(row) + "\n")
+    cache.reload()
+    assert not len(cache)
+    cache.generate(nano[0], samples[:1])
+    assert samples[0] in CompletionCache(tmp_path, *nano, LENGTH)
 
 
 def test_broken_samples_are_passed_over(nano, samples, tmp_path):
@@ -170,9 +211,3 @@ def test_broken_samples_are_passed_over(nano, samples, tmp_path):
     cache.generate(nano[0], Broken(samples), batch_size=2)
     assert len(cache) == len(samples) - 1
     assert samples[0] not in cache and samples[1] in cache
-
-
-def test_benchmarks_may_share_ids(nano, samples, tmp_path):
-    cache = CompletionCache(tmp_path, *nano, LENGTH)
-    cache.generate(nano[0], [samples[0], replace(samples[0], dataset="another")])
-    assert len(cache) == 2

@@ -127,6 +127,99 @@ def test_a_run_of_meta_grpo_leaves_figures_pictures_and_a_complete_model(whole_r
         assert torch.equal(value, model.sam.state_dict()[name]), name
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+FINISHED = "is finished, so nothing was trained; give another --output_dir"
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """A finished run of two steps at a constant rate, and its command line without a folder."""
+    folder = tmp_path_factory.mktemp("two_steps")
+    words = sft_words(folder, max_steps=2, save_total_limit=2, log_examples=0)
+    words += ["--lr_scheduler_type", "constant", "--train_samples", "16"]
+    run(sft.prepare(words))
+    return folder, words
+
+
+@pytest.fixture()
+def copy_of_two_steps(two_steps, tmp_path):
+    folder, words = two_steps
+    shutil.copytree(folder, tmp_path / "run")  # with the times of its files
+    return tmp_path / "run", [*words, "--output_dir", str(tmp_path / "run")]
+
+
+@pytest.mark.parametrize("changes", [[], ["--learning_rate", "0.5"], ["--max_steps", "1"]])
+def test_a_finished_run_is_left_as_it_is(copy_of_two_steps, caplog, changes):
+    folder, words = copy_of_two_steps
+    before = contents(folder)
+    run(sft.prepare([*words, *changes]))
+    assert contents(folder) == before
+    assert caplog.text.count(FINISHED) == 1 and "checkpoint-2" in caplog.text
+
+
+def test_a_run_of_epochs_that_is_finished_is_left_as_it_is(copy_of_two_steps, caplog):
+    folder, words = copy_of_two_steps  # 16 samples, 4 a step: half an epoch
+    before = contents(folder)
+    run(sft.prepare([*words, "--max_steps", "-1", "--num_train_epochs", "0.5"]))
+    assert contents(folder) == before and FINISHED in caplog.text
+
+
+@pytest.mark.parametrize("loss", ["none saved", "an earlier one saved"])
+def test_a_run_that_was_killed_before_its_model_was_saved_is_made_up_for(copy_of_two_steps, loss):
+    folder, words = copy_of_two_steps
+    before = contents(folder)
+    for path in folder.glob("*.*"):
+        if path.is_file() and loss == "none saved":
+            path.unlink()
+        elif path.is_file():
+            os.utime(path, (0, 0))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"")
+    run(sft.prepare(words))
+    after = contents(folder)
+    assert after[str(weights)] == before[str(weights)]
+    assert after.keys() == before.keys()
+    run(sft.prepare(words))
+    assert contents(folder) == after
+
+
+def test_a_finished_run_goes_on_when_more_steps_are_asked_for(copy_of_two_steps, caplog):
+    folder, words = copy_of_two_steps
+    run(sft.prepare([*words, "--max_steps", "3", "--learning_rate", "0.5"]))
+    assert (folder / "checkpoint-3").is_dir() and FINISHED not in caplog.text
+    assert "learning_rate is 0.5, but" in caplog.text and "goes on with its own, 0.0003" in caplog.text
+
+
+def test_a_finished_run_of_meta_grpo_is_left_as_it_is(tmp_path, caplog):
+    words = [*meta_grpo_words(tmp_path), "--max_steps", "1"]
+    run(meta_grpo.prepare(words))
+    before = contents(tmp_path)
+    run(meta_grpo.prepare(words))
+    assert contents(tmp_path) == before and FINISHED in caplog.text
+    (tmp_path / "model.safetensors").unlink()
+    os.utime(tmp_path / "processor_config.json", (0, 0))
+    run(meta_grpo.prepare(words))
+    after = contents(tmp_path)
+    name = str(tmp_path / "model.safetensors")
+    assert after[name] == before[name] and not (tmp_path / "checkpoint-2").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("place", [".", "run"])
+def test_a_file_in_the_way_is_found_before_the_model_is_loaded(stage, place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ModelArguments, "load", lambda self: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("")
+    words = STAGES[stage][1](tmp_path / "file" / place)
+    assert cli.main(["train", stage.replace("_", "-"), *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("conceptseg train: output_dir is ") and error.endswith(
+        "is a file; give a folder."
+    )
+
+
 def test_conceptseg_train_wants_a_recipe(capsys):
     assert cli.main(["train", "sft"]) == 2
     assert "no recipe is given; name one: --config" in capsys.readouterr().err

@@ -15,7 +15,9 @@ from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, format
 from conceptseg_hf.data import ConceptSample
 from conceptseg_hf.evaluation.loading import fingerprint
 from conceptseg_hf.generation import generate_with_states
+from conceptseg_hf.images import load_image
 from conceptseg_hf.processing_conceptseg import Frame
+from conceptseg_hf.references import resolve_references
 
 from .samples import ReadableSamples
 
@@ -83,8 +85,9 @@ class CompletionCache:
     """Completions of one frozen MLLM in a folder, a JSON line each: generated once, whoever asks how often.
 
     Every process writes a file of its own and reads all of them, so a run that was killed goes on where it
-    was, with any number of processes. Lines of another MLLM, template, canvas or length limit are passed
-    over.
+    was, with any number of processes. A line belongs to what the MLLM read (prompt, picture, references), whatever
+    the name of the sample, so that data sets may share a folder. Lines of another MLLM, template, canvas or length
+    limit are passed over.
 
     Args:
         folder: Created if missing.
@@ -111,18 +114,21 @@ class CompletionCache:
         return len(self._token_ids)
 
     def __contains__(self, sample: ConceptSample) -> bool:
-        return _name(sample) in self._token_ids
+        return _digest(sample) in self._token_ids
 
     def reload(self) -> None:
         """Reads what all processes have written so far."""
         for path in sorted(self.folder.glob("*.jsonl")):
             self._token_ids.update(
-                (row["sample"], row["token_ids"]) for row in _rows(path) if row["policy"] == self.policy
+                (row["inputs"], row["token_ids"])
+                for row in _rows(path)
+                # early versions went by the sample's name alone
+                if row["policy"] == self.policy and "inputs" in row
             )
 
     def completion(self, sample: ConceptSample) -> TrainingCompletion:
         """The completion of a sample that `generate` has seen; SAM 3 gets its answer, else the prompt."""
-        token_ids = self._token_ids[_name(sample)]
+        token_ids = self._token_ids[_digest(sample)]
         parsed = self.processor.decode_completion(token_ids)
         return TrainingCompletion(token_ids, parsed.answer or sample.prompt, parsed.rule)
 
@@ -142,17 +148,13 @@ class CompletionCache:
             batch_size: Prompts at a time.
             process: Number of this process, from 0.
             processes: How many processes share the work.
-
-        Raises:
-            ValueError: If two samples of a benchmark and split share one `sample_id`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"completions-{process:05d}.jsonl"
         _drop_torn_line(path)
         if not isinstance(samples, ReadableSamples):
             samples = ReadableSamples(samples)
-        seen: set[str] = set()
-        batch: list[ConceptSample] = []
+        batch: dict[str, ConceptSample] = {}
         mine = range(process, len(samples), processes)
         progress = tqdm(mine, desc="completions", unit="sample", disable=process > 0, mininterval=5)
         with path.open("a", encoding="utf-8") as file:
@@ -160,30 +162,27 @@ class CompletionCache:
                 sample = samples[index]
                 if index in samples.stand_ins:
                     continue  # what stands in has its own turn
-                if _name(sample) in seen:
-                    raise ValueError(
-                        f"two samples have the sample_id {sample.sample_id!r}, by which generated completions are "
-                        "kept; give each its own."
-                    )
-                seen.add(_name(sample))
-                if sample not in self:
-                    batch.append(sample)
+                digest = _digest(sample)
+                if digest not in self._token_ids:
+                    batch[digest] = sample
                 if len(batch) == batch_size:
                     self._write(self._complete(model, batch), file)
-                    batch = []
+                    batch = {}
             if batch:
                 self._write(self._complete(model, batch), file)
 
     def _write(self, rows: Iterator[dict], file: TextIO) -> None:
         for row in rows:
-            self._token_ids[row["sample"]] = row["token_ids"]
+            self._token_ids[row["inputs"]] = row["token_ids"]
             file.write(json.dumps(row) + "\n")
         file.flush()
 
-    def _complete(self, model: ConceptSegForSegmentation, samples: list[ConceptSample]) -> Iterator[dict]:
+    def _complete(
+        self, model: ConceptSegForSegmentation, samples: dict[str, ConceptSample]
+    ) -> Iterator[dict]:
         prepared = [
             self.processor.prepare(sample.image, sample.prompt, sample.references, lazy=True)
-            for sample in samples
+            for sample in samples.values()
         ]
         generated = generate_with_states(
             model.vlm,
@@ -191,15 +190,29 @@ class CompletionCache:
             {"max_new_tokens": self.max_new_tokens},
             model.config.hidden_states_at,
         )
-        for sample, token_ids, mask in zip(samples, generated.token_ids, generated.mask, strict=True):
+        for (digest, sample), token_ids, mask in zip(
+            samples.items(), generated.token_ids, generated.mask, strict=True
+        ):
             ids = token_ids[mask].tolist()
-            text = self.processor.tokenizer.decode(ids)  # for people who read the file
-            yield {"sample": _name(sample), "policy": self.policy, "text": text, "token_ids": ids}
+            yield {
+                # for people who read the file
+                "sample": "/".join((sample.dataset, sample.split, sample.sample_id)),
+                "text": self.processor.tokenizer.decode(ids),
+                "inputs": digest,
+                "policy": self.policy,
+                "token_ids": ids,
+            }
 
 
-def _name(sample: ConceptSample) -> str:
-    """Names a sample among those of all benchmarks and splits."""
-    return "/".join((sample.dataset, sample.split, sample.sample_id))
+def _digest(sample: ConceptSample) -> str:
+    """A hash of all that the MLLM reads of a sample: the words, the picture, the references as they are shown."""
+    references = resolve_references(sample.references)
+    # default: numbers may be NumPy's
+    words = json.dumps([sample.prompt, references.boxes, references.proxy], default=float)
+    digest = hashlib.sha256(words.encode())
+    for image in (load_image(sample.image), *references.images):
+        digest.update(f"{image.size}".encode() + image.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _policy(model: ConceptSegForSegmentation, processor: ConceptSegProcessor, max_new_tokens: int) -> str:

@@ -24,7 +24,7 @@ class ConceptSFTConfig(TrainingArguments):
             `completion_dir`. `"released"`: what the released code does, boxes alone, and to SAM 3 the word
             "visual" or "object" at random. The paper does not say.
         completion_dir: Folder of the generated completions; `<output_dir>/completions` by default. Runs of
-            one model may share it.
+            one model may share it, whatever their data.
         generation_batch_size: Prompts at a time while completions are generated.
         max_prompt_length: Tokens of a prompt, images included (Table 7); a longer one is refused.
         max_completion_length: Tokens of a completion (Table 7); longer ones are cut when generated, else

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch.utils.data import ConcatDataset
 from transformers import AutoImageProcessor, AutoTokenizer, Trainer, TrainingArguments
@@ -23,8 +27,11 @@ from conceptseg_hf.data import BenchmarkGroup, ConceptSample, load_benchmarks
 from conceptseg_hf.evaluation.loading import find_checkpoint, load_config
 from conceptseg_hf.evaluation.processes import let_gloo_end
 
-_TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
+logger = logging.getLogger(__name__)
 
+_TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
+_SCHEDULER = "scheduler.pt"
+_PROCESSOR = "processor_config.json"  # both trainers write it after the weights of the complete model
 
 # What Transformers reports to without counting it among what is available: it depends on more than a package.
 _UNCOUNTED = {"azure_ml", "flyte", "kubeflow"}
@@ -189,21 +196,96 @@ def _check_source(field_name: str, source: str | None) -> None:
 
 
 def run(trainer: Trainer) -> None:
-    """Trains, from a checkpoint if the settings say so, and saves the complete model to `output_dir`."""
-    trainer.train(resume_from_checkpoint=find_resume_checkpoint(trainer.args))
-    trainer.save_model()
+    """Trains, from a checkpoint if the settings say so, and saves the complete model to `output_dir`.
+
+    A run that has all its steps behind it is left as it is; if it was killed before its model was saved, that is made
+    up for.
+    """
+    checkpoint = find_resume_checkpoint(trainer.args)
+    if checkpoint is None or not _is_finished(trainer.args, checkpoint):
+        _warn_of_another_rate(trainer, checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+    else:
+        if not _is_saved(trainer.args, checkpoint):
+            with _no_steps(trainer.args):
+                trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.save_model()
+        _warn(
+            trainer,
+            f"the run of {checkpoint!r} is finished, so nothing was trained; give another --output_dir for a new one, "
+            "or a larger --max_steps or --num_train_epochs to go on.",
+        )
     trainer.end()
     if trainer.accelerator.num_processes > 1:
         let_gloo_end()
 
 
-def check_report_to(args: TrainingArguments) -> None:
-    """Finds out whether the run can report to where it should; the Trainer does so when the model is loaded.
+def _is_finished(args: TrainingArguments, checkpoint: str) -> bool:
+    """Whether a checkpoint has all steps of the run behind it; the Trainer would take one more."""
+    state = json.loads((Path(checkpoint) / _TRAINER_STATE).read_text(encoding="utf-8"))
+    if args.max_steps > 0:
+        return state["global_step"] >= args.max_steps
+    return state["epoch"] >= args.num_train_epochs
+
+
+def _is_saved(args: TrainingArguments, checkpoint: str) -> bool:
+    """Whether the complete model was saved after a checkpoint."""
+    saved = Path(args.output_dir) / _PROCESSOR
+    return saved.is_file() and saved.stat().st_mtime >= (Path(checkpoint) / _TRAINER_STATE).stat().st_mtime
+
+
+@contextmanager
+def _no_steps(args: TrainingArguments) -> Iterator[None]:
+    """Lets `train` read a checkpoint and take no step."""
+    wanted = args.max_steps, args.num_train_epochs
+    args.max_steps, args.num_train_epochs = -1, 0
+    try:
+        yield
+    finally:
+        args.max_steps, args.num_train_epochs = wanted
+
+
+def _warn_of_another_rate(trainer: Trainer, checkpoint: str | None) -> None:
+    """Warns where the learning rate asked for gives way to the checkpoint's (the Trainer warns of batch sizes)."""
+    path = Path(checkpoint or "") / _SCHEDULER
+    if checkpoint is None or not path.is_file():
+        return
+    rates = torch.load(path, map_location="cpu", weights_only=True).get("base_lrs", [])
+    if rates and trainer.args.learning_rate not in rates:
+        _warn(
+            trainer,
+            f"learning_rate is {trainer.args.learning_rate}, but {checkpoint!r} goes on with its own, {rates[0]}; "
+            "another one needs a new run, in another --output_dir.",
+        )
+
+
+def _warn(trainer: Trainer, message: str) -> None:
+    if trainer.is_world_process_zero():
+        logger.warning(message)
+
+
+def check_run(args: TrainingArguments) -> None:
+    """Finds what the Trainer would find only when the model is loaded.
 
     Raises:
-        ValueError: If Transformers does not know a name.
-        ImportError: If a package is missing.
+        ValueError: If a file is in the way of the run's folder, there is no checkpoint to resume from, or Transformers
+            does not know where to report to.
+        ImportError: If a package to report to is missing.
     """
+    _check_output_dir(args)
+    find_resume_checkpoint(args)
+    _check_report_to(args)
+
+
+def _check_output_dir(args: TrainingArguments) -> None:
+    folder = Path(args.output_dir)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"output_dir is {args.output_dir!r}, but {str(there)!r} is a file; give a folder.")
+
+
+def _check_report_to(args: TrainingArguments) -> None:
     available = {*get_available_reporting_integrations(), *_UNCOUNTED}
     for name in args.report_to:
         if name not in INTEGRATION_TO_CALLBACK:

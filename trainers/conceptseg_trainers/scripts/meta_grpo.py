@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig
 from ..meta_grpo_config import MetaGRPOConfig
 from ..meta_grpo_trainer import MetaGRPOTrainer
 from ..split_reference import split_reference_dataset
-from .common import DataArguments, ModelArguments, RecipeParser, check_report_to, find_resume_checkpoint, main
+from .common import DataArguments, ModelArguments, RecipeParser, check_run, main
 
 # All attention projections of the language model; the vision tower stays as it is.
 _LORA_TARGETS = r"vlm\.model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj)"
@@ -102,8 +102,7 @@ def prepare(argv: Sequence[str]) -> MetaGRPOTrainer:
         ValueError: If an option, the model or the data cannot be used.
     """
     data, policy, args = make_parser().parse(argv)
-    find_resume_checkpoint(args)
-    check_report_to(args)
+    check_run(args)
     train, evaluation = (
         None if samples is None else split_reference_dataset(samples, data.grid, args.seed)
         for samples in data.load(args)

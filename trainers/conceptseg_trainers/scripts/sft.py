@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..distributed import without_zero_init
 from ..sft_config import ConceptSFTConfig
 from ..sft_trainer import ConceptSFTTrainer
-from .common import DataArguments, ModelArguments, RecipeParser, check_report_to, find_resume_checkpoint, main
+from .common import DataArguments, ModelArguments, RecipeParser, check_run, main
 
 
 def make_parser() -> RecipeParser:
@@ -27,8 +27,7 @@ def prepare(argv: Sequence[str]) -> ConceptSFTTrainer:
         ValueError: If an option, the model or the data cannot be used.
     """
     data, model_arguments, args = make_parser().parse(argv)
-    find_resume_checkpoint(args)
-    check_report_to(args)
+    check_run(args)
     train, evaluation = data.load(args)
     with without_zero_init():  # every process needs MLLM and SAM 3 whole
         model, processor = model_arguments.load()
