@@ -67,7 +67,7 @@ def load_mask(mask: ImageInput, size: tuple[int, int] | None = None) -> np.ndarr
     if _is_array(mask):
         foreground = _array_foreground(_checked_array(mask, "mask"))
     else:
-        foreground = _picture_foreground(_rotated(_open(mask, "mask")))
+        foreground = _picture_foreground(open_mask(mask))
     if size is not None and foreground.shape != (size[1], size[0]):
         height, width = foreground.shape
         raise ValueError(
@@ -75,6 +75,22 @@ def load_mask(mask: ImageInput, size: tuple[int, int] | None = None) -> np.ndarr
             "give a mask of the image's size."
         )
     return foreground
+
+
+def open_mask(mask: ImageInput) -> Image.Image:
+    """A mask's picture after EXIF rotation, whose values `load_mask` reads; palettes of black and white as grey.
+
+    Args:
+        mask: See `ImageInput`, but no array.
+
+    Raises:
+        FileNotFoundError: If a path names no file.
+        ValueError: If the mask cannot be read.
+    """
+    picture = _rotated(_open(mask, "mask"))
+    if picture.mode == "P" and _has_white(picture):  # in a GIF, white may come first
+        return picture.convert("L")
+    return picture
 
 
 def mask_to_image(mask: np.ndarray) -> Image.Image:
@@ -206,8 +222,6 @@ def _array_to_image(array: np.ndarray) -> Image.Image:
 
 
 def _picture_foreground(picture: Image.Image) -> np.ndarray:
-    if picture.mode == "P" and _has_white(picture):  # in a GIF, white may come first
-        picture = picture.convert("L")
     mode = picture.mode
     if mode == "LA":
         return _array_foreground(np.asarray(picture.getchannel("L"))) & (

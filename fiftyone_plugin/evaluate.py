@@ -38,17 +38,18 @@ class EvaluateConcepts(foo.Operator):
             forms.warn(inputs, "missing", forms.INSTALL)
             return forms.form(inputs, label)
         from conceptseg_hf.integrations.fiftyone.evaluation import check_eval_key
-        from conceptseg_hf.integrations.fiftyone.schema import fields_of_type, prediction_fields
+        from conceptseg_hf.integrations.fiftyone.schema import fields_of_type
 
-        masks = fields_of_type(ctx.dataset, fo.Segmentation)
-        predicted = [name for name in prediction_fields(ctx.dataset) if name in masks]
+        predicted, masks = _fields(ctx.dataset)
+        settings = _settings(ctx)
         inputs.view_target(ctx, action_description="Evaluate", require_flat=True)
         forms.choose_field(
             inputs,
             "pred_field",
-            predicted or [name for name in masks if name != "ground_truth"],
+            predicted,
             "Predictions",
             "No field has masks; run segment_concept first.",
+            "concept",
         )
         forms.choose_field(
             inputs,
@@ -58,6 +59,7 @@ class EvaluateConcepts(foo.Operator):
             "No field has masks; there is no truth here.",
             "ground_truth",
         )
+        _ask_class(inputs, ctx.dataset, settings["gt_field"], settings["gt_class"])
         inputs.str("eval_key", default="concepts", label="Name of the run")
         forms.dropdown(inputs, "protocol", PROTOCOLS, "standard", "Protocol")
         inputs.bool(
@@ -73,14 +75,16 @@ class EvaluateConcepts(foo.Operator):
             forms.dropdown(
                 inputs, "heatmap_field", choices, "none", "Probabilities for MAE, F_w and S-measure"
             )
-        get = ctx.params.get
+        key = settings["eval_key"]
         try:
-            check_eval_key(ctx.dataset, get("eval_key"), get("pred_field"), get("gt_field"))
+            check_eval_key(
+                ctx.dataset, key, settings["pred_field"], settings["gt_field"], settings["metrics"]
+            )
         except ValueError as error:
             forms.warn(inputs, "bad_key", str(error))
         else:
-            if get("eval_key") in ctx.dataset.list_evaluations():
-                message = f"The run {get('eval_key')!r} is there already and will be replaced."
+            if key in ctx.dataset.list_evaluations():
+                message = f"The run {key!r} is there already and will be replaced."
                 forms.warn(inputs, "overwrite", message, blocks=False)
         return forms.form(inputs, label)
 
@@ -88,21 +92,14 @@ class EvaluateConcepts(foo.Operator):
         """Evaluates; the result holds the table that is shown."""
         if forms.package_missing():
             raise ImportError(forms.INSTALL)
-        from conceptseg_hf.evaluation.metrics import LIBRARY_METRICS, METRICS
         from conceptseg_hf.integrations.fiftyone import evaluate_concepts
         from conceptseg_hf.integrations.fiftyone.evaluation import report_of
 
-        get = ctx.params.get
-        samples, key = forms.target_view(ctx), get("eval_key") or "concepts"
-        heatmap = get("heatmap_field")
+        samples, settings = forms.target_view(ctx), _settings(ctx)
+        key = settings["eval_key"]
         results = evaluate_concepts(
             samples,
-            pred_field=get("pred_field") or "concept",
-            gt_field=get("gt_field") or "ground_truth",
-            eval_key=key,
-            protocol=get("protocol") or "standard",
-            metrics=(*METRICS, *LIBRARY_METRICS) if get("all_metrics") else METRICS,
-            heatmap_field=None if heatmap in (None, "none") else heatmap,
+            **settings,
             progress=fo.report_progress(lambda bar: ctx.set_progress(progress=bar.progress), dt=2.0),
         )
         if not ctx.delegated:
@@ -124,6 +121,59 @@ class EvaluateConcepts(foo.Operator):
             table.add_column(key, label=label)
         outputs.list("table", types.Object(), view=table)
         return types.Property(outputs, view=types.View(label="Evaluation"))
+
+
+def _fields(dataset: fo.Dataset) -> tuple[list[str], list[str]]:
+    """The fields that can be predictions, and those that can be true masks."""
+    from conceptseg_hf.integrations.fiftyone.schema import fields_of_type, prediction_fields
+
+    masks = fields_of_type(dataset, fo.Segmentation)
+    predicted = [name for name in prediction_fields(dataset) if name in masks]
+    return predicted or [name for name in masks if name != "ground_truth"], masks
+
+
+def _settings(ctx: Any) -> dict[str, Any]:
+    """What is asked of `evaluate_concepts`; the form checks what will be executed."""
+    from conceptseg_hf.evaluation.metrics import LIBRARY_METRICS, METRICS
+
+    get = ctx.params.get
+    predicted, masks = _fields(ctx.dataset)
+    heatmap, gt_class = get("heatmap_field"), get("gt_class")
+    return {
+        "pred_field": get("pred_field") or _first(predicted, "concept"),
+        "gt_field": get("gt_field") or _first(masks, "ground_truth"),
+        "eval_key": get("eval_key") or "concepts",
+        "protocol": get("protocol") or "standard",
+        "metrics": (*METRICS, *LIBRARY_METRICS) if get("all_metrics") else METRICS,
+        "heatmap_field": None if heatmap in (None, "none") else heatmap,
+        "gt_class": None if gt_class in (None, "") else int(gt_class),
+    }
+
+
+def _first(fields: list[str], default: str) -> str:
+    """What a dropdown of fields shows first."""
+    return default if default in fields or not fields else fields[0]
+
+
+def _ask_class(inputs: types.Object, dataset: fo.Dataset, gt_field: str, gt_class: int | None) -> None:
+    """Which pixels of the true masks are the concept: a class that the dataset names, or any value."""
+    from conceptseg_hf.integrations.fiftyone.true_masks import check_class, classes_of
+
+    label = "Concept in the true masks"
+    classes = classes_of(dataset, gt_field)
+    if classes:
+        choices = {value: f"{name} ({value})" for value, name in classes.items()}
+        forms.dropdown(inputs, "gt_class", choices, None, label)
+    else:
+        inputs.int(
+            "gt_class",
+            label=f"{label}: pixel value",
+            description="Empty: all pixels that are not background",
+        )
+    try:
+        check_class(dataset, gt_field, gt_class)
+    except ValueError as error:
+        forms.warn(inputs, "class_missing", str(error))
 
 
 METRIC_COLUMNS = {

@@ -81,8 +81,8 @@ class ConceptExplorer(foo.Panel):
         if row:
             view = ctx.dataset.exists(f"{ctx.panel.get_state('eval_key')}_iou")
             for name in ("level", "group"):
-                if row[name] != "all" and ctx.dataset.has_field(name):
-                    view = view.match(F(name) == row[name])
+                if row[name] != "all" and isinstance(ctx.dataset.get_field(name), fo.StringField):
+                    view = _with_value(view, name, row[name])
             self._show(ctx, view)
 
     def show_all(self, ctx: Any) -> None:
@@ -120,7 +120,7 @@ class ConceptExplorer(foo.Panel):
         if forms.package_missing():
             ctx.panel.set_state("status", forms.INSTALL)
             return
-        from conceptseg_hf.integrations.fiftyone.evaluation import BACKEND, replaced_since, report_of
+        from conceptseg_hf.integrations.fiftyone.evaluation import BACKEND
         from conceptseg_hf.integrations.fiftyone.schema import prediction_fields
 
         ctx.dataset.reload()
@@ -140,15 +140,7 @@ class ConceptExplorer(foo.Panel):
         ]
         key = ctx.panel.get_state("eval_key")
         key = key if key in keys else next(iter(keys), None)
-        summary = "No evaluation of this field yet: run **ConceptSeg: evaluate masks**."
-        metrics = []
-        if key is not None:
-            report = report_of(ctx.dataset, key)
-            metrics = [metrics_row(row) for row in report.table]
-            summary = report.summary()
-            replaced = len(replaced_since(ctx.dataset, key))
-            if replaced:
-                summary += f" **Masks made since: {replaced}; evaluate again.**"
+        summary, metrics = _evaluation(ctx.dataset, key)
         rules = _answered(ctx.dataset, field).count_values(f"{field}.rule")
         rules = sorted(((rule or NO_RULE, count) for rule, count in rules.items()), key=lambda item: -item[1])
         failures = {kind: len(ids) for kind, ids in _failures(ctx.dataset, field).items() if ids}
@@ -248,6 +240,27 @@ class ConceptExplorer(foo.Panel):
 
     def _show(self, ctx: Any, view: fo.DatasetView) -> None:
         ctx.ops.set_view(view=view)
+
+
+def _evaluation(dataset: fo.Dataset, key: str | None) -> tuple[str, list[dict[str, Any]]]:
+    """What a run says, and the rows of its table; a run that is not finished says so."""
+    from conceptseg_hf.integrations.fiftyone.evaluation import replaced_since, report_of
+
+    if key is None:
+        return "No evaluation of this field yet: run **ConceptSeg: evaluate masks**.", []
+    try:
+        report, replaced = report_of(dataset, key), len(replaced_since(dataset, key))
+    except ValueError as error:
+        return f"**{str(error)[:1].upper()}{str(error)[1:]}**", []
+    notice = f" **Masks made since: {replaced}; evaluate again.**" if replaced else ""
+    return report.summary() + notice, [metrics_row(row) for row in report.table]
+
+
+def _with_value(view: fo.DatasetView, field: str, value: str) -> fo.DatasetView:
+    """The samples of a row of metrics; "?" stands for those without a value."""
+    if value == "?":
+        return view.match((F(field) == None) | F(field).is_in(["", "?"]))  # noqa: E711 (an expression of FiftyOne)
+    return view.match(F(field) == value)
 
 
 def _answered(dataset: fo.Dataset, field: str) -> fo.DatasetView:

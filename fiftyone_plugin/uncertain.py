@@ -72,11 +72,13 @@ class FindUncertain(foo.Operator):
             raise ImportError(forms.INSTALL)
         from conceptseg_hf.integrations.fiftyone import find_uncertain, segment_other_route
         from conceptseg_hf.integrations.fiftyone.schema import other_route_field
+        from conceptseg_hf.integrations.fiftyone.uncertainty import check_predictions
 
         get = ctx.params.get
         samples, field = forms.target_view(ctx), get("field") or "concept"
         other = get("other_field")
         if get("other_route"):
+            check_predictions(samples, field, with_masks=True)  # before what takes long
             for progress in segment_other_route(samples, field):
                 ctx.set_progress(progress=progress.fraction, label=str(progress))
             other = other_route_field(field)

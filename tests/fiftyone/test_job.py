@@ -231,3 +231,19 @@ def test_what_is_kept_tells_runs_apart(make_dataset):
     assert SegmentationJob.load(dataset, job.keep(dataset)).reference_label_field == "ref_boxes"
     with pytest.raises(ValueError, match="several kinds of references"):
         SegmentationJob(prompt="star", reference_ids=ids, references=[Reference(first)]).check(dataset)
+
+
+def test_a_mask_of_several_classes_is_no_reference(fo, make_dataset):
+    import numpy as np
+
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob
+
+    dataset = make_dataset(1)
+    sample = dataset.load_saved_view("references").first()
+    classes = np.zeros((sample.metadata.height, sample.metadata.width), dtype=np.uint8)
+    classes[2:9, 2:9], classes[1, 1:10] = 15, 255
+    sample["classes"] = fo.Segmentation(mask=classes)
+    sample.save()
+    job = SegmentationJob(prompt="star", reference_ids=[sample.id], reference_label_field="classes")
+    with pytest.raises(ValueError, match=r"mask holds several classes \(pixel values 15, 255\)"):
+        job.check(dataset)

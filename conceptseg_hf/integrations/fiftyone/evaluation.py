@@ -1,12 +1,12 @@
 """Evaluation backend "conceptseg": the project's metrics and protocols in FiftyOne's Model Evaluation panel.
 
 FiftyOne's own backend leaves out samples without a prediction and compares pixel values; here a missing prediction is
-an empty mask, and a pixel is foreground as `images.load_mask` says.
+an empty mask, and a pixel is foreground as `images.load_mask` says, or where it has the value of one class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import fiftyone as fo
@@ -20,7 +20,8 @@ from ...evaluation.report import EvaluationReport
 from ...evaluation.tables import HEADINGS, LOWER_IS_BETTER
 from ...images import load_mask
 from .labels import mask_of
-from .schema import GROUND_TRUTH, IGNORE, fields_of_type
+from .schema import GROUND_TRUTH, IGNORE, fields_of_type, whole_dataset
+from .true_masks import check_class, load_probabilities, load_true_mask
 
 BACKEND = "conceptseg"
 CLASSES = ["background", "concept"]
@@ -45,8 +46,10 @@ class ConceptSegEvaluationConfig(foues.SegmentationEvaluationConfig):
         gt_field: The true masks, `fo.Segmentation`.
         protocol: `"standard"` or `"paper"`; see `conceptseg_hf.evaluation.protocols`.
         metrics: Some of `METRICS` and `LIBRARY_METRICS`.
-        ignore_field: Masks of pixels that do not count, or None.
+        ignore_field: Masks of pixels that do not count, or None; the default counts where the dataset has it.
         heatmap_field: Mask probabilities, which MAE, F_w and S-measure then see, or None.
+        gt_class: Pixel value of the concept in the true masks; 255 then does not count. None: all pixels that are not
+            background.
     """
 
     def __init__(
@@ -55,13 +58,14 @@ class ConceptSegEvaluationConfig(foues.SegmentationEvaluationConfig):
         gt_field: str,
         protocol: str = "standard",
         metrics: Sequence[str] = METRICS,
-        ignore_field: str | None = None,
+        ignore_field: str | None = IGNORE,
         heatmap_field: str | None = None,
+        gt_class: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(pred_field, gt_field, **kwargs)
         self.protocol, self.metrics = protocol, list(metrics)
-        self.ignore_field, self.heatmap_field = ignore_field, heatmap_field
+        self.ignore_field, self.heatmap_field, self.gt_class = ignore_field, heatmap_field, gt_class
 
     @property
     def method(self) -> str:
@@ -74,8 +78,36 @@ class ConceptSegEvaluation(foues.SegmentationEvaluation):
 
     def score_fields(self, eval_key: str) -> dict[str, str]:
         """The sample field of each number of a sample."""
-        wanted = [name for name in SCORES if name not in LIBRARY_METRICS or name in self.config.metrics]
-        return {name: f"{eval_key}_{name}" for name in wanted}
+        return _score_fields(eval_key, self.config.metrics)
+
+    def check(self, samples: Any, eval_key: str | None) -> None:
+        """Finds what would fail; at least one sample is scored.
+
+        Raises:
+            ValueError: As `evaluate_concepts`.
+        """
+        config = self.config
+        if config.pred_field == config.gt_field:
+            raise ValueError(
+                f"field {config.gt_field!r} is given as predictions and as truth; give two fields."
+            )
+        _check_field(samples, config.pred_field, fo.Segmentation)
+        _check_field(samples, config.gt_field, fo.Segmentation)
+        if config.heatmap_field is not None:
+            _check_field(samples, config.heatmap_field, fo.Heatmap)
+        ignore_field = _ignore_field(samples, config)
+        if ignore_field is not None:
+            _check_field(samples, ignore_field, fo.Segmentation)
+        check_class(samples, config.gt_field, config.gt_class)
+        check_eval_key(samples, eval_key, config.pred_field, config.gt_field, config.metrics)
+        _Scorer(samples, config).check()
+
+    def register_run(
+        self, samples: Any, key: str | None, overwrite: bool = True, cleanup: bool = True
+    ) -> None:
+        """Registers a run once it is sure to have results: a run of the same key is deleted here."""
+        self.check(samples, key)
+        super().register_run(samples, key, overwrite=overwrite, cleanup=cleanup)
 
     def register_samples(self, samples: Any, eval_key: str | None) -> None:
         """Declares the fields."""
@@ -94,64 +126,32 @@ class ConceptSegEvaluation(foues.SegmentationEvaluation):
             mask_targets: Unused: there is one class.
             progress: As in `fiftyone.core.collections.SampleCollection.iter_samples`.
         """
-        config = self.config
-        total = MaskMetrics(config.protocol, metrics=config.metrics)
-        fields = [
-            name
-            for name in (config.pred_field, config.gt_field, config.ignore_field, config.heatmap_field)
-            if name
-        ]
+        config, scorer = self.config, _Scorer(samples, self.config)
         names = {} if eval_key is None else self.score_fields(eval_key)
-        matches = []
-        chosen = samples.exists(config.gt_field).select_fields(fields)
+        matches: list[tuple[Any, ...]] = []
         self.unscored: dict[str, str] = {}
-        for sample in chosen.iter_samples(progress=progress, autosave=eval_key is not None):
+        for sample in scorer.samples.iter_samples(progress=progress, autosave=eval_key is not None):
             try:
-                truth, score = self._score(sample, total)
+                score = scorer.score(sample)
             except (ValueError, OSError) as error:  # a lost file, or a mask of another shape
                 self.unscored[sample.id] = str(error)
                 continue
-            prediction_id = None if sample[config.pred_field] is None else sample[config.pred_field].id
-            for (true, predicted), count in zip(
-                (
-                    ("concept", "concept"),
-                    ("background", "concept"),
-                    ("concept", "background"),
-                    ("background",) * 2,
-                ),
-                (score[name] for name in COUNTS),
-            ):
-                if count:
-                    matches.append((true, predicted, int(count), truth.id, prediction_id))
+            matches += _matches(score, sample[config.gt_field], sample[config.pred_field])
             for name, field in names.items():
                 sample[field] = _share_of(name, score)
-        if not total.scores:
-            reason = next(iter(self.unscored.values()), "there is no mask")
-            raise ValueError(f"no sample with a mask in {config.gt_field!r} can be scored: {reason}")
-        sums = {name: int(sum(score[name] for score in total.scores)) for name in COUNTS}
+        scores = scorer.total.scores
+        sums = {name: int(sum(score[name] for score in scores)) for name in COUNTS}
         return foues.SegmentationResults(
             samples,
             config,
             eval_key,
             [[sums["tn"], sums["fp"]], [sums["fn"], sums["tp"]]],
             CLASSES,
-            matches=matches,
+            matches=matches if any(sums.values()) else [],  # scikit-learn wants a weight that is not 0
             missing="background",
-            custom_metrics=_custom_metrics(total.compute()),
+            custom_metrics=_custom_metrics(scorer.total.compute()),
             backend=self,
         )
-
-    def _score(self, sample: Any, total: MaskMetrics) -> tuple[fo.Segmentation, dict[str, float]]:
-        config = self.config
-        label = sample[config.gt_field]
-        truth = load_mask(mask_of(label))
-        size = (truth.shape[1], truth.shape[0])
-        prediction = mask_of(sample[config.pred_field])
-        mask = np.zeros_like(truth) if prediction is None else load_mask(prediction, size)
-        if config.heatmap_field and prediction is not None and sample[config.heatmap_field] is not None:
-            mask = _probabilities(sample[config.heatmap_field], mask)
-        ignore = None if config.ignore_field is None else mask_of(sample[config.ignore_field])
-        return label, total.update(mask, truth, None if ignore is None else load_mask(ignore, size))
 
     def get_fields(self, samples: Any, eval_key: str, include_custom_metrics: bool = True) -> list[str]:
         """The fields of a run."""
@@ -161,6 +161,54 @@ class ConceptSegEvaluation(foues.SegmentationEvaluation):
         """Deletes the fields of a run."""
         samples._dataset.delete_sample_fields(self.get_fields(samples, eval_key), error_level=1)
         samples._delete_empty_sidebar_group(eval_key)
+
+
+class _Scorer:
+    """Scores the samples that have a true mask, one by one, into `total`."""
+
+    def __init__(self, samples: Any, config: ConceptSegEvaluationConfig) -> None:
+        self._config, self._ignore_field = config, _ignore_field(samples, config)
+        self.total = MaskMetrics(config.protocol, metrics=config.metrics)
+        fields = (config.pred_field, config.gt_field, config.heatmap_field, self._ignore_field)
+        self.samples = samples.exists(config.gt_field).select_fields([name for name in fields if name])
+
+    def check(self) -> None:
+        """Scores samples up to the first that can be; afterwards `total` is of no use.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        reason = None
+        for sample in self.samples.iter_samples():
+            try:
+                self.score(sample)
+                return
+            except (ValueError, OSError) as error:
+                reason = reason or error
+        field = self._config.gt_field
+        if reason is None:
+            raise ValueError(f"no sample has a mask in {field!r}; give the field of the true masks.")
+        raise ValueError(f"no sample with a mask in {field!r} can be scored: {reason}")
+
+    def score(self, sample: Any) -> dict[str, float]:
+        """Scores a sample.
+
+        Raises:
+            ValueError: If a mask cannot be read, has another shape, or holds several classes.
+            OSError: If a file is lost.
+        """
+        config = self._config
+        truth, ignore = load_true_mask(sample[config.gt_field], config.gt_class)
+        size = (truth.shape[1], truth.shape[0])
+        prediction = mask_of(sample[config.pred_field])
+        mask = np.zeros_like(truth) if prediction is None else load_mask(prediction, size)
+        if config.heatmap_field and prediction is not None and sample[config.heatmap_field] is not None:
+            mask = load_probabilities(sample[config.heatmap_field], mask)
+        ignored = None if self._ignore_field is None else mask_of(sample[self._ignore_field])
+        if ignored is not None:
+            pixels = load_mask(ignored, size)
+            ignore = pixels if ignore is None else ignore | pixels
+        return self.total.update(mask, truth, ignore)
 
 
 def register_evaluation_backend() -> None:
@@ -177,6 +225,8 @@ def evaluate_concepts(
     protocol: str = "standard",
     metrics: Sequence[str] = METRICS,
     heatmap_field: str | None = None,
+    ignore_field: str | None = IGNORE,
+    gt_class: int | None = None,
     progress: Any = None,
 ) -> foues.SegmentationResults:
     """Scores predictions; samples without a prediction count as empty masks, samples without a truth not at all.
@@ -189,51 +239,42 @@ def evaluate_concepts(
         protocol: `"standard"` or `"paper"`.
         metrics: Some of `METRICS` and `LIBRARY_METRICS`.
         heatmap_field: Mask probabilities to score with, or None.
+        ignore_field: Masks of pixels that do not count, or None; the default counts where the dataset has it.
+        gt_class: Pixel value of the concept in the true masks; 255 then does not count. None: all pixels that are not
+            background.
         progress: As FiftyOne's `progress`.
 
     Returns:
         FiftyOne's results; `results.custom_metrics` holds the metrics, in percent, and `results.backend.unscored` why
-        samples were left out (a lost file, a mask of another shape), by sample id.
+        samples were left out (a lost file, a mask of another shape or of several classes), by sample id.
 
     Raises:
-        ValueError: If fields are missing or of another type, no sample has a true mask, the protocol or a metric does
-            not exist, or `eval_key` names something else.
+        ValueError: If fields are missing, hidden or of another type, no sample can be scored, the protocol or a metric
+            does not exist, `eval_key` names something else, or one class of several has to be chosen.
     """
-    for name, label_type in {
-        pred_field: fo.Segmentation,
-        gt_field: fo.Segmentation,
-        heatmap_field: fo.Heatmap,
-    }.items():
-        if name is not None and not samples.has_field(name):
-            raise ValueError(f"field {name!r} is not in the dataset; give one of its fields.")
-        if name is not None and name not in fields_of_type(samples, label_type):
-            raise ValueError(
-                f"field {name!r} holds no {label_type.__name__}; give one that does "
-                "(fiftyone.utils.labels.objects_to_segmentations makes one of Detections)."
-            )
-    if not samples.exists(gt_field).count():  # before a run of the same key is replaced
-        raise ValueError(f"no sample has a mask in {gt_field!r}; give the field of the true masks.")
-    MaskMetrics(protocol, metrics=metrics)  # finds what does not exist, as early
-    check_eval_key(samples, eval_key, pred_field, gt_field)
+    settings = {
+        "gt_field": gt_field,
+        "protocol": protocol,
+        "metrics": metrics,
+        "ignore_field": ignore_field,
+        "heatmap_field": heatmap_field,
+        "gt_class": gt_class,
+    }
+    config = ConceptSegEvaluationConfig(pred_field, **settings)
+    config.build().check(samples, eval_key)  # FiftyOne checks fields before it registers a run, in its words
     try:
         return samples.evaluate_segmentations(
-            pred_field,
-            gt_field=gt_field,
-            eval_key=eval_key,
-            method=ConceptSegEvaluationConfig,
-            protocol=protocol,
-            metrics=metrics,
-            ignore_field=IGNORE if samples.has_field(IGNORE) else None,
-            heatmap_field=heatmap_field,
-            progress=progress,
+            pred_field, eval_key=eval_key, method=ConceptSegEvaluationConfig, progress=progress, **settings
         )
-    except Exception:
-        if eval_key is not None and eval_key in samples.list_evaluations():
-            samples._dataset.delete_evaluation(eval_key)  # else half a run would pass for a whole one
+    except BaseException:  # Ctrl-C, too: half a run would pass for a whole one
+        if eval_key in samples.list_evaluations() and samples.load_evaluation_results(eval_key) is None:
+            samples._dataset.delete_evaluation(eval_key)
         raise
 
 
-def check_eval_key(samples: Any, eval_key: str | None, pred_field: str, gt_field: str) -> None:
+def check_eval_key(
+    samples: Any, eval_key: str | None, pred_field: str, gt_field: str, metrics: Sequence[str] = METRICS
+) -> None:
     """Finds runs and fields that a run of this key would spoil; a run of the same fields may be replaced.
 
     Raises:
@@ -243,16 +284,17 @@ def check_eval_key(samples: Any, eval_key: str | None, pred_field: str, gt_field
         return
     if not eval_key.isidentifier():
         raise ValueError(f"{eval_key!r} cannot be a run's name; use letters, digits and underscores.")
+    replaced: set[str] = set()
     if eval_key in samples.list_evaluations():
         kept = samples.get_evaluation_info(eval_key).config
         if kept.method != BACKEND or (kept.pred_field, kept.gt_field) != (pred_field, gt_field):
             raise ValueError(
                 f"evaluation {eval_key!r} is of other fields or another method; give another name, or delete it first."
             )
-        return
-    taken = [name for name in (f"{eval_key}_{score}" for score in SCORES) if samples.has_field(name)]
-    if taken:
-        raise ValueError(f"field {taken[0]!r} is there already; give the evaluation another name.")
+        replaced.update(_score_fields(eval_key, kept.metrics).values())
+    for name in _score_fields(eval_key, metrics).values():
+        if name not in replaced and samples._dataset.has_field(name):  # a view may hide it
+            raise ValueError(f"field {name!r} is there already; give the evaluation another name.")
 
 
 def report_of(samples: Any, eval_key: str) -> EvaluationReport:
@@ -262,10 +304,9 @@ def report_of(samples: Any, eval_key: str) -> EvaluationReport:
     making (route, presence, check, error) is left out.
 
     Raises:
-        ValueError: If there is no such run.
+        ValueError: If there is no such run, or it is not finished.
     """
-    if eval_key not in samples.list_evaluations():
-        raise ValueError(f"there is no evaluation {eval_key!r}; run evaluate_concepts first.")
+    _results_of(samples, eval_key)
     config = samples.get_evaluation_info(eval_key).config
     records = list(_records(_scored(samples, eval_key), config, eval_key))
     settings = {"protocol": config.protocol, "metrics": config.metrics, "benchmark": samples._dataset.name}
@@ -273,9 +314,13 @@ def report_of(samples: Any, eval_key: str) -> EvaluationReport:
 
 
 def replaced_since(samples: Any, eval_key: str) -> list[str]:
-    """Ids of the samples whose prediction or true mask is another than a kept run has scored."""
+    """Ids of the samples whose prediction or true mask is another than a kept run has scored.
+
+    Raises:
+        ValueError: If there is no such run, or it is not finished.
+    """
+    results = _results_of(samples, eval_key)
     config = samples.get_evaluation_info(eval_key).config
-    results = samples.load_evaluation_results(eval_key)
     scored = set(zip(results.ytrue_ids, results.ypred_ids))
     paths = ["id", f"{config.gt_field}.id", f"{config.pred_field}.id"]
     return [
@@ -285,7 +330,21 @@ def replaced_since(samples: Any, eval_key: str) -> list[str]:
     ]
 
 
+def _results_of(samples: Any, eval_key: str) -> foues.SegmentationResults:
+    if eval_key not in samples.list_evaluations():
+        raise ValueError(f"there is no evaluation {eval_key!r}; run evaluate_concepts first.")
+    results = samples.load_evaluation_results(eval_key)
+    if results is None:  # it is running, or was killed
+        raise ValueError(
+            f"evaluation {eval_key!r} is not finished; wait for it, or run it again under the same name."
+        )
+    return results
+
+
 def _scored(samples: Any, eval_key: str) -> Any:
+    """The samples that the run scored, with all their fields, as views may hide some."""
+    if not isinstance(samples, fo.Dataset):
+        samples = whole_dataset(samples).select(samples.values("id"))
     return samples.match(F(f"{eval_key}_tp") != None)  # noqa: E711 (an expression of FiftyOne)
 
 
@@ -300,6 +359,8 @@ def _records(samples: Any, config: Any, eval_key: str) -> Iterable[dict[str, Any
     for name, kind in _OF_A_BENCHMARK.items():  # others may use these names for something else
         if name in known and not isinstance(samples.get_field(name), kind):
             del known[name]
+    if not samples.has_field("benchmark"):
+        known.pop("present", None)
     columns = dict(zip(known, samples.values(list(known.values()))))
     replaced = set(replaced_since(samples, eval_key))
     for values in zip(*columns.values()):
@@ -324,6 +385,41 @@ def _records(samples: Any, config: Any, eval_key: str) -> Iterable[dict[str, Any
         }
 
 
+def _score_fields(eval_key: str, metrics: Sequence[str]) -> dict[str, str]:
+    wanted = [name for name in SCORES if name not in LIBRARY_METRICS or name in metrics]
+    return {name: f"{eval_key}_{name}" for name in wanted}
+
+
+def _ignore_field(samples: Any, config: ConceptSegEvaluationConfig) -> str | None:
+    """The field of the pixels that do not count; the default is one only where the dataset has it as masks."""
+    name = config.ignore_field
+    return None if name == IGNORE and name not in fields_of_type(samples._dataset, fo.Segmentation) else name
+
+
+def _check_field(samples: Any, name: str, label_type: type) -> None:
+    if not samples._dataset.has_field(name):
+        raise ValueError(f"field {name!r} is not in the dataset; give one of its fields.")
+    if not samples.has_field(name):
+        raise ValueError(f"field {name!r} is hidden by the view; give a view that shows it, or the dataset.")
+    if name not in fields_of_type(samples, label_type):
+        raise ValueError(
+            f"field {name!r} holds no {label_type.__name__}; give one that does "
+            "(fiftyone.utils.labels.objects_to_segmentations makes one of Detections)."
+        )
+
+
+def _matches(
+    score: dict[str, float], truth: fo.Segmentation, prediction: fo.Segmentation | None
+) -> Iterator[tuple[Any, ...]]:
+    """What FiftyOne keeps of a sample; at least one, of weight 0 if no pixel counts, as it says what was scored."""
+    background, concept = CLASSES
+    pairs = ((concept, concept), (background, concept), (concept, background), (background, background))
+    for (true, predicted), name in zip(pairs, COUNTS):
+        if score[name] or name == "tn":
+            prediction_id = None if prediction is None else prediction.id
+            yield true, predicted, int(score[name]), truth.id, prediction_id
+
+
 def _share_of(name: str, score: dict[str, float]) -> float:
     if name == "iou":
         union = score["tp"] + score["fp"] + score["fn"]
@@ -332,14 +428,6 @@ def _share_of(name: str, score: dict[str, float]) -> float:
         area = 2 * score["tp"] + score["fp"] + score["fn"]
         return 2 * score["tp"] / area if area else 1.0
     return score[name]
-
-
-def _probabilities(heatmap: fo.Heatmap, mask: np.ndarray) -> np.ndarray:
-    """The map within 0 to 1, on the mask's side of 0.5 everywhere (8 bits on disk round)."""
-    values = np.asarray(heatmap.get_map(), dtype=np.float64)
-    if heatmap.map is None:
-        values = values / 255
-    return np.where(mask, np.clip(values, np.nextafter(0.5, 1), 1), np.clip(values, 0, 0.5))
 
 
 def _custom_metrics(values: dict[str, float]) -> dict[str, dict[str, Any]]:

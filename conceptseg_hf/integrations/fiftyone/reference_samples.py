@@ -18,6 +18,7 @@ from .schema import (
     prediction_fields,
     whole_dataset,
 )
+from .true_masks import load_true_mask
 
 BOX_TYPES = (fo.Detections, fo.Detection, fo.Segmentation)
 """Labels that can mark the concept in a reference."""
@@ -61,8 +62,8 @@ def references_from(
         label_ids: Ids of the `Detections` that count; all by default.
 
     Raises:
-        ValueError: If a sample has no box or mask in that field (unless `unmarked`), or there are more than nine
-            references.
+        ValueError: If a sample has no box or mask in that field (unless `unmarked`) or a mask of several classes, or
+            there are more than nine references.
     """
     references: list[Reference] = []
     role = "auto" if proxy else "support"
@@ -121,6 +122,7 @@ def _marked(sample: fo.Sample, label_field: str, role: str, label_ids: Collectio
         return []
     label = sample[label_field]
     if isinstance(label, fo.Segmentation):
+        load_true_mask(label)  # several classes would teach the wrong concept
         return [Reference(sample.filepath, mask=mask_of(label), role=role)]
     detections = label.detections if isinstance(label, fo.Detections) else [label]
     size = load_image(sample.filepath).size

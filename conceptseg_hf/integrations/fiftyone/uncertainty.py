@@ -38,25 +38,17 @@ def find_uncertain(
         other_field: Predictions of another route, to compare masks with: those of `segment_other_route`, or of a second
             run. Both fields then hold a `Segmentation`.
         routes_iou: Routes disagree when the IoU of their masks is below this.
-        tag: Tag the samples with `TAGS`; tags of an earlier search are removed first.
+        tag: Tag the samples with `TAGS`; tags of an earlier search are removed from the whole dataset first.
 
     Returns:
-        Sample ids by reason: "presence", "check", "routes" (with `other_field`) and "error".
+        Sample ids by reason: "presence", "check", "routes" (with `other_field`) and "error", which masks that cannot be
+        compared (a lost file, another size) count as, too.
 
     Raises:
         ValueError: If a field is missing, or holds no masks to compare.
     """
     for name in filter(None, (field, other_field)):
-        if not samples.has_field(f"{name}.presence"):
-            raise ValueError(
-                f"field {name!r} holds no predictions of ConceptSeg; run segment_concept first, or give another field."
-            )
-    masks = fields_of_type(samples, fo.Segmentation)
-    for name in (field, other_field) if other_field is not None else ():
-        if name not in masks:
-            raise ValueError(
-                f"field {name!r} holds no Segmentation, so routes cannot be compared; give one that does."
-            )
+        check_predictions(samples, name, with_masks=other_field is not None)
     presence, threshold = F(f"{field}.presence"), F(f"{field}.threshold")
     known = samples.match((presence != None) & (threshold != None))  # noqa: E711 (expressions of FiftyOne)
     checked = samples.match(F(f"{field}.check_iou") != None)  # noqa: E711
@@ -66,17 +58,47 @@ def find_uncertain(
         "error": samples.match(F(f"{field}.error") != None).values("id"),  # noqa: E711
     }
     if other_field is not None:
-        found["routes"] = [
-            sample.id
-            for sample in samples.exists(field).exists(other_field).select_fields([field, other_field])
-            if _masks_differ(sample[field], sample[other_field], routes_iou)
-        ]
+        found["routes"], unread = _compare(samples, field, other_field, routes_iou)
+        found["error"] = list(dict.fromkeys([*found["error"], *unread]))
     if tag:
-        samples.untag_samples(list(TAGS.values()))
+        dataset = whole_dataset(samples)
+        dataset.untag_samples(list(TAGS.values()))
         for reason, ids in found.items():
             if ids:
-                whole_dataset(samples).select(ids).tag_samples(TAGS[reason])
+                dataset.select(ids).tag_samples(TAGS[reason])
     return found
+
+
+def check_predictions(
+    samples: fo.core.collections.SampleCollection, field: str, with_masks: bool = False
+) -> None:
+    """Finds a field that cannot be searched.
+
+    Raises:
+        ValueError: If it holds no predictions of ConceptSeg, or no masks where they are wanted.
+    """
+    if not samples.has_field(f"{field}.presence"):
+        raise ValueError(
+            f"field {field!r} holds no predictions of ConceptSeg; run segment_concept first, or give another field."
+        )
+    if with_masks and field not in fields_of_type(samples, fo.Segmentation):
+        raise ValueError(
+            f"field {field!r} holds no Segmentation, so routes cannot be compared; give one that does."
+        )
+
+
+def _compare(
+    samples: fo.core.collections.SampleCollection, field: str, other_field: str, iou: float
+) -> tuple[list[str], list[str]]:
+    """Ids of the samples whose masks differ, and of those whose masks cannot be compared."""
+    differ, unread = [], []
+    for sample in samples.exists(field).exists(other_field).select_fields([field, other_field]):
+        try:
+            if _masks_differ(sample[field], sample[other_field], iou):
+                differ.append(sample.id)
+        except (ValueError, OSError):  # a lost file, or masks of different sizes
+            unread.append(sample.id)
+    return differ, unread
 
 
 def _masks_differ(first: fo.Segmentation, second: fo.Segmentation, iou: float) -> bool:

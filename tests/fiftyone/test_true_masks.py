@@ -1,0 +1,394 @@
+"""What counts when drawn masks are scored: classes, ignored pixels, heatmaps; and which runs are kept."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+PLUGIN = "@conceptseg/conceptseg"
+
+
+@pytest.fixture()
+def make_dataset_of(fo, request):
+    """Makes a dataset of labels by field; a sample for each."""
+    names = []
+
+    def make(**fields):
+        names.append(f"masks-{request.node.name}-{len(names)}"[:60].replace("[", "-").replace("]", ""))
+        dataset = fo.Dataset(names[-1])
+        dataset.add_samples(
+            fo.Sample(filepath=f"{index}.png", **dict(zip(fields, values)))
+            for index, values in enumerate(zip(*fields.values()))
+        )
+        return dataset
+
+    yield make
+    for name in names:
+        fo.delete_dataset(name)
+
+
+@pytest.fixture()
+def pair(fo, make_dataset_of):
+    """A dataset of two samples: half of each true mask is found."""
+    truth, found = np.zeros((2, 4, 4), np.uint8)
+    truth[:2], found[:1] = 255, 255
+
+    def make(**fields):
+        labels = {"ground_truth": truth, "concept": found}
+        labels = {name: [fo.Segmentation(mask=mask) for _ in range(2)] for name, mask in labels.items()}
+        return make_dataset_of(**labels, **fields)
+
+    return make
+
+
+def giou(results):
+    return pytest.approx(results.custom_metrics["conceptseg_giou"]["value"])
+
+
+def refused_by_both(dataset, fault, **settings):
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+
+    settings = {"pred_field": "concept", "gt_field": "ground_truth"} | settings
+    with pytest.raises(ValueError, match=fault):
+        evaluate_concepts(dataset, **settings)
+    with pytest.raises(ValueError, match=fault):
+        dataset.evaluate_segmentations(method="conceptseg", **settings)
+
+
+def voc(border=True):
+    """Class indices as PASCAL VOC has them: a person (15), a chair (9), and a border of 255."""
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:4], mask[6:] = 15, 9
+    if border:
+        mask[4] = 255
+    return mask
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        np.where(voc() == 9, 0, voc()),  # a class and its border
+        voc(border=False),
+        voc(),
+        voc().astype(int),
+        np.repeat(voc(border=False)[..., None], 3, axis=2),
+        np.stack([voc(border=False), voc(border=False), np.zeros((8, 8), np.uint8)], axis=2),
+    ],
+    ids=["border", "classes", "all", "int", "grey", "colours"],
+)
+def test_several_classes_are_never_one(fo, make_dataset_of, truth):
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+
+    plain = np.where(voc() == 15, 255, 0).astype(np.uint8)
+    truths = [fo.Segmentation(mask=mask) for mask in (truth, plain)]
+    dataset = make_dataset_of(
+        ground_truth=truths, concept=[fo.Segmentation(mask=plain), fo.Segmentation(mask=plain)]
+    )
+    results = evaluate_concepts(dataset, eval_key="run")
+    [(sample_id, fault)] = results.backend.unscored.items()
+    assert sample_id == dataset.first().id and "class" in fault and "gt_class" in fault
+    assert giou(results) == 100 and dataset.values("run_iou") == [None, 1]
+    refused_by_both(dataset[:1], "no sample with a mask in 'ground_truth' can be scored: mask ")
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_one_class_is_scored(fo, make_dataset_of, tmp_path, on_disk):
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+
+    found = np.where(voc() == 15, 255, 0).astype(np.uint8)
+    found[4] = 255  # the border does not count
+    picture = Image.fromarray(voc()).convert("P")
+    picture.putpalette([(37 * value) % 256 for value in range(768)])
+    picture.putdata(voc().ravel().tolist())
+    picture.save(tmp_path / "voc.png")
+    truth = {"mask_path": str(tmp_path / "voc.png")} if on_disk else {"mask": voc()}
+    dataset = make_dataset_of(ground_truth=[fo.Segmentation(**truth)], concept=[fo.Segmentation(mask=found)])
+    assert giou(evaluate_concepts(dataset, gt_class=15)) == 100
+    assert giou(evaluate_concepts(dataset, gt_class=9)) == 0
+    theirs = dataset.evaluate_segmentations(
+        "concept", gt_field="ground_truth", method="conceptseg", gt_class=15
+    )
+    assert giou(theirs) == 100
+    refused_by_both(dataset, r"several classes \(pixel values 9, 15, 255\)")
+    dataset.mask_targets = {"ground_truth": {0: "background", 9: "chair", 15: "person"}}
+    refused_by_both(dataset, r"'ground_truth' has several classes \(9 'chair', 15 'person'\)")
+
+
+def test_one_foreground_is_no_class(fo, make_dataset_of, tmp_path):
+    """Soft edges, 0 and 1, true and false, greys as colours or in a palette."""
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+
+    found = np.zeros((16, 16), np.uint8)
+    found[:8] = 255
+    soft = found.copy()
+    soft[7], soft[8] = np.arange(140, 156), np.arange(10, 26)
+    Image.fromarray(soft).convert("RGB").quantize(16).save(tmp_path / "soft.gif")  # indices of greys
+    truths = [soft, found // 255, found > 0, np.repeat(found[..., None], 3, axis=2)]
+    truths = [fo.Segmentation(mask=mask) for mask in truths]
+    truths.append(fo.Segmentation(mask_path=str(tmp_path / "soft.gif")))
+    dataset = make_dataset_of(
+        ground_truth=truths,
+        concept=[fo.Segmentation(mask=found) for _ in truths],
+    )
+    results = evaluate_concepts(dataset)
+    assert giou(results) == 100 and not results.backend.unscored
+
+
+def test_the_form_offers_classes(fo, make_dataset_of, run_operator):
+    from fiftyone.operators.executor import ExecutionContext
+    from fiftyone.operators.registry import OperatorRegistry
+
+    found = np.where(voc() == 15, 255, 0).astype(np.uint8)
+    dataset = make_dataset_of(
+        ground_truth=[fo.Segmentation(mask=voc())], concept=[fo.Segmentation(mask=found)]
+    )
+
+    def form(**params):
+        context = ExecutionContext({"dataset_name": dataset.name, "params": params})
+        operator = OperatorRegistry().get_operator(f"{PLUGIN}/evaluate_concepts")
+        return operator.resolve_input(context).type.properties
+
+    assert type(form()["gt_class"].type).__name__ == "Number"
+    assert run_operator("evaluate_concepts", dataset, {"gt_class": 15}).result["metrics"]["giou"] == 100
+    dataset.mask_targets = {"ground_truth": {9: "chair", 15: "person"}}
+    assert form()["gt_class"].type.values == [9, 15]
+    assert form()["class_missing"].invalid and "class_missing" not in form(gt_class=15)
+    assert run_operator("evaluate_concepts", dataset, {"gt_class": 15}).result["metrics"]["giou"] == 100
+
+
+def test_ignored_pixels_are_the_same_by_both_ways(fo, pair):
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+
+    ignore = np.zeros((4, 4), np.uint8)
+    ignore[1] = 255  # what was not found
+    dataset = pair(ignore=[fo.Segmentation(mask=ignore), None])
+    for settings, expected in (({}, 75), ({"ignore_field": None}, 50)):
+        theirs = dataset.evaluate_segmentations(
+            "concept", gt_field="ground_truth", method="conceptseg", **settings
+        )
+        assert giou(theirs) == expected
+        assert giou(evaluate_concepts(dataset, **settings)) == expected
+    refused_by_both(dataset, "field 'nothing' is not in the dataset", ignore_field="nothing")
+
+
+def test_only_masks_are_ignored_pixels(pair):
+    """A user's own flag of that name."""
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+
+    dataset = pair(ignore=[True, False], flags=[True, False])
+    assert giou(evaluate_concepts(dataset)) == 50
+    refused_by_both(dataset, "field 'flags' holds no Segmentation", ignore_field="flags")
+
+
+def test_hidden_fields_are_said(fo, pair):
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+    from conceptseg_hf.integrations.fiftyone.evaluation import report_of
+
+    ignore = [fo.Segmentation(mask=np.full((4, 4), 255, np.uint8)), None]
+    dataset = pair(ignore=ignore, mine_iou=[0.1, 0.2])
+    view = dataset.select_fields(["concept", "ground_truth"])
+    for hiding, name in ((view, "ignore"), (dataset.exclude_fields("concept"), "concept")):
+        with pytest.raises(ValueError, match=f"field '{name}' is hidden by the view"):
+            evaluate_concepts(hiding)
+    with pytest.raises(ValueError, match="field 'mine_iou' is there already"):
+        evaluate_concepts(view, eval_key="mine", ignore_field=None)
+    evaluate_concepts(view, eval_key="run", ignore_field=None)
+    assert report_of(view[:1], "run").table[-1]["samples"] == 1
+
+
+def test_fields_of_other_people_are_not_replaced(pair):
+    """Neither those of a new run nor those that a kept run did not make."""
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+
+    dataset = pair(m_f_w=[1.0, 2.0])
+    evaluate_concepts(dataset, eval_key="m")
+    with pytest.raises(ValueError, match="field 'm_f_w' is there already"):
+        evaluate_concepts(dataset, eval_key="m", metrics=("giou", "f_w"))
+    evaluate_concepts(dataset, eval_key="m")
+    assert dataset.values("m_f_w") == [1.0, 2.0]
+    refused_by_both(dataset, "'concept' is given as predictions and as truth", gt_field="concept")
+
+
+def test_a_sample_without_counted_pixels_is_not_replaced(fo, pair):
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+    from conceptseg_hf.integrations.fiftyone.evaluation import replaced_since
+
+    dataset = pair(ignore=[fo.Segmentation(mask=np.full((4, 4), 255, np.uint8)), None])
+    results = evaluate_concepts(dataset, eval_key="run")
+    assert replaced_since(dataset, "run") == []
+    assert results.metrics()["recall"] == 0.5 and results.report()
+    results = evaluate_concepts(dataset[:1], eval_key="run")
+    assert results.metrics()["recall"] == 0
+
+
+@pytest.mark.parametrize("way", ["ours", "theirs"])
+def test_a_run_outlives_lost_files(fo, pair, tmp_path, way):
+    """As when the disk of the true masks is away."""
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+
+    dataset = pair()
+    kept = evaluate_concepts(dataset, eval_key="run").custom_metrics
+    for sample in dataset:
+        sample["ground_truth"] = fo.Segmentation(mask_path=str(tmp_path / "away.png"))
+        sample.save()
+    fault = "no sample with a mask in 'ground_truth' can be scored: .*away.png"
+    with pytest.raises(ValueError, match=fault):
+        if way == "ours":
+            evaluate_concepts(dataset, eval_key="run")
+        else:
+            dataset.evaluate_segmentations(
+                "concept", gt_field="ground_truth", eval_key="run", method="conceptseg"
+            )
+    dataset.reload()
+    assert dataset.load_evaluation_results("run", cache=False).custom_metrics == kept
+    assert dataset.values("run_iou") == [0.5, 0.5]
+
+
+def test_an_interrupt_leaves_no_half_run(pair, monkeypatch):
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts, evaluation
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    dataset = pair()
+    monkeypatch.setattr(evaluation, "_share_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_concepts(dataset, eval_key="run")
+    assert dataset.list_evaluations() == [] and not dataset.has_field("run_iou")
+
+
+@pytest.fixture()
+def explore(fo):
+    """The state of the Concept explorer of a dataset, and the view after a click on a row of metrics."""
+    from fiftyone.operators.registry import OperatorRegistry
+
+    def load(dataset, row=None):
+        state, shown = {}, []
+
+        def set_state(name, value=None):
+            state.update(name if isinstance(name, dict) else {name: value})
+
+        panel = SimpleNamespace(get_state=state.get, set_state=set_state, set_data=lambda data: None)
+        ops = SimpleNamespace(set_view=lambda view: shown.append(view))
+        context = SimpleNamespace(dataset=dataset, panel=panel, ops=ops, params={"row": row})
+        explorer = OperatorRegistry().get_operator(f"{PLUGIN}/concept_explorer")
+        explorer.on_load(context)
+        if row is not None:
+            explorer.show_group(context)
+        return state, *shown
+
+    return load
+
+
+def test_a_run_that_is_not_finished_is_said(fo, pair, explore, monkeypatch):
+    from conceptseg_hf.integrations.fiftyone import declare_prediction_fields, evaluate_concepts, evaluation
+
+    def killed(*arguments):
+        raise RuntimeError("killed")
+
+    dataset = pair()
+    declare_prediction_fields(dataset, "concept")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(evaluation, "_share_of", killed)
+        dataset.evaluate_segmentations(
+            "concept", gt_field="ground_truth", eval_key="run", method="conceptseg"
+        )
+    assert dataset.list_evaluations() == ["run"]
+    for function in (evaluation.report_of, evaluation.replaced_since):
+        with pytest.raises(ValueError, match="evaluation 'run' is not finished"):
+            function(dataset, "run")
+    [state] = explore(dataset)
+    assert state["status"] == "ready" and "Evaluation 'run' is not finished" in state["summary"]
+    assert state["metrics"] == [] and state["rule_count"] == 0
+    evaluate_concepts(dataset, eval_key="run")
+    [state] = explore(dataset)
+    assert len(state["metrics"]) == 3
+
+
+@pytest.mark.parametrize("levels", [[None, None], [3, 4], ["", "?"], ["CI", None]])
+def test_rows_without_a_level_lead_to_their_samples(pair, explore, levels):
+    from conceptseg_hf.integrations.fiftyone import declare_prediction_fields, evaluate_concepts
+
+    dataset = pair(level=levels)
+    declare_prediction_fields(dataset, "concept")
+    evaluate_concepts(dataset, eval_key="run")
+    [state] = explore(dataset)
+    for index, row in enumerate(state["metrics"]):
+        _, view = explore(dataset, index)
+        assert len(view) == row["samples"]
+
+
+def test_a_flag_of_other_people_is_not_a_benchmarks(pair):
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+    from conceptseg_hf.integrations.fiftyone.evaluation import report_of
+
+    dataset = pair(present=[False, False])
+    evaluate_concepts(dataset, eval_key="run")
+    assert [record["present"] for record in report_of(dataset, "run").records] == [True, True]
+    dataset.set_values("benchmark", ["concept-shapes"] * 2)
+    assert [record["present"] for record in report_of(dataset, "run").records] == [False, False]
+
+
+def test_parameters_may_be_left_out(pair, run_operator):
+    dataset = pair()
+    for _ in range(2):
+        assert run_operator("evaluate_concepts", dataset, {"eval_key": "concepts"}).result["table"]
+
+
+def test_heatmaps_have_ranges(fo, pair, tmp_path):
+    """A map in the database or on disk, in any unit, is the same map."""
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+
+    map_ = np.full((4, 4), 0.2)
+    map_[:1] = 0.8
+    eight, sixteen = np.rint(map_ * 255).astype(np.uint8), np.rint(map_ * 65535).astype(np.uint16)
+    Image.fromarray(eight).save(tmp_path / "8.png")
+    Image.fromarray(sixteen).save(tmp_path / "16.png")
+    expected = 100 * (4 * 0.2 + 4 * 0.8 + 8 * 0.2) / 16  # found, missed, rest
+    for heatmap in (
+        {"map": map_},
+        {"map": map_ * 6 - 3, "range": [-3, 3]},
+        {"map": eight},
+        {"map": sixteen},
+        {"map": np.rint(map_ * 100).astype(np.uint8), "range": [0, 100]},
+        {"map_path": str(tmp_path / "8.png")},
+        {"map_path": str(tmp_path / "8.png"), "range": [0, 255]},
+        {"map_path": str(tmp_path / "16.png")},
+    ):
+        dataset = pair(heat=[fo.Heatmap(**heatmap) for _ in range(2)])
+        results = evaluate_concepts(dataset, heatmap_field="heat", metrics=("mae",))
+        assert results.custom_metrics["conceptseg_mae"]["value"] == pytest.approx(expected, abs=0.01), heatmap
+
+
+def test_masks_that_cannot_be_compared_are_errors(fo, pair, tmp_path):
+    from conceptseg_hf.integrations.fiftyone import declare_prediction_fields, find_uncertain
+    from conceptseg_hf.integrations.fiftyone.uncertainty import TAGS
+
+    small = fo.Segmentation(mask=np.zeros((2, 2), np.uint8))
+    lost = fo.Segmentation(mask_path=str(tmp_path / "gone.png"))
+    dataset = pair(other=[small, lost])
+    for field in ("concept", "other"):
+        declare_prediction_fields(dataset, field)
+    found = find_uncertain(dataset, other_field="other")
+    assert found["error"] == dataset.values("id") and found["routes"] == []
+    assert dataset.count_sample_tags() == {TAGS["error"]: 2}
+
+    # A search of less removes the tags of all.
+    find_uncertain(dataset[:1])
+    assert dataset.count_sample_tags() == {}
+
+
+def test_routes_are_not_taken_in_vain(fo, make_dataset_of, run_operator, monkeypatch):
+    """Objects without masks cannot be compared, so nothing is segmented."""
+    import conceptseg_hf.integrations.fiftyone as package
+
+    dataset = make_dataset_of(objects=[fo.Detections()])
+    package.declare_prediction_fields(dataset, "objects", ["detections"])
+    taken = []
+    monkeypatch.setattr(package, "segment_other_route", lambda *arguments: taken.append(arguments) or [])
+    with pytest.raises(Exception, match="'objects' holds no Segmentation"):
+        run_operator("find_uncertain", dataset, {"field": "objects", "other_route": True})
+    assert taken == []
