@@ -85,6 +85,16 @@ class App:
                 return tooltip
         raise AssertionError("no mask was found under the pointer")
 
+    def click_until(self, button: Any, shown: Any, seconds: float = 120) -> None:
+        """Clicks until something is shown: FiftyOne draws some buttons anew once they are there, and loses a click."""
+        for _ in range(int(seconds / 3)):
+            if shown.is_visible():
+                return
+            if button.is_visible():
+                button.click()
+            self.page.wait_for_timeout(3000)
+        raise AssertionError(f"{shown} is not shown after clicks on {button}")
+
     def shot(self, name: str) -> None:
         """Takes a picture, if they are wanted."""
         if SHOTS:

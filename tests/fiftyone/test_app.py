@@ -132,8 +132,8 @@ def test_a_curators_walk(app, fo, outside, hosts_reached, request):
 
     # The run is in FiftyOne's own panel, too.
     app.open_panel("Model Evaluation")
-    card = page.get_by_text("Needs Review").locator("xpath=ancestor::*[.//*[text()='concepts']][1]")
-    card.get_by_text("concepts", exact=True).click()
+    card = page.get_by_role("button", name=re.compile("Evaluation type: Segmentation concepts"))
+    app.click_until(card.get_by_text("concepts", exact=True), page.get_by_text("gIoU (mean").first)
     for name in ("gIoU (mean foreground IoU) (%)", "mIoU (%)", "MAE (%)"):
         expect(page.get_by_text(name).first).to_be_visible()
     row = page.locator("tr", has=page.get_by_text("mIoU (%)", exact=True)).first
