@@ -10,9 +10,8 @@ from fiftyone.operators import types
 
 from . import forms
 
-_LIMIT = (
-    60  # samples, unless the caller says how many; None, which the form sends when it is emptied, means all
-)
+# Samples, unless the caller says how many; None, which the form sends when it is emptied, means all.
+_LIMIT = 60
 
 
 class LoadConceptBenchmark(foo.Operator):

@@ -251,7 +251,7 @@ def _evaluation(dataset: fo.Dataset, key: str | None) -> tuple[str, list[dict[st
     try:
         report, replaced = report_of(dataset, key), len(replaced_since(dataset, key))
     except ValueError as error:
-        return f"**{str(error)[:1].upper()}{str(error)[1:]}**", []
+        return f"**{forms.sentence(str(error))}**", []
     notice = f" **Masks made since: {replaced}; evaluate again.**" if replaced else ""
     return report.summary() + notice, [metrics_row(row) for row in report.table]
 

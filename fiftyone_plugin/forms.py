@@ -33,9 +33,14 @@ def package_missing() -> bool:
     return importlib.util.find_spec("conceptseg_hf") is None
 
 
+def sentence(message: str) -> str:
+    """A message of an error as the App shows it."""
+    return message[:1].upper() + message[1:]
+
+
 def warn(inputs: types.Object, name: str, message: str, blocks: bool = True) -> None:
-    """A message in the form, as a sentence; with `blocks` the form cannot be sent."""
-    message = message[:1].upper() + message[1:]
+    """A message in the form; with `blocks` the form cannot be sent."""
+    message = sentence(message)
     shown = inputs.view(name, types.Warning(label=message))
     if blocks:
         shown.invalid = True

@@ -169,9 +169,10 @@ def reference_samples(ctx: Any) -> Any:
 def targets_of(ctx: Any) -> Any:
     """The samples to segment: the target view without the references of a benchmark."""
     samples = forms.target_view(ctx)
-    if ctx.dataset.has_field("role"):  # which a view may hide
-        references = ctx.dataset.match(F("role") == "reference").values("id")
-        samples = samples.exclude(references)
+    if samples.has_field("role"):
+        return samples.match(F("role") != "reference")
+    if ctx.dataset.has_field("role"):  # the view hides it
+        return samples.exclude(ctx.dataset.match(F("role") == "reference").values("id"))
     return samples
 
 

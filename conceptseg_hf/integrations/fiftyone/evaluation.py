@@ -6,7 +6,7 @@ an empty mask, and a pixel is foreground as `images.load_mask` says, or where it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import fiftyone as fo
@@ -81,7 +81,7 @@ class ConceptSegEvaluation(foues.SegmentationEvaluation):
         return _score_fields(eval_key, self.config.metrics)
 
     def check(self, samples: Any, eval_key: str | None) -> None:
-        """Finds what would fail; at least one sample is scored.
+        """Finds what would fail, whatever the masks hold.
 
         Raises:
             ValueError: As `evaluate_concepts`.
@@ -100,13 +100,13 @@ class ConceptSegEvaluation(foues.SegmentationEvaluation):
             _check_field(samples, ignore_field, fo.Segmentation)
         check_class(samples, config.gt_field, config.gt_class)
         check_eval_key(samples, eval_key, config.pred_field, config.gt_field, config.metrics)
-        _Scorer(samples, config).check()
 
     def register_run(
         self, samples: Any, key: str | None, overwrite: bool = True, cleanup: bool = True
     ) -> None:
         """Registers a run once it is sure to have results: a run of the same key is deleted here."""
         self.check(samples, key)
+        _Scorer(samples, self.config).check()
         super().register_run(samples, key, overwrite=overwrite, cleanup=cleanup)
 
     def register_samples(self, samples: Any, eval_key: str | None) -> None:
@@ -306,9 +306,9 @@ def report_of(samples: Any, eval_key: str) -> EvaluationReport:
     Raises:
         ValueError: If there is no such run, or it is not finished.
     """
-    _results_of(samples, eval_key)
+    replaced = set(replaced_since(samples, eval_key))
     config = samples.get_evaluation_info(eval_key).config
-    records = list(_records(_scored(samples, eval_key), config, eval_key))
+    records = list(_records(_scored(samples, eval_key), config, eval_key, replaced))
     settings = {"protocol": config.protocol, "metrics": config.metrics, "benchmark": samples._dataset.name}
     return EvaluationReport(records, settings)
 
@@ -348,7 +348,7 @@ def _scored(samples: Any, eval_key: str) -> Any:
     return samples.match(F(f"{eval_key}_tp") != None)  # noqa: E711 (an expression of FiftyOne)
 
 
-def _records(samples: Any, config: Any, eval_key: str) -> Iterable[dict[str, Any]]:
+def _records(samples: Any, config: Any, eval_key: str, replaced: Collection[str]) -> Iterable[dict[str, Any]]:
     """The run's samples as the report takes them; what the dataset does not know is None."""
     pred = config.pred_field
     extra = [name for name in LIBRARY_METRICS if name in config.metrics]
@@ -362,7 +362,6 @@ def _records(samples: Any, config: Any, eval_key: str) -> Iterable[dict[str, Any
     if not samples.has_field("benchmark"):
         known.pop("present", None)
     columns = dict(zip(known, samples.values(list(known.values()))))
-    replaced = set(replaced_since(samples, eval_key))
     for values in zip(*columns.values()):
         value = dict.fromkeys(paths) | dict(zip(columns, values))
         if value["id"] in replaced:
