@@ -241,7 +241,7 @@ def _preset_7b() -> dict[str, Any]:
 
 NANO_IMAGE_SIZE = 128
 NANO_MLLM_VOCABULARY_SIZE = 384
-NANO_SAM_VOCABULARY_SIZE = 160
+NANO_SAM_VOCABULARY_SIZE = 176
 NANO_SAM_TEXT_LENGTH = 8
 
 
@@ -262,7 +262,7 @@ def _preset_nano() -> dict[str, Any]:
                 "vocab_size": NANO_MLLM_VOCABULARY_SIZE,
                 "hidden_size": width,
                 "intermediate_size": 384,
-                "num_hidden_layers": 4,
+                "num_hidden_layers": 6,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 2,
                 "max_position_embeddings": 1024,

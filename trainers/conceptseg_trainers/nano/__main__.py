@@ -1,12 +1,15 @@
-"""Trains conceptseg-nano: `python -m conceptseg_trainers.nano [--stage sam|mllm|ctm|all]`.
+"""Trains conceptseg-nano: `python -m conceptseg_trainers.nano [--stage sam|mllm|ctm|base|all]`.
 
-The stages "sam" and "mllm" do not depend on each other and may run side by side in two processes; "ctm"
-needs both and writes the checkpoint. Every stage resumes where it was stopped.
+The stages "sam" and "mllm" do not depend on each other; "all" runs them side by side in two processes, then "ctm",
+which needs both and writes the checkpoint. "base" trains another MLLM, which is not shown the true choice in some
+families: the start of reinforcement learning in `evidence`. Every stage resumes where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -14,11 +17,11 @@ import torch
 from .assemble import load_stage, write_checkpoint
 from .ctm_stage import CtmStage
 from .loop import Schedule, train
-from .mllm_stage import MllmStage
+from .mllm_stage import UNTAUGHT_FAMILIES, MllmStage
 from .sam_stage import SamStage
 
-SIGHT = {"sam": 3600, "mllm": 5000}  # steps in which only the vision tower trains
-STEPS = {"sam": 3400, "mllm": 3200, "ctm": 300}
+PRETRAINING = {"sam": 4000, "mllm": 5000}  # steps in which only the vision tower trains
+STEPS = {"sam": 11_000, "mllm": 12_000, "ctm": 300}
 HELD_OUT = {"sam": 180, "mllm": 132, "ctm": 240}
 
 
@@ -28,7 +31,10 @@ def main() -> None:
         prog="python -m conceptseg_trainers.nano", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--stage", choices=[*STEPS, "all"], default="all", help="which stage to run (default: all)"
+        "--stage",
+        choices=["sam", "mllm", "ctm", "base", "all"],
+        default="all",
+        help="which stage to run (default: all, without base)",
     )
     parser.add_argument(
         "--run-dir",
@@ -42,36 +48,69 @@ def main() -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own)")
+    parser.add_argument("--threads", type=int, help="CPU threads of a stage (default: PyTorch's own)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="multiplies the steps of every stage (default: %(default)s)"
     )
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    sight, steps = (
+    if arguments.stage == "all":
+        _run_side_by_side(["sam", "mllm"], arguments)
+        arguments.stage = "ctm"
+    _run(arguments)
+
+
+def _run_side_by_side(stages: list[str], arguments: argparse.Namespace) -> None:
+    """Runs stages in processes of their own, which share the processors.
+
+    Raises:
+        SystemExit: If one fails; the others are stopped, and go on where they were when the command is run again.
+    """
+    threads = arguments.threads or max(1, torch.get_num_threads() // len(stages))
+    command = [
+        sys.executable,
+        "-m",
+        __package__,
+        "--threads",
+        str(threads),
+        "--run-dir",
+        str(arguments.run_dir),
+    ]
+    command += ["--device", arguments.device, "--seed", str(arguments.seed), "--scale", str(arguments.scale)]
+    processes = [subprocess.Popen([*command, "--stage", stage]) for stage in stages]
+    try:
+        for process in processes:
+            if process.wait():
+                sys.exit(process.returncode)
+    finally:
+        for process in processes:
+            process.terminate()
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    pretraining, steps = (
         {name: max(20, round(count * arguments.scale)) for name, count in counts.items()}
-        for counts in (SIGHT, STEPS)
+        for counts in (PRETRAINING, STEPS)
     )
-    run_dir, device = arguments.run_dir, arguments.device
     held_out = {name: max(24, round(count * min(1.0, arguments.scale))) for name, count in HELD_OUT.items()}
-    if arguments.stage in ("sam", "all"):
-        train(
-            SamStage(sight["sam"], device=device, held_out=held_out["sam"]),
-            Schedule(
-                sight["sam"] + steps["sam"], learning_rate=1e-3, restart=sight["sam"], evaluate_every=300
-            ),
-            run_dir,
+    run_dir, device, seed = arguments.run_dir, arguments.device, arguments.seed
+    if arguments.stage == "sam":
+        stage = SamStage(pretraining["sam"], device=device, held_out=held_out["sam"], seed=seed)
+        train(stage, _schedule(pretraining["sam"], steps["sam"], 1e-3), run_dir)
+    if arguments.stage in ("mllm", "base"):
+        stage = MllmStage(
+            pretraining["mllm"],
+            steps["mllm"],
+            untaught=UNTAUGHT_FAMILIES if arguments.stage == "base" else frozenset(),
+            name=arguments.stage,
+            device=device,
+            held_out=held_out["mllm"],
+            seed=seed,
         )
-    if arguments.stage in ("mllm", "all"):
-        train(
-            MllmStage(sight["mllm"], steps["mllm"], device=device, held_out=held_out["mllm"]),
-            Schedule(
-                sight["mllm"] + steps["mllm"], learning_rate=1.5e-3, restart=sight["mllm"], evaluate_every=300
-            ),
-            run_dir,
-        )
-    if arguments.stage in ("ctm", "all"):
+        train(stage, _schedule(pretraining["mllm"], steps["mllm"], 1.5e-3), run_dir)
+    if arguments.stage == "ctm":
         model, processor = load_stage(run_dir)
         stage = CtmStage(
             model,
@@ -85,6 +124,10 @@ def main() -> None:
         schedule = Schedule(steps["ctm"], learning_rate=5e-4, warmup=50, decay=0.5, evaluate_every=100)
         train(stage, schedule, run_dir)
         write_checkpoint(model.cpu(), processor, arguments.output_dir or run_dir / "checkpoint")
+
+
+def _schedule(pretraining: int, steps: int, learning_rate: float) -> Schedule:
+    return Schedule(pretraining + steps, learning_rate, restart=pretraining, evaluate_every=500)
 
 
 if __name__ == "__main__":

@@ -22,23 +22,13 @@ from conceptseg_hf.data.concept_shapes.scenes import Scene, SceneObject
 from conceptseg_hf.evaluation import foreground_iou, presence_auc
 from conceptseg_hf.losses import dice_loss
 from conceptseg_hf.references import mask_to_box
-from conceptseg_hf.sam_prompt import decode, encode_image, encode_text
+from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures, decode, encode_image, encode_text
 
-from .lessons import (
-    DENSE_CLASSES,
-    GRID,
-    dense_class_loss,
-    look_classes,
-    shape_accuracy,
-    sheet_scene,
-    sight_scene,
-    token_things,
-    tokens_of,
-)
+from .dense import DENSE_CLASSES, GRID, class_map, dense_class_loss, shape_accuracy, token_objects, tokens_of
 from .loop import mean
+from .scenes import TaskMix, pretraining_scene, sheet_scene
 from .tokenizers import build_processor
 
-VISUAL = "visual"  # SAM 3's own text for "what the box shows"
 _SPECIAL_NOUNS = (
     "shadow",
     "transparent",
@@ -70,15 +60,18 @@ class Question:
 
 
 def positive_question(rng: np.random.Generator, scene: Scene) -> Question:
-    """A question about something that is there."""
+    """A question about something that is there.
+
+    Boxes are asked for most where siblings answer to the same words: there the box alone tells which one is meant.
+    """
     item = scene.objects[int(rng.integers(len(scene.objects)))]
     words = _words_of(rng, item)
+    text = Question(" ".join(words), None, scene.mask_of(words))
+    siblings = sum(other.look.answers_to(item.look.phrase.split()) for other in scene.objects) > 1
     kind = rng.random()
-    if kind < 0.72:
-        return Question(" ".join(words), None, scene.mask_of(words))
-    if not item.mask.any():
-        return Question(" ".join(words), None, scene.mask_of(words))
-    phrase = VISUAL if kind < 0.85 else " ".join(words)
+    if kind < (0.4 if siblings else 0.7) or not item.mask.any():
+        return text
+    phrase = BOX_TEXT if rng.random() < 0.5 else item.look.shape if not item.look.kind else " ".join(words)
     return Question(phrase, _jittered(rng, mask_to_box(item.mask), scene.pixels.shape[0]), item.mask)
 
 
@@ -150,16 +143,18 @@ _HEAD_WORDS = (
 def guidance_targets(scene: Scene, question: Question, prompt_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Where each head of SAM 3's fusion should look, so that it learns to compare words with what it sees.
 
-    Each of the four heads is given one kind of word: colours, shapes, textures, names of special things. Image tokens
-    that show something to which the word applies should attend to the word, the others to anything else.
+    Each of the four heads is given one kind of word: colors, shapes, textures, names of special things. Image tokens
+    that show something to which the word applies should attend to the word, the others to anything else. Heads whose
+    kind of word does not occur are given the box, if there is one: image tokens of the object in it attend to its
+    token.
 
     Returns:
-        (4, GRID * GRID, prompt_length) bool: the prompt tokens that are right, and (4,) bool: the heads whose kind of
-        word occurs in the phrase. The begin token comes first in a prompt, then the words.
+        (4, GRID * GRID, prompt_length) bool: the prompt tokens that are right, and (4,) bool: the heads that are
+        guided. The begin token comes first in a prompt, then the words; the box's token is the last but one.
     """
     right = np.zeros((len(_HEAD_WORDS), GRID * GRID, prompt_length), dtype=bool)
     guided = np.zeros(len(_HEAD_WORDS), dtype=bool)
-    shown = token_things([item.mask for item in scene.objects])
+    shown = token_objects([item.mask for item in scene.objects])
     for position, word in enumerate(question.phrase.split(), start=1):
         for head, words in enumerate(_HEAD_WORDS):
             if word not in words:
@@ -170,6 +165,12 @@ def guidance_targets(scene: Scene, question: Question, prompt_length: int) -> tu
             right[head, :, position] = False
             right[head, fits] = False
             right[head, fits, position] = True
+    if question.box is not None:
+        inside, free = tokens_of(question.mask), ~guided
+        box_token = np.zeros(prompt_length, dtype=bool)
+        box_token[-2] = True
+        right[free] = np.where(inside[:, None], box_token, ~box_token)
+        guided[free] = True
     return right, guided
 
 
@@ -187,45 +188,48 @@ class SamWithHeads(nn.Module):
 class SamStage:
     """Trains all of SAM 3 on masks (dice + focal), presence (cross-entropy), and dense heads on its features.
 
-    The vision tower learns to see first, on the dense heads alone: shapes take it long, and without them no phrase
-    about a shape can be learned.
+    The vision tower is pretrained on the dense heads alone: shapes take it long, and without them no phrase
+    about a shape can be learned. The geometry encoder's CLS token, which in SAM 3 ends every prompt, is left out of
+    half of the prompts without a box, so that it does not come to mean "there is no box": concept tokens carry one.
 
     Args:
-        sight: Steps in which only the vision tower trains.
+        pretraining: Steps in which only the vision tower trains.
         images: Images per step.
         questions: Questions per image.
         device: Where to train.
         held_out: Samples of the split "val" that an evaluation takes.
+        seed: Seed of the weights and of all that is drawn.
     """
 
     name = "sam"
 
     def __init__(
         self,
-        sight: int,
+        pretraining: int,
         images: int = 16,
         questions: int = 4,
         device: str = "cpu",
         held_out: int = 180,
+        seed: int = 0,
     ) -> None:
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         self.module = SamWithHeads().to(device)
         self.sam = self.module.sam
-        self.sight, self.images, self.questions = sight, images, questions
-        self.device, self.held_out, self.seeing = device, held_out, False
+        self.pretraining, self.images, self.questions = pretraining, images, questions
+        self.device, self.held_out, self.seed, self.is_pretraining = device, held_out, seed, False
         self.processor = build_processor()
-        self.train_split = ConceptShapes("train", size=NANO_IMAGE_SIZE)
+        self.tasks = TaskMix()
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """The loss on the scenes and questions of a step."""
-        self.seeing = step < self.sight
-        if self.seeing:
-            return self._sight_loss(step)
+        self.is_pretraining = step < self.pretraining
+        if self.is_pretraining:
+            return self._pretraining_loss(step)
         scenes, questions = [], []
         for i in range(self.images):
             index = step * self.images + i
-            rng = np.random.default_rng([7, index])
-            scene = sheet_scene(rng) if rng.random() < 0.2 else self.train_split.task(index).scene
+            rng = np.random.default_rng([7, self.seed, index])
+            scene = sheet_scene(rng) if rng.random() < 0.2 else self.tasks.task(index).scene
             scenes.append(scene)
             negatives = 1 + int(rng.random() < 0.35)
             questions.append(
@@ -238,10 +242,7 @@ class SamStage:
             self.sam, scenes_to_pixels([scene.pixels for scene in scenes], self.device), geometry_cls=False
         )
         features = encoded.select(rows)
-        text, mask = encode_text(
-            self.sam, *self.processor.sam_text([question.phrase for question in flat], self.device)
-        )
-        boxes, labels = _boxes(flat, self.train_split.size, self.device)
+        prompt, prompt_mask = self._prompts(np.random.default_rng([9, self.seed, step]), features, flat)
         fusions = [layer.cross_attn for layer in self.sam.detr_encoder.layers]
         looks = [layer.vision_cross_attn for layer in self.sam.detr_decoder.layers]
         seen: list[dict[str, Tensor]] = []
@@ -249,18 +250,15 @@ class SamStage:
             attention.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs), with_kwargs=True)
             for attention in (*fusions, *looks)
         ]
-        # A padded box leaves the geometry CLS token alone, as `sam_prompt` has it for prompts without boxes.
         output = self.sam(
             vision_embeds=features.vision,
-            text_embeds=BaseModelOutputWithPooling(pooler_output=text),
-            attention_mask=mask,
-            input_boxes=boxes,
-            input_boxes_labels=labels,
+            text_embeds=BaseModelOutputWithPooling(pooler_output=prompt),
+            attention_mask=prompt_mask,
         )
         for hook in hooks:
             hook.remove()
         guidance = [
-            guidance_targets(scene, question, seen[0]["key"].shape[1])
+            guidance_targets(scene, question, prompt.shape[1])
             for scene, row in zip(scenes, questions)
             for question in row
         ]
@@ -293,9 +291,32 @@ class SamStage:
             "look": look.item(),
         }
 
-    def _sight_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = np.random.default_rng([5, step])
-        scenes = [sight_scene(rng, self.train_split, step * self.images + i) for i in range(self.images)]
+    def _prompts(
+        self, rng: np.random.Generator, features: ImageFeatures, questions: Sequence[Question]
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts (B, T + 2, D): text, box token, geometry CLS token; and their mask (B, T + 2)."""
+        text, text_mask = encode_text(
+            self.sam, *self.processor.sam_text([question.phrase for question in questions], self.device)
+        )
+        boxes, has_box = _boxes(questions, NANO_IMAGE_SIZE, self.device)
+        geometry = self.sam.geometry_encoder(
+            box_embeddings=boxes,
+            box_mask=has_box[:, None],
+            box_labels=has_box[:, None].long(),
+            img_feats=features.vision.fpn_hidden_states[:-1],
+            img_pos_embeds=features.vision.fpn_position_encoding[:-1],
+        )
+        geometry_mask = geometry.attention_mask.bool().clone()
+        keep = torch.from_numpy(rng.random(len(questions)) < 0.5).to(self.device)
+        geometry_mask[:, -1] = has_box | keep
+        return (
+            torch.cat([text, geometry.last_hidden_state], dim=1),
+            torch.cat([text_mask, geometry_mask], dim=1),
+        )
+
+    def _pretraining_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = np.random.default_rng([5, self.seed, step])
+        scenes = [pretraining_scene(rng, self.tasks, step * self.images + i) for i in range(self.images)]
         vision = self.sam.get_vision_features(
             pixel_values=scenes_to_pixels([scene.pixels for scene in scenes], self.device)
         )
@@ -303,7 +324,7 @@ class SamStage:
         return loss, {"dense": loss.item()}
 
     def _dense_loss(self, scenes: Sequence[Scene], levels: Sequence[Tensor]) -> Tensor:
-        """Cross-entropy of shape, colour, texture and kind at every place of the feature maps SAM 3 uses."""
+        """Cross-entropy of shape, color, texture and kind at every place of the feature maps SAM 3 uses."""
         places = self._places(scenes, levels)
         return sum(dense_class_loss(logits, classes) for logits, classes in places) / len(places)
 
@@ -319,7 +340,10 @@ class SamStage:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """On the split "val": share of shapes seen right, foreground IoU of answers as text, presence AUC on CI."""
+        """On the split "val": fraction of shapes seen right; foreground IoU of answers as text, and of true boxes.
+
+        Masks are measured by level and on "which one" by stratum; presence by its AUC on CI.
+        """
         self.module.eval()
         split = ConceptShapes("val", size=NANO_IMAGE_SIZE)
         scenes = [split.task(i).scene for i in range(min(96, self.held_out))]
@@ -327,29 +351,40 @@ class SamStage:
         coarsest = self._places(scenes, self.sam.get_vision_features(pixel_values=pixels).fpn_hidden_states)[
             -1
         ]
-        seen = {"shape": shape_accuracy(*coarsest)}
-        if self.seeing:
-            return seen
-        ious: dict[str, list[float]] = {"CI": [], "CD": [], "CR": []}
+        numbers = {"shape": shape_accuracy(*coarsest)}
+        if self.is_pretraining:
+            return numbers
+        ious: dict[str, list[float]] = {}
         scores, present = [], []
-        for start in range(0, self.held_out, 60):
-            samples = [split[i] for i in range(start, min(start + 60, self.held_out))]
-            pixels = scenes_to_pixels([np.asarray(sample.image) for sample in samples], self.device)
-            answers = self.processor.sam_text([sample.answer for sample in samples], self.device)
-            output = decode(self.sam, encode_image(self.sam, pixels), *encode_text(self.sam, *answers))
-            for sample, mask, score in zip(
-                samples, to_masks(output.semantic_seg), output.presence_logits[:, 0].tolist(), strict=True
-            ):
-                if sample.level == "CI":
-                    scores.append(score)
-                    present.append(sample.present)
-                if sample.present:
-                    ious[sample.level].append(foreground_iou(mask, np.asarray(sample.mask) > 0))
-        return {
-            **seen,
-            **{f"iou_{level}": mean(values) for level, values in ious.items()},
-            "presence_auc": presence_auc(scores, present) or 0.0,
-        }
+        which_one = ConceptShapes("val", size=NANO_IMAGE_SIZE, groups=["which one"])
+        for source in (split, which_one):
+            for start in range(0, self.held_out, 60):
+                samples = [source[i] for i in range(start, min(start + 60, self.held_out))]
+                images = encode_image(
+                    self.sam, scenes_to_pixels([np.asarray(sample.image) for sample in samples], self.device)
+                )
+                answers = self.processor.sam_text([sample.answer for sample in samples], self.device)
+                by_text = decode(self.sam, images, *encode_text(self.sam, *answers))
+                visual = self.processor.sam_text([BOX_TEXT] * len(samples), self.device)
+                questions = [Question(BOX_TEXT, sample.box, np.asarray(sample.mask)) for sample in samples]
+                boxes, _ = _boxes(questions, NANO_IMAGE_SIZE, self.device)
+                by_box = decode(self.sam, images, *encode_text(self.sam, *visual), boxes=boxes)
+                for sample, text_mask, box_mask, score in zip(
+                    samples,
+                    to_masks(by_text.semantic_seg),
+                    to_masks(by_box.semantic_seg),
+                    by_text.presence_logits[:, 0].tolist(),
+                    strict=True,
+                ):
+                    if sample.level == "CI":
+                        scores.append(score)
+                        present.append(sample.present)
+                    if sample.present:
+                        name, truth = sample.stratum or sample.level, np.asarray(sample.mask) > 0
+                        ious.setdefault(f"text_{name}", []).append(foreground_iou(text_mask, truth))
+                        ious.setdefault(f"box_{name}", []).append(foreground_iou(box_mask, truth))
+        numbers |= {name: mean(values) for name, values in sorted(ious.items())}
+        return numbers | {"presence_auc": presence_auc(scores, present) or 0.0}
 
 
 def to_masks(logits: Tensor) -> np.ndarray:
@@ -358,27 +393,19 @@ def to_masks(logits: Tensor) -> np.ndarray:
     return (nn.functional.interpolate(logits, size=size, mode="bilinear")[:, 0] > 0).cpu().numpy()
 
 
-def class_map(scene: Scene) -> np.ndarray:
-    """What each pixel shows, (S, S, 4) class indices of `DENSE_CLASSES`, 0 for nothing."""
-    classes = np.zeros((*scene.pixels.shape[:2], len(DENSE_CLASSES)), dtype=np.int64)
-    for item in scene.objects:
-        classes[item.mask] = look_classes(item.look)
-    return classes
-
-
 def scenes_to_pixels(images: Sequence[np.ndarray], device: str) -> Tensor:
     """(S, S, 3) 8-bit images as (B, 3, S, S), normalised as Sam3ImageProcessor does by default: to -1..1."""
     return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _boxes(questions: Sequence[Question], size: int, device: str) -> tuple[Tensor, Tensor]:
-    """Boxes (B, 1, 4), centre and extent over the side, and labels (B, 1): 1, or -10 for no box."""
-    rows, labels = [], []
+    """Boxes (B, 1, 4), center and extent in fractions of the side, and whether there is one (B,)."""
+    rows = []
     for question in questions:
         x1, y1, x2, y2 = question.box or (0, 0, 0, 0)
         rows.append([[(x1 + x2) / 2 / size, (y1 + y2) / 2 / size, (x2 - x1) / size, (y2 - y1) / size]])
-        labels.append([1 if question.box else -10])
-    return torch.tensor(rows, dtype=torch.float32, device=device), torch.tensor(labels, device=device)
+    has_box = torch.tensor([question.box is not None for question in questions], device=device)
+    return torch.tensor(rows, dtype=torch.float32, device=device), has_box
 
 
 def _focal(logits: Tensor, soft: Tensor, gamma: float = 2.0) -> Tensor:

@@ -29,7 +29,8 @@ OTHER_WORDS = tuple(
     "healthy here image images in industrial inside into is it its largest last left light locate mark marked new "
     "no none not objects odd of on one ones others out part passes pattern reference references region regular "
     "right rule salient same see segmentation share shared shares show shows smallest stands target that the their "
-    "there this through tissue to tone unlike user view was what where which with without".split()
+    "there this through tissue to tone unlike user view was what where which with without "
+    "bottom color farthest highest leftmost less lowest nearest only outside rightmost second so third top".split()
 )
 
 NANO_TEMPLATE = PromptTemplate(
