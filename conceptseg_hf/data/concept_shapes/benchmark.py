@@ -108,6 +108,11 @@ class ConceptShapes(Sequence[ConceptSample]):
         self._round: list[int | str] = [i for i, (_, group, _) in enumerate(GROUPS) if group in groups]
         self._round += [group for group in FURTHER_GROUPS if group in groups]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it goes round all groups of Table 1 and no others."""
+        return self._round == list(range(len(GROUPS)))
+
     def __len__(self) -> int:
         return self.length
 

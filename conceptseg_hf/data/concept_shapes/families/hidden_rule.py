@@ -7,7 +7,7 @@ object obeys the rule and others obey a part of it. Some combinations of attribu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ...sample import Candidate
@@ -138,13 +138,20 @@ def coexistence(rng: Rng, size: int, held_out: bool, variant: int = 0) -> Task:
     drawn = draw_twins(rng, size, objects)
     scene = Scene(drawn.pixels, tuple(drawn.objects[i] for i in order))
     roles = ["target" if i == target else "other reading" if i == other else "sibling" for i in order]
-    return _rule_task(rng, size, scene, roles, Rule(selector=(first, second)[variant]), twins=True)
+    rule, unmeant = (Rule(selector=name) for name in ((first, second), (second, first))[variant])
+    return _rule_task(rng, size, scene, roles, rule, unmeant)
 
 
-def _rule_task(rng: Rng, size: int, scene: Scene, roles: list[str], rule: Rule, twins: bool = False) -> Task:
+def _rule_task(
+    rng: Rng, size: int, scene: Scene, roles: list[str], rule: Rule, unmeant: Rule | None = None
+) -> Task:
+    """A task whose references obey a rule; with `unmeant`, all objects are twins and it picks another one."""
+
     def reference(rng: Rng, size: int) -> tuple[Scene, Box]:
-        shown, _ = rule_scene(rng, size, rule, False, twins)
-        return shown, shown.objects[0].box
+        while True:
+            shown, _ = rule_scene(rng, size, rule, twins=unmeant is not None)
+            if unmeant is None or _leader(shown.objects, unmeant.selector, size) not in (0, None):
+                return shown, shown.objects[0].box
 
     answer = scene.objects[0].look.shape
     return Task(
@@ -226,7 +233,7 @@ def _spread(rng: Rng, size: int, looks: list[Look]) -> list[SceneObject]:
     return objects
 
 
-def _leader(objects: list[SceneObject], selector: str, size: int) -> int | None:
+def _leader(objects: Sequence[SceneObject], selector: str, size: int) -> int | None:
     """The object that a selector picks, if it leads clearly."""
     key, lead = SELECTORS[selector]
     values = [key(item, size) for item in objects]
