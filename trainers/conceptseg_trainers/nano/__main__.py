@@ -10,18 +10,19 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
 
 from .assemble import load_stage, write_checkpoint
-from .ctm_stage import CtmStage
+from .ctm_stage import CtmStage, CtmSteps
 from .loop import Schedule, train
 from .mllm_stage import UNTAUGHT_FAMILIES, MllmStage
 from .sam_stage import SamStage
 
 PRETRAINING = {"sam": 4000, "mllm": 5000}  # steps in which only the vision tower trains
-STEPS = {"sam": 11_000, "mllm": 12_000, "ctm": 300}
+STEPS = {"sam": 11_000, "mllm": 12_000}
 HELD_OUT = {"sam": 180, "mllm": 132, "ctm": 240}
 
 
@@ -112,17 +113,23 @@ def _run(arguments: argparse.Namespace) -> None:
         train(stage, _schedule(pretraining["mllm"], steps["mllm"], 1.5e-3), run_dir)
     if arguments.stage == "ctm":
         model, processor = load_stage(run_dir)
+        phases = CtmSteps()
+        phases = CtmSteps(*(max(10, round(count * min(1.0, arguments.scale))) for count in astuple(phases)))
         stage = CtmStage(
             model,
             processor,
             run_dir,
-            completions=max(48, round(4800 * min(1.0, arguments.scale))),
+            phases,
+            tasks=max(48, round(9600 * min(1.0, arguments.scale))),
             device=device,
             held_out=held_out["ctm"],
+            seed=seed,
         )
-        # Short: after two passes over its completions the CTM begins to know them by heart.
-        schedule = Schedule(steps["ctm"], learning_rate=5e-4, warmup=50, decay=0.5, evaluate_every=100)
-        train(stage, schedule, run_dir)
+        train(
+            stage,
+            Schedule(phases.total, learning_rate=5e-4, warmup=50, decay=0.4, evaluate_every=400),
+            run_dir,
+        )
         write_checkpoint(model.cpu(), processor, arguments.output_dir or run_dir / "checkpoint")
 
 

@@ -1,12 +1,19 @@
 """Stage "ctm": the CTM learns to turn completions into concept tokens; the rest is frozen (stage I of the paper).
 
-Half of the completions are the policy's own (generated once, kept in the run folder), half are the ground
-truth: the module must make the best of what the policy writes, and still trust a right box where it finds
-one.
+Trained always beside the answer's text, the concept tokens Z stay empty: the text is enough. Three phases make them
+carry what the completion says:
+
+1. reading: throw-away heads must read the box and the look of the described object from Z, without SAM 3;
+2. imitation: Z becomes the tokens that SAM 3's own box prompt would be, for the box that the completion writes;
+3. segmenting: dice + focal (eq. 5) with Z beside the whole answer, beside its noun alone, and on its own.
+
+Completions are the policy's own (generated once, kept in the run folder), true ones, and true ones about another object
+of the same scene, so that the same picture has several masks.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,130 +25,299 @@ from tqdm import tqdm
 
 from conceptseg_hf.completion import format_completion
 from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE as SIDE
-from conceptseg_hf.data import ConceptShapes
-from conceptseg_hf.data.concept_shapes.benchmark import family_at
-from conceptseg_hf.data.sample import ConceptSample
+from conceptseg_hf.data import ConceptSample, ConceptShapes
+from conceptseg_hf.data.concept_shapes.families import Task
 from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.losses import segmentation_loss
 from conceptseg_hf.mllm import last_hidden_states, model_inputs
 from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, PreparedSample
+from conceptseg_hf.references import mask_to_box
+from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures, box_tokens, decode, encode_image, encode_text
 
+from .dense import DENSE_CLASSES, look_classes
 from .loop import mean
 from .sam_stage import scenes_to_pixels, to_masks
+from .scenes import TaskMix
 
-_FIRST_TRAIN_INDEX = 900_000  # the other stages stay below
+KINDS = ("own", "true", "other")
+TEXTS = ("full", "noun", "none")
+
+_FIRST_TASK = 900_000  # the other stages stay below
 _GENERATION_BATCH = 48
 _MAX_TOKENS = 64
+_PART = 480
+
+
+@dataclass(frozen=True)
+class CtmSteps:
+    """Steps of the three phases."""
+
+    reading: int = 700
+    imitation: int = 700
+    segmenting: int = 1600
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.reading + self.imitation + self.segmenting
+
+
+class CtmWithHeads(nn.Module):
+    """The CTM, and the heads of its first phase."""
+
+    def __init__(self, ctm: nn.Module, num_queries: int, width: int) -> None:
+        super().__init__()
+        self.ctm = ctm
+        self.box = nn.Linear(num_queries * width, 4)
+        self.look = nn.Linear(num_queries * width, sum(DENSE_CLASSES.values()))
 
 
 class CtmStage:
-    """Trains the CTM on dice + focal (eq. 5), and a little on presence: the final decode may say "not there".
+    """Trains the CTM.
 
     Args:
         model: The MLLM and SAM 3 of the earlier stages with a fresh CTM.
         processor: The nano processor.
-        run_dir: Where the policy's completions are kept.
-        completions: How many tasks of the training split are used, over and over.
-        batch_size: Samples per step.
+        run_dir: Where completions are kept.
+        steps: Steps of the phases.
+        tasks: How many tasks of the training split are used, over and over.
+        images: Images per step; each with two completions.
+        name: Name of the stage.
         device: Where to train.
-        held_out: Samples of the split "val" that an evaluation takes.
+        held_out: Samples of the split "val" that an evaluation takes, and of "which one" as many.
+        seed: Seed of the weights and of the batches.
     """
-
-    name = "ctm"
 
     def __init__(
         self,
         model: ConceptSegForSegmentation,
         processor: ConceptSegProcessor,
         run_dir: Path,
-        completions: int = 4800,
-        batch_size: int = 32,
+        steps: CtmSteps | None = None,
+        tasks: int = 9600,
+        images: int = 16,
+        name: str = "ctm",
         device: str = "cpu",
         held_out: int = 240,
+        seed: int = 0,
     ) -> None:
-        torch.manual_seed(0)
-        self.model, self.processor, self.batch_size, self.device = (
-            model.to(device).eval(),
-            processor,
-            batch_size,
-            device,
-        )
+        torch.manual_seed(seed)
+        self.model, self.processor = model.to(device).eval(), processor
+        self.steps = steps or CtmSteps()
+        self.images, self.name, self.device, self.seed = images, name, device, seed
         model.vlm.requires_grad_(False)
-        self.module: nn.Module = model.ctm
-        self.train_split = ConceptShapes("train", size=SIDE)
-        self.table = _completion_table(
-            self, run_dir / self.name / "completions.safetensors", "train", _FIRST_TRAIN_INDEX, completions
-        )
-        self.held_out = _completion_table(
-            self, run_dir / self.name / "completions_val.safetensors", "val", 0, held_out
-        )
+        config = model.config.ctm_config
+        self.module = CtmWithHeads(model.ctm, config.num_queries, config.sam_hidden_size).to(device)
+        self.mix = TaskMix()
+        folder = run_dir / "completions"
+        self.table = _table(self, folder / "train", _Source.train(self.mix), tasks)
+        self.held_out = {
+            group: _table(self, folder / name, _Source.val(groups), held_out)
+            for group, name, groups in (("", "val", None), ("which one", "val_which_one", ["which one"]))
+        }
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss on a random batch of completions."""
-        rng = np.random.default_rng([17, step])
-        rows = rng.integers(len(self.table["own_mask"]), size=self.batch_size)
-        kinds = ["own" if rng.random() < 0.6 else "true" for _ in rows]
-        tasks = [self.train_split.task(_FIRST_TRAIN_INDEX + int(row)) for row in rows]
-        logits, presence = self._decode(self.table, rows, kinds, [task.scene.pixels for task in tasks])
-        truth = torch.from_numpy(np.stack([task.mask for task in tasks])).to(self.device)
+        """The loss of a step, by phase."""
+        rng = np.random.default_rng([17, self.seed, step])
+        if step < self.steps.reading:
+            return self._reading_loss(rng)
+        tasks = rng.integers(len(self.table["present"]), size=self.images)
+        # Two completions of each image: one picture, several masks.
+        rows = np.repeat(tasks, 2)
+        kinds = [kind for _ in tasks for kind in rng.permutation(len(KINDS))[:2]]
+        if step < self.steps.reading + self.steps.imitation:
+            return self._imitation_loss(rows, kinds)
+        texts = [TEXTS[int(rng.integers(len(TEXTS)))] for _ in rows]
+        return self._segmentation_loss(rows, kinds, texts)
+
+    def _reading_loss(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = rng.integers(len(self.table["present"]), size=8 * self.images)
+        kinds = rng.integers(len(KINDS), size=len(rows))
+        flat = self._concepts(self.table, rows, kinds).flatten(1)
+        boxes, classes = (
+            self._gather(self.table, "box", rows, kinds),
+            self._gather(self.table, "look", rows, kinds),
+        )
+        has_box, has_look = boxes[:, 2] > boxes[:, 0], classes[:, 0] > 0
+        box_loss = (self.module.box(flat)[has_box] - boxes[has_box]).abs().mean()
+        parts = self.module.look(flat)[has_look].split(list(DENSE_CLASSES.values()), dim=1)
+        look_loss = sum(
+            nn.functional.cross_entropy(part, classes[has_look, i].long()) for i, part in enumerate(parts)
+        )
+        return 5 * box_loss + 0.5 * look_loss, {"box": box_loss.item(), "look": look_loss.item()}
+
+    def _imitation_loss(self, rows: np.ndarray, kinds: list[int]) -> tuple[Tensor, dict[str, float]]:
+        boxes = self._gather(self.table, "box", rows, kinds)
+        has_box = boxes[:, 2] > boxes[:, 0]
+        with torch.no_grad():
+            features = self._encode([self._task(int(row)).scene.pixels for row in rows[::2]])
+            features = features.select(torch.arange(len(rows), device=self.device) // 2)
+            centers = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)
+            tokens, _ = box_tokens(self.model.sam, features.vision, centers[:, None])
+            text = self.processor.sam_text([BOX_TEXT] * len(rows), self.device)
+            embeds, mask = encode_text(self.model.sam, *text)
+            words = embeds[:, : int(mask[0].sum())]
+            count = self.model.config.ctm_config.num_queries
+            # The box comes first, so that a single concept token is the box; further ones repeat it.
+            box = tokens[:, :1]
+            wanted = torch.cat([box, words, box.expand(-1, count, -1)], dim=1)[:, :count]
+        concepts = self._concepts(self.table, rows, kinds)
+        loss = (concepts - wanted)[has_box].square().mean() / wanted.var()
+        return loss, {"imitation": loss.item()}
+
+    def _segmentation_loss(
+        self, rows: np.ndarray, kinds: list[int], texts: list[str]
+    ) -> tuple[Tensor, dict[str, float]]:
+        tasks = [self._task(int(row)) for row in rows[::2]]
+        with torch.no_grad():
+            features = self._encode([task.scene.pixels for task in tasks])
+            features = features.select(torch.arange(len(rows), device=self.device) // 2)
+        concepts = self._concepts(self.table, rows, kinds)
+        logits, presence = self._decode(self.table, features, rows, kinds, texts, concepts)
+        others = self._gather(self.table, "object", rows, kinds)
+        masks = [
+            tasks[i // 2].mask if KINDS[kind] != "other" else tasks[i // 2].scene.objects[int(others[i])].mask
+            for i, kind in enumerate(kinds)
+        ]
+        truth = torch.from_numpy(np.stack(masks)).to(self.device)
         _, dice, focal = segmentation_loss(logits, truth)
         present = truth.flatten(1).any(1).float()
         presence_loss = nn.functional.binary_cross_entropy_with_logits(presence[:, 0], present)
         total = dice + 10 * focal + 0.25 * presence_loss
         return total, {"dice": dice.item(), "focal": focal.item(), "presence": presence_loss.item()}
 
+    def _task(self, row: int) -> Task:
+        return self.mix.task(_FIRST_TASK + row)
+
+    def _encode(self, pictures: list[np.ndarray]) -> ImageFeatures:
+        pixels = scenes_to_pixels(pictures, self.device)
+        return encode_image(self.model.sam, pixels, geometry_cls=False)
+
+    def _gather(self, table: dict, name: str, rows: np.ndarray, kinds: list[int] | np.ndarray) -> Tensor:
+        values = [table[f"{KINDS[kind]}_{name}"][row] for kind, row in zip(kinds, rows, strict=True)]
+        return torch.stack(values).to(self.device)
+
+    def _concepts(self, table: dict, rows: np.ndarray, kinds: list[int] | np.ndarray) -> Tensor:
+        states, mask = self._gather(table, "states", rows, kinds), self._gather(table, "mask", rows, kinds)
+        return self.model.encode_concepts(states.float(), mask.bool())
+
     def _decode(
-        self, table: dict, rows: np.ndarray, kinds: list[str], images: list[np.ndarray], use_z: bool = True
+        self,
+        table: dict,
+        features: ImageFeatures,
+        rows: np.ndarray,
+        kinds: list[int],
+        texts: list[str],
+        concepts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Mask logits (B, 1, h, w) and presence logits (B, 1) of some rows of a table of completions."""
-
-        def gather(name: str) -> Tensor:
-            values = [table[f"{kind}_{name}"][row] for kind, row in zip(kinds, rows, strict=True)]
-            return torch.stack(values).to(self.device)
-
-        states, masks, texts = gather("states").float(), gather("mask").bool(), gather("text")
-        concepts = self.model.encode_concepts(states, masks) if use_z else None
-        features = self.model.encode_image(scenes_to_pixels(images, self.device))
-        return self.model.decode_masks(features, texts[:, 0], texts[:, 1], concepts)
+        """Mask logits (B, 1, h, w) and presence logits (B, 1)."""
+        sam = self.model.sam
+        embeds = mask = None
+        if concepts is None or set(texts) != {"none"}:
+            full, noun = (self._gather(table, name, rows, kinds) for name in ("text", "noun"))
+            uses_noun = torch.tensor([text == "noun" for text in texts], device=self.device)
+            ids = torch.where(uses_noun[:, None, None], noun, full)
+            embeds, mask = encode_text(sam, ids[:, 0], ids[:, 1])
+            mask = mask & torch.tensor([text != "none" for text in texts], device=self.device)[:, None]
+        output = decode(sam, features, embeds, mask, concepts)
+        return output.semantic_seg, output.presence_logits
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Foreground IoU on "val" by level: own completions, true ones, and own answers as text without Z."""
-        split = ConceptShapes("val", size=SIDE)
+        """Foreground IoU of own completions, on "val" by level and on "which one" by stratum.
+
+        Prompts: Z alone, with the noun and with the answer; for comparison the text and the box alone.
+        """
         numbers: dict[str, list[float]] = {}
-        for start in range(0, len(self.held_out["own_mask"]), 60):
-            rows = np.arange(start, min(start + 60, len(self.held_out["own_mask"])))
-            tasks = [split.task(int(row)) for row in rows]
-            for name, kind, use_z in (
-                ("own", "own", True),
-                ("true", "true", True),
-                ("own_text_only", "own", False),
-            ):
-                images = [task.scene.pixels for task in tasks]
-                logits, _ = self._decode(self.held_out, rows, [kind] * len(rows), images, use_z)
-                for row, task, mask in zip(rows, tasks, to_masks(logits), strict=True):
-                    if task.mask.any():
-                        level, *_ = family_at(int(row))
-                        numbers.setdefault(f"{name}_{level}", []).append(foreground_iou(mask, task.mask))
+        for group, table in self.held_out.items():
+            source = _Source.val([group] if group else None)
+            for start in range(0, len(table["present"]), 48):
+                rows = np.arange(start, min(start + 48, len(table["present"])))
+                tasks = [source.task(int(row)) for row in rows]
+                self._evaluate_rows(table, rows, tasks, [source.label(int(row)) for row in rows], numbers)
         return {key: mean(values) for key, values in sorted(numbers.items())}
 
+    def _evaluate_rows(
+        self, table: dict, rows: np.ndarray, tasks: list[Task], labels: list[str], numbers: dict
+    ) -> None:
+        own = [KINDS.index("own")] * len(rows)
+        pixels = scenes_to_pixels([task.scene.pixels for task in tasks], self.device)
+        with_cls = encode_image(self.model.sam, pixels)
+        without = ImageFeatures(with_cls.vision, None)
+        concepts = self._concepts(table, rows, own)
+        boxes = self._gather(table, "box", rows, own)
+        centers = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)
+        visual = encode_text(self.model.sam, *self.processor.sam_text([BOX_TEXT] * len(rows), self.device))
+        logits = {"box": decode(self.model.sam, with_cls, *visual, boxes=centers[:, None]).semantic_seg}
+        for name, text, features, z in (
+            ("z", "none", without, concepts),
+            ("z_noun", "noun", without, concepts),
+            ("z_text", "full", without, concepts),
+            ("noun", "noun", with_cls, None),
+            ("text", "full", with_cls, None),
+        ):
+            logits[name], _ = self._decode(table, features, rows, own, [text] * len(rows), z)
+        for name, values in logits.items():
+            for mask, task, label in zip(to_masks(values), tasks, labels, strict=True):
+                if task.mask.any():
+                    numbers.setdefault(f"{name}_{label}", []).append(foreground_iou(mask, task.mask))
 
-def _completion_table(stage: CtmStage, path: Path, split: str, first: int, count: int) -> dict[str, Tensor]:
-    """States, masks and answer tokens of own and of true completions; made in parts that are kept."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+
+@dataclass(frozen=True)
+class _Source:
+    """Tasks by their number, and the samples they make."""
+
+    mix: TaskMix | None
+    split: ConceptShapes | None
+
+    @classmethod
+    def train(cls, mix: TaskMix) -> _Source:
+        return cls(mix, None)
+
+    @classmethod
+    def val(cls, groups: list[str] | None) -> _Source:
+        return cls(None, ConceptShapes("val", size=SIDE, groups=groups))
+
+    def _place(self, row: int) -> tuple[ConceptShapes, int]:
+        return (self.split, row) if self.mix is None else self.mix.place(_FIRST_TASK + row)
+
+    def task(self, row: int) -> Task:
+        source, index = self._place(row)
+        return source.task(index)
+
+    def sample(self, row: int) -> ConceptSample:
+        source, index = self._place(row)
+        return source[index]
+
+    def label(self, row: int) -> str:
+        source, index = self._place(row)
+        slot = source.slot(index)
+        return slot.stratum or slot.level
+
+
+def _table(stage: CtmStage, folder: Path, source: _Source, count: int) -> dict[str, Tensor]:
+    """What completions of tasks say; made in parts that are kept.
+
+    Returns:
+        `present` (N,), and of each of `KINDS`: `states` (N, T, C), `mask` (N, T), `text` and `noun` (N, 2, t) ids and
+        mask for SAM 3, `box` (N, 4) as written, in fractions of the side, `look` (N, 5) classes or 0, `object` (N,).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[Tensor]] = {}
-    progress = tqdm(total=count, desc=f"{stage.name}: completions of {split}", unit="sample", mininterval=5)
-    for start in range(0, count, 480):
-        part = path.with_name(f"{path.stem}-{start:06d}.safetensors")
-        stop = min(start + 480, count)
-        if not part.exists():
-            tensors = _complete(stage, ConceptShapes(split, size=SIDE), range(first + start, first + stop))
-            temporary = part.with_suffix(".tmp")
+    progress = tqdm(
+        total=count, desc=f"{stage.name}: completions, {folder.name}", unit="sample", mininterval=5
+    )
+    for start in range(0, count, _PART):
+        stop = min(start + _PART, count)
+        path = folder / f"{start:06d}-{stop:06d}.safetensors"
+        if not path.exists():
+            tensors = _complete(stage, source, range(start, stop))
+            temporary = path.with_suffix(".tmp")
             save_file(tensors, temporary)
-            temporary.replace(part)
-        with safe_open(part, "pt") as file:
+            temporary.replace(path)
+        with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                 parts.setdefault(name, []).append(file.get_tensor(name))
         progress.update(stop - start)
@@ -149,38 +325,99 @@ def _completion_table(stage: CtmStage, path: Path, split: str, first: int, count
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def _complete(stage: CtmStage, split: ConceptShapes, indices: range) -> dict[str, Tensor]:
+def _complete(stage: CtmStage, source: _Source, indices: range) -> dict[str, Tensor]:
     rows: dict[str, list[Tensor]] = {}
-    for start in range(0, len(indices), _GENERATION_BATCH):
-        samples = [split[i] for i in indices[start : start + _GENERATION_BATCH]]
+    for start in range(indices.start, indices.stop, _GENERATION_BATCH):
+        chunk = range(start, min(start + _GENERATION_BATCH, indices.stop))
+        samples, tasks = [source.sample(i) for i in chunk], [source.task(i) for i in chunk]
         prepared = [
             stage.processor.prepare(sample.image, sample.prompt, sample.references) for sample in samples
         ]
+        rows.setdefault("present", []).append(torch.tensor([sample.present for sample in samples]))
         generated = generate_with_states(
             stage.model.vlm,
             stage.processor.collate(prepared, device=stage.device),
             {"max_new_tokens": _MAX_TOKENS},
         )
-        own_answers = []
-        for ids, mask, item, sample in zip(
-            generated.token_ids, generated.mask, prepared, samples, strict=True
-        ):
-            own_answers.append(stage.processor.decode_completion(ids[mask], item).answer or sample.prompt)
-        _append(rows, "own", generated.hidden_states, generated.mask, stage.processor, own_answers)
-        true = [
-            true_completion(sample, item, stage.processor)
-            for sample, item in zip(samples, prepared, strict=True)
+        own = [
+            stage.processor.decode_completion(ids[mask], item)
+            for ids, mask, item in zip(generated.token_ids, generated.mask, prepared, strict=True)
         ]
-        states, mask = _teacher_forced(stage, prepared, true)
-        _append(rows, "true", states, mask, stage.processor, [sample.answer for sample in samples])
+        described = [_Described.of_target(task) for task in tasks]
+        _append(
+            rows,
+            "own",
+            generated.hidden_states,
+            generated.mask,
+            stage.processor,
+            [completion.answer or sample.prompt for completion, sample in zip(own, samples, strict=True)],
+            [completion.bbox for completion in own],
+            [None] * len(own),  # what the policy means is known by its box alone
+        )
+        rng = np.random.default_rng([23, stage.seed, start])
+        for kind in ("true", "other"):
+            if kind == "other":
+                described = [_Described.of_another(rng, task) for task in tasks]
+            texts = [
+                item.completion(task, ready, stage.processor)
+                for item, task, ready in zip(described, tasks, prepared, strict=True)
+            ]
+            states, mask = _teacher_forced(stage, prepared, texts)
+            _append(
+                rows,
+                kind,
+                states,
+                mask,
+                stage.processor,
+                [item.answer for item in described],
+                [item.box(ready, stage.processor) for item, ready in zip(described, prepared, strict=True)],
+                described,
+            )
     return {name: torch.cat(values).contiguous() for name, values in rows.items()}
 
 
-def true_completion(sample: ConceptSample, item: PreparedSample, processor: ConceptSegProcessor) -> str:
-    """The ground-truth completion of a ConceptShapes sample."""
-    box = None if sample.box is None else processor.box_to_text(sample.box, item.frame)
-    check = processor.check_to_text(item.frame)
-    return format_completion(sample.think, sample.rule, check, box, sample.answer, processor.coordinate_scale)
+@dataclass(frozen=True)
+class _Described:
+    """The object that a completion is about."""
+
+    mask: np.ndarray
+    answer: str
+    look: tuple[int, ...] | None
+    index: int
+
+    @classmethod
+    def of_target(cls, task: Task) -> _Described:
+        index = next(
+            (i for i, item in enumerate(task.scene.objects) if np.array_equal(item.mask, task.mask)), None
+        )
+        look = None if index is None else look_classes(task.scene.objects[index].look)
+        return cls(task.mask, task.answer, look, -1 if index is None else index)
+
+    @classmethod
+    def of_another(cls, rng: np.random.Generator, task: Task) -> _Described:
+        """Another visible object; the target where there is none."""
+        others = [
+            i
+            for i, item in enumerate(task.scene.objects)
+            if item.mask.any() and not np.array_equal(item.mask, task.mask)
+        ]
+        if not others:
+            target = cls.of_target(task)
+            return target if target.index >= 0 else cls(task.mask, task.answer, None, -1)
+        index = others[int(rng.integers(len(others)))]
+        item = task.scene.objects[index]
+        answer = item.look.shape if len(task.answer.split()) == 1 and not item.look.kind else item.look.phrase
+        return cls(item.mask, answer, look_classes(item.look), index)
+
+    def box(self, ready: PreparedSample, processor: ConceptSegProcessor) -> tuple[float, ...] | None:
+        """In text units; None where nothing is there."""
+        return processor.box_to_text(mask_to_box(self.mask), ready.frame) if self.mask.any() else None
+
+    def completion(self, task: Task, ready: PreparedSample, processor: ConceptSegProcessor) -> str:
+        think = task.think.removesuffix(task.answer) + self.answer
+        check = processor.check_to_text(ready.frame)
+        box = self.box(ready, processor)
+        return format_completion(think, task.rule, check, box, self.answer, processor.coordinate_scale)
 
 
 def _teacher_forced(
@@ -196,11 +433,30 @@ def _teacher_forced(
 
 
 def _append(
-    rows: dict, kind: str, states: Tensor, mask: Tensor, processor: ConceptSegProcessor, answers: list[str]
+    rows: dict,
+    kind: str,
+    states: Tensor,
+    mask: Tensor,
+    processor: ConceptSegProcessor,
+    answers: list[str],
+    boxes: list[tuple[float, ...] | None],
+    described: list[_Described | None],
 ) -> None:
     states, mask = states[:, :_MAX_TOKENS], mask[:, :_MAX_TOKENS]
     padding = _MAX_TOKENS - states.shape[1]
-    states = nn.functional.pad(states.masked_fill(~mask[..., None], 0), (0, 0, 0, padding))
-    rows.setdefault(f"{kind}_states", []).append(states.half().cpu())
-    rows.setdefault(f"{kind}_mask", []).append(nn.functional.pad(mask, (0, padding)).to(torch.uint8).cpu())
-    rows.setdefault(f"{kind}_text", []).append(torch.stack(processor.sam_text(answers), dim=1).cpu())
+    states = nn.functional.pad(states.masked_fill(~mask.bool()[..., None], 0), (0, 0, 0, padding))
+    scale = processor.coordinate_scale
+    nouns = [answer.split()[-1] for answer in answers]
+    columns = {
+        "states": states.half(),
+        "mask": nn.functional.pad(mask.to(torch.uint8), (0, padding)),
+        "text": torch.stack(processor.sam_text(answers), dim=1),
+        "noun": torch.stack(processor.sam_text(nouns), dim=1),
+        "box": torch.tensor([[value / scale for value in box or (0,) * 4] for box in boxes]),
+        "look": torch.tensor(
+            [item.look if item and item.look else (0,) * len(DENSE_CLASSES) for item in described]
+        ),
+        "object": torch.tensor([item.index if item else -1 for item in described]),
+    }
+    for name, values in columns.items():
+        rows.setdefault(f"{kind}_{name}", []).append(values.cpu())
