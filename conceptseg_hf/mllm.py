@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from .devices import loaded, move_to_hooks
+
 SUPPORTED_MODEL_TYPES = ("qwen2_5_vl",)
 
 # What the MLLM reads. Without `mm_token_type_ids` the positions of image tokens are silently wrong.
@@ -57,7 +59,8 @@ def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def last_hidden_states(vlm: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     """(B, L, C) last-layer, post-norm hidden states of one full forward pass over `model_inputs`."""
-    states = vlm.base_model(**inputs, use_cache=False).last_hidden_state
+    with loaded(vlm):
+        states = vlm.base_model(**move_to_hooks(inputs, vlm), use_cache=False).last_hidden_state
     forget_positions(vlm)
     return states
 

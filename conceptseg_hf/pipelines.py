@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import AutoModel, GenerationConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .devices import is_offloaded
 from .outputs import ConceptSegmentation
 from .processing_conceptseg import ConceptSegInputs, ConceptSegProcessor, PreparedSample
 from .references import Reference
@@ -53,8 +55,9 @@ class ConceptSegmentationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_video_processor = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any, *args: Any, device: Any = None, **kwargs: Any) -> None:
+        with _placed(model) if device is None else nullcontext(device) as device:
+            super().__init__(model, *args, device=device, **kwargs)
         if not isinstance(self.processor, ConceptSegProcessor):
             raise ValueError(
                 f"ConceptSegmentationPipeline: processor is a {type(self.processor).__name__}; "
@@ -173,6 +176,21 @@ class ConceptSegmentationPipeline(Pipeline):
         """Saves model and processor, so that the folder loads again without remote code."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
+
+
+@contextmanager
+def _placed(model: Any) -> Iterator[torch.device | None]:
+    """Yields the device of a model that Accelerate has dispatched or offloaded, which must not be moved; else None.
+
+    The base class would take the first device of the model's map, which may be the disk, and does not see a model that
+    was offloaded without a map.
+    """
+    device_map = vars(model).pop("hf_device_map", None)
+    try:
+        yield None if device_map is None and not is_offloaded(model) else model.device
+    finally:
+        if device_map is not None:
+            model.hf_device_map = device_map
 
 
 def register_pipeline(default_model: str | os.PathLike) -> None:

@@ -203,7 +203,7 @@ def test_language_model_methods_act_on_the_mllm(model):
     assert model.config.hidden_size == 128
     assert {
         "ConceptTranslationModule",
-        "Sam3Model",
+        "Sam3ViTLayer",
         "Qwen2_5_VLDecoderLayer",
         "Qwen2_5_VLVisionBlock",
     } <= set(model._no_split_modules)

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
 from conceptseg_hf.data import ConceptSample, UnreadableSampleError
+from conceptseg_hf.devices import is_offloaded
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,11 @@ def check_arguments(
         raise ValueError(
             f"{trainer}: model is a {type(model).__name__}; give a ConceptSegForSegmentation, or load one with "
             "from_pretrained."
+        )
+    if is_offloaded(model):
+        raise ValueError(
+            f"{trainer}: weights of the model are offloaded to the CPU or the disk, which cannot be trained; load it "
+            "without device_map, and shard it with DeepSpeed or FSDP where it does not fit."
         )
     if not isinstance(args, args_class):
         raise ValueError(f"{trainer}: args is a {type(args).__name__}; give a {args_class.__name__}.")
