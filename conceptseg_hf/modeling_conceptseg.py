@@ -20,6 +20,7 @@ from transformers import (
     Sam3Model,
 )
 from transformers import initialization as init
+from transformers.utils import can_return_tuple
 
 from . import hub, mllm, sam_prompt
 from .concept_translation import ConceptTranslationModule
@@ -468,6 +469,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             output = sam_prompt.decode(self.sam, features, text_embeds, text_mask, concept_embeds, boxes)
         return output.semantic_seg, output.presence_logits
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,
@@ -483,7 +485,11 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         mask_labels: Tensor | None = None,
         detach_hidden_states: bool = False,
         output_logits: bool = False,
-    ) -> ConceptSegOutput:
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ConceptSegOutput | tuple[Any, ...]:
         """From a teacher-forced completion to mask logits; the trainers' path.
 
         Args:
@@ -501,6 +507,12 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             mask_labels: (B, H, W) masks of 0 and 1; with them the loss is computed, at their size.
             detach_hidden_states: Stop the gradient at the CTM's input (as the released code does).
             output_logits: Also return the MLLM's next-token logits.
+            output_hidden_states: Also return the hidden states of all of the MLLM's layers; by default as the
+                config says.
+            output_attentions: Also return the MLLM's attention weights, which its "eager" attention alone has; by
+                default as the config says.
+            use_cache: Also return the MLLM's key-value cache.
+            return_dict: False for a tuple of what is present; by default as the config says.
 
         Raises:
             ValueError: If arguments contradict each other.
@@ -508,7 +520,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         _check_forward_arguments(
             sam_pixel_values, sam_features, sam_input_ids, sam_attention_mask, mask_labels
         )
-        hidden_states = mllm.last_hidden_states(
+        config = self.config
+        mllm_output = mllm.full_pass(
             self.vlm,
             {
                 "input_ids": input_ids,
@@ -517,18 +530,22 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
                 "pixel_values": pixel_values,
                 "image_grid_thw": image_grid_thw,
             },
+            output_hidden_states=(
+                config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
+            output_attentions=config.output_attentions if output_attentions is None else output_attentions,
+            use_cache=bool(use_cache),
         )
+        hidden_states = mllm_output.last_hidden_state
         logits = self.get_output_embeddings()(hidden_states) if output_logits else None
         concept_embeds = self.translate_completion(hidden_states, completion_mask, detach_hidden_states)
         if sam_pixel_values is not None:
             sam_features = self.encode_image(sam_pixel_values)
-        if sam_features is None:
-            return ConceptSegOutput(concept_embeds=concept_embeds, logits=logits)
-
-        mask_logits, presence_logits = self.decode_masks(
-            sam_features, sam_input_ids, sam_attention_mask, concept_embeds
-        )
-        loss = dice = focal = None
+        mask_logits = presence_logits = loss = dice = focal = None
+        if sam_features is not None:
+            mask_logits, presence_logits = self.decode_masks(
+                sam_features, sam_input_ids, sam_attention_mask, concept_embeds
+            )
         if mask_labels is not None:
             loss, dice, focal = segmentation_loss(mask_logits, mask_labels.to(mask_logits.device))
         return ConceptSegOutput(
@@ -539,6 +556,9 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             logits=logits,
             dice_loss=dice,
             focal_loss=focal,
+            past_key_values=mllm_output.past_key_values,
+            hidden_states=mllm_output.hidden_states,
+            attentions=mllm_output.attentions,
         )
 
     # -- inference --

@@ -40,6 +40,9 @@ from .references import (
     resolve_references,
 )
 
+# SAM 3's share of the arguments of the model's `forward`; `mllm.INPUT_NAMES` are the MLLM's.
+_SAM_INPUT_NAMES = ("sam_pixel_values", "sam_input_ids", "sam_attention_mask")
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -214,6 +217,11 @@ class ConceptSegProcessor(ProcessorMixin):
     def template(self) -> PromptTemplate:
         """The prompt template."""
         return PromptTemplate.from_dict(self.prompt_template)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """The names under which the model's `forward` takes what this processor makes."""
+        return [*mllm.INPUT_NAMES, *_SAM_INPUT_NAMES]
 
     # From inputs to tensors
 
@@ -506,6 +514,30 @@ class ConceptSegProcessor(ProcessorMixin):
 
     # Parts
 
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Writes a chat with the MLLM, as text or as the MLLM's inputs.
+
+        Args:
+            conversation: Messages, or a list of conversations; see the base class.
+            chat_template: Another template than the MLLM's.
+            tokenize: Return token ids, or with `return_dict=True` all that `model.generate` takes.
+            **kwargs: As in the base class.
+        """
+        chat_template = chat_template or self._chat_template
+        if tokenize:  # this processor's own call is for images and prompts, not for chats
+            plain = self.mllm_processor()
+            return plain.apply_chat_template(
+                conversation, chat_template=chat_template, tokenize=True, **kwargs
+            )
+        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+
     def mllm_processor(self) -> ProcessorMixin:
         """The MLLM's plain processor, for trainers and engines that know nothing of SAM 3.
 
@@ -580,9 +612,7 @@ class ConceptSegProcessor(ProcessorMixin):
                 "content": [{"type": "image"}] * num_images + [{"type": "text", "text": instruction}],
             },
         ]
-        chat = self.apply_chat_template(
-            messages, chat_template=self._chat_template, add_generation_prompt=True, tokenize=False
-        )
+        chat = self.apply_chat_template(messages, add_generation_prompt=True)
         if chat.count(self.image_token) != num_images:
             raise ValueError(
                 f"ConceptSegProcessor: the chat template wrote {chat.count(self.image_token)} image tokens "

@@ -100,7 +100,8 @@ def encode_image(sam: Sam3Model, pixel_values: Tensor, geometry_cls: bool = True
         geometry_cls: Whether prompts on these images end with the geometry encoder's CLS token.
     """
     with loaded(sam):
-        vision = sam.get_vision_features(pixel_values=pixel_values.to(execution_device(sam)))
+        pixel_values = pixel_values.to(execution_device(sam))
+        vision = sam.get_vision_features(pixel_values=pixel_values, return_dict=True)
     return ImageFeatures(vision, _geometry_cls(sam, vision) if geometry_cls else None)
 
 
@@ -150,8 +151,8 @@ def encode_text(sam: Sam3Model, input_ids: Tensor, attention_mask: Tensor) -> tu
         (B, T, D) explicit prompt embeddings E_text, and their (B, T) boolean mask.
     """
     with loaded(sam):
-        embeds = sam.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
-    return embeds, attention_mask.bool()
+        output = sam.get_text_features(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+    return output.pooler_output, attention_mask.bool()
 
 
 def decode(
@@ -208,4 +209,5 @@ def decode(
             vision_embeds=features.vision,
             text_embeds=BaseModelOutputWithPooling(pooler_output=prompt),
             attention_mask=torch.cat([mask.to(device) for mask in masks], dim=1),
+            return_dict=True,
         )
