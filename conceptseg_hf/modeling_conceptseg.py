@@ -240,21 +240,26 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Saves the model, by default under the names of `state_dict()`: the ones a trainer resumes from.
 
-        A model card is written beside it where there is none.
+        A model card is written beside it where there is none (see `cards.save_model_card`).
+
+        Args:
+            save_directory: The folder.
+            *args: As in the base class.
+            save_original_format: Use the names of the backbones' own files.
+            push_to_hub: Upload the folder as well.
+            **kwargs: As in the base class; with `push_to_hub` also `repo_id` (by default the folder's name) and the
+                arguments of `hub.upload`.
         """
-        repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
-        upload = {name: kwargs[name] for name in ("token",) if name in kwargs} | {
-            name: kwargs.pop(name)
-            for name in ("commit_message", "private", "revision", "create_pr")
-            if name in kwargs
-        }
+        if push_to_hub:
+            upload, kwargs = hub.split_upload_arguments(save_directory, kwargs)
         if is_offloaded(self) and not hasattr(self, "hf_device_map"):  # the base class knows that case alone
             kwargs.setdefault("state_dict", self._stored_state_dict())
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
         if Path(save_directory).is_dir():  # other processes than the main one may have no folder
-            hub.save_model_card(save_directory, self.config)
+            hub.keep_remote_stub(save_directory)
+            hub.save_model_card(save_directory, self.config, tags=self.model_tags or ())
         if push_to_hub:
-            hub.upload(save_directory, repo_id, **upload)
+            hub.upload(save_directory, **upload)
 
     def push_to_hub(
         self,
@@ -264,11 +269,13 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         max_shard_size: int | str = "5GB",
         **kwargs: Any,
     ) -> Any:
-        """Uploads the model with its card; a card that the repository has is kept, unless there is a report.
+        """Uploads the model with its card.
+
+        A card that somebody has written in the repository is kept, unless there is a report; see `cards.merge_cards`.
 
         Args:
             repo_id: The repository, made if it does not exist.
-            report: An evaluation for the card; see `hub.save_model_card`.
+            report: An evaluation for the card; see `cards.save_model_card`.
             max_shard_size: Size of the weight files.
             **kwargs: Further arguments of `hub.upload`.
 
@@ -278,7 +285,9 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             if report is not None:
-                hub.save_model_card(folder, self.config, report=report, overwrite=True)
+                hub.save_model_card(
+                    folder, self.config, report=report, overwrite=True, tags=self.model_tags or ()
+                )
             return hub.upload(folder, repo_id, keep_card=report is None, **kwargs)
 
     def _stored_state_dict(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ differ from the base class.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import AutoModel, GenerationConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from . import hub
 from .devices import is_offloaded
 from .outputs import ConceptSegmentation
 from .processing_conceptseg import ConceptSegInputs, ConceptSegProcessor, PreparedSample
@@ -172,10 +174,38 @@ class ConceptSegmentationPipeline(Pipeline):
 
         return _Results(batches, segment)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Saves model and processor, so that the folder loads again without remote code."""
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves model and processor, so that the folder loads again without remote code.
+
+        Args:
+            save_directory: The folder.
+            push_to_hub: Upload the folder as well.
+            **kwargs: As in the model's `save_pretrained`; with `push_to_hub` also `repo_id` (by default the folder's
+                name) and the arguments of `hub.upload`.
+        """
+        if push_to_hub:
+            upload, kwargs = hub.split_upload_arguments(save_directory, kwargs)
         self.model.save_pretrained(save_directory, **kwargs)
-        self.processor.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+        if push_to_hub:
+            hub.upload(save_directory, **upload)
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **kwargs: Any) -> Any:
+        """Uploads model, processor and card; see the model's `push_to_hub`.
+
+        Args:
+            repo_id: The repository, made if it does not exist.
+            max_shard_size: Size of the weight files.
+            **kwargs: Further arguments of `hub.upload`.
+
+        Returns:
+            What the Hub says of the commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return hub.upload(folder, repo_id, **kwargs)
 
 
 @contextmanager

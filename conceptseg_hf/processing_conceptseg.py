@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
-from . import mllm
+from . import hub, mllm
 from .completion import Completion, format_box, parse_completion
 from .configuration_conceptseg import how_to_convert, is_authors_config
 from .images import ImageInput, load_image
@@ -212,6 +213,33 @@ class ConceptSegProcessor(ProcessorMixin):
             if config.is_file() and is_authors_config(json.loads(config.read_text(encoding="utf-8"))):
                 raise ValueError(how_to_convert(pretrained_model_name_or_path)) from None
             raise
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """As in the base class; with `push_to_hub`, `kwargs` may hold `repo_id` and the arguments of `hub.upload`."""
+        if push_to_hub:
+            upload, kwargs = hub.split_upload_arguments(save_directory, kwargs)
+        files = super().save_pretrained(save_directory, **kwargs)
+        hub.keep_remote_stub(save_directory)
+        if push_to_hub:
+            hub.upload(save_directory, **upload)
+        return files
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str | None = None, **kwargs: Any) -> Any:
+        """Uploads the processor, without a card: that is the model's to bring.
+
+        Args:
+            repo_id: The repository, made if it does not exist.
+            max_shard_size: Not used; models take it.
+            **kwargs: Further arguments of `hub.upload`.
+
+        Returns:
+            What the Hub says of the commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.upload(folder, repo_id, **kwargs)
 
     @property
     def template(self) -> PromptTemplate:
