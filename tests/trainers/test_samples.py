@@ -10,6 +10,7 @@ pytest.importorskip("datasets")
 
 from conceptseg_trainers.samples import ReadableSamples, spread_indices
 
+from conceptseg_hf import ConceptSegForSegmentation, nano_checkpoint
 from conceptseg_hf.data import ConceptShapes, UnreadableSampleError, load_benchmark
 
 
@@ -90,3 +91,9 @@ def test_training_passes_over_what_cannot_be_read(make_meta_grpo):
     trainer = make_meta_grpo(train_dataset=split_reference_dataset(samples), max_steps=4)
     trainer.train()
     assert trainer.state.global_step == 4
+
+
+def test_an_offloaded_model_is_refused(make_meta_grpo):
+    model = ConceptSegForSegmentation.from_pretrained(nano_checkpoint(), device_map={"ctm": "disk"})
+    with pytest.raises(ValueError, match=r"MetaGRPOTrainer: weights of the model are offloaded.*DeepSpeed"):
+        make_meta_grpo(model=model)
