@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from accelerate import dispatch_model
 from torch import Tensor, nn
-from transformers.integrations.accelerate import load_offloaded_parameter
 
 OFFLOADED = ("cpu", "disk")
 """What a device map names beside the devices that compute; where there is no other, the CPU computes."""
@@ -81,16 +80,22 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def stored_value(module: nn.Module, name: str) -> Tensor:
-    """The values of a parameter, wherever they are kept.
+    """The values of a parameter or buffer, wherever they are kept.
 
     Raises:
         ValueError: If they are kept nowhere.
     """
-    parameter = module.get_parameter(name)
-    try:
-        return load_offloaded_parameter(module, name) if parameter.is_meta else parameter
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"the weight {name!r} is offloaded, but stored nowhere.") from error
+    path = name.split(".")
+    tensor = getattr(module.get_submodule(".".join(path[:-1])), path[-1])
+    if not tensor.is_meta:
+        return tensor
+    for depth in range(len(path) - 1, -1, -1):  # the innermost hook first
+        for hook in _hooks(module.get_submodule(".".join(path[:depth]))):
+            weights = getattr(hook, "weights_map", None)
+            if weights is not None:
+                with suppress(KeyError):
+                    return weights[".".join(path[depth:])]
+    raise ValueError(f"the weight {name!r} is offloaded, but stored nowhere.")
 
 
 def complete_device_map(device_map: Any, parts: tuple[str, ...]) -> Any:

@@ -20,6 +20,7 @@ from transformers import (
     Sam3Model,
 )
 from transformers import initialization as init
+from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import can_return_tuple
 
 from . import hub, mllm, sam_prompt
@@ -78,8 +79,10 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         mllm.check_supported(config.vlm_config)
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
-        self.ctm = ConceptTranslationModule(config.ctm_config)
-        self.sam = Sam3Model._from_config(config.sam_config)
+        # In float32 from the start, whatever dtype is asked for: weights on disk are read as what they were made.
+        with local_torch_dtype(torch.float32):
+            self.ctm = ConceptTranslationModule(config.ctm_config)
+        self.sam = Sam3Model._from_config(config.sam_config, dtype=torch.float32)
         self.post_init()
         self._freeze_sam()
 
@@ -252,8 +255,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         """
         if push_to_hub:
             upload, kwargs = hub.split_upload_arguments(save_directory, kwargs)
-        if is_offloaded(self) and not hasattr(self, "hf_device_map"):  # the base class knows that case alone
-            kwargs.setdefault("state_dict", self._stored_state_dict())
+        if is_offloaded(self) and not hasattr(self, "hf_device_map") and len(args) < 2:
+            kwargs.setdefault("state_dict", self._stored_state_dict())  # the base class saves others itself
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
         if Path(save_directory).is_dir():  # other processes than the main one may have no folder
             hub.keep_remote_stub(save_directory)

@@ -82,7 +82,7 @@ def outcomes(processor) -> Callable[[nn.Module], list[Any]]:
         pipe = pipeline("concept-segmentation", model=model, processor=processor)
         result = pipe(noise[1], prompt="circle", router="full_reasoning", generation_config=GREEDY)
         found += [result["completion"], np.asarray(result["mask"])]
-        return [value.cpu().numpy() if isinstance(value, torch.Tensor) else value for value in found]
+        return [value.float().cpu().numpy() if isinstance(value, torch.Tensor) else value for value in found]
 
     return run
 
@@ -139,6 +139,19 @@ def test_a_device_map(checkpoint, outcomes, whole, tmp_path, device_map):
     assert_same(outcomes(model), whole)
 
 
+@pytest.mark.parametrize("device_map", [{"": "disk"}, "auto"])
+def test_sam_and_ctm_are_read_in_their_own_precision(checkpoint, outcomes, tmp_path, device_map):
+    """Transformers would read them from the disk in the dtype of the MLLM."""
+    folder, options = checkpoint / "full", {"dtype": torch.bfloat16}
+    wanted = outcomes(AutoModel.from_pretrained(folder, **options))
+    if device_map == "auto":
+        options["max_memory"] = {"cpu": int(0.5 * size_of(folder))}
+    model = AutoModel.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path, **options)
+    assert model.vlm.dtype == torch.bfloat16 and model.sam.dtype == torch.float32
+    assert torch.equal(stored_value(model, "ctm.queries"), AutoModel.from_pretrained(folder).ctm.queries)
+    assert_same(outcomes(model), wanted)
+
+
 OFFLOADS = {
     "cpu_offload": lambda model, folder: accelerate.cpu_offload(model, "cpu"),
     "disk_offload": lambda model, folder: accelerate.disk_offload(model, folder, "cpu"),
@@ -148,6 +161,7 @@ OFFLOADS = {
     "buffers": lambda model, folder: accelerate.cpu_offload(model, "cpu", offload_buffers=True),
     "SAM 3 alone": lambda model, folder: accelerate.cpu_offload(model.sam, "cpu"),
     "the MLLM alone": lambda model, folder: accelerate.cpu_offload(model.vlm, "cpu"),
+    "the CTM alone": lambda model, folder: accelerate.cpu_offload(model.ctm, "cpu"),
     "SAM 3 at once": lambda model, folder: accelerate.cpu_offload(
         model, "cpu", preload_module_classes=["Sam3Model"]
     ),
@@ -249,7 +263,7 @@ def test_a_new_ctm_on_the_disk(checkpoint, tmp_path):
     assert model.ctm.queries.std().item() == pytest.approx(0.02, rel=0.15)
 
 
-@pytest.mark.parametrize("way", ["device_map", "cpu_offload", "disk_offload", "SAM 3 alone"])
+@pytest.mark.parametrize("way", ["device_map", "cpu_offload", "disk_offload", "the CTM alone"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_offloaded_model_is_saved_whole(make_model, tmp_path, way, tied):
     source = make_model(tied)
