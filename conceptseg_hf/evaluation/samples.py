@@ -12,18 +12,36 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from ..data import ConceptSample, ConceptShapes, FileBenchmark, UnreadableSampleError
 from ..data.files import FileItem
+from ..data.sample import with_usable_references
 from ..data.truths import Truth
+from .protocols import get_protocol
 
 # Pictures of one size and form may have files of equal length; the last bytes of PNG and JPEG files tell them apart.
 _TAIL = 4096
 
 
-def read_sample(samples: Sequence[ConceptSample], index: int) -> ConceptSample | UnreadableSampleError:
-    """A sample, or why there is none."""
+def read_sample(
+    samples: Sequence[ConceptSample], index: int, protocol: str = "standard"
+) -> ConceptSample | UnreadableSampleError:
+    """A sample, or why there is none.
+
+    Args:
+        samples: The samples.
+        index: The place of one of them.
+        protocol: See `protocols`; one that compares at a size of its own takes true masks of any shape.
+    """
+    sample = _read(samples, index)
+    if isinstance(sample, UnreadableSampleError):
+        resizes = get_protocol(protocol).size is not None
+        return sample.stretched if resizes and sample.stretched is not None else sample
+    return sample if _has_read_references(samples) else with_usable_references(sample)
+
+
+def _read(samples: Sequence[ConceptSample], index: int) -> ConceptSample | UnreadableSampleError:
     try:
         return samples[index]
     except UnreadableSampleError as error:
@@ -32,11 +50,20 @@ def read_sample(samples: Sequence[ConceptSample], index: int) -> ConceptSample |
         return UnreadableSampleError(f"sample {index}: {error}", {"sample_id": str(index)})
 
 
+def _has_read_references(samples: Sequence[ConceptSample]) -> bool:
+    """Whether references were read with their samples, or drawn."""
+    while isinstance(samples, Subset):
+        samples = samples.dataset
+    if isinstance(samples, ConcatDataset):
+        return all(map(_has_read_references, samples.datasets))
+    return isinstance(samples, (ConceptShapes, FileBenchmark))
+
+
 def describe_samples(samples: Sequence[ConceptSample]) -> dict[str, Any]:
     """Where samples come from: what they say of themselves, or else what the first one says."""
     if isinstance(samples, (ConceptShapes, FileBenchmark)):
         return {"benchmark": samples.name, "split": samples.split, "seed": samples.seed}
-    first = read_sample(samples, 0)
+    first = _read(samples, 0)
     fields = first.fields if isinstance(first, UnreadableSampleError) else vars(first)
     return {"benchmark": fields.get("dataset", ""), "split": fields.get("split", "")}
 
@@ -59,7 +86,7 @@ def identify_sample(samples: Sequence[ConceptSample], index: int) -> dict[str, A
         return _identify_item(samples.items[index], samples.root)
     if not first and not isinstance(samples, (list, tuple)):
         return {}
-    sample = read_sample(samples, index)
+    sample = _read(samples, index)
     if isinstance(sample, UnreadableSampleError):
         return {}
     box = None if sample.box is None else list(sample.box)

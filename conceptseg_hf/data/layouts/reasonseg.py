@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import FileItem, Index
-from ..paths import MissingFilesError
+from ..paths import MissingFilesError, is_hidden
 from ..suite import Source
 from ..truths import PolygonFile
 
@@ -41,7 +41,9 @@ def index_files(root: Path, source: Source, split: str) -> Index:
             (("folder", folder),),
             1,
         )
-    stems = {path.stem for path in folder.iterdir() if path.suffix in (".jpg", ".json")}
+    stems = {
+        path.stem for path in folder.iterdir() if path.suffix in (".jpg", ".json") and not is_hidden(path)
+    }
     return Index(
         [
             ReasonSegItem(
