@@ -49,7 +49,7 @@ def load_image(image: ImageInput) -> Image.Image:
 
 def load_oriented_image(image: ImageInput) -> tuple[Image.Image, int]:
     """As `load_image`, with the EXIF orientation that was applied: 1 for none, 2 to 8 as EXIF counts."""
-    picture, orientation = _rotated(_open(image, "image"))
+    picture, orientation = _rotated(*_open(image, "image"))
     try:
         return _to_rgb(picture), orientation
     except (ValueError, OSError, SyntaxError, EOFError, MemoryError) as error:
@@ -66,6 +66,9 @@ def read_header(path: str | os.PathLike) -> tuple[tuple[int, int], int]:
     _check_is_file(path, "image")
     with _opened(path, path, "image") as picture:
         orientation = _orientation_of(picture)
+        if picture.format == "TIFF":  # which Pillow turns itself
+            picture.load()
+            return picture.size, orientation
         return picture.size[:: -1 if orientation >= SWAPS_SIDES else 1], orientation
 
 
@@ -137,7 +140,7 @@ def open_mask(mask: ImageInput) -> Image.Image:
 
 def open_oriented_mask(mask: ImageInput) -> tuple[Image.Image, int]:
     """As `open_mask`, with the EXIF orientation that was applied."""
-    picture, orientation = _rotated(_open(mask, "mask"))
+    picture, orientation = _rotated(*_open(mask, "mask"))
     if picture.mode == "P" and _has_white(picture):  # in a GIF, white may come first
         picture = picture.convert("L")
     return picture, orientation
@@ -148,14 +151,14 @@ def mask_to_image(mask: np.ndarray) -> Image.Image:
     return Image.fromarray(mask.astype(bool).astype(np.uint8) * 255)
 
 
-def _open(image: ImageInput, what: str) -> Image.Image:
-    """Opens and fully decodes an input; `what` names it in errors."""
+def _open(image: ImageInput, what: str) -> tuple[Image.Image, int]:
+    """Opens and fully decodes an input, and returns its EXIF orientation; `what` names it in errors."""
     if isinstance(image, Image.Image):
         return _decoded(image, image, what)
     if isinstance(image, np.ndarray) and image.ndim == 0 and image.dtype.kind in "OUS":
         image = image.item()  # an array that is one path
     if _is_array(image):
-        return _array_to_image(_checked_array(image, what))
+        return _array_to_image(_checked_array(image, what)), 1
     if isinstance(image, (bytes, bytearray, memoryview)):
         return _decoded(io.BytesIO(image), image, what)
     if isinstance(image, (str, os.PathLike)):
@@ -176,18 +179,21 @@ def _check_is_file(path: str | os.PathLike, what: str) -> None:
         raise FileNotFoundError(f"{what} {name_of(path)} is not a file; give the path of an image.")
 
 
-def _decoded(source: Any, image: ImageInput, what: str) -> Image.Image:
+def _decoded(source: Any, image: ImageInput, what: str) -> tuple[Image.Image, int]:
     picture = source if isinstance(source, Image.Image) else _opened(source, image, what)
     try:
+        orientation = _orientation_of(picture)  # of a TIFF, Pillow applies and forgets it below
         picture.load()  # Pillow is lazy: a truncated file fails only here
     except Exception as error:  # decoders raise almost anything on damaged files
+        if picture is not source:
+            picture.close()
         raise _damaged(image, what) from error
     if picture.width == 0 or picture.height == 0:
         raise ValueError(
             f"{what} {name_of(image)} has no pixels ({picture.width} x {picture.height}); "
             "give an image with content."
         )
-    return picture
+    return picture, orientation
 
 
 def _opened(source: Any, image: ImageInput, what: str) -> Image.Image:
@@ -232,9 +238,8 @@ def _fetch(url: str, what: str) -> bytes:
         raise ValueError(_sentence(f"{what} {url!r} cannot be fetched: {error}")) from error
 
 
-def _rotated(picture: Image.Image) -> tuple[Image.Image, int]:
-    """Applies the EXIF orientation, and returns which it was; unreadable EXIF data counts as none."""
-    orientation = _orientation_of(picture)
+def _rotated(picture: Image.Image, orientation: int) -> tuple[Image.Image, int]:
+    """Applies the EXIF orientation, and returns which it is; unreadable EXIF data counts as none."""
     try:
         return ImageOps.exif_transpose(picture), orientation
     except Exception:

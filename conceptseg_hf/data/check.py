@@ -173,6 +173,7 @@ def _check_split(
     source = get_source(name)
     try:
         samples = open_benchmark(name, root, split, seed=seed)
+        samples.check_length()
     except MissingFilesError as error:
         return DataCheck(name, split, missing=error.missing, files=error.total, fault=_without_caller(error))
     except ValueError as error:

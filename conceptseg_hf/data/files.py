@@ -273,11 +273,7 @@ class FileBenchmark(Sequence[ConceptSample]):
             MissingFilesError: If files are missing (where samples may lack some: if no sample has all of its own); it
                 counts and holds all of them.
         """
-        if not self.items:
-            raise ValueError(
-                f"load_benchmark: {self.name!r} has no samples in split {self.split!r} below {str(self.root)!r}; "
-                "give another split, or another root."
-            )
+        self.check_length()
         if self._partial:
             self._warn_of_missing_files()
         else:
@@ -288,6 +284,18 @@ class FileBenchmark(Sequence[ConceptSample]):
                 f"{self.name}: {describe_names(self.without_references)} no reference image in the train split "
                 f"besides the target; {count} of {len(self)} samples come without references.",
                 stacklevel=3,
+            )
+
+    def check_length(self) -> None:
+        """Checks that there are samples.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if not self.items:
+            raise ValueError(
+                f"load_benchmark: {self.name!r} has no samples in split {self.split!r} below {str(self.root)!r}; "
+                "give another split, or another root."
             )
 
     def _warn_of_missing_files(self) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
-from ..references import Reference, usable_references
+from ..references import Reference
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,3 @@ class UnreadableSampleError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.fields, self.truth, self.stretched)
-
-
-def with_usable_references(sample: ConceptSample) -> ConceptSample:
-    """A sample without those references that cannot be read, of which it then says so; itself if all can be."""
-    usable, faults = usable_references(sample.references)
-    if not faults:
-        return sample
-    return replace(
-        sample,
-        references=usable,
-        reference_faults=(*sample.reference_faults, *faults),
-        references_lost=sample.references_lost + len(faults),
-    )

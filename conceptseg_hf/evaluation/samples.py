@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import Subset
 
 from ..data import ConceptSample, ConceptShapes, FileBenchmark, UnreadableSampleError
 from ..data.files import FileItem
-from ..data.sample import with_usable_references
 from ..data.truths import Truth
+from ..data.usable import has_usable_references, with_usable_references
 from .protocols import get_protocol
 
 # Pictures of one size and form may have files of equal length; the last bytes of PNG and JPEG files tell them apart.
@@ -38,7 +38,7 @@ def read_sample(
     if isinstance(sample, UnreadableSampleError):
         resizes = get_protocol(protocol).size is not None
         return sample.stretched if resizes and sample.stretched is not None else sample
-    return sample if _has_read_references(samples) else with_usable_references(sample)
+    return sample if has_usable_references(samples) else with_usable_references(sample)
 
 
 def _read(samples: Sequence[ConceptSample], index: int) -> ConceptSample | UnreadableSampleError:
@@ -48,15 +48,6 @@ def _read(samples: Sequence[ConceptSample], index: int) -> ConceptSample | Unrea
         return error
     except (OSError, ValueError) as error:  # of samples of one's own
         return UnreadableSampleError(f"sample {index}: {error}", {"sample_id": str(index)})
-
-
-def _has_read_references(samples: Sequence[ConceptSample]) -> bool:
-    """Whether references were read with their samples, or drawn."""
-    while isinstance(samples, Subset):
-        samples = samples.dataset
-    if isinstance(samples, ConcatDataset):
-        return all(map(_has_read_references, samples.datasets))
-    return isinstance(samples, (ConceptShapes, FileBenchmark))
 
 
 def describe_samples(samples: Sequence[ConceptSample]) -> dict[str, Any]:
