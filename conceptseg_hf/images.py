@@ -91,6 +91,14 @@ def as_list(inputs: Any) -> list[Any] | None:
     return list(array)
 
 
+def is_file(path: str | bytes | os.PathLike) -> bool:
+    """Whether a path names a file; False also of one that is longer than a name can be, or cannot be looked at."""
+    try:
+        return pathlib.Path(os.fsdecode(path)).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def load_mask(mask: ImageInput, size: tuple[int, int] | None = None, orientation: int = 1) -> np.ndarray:
     """Reads a mask: foreground is True.
 
@@ -175,7 +183,7 @@ def _open(image: ImageInput, what: str) -> tuple[Image.Image, int]:
 
 
 def _check_is_file(path: str | os.PathLike, what: str) -> None:
-    if not pathlib.Path(os.fsdecode(path)).is_file():
+    if not is_file(path):
         raise FileNotFoundError(f"{what} {name_of(path)} is not a file; give the path of an image.")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..images import load_oriented_image, mask_to_image, read_header
+from ..images import is_file, load_oriented_image, mask_to_image, read_header
 from ..mask_checks import describe_other_size, is_similar_size
 from ..references import Reference, mask_to_box
 from .paths import check_files
@@ -167,8 +167,8 @@ class FileBenchmark(Sequence[ConceptSample]):
             raise UnreadableSampleError(_because(item, error), fields, _truth_or_none(item)) from error
         try:
             truth = read_truth(item.truth, image.size, orientation)
-        except (OSError, ValueError) as error:
-            raise UnreadableSampleError(_because(item, error), fields) from error
+        except (OSError, ValueError) as error:  # it may be that only its frame is the wrong one
+            raise UnreadableSampleError(_because(item, error), fields, _truth_or_none(item)) from error
         found = self.read_references(item)
         references = {"references": found.references, "reference_faults": found.faults}
         sample = ConceptSample(
@@ -300,7 +300,7 @@ class FileBenchmark(Sequence[ConceptSample]):
 
     def _warn_of_missing_files(self) -> None:
         own = {item.sample_id: (item.image, *item.truth.files) for item in self.items}
-        lacking = [name for name, paths in own.items() if not all(path.is_file() for path in paths)]
+        lacking = [name for name, paths in own.items() if not all(map(is_file, paths))]
         if len(lacking) == len(self):
             check_files(self.files(), self.name, self.root)
         elif lacking:

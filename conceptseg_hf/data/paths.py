@@ -11,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from ..images import is_file
+
 _NAMED = 3  # missing files that an error names
 
 
@@ -49,14 +51,14 @@ def inside(root: Path, relative: str) -> Path:
             f"path {relative!r} leads out of {str(root)!r}; give paths relative to that folder, without '..'."
         )
     path = root.joinpath(*parts)
-    return path if relative.isascii() or path.exists() else _as_on_disk(root, parts)
+    return path if relative.isascii() or os.access(path, os.F_OK) else _as_on_disk(root, parts)
 
 
 def _as_on_disk(root: Path, parts: list[str]) -> Path:
     """A path whose names are looked up by their composed Unicode form (macOS writes decomposed ones)."""
     path = root
     for part in parts:
-        if not (path / part).exists() and not part.isascii():
+        if not part.isascii() and not os.access(path / part, os.F_OK):
             part = _names_in(path).get(composed(part), part)
         path = path / part
     return path
@@ -94,7 +96,7 @@ def existing_folder(root: str | os.PathLike | None, name: str) -> Path:
     if root is None:
         raise ValueError(f"load_benchmark: {name!r} reads files; give root=, the folder that holds them.")
     folder = Path(root).expanduser()
-    if not folder.is_dir():
+    if not os.access(folder, os.F_OK) or not folder.is_dir():
         raise ValueError(f"load_benchmark: root {str(root)!r} is not a folder; give the folder of {name!r}.")
     return folder
 
@@ -105,7 +107,7 @@ def required_file(path: Path, name: str) -> Path:
     Raises:
         MissingFilesError: If it is missing.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise MissingFilesError(
             f"load_benchmark: {name!r} lacks {str(path)!r}, which lists its samples; put it there.",
             (("index", path),),
@@ -128,7 +130,7 @@ def check_files(files: Iterable[tuple[str, Path]], name: str, root: Path) -> Non
     kinds: dict[Path, str] = {}
     for kind, path in files:
         kinds.setdefault(path, kind)
-    missing = tuple((kind, path) for path, kind in kinds.items() if not path.is_file())
+    missing = tuple((kind, path) for path, kind in kinds.items() if not is_file(path))
     if missing:
         counts = " and ".join(
             f"{count} {kind if count == 1 else kind + 's'}"

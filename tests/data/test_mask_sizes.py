@@ -140,6 +140,37 @@ def test_data_check_compares_sizes(authors_tree, capsys):
     assert "b.png' has 30 x 30 pixels" in fault and not check.complete and len(check.inspection.resized) == 1
 
 
+@pytest.mark.parametrize("protocol", ["standard", "paper"])
+def test_a_mask_of_the_stored_pixels_is_never_stretched(model, processor, tmp_path, protocol):
+    root = own_data(tmp_path / "own", (24, 16), (4, 2, 12, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save_image(root / "images/a.png", size=(24, 16))
+    Image.open(root / "images/a.png").save(root / "images/a.png", exif=exif)
+    options = {"processor": processor, "root": root, "router": "sam_only", "protocol": protocol}
+    report = evaluate(model, "plain", **options)
+    (failed,) = report.failed
+    assert (
+        "rotation of its EXIF orientation 6: the mask is of the pixels as they are stored" in failed["error"]
+    )
+    assert failed["foreground_iou"] == 0 and failed["scores"]["tp"] == 0 and failed["scores"]["fn"] > 0
+    Image.open(root / "masks/a.png").transpose(Image.Transpose.ROTATE_270).save(root / "masks/a.png")
+    sample = load_benchmark("plain", root)[0]
+    assert sample.image.size == (16, 24) and sample.box == (6, 4, 14, 12)
+
+
+def test_mirrored_images_are_told(tmp_path):
+    root = own_data(tmp_path, SIZE, (4, 2, 12, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 2
+    Image.open(root / "images/a.png").save(root / "images/a.png", exif=exif)
+    samples = load_benchmark("plain", root)
+    with pytest.warns(
+        UserWarning, match=r"mask '.*a\.png' is taken to be of its image as it is shown.*orientation 2;"
+    ):
+        assert samples[0].box == (4, 2, 12, 10)
+
+
 def test_references_may_differ_by_as_much(authors_tree):
     authors_tree.add("train", "Polyp", "Polyp", "t")
     authors_tree.add("test", "Polyp", "Polyp", "a")

@@ -195,6 +195,19 @@ def test_samples_that_lack_files_fail_alone(root):
         samples[1]
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "é" * 200])
+def test_names_that_no_file_can_have_are_missing_files(root, name):
+    write_lines(root, A, B | {"image": f"images/{name}.jpg"}, B | {"references": f"images/{name}.jpg"})
+    with pytest.warns(UserWarning, match="1 of 3 samples lack files"):
+        samples = load_benchmark("plain", root)
+    with pytest.raises(UnreadableSampleError, match=r"\.jpg' is not a file; give the path of an image"):
+        samples[1]
+    with pytest.warns(UserWarning, match=r"\.jpg' is not a file"):
+        assert samples[2].references == []
+    with pytest.raises(ValueError, match="is not a folder; give the folder of 'plain'"):
+        load_benchmark("plain", name)
+
+
 @pytest.mark.parametrize(
     ("lost", "message"),
     [

@@ -172,7 +172,7 @@ class _Writer:
                     self._shared_reference(file, reference, target)
                     for file, reference in zip(found.files, found.references, strict=True)
                 ]
-            except (ValueError, OSError) as error:  # a reference is read only here
+            except (ValueError, OSError) as error:  # a file that has changed meanwhile
                 self._add_failed(error, item.image, episode, fields)
                 return
         self._dataset.add_sample(target)
