@@ -72,6 +72,20 @@ def read_header(path: str | os.PathLike) -> tuple[tuple[int, int], int]:
         return picture.size[:: -1 if orientation >= SWAPS_SIDES else 1], orientation
 
 
+def try_image(path: str | os.PathLike) -> tuple[tuple[int, int], int]:
+    """As `read_header`, of a file that is read to its end so that damage is found (JPEG: at an eighth of its size).
+
+    Raises:
+        FileNotFoundError: If a path names no file.
+        ValueError: If the file is no image, or damaged.
+    """
+    header = read_header(path)
+    with _opened(path, path, "image") as picture:
+        picture.draft("RGB", (1, 1))
+        _decoded(picture, path, "image")
+    return header
+
+
 def as_list(inputs: Any) -> list[Any] | None:
     """Several inputs as a list; None if it is a single one.
 

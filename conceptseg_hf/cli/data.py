@@ -33,7 +33,8 @@ def add_parser(verbs: Any) -> None:
     add_root_option(check)
     check.add_argument(
         "--split",
-        help="split of benchmarks given by name (default: those that the paper counts); groups have those of the paper",
+        help="split of benchmarks given by name (default: those that the paper counts, of your own data all); groups "
+        "have those of the paper",
     )
     check.set_defaults(run=run_check)
 

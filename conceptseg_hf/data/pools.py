@@ -9,10 +9,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..images import load_oriented_image, mask_to_image
+import numpy as np
+
+from ..images import load_oriented_image, mask_to_image, try_image
 from ..mask_checks import describe_other_size, is_similar_size
 from ..references import Reference, mask_to_box, no_foreground, read_reference
-from .truths import MaskFile, Truth, resize
+from .truths import MaskFile, Size, Truth, resize
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,14 @@ class FileReference:
         Raises:
             OSError, ValueError: If image or truth cannot be used; the message names the file.
         """
-        image, orientation = load_oriented_image(self.image)
         if self.truth is None:
+            try_image(self.image)
             return Reference(self.image)
+        if isinstance(self.truth, MaskFile):
+            size, orientation = try_image(self.image)
+            mask, fits = self._read_mask(size, orientation)
+            return Reference(self.image, mask=self.truth.path if fits else mask_to_image(mask))
+        image, orientation = load_oriented_image(self.image)
         if self.truth.box_only:
             reference = Reference(image, box=self.truth.box(image.size))
             try:
@@ -45,18 +52,18 @@ class FileReference:
             except ValueError as error:
                 raise ValueError(f"reference {str(self.image)!r}: {error}") from error
             return reference
-        mask, _ = self.truth.read(image.size, orientation)
-        size = mask.shape[::-1]
-        if size != image.size and not is_similar_size(size, image.size):
-            raise ValueError(describe_other_size(self.truth.name, size, image.size))
+        mask, _ = self._read_mask(image.size, orientation)
+        return Reference(image, box=mask_to_box(mask))
+
+    def _read_mask(self, size: Size, orientation: int) -> tuple[np.ndarray, bool]:
+        """The mask, (H, W) bool, at the size of the image, and whether it is stored at that size."""
+        mask, _ = self.truth.read(size, orientation)
+        stored = mask.shape[::-1]
+        if stored != size and not is_similar_size(stored, size):
+            raise ValueError(describe_other_size(self.truth.name, stored, size))
         if not mask.any():
             raise ValueError(no_foreground(self.truth.files[0]))
-        if not isinstance(self.truth, MaskFile):
-            return Reference(image, box=mask_to_box(resize(mask, image.size)))
-        return Reference(
-            self.image,
-            mask=self.truth.path if size == image.size else mask_to_image(resize(mask, image.size)),
-        )
+        return resize(mask, size), stored == size
 
 
 class ReferencePool(ABC):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,6 +49,26 @@ def test_jsonl(root):
     assert (first.prompt, first.level, first.group, first.sample_id) == ("scratch", "CD", "mine", "images/a")
     assert resolve_references(first.references).boxes == (None, (4, 2, 12, 10), (1, 2, 3, 4))
     assert (second.sample_id, second.references, second.level) == ("second", [], "CR")
+
+
+def test_the_examples_of_the_documents_load(tmp_path):
+    text = (Path(__file__).parents[2] / "docs/own_data.md").read_text(encoding="utf-8")
+    lines = text.split("```json\n")[1].split("```")[0]
+    table = text.split("```\nimage,mask,prompt")[1].split("```")[0]
+    for number in (1, 2, 101, 102, 103):
+        save_image(tmp_path / f"images/{number:04d}.jpg", seed=number, size=(240, 200))
+        save_mask(tmp_path / f"masks/{number:04d}.png", size=(240, 200))
+    (tmp_path / "samples.jsonl").write_text(lines)
+    (first, second), (third,) = (
+        load_benchmark("plain", tmp_path, split=split) for split in ("test", "train")
+    )
+    assert (first.prompt, third.prompt, first.references) == ("the scratch", "the scratch", [])
+    assert resolve_references(second.references).boxes == ((4, 2, 12, 10), (40, 30, 200, 180), None)
+    assert (first.sample_id, first.level) == ("images/0001", "CR")
+    (tmp_path / "samples.jsonl").unlink()
+    (tmp_path / "samples.csv").write_text(f"image,mask,prompt{table}")
+    (sample,) = load_benchmark("plain", tmp_path)
+    assert resolve_references(sample.references).boxes == ((4, 2, 12, 10), None)
 
 
 def test_lines_end_where_json_says(root):
