@@ -63,7 +63,8 @@ class MaskFile(Truth):
         picture, own_orientation = open_oriented_mask(self.path)
         if looks_like_photo(picture):
             raise ValueError(
-                f"{self.name} is a photo and no mask; give an image in which the concept is white and all else black."
+                f"{self.name} is a photo, not a mask; give an image in which the concept is white and all other pixels "
+                "are black."
             )
         if size is not None:
             check_mask_frame(self.name, picture.size, own_orientation, size, orientation)

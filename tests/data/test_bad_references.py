@@ -52,8 +52,8 @@ def truncated_image(root):
 
 DAMAGES = {
     resize_mask: "mask '.*5.png' has 30 x 30 pixels, but its image has 24 x 16",
-    photo_of_another_size: "mask '.*5.png' is a photo and no mask",
-    photo_of_the_same_size: "mask '.*5.png' is a photo and no mask",
+    photo_of_another_size: "mask '.*5.png' is a photo, not a mask",
+    photo_of_the_same_size: "mask '.*5.png' is a photo, not a mask",
     empty_mask: "mask '.*5.png' has no foreground pixel",
     broken_mask: "mask '.*5.png' cannot be read",
     truncated_image: "image '.*5.jpg' cannot be read",
@@ -263,7 +263,7 @@ def test_data_check_names_bad_references(fss_root, capsys):
     assert "files: all 32 are there" in output
     assert "samples: 1 of 16 cannot be used" in output, "as a target, an empty mask is no fault"
     assert "references: 2 of 16 cannot be used" in output
-    assert "5.png' is a photo and no mask" in output and "7.png' has no foreground pixel" in output
+    assert "5.png' is a photo, not a mask" in output and "7.png' has no foreground pixel" in output
     assert output.rstrip().splitlines()[-1].startswith("not complete")
 
 

@@ -98,7 +98,7 @@ def test_a_bad_reference_ends_no_training(class_of_images, make_meta_grpo, nano_
     drawn = [file.image.name for item in samples.items for file in samples.references_of(item)]
     assert "5.png" in drawn
     with pytest.warns(
-        UserWarning, match=r"fewshot1000: a reference cannot be used.*5\.png' is a photo and no mask"
+        UserWarning, match=r"fewshot1000: a reference cannot be used.*5\.png' is a photo, not a mask"
     ):
         dataset = split_reference_dataset(samples)
         trainer = make_meta_grpo(train_dataset=dataset, max_steps=2)
