@@ -208,14 +208,17 @@ def read_reference(reference: Reference) -> tuple[Image.Image, Box | None]:
     return image, _reference_box(reference, image.size, orientation)
 
 
-def usable_references(references: Sequence[Reference]) -> tuple[list[Reference], list[str]]:
+def usable_references(
+    references: Sequence[Reference | Mapping[str, Any]],
+) -> tuple[list[Reference], list[str]]:
     """Those references that can be read, and what is wrong with each of the others.
 
     A proxy query that is left alone becomes an ordinary reference.
     """
     usable, faults = [], []
-    for reference in references:
+    for index, given in enumerate(references):
         try:
+            reference = _as_reference(given, index)
             read_reference(reference)
         except (OSError, ValueError) as error:
             faults.append(str(error))

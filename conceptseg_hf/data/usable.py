@@ -22,6 +22,8 @@ def has_usable_references(samples: Sequence[ConceptSample]) -> bool:
 
 def with_usable_references(sample: ConceptSample) -> ConceptSample:
     """A sample without those references that cannot be read, of which it then says so; itself if all can be."""
+    if not isinstance(sample, ConceptSample):
+        return sample  # whoever uses it says what is wrong
     usable, faults = usable_references(sample.references)
     if not faults:
         return sample

@@ -125,12 +125,17 @@ def test_samples_of_ones_own_go_on_without_a_bad_reference(tmp_path, caplog):
     sample = next(
         sample for sample in ConceptShapes("train", length=8, size=48) if len(sample.references) > 1
     )
-    bad = [Reference(tmp_path / "broken.png"), Reference(sample.image, mask=str(tmp_path / "empty.png"))]
-    samples = ReadableSamples([replace(sample, references=[bad[0], *sample.references, bad[1]])])
+    bad = [
+        Reference(tmp_path / "broken.png"),
+        {"image": sample.image, "mask": str(tmp_path / "empty.png")},
+        Reference(sample.image, box=(90, 90, 99, 99)),
+    ]
+    samples = ReadableSamples([replace(sample, references=[bad[0], *sample.references, *bad[1:]])])
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert samples[0].references == sample.references and samples[0].references_lost == 2
-    assert len(caplog.records) == 2, "each is named once"
+            assert samples[0].references == sample.references and samples[0].references_lost == 3
+    assert len(caplog.records) == 3, "each is named once"
+    assert "lies outside its image of 48 x 48 pixels" in caplog.text
     assert f"sample {sample.sample_id!r} goes on without a reference: image" in caplog.text
     assert "broken.png' cannot be read" in caplog.text and "empty.png' is empty" in caplog.text
 

@@ -62,7 +62,7 @@ class ReadableSamples:
 
     def _with_usable_references(self, sample: ConceptSample) -> ConceptSample:
         usable = with_usable_references(sample)
-        for fault in usable.reference_faults:
+        for fault in () if usable is sample else usable.reference_faults:
             if fault not in self._told:
                 self._told.add(fault)
                 logger.warning("sample %r goes on without a reference: %s", sample.sample_id, fault)
