@@ -22,6 +22,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import hub
 from .devices import is_offloaded
+from .images import as_list
 from .outputs import ConceptSegmentation
 from .processing_conceptseg import ConceptSegInputs, ConceptSegProcessor, PreparedSample
 from .references import Reference
@@ -39,8 +40,8 @@ class ConceptSegmentationPipeline(Pipeline):
 
     An input is an image (PIL image, array, path, URL or bytes) together with `prompt=` and, if need be,
     `references=`; or a mapping, or any object, with `image`, `prompt` and `references`, which then go before
-    the keywords. Many inputs are a list, a generator, a torch dataset or any other sequence; a list gives a
-    list, everything else an iterator.
+    the keywords. Many inputs are a list, an array or pandas Series of paths, a DataFrame with these columns, a
+    generator, a torch dataset or any other sequence; the first three give a list, everything else an iterator.
 
     Each result is a dict with the fields of `ConceptSegmentation`. An input that cannot be read gives a
     result whose `error` is one sentence and whose `mask` is None; the others go on.
@@ -323,10 +324,14 @@ def _as_many(inputs: Any) -> Any | None:
     """Inputs as the base class takes many (a list, generator or torch dataset); None for a single input."""
     if isinstance(inputs, (list, tuple)):
         return list(inputs)
+    if hasattr(inputs, "columns") and hasattr(inputs, "to_dict"):  # a pandas DataFrame: an input a row
+        return inputs.to_dict("records")
     if isinstance(
         inputs, (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, Mapping)
     ) or _has_parts(inputs):
         return None
+    if hasattr(inputs, "__array__") and (listed := as_list(inputs)) is not None:
+        return listed
     if hasattr(inputs, "__array__") or hasattr(inputs, "read"):
         return None
     if isinstance(inputs, Dataset):

@@ -27,7 +27,7 @@ from transformers import BatchFeature, ProcessorMixin
 from . import hub, mllm
 from .completion import Completion, format_box, parse_completion
 from .configuration_conceptseg import how_to_convert, is_authors_config
-from .images import ImageInput, load_image
+from .images import ImageInput, as_list, load_image
 from .prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
 from .references import (
     Box,
@@ -262,8 +262,8 @@ class ConceptSegProcessor(ProcessorMixin):
         """Prepares one prompt or a batch of prompts.
 
         Args:
-            images: One image (see `images.ImageInput`) or a list of them. Several prompts for one image
-                encode it once.
+            images: One image (see `images.ImageInput`) or a list of them; also an array or a pandas Series of
+                paths or images. Several prompts for one image encode it once.
             prompts: One prompt for all images, or one per image; several may go with a single image.
             references: One list of references for all images, or one list per image.
 
@@ -271,11 +271,13 @@ class ConceptSegProcessor(ProcessorMixin):
             FileNotFoundError: If a path names no file.
             ValueError: If an input cannot be used, or the lists differ in length.
         """
-        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        listed = as_list(images)
+        images = [images] if listed is None else listed
         prompts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
         images = images * len(prompts) if len(images) == 1 else images
-        if not references or not isinstance(references[0], (list, tuple)):
-            references = [references or ()] * len(images)
+        references = [] if references is None else as_list(references) or []
+        if not any(as_list(item) is not None for item in references):
+            references = [references] * len(images)
         if not len(images) == len(prompts) == len(references):
             raise ValueError(
                 f"ConceptSegProcessor: got {len(images)} images, {len(prompts)} prompts and "

@@ -395,6 +395,24 @@ def test_call_takes_one_or_many(processor: ConceptSegProcessor) -> None:
         processor([image, image], ["a", "b", "c"])
 
 
+def test_call_takes_arrays_and_series(processor: ConceptSegProcessor, tmp_path: pathlib.Path) -> None:
+    pd = pytest.importorskip("pandas")
+    paths = [str(tmp_path / f"{number}.png") for number in range(2)]
+    for number, path in enumerate(paths):
+        picture(number).save(path)
+    expected = processor([picture(0), picture(1)], ["red", "blue"], [[boxed(1)], []])
+    frame = pd.DataFrame({"image": paths, "prompt": ["red", "blue"]}, index=[4, 2])
+    references = pd.Series([[boxed(1)], []], index=[4, 2])
+    for images, prompts in ((frame["image"], frame["prompt"]), (np.array(paths), np.array(["red", "blue"]))):
+        found = processor(images, prompts, references)
+        for one, other in zip(found, expected, strict=True):
+            assert one.mllm_text == other.mllm_text and one.frame == other.frame
+            assert torch.equal(one.sam_pixel_values, other.sam_pixel_values)
+    shared = processor(paths, "red", np.array([boxed(1)], dtype=object))
+    assert [sample.frame.reference_sizes for sample in shared] == [expected[0].frame.reference_sizes] * 2
+    assert [len(s.frame.reference_sizes) for s in processor(paths, "red", [None, [boxed(1)]])] == [0, 1]
+
+
 def test_prompts_of_one_image_share_its_pixels(processor: ConceptSegProcessor) -> None:
     inputs = processor(picture(), ["red", "red circle"])
     assert inputs[0].sam_pixel_values is inputs[1].sam_pixel_values

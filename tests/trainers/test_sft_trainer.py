@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conceptseg_hf import ConceptSegForSegmentation, Reference
+from conceptseg_hf import ConceptSegForSegmentation
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.evaluation import foreground_iou
 
@@ -270,10 +270,6 @@ BROKEN = {
     "completion": (lambda sample: {"rule": None}, "no true rule"),
     "prompt": (lambda sample: {"prompt": "the red circle " * 200}, "more than max_prompt_length = 400"),
     "think": (lambda sample: {"think": "the red circle " * 300}, "more than max_completion_length = 768"),
-    "reference": (
-        lambda sample: {"references": [Reference(sample.image, box=(90, 90, 99, 99))]},
-        "lies outside its image",
-    ),
 }
 
 

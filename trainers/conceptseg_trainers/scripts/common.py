@@ -27,6 +27,8 @@ from conceptseg_hf.data import BenchmarkGroup, ConceptSample, load_benchmarks
 from conceptseg_hf.evaluation.loading import find_checkpoint, load_config
 from conceptseg_hf.evaluation.processes import let_gloo_end
 
+from ..samples import warn_of_shared_images
+
 logger = logging.getLogger(__name__)
 
 _TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
@@ -97,10 +99,11 @@ class DataArguments:
     def load(self, training_args: TrainingArguments) -> tuple[Sequence[ConceptSample], Any]:
         """The samples to train on, and those for evaluation (None if the run does not evaluate)."""
         evaluates = training_args.eval_strategy != "no" or training_args.eval_on_start
-        return (
-            self._load(self.train_split, self.train_samples),
-            self._load(self.eval_split, self.eval_samples) if evaluates else None,
-        )
+        train = self._load(self.train_split, self.train_samples)
+        evaluation = self._load(self.eval_split, self.eval_samples) if evaluates else None
+        if evaluation is not None:
+            warn_of_shared_images(train, evaluation)
+        return train, evaluation
 
     def _load(self, split: str, limit: int | None) -> Sequence[ConceptSample]:
         samples = load_benchmarks(self.benchmark, root=self.benchmark_root, split=split, limit=limit)
