@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils import ModelOutput
+
+from .devices import loaded, move_to_hooks
 
 SUPPORTED_MODEL_TYPES = ("qwen2_5_vl",)
 
@@ -103,11 +106,27 @@ def continue_positions(vlm: PreTrainedModel, attention_mask: Tensor, rows: Seque
     return (positions + vlm.model.rope_deltas)[None].expand(3, -1, -1)
 
 
+def full_pass(vlm: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> ModelOutput:
+    """One full forward pass over `model_inputs`, without the language-model head.
+
+    Args:
+        vlm: The MLLM.
+        inputs: See `model_inputs`.
+        **options: What else to return: `output_hidden_states`, `output_attentions`, `use_cache`.
+
+    Returns:
+        `last_hidden_state` (B, L, C): last-layer, post-norm hidden states; and `hidden_states`, `attentions` and
+        `past_key_values` as asked for, None otherwise.
+    """
+    with loaded(vlm):
+        output = vlm.base_model(**move_to_hooks(inputs, vlm), **options, return_dict=True)
+    forget_positions(vlm)
+    return output
+
+
 def last_hidden_states(vlm: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     """(B, L, C) last-layer, post-norm hidden states of one full forward pass over `model_inputs`."""
-    states = vlm.base_model(**inputs, use_cache=False).last_hidden_state
-    forget_positions(vlm)
-    return states
+    return full_pass(vlm, inputs, use_cache=False).last_hidden_state
 
 
 def forget_positions(vlm: PreTrainedModel) -> None:

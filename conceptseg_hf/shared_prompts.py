@@ -74,7 +74,7 @@ def hidden_states(vlm: PreTrainedModel, inputs: Mapping[str, Tensor], shared: Sh
     """
     output = _read_prompts(vlm, inputs, shared)
     cache = output.past_key_values
-    cache.batch_select_indices(torch.tensor(shared.prompt_of_row, device=vlm.device))
+    cache.batch_select_indices(torch.tensor(shared.prompt_of_row, device=inputs["input_ids"].device))
     attention_mask = inputs["attention_mask"]
     positions = mllm.continue_positions(vlm, attention_mask, shared.prompt_of_row)
     continued = vlm.base_model(
@@ -105,7 +105,7 @@ def generate(vlm: PreTrainedModel, inputs: Mapping[str, Tensor], **kwargs: Any) 
         return vlm.generate(**inputs, **kwargs)
     with torch.no_grad():
         cache = _read_prompts(vlm, inputs, shared).past_key_values
-    cache.batch_select_indices(torch.tensor(shared.prompt_of_row, device=vlm.device))
+    cache.batch_select_indices(torch.tensor(shared.prompt_of_row, device=inputs["input_ids"].device))
     mllm.continue_positions(vlm, inputs["attention_mask"], shared.prompt_of_row)
     rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
     return vlm.generate(**rest, past_key_values=cache, **kwargs)

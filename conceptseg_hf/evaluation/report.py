@@ -15,6 +15,7 @@ from . import paper_figures
 from .aggregate import Row, aggregate, levels_of
 from .bootstrap import resample
 from .choice import TARGET, choice_table
+from .data_notes import data_notes, data_remarks
 from .decomposition import decompose
 from .gallery import write_gallery
 from .metrics import MaskMetrics, presence_auc
@@ -167,6 +168,7 @@ class EvaluationReport:
                 if "judgements" in self.settings
                 else {}
             ),
+            **data_notes(self.records),
             "errors": [
                 {"sample_id": record["sample_id"], "error": record["error"]} for record in self.failed
             ],
@@ -270,6 +272,7 @@ class EvaluationReport:
         without = sum(record["scores"] is None for record in self.records)
         if without:
             lines += ["", f"{without} samples have no mask to compare with and are in none of these metrics."]
+        lines += data_remarks(self.records)
         if self.failed:
             lines += ["", "Samples that ended with an error:", ""]
             lines += [f"- {record['sample_id']}: {record['error']}" for record in self.failed[:_LISTED]]

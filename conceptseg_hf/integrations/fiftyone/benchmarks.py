@@ -167,11 +167,12 @@ class _Writer:
             ]
         else:
             try:
+                found = samples.read_references(item)  # those of the sample, with their files
                 target[REFERENCE_IDS] = [
                     self._shared_reference(file, reference, target)
-                    for file, reference in zip(samples.references_of(item), sample.references, strict=True)
+                    for file, reference in zip(found.files, found.references, strict=True)
                 ]
-            except (ValueError, OSError) as error:  # a reference is read only here
+            except (ValueError, OSError) as error:  # a file that has changed meanwhile
                 self._add_failed(error, item.image, episode, fields)
                 return
         self._dataset.add_sample(target)

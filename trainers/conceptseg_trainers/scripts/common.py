@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,8 @@ from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
 from conceptseg_hf.data import BenchmarkGroup, ConceptSample, load_benchmarks
 from conceptseg_hf.evaluation.loading import find_checkpoint, load_config
 from conceptseg_hf.evaluation.processes import let_gloo_end
+
+from ..samples import warn_of_shared_images
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +99,11 @@ class DataArguments:
     def load(self, training_args: TrainingArguments) -> tuple[Sequence[ConceptSample], Any]:
         """The samples to train on, and those for evaluation (None if the run does not evaluate)."""
         evaluates = training_args.eval_strategy != "no" or training_args.eval_on_start
-        return (
-            self._load(self.train_split, self.train_samples),
-            self._load(self.eval_split, self.eval_samples) if evaluates else None,
-        )
+        train = self._load(self.train_split, self.train_samples)
+        evaluation = self._load(self.eval_split, self.eval_samples) if evaluates else None
+        if evaluation is not None:
+            warn_of_shared_images(train, evaluation)
+        return train, evaluation
 
     def _load(self, split: str, limit: int | None) -> Sequence[ConceptSample]:
         samples = load_benchmarks(self.benchmark, root=self.benchmark_root, split=split, limit=limit)
@@ -148,26 +151,30 @@ class ModelArguments:
                 "backbones."
             )
 
-    def load(self) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
+    def load(
+        self, options: Mapping[str, Any] | None = None
+    ) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
         """The model and its processor.
+
+        Args:
+            options: Further arguments of `from_pretrained`, for the checkpoint or the MLLM; they go before the fields.
 
         Raises:
             OSError: If a checkpoint cannot be found.
             ValueError: If it cannot be used.
         """
+        options = {"dtype": self.dtype, **self.load_kwargs(), **(options or {})}
         if self.mllm_name_or_path is None:
             checkpoint = find_checkpoint(self.model_name_or_path)
             load_config(checkpoint)  # refuses what is no ConceptSeg checkpoint
-            model = ConceptSegForSegmentation.from_pretrained(
-                checkpoint, dtype=self.dtype, **self.load_kwargs()
-            )
+            model = ConceptSegForSegmentation.from_pretrained(checkpoint, **options)
             return model, ConceptSegProcessor.from_pretrained(checkpoint)
         model = ConceptSegForSegmentation.from_backbones(
             self.mllm_name_or_path,
             self.sam_name_or_path,
             ctm_config={"num_queries": self.num_concept_tokens},
-            dtype=self.dtype,
-            vlm_kwargs=self.load_kwargs(),
+            dtype=options.pop("dtype"),
+            vlm_kwargs=options,
         )
         processor = ConceptSegProcessor(
             image_processor=AutoImageProcessor.from_pretrained(self.mllm_name_or_path),
