@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .devices import loaded, move_to_hooks
@@ -104,6 +105,16 @@ def continue_positions(vlm: PreTrainedModel, attention_mask: Tensor, rows: Seque
     vlm.model.rope_deltas = vlm.model.rope_deltas[list(rows)]
     positions = attention_mask.long().cumsum(dim=1) - 1
     return (positions + vlm.model.rope_deltas)[None].expand(3, -1, -1)
+
+
+def encode_images(vlm: PreTrainedModel, pixel_values: Tensor, image_grid_thw: Tensor) -> list[Tensor]:
+    """The image tokens (tokens, C) of each image."""
+    return list(vlm.model.get_image_features(pixel_values, image_grid_thw).pooler_output)
+
+
+def encoded_images(tokens: Sequence[Tensor]) -> dict[str, Any]:
+    """What the MLLM takes in the place of `pixel_values`: the image tokens of all images of a batch, in their order."""
+    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tuple(tokens))}}
 
 
 def full_pass(vlm: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> ModelOutput:

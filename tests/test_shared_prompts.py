@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, mllm
 from conceptseg_hf.data import ConceptShapes
-from conceptseg_hf.shared_prompts import find_shared_prompts, generate, hidden_states
+from conceptseg_hf.shared_prompts import find_shared_prompts, generate, prompts_read_once
 
 ROWS = [0, 0, 1, 0, 2, 2, 1]
 COMPLETION = (
@@ -76,29 +78,42 @@ def test_prompts_are_read_once(model: ConceptSegForSegmentation, prompts: dict) 
     assert images == [5], "two images with a mosaic or a reference, one without"
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_states_and_gradients_equal_those_of_the_plain_pass(
-    model: ConceptSegForSegmentation, processor: ConceptSegProcessor, samples: list
+    make_model, processor: ConceptSegProcessor, samples: list, checkpointing: bool
 ) -> None:
+    model = make_model().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     texts = [COMPLETION, COMPLETION[:40], "red", COMPLETION, "star", COMPLETION[:60], COMPLETION]
     batch = processor.collate([samples[row] for row in ROWS], texts)
     completion = batch["completion_mask"].bool()
     inputs = mllm.model_inputs(batch)
     length = int(completion.any(0).nonzero()[0])
-    shared = find_shared_prompts(model.vlm, inputs, length)
+    used = completion.clone()
+    used[:, length - 1] = True  # the state that predicts the first token
     parameters = [p for p in model.vlm.parameters() if p.requires_grad]
-    weights = torch.randn(
-        completion.sum(), model.config.hidden_size, generator=torch.Generator().manual_seed(0)
-    )
+    weights = torch.randn(used.sum(), model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    images: list[int] = []
+    mllm.vision_tower(model.vlm).register_forward_pre_hook(lambda module, args: images.append(len(args[0])))
 
     found = []
-    for states in (mllm.last_hidden_states(model.vlm, inputs), hidden_states(model.vlm, inputs, shared)):
-        used = completion.clone()
-        used[:, length - 1] = True  # the state that predicts the first token
-        gradients = torch.autograd.grad((states[completion] * weights).sum(), parameters, allow_unused=True)
+    for context in (nullcontext(), prompts_read_once(model.vlm, inputs, length)):
+        with context:
+            states = mllm.last_hidden_states(model.vlm, inputs)
+        gradients = torch.autograd.grad((states[used] * weights).sum(), parameters, allow_unused=True)
         found.append((states[used].detach(), gradients))
     (plain, plain_gradients), (states, gradients) = found
+    assert images[-1] < images[0], "fewer patches are read"
     assert torch.allclose(states, plain, atol=1e-4)
     for one, other in zip(gradients, plain_gradients, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
             assert (one - other).norm() <= 1e-4 * other.norm() + 1e-6
+
+
+def test_the_base_model_is_left_as_it_was(model: ConceptSegForSegmentation, prompts: dict) -> None:
+    before = dict(vars(model.vlm.base_model))
+    with prompts_read_once(model.vlm, prompts, prompts["input_ids"].shape[1] - 1):
+        assert "forward" in vars(model.vlm.base_model)
+    assert vars(model.vlm.base_model).keys() == before.keys()
