@@ -8,7 +8,8 @@ carry what the completion says:
 3. segmenting: dice + focal (eq. 5) with Z beside the whole answer, beside its noun alone, and on its own.
 
 Completions are the policy's own (generated once, kept in the run folder), true ones, and true ones about another object
-of the same scene, so that the same picture has several masks.
+of the same scene, so that the same picture has several masks. A module that translates says what the completion says:
+where the policy chose another object, that one is the target.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.losses import segmentation_loss
 from conceptseg_hf.mllm import last_hidden_states, model_inputs
 from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
-from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, PreparedSample
-from conceptseg_hf.references import mask_to_box
+from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, Frame, PreparedSample
+from conceptseg_hf.references import box_iou, mask_to_box
 from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures, box_tokens, decode, encode_image, encode_text
 
 from .dense import DENSE_CLASSES, look_classes
@@ -48,6 +49,7 @@ _FIRST_TASK = 900_000  # the other stages stay below
 _GENERATION_BATCH = 48
 _MAX_TOKENS = 64
 _PART = 480
+_TARGET, _UNKNOWN = -1, -2  # in the place of an object's index
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,9 @@ class CtmStage:
         tasks = rng.integers(len(self.table["present"]), size=self.images)
         # Two completions of each image: one picture, several masks.
         rows = np.repeat(tasks, 2)
-        kinds = [kind for _ in tasks for kind in rng.permutation(len(KINDS))[:2]]
+        kinds = [
+            self._usable(int(row), int(kind)) for row in tasks for kind in rng.permutation(len(KINDS))[:2]
+        ]
         if step < self.steps.reading + self.steps.imitation:
             return self._imitation_loss(rows, kinds)
         texts = [TEXTS[int(rng.integers(len(TEXTS)))] for _ in rows]
@@ -176,10 +180,10 @@ class CtmStage:
             features = features.select(torch.arange(len(rows), device=self.device) // 2)
         concepts = self._concepts(self.table, rows, kinds)
         logits, presence = self._decode(self.table, features, rows, kinds, texts, concepts)
-        others = self._gather(self.table, "object", rows, kinds)
+        objects = self._gather(self.table, "object", rows, kinds)
         masks = [
-            tasks[i // 2].mask if KINDS[kind] != "other" else tasks[i // 2].scene.objects[int(others[i])].mask
-            for i, kind in enumerate(kinds)
+            tasks[i // 2].mask if index == _TARGET else tasks[i // 2].scene.objects[index].mask
+            for i, index in enumerate(objects.tolist())
         ]
         truth = torch.from_numpy(np.stack(masks)).to(self.device)
         _, dice, focal = segmentation_loss(logits, truth)
@@ -187,6 +191,10 @@ class CtmStage:
         presence_loss = nn.functional.binary_cross_entropy_with_logits(presence[:, 0], present)
         total = dice + 10 * focal + 0.25 * presence_loss
         return total, {"dice": dice.item(), "focal": focal.item(), "presence": presence_loss.item()}
+
+    def _usable(self, row: int, kind: int) -> int:
+        """A kind of completion; the true one in the place of an own one that is about nothing in particular."""
+        return KINDS.index("true") if self.table[f"{KINDS[kind]}_object"][row] == _UNKNOWN else kind
 
     def _task(self, row: int) -> Task:
         return self.mix.task(_FIRST_TASK + row)
@@ -352,7 +360,10 @@ def _complete(stage: CtmStage, source: _Source, indices: range) -> dict[str, Ten
             stage.processor,
             [completion.answer or sample.prompt for completion, sample in zip(own, samples, strict=True)],
             [completion.bbox for completion in own],
-            [None] * len(own),  # what the policy means is known by its box alone
+            [
+                _Described.by_box(task, item.frame, completion.bbox, stage.processor)
+                for task, item, completion in zip(tasks, prepared, own, strict=True)
+            ],
         )
         rng = np.random.default_rng([23, stage.seed, start])
         for kind in ("true", "other"):
@@ -391,7 +402,24 @@ class _Described:
             (i for i, item in enumerate(task.scene.objects) if np.array_equal(item.mask, task.mask)), None
         )
         look = None if index is None else look_classes(task.scene.objects[index].look)
-        return cls(task.mask, task.answer, look, -1 if index is None else index)
+        return cls(task.mask, task.answer, look, _TARGET)
+
+    @classmethod
+    def by_box(
+        cls, task: Task, frame: Frame, box: tuple[float, ...] | None, processor: ConceptSegProcessor
+    ) -> _Described:
+        """What a completion's box (in text units) is about: the target, failing that another object."""
+        unknown = cls(task.mask, "", None, _UNKNOWN)
+        if not task.mask.any():
+            return cls(task.mask, "", None, _TARGET)
+        if box is None:
+            return unknown
+        found = processor.text_box_to_image(box, frame)
+        if box_iou(found, mask_to_box(task.mask)) >= 0.3:
+            return cls(task.mask, "", None, _TARGET)
+        ious = [box_iou(found, item.box) if item.box else 0.0 for item in task.scene.objects]
+        best = int(np.argmax(ious))
+        return cls(task.scene.objects[best].mask, "", None, best) if ious[best] >= 0.5 else unknown
 
     @classmethod
     def of_another(cls, rng: np.random.Generator, task: Task) -> _Described:
@@ -402,8 +430,7 @@ class _Described:
             if item.mask.any() and not np.array_equal(item.mask, task.mask)
         ]
         if not others:
-            target = cls.of_target(task)
-            return target if target.index >= 0 else cls(task.mask, task.answer, None, -1)
+            return cls.of_target(task)
         index = others[int(rng.integers(len(others)))]
         item = task.scene.objects[index]
         answer = item.look.shape if len(task.answer.split()) == 1 and not item.look.kind else item.look.phrase
@@ -440,7 +467,7 @@ def _append(
     processor: ConceptSegProcessor,
     answers: list[str],
     boxes: list[tuple[float, ...] | None],
-    described: list[_Described | None],
+    described: list[_Described],
 ) -> None:
     states, mask = states[:, :_MAX_TOKENS], mask[:, :_MAX_TOKENS]
     padding = _MAX_TOKENS - states.shape[1]
@@ -453,10 +480,8 @@ def _append(
         "text": torch.stack(processor.sam_text(answers), dim=1),
         "noun": torch.stack(processor.sam_text(nouns), dim=1),
         "box": torch.tensor([[value / scale for value in box or (0,) * 4] for box in boxes]),
-        "look": torch.tensor(
-            [item.look if item and item.look else (0,) * len(DENSE_CLASSES) for item in described]
-        ),
-        "object": torch.tensor([item.index if item else -1 for item in described]),
+        "look": torch.tensor([item.look or (0,) * len(DENSE_CLASSES) for item in described]),
+        "object": torch.tensor([item.index for item in described]),
     }
     for name, values in columns.items():
         rows.setdefault(f"{kind}_{name}", []).append(values.cpu())
