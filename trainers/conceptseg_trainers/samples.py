@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,20 +19,24 @@ TRIED = 32
 
 
 class ReadableSamples:
-    """Samples, of which an unreadable one gives way to the next that can be read.
+    """Samples, of which one that cannot be read or used gives way to the next that can.
 
     One broken file should not end a run of days. What stands in depends on the index alone, so that all processes, and
     a resumed run, see the same. Each broken sample is named once in the log.
 
     Args:
         samples: Samples that can be indexed.
+        check: Called with each sample; raises a ValueError if it cannot be used.
 
     Attributes:
         stand_ins: What stands in for the samples that were found broken: index by index.
     """
 
-    def __init__(self, samples: Sequence[ConceptSample]) -> None:
+    def __init__(
+        self, samples: Sequence[ConceptSample], check: Callable[[ConceptSample], None] | None = None
+    ) -> None:
         self.samples = samples
+        self.check = check
         self.stand_ins: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -43,7 +47,7 @@ class ReadableSamples:
         position = self.stand_ins.get(index, index)
         for step in range(len(self)):
             try:
-                sample = self.samples[position]
+                sample = self._read(position)
             except UnreadableSampleError as error:
                 logger.warning(
                     "%s; the next sample that can be read takes its place.", str(error).rstrip(".")
@@ -54,6 +58,16 @@ class ReadableSamples:
                     self.stand_ins[index] = position
                 return sample
         raise ValueError(f"none of the {len(self)} samples can be read; the last says: {last}") from last
+
+    def _read(self, position: int) -> ConceptSample:
+        sample = self.samples[position]
+        if self.check is not None and isinstance(sample, ConceptSample):
+            try:
+                self.check(sample)
+            except ValueError as error:
+                name = sample.sample_id or str(position)
+                raise UnreadableSampleError(f"sample {name!r}: {error}") from error
+        return sample
 
 
 def spread_indices(length: int) -> list[int]:
