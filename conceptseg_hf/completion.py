@@ -23,7 +23,7 @@ _BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([f"({_NUMBER})"] * 4) + r"\s*\]", r
 _MAX_BOX_CHARACTERS = 256
 _ANY_TAG = re.compile("<(/?)(" + "|".join(TAGS) + ")>")
 # Of the template, or anything else that looks like markup: no noun phrase has it.
-_MARKUP = re.compile(r"</?[A-Za-z][^<>]*>")
+_MARKUP = re.compile(r"</?[A-Za-z][^<>]*>?")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -89,7 +88,7 @@ def run_python(code: str, *words: str) -> subprocess.CompletedProcess:
     paths = os.pathsep.join([str(ROOT), str(TRAINERS.parent)])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True
     )
 
 
@@ -97,22 +96,22 @@ LAUNCH = "import runpy; launch = runpy.run_path(sys.argv.pop(1))['main']\nsys.ar
 LAUNCH_LIGHTLY = (
     NO_SOCKETS
     + LAUNCH
-    + "try:\n    launch()\nfinally:\n    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    + "try:\n    launch()\nfinally:\n    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+    + "    print(len(sys.modules))"
 )
 
 
 @pytest.mark.parametrize(
-    "verb", [(), ("demo",), ("segment",), ("evaluate",), ("compare",), ("ablate",), ("info",)], ids=" ".join
+    "verb",
+    [(), *((verb,) for verb in "demo segment evaluate compare ablate train convert data info".split())],
+    ids=" ".join,
 )
-def test_help_answers_at_once_and_opens_no_socket(verb):
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = run_python(LAUNCH_LIGHTLY, str(PACKAGE / "cli" / "launcher.py"), *verb, "--help")
-        times.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        assert "usage: conceptseg" in done.stdout
-    assert min(times) < 1
+def test_help_loads_little_and_opens_no_socket(verb):
+    """The standard library's argparse and what it needs; how long it takes is in `make bench`."""
+    done = run_python(LAUNCH_LIGHTLY, str(PACKAGE / "cli" / "launcher.py"), *verb, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage: conceptseg" in done.stdout
+    assert int(done.stdout.splitlines()[-1]) < 250, "modules"
 
 
 def test_importing_opens_no_socket_and_nothing_heavy():
@@ -149,7 +148,8 @@ def test_version_is_said_once():
 
 def test_the_command_tells_it_without_importing_the_package():
     done = run_python(LAUNCH_LIGHTLY, str(PACKAGE / "cli" / "launcher.py"), "--version")
-    assert (done.returncode, done.stdout) == (0, f"conceptseg {conceptseg_hf.__version__}\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == f"conceptseg {conceptseg_hf.__version__}"
 
 
 def test_constraints_pin_what_setup_installs():

@@ -144,7 +144,7 @@ def _is_taken(path: Path) -> bool:
     """Whether there is something; an empty file, as a full disk used to leave, is nothing."""
     try:
         found = path.lstat()
-    except OSError:
+    except (OSError, ValueError):  # a name that cannot be, which `check_output_dir` explains
         return False
     return found.st_size > 0 or not stat.S_ISREG(found.st_mode)
 

@@ -72,13 +72,13 @@ def test_one_command_opens_the_app_and_a_signal_ends_it(folder, tmp_path, ending
     try:
         line = app.stdout.readline()
         address = re.search(r"http://127\.0\.0\.1:\d+/datasets/concept-shapes", line)[0]
-        assert urllib.request.urlopen(address, timeout=60).status == 200
+        assert urllib.request.urlopen(address).status == 200
         process = psutil.Process(app.pid)
         children = process.children(recursive=True)
         assert {"mongod"} < {child.name() for child in children}
         assert listening(process) == {"127.0.0.1"} == reached(process)
         app.send_signal(ending)
-        assert app.wait(timeout=60) == 0
+        assert app.wait() == 0
         assert not [child for child in children if running(child)]
     finally:
         for child in filter(running, children):
@@ -135,7 +135,7 @@ def test_an_interrupted_start_leaves_no_server(tmp_path, monkeypatch):
     monkeypatch.setattr(fiftyone_app, "_answers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fiftyone_app.start_server(1, tmp_path / "server.log")
-    assert servers[0].wait(timeout=10) != 0
+    assert servers[0].wait() != 0
 
 
 def test_a_database_in_use_is_told_by_its_process(tmp_path):

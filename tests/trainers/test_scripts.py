@@ -236,10 +236,9 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(stage, whole_runs, tmp_p
     script, words = STAGES[stage]
     command = [sys.executable, "-m", f"conceptseg_trainers.scripts.{stage}", *words(tmp_path)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
     try:
         while not (tmp_path / "checkpoint-2" / "trainer_state.json").exists():
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.poll() is None
             time.sleep(0.005)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -286,7 +285,7 @@ def test_two_processes_are_one_with_twice_the_batches(kind, whole_runs, tmp_path
 
     def train():
         result = subprocess.run(
-            command, env={**environment, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, timeout=480
+            command, env={**environment, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True
         )
         assert result.returncode == 0, result.stderr
 

@@ -151,4 +151,8 @@ def _is_of_writing(error: BaseException) -> bool:
 
 def _plain(error: Exception) -> Exception:
     """What PyTorch's writer means, which knows no reason."""
-    return OSError("PyTorch could write a file only in part, as on a full disk") if isinstance(error, RuntimeError) else error
+    return (
+        OSError("PyTorch could write a file only in part, as on a full disk")
+        if isinstance(error, RuntimeError)
+        else error
+    )

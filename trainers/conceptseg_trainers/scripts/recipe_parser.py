@@ -12,16 +12,15 @@ from trl import TrlParser
 
 from conceptseg_hf.cli.suggestions import suggest, unknown_option
 from conceptseg_hf.progress import is_terminal
+from conceptseg_hf.shipped import shipped_folder
 from conceptseg_hf.suggestions import did_you_mean
 
-_PACKAGE = Path(__file__).parents[1]
-# In a wheel they are in the package, in the repository beside it.
-_FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
+FOLDER = shipped_folder("recipes", "conceptseg_trainers")
 
 
 def recipe_names(stage: str = "") -> list[str]:
     """The names of the recipes that are shipped: of a stage, `"sft"` or `"meta_grpo"`, or of both."""
-    return sorted(path.stem for folder in _FOLDERS for path in folder.glob("*.yaml") if stage in path.stem)
+    return sorted(path.stem for path in FOLDER.glob("*.yaml") if stage in path.stem)
 
 
 def find_recipe(name: str, stage: str = "") -> Path:
@@ -34,11 +33,11 @@ def find_recipe(name: str, stage: str = "") -> Path:
     Raises:
         ValueError: If there is none.
     """
-    shipped = [folder / f"{name.removesuffix('.yaml')}.yaml" for folder in _FOLDERS]
-    for path in (Path(name), *(shipped if Path(name).name == name else ())):
-        if path.is_file():
-            return path
     names = recipe_names(stage)
+    if name and Path(name).is_file():
+        return Path(name)
+    if name.removesuffix(".yaml") in recipe_names():
+        return FOLDER / f"{name.removesuffix('.yaml')}.yaml"
     raise ValueError(
         f"--config {name!r} is not a file, nor the name of a recipe{did_you_mean(Path(name).stem, names)}; give a YAML "
         f"file, or one of {', '.join(names)}."
