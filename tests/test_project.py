@@ -84,6 +84,44 @@ def test_only_the_command_prints(path):
     assert not [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
 
 
+# Appending to a log that is read line by line, where half a line is passed over; and a log of another program.
+APPENDING = {
+    "evaluation/store.py",
+    "completions.py",
+    "nano/loop.py",
+    "integrations/fiftyone_app.py",
+    "cli/outputs.py",
+}
+HASHED = {"evaluation/loading.py", "completions.py", "integrations/fiftyone/runs.py"}  # JSON that is no file
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_json_are_written_in_one_place(path):
+    """`writing.py`: whole files, and no NaN in JSON."""
+    base = PACKAGE if PACKAGE in path.parents else TRAINERS
+    name = path.relative_to(base).as_posix()
+    if name in ("writing.py", "hub.py"):
+        return
+    calls = [
+        (ast.unparse(node.func), node)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    ]
+    banned = {"write_text", "write_bytes", *(() if name in HASHED else ("json.dumps", "json.dump"))}
+    found = [
+        f"line {node.lineno}: {called}"
+        for called, node in calls
+        if called in banned or called.rpartition(".")[2] in banned
+    ]
+    for called, node in calls:
+        modes = [part.value for part in node.args if isinstance(part, ast.Constant)]
+        if called.rpartition(".")[2] == "open" and any(
+            isinstance(mode, str) and re.fullmatch("[wax]b?t?[+]?", mode) for mode in modes
+        ):
+            found += [] if name in APPENDING else [f"line {node.lineno}: {called}"]
+    assert found == []
+
+
 def run_python(code: str, *words: str) -> subprocess.CompletedProcess:
     paths = os.pathsep.join([str(ROOT), str(TRAINERS.parent)])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}

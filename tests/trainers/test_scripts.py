@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from conceptseg_hf import ConceptSegForSegmentation, cli, nano_checkpoint
+from conceptseg_hf.data import ConceptShapes
 
 pytest.importorskip("trl", "1.16")
 
 from conceptseg_trainers.scripts import common, meta_grpo, sft
-from conceptseg_trainers.scripts.common import ModelArguments, find_resume_checkpoint, run
+from conceptseg_trainers.scripts.common import DataArguments, ModelArguments, find_resume_checkpoint, run
 from conceptseg_trainers.scripts.recipe_parser import find_recipe
 from conceptseg_trainers.sft_config import ConceptSFTConfig
 from two_processes import deepspeed_config
@@ -482,6 +483,24 @@ def test_the_folder_of_the_data_has_the_name_it_has_elsewhere(name, tmp_path):
     finally:
         os.environ.pop("MINE_ALONE", None)
     assert data.benchmark_root == "mine"
+
+
+def test_each_of_several_benchmarks_may_have_a_folder(tmp_path):
+    for name in ("mine", "odd=name"):
+        ConceptShapes("train", length=3, size=48).export(tmp_path / name)
+    args = ConceptSFTConfig(output_dir=str(tmp_path), use_cpu=True)
+    for root in (f"plain={tmp_path / 'mine'}", str(tmp_path / "mine"), str(tmp_path / "odd=name")):
+        samples, evaluation = DataArguments("plain", root).load(args)
+        assert len(samples) == 3 and evaluation is None
+    with pytest.raises(ValueError, match="'DUTS' lacks"):
+        DataArguments("plain,DUTS", f"plain={tmp_path / 'mine'},DUTS={tmp_path}").load(args)
+
+
+def test_without_samples_for_evaluation_the_remedy_is_named(tmp_path):
+    args = ConceptSFTConfig(output_dir=str(tmp_path), use_cpu=True, eval_strategy="steps", eval_steps=1)
+    message = r"no split is named 'vall' \(did you mean 'val'\?\); .* \(for the evaluation while training: .*--eval_stra"
+    with pytest.raises(ValueError, match=message):
+        DataArguments(eval_split="vall").load(args)
 
 
 def test_the_command_line_beats_the_recipe(tmp_path):

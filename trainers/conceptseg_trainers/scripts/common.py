@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
 from conceptseg_hf.cli.outputs import find_fault
-from conceptseg_hf.data import BenchmarkGroup, ConceptSample, load_benchmarks
+from conceptseg_hf.data import SOURCES, BenchmarkGroup, ConceptSample, load_benchmarks
 from conceptseg_hf.evaluation.loading import find_checkpoint, load_config
 from conceptseg_hf.evaluation.processes import let_gloo_end
 from conceptseg_hf.progress import hide_bars_in_pipes, print_line
@@ -47,7 +47,8 @@ class DataArguments:
 
     Attributes:
         benchmark: A name that `load_benchmark` knows, or several with commas between them.
-        benchmark_root: Folder of the benchmarks' files, if they have any; `root` is the same.
+        benchmark_root: Folder of the benchmarks' files, if they have any, or NAME=DIR of each with commas between them;
+            `root` is the same.
         train_split: Split to train on.
         train_samples: Only the first samples of it, of each benchmark; all by default.
         eval_split: Split for evaluation.
@@ -56,7 +57,8 @@ class DataArguments:
 
     benchmark: str = field(default="concept-shapes", metadata={"help": "Names of benchmarks, with commas."})
     benchmark_root: str | None = field(
-        default=None, metadata={"help": "Folder of their files.", "aliases": ["--root"]}
+        default=None,
+        metadata={"help": "Folder of their files, or NAME=DIR,NAME=DIR.", "aliases": ["--root"]},
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     train_samples: int | None = field(default=None, metadata={"help": "Only its first samples."})
@@ -69,16 +71,35 @@ class DataArguments:
                 raise ValueError(f"{name} is {getattr(self, name)}; use at least 1, or leave it out for all.")
 
     def load(self, training_args: TrainingArguments) -> tuple[Sequence[ConceptSample], Any]:
-        """The samples to train on, and those for evaluation (None if the run does not evaluate)."""
-        evaluates = training_args.eval_strategy != "no" or training_args.eval_on_start
-        return (
-            self._load(self.train_split, self.train_samples),
-            self._load(self.eval_split, self.eval_samples) if evaluates else None,
-        )
+        """The samples to train on, and those for evaluation (None if the run does not evaluate).
+
+        Raises:
+            OSError: If files are missing.
+            ValueError: If a name is unknown, or there is nothing to evaluate on.
+        """
+        train = self._load(self.train_split, self.train_samples)
+        if training_args.eval_strategy == "no" and not training_args.eval_on_start:
+            return train, None
+        try:
+            return train, self._load(self.eval_split, self.eval_samples)
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"{str(error).rstrip('.')} (for the evaluation while training: name another with --eval_split, or train "
+                "without, by --eval_strategy no)."
+            ) from error
 
     def _load(self, split: str, limit: int | None) -> Sequence[ConceptSample]:
-        samples = load_benchmarks(self.benchmark, root=self.benchmark_root, split=split, limit=limit)
+        root = _roots(self.benchmark_root)
+        samples = load_benchmarks(self.benchmark, root=root, split=split, limit=limit)
         return ConcatDataset(samples.members.values()) if isinstance(samples, BenchmarkGroup) else samples
+
+
+def _roots(given: str | None) -> str | dict[str, str] | None:
+    """One folder, or, of several benchmarks, NAME=DIR,NAME=DIR."""
+    parts = [part.strip().partition("=") for part in (given or "").split(",")]
+    if not all(equals and name in SOURCES for name, equals, _ in parts):
+        return given
+    return {name: folder for name, _, folder in parts}
 
 
 @dataclass
