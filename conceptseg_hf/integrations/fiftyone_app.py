@@ -165,12 +165,11 @@ def _prepare(folder: Path, plugin: Path) -> None:
 
 
 def _load(samples: int) -> None:
-    from tqdm import tqdm
-
+    from ..progress import progress_bar
     from .fiftyone import install_zoo_models, load_concept_benchmark
 
     install_zoo_models()
-    with tqdm(total=samples, unit="sample", desc=DATASET) as bar:
+    with progress_bar(samples, "samples", DATASET) as bar:
         load_concept_benchmark(
             "concept-shapes",
             limit=samples,

@@ -398,7 +398,7 @@ BAD_WORDS = {
     "misspelled option": (["--completion_sorce", "x"], "(did you mean '--completion_source'?)"),
     "misspelled choice": (["--completion_source", "groundtruth"], "(did you mean 'ground_truth'?)"),
     "misspelled recipe": (["--config", "nano_stf"], "(did you mean 'nano_sft'?)"),
-    "path of a recipe": (["--config", "trainers/recipes/nano_sft.yaml"], "(did you mean 'nano_sft'?)"),
+    "path of a recipe": (["--config", "/nowhere/recipes/nano_sft.yaml"], "(did you mean 'nano_sft'?)"),
     "recipe of the other stage": (
         ["--config", "nano_meta_grpo"],
         "a recipe of the other stage; those of this one",
@@ -492,13 +492,13 @@ def test_each_of_several_benchmarks_may_have_a_folder(tmp_path):
     for root in (f"plain={tmp_path / 'mine'}", str(tmp_path / "mine"), str(tmp_path / "odd=name")):
         samples, evaluation = DataArguments("plain", root).load(args)
         assert len(samples) == 3 and evaluation is None
-    with pytest.raises(ValueError, match="'DUTS' lacks"):
+    with pytest.raises(OSError, match="'DUTS' lacks"):
         DataArguments("plain,DUTS", f"plain={tmp_path / 'mine'},DUTS={tmp_path}").load(args)
 
 
 def test_without_samples_for_evaluation_the_remedy_is_named(tmp_path):
     args = ConceptSFTConfig(output_dir=str(tmp_path), use_cpu=True, eval_strategy="steps", eval_steps=1)
-    message = r"no split is named 'vall' \(did you mean 'val'\?\); .* \(for the evaluation while training: .*--eval_stra"
+    message = r"no split is named 'vall' \(did you mean 'val'\?\); .* \(for the evaluation while training: give another"
     with pytest.raises(ValueError, match=message):
         DataArguments(eval_split="vall").load(args)
 

@@ -84,8 +84,8 @@ class DataArguments:
             return train, self._load(self.eval_split, self.eval_samples)
         except (ValueError, OSError) as error:
             raise ValueError(
-                f"{str(error).rstrip('.')} (for the evaluation while training: name another with --eval_split, or train "
-                "without, by --eval_strategy no)."
+                f"{str(error).rstrip('.')} (for the evaluation while training: give another --eval_split, or train "
+                "without one, by --eval_strategy no)."
             ) from error
 
     def _load(self, split: str, limit: int | None) -> Sequence[ConceptSample]:
