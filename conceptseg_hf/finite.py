@@ -35,10 +35,13 @@ def check_finite(model: nn.Module, where: str) -> None:
     Raises:
         ValueError: If there are such weights.
     """
-    wrong = find_nonfinite(model.named_parameters())
+    weights = dict(model.named_parameters())
+    wrong = find_nonfinite(weights.items())
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise ValueError(
-            f"{where} has weights that are not finite numbers ({wrong[0]}{more}), as a training that diverged leaves "
-            "them; use an earlier checkpoint of it, or train again with a lower learning rate."
-        )
+        reason = "as a training that diverged leaves them; use an earlier checkpoint of it"
+        if weights[wrong[0]].dtype == torch.float16:
+            reason = (
+                "as a training that diverged leaves them, or float16 makes of large ones; load it in bfloat16"
+            )
+        raise ValueError(f"{where} has weights that are not finite numbers ({wrong[0]}{more}), {reason}.")

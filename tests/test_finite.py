@@ -61,11 +61,20 @@ def test_backbones_that_are_not_finite_are_refused(broken):
     model, _ = broken("sam", INF)
     with pytest.raises(ValueError, match=r"^The SAM 3 '.*' has weights that are not finite"):
         ConceptSegForSegmentation.from_backbones(model.vlm, model.sam)
-    with pytest.raises(ValueError, match=r"^m has weights .* and 1 more\)"):
+    with pytest.raises(ValueError, match=r"^m has weights .* and 1 more\), as a training .*; use an earlier"):
         both = copy.deepcopy(model)
         with torch.no_grad():
             both.ctm.queries[0] = NAN
         check_finite(both, "m")
+
+
+def test_weights_that_float16_cannot_hold_are_told_from_others(make_model):
+    model = make_model()
+    with torch.no_grad():
+        model.vlm.lm_head.weight[0, 0] = 1e5
+    check_finite(model, "m")
+    with pytest.raises(ValueError, match=r"or float16 makes of large ones; load it in bfloat16\.$"):
+        check_finite(model.to(torch.float16), "m")
 
 
 @pytest.fixture()
