@@ -42,6 +42,7 @@ from .tables import (
     share,
 )
 
+_LONGEST_NAME = 255  # bytes, in most file systems
 FOLDER = Path(__file__).with_name("ablations")
 
 SETTINGS = {
@@ -121,6 +122,10 @@ def load_ablation(name: str | os.PathLike) -> Ablation:
             f"{where}: the baseline {baseline!r} is no variant; use one of {', '.join(variants)}."
         )
     folders = [_folder_name(variant) for variant in variants]
+    if too_long := [folder for folder in folders if len(folder.encode()) > _LONGEST_NAME]:
+        raise ValueError(
+            f"{where}: the variant name {too_long[0][:40]!r}... is longer than a folder's name can be; shorten it."
+        )
     if len(set(folders)) < len(folders):
         raise ValueError(
             f"{where}: two variants would have one folder name; rename one of {', '.join(folders)}."

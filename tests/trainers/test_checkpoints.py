@@ -127,12 +127,13 @@ def test_half_a_checkpoint_is_removed_whatever_ended_it(run_folder, error):
         assert str(raised.value).endswith(f"'{run_folder / 'checkpoint-10'}' is complete.")
 
 
-def test_an_error_after_a_checkpoint_is_complete_keeps_it(run_folder):
+@pytest.mark.parametrize("error", [ConnectionError, RuntimeError])
+def test_an_error_after_a_checkpoint_is_complete_keeps_it(run_folder, error):
     checkpoint = run_folder / "checkpoint-20"
-    with pytest.raises(RuntimeError, match="push"), written_whole(checkpoint, run_folder, is_writer=True):
+    with pytest.raises(error, match="^push failed$"), written_whole(checkpoint, run_folder, is_writer=True):
         checkpoint.mkdir()
         (checkpoint / "trainer_state.json").write_text("{}")
-        raise RuntimeError("push failed")
+        raise error("push failed")
     assert is_complete(checkpoint)
 
 

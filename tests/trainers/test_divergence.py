@@ -147,7 +147,8 @@ def test_the_command_ends_with_one_sentence_and_saves_no_model(stage, tmp_path, 
 
 def test_the_state_of_a_run_is_json(make_trainer, tmp_path):
     """A measure may have no value; what trackers are given stays."""
-    trainer = make_trainer("sft", max_steps=2, eval_strategy="steps", eval_steps=1)
+    best = {"metric_for_best_model": "mine", "load_best_model_at_end": True}
+    trainer = make_trainer("sft", max_steps=2, eval_strategy="steps", eval_steps=1, **best)
     trainer.compute_metrics = lambda prediction: {"mine": NAN, "other": 1.5}
     logged = []
     trainer.add_callback(Watch(logged))

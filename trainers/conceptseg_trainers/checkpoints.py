@@ -90,7 +90,7 @@ def written_whole(
     except BaseException as error:
         if is_writer and not is_complete(checkpoint):
             shutil.rmtree(checkpoint, ignore_errors=True)
-        if not _is_of_writing(error):
+        if not _is_of_writing(error) or is_complete(checkpoint):  # then what failed came later: an upload
             raise
         last = next(reversed(complete_checkpoints(output_dir)), None)
         kept = "none was saved before" if last is None else f"{str(last)!r} is complete"

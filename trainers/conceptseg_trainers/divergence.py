@@ -72,6 +72,8 @@ class StoppingTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_weights()
+        if not math.isfinite(self.state.best_metric or 0.0):  # where nothing was measured yet
+            self.state.best_metric = None
         run = self._get_output_dir(trial=trial)
         folder = f"{run}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with written_whole(folder, run, self.args.should_save):
