@@ -130,7 +130,7 @@ def test_half_a_checkpoint_is_removed_whatever_ended_it(run_folder, error):
 @pytest.mark.parametrize("error", [ConnectionError, RuntimeError])
 def test_an_error_after_a_checkpoint_is_complete_keeps_it(run_folder, error):
     checkpoint = run_folder / "checkpoint-20"
-    with pytest.raises(error, match="^push failed$"), written_whole(checkpoint, run_folder, is_writer=True):
+    with pytest.raises(error, match=r"^push failed$"), written_whole(checkpoint, run_folder, is_writer=True):
         checkpoint.mkdir()
         (checkpoint / "trainer_state.json").write_text("{}")
         raise error("push failed")
