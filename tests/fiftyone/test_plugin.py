@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = "@conceptseg/conceptseg"
 OPERATORS = {
     *("segment_concept", "evaluate_concepts", "load_concept_benchmark", "find_uncertain"),
-    *("show_references", "release_model", "concept_explorer"),
+    *("show_references", "cancel_run", "release_model", "concept_explorer"),
 }
 
 
@@ -78,7 +78,8 @@ def test_the_form_says_what_is_missing(fo, make_dataset, messages):
         "No samples are selected; select the references in the grid."
     ]
     assert ask({"selected": [reference]}, prompt="star") == []
-    [unmarked] = ask({"selected": [target]}, prompt="star")
+    assert ask({"selected": [target]}, prompt="star") == []  # a mask marks it, where a box marks others
+    [unmarked] = ask({"selected": [target]}, prompt="star", reference_label_field="ref_boxes")
     assert "has neither box nor mask in 'ref_boxes'" in unmarked
     assert ask({"selected": [target]}, prompt="star", reference_label_field="ground_truth") == []
     assert ask({"selected": [target]}, prompt="star", reference_label_field="none") == []
