@@ -87,7 +87,7 @@ class LoadConceptBenchmark(foo.Operator):
         if done < total:
             message = f"Cancelled after {message}; load again for the rest"
         if unread:
-            message += f"; {len(unread)} could not be read and have a load_error ({forms.named(unread)})"
+            message += f"; {len(unread)} could not be read, see load_error ({forms.named(unread)})"
         yield from forms.progress(ctx, done / max(total, 1), message)
 
 

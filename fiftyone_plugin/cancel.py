@@ -31,9 +31,9 @@ class CancelRun(foo.Operator):
         if forms.package_missing():
             forms.warn(inputs, "missing", forms.INSTALL)
             return forms.form(inputs, label)
-        found = _running(ctx.dataset)
-        if not found:
-            forms.warn(inputs, "none", "No run writes to this dataset now.")
+        found = _running(_dataset_of(ctx))
+        if not found:  # no fault: a button may be pressed when its run has just ended
+            forms.warn(inputs, "none", "No run writes to this dataset now.", blocks=False)
             return forms.form(inputs, label)
         choices = {holder.name: f"{holder.name}: {holder}" for holder in found}
         forms.dropdown(inputs, "name", choices, found[0].name, "Run")
@@ -45,11 +45,9 @@ class CancelRun(foo.Operator):
             raise ImportError(forms.INSTALL)
         from conceptseg_hf.integrations.fiftyone.field_locks import request_cancel
 
-        name = ctx.params.get("dataset")
-        dataset = ctx.dataset if name is None else fo.load_dataset(name)
-        running = [holder.name for holder in _running(dataset)]
-        chosen = ctx.params.get("name") or next(iter(running), None)
-        cancelled = chosen is not None and request_cancel(dataset, chosen)
+        dataset = _dataset_of(ctx)
+        chosen = ctx.params.get("name") or next((holder.name for holder in _running(dataset)), None)
+        cancelled = dataset is not None and chosen is not None and request_cancel(dataset, chosen)
         message = (
             "The run ends after the batch in work; what it has done stays."
             if cancelled
@@ -57,6 +55,12 @@ class CancelRun(foo.Operator):
         )
         ctx.ops.notify(message, variant="info")
         return {"cancelled": cancelled}
+
+
+def _dataset_of(ctx: Any) -> fo.Dataset | None:
+    """The dataset that a button names, or the one that is open."""
+    name = ctx.params.get("dataset")
+    return fo.load_dataset(name) if name is not None and fo.dataset_exists(name) else ctx.dataset
 
 
 def _running(dataset: fo.Dataset | None) -> list[Any]:

@@ -379,9 +379,9 @@ def _interrupted(ctx: Any) -> Any:
 
 def _check(inputs: types.Object, ctx: Any) -> None:
     """One line on top: what would fail, or how much there is to do."""
+    from conceptseg_hf.integrations.fiftyone import loop
     from conceptseg_hf.integrations.fiftyone.checkpoints import fault_of
     from conceptseg_hf.integrations.fiftyone.field_locks import InUseError, check_free
-    from conceptseg_hf.integrations.fiftyone.loop import pending_ids
     from conceptseg_hf.integrations.fiftyone.runs import writable_fields
 
     try:
@@ -392,7 +392,8 @@ def _check(inputs: types.Object, ctx: Any) -> None:
         if fault is not None:
             raise ValueError(fault)
         job.check(ctx.dataset)
-        count = len(pending_ids(targets_of(ctx), job))
+        targets = targets_of(ctx)
+        count = len(loop.pending_ids(targets, job))
         if count == 0:
             raise ValueError("there is nothing to segment: the view is empty, or all its samples are done.")
     except (ValueError, OSError) as error:
@@ -402,7 +403,10 @@ def _check(inputs: types.Object, ctx: Any) -> None:
         check_free(ctx.dataset, writable_fields(job.field), f"field {job.field!r}")
     except InUseError as error:  # a scheduled run may begin when that one has ended
         forms.warn(inputs, "in_use", str(error), blocks=False)
+    done = loop.targets_of(targets, job).count() - count
     message = f"{count} samples will be segmented; reference samples are left out."
+    if done > 0:
+        message = f"{count} samples will be segmented, {done} are done; reference samples are left out."
     if count > DELEGATE_FROM:
         message += " This is a large run: schedule it, so that it goes on when the App is closed."
     inputs.view("summary", types.Notice(label=message))

@@ -51,10 +51,10 @@ def segment_collection(
         ValueError: If the job cannot be done; the message is one sentence.
         InUseError: If another run writes to the field; it is a ValueError that says which.
     """
-    job.check(samples)
     dataset = samples._dataset
     names, subject = writable_fields(job.field), f"field {job.field!r}"
     check_free(dataset, names, subject)  # before the model is loaded
+    job.check(samples)
     references_of = _ReferenceReader(dataset, job)
     pipeline = pipeline or get_pipeline(job.checkpoint)
     ids, total = pending_ids(samples, job), targets_of(samples, job).count()
