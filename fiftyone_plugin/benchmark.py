@@ -82,7 +82,9 @@ class LoadConceptBenchmark(foo.Operator):
         if ctx.delegated:
             return
         yield ctx.ops.open_dataset(dataset_name)
-        unread = fo.load_dataset(dataset_name).exists("load_error").values("filepath")
+        unread = []
+        if fo.dataset_exists(dataset_name):
+            unread = fo.load_dataset(dataset_name).exists("load_error").values("filepath")
         message = f"{done} of {total} samples"
         if done < total:
             message = f"Cancelled after {message}; load again for the rest"

@@ -66,7 +66,11 @@ class SegmentConcept(foo.Operator):
         if forms.package_missing():
             forms.warn(inputs, "missing", forms.INSTALL)
             return forms.form(inputs, label)
-        _check(inputs, ctx)
+        try:
+            job, fault = job_of(ctx), None
+        except ValueError as error:
+            job, fault = None, str(error)
+        _check(inputs, ctx, job, fault)
         _ask_prompt(inputs, ctx)
         _ask_references(inputs, ctx)
         inputs.view_target(
@@ -76,7 +80,7 @@ class SegmentConcept(foo.Operator):
             require_flat=True,
         )
         _ask_model(inputs, ctx)
-        _ask_output(inputs, ctx)
+        _ask_output(inputs, ctx, job)
         return forms.form(inputs, label)
 
     def execute(self, ctx: Any) -> Iterator[Any]:
@@ -196,15 +200,15 @@ def job_of(ctx: Any) -> Any:
         )
     if samples is not None and source == "saved_view" and not samples.count():
         raise ValueError(f"saved view {get('saved_view')!r} is empty; give one that holds the references.")
-    from_field = prompt_source(ctx) == "field"
+    from_field, label_field = prompt_source(ctx) == "field", label_field_of(ctx)
     return SegmentationJob(
         field=get("field") or "concept",
         prompt=None if from_field else get("prompt"),
         prompt_field=get("prompt_field") if from_field else None,
         reference_ids=[] if samples is None else samples.values("id"),
         reference_ids_field="reference_ids" if source == "own" else None,
-        reference_label_field=label_field_of(ctx),
-        reference_label_ids=[] if samples is None else _filtered_labels(samples, label_field_of(ctx)),
+        reference_label_field=label_field,
+        reference_label_ids=[] if samples is None else _filtered_labels(samples, label_field),
         proxy=get("proxy", True),
         checkpoint=get("checkpoint") or "nano",
         router=get("router") or "adaptive",
@@ -331,7 +335,9 @@ def _ask_model(inputs: types.Object, ctx: Any) -> None:
     forms.dropdown(inputs, "router", ROUTERS, "adaptive", "Router")
 
 
-def _ask_output(inputs: types.Object, ctx: Any) -> None:
+def _ask_output(inputs: types.Object, ctx: Any, job: Any) -> None:
+    from conceptseg_hf.integrations.fiftyone.loop import find_interrupted
+
     inputs.str("field", default="concept", label="Field for the predictions")
     texts = {
         "segmentation": ("Segmentation", "A mask per sample, as a file", True),
@@ -340,13 +346,12 @@ def _ask_output(inputs: types.Object, ctx: Any) -> None:
     }
     for name, (label, description, default) in texts.items():
         inputs.bool(name, default=default, label=label, description=description, view=types.SwitchView())
-    if ctx.params.get("detections"):
-        inputs.str(
-            "label",
-            label="Class of the detections and masks",
-            description="Empty: each detection has its sample's prompt; the model's answer is an attribute",
-        )
-    interrupted = _interrupted(ctx)
+    inputs.str(
+        "label",
+        label="Class of the detections and masks",
+        description="Empty: a detection has its sample's prompt; the model's answer is an attribute",
+    )
+    interrupted = None if job is None else find_interrupted(ctx.dataset, job)
     if interrupted is not None:
         inputs.bool(
             "resume",
@@ -365,19 +370,7 @@ def _ask_output(inputs: types.Object, ctx: Any) -> None:
     inputs.int("batch_size", default=8, min=1, label="Samples at a time")
 
 
-def _interrupted(ctx: Any) -> Any:
-    """The last run into the field, if it had these settings and was interrupted."""
-    from conceptseg_hf.integrations.fiftyone.field_locks import interrupted_run
-    from conceptseg_hf.integrations.fiftyone.loop import is_interrupted
-
-    try:
-        job = job_of(ctx)
-        return interrupted_run(ctx.dataset, job.field) if is_interrupted(ctx.dataset, job) else None
-    except (ValueError, OSError):  # the form says what is wrong
-        return None
-
-
-def _check(inputs: types.Object, ctx: Any) -> None:
+def _check(inputs: types.Object, ctx: Any, job: Any, fault: str | None) -> None:
     """One line on top: what would fail, or how much there is to do."""
     from conceptseg_hf.integrations.fiftyone import loop
     from conceptseg_hf.integrations.fiftyone.checkpoints import fault_of
@@ -385,8 +378,7 @@ def _check(inputs: types.Object, ctx: Any) -> None:
     from conceptseg_hf.integrations.fiftyone.runs import writable_fields
 
     try:
-        job = job_of(ctx)
-        fault = fault_of(job.checkpoint)
+        fault = fault or fault_of(job.checkpoint)
         if fault is None and reference_source(ctx) == "selected" and not ctx.selected:
             fault = "no samples are selected; select the references in the grid."
         if fault is not None:

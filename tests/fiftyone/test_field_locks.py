@@ -135,6 +135,18 @@ def test_only_the_same_run_goes_on(make_dataset):
     assert totals({}) == [6]
 
 
+def test_a_run_that_is_cancelled_at_its_end_is_whole(make_dataset):
+    from conceptseg_hf.integrations.fiftyone import cancel_segmentation
+    from conceptseg_hf.integrations.fiftyone.field_locks import interrupted_run
+
+    dataset = make_dataset(2)
+    whole = run(dataset.load_saved_view("targets"))
+    next(whole)
+    assert cancel_segmentation(dataset)
+    [last] = whole
+    assert (last.done, last.cancelled, interrupted_run(dataset, "concept")) == (2, False, None)
+
+
 def test_a_run_that_nobody_iterates_any_more_holds_nothing(make_dataset):
     """As the App leaves one whose page was closed: in a cycle, which only the garbage collector ends."""
     dataset = make_dataset(4)

@@ -27,7 +27,7 @@ def test_the_time_that_is_left(fo, done, total, seconds, text):
 def test_one_line_says_it_all(fo):
     from conceptseg_hf.integrations.fiftyone import Progress
 
-    bad = {f"{name}.png": "it is empty" for name in "abcd"}
+    bad = {f"/a/folder/{name}.png": "it is empty" for name in "abcd"}
     progress = Progress(60, 10, 3, {"id": "damaged"}, bad, started=time.monotonic() - 10)
     assert str(progress) == (
         "10 of 60 segmented, 3 skipped, 1 with an error, about 50 s left; "

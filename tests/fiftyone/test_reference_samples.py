@@ -111,8 +111,8 @@ def test_bad_references_of_single_samples_are_known_at_the_start(fo, make_datase
     job = SegmentationJob(prompt_field="prompt", reference_ids_field="reference_ids", router="sam_only")
     run = segment_collection(targets, job)
     start = next(run)
-    assert start.done == 0 and start.bad_references.keys() == {flat.filename, broken.filename}
-    assert "has no extent" in start.bad_references[flat.filename]
+    assert start.done == 0 and start.bad_references.keys() == {flat.filepath, broken.filepath}
+    assert "has no extent" in start.bad_references[flat.filepath]
     assert "2 references cannot be used (" in str(start)
     *_, progress = run
     assert progress.errors.keys() == {first.id, second.id} and others

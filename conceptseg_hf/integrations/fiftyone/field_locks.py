@@ -46,7 +46,6 @@ class Holder:
         process: Its process id.
         host: The machine.
         since: When it began, in seconds since the epoch.
-        running: Whether it still runs.
     """
 
     name: str
@@ -56,7 +55,6 @@ class Holder:
     process: int
     host: str
     since: float
-    running: bool
 
     def __str__(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.since))
@@ -65,7 +63,11 @@ class Holder:
 
 
 class Lock:
-    """The names that a run holds."""
+    """The names that a run holds.
+
+    Attributes:
+        cancelled: Whether the run ends before it is done; set by `beat`.
+    """
 
     def __init__(self, dataset: fo.Dataset, names: Sequence[str], run: str | None, subject: str) -> None:
         self.cancelled = False
@@ -79,6 +81,9 @@ class Lock:
             InUseError: If another run holds one of them.
         """
         _forget_deleted_datasets()
+        check_free(
+            self._dataset, self._names, self._subject
+        )  # before what an interrupted run has left is replaced
         _held.add(self._token)
         try:
             for name in sorted(set(self._names)):  # in one order, so that no two runs wait for each other
@@ -242,9 +247,12 @@ def _in_use(subject: str, document: dict[str, Any]) -> InUseError:
 
 def _holder(document: dict[str, Any]) -> Holder:
     names = ("name", "run", "done", "total", "process", "host", "since")
-    return Holder(**{name: document[name] for name in names}, running=_runs(document))
+    return Holder(**{name: document[name] for name in names})
 
 
 def _forget_deleted_datasets() -> None:
+    """Deletes what was left of runs into datasets that are gone; never what a new run has just written."""
     database = odm.get_db_conn()
-    database[COLLECTION].delete_many({"dataset": {"$nin": database["datasets"].distinct("_id")}})
+    gone = {"dataset": {"$nin": database["datasets"].distinct("_id")}}
+    ended = {"$or": [{"token": None}, {"beat": {"$lt": time.time() - _SILENT_SECONDS}}]}
+    database[COLLECTION].delete_many(gone | ended)

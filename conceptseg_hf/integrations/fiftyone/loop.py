@@ -19,7 +19,7 @@ from ...outputs import ConceptSegmentation
 from ...pipelines import ConceptSegmentationPipeline
 from ...references import Reference
 from .checkpoints import get_pipeline, segment_batch
-from .field_locks import Lock, check_free, interrupted_run, locked, request_cancel
+from .field_locks import Holder, Lock, check_free, interrupted_run, locked, request_cancel
 from .files import default_folder
 from .job import SegmentationJob
 from .labels import attributes_of, to_labels
@@ -114,7 +114,7 @@ def _segment_batches(
         gone = set(batch_ids).difference(view.values("id"))
         progress.errors |= dict.fromkeys(gone, "the sample was deleted during the run.")
         progress.done += len(batch_ids)
-        progress.cancelled = lock.beat(progress.done) and progress.done < progress.total
+        lock.cancelled = progress.cancelled = lock.beat(progress.done) and progress.done < progress.total
         yield progress
         if progress.cancelled:
             return
@@ -143,24 +143,24 @@ def pending_ids(samples: fo.core.collections.SampleCollection, job: Segmentation
     ids, dataset = targets_of(samples, job).values("id"), samples._dataset
     if not dataset.has_field(job.field):
         return ids
-    key = job.key(dataset) if job.skip_existing is None and is_interrupted(dataset, job) else None
-    if not job.skip_existing and key is None:
+    interrupted = find_interrupted(dataset, job) if job.skip_existing is None else None
+    if not job.skip_existing and interrupted is None:
         return ids
     left = F(job.field) == None  # noqa: E711 (an expression of FiftyOne)
     if dataset.has_field(f"{job.field}.error"):
         left |= F(f"{job.field}.error") != None  # noqa: E711
-    if key is not None:
-        left |= F(f"{job.field}.run") != key
+    if interrupted is not None:
+        left |= F(f"{job.field}.run") != interrupted.run
     left_ids = set(
         whole_dataset(samples).match(left).values("id")
     )  # of the dataset: a view may hide the field
     return [sample_id for sample_id in ids if sample_id in left_ids]
 
 
-def is_interrupted(dataset: fo.Dataset, job: SegmentationJob) -> bool:
-    """Whether the last run into the job's field had its settings and ended before it was done."""
+def find_interrupted(dataset: fo.Dataset, job: SegmentationJob) -> Holder | None:
+    """The last run into the job's field, if it had its settings and ended before it was done."""
     last = interrupted_run(dataset, job.field)
-    return last is not None and last.run == job.key(dataset)
+    return last if last is not None and last.run == job.key(dataset) else None
 
 
 class _ReferenceReader:
@@ -181,7 +181,7 @@ class _ReferenceReader:
         return self._read(ids)
 
     def find_bad(self, ids: Sequence[str]) -> dict[str, str]:
-        """What is wrong with those of the samples' own references that cannot be used, by the names of their files."""
+        """What is wrong with those of the samples' own references that cannot be used, by their files."""
         field = self._job.reference_ids_field
         if field is None:
             return {}
@@ -193,7 +193,7 @@ class _ReferenceReader:
             try:
                 self._references([sample])
             except ValueError as error:
-                faults[sample.filename] = str(error)
+                faults[sample.filepath] = str(error)
         return faults
 
     def _read_anew(self, ids: tuple[str, ...]) -> list[Reference]:

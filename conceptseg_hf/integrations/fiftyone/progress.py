@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 _NAMED = 3  # references that a line names
 
@@ -17,8 +18,8 @@ class Progress:
         done: Samples done, those with errors included.
         skipped: Samples that had a prediction before.
         errors: Error of each sample that failed, by sample id.
-        bad_references: What is wrong with each reference sample that cannot be used, by the name of its file; known
-            before the first sample is segmented.
+        bad_references: What is wrong with each reference sample that cannot be used, by its file; known before the
+            first sample is segmented.
         cancelled: Whether the run was cancelled; what is done stays.
         started: Time of `time.monotonic` at the start.
     """
@@ -54,7 +55,7 @@ class Progress:
         parts += ["cancelled"] if self.cancelled else [left] if left else []
         text = ", ".join(parts)
         if self.bad_references:
-            names = list(self.bad_references)
+            names = [Path(path).name for path in self.bad_references]
             shown = ", ".join(map(repr, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
             text += f"; {len(names)} references cannot be used ({shown})"
         return text
