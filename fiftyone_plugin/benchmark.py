@@ -81,7 +81,6 @@ class LoadConceptBenchmark(foo.Operator):
             yield from forms.told(ctx, error, remark)
         if ctx.delegated:
             return
-        yield ctx.ops.open_dataset(dataset_name)
         unread = []
         if fo.dataset_exists(dataset_name):
             unread = fo.load_dataset(dataset_name).exists("load_error").values("filepath")
@@ -91,6 +90,7 @@ class LoadConceptBenchmark(foo.Operator):
         if unread:
             message += f"; {len(unread)} could not be read, see load_error ({forms.named(unread)})"
         yield from forms.progress(ctx, done / max(total, 1), message)
+        yield ctx.ops.open_dataset(dataset_name)  # last: who then closes the dialog is done with it
 
 
 def _fault_of(ctx: Any) -> str | None:

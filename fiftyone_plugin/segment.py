@@ -309,7 +309,7 @@ def _ask_references(inputs: types.Object, ctx: Any) -> None:
         )
     likeliest = _likeliest_label_field(ctx)
     found = "nothing, so the images alone" if likeliest is None else likeliest
-    marks = {AUTO: f"Found by itself: {found}"} | {name: name for name in reference_label_fields(ctx.dataset)}
+    marks = {AUTO: f"Automatic: {found}"} | {name: name for name in reference_label_fields(ctx.dataset)}
     forms.dropdown(
         inputs,
         "reference_label_field",

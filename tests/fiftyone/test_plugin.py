@@ -206,9 +206,9 @@ def test_the_form_takes_what_marks_the_selection(fo, make_dataset, form_of, run_
         assert marks.default == "auto" and "fault" not in form
         return marks.view.choices[0].label
 
-    assert found(reference) == "Found by itself: ref_boxes"
-    assert found(target) == "Found by itself: ground_truth"
-    assert found(bare) == "Found by itself: nothing, so the images alone"
+    assert found(reference) == "Automatic: ref_boxes"
+    assert found(target) == "Automatic: ground_truth"
+    assert found(bare) == "Automatic: nothing, so the images alone"
     params = {"prompt": "star", "router": "sam_only", "reference_label_field": "auto"}
     run_operator("segment_concept", dataset, params, selected=[target.id])
     dataset.reload()

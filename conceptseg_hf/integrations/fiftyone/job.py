@@ -44,8 +44,8 @@ class SegmentationJob:
         references: References that all samples share.
         reference_ids: Or the ids of samples that serve all others as references.
         reference_ids_field: Or the sample field that lists the ids of each sample's own references.
-        reference_label_field: The field that marks the concept in reference samples; `"auto"`: found by itself; None:
-            they are shown unmarked.
+        reference_label_field: The field that marks the concept in reference samples; `"auto"`: of the likeliest the one
+            that marks the most of them; None: they are shown unmarked.
         reference_label_ids: Ids of the labels that mark the concept there, of `Detections`; all by default.
         proxy: Withhold the box of the first boxed reference sample, so that the rule is checked.
         checkpoint: `"nano"`, a folder or a hub id.
