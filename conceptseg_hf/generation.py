@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
 from . import mllm
+from .devices import loaded, move_to_hooks
 
 MAX_NEW_TOKENS = 768  # Table 7
 
@@ -68,7 +71,7 @@ def generate_with_states(
             incomplete.
         RuntimeError: If the MLLM is compiled in such a way that its states cannot be seen.
     """
-    inputs = mllm.model_inputs(inputs)
+    inputs = move_to_hooks(mllm.model_inputs(inputs), vlm)
     config = _prepare_config(vlm, generation_config, prompt_length=inputs["input_ids"].shape[1])
     limit = config.max_new_tokens
     at_token = hidden_states_at == "token"
@@ -77,7 +80,11 @@ def generate_with_states(
         recorder = _StateRecorder()
         handle = vlm.get_output_embeddings().register_forward_pre_hook(recorder.see)
         try:
-            sequences = vlm.generate(**inputs, generation_config=config, stopping_criteria=[recorder])
+            with (
+                loaded(vlm),
+                _without_device_warning(vlm),
+            ):  # generate calls parts of the MLLM past its forward
+                sequences = vlm.generate(**inputs, generation_config=config, stopping_criteria=[recorder])
         finally:
             handle.remove()
             mllm.forget_positions(vlm)
@@ -92,6 +99,17 @@ def generate_with_states(
     mask = mask[:, :length]
     states = states[:, :length].to(mask.device)
     return GeneratedCompletions(token_ids[:, :length], mask, states.masked_fill(~mask[..., None], 0))
+
+
+@contextmanager
+def _without_device_warning(vlm: PreTrainedModel) -> Iterator[None]:
+    """Hides that `generate` asks for inputs on the device of the first parameter, which may be offloaded to nowhere."""
+    with warnings.catch_warnings():
+        if vlm.device.type == "meta":
+            warnings.filterwarnings(
+                "ignore", r"You are calling \.generate\(\) with the `input_ids`", UserWarning
+            )
+        yield
 
 
 def _prepare_config(

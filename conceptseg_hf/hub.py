@@ -1,4 +1,4 @@
-"""A checkpoint as a citizen of the Hub: its model card, and an opt-in remote-code stub.
+"""A checkpoint as a citizen of the Hub: uploads, and an opt-in remote-code stub.
 
 The stub lets a checkpoint load with `trust_remote_code=True` and no import beforehand.
 """
@@ -6,19 +6,18 @@ The stub lets a checkpoint load with `trust_remote_code=True` and no import befo
 from __future__ import annotations
 
 import json
+import logging
 import os
-import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
-if TYPE_CHECKING:
-    from .configuration_conceptseg import ConceptSegConfig
+from .cards import CARD_NAME, is_hub_id, merge_cards, model_card, save_model_card
 
-CARD_NAME = "README.md"
-_RELEASED_SAM_BACKBONE = (1024, 32)  # width and depth of the vision transformer
-SAM_LICENSE_LINK = "https://huggingface.co/facebook/sam3/blob/main/LICENSE"
+logger = logging.getLogger(__name__)
 
 STUB_NAME = "conceptseg_stub"
 
@@ -68,69 +67,36 @@ def save_remote_stub(folder: str | os.PathLike) -> Path:
     return stub
 
 
-def save_model_card(
-    folder: str | os.PathLike,
-    config: ConceptSegConfig,
-    base_models: list[str] | tuple[str, ...] = (),
-    report: Any = None,
-    overwrite: bool = False,
-) -> Path:
-    """Writes the model card of a checkpoint.
-
-    Args:
-        folder: The checkpoint's folder.
-        config: Its configuration.
-        base_models: Hub ids of what it was made from, besides those that the configuration names. Anything
-            that is no hub id is left out, so that no path of this machine is published.
-        report: An `EvaluationReport`, or the folder that `conceptseg evaluate` wrote: its table goes into the card
-            and its numbers into the card's metadata.
-        overwrite: Replace a card that is there; it is kept otherwise.
-
-    Returns:
-        The path of the card.
-
-    Raises:
-        ValueError: If the report cannot be read.
-    """
-    path = Path(folder) / CARD_NAME
-    if path.exists() and not overwrite:
-        return path
-    path.write_text(str(model_card(config, base_models, report)) + "\n", encoding="utf-8")
-    return path
+def keep_remote_stub(folder: str | os.PathLike) -> None:
+    """Adds the stub to a folder whose `config.json` points at it, as that of a checkpoint loaded with it does."""
+    path = Path(folder) / "config.json"
+    if path.is_file():
+        auto_map = json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}
+        # A checkpoint of the Hub may be named before the file: owner/name--file.Class
+        if any(f"--{target}".rpartition("--")[2].startswith(f"{STUB_NAME}.") for target in auto_map.values()):
+            save_remote_stub(folder)
 
 
-def model_card(
-    config: ConceptSegConfig, base_models: list[str] | tuple[str, ...] = (), report: Any = None
-) -> ModelCard:
-    """The model card of a checkpoint; see `save_model_card`."""
-    named = [
-        *base_models,
-        config.sam_name_or_path,
-        config.vlm_config.name_or_path,
-        config.sam_config.name_or_path,
-    ]
-    bases = list(dict.fromkeys(name for name in named if name and is_hub_id(name)))
-    backbone = config.sam_config.vision_config.backbone_config
-    # A local copy has no name that says so, but its size does.
-    holds_released_sam = any(name.startswith("facebook/sam3") for name in bases) or (
-        (backbone.hidden_size, backbone.num_hidden_layers) == _RELEASED_SAM_BACKBONE
-    )
-    markdown, results = ("", None) if report is None else _read_report(report)
-    data = ModelCardData(
-        base_model=bases or None,
-        library_name="transformers",
-        pipeline_tag="image-segmentation",
-        tags=["concept-segmentation", "conceptseg"],
-        # The SAM License covers SAM 3's weights and what is made with them, so it is named for the whole.
-        license="other" if holds_released_sam else None,
-        license_name="sam-license" if holds_released_sam else None,
-        license_link=SAM_LICENSE_LINK if holds_released_sam else None,
-        model_name="ConceptSeg" if results else None,
-        eval_results=results,
-    )
-    return ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n{_card_text(config, bases, holds_released_sam, markdown)}"
-    )
+UPLOAD_ARGUMENTS = (
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "tags",
+)
+"""Arguments of `upload` that `save_pretrained(push_to_hub=True)` takes as well."""
+
+
+def split_upload_arguments(
+    save_directory: str | os.PathLike, kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parts the arguments of `save_pretrained`: those of `upload`, with `repo_id`, and the others (`token` is both)."""
+    arguments = {name: kwargs[name] for name in UPLOAD_ARGUMENTS if name in kwargs}
+    arguments["repo_id"] = kwargs.get("repo_id") or Path(save_directory).resolve().name
+    others = {name: value for name, value in kwargs.items() if name not in arguments or name == "token"}
+    return arguments, others
 
 
 def upload(
@@ -139,112 +105,87 @@ def upload(
     *,
     keep_card: bool = True,
     commit_message: str = "Upload ConceptSeg checkpoint",
+    commit_description: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    tags: str | Sequence[str] | None = None,
 ) -> Any:
     """Uploads a folder to the Hub.
 
     Args:
-        folder: The checkpoint's folder.
+        folder: The checkpoint's folder. Its card becomes the one that is uploaded.
         repo_id: The repository, made if it does not exist.
-        keep_card: Leave a card that the repository has as it is.
+        keep_card: Keep a card that somebody has written in the repository; see `cards.merge_cards`.
         commit_message: Message of the commit.
+        commit_description: Its description.
         private: Whether a new repository is private.
         token: Hub token; the stored one by default.
-        revision: Branch.
+        revision: Branch, made if it does not exist.
         create_pr: Open a pull request instead.
+        tags: Tags for the card.
 
     Returns:
         What the Hub says of the commit.
     """
+    tags = [tags] if isinstance(tags, str) else list(tags or ())
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    has_card = keep_card and api.file_exists(repo_id, CARD_NAME, revision=revision)
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    path = Path(folder) / CARD_NAME
+    ours = path.read_text(encoding="utf-8") if path.is_file() else None
+    keep_card = keep_card or ours is None
+    there = _card_of_repository(api, repo_id, revision) if keep_card else None
+    if there is _UNREADABLE:
+        card = None
+    elif (card := _card_to_upload(there, ours, tags)) not in (None, there):
+        path.write_text(card, encoding="utf-8")
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         commit_message=commit_message,
+        commit_description=commit_description,
         revision=revision,
         create_pr=create_pr,
-        ignore_patterns=[CARD_NAME] if has_card else None,
+        ignore_patterns=[CARD_NAME] if card in (None, there) else None,
     )
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name can only be a repository of the Hub: `owner/name`, and nothing on this disk."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
+_UNREADABLE = "unreadable"
 
 
-def _card_text(config: ConceptSegConfig, bases: list[str], holds_released_sam: bool, evaluation: str) -> str:
-    text, ctm = config.get_text_config(), config.ctm_config
-    lines = [
-        "# ConceptSeg checkpoint",
-        "",
-        "Segments what a prompt means, by words or by reasoning over reference images (ConceptSeg-R1).",
-        "",
-        "| part | what it is |",
-        "|---|---|",
-        f"| MLLM | {config.vlm_config.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size} |",
-        f"| Concept Translation Module | {ctm.num_queries} concept queries, {ctm.num_layers} blocks |",
-        f"| SAM 3 | frozen, images of {config.sam_config.vision_config.backbone_config.image_size} pixels |",
-        "",
-        "## Use",
-        "",
-        "```python",
-        "import conceptseg_hf  # pip install conceptseg-hf",
-        "from transformers import pipeline",
-        "",
-        'segment = pipeline("concept-segmentation", model="THIS_CHECKPOINT")',
-        'segment("image.jpg", prompt="the odd one out")["mask"].save("mask.png")',
-        "```",
-        "",
-        "## Licences",
-        "",
-    ]
-    if holds_released_sam:
-        lines.append(
-            f"- The weights of SAM 3 in it are Meta's, under the [SAM License]({SAM_LICENSE_LINK}): whoever passes "
-            "this checkpoint on passes that licence on with it."
-        )
-    others = [name for name in bases if not name.startswith("facebook/sam3")]
-    lines += [f"- Made from [{name}](https://huggingface.co/{name}); its licence applies." for name in others]
-    if not bases:
-        lines.append("- No base model is recorded; whoever publishes this checkpoint adds its licence here.")
-    if evaluation:
-        lines += ["", "## Evaluation", "", evaluation.strip()]
-    return "\n".join(lines)
+def _card_of_repository(api: HfApi, repo_id: str, revision: str | None) -> str | None:
+    """The card that a repository has; None if it has none, `_UNREADABLE` if it cannot be read."""
+    if not api.file_exists(repo_id, CARD_NAME, revision=revision):
+        return None
+    try:
+        path = api.hf_hub_download(repo_id, CARD_NAME, revision=revision)
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, HfHubHTTPError, UnicodeDecodeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        logger.warning("the model card of %r cannot be read (%s); it is left as it is.", repo_id, reason)
+        return _UNREADABLE
 
 
-def _read_report(report: Any) -> tuple[str, list[EvalResult]]:
-    """The Markdown of an evaluation, and its numbers over all samples."""
-    if isinstance(report, (str, os.PathLike)):
-        folder = Path(report)
-        try:
-            markdown = (folder / "report.md").read_text(encoding="utf-8")
-            content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"evaluation report {str(folder)!r} cannot be read ({error}); give the folder that `conceptseg "
-                "evaluate` wrote."
-            ) from error
-    else:
-        markdown, content = report.to_markdown(), report.to_dict()
-    settings = content["settings"]
-    total = next(row for row in content["table"] if row["level"] == row["group"] == "all")
-    numbers = {"foreground IoU (0 to 1)": total["foreground_iou"]}
-    numbers |= {f"{name} (percent)": value for name, value in total["masks"].items()}
-    return markdown, [
-        EvalResult(
-            task_type="image-segmentation",
-            dataset_type=str(settings["benchmark"]),
-            dataset_name=str(settings["benchmark"]),
-            dataset_split=str(settings.get("split")),
-            metric_type=name.split(" (")[0],
-            metric_name=f"{name}, protocol {settings['protocol']}",
-            metric_value=value,
-        )
-        for name, value in numbers.items()
-        if value is not None
-    ]
+def _card_to_upload(there: str | None, ours: str | None, tags: Sequence[str]) -> str | None:
+    """The card of the repository after an upload; None if there is none."""
+    if there is not None and ours is not None:
+        return merge_cards(there, ours, tags)
+    card = ours if there is None else there
+    if not tags:
+        return card
+    # A folder without a card, such as a processor's: there is nothing to add but tags.
+    return merge_cards(card or "", card or "---\ntags: []\n---\n", tags)
+
+
+__all__ = [
+    "is_hub_id",
+    "keep_remote_stub",
+    "model_card",
+    "save_model_card",
+    "save_remote_stub",
+    "split_upload_arguments",
+    "upload",
+]

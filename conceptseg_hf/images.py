@@ -9,10 +9,14 @@ import io
 import os
 import pathlib
 import urllib.request
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .image_formats import explain_unreadable, is_heic, read_head, register_heic_reader
+from .mask_checks import SWAPS_SIDES, check_mask_frame, describe_other_size
 
 ImageInput: TypeAlias = Any
 """A PIL image, an array (H, W) or (H, W, 1, 3 or 4), a path, an http(s) URL, bytes or a binary file."""
@@ -20,6 +24,7 @@ ImageInput: TypeAlias = Any
 URL_TIMEOUT_SECONDS = 30.0
 # Foreground level of a grey mask: halfway, so that soft edges and JPEG noise do not count.
 _MASK_LEVEL = 128
+_ORIENTATION = 0x0112  # EXIF tag
 
 
 def load_image(image: ImageInput) -> Image.Image:
@@ -39,14 +44,76 @@ def load_image(image: ImageInput) -> Image.Image:
         FileNotFoundError: If a path names no file.
         ValueError: If the input is of an unknown kind or cannot be read as an image.
     """
-    picture = _open(image, "image")
+    return load_oriented_image(image)[0]
+
+
+def load_oriented_image(image: ImageInput) -> tuple[Image.Image, int]:
+    """As `load_image`, with the EXIF orientation that was applied: 1 for none, 2 to 8 as EXIF counts."""
+    picture, orientation = _rotated(*_open(image, "image"))
     try:
-        return _to_rgb(_rotated(picture))
+        return _to_rgb(picture), orientation
     except (ValueError, OSError, SyntaxError, EOFError, MemoryError) as error:
-        raise ValueError(_sentence(f"image {_name(image)} cannot be converted to RGB: {error}")) from error
+        raise ValueError(_sentence(f"image {name_of(image)} cannot be converted to RGB: {error}")) from error
 
 
-def load_mask(mask: ImageInput, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_header(path: str | os.PathLike) -> tuple[tuple[int, int], int]:
+    """Size (width, height) after EXIF rotation and EXIF orientation of an image file; pixels are not decoded.
+
+    Raises:
+        FileNotFoundError: If a path names no file.
+        ValueError: If the file is no image.
+    """
+    _check_is_file(path, "image")
+    with _opened(path, path, "image") as picture:
+        orientation = _orientation_of(picture)
+        if picture.format == "TIFF":  # which Pillow turns itself
+            picture.load()
+            return picture.size, orientation
+        return picture.size[:: -1 if orientation >= SWAPS_SIDES else 1], orientation
+
+
+def try_image(path: str | os.PathLike) -> tuple[tuple[int, int], int]:
+    """As `read_header`, of a file that is read to its end so that damage is found (JPEG: at an eighth of its size).
+
+    Raises:
+        FileNotFoundError: If a path names no file.
+        ValueError: If the file is no image, or damaged.
+    """
+    header = read_header(path)
+    with _opened(path, path, "image") as picture:
+        picture.draft("RGB", (1, 1))
+        _decoded(picture, path, "image")
+    return header
+
+
+def as_list(inputs: Any) -> list[Any] | None:
+    """Several inputs as a list; None if it is a single one.
+
+    Several are any sequence but text and bytes, and one-dimensional arrays, pandas Series and the like that hold paths
+    or objects. An array of numbers is one image.
+    """
+    if isinstance(inputs, (str, bytes, bytearray, memoryview, os.PathLike, Mapping, Image.Image)):
+        return None
+    if isinstance(inputs, Sequence):
+        return list(inputs)
+    try:
+        array = np.asarray(inputs) if hasattr(inputs, "__array__") else None
+    except (TypeError, ValueError, RuntimeError):  # for example a tensor on an accelerator
+        return None
+    if array is None or array.ndim != 1 or array.dtype.kind not in "OUS":
+        return None
+    return list(array)
+
+
+def is_file(path: str | bytes | os.PathLike) -> bool:
+    """Whether a path names a file; False also of one that is longer than a name can be, or cannot be looked at."""
+    try:
+        return pathlib.Path(os.fsdecode(path)).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def load_mask(mask: ImageInput, size: tuple[int, int] | None = None, orientation: int = 1) -> np.ndarray:
     """Reads a mask: foreground is True.
 
     A pixel is foreground when its value is not zero; in a mask whose largest value is 128 to 255, when it is at least
@@ -56,6 +123,7 @@ def load_mask(mask: ImageInput, size: tuple[int, int] | None = None) -> np.ndarr
     Args:
         mask: See `ImageInput`.
         size: (width, height) that the mask must have: that of its image after EXIF rotation.
+        orientation: EXIF orientation of that image, where it is known; see `check_mask_frame`.
 
     Returns:
         A bool array of shape (H, W).
@@ -64,16 +132,18 @@ def load_mask(mask: ImageInput, size: tuple[int, int] | None = None) -> np.ndarr
         FileNotFoundError: If a path names no file.
         ValueError: If the mask cannot be read or has another size than its image.
     """
+    own_orientation = 1
     if _is_array(mask):
         foreground = _array_foreground(_checked_array(mask, "mask"))
     else:
-        foreground = _picture_foreground(open_mask(mask))
-    if size is not None and foreground.shape != (size[1], size[0]):
-        height, width = foreground.shape
-        raise ValueError(
-            f"mask has {width} x {height} pixels, but its image has {size[0]} x {size[1]}; "
-            "give a mask of the image's size."
-        )
+        picture, own_orientation = open_oriented_mask(mask)
+        foreground = picture_foreground(picture)
+    if size is not None:
+        found = foreground.shape[::-1]
+        name = f" {name_of(mask)}" if isinstance(mask, (str, os.PathLike)) else ""
+        check_mask_frame(f"mask{name}", found, own_orientation, size, orientation)
+        if found != tuple(size):
+            raise ValueError(describe_other_size(f"mask{name}", found, size))
     return foreground
 
 
@@ -87,10 +157,15 @@ def open_mask(mask: ImageInput) -> Image.Image:
         FileNotFoundError: If a path names no file.
         ValueError: If the mask cannot be read.
     """
-    picture = _rotated(_open(mask, "mask"))
+    return open_oriented_mask(mask)[0]
+
+
+def open_oriented_mask(mask: ImageInput) -> tuple[Image.Image, int]:
+    """As `open_mask`, with the EXIF orientation that was applied."""
+    picture, orientation = _rotated(*_open(mask, "mask"))
     if picture.mode == "P" and _has_white(picture):  # in a GIF, white may come first
-        return picture.convert("L")
-    return picture
+        picture = picture.convert("L")
+    return picture, orientation
 
 
 def mask_to_image(mask: np.ndarray) -> Image.Image:
@@ -98,20 +173,21 @@ def mask_to_image(mask: np.ndarray) -> Image.Image:
     return Image.fromarray(mask.astype(bool).astype(np.uint8) * 255)
 
 
-def _open(image: ImageInput, what: str) -> Image.Image:
-    """Opens and fully decodes an input; `what` names it in errors."""
+def _open(image: ImageInput, what: str) -> tuple[Image.Image, int]:
+    """Opens and fully decodes an input, and returns its EXIF orientation; `what` names it in errors."""
     if isinstance(image, Image.Image):
         return _decoded(image, image, what)
+    if isinstance(image, np.ndarray) and image.ndim == 0 and image.dtype.kind in "OUS":
+        image = image.item()  # an array that is one path
     if _is_array(image):
-        return _array_to_image(_checked_array(image, what))
+        return _array_to_image(_checked_array(image, what)), 1
     if isinstance(image, (bytes, bytearray, memoryview)):
         return _decoded(io.BytesIO(image), image, what)
     if isinstance(image, (str, os.PathLike)):
         path = os.fspath(image)
         if isinstance(path, str) and path.startswith(("http://", "https://")):
             return _decoded(io.BytesIO(_fetch(path, what)), image, what)
-        if not pathlib.Path(os.fsdecode(path)).is_file():
-            raise FileNotFoundError(f"{what} {_name(image)} is not a file; give the path of an image.")
+        _check_is_file(image, what)
         return _decoded(path, image, what)
     if hasattr(image, "read"):
         return _decoded(image, image, what)
@@ -120,22 +196,59 @@ def _open(image: ImageInput, what: str) -> Image.Image:
     )
 
 
-def _decoded(source: Any, image: ImageInput, what: str) -> Image.Image:
+def _check_is_file(path: str | os.PathLike, what: str) -> None:
+    if not is_file(path):
+        raise FileNotFoundError(f"{what} {name_of(path)} is not a file; give the path of an image.")
+
+
+def _decoded(source: Any, image: ImageInput, what: str) -> tuple[Image.Image, int]:
+    picture = source if isinstance(source, Image.Image) else _opened(source, image, what)
     try:
-        picture = source if isinstance(source, Image.Image) else Image.open(source)
+        orientation = _orientation_of(picture)  # of a TIFF, Pillow applies and forgets it below
         picture.load()  # Pillow is lazy: a truncated file fails only here
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            _sentence(f"{what} {_name(image)} is too large to be opened safely: {error}")
-        ) from error
     except Exception as error:  # decoders raise almost anything on damaged files
-        raise ValueError(f"{what} {_name(image)} cannot be read; it is damaged or not an image.") from error
+        if picture is not source:
+            picture.close()
+        raise _damaged(image, what) from error
     if picture.width == 0 or picture.height == 0:
         raise ValueError(
-            f"{what} {_name(image)} has no pixels ({picture.width} x {picture.height}); "
+            f"{what} {name_of(image)} has no pixels ({picture.width} x {picture.height}); "
             "give an image with content."
         )
-    return picture
+    return picture, orientation
+
+
+def _opened(source: Any, image: ImageInput, what: str) -> Image.Image:
+    """A picture whose pixels are not read yet."""
+    try:
+        return Image.open(source)
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            _sentence(f"{what} {name_of(image)} is too large to be opened safely: {error}")
+        ) from error
+    except UnidentifiedImageError as error:
+        head = read_head(source if hasattr(source, "read") else os.fspath(source))
+        if is_heic(head) and register_heic_reader():
+            return _opened_heic(source, image, what)
+        reason = explain_unreadable(head)
+        if reason is None:
+            raise _damaged(image, what) from error
+        raise ValueError(f"{what} {name_of(image)} {reason}.") from error
+    except Exception as error:  # decoders raise almost anything on damaged files
+        raise _damaged(image, what) from error
+
+
+def _opened_heic(source: Any, image: ImageInput, what: str) -> Image.Image:
+    if hasattr(source, "read"):
+        source.seek(0)
+    try:
+        return Image.open(source)
+    except Exception as error:
+        raise _damaged(image, what) from error
+
+
+def _damaged(image: ImageInput, what: str) -> ValueError:
+    return ValueError(f"{what} {name_of(image)} cannot be read; it is damaged or not an image.")
 
 
 def _fetch(url: str, what: str) -> bytes:
@@ -147,12 +260,20 @@ def _fetch(url: str, what: str) -> bytes:
         raise ValueError(_sentence(f"{what} {url!r} cannot be fetched: {error}")) from error
 
 
-def _rotated(picture: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation; unreadable EXIF data counts as none."""
+def _rotated(picture: Image.Image, orientation: int) -> tuple[Image.Image, int]:
+    """Applies the EXIF orientation, and returns which it is; unreadable EXIF data counts as none."""
     try:
-        return ImageOps.exif_transpose(picture)
+        return ImageOps.exif_transpose(picture), orientation
     except Exception:
-        return picture
+        return picture, 1
+
+
+def _orientation_of(picture: Image.Image) -> int:
+    try:
+        orientation = picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # of whatever is in that block
+        return 1
+    return orientation if orientation in range(2, 9) else 1
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -181,7 +302,9 @@ def _eight_bit(picture: Image.Image) -> np.ndarray:
 
 
 def _is_array(value: Any) -> bool:
-    return not isinstance(value, Image.Image) and hasattr(value, "__array__")
+    # Text and bytes of NumPy are arrays by their interface, and paths or files by their meaning.
+    others = (Image.Image, str, bytes, os.PathLike)
+    return not isinstance(value, others) and hasattr(value, "__array__")
 
 
 def _checked_array(value: Any, what: str) -> np.ndarray:
@@ -221,7 +344,8 @@ def _array_to_image(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array, dtype=np.uint8))
 
 
-def _picture_foreground(picture: Image.Image) -> np.ndarray:
+def picture_foreground(picture: Image.Image) -> np.ndarray:
+    """The foreground of a picture that `open_mask` returns, (H, W) bool; see `load_mask`."""
     mode = picture.mode
     if mode == "LA":
         return _array_foreground(np.asarray(picture.getchannel("L"))) & (
@@ -253,10 +377,11 @@ def _array_foreground(array: np.ndarray) -> np.ndarray:
     return array != 0
 
 
-def _name(image: ImageInput) -> str:
+def name_of(image: ImageInput) -> str:
     """How an input is called in an error: its path, or what it is."""
     if isinstance(image, (str, os.PathLike)):
-        return repr(os.fspath(image))
+        path = os.fspath(image)
+        return repr(str(path) if isinstance(path, str) else path)
     if isinstance(image, Image.Image):
         return f"(a PIL image of mode {image.mode})"
     return f"(given as {type(image).__name__})"

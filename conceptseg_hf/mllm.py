@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils import ModelOutput
+
+from .devices import loaded, move_to_hooks
 
 SUPPORTED_MODEL_TYPES = ("qwen2_5_vl",)
 
@@ -55,11 +58,27 @@ def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: inputs[name] for name in INPUT_NAMES}
 
 
+def full_pass(vlm: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> ModelOutput:
+    """One full forward pass over `model_inputs`, without the language-model head.
+
+    Args:
+        vlm: The MLLM.
+        inputs: See `model_inputs`.
+        **options: What else to return: `output_hidden_states`, `output_attentions`, `use_cache`.
+
+    Returns:
+        `last_hidden_state` (B, L, C): last-layer, post-norm hidden states; and `hidden_states`, `attentions` and
+        `past_key_values` as asked for, None otherwise.
+    """
+    with loaded(vlm):
+        output = vlm.base_model(**move_to_hooks(inputs, vlm), **options, return_dict=True)
+    forget_positions(vlm)
+    return output
+
+
 def last_hidden_states(vlm: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     """(B, L, C) last-layer, post-norm hidden states of one full forward pass over `model_inputs`."""
-    states = vlm.base_model(**inputs, use_cache=False).last_hidden_state
-    forget_positions(vlm)
-    return states
+    return full_pass(vlm, inputs, use_cache=False).last_hidden_state
 
 
 def forget_positions(vlm: PreTrainedModel) -> None:

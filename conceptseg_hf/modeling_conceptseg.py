@@ -21,10 +21,20 @@ from transformers import (
     Sam3Model,
 )
 from transformers import initialization as init
+from transformers.modeling_utils import local_torch_dtype
+from transformers.utils import can_return_tuple
 
 from . import hub, mllm, sam_prompt
 from .concept_translation import ConceptTranslationModule
 from .configuration_conceptseg import ConceptSegConfig, ConceptTranslationConfig
+from .devices import (
+    complete_device_map,
+    dispatch_part,
+    execution_device,
+    is_offloaded,
+    loaded,
+    stored_value,
+)
 from .finite import check_finite, is_finite
 from .generation import generate_with_states
 from .losses import segmentation_loss
@@ -39,6 +49,8 @@ if TYPE_CHECKING:
 
 # Arguments of `from_pretrained` that say where files come from; they serve every part of a model alike.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "use_safetensors")
+
+_PARTS = ("vlm", "ctm", "sam")
 
 _NOTHING = -100.0  # a mask logit whose probability is 0
 _NOT_FINITE = (
@@ -61,9 +73,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    # The MLLM adds its own. SAM 3 stays in one piece: it reads parameters of its children directly, past any
-    # hook that would move them.
-    _no_split_modules = ("ConceptTranslationModule", "Sam3Model")
+    _no_split_modules = ("ConceptTranslationModule", *sam_prompt.UNITS)  # the MLLM adds its own
     # One dtype is all a config can say; without this a reload in bfloat16 would take SAM 3 and the CTM along.
     _keep_in_fp32_modules_strict = ("sam", "ctm")
     _supports_sdpa = True
@@ -75,8 +85,10 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         mllm.check_supported(config.vlm_config)
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
-        self.ctm = ConceptTranslationModule(config.ctm_config)
-        self.sam = Sam3Model._from_config(config.sam_config)
+        # In float32 from the start, whatever dtype is asked for: weights on disk are read as what they were made.
+        with local_torch_dtype(torch.float32):
+            self.ctm = ConceptTranslationModule(config.ctm_config)
+        self.sam = Sam3Model._from_config(config.sam_config, dtype=torch.float32)
         self.post_init()
         self._freeze_sam()
 
@@ -137,7 +149,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             model = cls(config)
         model.vlm, model.sam = vlm, sam
         config.vlm_config, config.sam_config = vlm.config, sam.config
-        model.ctm = ConceptTranslationModule(config.ctm_config).to(sam.device)
+        model.ctm = ConceptTranslationModule(config.ctm_config).to(execution_device(sam))
         model.ctm.apply(model._init_weights)
         for part, given in (("MLLM", vlm), ("SAM 3", sam)):
             check_finite(given, f"The {part} {given.config.name_or_path!r}")
@@ -182,20 +194,25 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             *model_args: As in `PreTrainedModel.from_pretrained`.
             init_ctm: Accept a checkpoint without (some) CTM weights and initialise them afresh.
             output_loading_info: Also return the dictionary of missing and unexpected keys.
-            **kwargs: As in `PreTrainedModel.from_pretrained`; a `quantization_config` is for the MLLM alone.
+            **kwargs: As in `PreTrainedModel.from_pretrained`. A `quantization_config` is for the MLLM alone. A
+                `device_map` may name some of `vlm`, `ctm` and `sam`; the others are on the device that computes.
 
         Raises:
             ValueError: If weights of the CTM (without `init_ctm`), of the MLLM, or of SAM 3 (and
-                `config.sam_name_or_path` names no source for them) are missing, or weights are not finite.
+                `config.sam_name_or_path` names no source for them) are missing, weights are not finite, or `device_map`
+                sends weights to the disk that are not in the checkpoint.
         """
+        if kwargs.get("device_map") is not None:
+            kwargs["device_map"] = complete_device_map(kwargs["device_map"], _PARTS)
         if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = spare_sam_and_ctm(kwargs["quantization_config"])
+            kwargs["quantization_config"] = spare_sam_and_ctm(
+                kwargs["quantization_config"], kwargs.get("device_map")
+            )
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
         missing = {
-            part: sorted(key for key in info["missing_keys"] if key.startswith(f"{part}."))
-            for part in ("vlm", "ctm", "sam")
+            part: sorted(key for key in info["missing_keys"] if key.startswith(f"{part}.")) for part in _PARTS
         }
         checkpoint = f"The checkpoint {str(pretrained_model_name_or_path)!r}"
         if missing["vlm"]:
@@ -208,9 +225,18 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
                 f"{checkpoint} lacks {len(missing['ctm'])} weights of the Concept Translation Module "
                 f"({missing['ctm'][0]}, ...), which would be random; pass init_ctm=True to train a fresh one."
             )
+        for name in missing["ctm"]:
+            try:
+                stored_value(model, name)
+            except ValueError as error:
+                raise ValueError(
+                    f"{checkpoint} lacks the weight {name}, which device_map sends to the disk, where no new one is "
+                    "written; send 'ctm' elsewhere."
+                ) from error
         if missing["sam"]:
             hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-            model._refill_sam(f"{checkpoint} lacks {len(missing['sam'])} SAM 3 weights", hub_arguments)
+            fault = f"{checkpoint} lacks {len(missing['sam'])} SAM 3 weights"
+            model._refill_sam(fault, hub_arguments, kwargs.get("offload_folder"))
             info["missing_keys"] = type(info["missing_keys"])(set(info["missing_keys"]) - set(missing["sam"]))
         check_finite(model, checkpoint)
         model._freeze_sam()
@@ -226,19 +252,26 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Saves the model, by default under the names of `state_dict()`: the ones a trainer resumes from.
 
-        A model card is written beside it where there is none.
+        A model card is written beside it where there is none (see `cards.save_model_card`).
+
+        Args:
+            save_directory: The folder.
+            *args: As in the base class.
+            save_original_format: Use the names of the backbones' own files.
+            push_to_hub: Upload the folder as well.
+            **kwargs: As in the base class; with `push_to_hub` also `repo_id` (by default the folder's name) and the
+                arguments of `hub.upload`.
         """
-        repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
-        upload = {name: kwargs[name] for name in ("token",) if name in kwargs} | {
-            name: kwargs.pop(name)
-            for name in ("commit_message", "private", "revision", "create_pr")
-            if name in kwargs
-        }
+        if push_to_hub:
+            upload, kwargs = hub.split_upload_arguments(save_directory, kwargs)
+        if is_offloaded(self) and not hasattr(self, "hf_device_map") and len(args) < 2:
+            kwargs.setdefault("state_dict", self._stored_state_dict())  # the base class saves others itself
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
         if Path(save_directory).is_dir():  # other processes than the main one may have no folder
-            hub.save_model_card(save_directory, self.config)
+            hub.keep_remote_stub(save_directory)
+            hub.save_model_card(save_directory, self.config, tags=self.model_tags or ())
         if push_to_hub:
-            hub.upload(save_directory, repo_id, **upload)
+            hub.upload(save_directory, **upload)
 
     def push_to_hub(
         self,
@@ -248,11 +281,13 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         max_shard_size: int | str = "5GB",
         **kwargs: Any,
     ) -> Any:
-        """Uploads the model with its card; a card that the repository has is kept, unless there is a report.
+        """Uploads the model with its card.
+
+        A card that somebody has written in the repository is kept, unless there is a report; see `cards.merge_cards`.
 
         Args:
             repo_id: The repository, made if it does not exist.
-            report: An evaluation for the card; see `hub.save_model_card`.
+            report: An evaluation for the card; see `cards.save_model_card`.
             max_shard_size: Size of the weight files.
             **kwargs: Further arguments of `hub.upload`.
 
@@ -262,10 +297,22 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             if report is not None:
-                hub.save_model_card(folder, self.config, report=report, overwrite=True)
+                hub.save_model_card(
+                    folder, self.config, report=report, overwrite=True, tags=self.model_tags or ()
+                )
             return hub.upload(folder, repo_id, keep_card=report is None, **kwargs)
 
-    def _refill_sam(self, fault: str, hub_arguments: Mapping[str, Any]) -> None:
+    def _stored_state_dict(self) -> dict[str, Tensor]:
+        """The state dict with the values of what is offloaded; tied weights are in it once."""
+        return {
+            name: stored_value(self, name) if value.is_meta else value
+            for name, value in self.state_dict().items()
+            if name not in self.all_tied_weights_keys
+        }
+
+    def _refill_sam(
+        self, fault: str, hub_arguments: Mapping[str, Any], offload_folder: str | os.PathLike | None
+    ) -> None:
         source = self.config.sam_name_or_path
         if source is None:
             raise ValueError(
@@ -274,12 +321,17 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             )
         try:
             sam = Sam3Model.from_pretrained(source, dtype=torch.float32, **hub_arguments)
-            self.sam.load_state_dict(sam.state_dict())
+            if not is_offloaded(self.sam):
+                self.sam.load_state_dict(sam.state_dict())
         except (OSError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"{fault}, and they could not be taken from {source!r} (its sam_name_or_path): {reason}"
             ) from error
+        if is_offloaded(self.sam):  # its hooks know no weights: SAM 3 gets new ones
+            device = execution_device(self.sam)
+            self.sam = sam
+            dispatch_part(sam, "sam", self.hf_device_map, device, offload_folder)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -317,6 +369,11 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             self.__dict__["sam"] = self._modules.pop("sam")
         return self.sam
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes and its inputs belong, also while its weights are offloaded."""
+        return execution_device(self)
+
     # -- the MLLM's methods --
 
     @property
@@ -336,7 +393,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates text with the MLLM."""
-        return self.vlm.generate(*args, **kwargs)
+        with loaded(self):
+            return self.vlm.generate(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The MLLM's."""
@@ -389,12 +447,13 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
     def encode_image(self, sam_pixel_values: Tensor) -> ImageFeatures:
         """Encodes (B, 3, S, S) images with SAM 3, to be decoded with any number of prompts."""
         with torch.no_grad(), self._own_precision():
-            sam_pixel_values = sam_pixel_values.to(self.sam.device, self.sam.dtype)
-            return sam_prompt.encode_image(self.sam, sam_pixel_values, self.config.sam_geometry_cls)
+            return sam_prompt.encode_image(
+                self.sam, sam_pixel_values.to(self.sam.dtype), self.config.sam_geometry_cls
+            )
 
     def _own_precision(self) -> torch.autocast:
         """SAM 3 keeps its dtype in mixed precision: autocast cannot mix the halves of its box encoder with bfloat16."""
-        return torch.autocast(self.sam.device.type, enabled=False)
+        return torch.autocast(execution_device(self.sam).type, enabled=False)
 
     def decode_masks(
         self,
@@ -417,19 +476,21 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             (B, 1, h, w) mask logits and (B, 1) presence logits.
         """
         text_embeds = text_mask = None
+        device = features.device
         with self._own_precision():
             if sam_input_ids is not None:
                 with torch.no_grad():
                     text_embeds, text_mask = sam_prompt.encode_text(
-                        self.sam, sam_input_ids.to(self.sam.device), sam_attention_mask.to(self.sam.device)
+                        self.sam, sam_input_ids.to(device), sam_attention_mask.to(device)
                     )
             if concept_embeds is not None:
-                concept_embeds = concept_embeds.to(self.sam.device, self.sam.dtype)
+                concept_embeds = concept_embeds.to(device, self.sam.dtype)
             if boxes is not None:
-                boxes = boxes.to(self.sam.device, self.sam.dtype)
+                boxes = boxes.to(device, self.sam.dtype)
             output = sam_prompt.decode(self.sam, features, text_embeds, text_mask, concept_embeds, boxes)
         return output.semantic_seg, output.presence_logits
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,
@@ -445,7 +506,11 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         mask_labels: Tensor | None = None,
         detach_hidden_states: bool = False,
         output_logits: bool = False,
-    ) -> ConceptSegOutput:
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ConceptSegOutput | tuple[Any, ...]:
         """From a teacher-forced completion to mask logits; the trainers' path.
 
         Args:
@@ -463,6 +528,12 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             mask_labels: (B, H, W) masks of 0 and 1; with them the loss is computed, at their size.
             detach_hidden_states: Stop the gradient at the CTM's input (as the released code does).
             output_logits: Also return the MLLM's next-token logits.
+            output_hidden_states: Also return the hidden states of all of the MLLM's layers; by default as the
+                config says.
+            output_attentions: Also return the MLLM's attention weights, which its "eager" attention alone has; by
+                default as the config says.
+            use_cache: Also return the MLLM's key-value cache.
+            return_dict: False for a tuple of what is present; by default as the config says.
 
         Raises:
             ValueError: If arguments contradict each other.
@@ -470,7 +541,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         _check_forward_arguments(
             sam_pixel_values, sam_features, sam_input_ids, sam_attention_mask, mask_labels
         )
-        hidden_states = mllm.last_hidden_states(
+        config = self.config
+        mllm_output = mllm.full_pass(
             self.vlm,
             {
                 "input_ids": input_ids,
@@ -479,18 +551,22 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
                 "pixel_values": pixel_values,
                 "image_grid_thw": image_grid_thw,
             },
+            output_hidden_states=(
+                config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
+            output_attentions=config.output_attentions if output_attentions is None else output_attentions,
+            use_cache=bool(use_cache),
         )
+        hidden_states = mllm_output.last_hidden_state
         logits = self.get_output_embeddings()(hidden_states) if output_logits else None
         concept_embeds = self.translate_completion(hidden_states, completion_mask, detach_hidden_states)
         if sam_pixel_values is not None:
             sam_features = self.encode_image(sam_pixel_values)
-        if sam_features is None:
-            return ConceptSegOutput(concept_embeds=concept_embeds, logits=logits)
-
-        mask_logits, presence_logits = self.decode_masks(
-            sam_features, sam_input_ids, sam_attention_mask, concept_embeds
-        )
-        loss = dice = focal = None
+        mask_logits = presence_logits = loss = dice = focal = None
+        if sam_features is not None:
+            mask_logits, presence_logits = self.decode_masks(
+                sam_features, sam_input_ids, sam_attention_mask, concept_embeds
+            )
         if mask_labels is not None:
             loss, dice, focal = segmentation_loss(mask_logits, mask_labels.to(mask_logits.device))
         return ConceptSegOutput(
@@ -501,6 +577,9 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             logits=logits,
             dice_loss=dice,
             focal_loss=focal,
+            past_key_values=mllm_output.past_key_values,
+            hidden_states=mllm_output.hidden_states,
+            attentions=mllm_output.attentions,
         )
 
     # -- inference --
@@ -560,19 +639,20 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
-            return [
-                result
-                for start in range(0, len(samples), size)
-                for result in self._segment_batch(
-                    samples[start : start + size],
-                    router,
-                    generation_config,
-                    processor,
-                    return_heatmap,
-                    sam_prompt,
-                    return_logits,
-                )
-            ]
+            with loaded(self):
+                return [
+                    result
+                    for start in range(0, len(samples), size)
+                    for result in self._segment_batch(
+                        samples[start : start + size],
+                        router,
+                        generation_config,
+                        processor,
+                        return_heatmap,
+                        sam_prompt,
+                        return_logits,
+                    )
+                ]
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -656,7 +736,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
                 images[id(tensor)] = len(pixels)
                 pixels.append(tensor)
             row_of[i] = images[id(tensor)]
-        return self.encode_image(torch.stack([tensor.to(self.sam.device) for tensor in pixels])), row_of
+        device = execution_device(self.sam)
+        return self.encode_image(torch.stack([tensor.to(device) for tensor in pixels])), row_of
 
     def _decode_rows(
         self,
@@ -669,7 +750,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         boxes: Tensor | None = None,
     ) -> dict[int, _Decoded]:
         """Decodes one prompt for each of `rows`."""
-        selected = features.select(torch.tensor([row_of[i] for i in rows], device=self.sam.device))
+        selected = features.select(torch.tensor([row_of[i] for i in rows]))
         text = (None, None) if texts is None else processor.sam_text(texts)
         mask_logits, presence_logits = self.decode_masks(selected, *text, concept_embeds, boxes)
         presences = presence_logits.float().sigmoid()[:, 0].tolist()
@@ -713,7 +794,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         processor: ConceptSegProcessor,
     ) -> tuple[list[Completion], Tensor]:
         """Lets the MLLM write; returns what it wrote and (B, L2, D) concept tokens."""
-        batch = processor.collate(samples, device=self.get_input_embeddings().weight.device)
+        batch = processor.collate(samples, device=execution_device(self.vlm))
         generated = generate_with_states(self.vlm, batch, generation_config, self.config.hidden_states_at)
         if len(generated.mask) != len(samples):
             raise ValueError(
@@ -723,8 +804,9 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             processor.decode_completion(token_ids[mask], sample)
             for token_ids, mask, sample in zip(generated.token_ids, generated.mask, samples)
         ]
+        device = execution_device(self.ctm)
         return completions, self.encode_concepts(
-            generated.hidden_states.to(self.ctm.queries.device), generated.mask.to(self.ctm.queries.device)
+            generated.hidden_states.to(device), generated.mask.to(device)
         )
 
 

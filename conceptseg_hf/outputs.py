@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch import Tensor
+from transformers import Cache
 from transformers.utils import ModelOutput
 
 Box = tuple[float, float, float, float]
@@ -26,6 +27,9 @@ class ConceptSegOutput(ModelOutput):
         logits: (B, L, V) the MLLM's next-token logits; present when asked for.
         dice_loss: Scalar share of `loss`.
         focal_loss: Scalar share of `loss`.
+        past_key_values: The MLLM's key-value cache; present when asked for, as are the next two.
+        hidden_states: (B, L, C) of the MLLM's embeddings and of each of its layers; the last is post-norm.
+        attentions: (B, heads, L, L) of each of the MLLM's layers.
     """
 
     loss: Tensor | None = None
@@ -35,6 +39,9 @@ class ConceptSegOutput(ModelOutput):
     logits: Tensor | None = None
     dice_loss: Tensor | None = None
     focal_loss: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass

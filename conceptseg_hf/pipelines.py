@@ -8,7 +8,9 @@ differ from the base class.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import AutoModel, GenerationConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from . import hub
+from .devices import is_offloaded
+from .images import as_list
 from .outputs import ConceptSegmentation
 from .processing_conceptseg import ConceptSegInputs, ConceptSegProcessor, PreparedSample
 from .references import Reference
@@ -35,8 +40,8 @@ class ConceptSegmentationPipeline(Pipeline):
 
     An input is an image (PIL image, array, path, URL or bytes) together with `prompt=` and, if need be,
     `references=`; or a mapping, or any object, with `image`, `prompt` and `references`, which then go before
-    the keywords. Many inputs are a list, a generator, a torch dataset or any other sequence; a list gives a
-    list, everything else an iterator.
+    the keywords. Many inputs are a list, an array or pandas Series of paths, a DataFrame with these columns, a
+    generator, a torch dataset or any other sequence; the first three give a list, everything else an iterator.
 
     Each result is a dict with the fields of `ConceptSegmentation`. An input that cannot be read gives a
     result whose `error` is one sentence and whose `mask` is None; the others go on.
@@ -53,8 +58,9 @@ class ConceptSegmentationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_video_processor = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any, *args: Any, device: Any = None, **kwargs: Any) -> None:
+        with _placed(model) if device is None else nullcontext(device) as device:
+            super().__init__(model, *args, device=device, **kwargs)
         if not isinstance(self.processor, ConceptSegProcessor):
             raise ValueError(
                 f"ConceptSegmentationPipeline: processor is a {type(self.processor).__name__}; "
@@ -169,10 +175,53 @@ class ConceptSegmentationPipeline(Pipeline):
 
         return _Results(batches, segment)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Saves model and processor, so that the folder loads again without remote code."""
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves model and processor, so that the folder loads again without remote code.
+
+        Args:
+            save_directory: The folder.
+            push_to_hub: Upload the folder as well.
+            **kwargs: As in the model's `save_pretrained`; with `push_to_hub` also `repo_id` (by default the folder's
+                name) and the arguments of `hub.upload`.
+        """
+        if push_to_hub:
+            upload, kwargs = hub.split_upload_arguments(save_directory, kwargs)
         self.model.save_pretrained(save_directory, **kwargs)
-        self.processor.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+        if push_to_hub:
+            hub.upload(save_directory, **upload)
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **kwargs: Any) -> Any:
+        """Uploads model, processor and card; see the model's `push_to_hub`.
+
+        Args:
+            repo_id: The repository, made if it does not exist.
+            max_shard_size: Size of the weight files.
+            **kwargs: Further arguments of `hub.upload`.
+
+        Returns:
+            What the Hub says of the commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return hub.upload(folder, repo_id, **kwargs)
+
+
+@contextmanager
+def _placed(model: Any) -> Iterator[torch.device | None]:
+    """Yields the device of a model that Accelerate has dispatched or offloaded, which must not be moved; else None.
+
+    The base class would take the first device of the model's map, which may be the disk, and does not see a model that
+    was offloaded without a map.
+    """
+    device_map = vars(model).pop("hf_device_map", None)
+    try:
+        yield None if device_map is None and not is_offloaded(model) else model.device
+    finally:
+        if device_map is not None:
+            model.hf_device_map = device_map
 
 
 def register_pipeline(default_model: str | os.PathLike) -> None:
@@ -275,10 +324,14 @@ def _as_many(inputs: Any) -> Any | None:
     """Inputs as the base class takes many (a list, generator or torch dataset); None for a single input."""
     if isinstance(inputs, (list, tuple)):
         return list(inputs)
+    if hasattr(inputs, "columns") and hasattr(inputs, "to_dict"):  # a pandas DataFrame: an input a row
+        return inputs.to_dict("records")
     if isinstance(
         inputs, (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, Mapping)
     ) or _has_parts(inputs):
         return None
+    if hasattr(inputs, "__array__") and (listed := as_list(inputs)) is not None:
+        return listed
     if hasattr(inputs, "__array__") or hasattr(inputs, "read"):
         return None
     if isinstance(inputs, Dataset):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,10 +24,10 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
-from . import mllm
+from . import hub, mllm
 from .completion import Completion, format_box, parse_completion
 from .configuration_conceptseg import how_to_convert, is_authors_config
-from .images import ImageInput, load_image
+from .images import ImageInput, as_list, load_image
 from .prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
 from .references import (
     Box,
@@ -39,6 +40,9 @@ from .references import (
     grid_size,
     resolve_references,
 )
+
+# SAM 3's share of the arguments of the model's `forward`; `mllm.INPUT_NAMES` are the MLLM's.
+_SAM_INPUT_NAMES = ("sam_pixel_values", "sam_input_ids", "sam_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -210,10 +214,42 @@ class ConceptSegProcessor(ProcessorMixin):
                 raise ValueError(how_to_convert(pretrained_model_name_or_path)) from None
             raise
 
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """As in the base class; with `push_to_hub`, `kwargs` may hold `repo_id` and the arguments of `hub.upload`."""
+        if push_to_hub:
+            upload, kwargs = hub.split_upload_arguments(save_directory, kwargs)
+        files = super().save_pretrained(save_directory, **kwargs)
+        hub.keep_remote_stub(save_directory)
+        if push_to_hub:
+            hub.upload(save_directory, **upload)
+        return files
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str | None = None, **kwargs: Any) -> Any:
+        """Uploads the processor, without a card: that is the model's to bring.
+
+        Args:
+            repo_id: The repository, made if it does not exist.
+            max_shard_size: Not used; models take it.
+            **kwargs: Further arguments of `hub.upload`.
+
+        Returns:
+            What the Hub says of the commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.upload(folder, repo_id, **kwargs)
+
     @property
     def template(self) -> PromptTemplate:
         """The prompt template."""
         return PromptTemplate.from_dict(self.prompt_template)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """The names under which the model's `forward` takes what this processor makes."""
+        return [*mllm.INPUT_NAMES, *_SAM_INPUT_NAMES]
 
     # From inputs to tensors
 
@@ -226,8 +262,8 @@ class ConceptSegProcessor(ProcessorMixin):
         """Prepares one prompt or a batch of prompts.
 
         Args:
-            images: One image (see `images.ImageInput`) or a list of them. Several prompts for one image
-                encode it once.
+            images: One image (see `images.ImageInput`) or a list of them; also an array or a pandas Series of
+                paths or images. Several prompts for one image encode it once.
             prompts: One prompt for all images, or one per image; several may go with a single image.
             references: One list of references for all images, or one list per image.
 
@@ -235,11 +271,13 @@ class ConceptSegProcessor(ProcessorMixin):
             FileNotFoundError: If a path names no file.
             ValueError: If an input cannot be used, or the lists differ in length.
         """
-        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        listed = as_list(images)
+        images = [images] if listed is None else listed
         prompts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
         images = images * len(prompts) if len(images) == 1 else images
-        if not references or not isinstance(references[0], (list, tuple)):
-            references = [references or ()] * len(images)
+        references = [] if references is None else as_list(references) or []
+        if not any(as_list(item) is not None for item in references):
+            references = [references] * len(images)
         if not len(images) == len(prompts) == len(references):
             raise ValueError(
                 f"ConceptSegProcessor: got {len(images)} images, {len(prompts)} prompts and "
@@ -506,6 +544,30 @@ class ConceptSegProcessor(ProcessorMixin):
 
     # Parts
 
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Writes a chat with the MLLM, as text or as the MLLM's inputs.
+
+        Args:
+            conversation: Messages, or a list of conversations; see the base class.
+            chat_template: Another template than the MLLM's.
+            tokenize: Return token ids, or with `return_dict=True` all that `model.generate` takes.
+            **kwargs: As in the base class.
+        """
+        chat_template = chat_template or self._chat_template
+        if tokenize:  # this processor's own call is for images and prompts, not for chats
+            plain = self.mllm_processor()
+            return plain.apply_chat_template(
+                conversation, chat_template=chat_template, tokenize=True, **kwargs
+            )
+        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+
     def mllm_processor(self) -> ProcessorMixin:
         """The MLLM's plain processor, for trainers and engines that know nothing of SAM 3.
 
@@ -585,9 +647,7 @@ class ConceptSegProcessor(ProcessorMixin):
                 "content": [{"type": "image"}] * num_images + [{"type": "text", "text": instruction}],
             },
         ]
-        chat = self.apply_chat_template(
-            messages, chat_template=self._chat_template, add_generation_prompt=True, tokenize=False
-        )
+        chat = self.apply_chat_template(messages, add_generation_prompt=True)
         if chat.count(self.image_token) != num_images:
             raise ValueError(
                 f"ConceptSegProcessor: the chat template wrote {chat.count(self.image_token)} image tokens "

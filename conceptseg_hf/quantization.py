@@ -6,6 +6,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from .devices import OFFLOADED
+
 KEPT_MODULES = ("sam", "ctm", "lm_head")
 """Modules that no quantisation touches."""
 
@@ -13,14 +15,16 @@ KEPT_MODULES = ("sam", "ctm", "lm_head")
 _SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
-def spare_sam_and_ctm(quantization_config: Any) -> Any:
+def spare_sam_and_ctm(quantization_config: Any, device_map: Any = None) -> Any:
     """A quantisation that leaves SAM 3, the CTM and the language-model head as they are.
 
     Args:
         quantization_config: What `from_pretrained` takes: one of Transformers' configurations, or its dictionary.
+        device_map: What `from_pretrained` takes.
 
     Returns:
-        A copy with `KEPT_MODULES` among the modules that are skipped.
+        A copy with `KEPT_MODULES` among the modules that are skipped. It allows to offload them: bitsandbytes
+        refuses that otherwise, as it cannot offload modules that it quantises.
 
     Raises:
         ValueError: If this kind of quantisation cannot leave modules out.
@@ -37,4 +41,14 @@ def spare_sam_and_ctm(quantization_config: Any) -> Any:
         )
     spared = copy.deepcopy(quantization_config)
     setattr(spared, field, list(dict.fromkeys([*(getattr(spared, field) or ()), *KEPT_MODULES])))
+    if _offloads_kept_modules_only(device_map) and hasattr(spared, "llm_int8_enable_fp32_cpu_offload"):
+        spared.llm_int8_enable_fp32_cpu_offload = True
     return spared
+
+
+def _offloads_kept_modules_only(device_map: Any) -> bool:
+    """Whether a device map has an accelerator, and offloads nothing but `KEPT_MODULES`."""
+    if not isinstance(device_map, Mapping):
+        return False
+    offloaded = [name for name, device in device_map.items() if str(device) in OFFLOADED]
+    return len(offloaded) < len(device_map) and all(name.split(".")[0] in KEPT_MODULES for name in offloaded)

@@ -7,14 +7,15 @@ the "canvas" frame. Boxes are (x1, y1, x2, y2) with x2 and y2 exclusive.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .images import ImageInput, load_image, load_mask
+from .images import ImageInput, as_list, load_mask, load_oriented_image, name_of
 
 Box: TypeAlias = tuple[float, float, float, float]
 Role: TypeAlias = Literal["auto", "support", "proxy"]
@@ -174,25 +175,58 @@ def resolve_references(references: Sequence[Reference | Mapping[str, Any]]) -> R
         ValueError: If a reference is malformed (its place in the list is named), if there are more than nine,
             more than one proxy, or a proxy without any other reference.
     """
-    if isinstance(references, (Reference, Mapping, str, bytes)) or not isinstance(references, Sequence):
+    listed = as_list(references)
+    if listed is None:
         raise ValueError(f"references is a {type(references).__name__}; give a list of Reference objects.")
-    if not references:
+    if not listed:
         return ResolvedReferences((), (), None)
-    grid_size(len(references))  # refuse too many before reading any
-    given = [_as_reference(reference, index) for index, reference in enumerate(references)]
+    grid_size(len(listed))  # refuse too many before reading any
+    given = [_as_reference(reference, index) for index, reference in enumerate(listed)]
     images, boxes = [], []
     for index, reference in enumerate(given):
         try:
-            image = load_image(reference.image)
-            boxes.append(_reference_box(reference, image.size))
+            image, box = read_reference(reference)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"reference {index}: {error}") from error
         except ValueError as error:
             raise ValueError(f"reference {index}: {error}") from error
         images.append(image)
+        boxes.append(box)
     return ResolvedReferences(
         tuple(images), tuple(boxes), find_proxy([reference.role for reference in given], boxes)
     )
+
+
+def read_reference(reference: Reference) -> tuple[Image.Image, Box | None]:
+    """A reference's image, RGB and upright, and its box in pixels of it, None where it has none.
+
+    Raises:
+        FileNotFoundError: If an image or mask names no file.
+        ValueError: If image, mask or box cannot be used.
+    """
+    image, orientation = load_oriented_image(reference.image)
+    return image, _reference_box(reference, image.size, orientation)
+
+
+def usable_references(
+    references: Sequence[Reference | Mapping[str, Any]],
+) -> tuple[list[Reference], list[str]]:
+    """Those references that can be read, and what is wrong with each of the others.
+
+    A proxy query that is left alone becomes an ordinary reference.
+    """
+    usable, faults = [], []
+    for index, given in enumerate(references):
+        try:
+            reference = _as_reference(given, index)
+            read_reference(reference)
+        except (OSError, ValueError) as error:
+            faults.append(str(error))
+        else:
+            usable.append(reference)
+    if faults and len(usable) == 1:
+        usable = [replace(usable[0], role="auto")]
+    return usable, faults
 
 
 def find_proxy(roles: Sequence[Role], boxes: Sequence[Box | None]) -> int | None:
@@ -271,15 +305,21 @@ def _as_reference(reference: Reference | Mapping[str, Any], index: int) -> Refer
         ) from error
 
 
-def _reference_box(reference: Reference, image_size: tuple[int, int]) -> Box | None:
+def _reference_box(reference: Reference, image_size: tuple[int, int], orientation: int) -> Box | None:
     if reference.box is not None:
         return _checked_box(reference.box, image_size)
     if reference.mask is None:
         return None
-    box = mask_to_box(load_mask(reference.mask, image_size))
+    box = mask_to_box(load_mask(reference.mask, image_size, orientation))
     if box is None:
-        raise ValueError("mask has no foreground pixel; give a mask of the concept, or no mask.")
+        raise ValueError(no_foreground(reference.mask))
     return tuple(map(float, box))
+
+
+def no_foreground(mask: ImageInput) -> str:
+    """The sentence about a mask without foreground."""
+    name = f" {name_of(mask)}" if isinstance(mask, (str, os.PathLike)) else ""
+    return f"mask{name} has no foreground pixel; give a mask of the concept, or no mask."
 
 
 def _checked_box(box: Sequence[float], image_size: tuple[int, int]) -> Box:

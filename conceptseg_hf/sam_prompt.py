@@ -3,6 +3,9 @@
 Transformers' `Sam3Model` is used as it is. Meta's SAM 3 always appends the CLS token of its geometry encoder
 to the prompt; Transformers adds it only where boxes are given. The token depends on the image alone, so it
 is computed with the image features and reused.
+
+SAM 3 may be offloaded or split over devices (see `devices`): what one part of it says is brought to the device of
+the image features before another part is asked.
 """
 
 from __future__ import annotations
@@ -11,13 +14,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Sam3Model
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput, Sam3VisionEncoderOutput
 
+from .devices import execution_device, loaded
+
 SAM_PROMPTS = ("concept+text", "concept", "text", "box")
 """What of the MLLM's reasoning may prompt SAM 3: the method itself first, then its ablations."""
+
+UNITS = (
+    "Sam3ViTEmbeddings",
+    "Sam3ViTLayer",
+    "Sam3VisionNeck",
+    "CLIPTextEmbeddings",
+    "CLIPEncoderLayer",
+    "Sam3GeometryEncoder",
+    "Sam3DetrEncoderLayer",
+    "Sam3DetrDecoder",
+    "Sam3DotProductScoring",
+    "Sam3MaskDecoder",
+)
+"""SAM 3's parts that add up what their own children return, and so belong on one device."""
 
 BOX_TEXT = "visual"
 """The word that stands in SAM 3's text where boxes alone say what is meant."""
@@ -38,8 +57,14 @@ class ImageFeatures:
     def __len__(self) -> int:
         return self.vision.fpn_hidden_states[0].shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.vision.fpn_hidden_states[0].device
+
     def select(self, rows: Tensor) -> ImageFeatures:
         """The features of some images, in the order of `rows` (N,); a row may be repeated."""
+        rows = rows.to(self.device)
         return ImageFeatures(
             vision=Sam3VisionEncoderOutput(
                 fpn_hidden_states=tuple(level[rows] for level in self.vision.fpn_hidden_states),
@@ -74,7 +99,9 @@ def encode_image(sam: Sam3Model, pixel_values: Tensor, geometry_cls: bool = True
         pixel_values: (B, 3, S, S) normalised pixels; S is SAM 3's image size.
         geometry_cls: Whether prompts on these images end with the geometry encoder's CLS token.
     """
-    vision = sam.get_vision_features(pixel_values=pixel_values)
+    with loaded(sam):
+        pixel_values = pixel_values.to(execution_device(sam))
+        vision = sam.get_vision_features(pixel_values=pixel_values, return_dict=True)
     return ImageFeatures(vision, _geometry_cls(sam, vision) if geometry_cls else None)
 
 
@@ -90,14 +117,26 @@ def _encode_boxes(
 ) -> tuple[Tensor, Tensor]:
     """The geometry encoder's (B, N + 1, D) tokens of boxes and CLS, and their mask; see `decode` for the boxes."""
     shape = boxes.shape[:2]
-    geometry = sam.geometry_encoder(
-        box_embeddings=boxes,
-        box_mask=torch.full(shape, valid, dtype=torch.bool, device=boxes.device),
-        box_labels=torch.full(shape, int(valid), dtype=torch.long, device=boxes.device),
-        img_feats=vision.fpn_hidden_states[:-1],
-        img_pos_embeds=vision.fpn_position_encoding[:-1],
-    )
+    with loaded(sam, *_read_directly(sam)):
+        geometry = sam.geometry_encoder(
+            box_embeddings=boxes,
+            box_mask=torch.full(shape, valid, dtype=torch.bool, device=boxes.device),
+            box_labels=torch.full(shape, int(valid), dtype=torch.long, device=boxes.device),
+            img_feats=vision.fpn_hidden_states[:-1],
+            img_pos_embeds=vision.fpn_position_encoding[:-1],
+        )
     return geometry.last_hidden_state, geometry.attention_mask.bool()
+
+
+def _read_directly(sam: Sam3Model) -> tuple[nn.Module, ...]:
+    """The children whose weights SAM 3 reads without calling them, which the hooks of Accelerate do not notice."""
+    decoder = sam.detr_decoder
+    return (
+        sam.geometry_encoder.cls_embed,
+        decoder.query_embed,
+        decoder.reference_points,
+        decoder.presence_token,
+    )
 
 
 def encode_text(sam: Sam3Model, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,8 +150,9 @@ def encode_text(sam: Sam3Model, input_ids: Tensor, attention_mask: Tensor) -> tu
     Returns:
         (B, T, D) explicit prompt embeddings E_text, and their (B, T) boolean mask.
     """
-    embeds = sam.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
-    return embeds, attention_mask.bool()
+    with loaded(sam):
+        output = sam.get_text_features(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+    return output.pooler_output, attention_mask.bool()
 
 
 def decode(
@@ -162,9 +202,12 @@ def decode(
         masks.append(
             torch.ones(features.geometry_cls.shape[:2], dtype=torch.bool, device=features.geometry_cls.device)
         )
-    prompt = torch.cat([token.to(tokens[0].dtype) for token in tokens], dim=1)
-    return sam(
-        vision_embeds=features.vision,
-        text_embeds=BaseModelOutputWithPooling(pooler_output=prompt),
-        attention_mask=torch.cat(masks, dim=1),
-    )
+    device = features.device
+    prompt = torch.cat([token.to(device, tokens[0].dtype) for token in tokens], dim=1)
+    with loaded(*_read_directly(sam)):
+        return sam(
+            vision_embeds=features.vision,
+            text_embeds=BaseModelOutputWithPooling(pooler_output=prompt),
+            attention_mask=torch.cat([mask.to(device) for mask in masks], dim=1),
+            return_dict=True,
+        )

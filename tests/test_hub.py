@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
-from transformers import AutoModel
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from transformers import AutoModel, AutoProcessor
 
-from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation, ConceptSegProcessor
+from conceptseg_hf import (
+    ConceptSegConfig,
+    ConceptSegForSegmentation,
+    ConceptSegmentationPipeline,
+    ConceptSegProcessor,
+)
 from conceptseg_hf.evaluation.loading import load_model_and_processor
-from conceptseg_hf.hub import is_hub_id, model_card, save_model_card, save_remote_stub
+from conceptseg_hf.hub import save_remote_stub
 
 LOAD = """
 import sys
@@ -77,15 +83,29 @@ def test_needs_a_saved_model(tmp_path):
         save_remote_stub(tmp_path)
 
 
-# -- the model card --
+@pytest.mark.parametrize("first", ["model", "processor"])
+def test_a_stub_goes_where_its_checkpoint_is_saved_again(checkpoint, fresh_python, tmp_path, first):
+    """An `auto_map` without the file it points at would be a checkpoint that does not load."""
+    model, processor = AutoModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+    for part in (model, processor) if first == "model" else (processor, model):
+        part.save_pretrained(tmp_path / "again")
+    assert fresh_python(LOAD, str(tmp_path / "again")).splitlines()[-1].startswith("ConceptSegConfig")
 
-REPORT = {
-    "settings": {"benchmark": "concept-shapes", "split": "test", "protocol": "standard"},
-    "table": [
-        {"level": "CI", "group": "all", "foreground_iou": 0.9, "masks": {"miou": 91.0}},
-        {"level": "all", "group": "all", "foreground_iou": 0.5, "masks": {"miou": 71.0, "mae": None}},
-    ],
-}
+
+def test_no_stub_where_there_was_none(model, processor, tmp_path):
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert not (tmp_path / "conceptseg_stub.py").exists()
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
+# -- uploads --
+
+TEMPLATE = ModelCard.from_template(
+    ModelCardData(tags=["mine"], library_name="transformers"),
+    model_description="This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model "
+    "card has been automatically generated.",
+)
 
 
 @pytest.fixture()
@@ -93,90 +113,160 @@ def report_folder(tmp_path):
     folder = tmp_path / "evaluation"
     folder.mkdir()
     (folder / "report.md").write_text("| level | fg IoU |\n|---|---|\n| all | 0.500 |\n")
-    (folder / "report.json").write_text(json.dumps(REPORT))
+    content = {
+        "settings": {"benchmark": "concept-shapes", "split": "test", "protocol": "standard"},
+        "table": [{"level": "all", "group": "all", "foreground_iou": 0.5, "masks": {"miou": 71.0}}],
+    }
+    (folder / "report.json").write_text(json.dumps(content))
     return folder
 
 
-def test_saving_writes_a_card_once(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.pipeline_tag == "image-segmentation" and card.data.library_name == "transformers"
-    assert card.data.license is None and card.data.base_model is None  # random weights are nobody's
-    assert "8 concept queries" in card.text and str(tmp_path) not in card.content
-    (tmp_path / "README.md").write_text("mine")
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
-
-
-def test_released_sam_brings_its_licence():
-    config = ConceptSegConfig.from_preset("7b")
-    by_name = model_card(config, ["zhaoyuan666/ConceptSeg-R1-7B", "facebook/sam3"])
-    assert by_name.data.base_model == ["zhaoyuan666/ConceptSeg-R1-7B", "facebook/sam3"]
-    by_size = model_card(config, ["/some/folder", "./sam3.pt"])  # no name of the Hub: a path is not published
-    assert by_size.data.base_model is None and "/some/folder" not in by_size.content
-    for card in (by_name, by_size):
-        assert card.data.license == "other" and card.data.license_name == "sam-license"
-        assert "facebook/sam3" in card.data.license_link and "SAM License" in card.text
-
-
-@pytest.mark.parametrize(
-    ("name", "is_id"), [("owner/name", True), ("a/b/c", False), ("./x", False), ("/a/b", False), ("x", False)]
-)
-def test_what_a_hub_id_is(name, is_id, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert is_hub_id(name) is is_id
-    (tmp_path / "owner" / "name").mkdir(parents=True)
-    assert not is_hub_id("owner/name")
-
-
-def test_a_report_goes_into_the_card(model, report_folder, tmp_path):
-    path = save_model_card(tmp_path, model.config, report=report_folder)
-    card = ModelCard.load(path)
-    assert "| all | 0.500 |" in card.text
-    results = {result.metric_type: result for result in card.data.eval_results}
-    assert results["foreground IoU"].metric_value == 0.5 and results["miou"].metric_value == 71.0
-    assert "mae" not in results and results["miou"].dataset_name == "concept-shapes"
-    in_memory = SimpleNamespace(to_dict=lambda: REPORT, to_markdown=lambda: "numbers")
-    assert "numbers" in model_card(model.config, report=in_memory).text
-
-
-def test_a_report_that_is_none(model, tmp_path):
-    with pytest.raises(ValueError, match="conceptseg evaluate"):
-        save_model_card(tmp_path, model.config, report=tmp_path / "nothing")
-
-
 @pytest.fixture()
-def uploads(monkeypatch):
-    """What the Hub would be sent; itself it cannot be reached from a test."""
-    sent = []
+def hub(monkeypatch, tmp_path):
+    """A Hub in the memory: files by name, of each repository; and the arguments of the uploads."""
+    repositories, sent, branches = {}, [], []
 
-    def upload_folder(self, **arguments):
-        folder = arguments["folder_path"]
-        card = ModelCard.load(f"{folder}/README.md")
-        sent.append({**arguments, "card": card, "model": AutoModel.from_pretrained(folder)})
+    def create_repo(self, name, **_):
+        repo_id = name if "/" in name else f"me/{name}"
+        repositories.setdefault(repo_id, {})
+        return SimpleNamespace(repo_id=repo_id)
+
+    def hf_hub_download(self, repo_id, name, **_):
+        path = tmp_path / "cache"
+        path.write_bytes(repositories[repo_id][name])
+        return str(path)
+
+    def upload_folder(self, repo_id, folder_path, ignore_patterns, **arguments):
+        sent.append(arguments)
+        for path in sorted(Path(folder_path).rglob("*")):
+            if path.is_file() and path.name not in (ignore_patterns or ()):
+                repositories[repo_id][str(path.relative_to(folder_path))] = path.read_bytes()
         return "commit"
 
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: SimpleNamespace(repo_id=f"me/{name}"))
-    monkeypatch.setattr(HfApi, "file_exists", lambda self, repo_id, name, **_: repo_id == "me/old")
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "file_exists", lambda self, repo_id, name, **_: name in repositories[repo_id])
+    monkeypatch.setattr(HfApi, "hf_hub_download", hf_hub_download)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    return sent
+    monkeypatch.setattr(HfApi, "create_branch", lambda self, repo_id, branch, **_: branches.append(branch))
+    return SimpleNamespace(repositories=repositories, sent=sent, branches=branches)
 
 
-def test_push_sends_model_and_card(model, uploads, report_folder):
+def card_of(hub, repo_id) -> ModelCard:
+    return ModelCard(hub.repositories[repo_id]["README.md"].decode())
+
+
+def test_push_sends_model_and_card(model, hub, tmp_path, report_folder):
     assert model.push_to_hub("new") == "commit"
-    assert uploads[0]["repo_id"] == "me/new" and uploads[0]["ignore_patterns"] is None
-    loaded = uploads[0]["model"]
+    for name, content in hub.repositories["me/new"].items():
+        (tmp_path / name).write_bytes(content)
+    loaded = AutoModel.from_pretrained(tmp_path)
     assert type(loaded) is ConceptSegForSegmentation and torch.equal(loaded.ctm.queries, model.ctm.queries)
-    model.push_to_hub("old", commit_message="again")
-    assert uploads[1]["ignore_patterns"] == ["README.md"] and uploads[1]["commit_message"] == "again"
-    model.push_to_hub("old", report=report_folder)
-    assert uploads[2]["ignore_patterns"] is None and uploads[2]["card"].data.eval_results
+    assert card_of(hub, "me/new").text == ModelCard.load(tmp_path / "README.md").text
+    model.push_to_hub("new", report=report_folder)
+    assert card_of(hub, "me/new").data.eval_results
 
 
-def test_saving_may_push(model, uploads, tmp_path):
-    model.save_pretrained(tmp_path / "name", push_to_hub=True)
-    model.save_pretrained(tmp_path / "name", push_to_hub=True, repo_id="other", private=True)
-    assert [upload["repo_id"] for upload in uploads] == ["me/name", "me/other"]
+def test_push_takes_what_every_push_takes(model, processor, hub):
+    pipe = ConceptSegmentationPipeline(model=model, processor=processor)
+    for number, part in enumerate((model, processor, pipe)):
+        part.push_to_hub(
+            f"repo-{number}",
+            commit_message="first",
+            commit_description="why",
+            tags=["mine", "yours"],
+            private=True,
+            token="hf_x",
+            revision="branch",
+            create_pr=True,
+            max_shard_size="2MB",
+        )
+        wanted = {
+            "commit_message": "first",
+            "commit_description": "why",
+            "revision": "branch",
+            "create_pr": True,
+        }
+        assert hub.sent[-1] == wanted and hub.branches[-1] == "branch"
+        assert {"mine", "yours"} <= set(card_of(hub, f"me/repo-{number}").data.tags)
+    files = hub.repositories["me/repo-2"]
+    assert {"config.json", "processor_config.json", "model.safetensors.index.json"} <= set(files)
+    model.push_to_hub("repo-0", tags="single")
+    assert card_of(hub, "me/repo-0").data.tags[-1] == "single"
+
+
+def test_saving_may_push(model, processor, hub, tmp_path):
+    pipe = ConceptSegmentationPipeline(model=model, processor=processor)
+    for part in (model, processor, pipe):
+        name = type(part).__name__
+        part.save_pretrained(tmp_path / name, push_to_hub=True)
+        part.save_pretrained(
+            tmp_path / name, push_to_hub=True, repo_id=f"you/{name}", private=True, commit_description="why"
+        )
+        assert hub.repositories[f"me/{name}"] == hub.repositories[f"you/{name}"]
+        assert hub.sent[-1]["commit_description"] == "why"
+    assert set(hub.repositories["me/ConceptSegmentationPipeline"]) == {
+        *hub.repositories["me/ConceptSegForSegmentation"],
+        *hub.repositories["me/ConceptSegProcessor"],
+    }
+
+
+@pytest.mark.parametrize("order", ["processor first", "model first", "pipeline"])
+def test_our_card_is_there_whatever_is_pushed_first(model, processor, hub, order):
+    pipe = ConceptSegmentationPipeline(model=model, processor=processor)
+    parts = {
+        "processor first": (processor, model),
+        "model first": (model, processor),
+        "pipeline": (pipe, pipe),
+    }
+    for part in parts[order]:
+        part.push_to_hub("repo")
+    card = card_of(hub, "me/repo")
+    assert card.text.startswith("\n# ConceptSeg checkpoint") and card.data.library_name == "conceptseg-hf"
+
+
+@pytest.mark.parametrize("push", ["model", "pipeline", "save"])
+def test_a_template_on_the_hub_gives_way(model, processor, hub, tmp_path, push):
+    hub.repositories["me/repo"] = {"README.md": str(TEMPLATE).encode()}
+    if push == "model":
+        model.push_to_hub("repo")
+    elif push == "pipeline":
+        ConceptSegmentationPipeline(model=model, processor=processor).push_to_hub("repo")
+    else:
+        model.save_pretrained(tmp_path / "repo", push_to_hub=True)
+    card = card_of(hub, "me/repo")
+    assert "# ConceptSeg checkpoint" in card.text and "mine" in card.data.tags
+    assert card.data.library_name == "conceptseg-hf"
+
+
+def test_a_card_that_somebody_wrote_stays(model, hub, monkeypatch):
+    written = "---\ntags: [mine]\n---\n\nMy model.\n"
+    hub.repositories["me/repo"] = {"README.md": written.encode()}
+    model.push_to_hub("repo")
+    assert hub.repositories["me/repo"]["README.md"].decode() == written
+
+    def released(*_):  # as if SAM 3's released weights were in it
+        return True
+
+    monkeypatch.setattr("conceptseg_hf.cards._holds_released_sam", released)
+    model.push_to_hub("repo", tags=["more"])
+    card = card_of(hub, "me/repo")
+    assert card.text.strip() == "My model." and card.data.tags == ["mine", "more"]
+    assert (card.data.license, card.data.license_name) == ("other", "sam-license")
+
+
+def test_a_card_that_cannot_be_read_stays(model, hub, monkeypatch, caplog):
+    hub.repositories["me/repo"] = {"README.md": b"somebody's"}
+
+    def fail(*_, **__):
+        raise ConnectionError("the network is down")
+
+    monkeypatch.setattr(HfApi, "hf_hub_download", fail)
+    model.push_to_hub("repo")
+    assert (
+        hub.repositories["me/repo"]["README.md"] == b"somebody's"
+        and "model.safetensors" in hub.repositories["me/repo"]
+    )
+    assert "the network is down" in caplog.text
 
 
 # -- checkpoints in the authors' layout --

@@ -321,8 +321,14 @@ def test_mask_file_is_rotated_like_its_image(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(load_mask(path, SIZE[::-1]), np.rot90(FOREGROUND, -1))
 
 
-def test_mask_of_another_size_is_refused() -> None:
+def test_mask_of_another_size_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(
-        ValueError, match=r"mask has 7 x 5 pixels, but its image has 5 x 7; give a mask of the image's size\."
+        ValueError, match=r"mask has 7 x 5 pixels, but its image has 7 x 6; give a mask of the image's size\."
     ):
-        load_mask(FOREGROUND, (5, 7))
+        load_mask(FOREGROUND, (7, 6))
+    path = tmp_path / "mask.png"
+    Image.fromarray(FOREGROUND).save(path)
+    with pytest.raises(
+        ValueError, match=r"mask '.*mask\.png' has 7 x 5 .* its sides are swapped, as before an EXIF"
+    ):
+        load_mask(path, (5, 7))

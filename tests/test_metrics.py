@@ -114,6 +114,16 @@ def test_pictures_are_read_as_masks_of_0_and_1_or_255(top, mode):
     assert MaskMetrics().update(TOP, LEFT, ignore=left)["tn"] == 1
 
 
+def test_the_papers_protocol_compares_masks_of_any_size():
+    small, large = (np.zeros(size, dtype=bool) for size in ((20, 30), (41, 59)))
+    small[:, :15], large[:, 30:] = True, True
+    assert score_masks([small], [small], "paper")["giou"] == 100
+    assert score_masks([small], [~large], "paper")["giou"] == pytest.approx(100, abs=2)
+    assert score_masks([small], [large], "paper")["giou"] < 2
+    with pytest.raises(ValueError, match="prediction 0 has shape"):
+        score_masks([small], [np.where(large, 1, 255)], "paper")  # ignored pixels keep the truth's size
+
+
 def test_f_w_of_nothing_is_0_as_in_the_library():
     pytest.importorskip("scipy")
     assert score_masks([EMPTY], [EMPTY], metrics=("f_w", "giou")) == {"f_w": 0, "giou": 100}

@@ -16,6 +16,7 @@ from conceptseg_hf import (
 )
 from conceptseg_hf.completion import format_completion
 from conceptseg_hf.generation import GeneratedCompletions
+from conceptseg_hf.outputs import ConceptSegOutput
 from conceptseg_hf.processing_conceptseg import PreparedSample
 
 SAMPLED = {"max_new_tokens": 6, "do_sample": True}
@@ -203,7 +204,7 @@ def test_language_model_methods_act_on_the_mllm(model):
     assert model.config.hidden_size == 128
     assert {
         "ConceptTranslationModule",
-        "Sam3Model",
+        "Sam3ViTLayer",
         "Qwen2_5_VLDecoderLayer",
         "Qwen2_5_VLVisionBlock",
     } <= set(model._no_split_modules)
@@ -391,6 +392,95 @@ def test_a_step_changes_the_ctm_and_not_sam(make_model, training_batch, labels):
 def test_forward_refuses_contradictions(model, training_batch, change, match):
     with pytest.raises(ValueError, match=match):
         model(**{**training_batch, **change})
+
+
+# -- forward, as callers of any Transformers model use it --
+
+
+@pytest.fixture(scope="module")
+def eager(checkpoint) -> ConceptSegForSegmentation:
+    return AutoModel.from_pretrained(checkpoint / "full", attn_implementation="eager")
+
+
+def flat(value) -> list:
+    """The tensors of an output, whatever holds them."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for part in value for tensor in flat(part)] if isinstance(value, (tuple, list)) else []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+        {"output_hidden_states": True, "output_attentions": True, "output_logits": True},
+        {"use_cache": True},
+    ],
+)
+@torch.no_grad()
+def test_a_tuple_holds_what_the_output_holds(eager, training_batch, labels, options):
+    output = eager(**training_batch, mask_labels=labels, return_dict=True, **options)
+    found = eager(**training_batch, mask_labels=labels, return_dict=False, **options)
+    assert isinstance(output, ConceptSegOutput) and isinstance(found, tuple)
+    assert len(found) == len(output.keys()) and torch.equal(found[0], output.loss)
+    wanted = flat(output.to_tuple())
+    assert len(flat(found)) == len(wanted)
+    assert all(torch.equal(one, other) for one, other in zip(flat(found), wanted))
+
+
+@torch.no_grad()
+def test_the_config_may_ask_for_tuples(eager, training_batch, monkeypatch):
+    monkeypatch.setattr(eager.config, "return_dict", False)
+    assert isinstance(eager(**training_batch), tuple)
+    assert isinstance(eager(**training_batch, return_dict=True), ConceptSegOutput)
+    # Parts that are asked for tuples by configs of their own go on working inside.
+    for config in (eager.vlm.config, eager.sam.config):
+        monkeypatch.setattr(config, "return_dict", False)
+    assert isinstance(eager(**training_batch, return_dict=True), ConceptSegOutput)
+
+
+@pytest.mark.parametrize("by", ["argument", "config"])
+@torch.no_grad()
+def test_hidden_states_and_attentions_of_the_mllm(eager, training_batch, monkeypatch, by):
+    plain = eager(**training_batch)
+    assert plain.hidden_states is plain.attentions is plain.past_key_values is None
+    names = ("output_hidden_states", "output_attentions")
+    if by == "config":
+        for name in names:
+            monkeypatch.setattr(eager.config, name, True)
+    output = eager(**training_batch, **(dict.fromkeys(names, True) if by == "argument" else {}))
+    text_config, (batch, length) = eager.config.get_text_config(), training_batch["input_ids"].shape
+    layers, heads = text_config.num_hidden_layers, text_config.num_attention_heads
+    assert [state.shape for state in output.hidden_states] == [(batch, length, 128)] * (layers + 1)
+    assert [weights.shape for weights in output.attentions] == [(batch, heads, length, length)] * layers
+    assert torch.equal(output.mask_logits, plain.mask_logits)
+    # The last states are those that the head reads and the CTM translates.
+    logits = eager.get_output_embeddings()(output.hidden_states[-1])
+    assert torch.equal(logits, eager(**training_batch, output_logits=True).logits)
+    seen = training_batch["attention_mask"].bool()
+    torch.testing.assert_close(output.attentions[0].sum(-1)[:, 0][seen], torch.ones(int(seen.sum())))
+    if by == "config":
+        output = eager(**training_batch, **dict.fromkeys(names, False))
+        assert output.hidden_states is output.attentions is None
+
+
+def test_gradients_reach_hidden_states_and_attentions(eager, training_batch):
+    output = eager(**training_batch, output_hidden_states=True, output_attentions=True)
+    for tensor in (output.hidden_states[0], output.attentions[0]):
+        tensor.retain_grad()
+    output[0].flatten()[0].backward()
+    assert output.hidden_states[0].grad.any() and output.attentions[0].grad.any()
+    eager.zero_grad()
+
+
+@torch.no_grad()
+def test_the_cache_covers_the_batch(model, training_batch):
+    output = model(**training_batch, use_cache=True)
+    assert output.past_key_values.get_seq_length() == training_batch["input_ids"].shape[1]
+    assert model(**training_batch, use_cache=False).past_key_values is None
+    assert model.vlm.model.rope_deltas is None
 
 
 # -- segment --

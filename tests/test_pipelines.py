@@ -98,6 +98,58 @@ def test_kinds_of_images(pipe, calls, picture, tmp_path: pathlib.Path, kind: str
     ] == ["red", "blue"]
 
 
+def test_text_and_bytes_of_numpy_are_single_inputs(pipe, calls, picture, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "picture.png"
+    picture(0).save(path)
+    for given in (
+        np.str_(path),
+        np.array(str(path)),
+        np.array(path, dtype=object),
+        np.bytes_(path.read_bytes()),
+    ):
+        assert pipe(given, prompt=np.str_("red"))["mask"].size == (48, 40)
+    missing = pipe(np.str_(tmp_path / "nowhere.png"), prompt="red")
+    assert (
+        missing["error"]
+        == f"image {str(tmp_path / 'nowhere.png')!r} is not a file; give the path of an image."
+    )
+
+
+@pytest.mark.parametrize(
+    "form", ["array", "object array", "series", "index", "categories", "pictures", "frame"]
+)
+def test_arrays_and_series_are_many_inputs(pipe, calls, picture, tmp_path: pathlib.Path, form: str) -> None:
+    pd = pytest.importorskip("pandas")
+    paths = []
+    for number in range(3):
+        paths.append(str(tmp_path / f"{number}.png"))
+        picture(number, (30 + number, 20)).save(paths[-1])
+    given = {
+        "array": lambda: np.array(paths),
+        "object array": lambda: np.array(list(map(pathlib.Path, paths)), dtype=object),
+        "series": lambda: pd.Series(paths, index=[7, 5, 3]),  # by place, not by label
+        "index": lambda: pd.Index(paths),
+        "categories": lambda: pd.Series(paths, dtype="category"),
+        "pictures": lambda: pd.Series([picture(number, (30 + number, 20)) for number in range(3)]),
+        "frame": lambda: pd.DataFrame({"image": paths, "prompt": ["red", "blue", "red"]}, index=[7, 5, 3]),
+    }[form]()
+    results = pipe(given, prompt="red", batch_size=2)
+    assert isinstance(results, list) and calls == [2, 1]
+    assert [result["mask"].size for result in results] == [(30, 20), (31, 20), (32, 20)]
+    assert [result["label"] for result in results] == ["red", "blue" if form == "frame" else "red", "red"]
+
+
+def test_a_row_of_a_frame_is_one_input_and_lost_cells_fail_alone(pipe, calls, picture, tmp_path) -> None:
+    pd = pytest.importorskip("pandas")
+    path = str(tmp_path / "picture.png")
+    picture(0).save(path)
+    frame = pd.DataFrame({"image": [path, None], "prompt": ["red", "blue"]})
+    assert pipe(frame.iloc[0])["label"] == "red"
+    first, second = pipe(frame)
+    assert first["error"] is None and "image" in second["error"]
+    assert pipe(pd.Series([], dtype=object), prompt="red") == []
+
+
 class Items(Dataset):
     def __init__(self, items: list) -> None:
         self.items = items

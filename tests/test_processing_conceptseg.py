@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pathlib
 import pickle
@@ -183,6 +184,55 @@ def test_a_chat_template_that_loses_images_is_refused() -> None:
         processor.prepare(picture(), "red")
 
 
+def chat(processor: ConceptSegProcessor, sample) -> list[dict]:
+    """The messages of a prepared sample, with its pictures in them."""
+    words = sample.mllm_text.split("<|vision_end|>")[-1].split("<|im_end|>")[0]
+    images = [{"type": "image", "image": image} for image in sample.mllm_images]
+    return [
+        {"role": "system", "content": [{"type": "text", "text": processor.template.system}]},
+        {"role": "user", "content": [*images, {"type": "text", "text": words}]},
+    ]
+
+
+@pytest.mark.parametrize("own_template", [True, False])
+def test_a_chat_becomes_the_mllms_inputs(own_template: bool) -> None:
+    processor = build() if own_template else build(chat_template=None)
+    samples = [
+        processor.prepare(picture(), "red circle", references_of(kind))
+        for kind in ("no_reference", "with_proxy")
+    ]
+    chats = [chat(processor, sample) for sample in samples]
+    options = {"add_generation_prompt": True, "tokenize": True}
+    encoded = processor.apply_chat_template(
+        chats,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"text_kwargs": {"padding": True}},
+        **options,
+    )
+    wanted = processor.collate(samples)
+    assert set(encoded) == set(wanted) <= set(processor.model_input_names)
+    assert all(torch.equal(encoded[name], wanted[name]) for name in wanted if name != "pixel_values")
+    torch.testing.assert_close(encoded["pixel_values"], wanted["pixel_values"])
+    (ids,) = processor.apply_chat_template(chats[:1], **options)
+    assert ids == samples[0].input_ids.tolist()
+    text = processor.apply_chat_template(chats[1], add_generation_prompt=True)
+    assert (
+        text
+        == samples[1].mllm_text
+        == processor.apply_chat_template(chats[1], CHAT_TEMPLATE, add_generation_prompt=True, tokenize=False)
+    )
+
+
+def test_model_input_names_are_the_models(processor: ConceptSegProcessor) -> None:
+    from conceptseg_hf import ConceptSegForSegmentation
+
+    names = processor.model_input_names
+    assert len(names) == len(set(names)) and names[0] == ConceptSegForSegmentation.main_input_name
+    taken = inspect.signature(ConceptSegForSegmentation.forward).parameters
+    assert set(names) < set(taken)
+
+
 def test_own_template() -> None:
     template = PromptTemplate(
         "sys", "p {problem} {reference_boxes}", "s {problem}", "1 {problem}", "0 {problem}"
@@ -343,6 +393,24 @@ def test_call_takes_one_or_many(processor: ConceptSegProcessor) -> None:
     assert len(shared[:1]) == 1 and shared[:1].processor is processor
     with pytest.raises(ValueError, match="got 2 images, 3 prompts and 2 lists of references"):
         processor([image, image], ["a", "b", "c"])
+
+
+def test_call_takes_arrays_and_series(processor: ConceptSegProcessor, tmp_path: pathlib.Path) -> None:
+    pd = pytest.importorskip("pandas")
+    paths = [str(tmp_path / f"{number}.png") for number in range(2)]
+    for number, path in enumerate(paths):
+        picture(number).save(path)
+    expected = processor([picture(0), picture(1)], ["red", "blue"], [[boxed(1)], []])
+    frame = pd.DataFrame({"image": paths, "prompt": ["red", "blue"]}, index=[4, 2])
+    references = pd.Series([[boxed(1)], []], index=[4, 2])
+    for images, prompts in ((frame["image"], frame["prompt"]), (np.array(paths), np.array(["red", "blue"]))):
+        found = processor(images, prompts, references)
+        for one, other in zip(found, expected, strict=True):
+            assert one.mllm_text == other.mllm_text and one.frame == other.frame
+            assert torch.equal(one.sam_pixel_values, other.sam_pixel_values)
+    shared = processor(paths, "red", np.array([boxed(1)], dtype=object))
+    assert [sample.frame.reference_sizes for sample in shared] == [expected[0].frame.reference_sizes] * 2
+    assert [len(s.frame.reference_sizes) for s in processor(paths, "red", [None, [boxed(1)]])] == [0, 1]
 
 
 def test_prompts_of_one_image_share_its_pixels(processor: ConceptSegProcessor) -> None:

@@ -21,7 +21,8 @@ def add_parser(verbs: Any) -> None:
     check = actions.add_parser(
         "check",
         help="say what of benchmarks is there, what is missing, and whether counts match the paper",
-        description="Exit code 0: all is there; 1: something is missing or a count differs; 2: bad input.",
+        description="Reads true masks and all references; of other images only the headers. Exit code 0: all is there "
+        "and can be used; 1: something is missing or cannot be used, or a count differs; 2: bad input.",
     )
     check.add_argument(
         "name",
@@ -32,7 +33,8 @@ def add_parser(verbs: Any) -> None:
     add_root_option(check)
     check.add_argument(
         "--split",
-        help="split of benchmarks given by name (default: those that the paper counts); groups have those of the paper",
+        help="split of benchmarks given by name (default: those that the paper counts, of your own data all); groups "
+        "have those of the paper",
     )
     check.set_defaults(run=run_check)
 
@@ -61,7 +63,9 @@ def run_check(arguments: argparse.Namespace) -> int:
     """Prints the state of benchmarks; 0 if all are complete, else 1."""
     from conceptseg_hf.data import SOURCES, check_benchmarks
 
-    checks = as_bad_input(check_benchmarks, arguments.name, parse_roots(arguments.root), arguments.split)
+    checks = as_bad_input(
+        check_benchmarks, arguments.name, parse_roots(arguments.root), arguments.split, progress=True
+    )
     for check in checks:
         print("\n".join(check.lines()))
     incomplete = dict.fromkeys(check.name for check in checks if not check.complete)

@@ -40,7 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_model(checkpoint)
     import torch
 
-    from conceptseg_hf.evaluation.loading import default_device, find_checkpoint
+    from conceptseg_hf.devices import default_device
+    from conceptseg_hf.evaluation.loading import find_checkpoint
     from conceptseg_hf.shipped import shipped_folder
 
     rows = {"python": f"{platform.python_version()} on {platform.platform()}"}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .files import describe_names
 from .groups import Root, is_single, list_rows, root_of
+from .inspection import Inspection, inspect_files
 from .paths import MissingFilesError, check_files, existing_folder
-from .registry import PROCEDURAL, get_source, load_benchmark, open_benchmark, resolve_split
+from .registry import PROCEDURAL, get_source, list_splits, load_benchmark, open_benchmark, resolve_split
 
 _NAMED = 5
 
@@ -27,9 +28,11 @@ class DataCheck:
         images: Different target images among them.
         expected: What the paper counts (samples, or images where `counts_images`), None if it does not.
         counts_images: Whether `expected` counts images.
-        files: Files that were looked for; 0 where the benchmark reads none.
+        files: Files that were looked for; 0 where there are none.
+        is_drawn: The benchmark is drawn from seeds and reads no files.
         missing: Pairs of kind and path of those that are missing.
         without_references: Classes whose samples can have no reference.
+        inspection: What is wrong with the files that are there.
         fault: One sentence, if the index itself cannot be read.
     """
 
@@ -40,8 +43,10 @@ class DataCheck:
     expected: int | None = None
     counts_images: bool = False
     files: int = 0
+    is_drawn: bool = False
     missing: tuple[tuple[str, Path], ...] = ()
     without_references: tuple[str, ...] = ()
+    inspection: Inspection = field(default_factory=Inspection)
     fault: str | None = None
 
     @property
@@ -53,8 +58,9 @@ class DataCheck:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is missing and no count differs."""
-        return self.fault is None and not self.missing and self.found > 0 and self.matches is not False
+        """Whether nothing is missing or unusable and no count differs."""
+        usable = self.fault is None and not self.missing and self.inspection.is_usable
+        return usable and self.found > 0 and self.matches is not False
 
     def lines(self) -> list[str]:
         """What a person must know, line by line."""
@@ -69,10 +75,11 @@ class DataCheck:
             lines += [f"    {path}" for _, path in self.missing[:_NAMED]]
             if len(self.missing) > _NAMED:
                 lines.append(f"    and {len(self.missing) - _NAMED} more")
+        elif self.is_drawn:
+            lines.append("  files: it is drawn from seeds and needs none")
         elif self.files:
             lines.append(f"  files: all {self.files} are there")
-        else:
-            lines.append("  files: it is drawn from seeds and needs none")
+        lines += self.inspection.lines()
         if self.without_references:
             lines.append(f"  references: {describe_names(self.without_references)} none")
         return lines
@@ -87,15 +94,20 @@ class DataCheck:
 
 
 def check_benchmarks(
-    name: str, root: Root | Mapping[str, Root] = None, split: str | None = None, seed: int = 42
+    name: str,
+    root: Root | Mapping[str, Root] = None,
+    split: str | None = None,
+    seed: int = 42,
+    progress: bool = False,
 ) -> list[DataCheck]:
-    """Looks for everything that one or several benchmarks need.
+    """Looks for everything that one or several benchmarks need, and tries whether it can be used.
 
     Args:
         name: What `load_benchmarks` takes: a benchmark, a group of the suite, or several with commas between them.
         root: Folder of the files, or folders by the name of their benchmark; see `load_benchmarks`.
         split: Split of benchmarks given by their own names; None: see `check_benchmark`.
         seed: Seed of the references.
+        progress: Show a progress bar on a terminal.
 
     Returns:
         One result per benchmark and split.
@@ -104,27 +116,34 @@ def check_benchmarks(
         ValueError, ImportError: See `check_benchmark`.
     """
     if is_single(name):
-        return check_benchmark(name.strip(), root_of(name.strip(), root), split, seed)
+        return check_benchmark(name.strip(), root_of(name.strip(), root), split, seed, progress)
     checks = (
         check
         for row_name, row_split in list_rows(name, split)
         for check in check_benchmark(
-            row_name, None if row_name in PROCEDURAL else root_of(row_name, root), row_split, seed
+            row_name, None if row_name in PROCEDURAL else root_of(row_name, root), row_split, seed, progress
         )
     )
     return list(dict.fromkeys(checks))  # a benchmark may be named alone and by its group
 
 
 def check_benchmark(
-    name: str, root: str | os.PathLike | None = None, split: str | None = None, seed: int = 42
+    name: str,
+    root: str | os.PathLike | None = None,
+    split: str | None = None,
+    seed: int = 42,
+    progress: bool = False,
 ) -> list[DataCheck]:
-    """Looks for everything that a benchmark needs.
+    """Looks for everything that a benchmark needs, and tries whether it can be used.
+
+    Of target images only the headers are read; true masks, and all references that a seed may draw, are read whole.
 
     Args:
         name: A benchmark.
         root: The folder of its files, if it reads any.
         split: One split; None: those of the paper, or all if the paper has none.
         seed: Seed of the references.
+        progress: Show a progress bar on a terminal.
 
     Returns:
         One result per split.
@@ -135,20 +154,26 @@ def check_benchmark(
     """
     if name in PROCEDURAL:
         samples = load_benchmark(name, root, split or "test", seed=seed)
-        return [DataCheck(name, samples.split, found=len(samples), images=len(samples))]
+        return [DataCheck(name, samples.split, found=len(samples), images=len(samples), is_drawn=True)]
     source = get_source(name)
     existing_folder(root, name)
     if split is not None:
         splits: tuple[str, ...] = (resolve_split(source, split),)
     else:
-        splits = source.paper_splits or tuple(source.counts) or ("test",)
-    return [_check_split(name, root, each, seed) for each in splits]
+        try:
+            splits = list_splits(source, root)
+        except (OSError, ValueError):  # what is wrong is said of the split that is always looked for
+            splits = ("test",)
+    return [_check_split(name, root, each, seed, progress) for each in splits]
 
 
-def _check_split(name: str, root: str | os.PathLike | None, split: str, seed: int) -> DataCheck:
+def _check_split(
+    name: str, root: str | os.PathLike | None, split: str, seed: int, progress: bool
+) -> DataCheck:
     source = get_source(name)
     try:
         samples = open_benchmark(name, root, split, seed=seed)
+        samples.check_length()
     except MissingFilesError as error:
         return DataCheck(name, split, missing=error.missing, files=error.total, fault=_without_caller(error))
     except ValueError as error:
@@ -159,6 +184,7 @@ def _check_split(name: str, root: str | os.PathLike | None, split: str, seed: in
         missing: tuple[tuple[str, Path], ...] = ()
     except MissingFilesError as error:
         missing = error.missing
+    lacking = {path for _, path in missing}
     return DataCheck(
         name,
         split,
@@ -169,6 +195,7 @@ def _check_split(name: str, root: str | os.PathLike | None, split: str, seed: in
         files=len({path for _, path in files}),
         missing=missing,
         without_references=samples.without_references,
+        inspection=inspect_files(samples, lacking, f"{name}, {split}" if progress else None),
     )
 
 

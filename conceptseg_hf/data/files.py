@@ -4,42 +4,23 @@ from __future__ import annotations
 
 import random
 import warnings
-from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from ..images import load_image, mask_to_image
+from ..images import is_file, load_oriented_image, mask_to_image, read_header
+from ..mask_checks import describe_other_size, is_similar_size
 from ..references import Reference, mask_to_box
 from .paths import check_files
+from .pools import ClassPool, FileReference, ReferencePool, reference_count
 from .sample import ConceptSample, UnreadableSampleError
-from .truths import BoxTruth, MaskFile, PixelBox, Truth
+from .truths import BoxTruth, Size, Truth, resize
 
 _NAMED = 3  # classes or samples that a message names
-
-
-@dataclass(frozen=True)
-class FileReference:
-    """A reference image, with its truth where there is one."""
-
-    image: Path
-    truth: Truth | None = None
-
-    def read(self) -> Reference:
-        """As the processor takes it; files that it can open itself stay paths."""
-        if self.truth is None:
-            return Reference(self.image)
-        if isinstance(self.truth, MaskFile):
-            return Reference(self.image, mask=self.truth.path)
-        image = load_image(self.image)
-        if isinstance(self.truth, (BoxTruth, PixelBox)):
-            return Reference(image, box=self.truth.box(image.size))
-        mask, _ = self.truth.read(image.size)
-        return Reference(image, box=mask_to_box(mask))
 
 
 @dataclass(frozen=True)
@@ -74,64 +55,13 @@ class FileItem:
         names = ("sample_id", "prompt", "level", "group", "family", "think", "rule", "answer")
         return {name: getattr(self, name) for name in names}
 
-    def read_image(self) -> Image.Image:
-        """The target image, RGB."""
-        return load_image(self.image)
+    def read_image(self) -> tuple[Image.Image, int]:
+        """The target image, RGB and upright, and the EXIF orientation that was applied."""
+        return load_oriented_image(self.image)
 
-
-class ReferencePool(ABC):
-    """Images of which references are drawn."""
-
-    reads_files = False
-    """Whether drawing opens files."""
-
-    @abstractmethod
-    def draw(self, concept: str, rng: random.Random, exclude: Path) -> list[FileReference]:
-        """Draws references of a class without replacement: 1 if the class has 2 images, else 4 or all there are.
-
-        Args:
-            concept: The class.
-            rng: Source of chance.
-            exclude: The target, which is never its own reference.
-        """
-
-    def knows(self, concept: str, exclude: Path) -> bool:
-        """Whether there is at least one reference; cheap, and True where only reading could tell."""
-        return True
-
-
-def reference_count(class_size: int) -> int:
-    """How many references a class of this size gives (as the paper's data loader): 1 of 2 images, else 4."""
-    return 1 if class_size == 2 else 4
-
-
-class ClassPool(ReferencePool):
-    """References by class, all known beforehand.
-
-    Args:
-        references: The references of each class.
-    """
-
-    def __init__(self, references: Mapping[str, Sequence[FileReference]]) -> None:
-        self._references = references
-        self._copies = {
-            concept: Counter(reference.image for reference in everything)
-            for concept, everything in references.items()
-        }
-
-    def draw(self, concept: str, rng: random.Random, exclude: Path) -> list[FileReference]:
-        """See `ReferencePool.draw`."""
-        everything = self._references.get(concept, ())
-        count = reference_count(len(everything))
-        # As many more as could be the target itself: the rest is then a fair draw among the others.
-        copies = self._copies[concept][exclude] if everything else 0
-        drawn = rng.sample(everything, min(count + copies, len(everything)))
-        return [reference for reference in drawn if reference.image != exclude][:count]
-
-    def knows(self, concept: str, exclude: Path) -> bool:
-        """See `ReferencePool.knows`."""
-        everything = self._references.get(concept, ())
-        return bool(everything) and len(everything) > self._copies[concept][exclude]
+    def read_header(self) -> tuple[Size, int]:
+        """(width, height) of the upright target image and its EXIF orientation, without its pixels where possible."""
+        return read_header(self.image)
 
 
 @dataclass(frozen=True)
@@ -150,6 +80,38 @@ class Index:
     pool: ReferencePool | None = None
     files: Sequence[tuple[str, Path]] = field(default_factory=tuple)
     partial: bool = False
+
+
+@dataclass(frozen=True)
+class FoundReferences:
+    """The references of an item, read.
+
+    Attributes:
+        files: Their files.
+        references: What the processor takes, one for each.
+        faults: What is wrong with those that were drawn and cannot be used, each naming its file.
+        lost: How many of them nothing could replace.
+    """
+
+    files: list[FileReference]
+    references: list[Reference]
+    faults: tuple[str, ...]
+    lost: int
+
+
+@dataclass(frozen=True)
+class ReadTruth:
+    """A truth beside its image, as fields of a `ConceptSample`.
+
+    Attributes:
+        fitted: At the size of the image.
+        stored: At the size it is stored in.
+        fault: None, or why its size cannot be the image's.
+    """
+
+    fitted: dict[str, Any]
+    stored: dict[str, Any]
+    fault: str | None = None
 
 
 class FileBenchmark(Sequence[ConceptSample]):
@@ -177,6 +139,8 @@ class FileBenchmark(Sequence[ConceptSample]):
         self.name, self.split, self.root, self.seed = name, split, root, seed
         self.items = index.items if limit is None else index.items[:limit]
         self._pool, self._files, self._partial = index.pool, index.files, index.partial
+        self._tried: dict[FileReference, Reference] = {}
+        self._told: set[tuple[str, bool]] = set()
         self.without_references = self._classes_without_references()
 
     def __len__(self) -> int:
@@ -198,30 +162,93 @@ class FileBenchmark(Sequence[ConceptSample]):
         fields |= {"family": item.family, "dataset": self.name, "split": self.split}
         try:
             fields |= item.read_fields()
-            image = item.read_image()
+            image, orientation = item.read_image()
         except (OSError, ValueError) as error:
             raise UnreadableSampleError(_because(item, error), fields, _truth_or_none(item)) from error
         try:
-            truth = _read_truth(item.truth, image.size)
-        except (OSError, ValueError) as error:
-            raise UnreadableSampleError(_because(item, error), fields) from error
-        try:
-            references = [reference.read() for reference in self.references_of(item)]
-        except (OSError, ValueError) as error:
-            raise UnreadableSampleError(_because(item, error), fields, truth) from error
-        return ConceptSample(image=image, references=references, **fields, **truth)
+            truth = read_truth(item.truth, image.size, orientation)
+        except (OSError, ValueError) as error:  # it may be that only its frame is the wrong one
+            raise UnreadableSampleError(_because(item, error), fields, _truth_or_none(item)) from error
+        found = self.read_references(item)
+        references = {"references": found.references, "reference_faults": found.faults}
+        sample = ConceptSample(
+            image=image, references_lost=found.lost, **references, **fields, **truth.fitted
+        )
+        if truth.fault is not None:
+            raise UnreadableSampleError(_because(item, truth.fault), fields, truth.stored, sample)
+        return sample
 
     def __iter__(self) -> Iterator[ConceptSample]:
         for index in range(len(self)):
             yield self[index]
 
     def references_of(self, item: FileItem) -> list[FileReference]:
-        """The references of an item: its own, or those that the seed draws."""
+        """The references of an item, its own or those that the seed draws, whether they can be used or not."""
+        return self._draw(item)[0]
+
+    def _draw(self, item: FileItem) -> tuple[list[FileReference], random.Random | None]:
+        """The references of an item, and the source of chance from which others can be drawn."""
         if item.references or self._pool is None:
-            return list(item.references)
+            return list(item.references), None
         # A text seeds through a hash that is the same in every process and release.
         rng = random.Random(f"{self.seed}/{self.name}/{self.split}/{item.sample_id}")
-        return self._pool.draw(item.concept, rng, item.image)
+        return self._pool.draw(item.concept, rng, item.image), rng
+
+    def read_references(self, item: FileItem) -> FoundReferences:
+        """Reads the references of an item; others of its class take the places of those that cannot be used.
+
+        Which ones do depends on seed and sample alone. A reference that is not usable is named once in a warning.
+        """
+        drawn, rng = self._draw(item)
+        spares: Iterator[FileReference] | None = None if rng else iter(())
+        files, references, faults = [], [], []
+        for file in drawn:
+            candidate: FileReference | None = file
+            while candidate is not None:
+                try:
+                    references.append(self._read_reference(candidate))
+                except (OSError, ValueError) as error:
+                    faults.append(str(error))
+                else:
+                    files.append(candidate)
+                    break
+                if spares is None:
+                    spares = self._pool.spares(item.concept, rng, item.image, drawn)
+                candidate = next(spares, None)
+        found = FoundReferences(files, references, tuple(faults), len(drawn) - len(files))
+        self._warn_of(found, item)
+        return found
+
+    def _read_reference(self, file: FileReference) -> Reference:
+        """A reference, read and tried; those that are paths are tried once."""
+        if file not in self._tried:
+            reference = file.read()
+            if not isinstance(reference.image, Path) or isinstance(reference.mask, Image.Image):
+                return reference
+            self._tried[file] = reference
+        return self._tried[file]
+
+    def _warn_of(self, found: FoundReferences, item: FileItem) -> None:
+        for fault in found.faults:
+            told = (fault, found.lost > 0)
+            if told not in self._told:
+                self._told.add(told)
+                warnings.warn(
+                    f"{self.name}: a reference cannot be used, and others of its class take its place: {fault}"
+                    if found.lost == 0
+                    else f"{self.name}: a reference cannot be used, and there is no other to take its place, so that "
+                    f"sample {item.sample_id!r} has {found.lost} fewer: {fault}",
+                    stacklevel=4,
+                )
+
+    def all_references(self) -> list[FileReference]:
+        """Everything that samples may have as a reference, whatever the seed, each once."""
+        own = [reference for item in self.items for reference in item.references]
+        if self._pool is None:
+            return list(dict.fromkeys(own))
+        concepts = dict.fromkeys(item.concept for item in self.items if not item.references)
+        drawable = (reference for concept in concepts for reference in self._pool.references(concept))
+        return list(dict.fromkeys([*own, *drawable]))
 
     def files(self) -> Iterator[tuple[str, Path]]:
         """All files that the samples need, as pairs of kind and path."""
@@ -239,21 +266,18 @@ class FileBenchmark(Sequence[ConceptSample]):
                 yield from (("reference mask", path) for path in reference.truth.files)
 
     def check(self) -> None:
-        """Checks that files are there, and warns of samples that lack some and of classes that have no references.
+        """Checks that samples and files are there; warns of samples that lack files and classes without references.
 
         Raises:
+            ValueError: If there are no samples.
             MissingFilesError: If files are missing (where samples may lack some: if no sample has all of its own); it
                 counts and holds all of them.
         """
-        lacking = self._samples_lacking_files() if self._partial else []
-        if not self._partial or len(lacking) == len(self):
+        self.check_length()
+        if self._partial:
+            self._warn_of_missing_files()
+        else:
             check_files(self.files(), self.name, self.root)
-        elif lacking:
-            warnings.warn(
-                f"{self.name}: {len(lacking)} of {len(self)} samples lack files ({_shown(lacking)}) and will fail; "
-                "conceptseg data check names the files.",
-                stacklevel=3,
-            )
         if self.without_references:
             count = sum(item.concept in self.without_references for item in self.items)
             warnings.warn(
@@ -262,12 +286,29 @@ class FileBenchmark(Sequence[ConceptSample]):
                 stacklevel=3,
             )
 
-    def _samples_lacking_files(self) -> list[str]:
-        return [
-            item.sample_id
-            for item in self.items
-            if not all(path.is_file() for _, path in self._files_of(item))
-        ]
+    def check_length(self) -> None:
+        """Checks that there are samples.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if not self.items:
+            raise ValueError(
+                f"load_benchmark: {self.name!r} has no samples in split {self.split!r} below {str(self.root)!r}; "
+                "give another split, or another root."
+            )
+
+    def _warn_of_missing_files(self) -> None:
+        own = {item.sample_id: (item.image, *item.truth.files) for item in self.items}
+        lacking = [name for name, paths in own.items() if not all(map(is_file, paths))]
+        if len(lacking) == len(self):
+            check_files(self.files(), self.name, self.root)
+        elif lacking:
+            warnings.warn(
+                f"{self.name}: {len(lacking)} of {len(self)} samples lack files ({_shown(lacking)}) and will fail; "
+                "conceptseg data check names the files.",
+                stacklevel=4,
+            )
 
     def _classes_without_references(self) -> tuple[str, ...]:
         if self._pool is None:
@@ -291,11 +332,32 @@ def _shown(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
 
 
-def _read_truth(truth: Truth, size: tuple[int, int] | None) -> dict[str, Any]:
-    mask, ignore = truth.read(size)
+def read_truth(truth: Truth, size: Size, orientation: int = 1) -> ReadTruth:
+    """Reads a truth, and resizes it (nearest pixel) where its size is not the image's.
+
+    Args:
+        truth: The truth.
+        size: (width, height) of the image.
+        orientation: EXIF orientation of the image.
+
+    Raises:
+        OSError, ValueError: If it cannot be read.
+    """
+    mask, ignore = truth.read(size, orientation)
+    found = mask.shape[::-1]
+    stored = _truth_fields(truth, mask, ignore)
+    if found == size:
+        return ReadTruth(stored, stored)
+    fitted = _truth_fields(truth, resize(mask, size), None if ignore is None else resize(ignore, size))
+    fitted["stored_mask"] = stored["mask"]
+    fault = None if is_similar_size(found, size) else describe_other_size(truth.name, found, size)
+    return ReadTruth(fitted, stored, fault)
+
+
+def _truth_fields(truth: Truth, mask: np.ndarray, ignore: np.ndarray | None) -> dict[str, Any]:
     return {
         "mask": mask_to_image(mask),
-        "box": truth.box(size) if isinstance(truth, BoxTruth) else mask_to_box(mask),
+        "box": truth.box(mask.shape[::-1]) if isinstance(truth, BoxTruth) else mask_to_box(mask),
         "ignore": None if ignore is None else mask_to_image(ignore),
         "box_only": truth.box_only,
     }
@@ -303,10 +365,22 @@ def _read_truth(truth: Truth, size: tuple[int, int] | None) -> dict[str, Any]:
 
 def _truth_or_none(item: FileItem) -> dict[str, Any] | None:
     try:
-        return _read_truth(item.truth, None)
+        return _truth_fields(item.truth, *item.truth.read(None))
     except (OSError, ValueError):
         return None
 
 
-def _because(item: FileItem, error: Exception) -> str:
+def _because(item: FileItem, error: Exception | str) -> str:
     return f"sample {item.sample_id!r}: {error}"
+
+
+__all__ = [
+    "ClassPool",
+    "FileBenchmark",
+    "FileItem",
+    "FileReference",
+    "Index",
+    "ReferencePool",
+    "describe_names",
+    "reference_count",
+]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import Any
+
+from ..images import is_file
 
 _NAMED = 3  # missing files that an error names
 
@@ -34,6 +38,9 @@ def inside(root: Path, relative: str) -> Path:
 
     Raises:
         ValueError: If the path is absolute or leaves the folder. (Links in the folder may lead anywhere.)
+
+    Returns:
+        The path; of a file whose name on disk has its accents in the other Unicode form, that name.
     """
     if not isinstance(relative, str) or not relative or "\0" in relative:
         raise ValueError(f"path {relative!r} is no path; give one relative to {str(root)!r}.")
@@ -43,7 +50,41 @@ def inside(root: Path, relative: str) -> Path:
         raise ValueError(
             f"path {relative!r} leads out of {str(root)!r}; give paths relative to that folder, without '..'."
         )
-    return root.joinpath(*parts)
+    path = root.joinpath(*parts)
+    return path if relative.isascii() or os.access(path, os.F_OK) else _as_on_disk(root, parts)
+
+
+def _as_on_disk(root: Path, parts: list[str]) -> Path:
+    """A path whose names are looked up by their composed Unicode form (macOS writes decomposed ones)."""
+    path = root
+    for part in parts:
+        if not part.isascii() and not os.access(path / part, os.F_OK):
+            part = _names_in(path).get(composed(part), part)
+        path = path / part
+    return path
+
+
+def _names_in(folder: Path) -> dict[str, str]:
+    try:
+        return _names_by_form(folder, folder.stat().st_mtime_ns)
+    except OSError:
+        return {}
+
+
+@lru_cache(maxsize=8)
+def _names_by_form(folder: Path, _modified: int) -> dict[str, str]:
+    """The names in a folder that are not ASCII, by their composed form; kept until the folder changes."""
+    return {composed(path.name): path.name for path in folder.iterdir() if not path.name.isascii()}
+
+
+def composed(name: str) -> str:
+    """A name in composed Unicode form (NFC), by which names that look alike are compared."""
+    return unicodedata.normalize("NFC", name)
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file is none of a data set's, such as the `._photo.jpg` that macOS writes beside `photo.jpg`."""
+    return path.name.startswith(".") or "__MACOSX" in path.parts
 
 
 def existing_folder(root: str | os.PathLike | None, name: str) -> Path:
@@ -55,7 +96,7 @@ def existing_folder(root: str | os.PathLike | None, name: str) -> Path:
     if root is None:
         raise ValueError(f"load_benchmark: {name!r} reads files; give root=, the folder that holds them.")
     folder = Path(root).expanduser()
-    if not folder.is_dir():
+    if not os.access(folder, os.F_OK) or not folder.is_dir():
         raise ValueError(f"load_benchmark: root {str(root)!r} is not a folder; give the folder of {name!r}.")
     return folder
 
@@ -66,7 +107,7 @@ def required_file(path: Path, name: str) -> Path:
     Raises:
         MissingFilesError: If it is missing.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise MissingFilesError(
             f"load_benchmark: {name!r} lacks {str(path)!r}, which lists its samples; put it there.",
             (("index", path),),
@@ -89,7 +130,7 @@ def check_files(files: Iterable[tuple[str, Path]], name: str, root: Path) -> Non
     kinds: dict[Path, str] = {}
     for kind, path in files:
         kinds.setdefault(path, kind)
-    missing = tuple((kind, path) for path, kind in kinds.items() if not path.is_file())
+    missing = tuple((kind, path) for path, kind in kinds.items() if not is_file(path))
     if missing:
         counts = " and ".join(
             f"{count} {kind if count == 1 else kind + 's'}"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from ..suggestions import did_you_mean
 from .concept_shapes import ConceptShapes
 from .files import FileBenchmark
-from .layouts import LAYOUTS
+from .layouts import LAYOUTS, LISTED_SPLITS
 from .paths import existing_folder
 from .sample import ConceptSample
 from .suite import SOURCES, Source
@@ -39,7 +39,8 @@ def load_benchmark(
         seed: Seed by which references are drawn, where samples come without any of their own, or are drawn themselves.
 
     Raises:
-        ValueError: If no benchmark or split has that name, or the files are not what they should be.
+        ValueError: If no benchmark or split has that name, the split has no samples, or the files are not what they
+            should be.
         MissingFilesError: If files are missing: all of them, with counts. (Of one's own data: if no sample has all of
             its files; fewer are warned of, and fail when they are read.)
         ImportError: If a layout needs a package that is missing.
@@ -83,6 +84,18 @@ def get_source(name: str, groups: Iterable[str] = ()) -> Source:
             f"load_benchmark: no benchmark is named {name!r}{meant}; use one of {', '.join(BENCHMARKS)}."
         )
     return SOURCES[name]
+
+
+def list_splits(source: Source, root: str | os.PathLike | None) -> tuple[str, ...]:
+    """The splits that are looked at where none is named: the paper's, else all, be it that only the data knows them.
+
+    Raises:
+        ValueError, OSError: If the data must be read for it, and cannot be.
+    """
+    known = source.paper_splits or tuple(source.counts)
+    if not known and source.layout in LISTED_SPLITS:
+        known = LISTED_SPLITS[source.layout](existing_folder(root, source.name), source)
+    return known or ("test",)
 
 
 def resolve_split(source: Source, split: str) -> str:

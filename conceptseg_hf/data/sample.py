@@ -34,6 +34,11 @@ class ConceptSample:
         ignore: "L", 255 where pixels do not count, the size of the image; None when all pixels count.
         box_only: The benchmark knows a box and no mask: `mask` is that box, filled, and no metric of masks
             may be computed from it.
+        stored_mask: The true mask as it is stored, "L", where that has another size than the image; `mask` is then
+            resized.
+        reference_faults: What is wrong with references that were meant for the sample and cannot be used, a sentence
+            each.
+        references_lost: How many of these no other reference could replace.
     """
 
     image: Image.Image
@@ -52,6 +57,9 @@ class ConceptSample:
     split: str = "test"
     ignore: Image.Image | None = None
     box_only: bool = False
+    stored_mask: Image.Image | None = None
+    reference_faults: tuple[str, ...] = ()
+    references_lost: int = 0
 
     @property
     def present(self) -> bool:
@@ -65,15 +73,22 @@ class UnreadableSampleError(ValueError):
     Attributes:
         fields: What is known of it: those fields of its `ConceptSample` that need no pixels.
         truth: `mask`, `box`, `ignore` and `box_only` of its `ConceptSample` if the truth can be read, else
-            None.
+            None; at the size that it is stored in.
+        stretched: The sample with its mask stretched to the image, where nothing is wrong but that their shapes differ;
+            else None. For comparisons at a size that is neither's.
     """
 
     def __init__(
-        self, message: str, fields: dict[str, Any] | None = None, truth: dict[str, Any] | None = None
+        self,
+        message: str,
+        fields: dict[str, Any] | None = None,
+        truth: dict[str, Any] | None = None,
+        stretched: ConceptSample | None = None,
     ) -> None:
         super().__init__(message)
         self.fields = {"prompt": "", "level": "?", "group": "?", "family": "?"} | (fields or {})
         self.truth = truth
+        self.stretched = stretched
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.fields, self.truth)
+        return type(self), (str(self), self.fields, self.truth, self.stretched)

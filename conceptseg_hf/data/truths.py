@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..images import load_mask
+from ..images import open_oriented_mask, picture_foreground
+from ..mask_checks import check_mask_frame, looks_like_photo
 from ..references import Box
 from .paths import read_json
 
@@ -30,15 +31,24 @@ class Truth(ABC):
         path = getattr(self, "path", None)
         return () if path is None else (path,)
 
+    @property
+    def name(self) -> str:
+        """What it is called in a message."""
+        return "mask" + "".join(f" {str(path)!r}" for path in self.files[:1])
+
     @abstractmethod
-    def read(self, size: Size | None) -> tuple[np.ndarray, np.ndarray | None]:
+    def read(self, size: Size | None, orientation: int = 1) -> tuple[np.ndarray, np.ndarray | None]:
         """The mask, and where pixels do not count (None: all count), both (H, W) bool.
+
+        Masks of files have the size that they are stored in, which may be another than the image's.
 
         Args:
             size: (width, height) of the image; None when the image cannot be read.
+            orientation: EXIF orientation of the image.
 
         Raises:
-            OSError, ValueError: If it cannot be read, has another size, or needs the size and there is none.
+            OSError, ValueError: If it cannot be read, is of the image before its EXIF rotation, or needs the size and
+                there is none.
         """
 
 
@@ -48,9 +58,17 @@ class MaskFile(Truth):
 
     path: Path
 
-    def read(self, size: Size | None) -> tuple[np.ndarray, np.ndarray | None]:
+    def read(self, size: Size | None, orientation: int = 1) -> tuple[np.ndarray, np.ndarray | None]:
         """See `Truth.read`."""
-        return load_mask(self.path, size), None
+        picture, own_orientation = open_oriented_mask(self.path)
+        if looks_like_photo(picture):
+            raise ValueError(
+                f"{self.name} is a photo, not a mask; give an image in which the concept is white and all other pixels "
+                "are black."
+            )
+        if size is not None:
+            check_mask_frame(self.name, picture.size, own_orientation, size, orientation)
+        return picture_foreground(picture), None
 
 
 @dataclass(frozen=True)
@@ -67,10 +85,11 @@ class LabelFile(Truth):
     label: int
     ignored: frozenset[int] = frozenset()
 
-    def read(self, size: Size | None) -> tuple[np.ndarray, np.ndarray | None]:
+    def read(self, size: Size | None, orientation: int = 1) -> tuple[np.ndarray, np.ndarray | None]:
         """See `Truth.read`."""
         labels = read_labels(self.path)
-        _check_size(labels, size, self.path)
+        if size is not None:
+            check_mask_frame(self.name, labels.shape[::-1], 1, size, orientation)
         return labels == self.label, np.isin(labels, tuple(self.ignored)) if self.ignored else None
 
 
@@ -94,7 +113,7 @@ class PolygonFile(Truth):
             )
         return annotation
 
-    def read(self, size: Size | None) -> tuple[np.ndarray, np.ndarray | None]:
+    def read(self, size: Size | None, orientation: int = 1) -> tuple[np.ndarray, np.ndarray | None]:
         """See `Truth.read`."""
         if size is None:
             raise ValueError(f"the polygons of {str(self.path)!r} need the size of their image.")
@@ -128,7 +147,7 @@ class BoxTruth(Truth):
         x1, y1, x2, y2 = (min(max(value, 0.0), 1.0) for value in self.fractions)
         return x1 * size[0], y1 * size[1], x2 * size[0], y2 * size[1]
 
-    def read(self, size: Size | None) -> tuple[np.ndarray, np.ndarray | None]:
+    def read(self, size: Size | None, orientation: int = 1) -> tuple[np.ndarray, np.ndarray | None]:
         """See `Truth.read`."""
         if size is None:
             raise ValueError("a box in fractions needs the size of its image.")
@@ -146,7 +165,7 @@ class PixelBox(Truth):
         """The box in pixels."""
         return self.pixels
 
-    def read(self, size: Size | None) -> tuple[np.ndarray, np.ndarray | None]:
+    def read(self, size: Size | None, orientation: int = 1) -> tuple[np.ndarray, np.ndarray | None]:
         """See `Truth.read`."""
         if size is None:
             raise ValueError("a box needs the size of its image.")
@@ -169,13 +188,11 @@ def read_labels(path: Path) -> np.ndarray:
     return labels
 
 
-def _check_size(values: np.ndarray, size: Size | None, path: Path) -> None:
-    if size is not None and values.shape != (size[1], size[0]):
-        height, width = values.shape
-        raise ValueError(
-            f"mask {str(path)!r} has {width} x {height} pixels, but its image has {size[0]} x {size[1]}; "
-            "give a mask of the image's size."
-        )
+def resize(mask: np.ndarray, size: Size) -> np.ndarray:
+    """A mask (H, W) bool at another size (width, height), by the nearest pixel; itself if it has that size."""
+    if mask.shape == (size[1], size[0]):
+        return mask
+    return np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
 
 
 def _polygon(points: list[tuple[int, int]], size: Size) -> np.ndarray:

@@ -177,7 +177,9 @@ class _Run:
             bar.skip(total - sum(map(len, waiting)))
             left = sum(map(len, waiting))
             for batch in waiting[self.processes.index :: self.processes.count]:
-                found = self._evaluate_batch({index: read_sample(samples, index) for index in batch})
+                found = self._evaluate_batch(
+                    {index: read_sample(samples, index, self.protocol) for index in batch}
+                )
                 records.add((index, record | known(index)) for index, record in found)
                 done = len(batch) + (records.count_of_others() if bar.shown else 0)
                 bar.advance(done)

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..data import ConceptSample
+from ..data import ConceptSample, UnreadableSampleError
 from ..images import load_image
 from ..visualization import draw_box, draw_mosaic, scaled_overlay
 from ..writing import write_file
@@ -204,9 +204,11 @@ def result_facts(record: Record) -> dict[str, Any]:
 
 
 def read_sample(samples: Sequence[ConceptSample], index: int) -> ConceptSample | str:
-    """A sample, or why it cannot be read."""
+    """A sample, its mask stretched to the image if need be, or why it cannot be read."""
     try:
         return samples[index]
+    except UnreadableSampleError as error:
+        return error.stretched or str(error)
     except (OSError, ValueError) as error:
         return str(error)
 

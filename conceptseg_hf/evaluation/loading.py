@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 import conceptseg_hf
 
 from ..configuration_conceptseg import ConceptSegConfig, how_to_convert, is_authors_config
+from ..devices import default_device, stored_value
 from ..modeling_conceptseg import ConceptSegForSegmentation
 from ..processing_conceptseg import ConceptSegProcessor
 
@@ -30,14 +31,6 @@ def find_checkpoint(name: str | os.PathLike | None) -> str:
             "the embedded checkpoint is not there; train it with `make nano`, or name another with --model."
         )
     return str(folder)
-
-
-def default_device() -> torch.device:
-    """The first accelerator, else the CPU."""
-    accelerator = (
-        torch.accelerator.current_accelerator(check_available=True) if hasattr(torch, "accelerator") else None
-    )
-    return accelerator or torch.device("cpu")
 
 
 def load_config(checkpoint: str) -> ConceptSegConfig:
@@ -87,10 +80,12 @@ def load_model_and_processor(
 def fingerprint(model: PreTrainedModel) -> dict[str, str]:
     """What tells one model from another: the name it was loaded by, and a hash of the first values of each weight."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, _ in model.named_parameters():
+        if name in model.all_tied_weights_keys:  # offloaded, it is a parameter of its own
+            continue
         digest.update(name.encode())
-        if not parameter.is_meta:
-            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+        first = stored_value(model, name).detach().flatten()[:64]
+        digest.update(first.float().cpu().numpy().tobytes())
     return {"model": str(model.config.name_or_path), "weights": digest.hexdigest()[:16]}
 
 

@@ -114,7 +114,7 @@ class MaskMetrics:
         """Scores one image.
 
         Args:
-            prediction: As an item of `score_masks`; or already of the size at which the protocol compares.
+            prediction: As an item of `score_masks`.
             ground_truth: As an item of `score_masks`.
             ignore: Where pixels do not count, a bool array or a PIL mask of the truth's size, beside labels of
                 `ignore_index`.
@@ -134,8 +134,8 @@ class MaskMetrics:
             counted = counted & ~(ignored > 0.5)
         keep_size = ignore is not None or not counted.all()
         probability = _as_probability(prediction, index)
-        ready = not keep_size and probability.shape == (self.protocol.size, self.protocol.size)
-        if probability.shape != truth.shape and not ready:
+        are_resized = not keep_size and self.protocol.size is not None
+        if probability.shape != truth.shape and not are_resized:
             raise ValueError(
                 f"score_masks: prediction {index} has shape {probability.shape}, its truth {truth.shape}; "
                 "bring them to the truth's size."
@@ -208,7 +208,8 @@ def score_masks(
         predictions: Per image a bool array, a float array of probabilities, or a PIL mask as `images.load_mask` reads
             it (0 and 1, or 0 and 255), all (H, W).
         ground_truths: Per image a bool array, a PIL mask likewise (nothing ignored), or an integer array of labels: 0
-            background, 1 foreground, and `ignore_index`.
+            background, 1 foreground, and `ignore_index`. It has the size of the prediction, except under "paper",
+            which resizes both where no pixels are ignored.
         protocol: `"standard"`: at the truth's resolution; MAE, F_w and S-measure see probabilities where there are
             some. `"paper"`: as the paper's figures were made, see `protocols`.
         ignore_index: Label of the pixels that do not count, or None.

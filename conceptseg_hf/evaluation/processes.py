@@ -68,7 +68,7 @@ def join_processes() -> Processes:
         return ALONE
     from accelerate import PartialState
 
-    from .loading import default_device
+    from ..devices import default_device
 
     device = default_device().type
     # Where accelerate lets us choose: gloo, since nothing but waiting is asked of the group, and several processes may

@@ -14,8 +14,10 @@ A record holds JSON values only:
 - `route_ious`, `routing_regret`: the foreground IoU of both routes, and by how much the better one exceeds the one that
   was taken; None where that was not asked for, or could not be measured.
 
-An evaluation adds `files`, a hash of the sample's files, where it has files (see `samples`); a report adds `judgement`
-where there are judgements (see `decomposition`).
+Fields that only some records have: `mask_resized_from` and `mask_refused`, (width, height) of a true mask that is
+stored at another size than its image; `reference_faults` and `references_lost`, as in `ConceptSample`. An evaluation
+adds `files`, a hash of the sample's files, where it has files (see `samples`); a report adds `judgement` where there
+are judgements (see `decomposition`).
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ def segment_samples(
     prepared = []
     for sample in samples:
         try:
-            references = shown_references(sample, max_references)
+            # SAM 3 alone sees no references: a bad one is no reason to fail.
+            references = [] if router == "sam_only" else shown_references(sample, max_references)
             prepared.append(processor.prepare(sample.image, sample.prompt, references, lazy=True))
         except (ValueError, OSError) as error:
             prepared.append(PreparedSample.failed(sample.prompt, str(error)))
@@ -194,6 +197,7 @@ def make_record(
         "routing_regret": None if route_ious is None else max(route_ious.values()) - iou,
         "error": result.error,
         "mask": None if result.mask is None else encode_mask(np.asarray(result.mask) >= 128),
+        **_notes(sample),
     }
 
 
@@ -213,7 +217,21 @@ def make_error_record(
     sample = ConceptSample(image=Image.new("RGB", truth["mask"].size), **error.fields, **truth)
     result = ConceptSegmentation.failed(str(error), sample.prompt)
     record = make_record(sample, result, protocol, metrics)
+    if error.stretched is not None:
+        notes = _notes(error.stretched)
+        record |= notes | {"mask_refused": notes.pop("mask_resized_from")}
     return record if error.truth is not None else record | {"present": None, "rejected": None}
+
+
+def _notes(sample: ConceptSample) -> dict[str, Any]:
+    """What is said of a sample only where there is something to say."""
+    notes: dict[str, Any] = {}
+    if sample.stored_mask is not None:
+        notes["mask_resized_from"] = list(sample.stored_mask.size)
+    if sample.reference_faults:
+        notes["reference_faults"] = list(sample.reference_faults)
+        notes["references_lost"] = sample.references_lost
+    return notes
 
 
 def _score(
@@ -221,8 +239,10 @@ def _score(
 ) -> tuple[dict[str, float], float]:
     """What `MaskMetrics` needs of the image, and the foreground IoU."""
     mask = Image.new("L", sample.mask.size) if result.mask is None else result.mask
+    truth = sample.mask
     if sample.ignore is None and result.mask_logits is not None and get_protocol(protocol).size is not None:
         mask = get_protocol(protocol).threshold(result.mask_logits)
-    scores = MaskMetrics(protocol, metrics=metrics).update(mask, sample.mask, sample.ignore)
+        truth = sample.stored_mask or sample.mask  # resized once only, as a mask of any size is
+    scores = MaskMetrics(protocol, metrics=metrics).update(mask, truth, sample.ignore)
     union = scores["tp"] + scores["fp"] + scores["fn"]
     return scores, scores["tp"] / union if union else 1.0

@@ -14,6 +14,7 @@ from ..writing import json_text, write_files
 from . import paper_figures
 from .aggregate import Row, aggregate, levels_of
 from .bootstrap import resample
+from .data_notes import data_notes, data_remarks
 from .decomposition import decompose
 from .gallery import write_gallery
 from .metrics import MaskMetrics, presence_auc
@@ -158,6 +159,7 @@ class EvaluationReport:
                 if "judgements" in self.settings
                 else {}
             ),
+            **data_notes(self.records),
             "errors": [
                 {"sample_id": record["sample_id"], "error": record["error"]} for record in self.failed
             ],
@@ -259,6 +261,7 @@ class EvaluationReport:
         without = sum(record["scores"] is None for record in self.records)
         if without:
             lines += ["", f"{without} samples have no mask to compare with and are in none of these metrics."]
+        lines += data_remarks(self.records)
         if self.failed:
             lines += ["", "Samples that ended with an error:", ""]
             lines += [f"- {record['sample_id']}: {record['error']}" for record in self.failed[:_LISTED]]

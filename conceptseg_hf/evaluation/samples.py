@@ -17,13 +17,31 @@ from torch.utils.data import Subset
 from ..data import ConceptSample, ConceptShapes, FileBenchmark, UnreadableSampleError
 from ..data.files import FileItem
 from ..data.truths import Truth
+from ..data.usable import has_usable_references, with_usable_references
+from .protocols import get_protocol
 
 # Pictures of one size and form may have files of equal length; the last bytes of PNG and JPEG files tell them apart.
 _TAIL = 4096
 
 
-def read_sample(samples: Sequence[ConceptSample], index: int) -> ConceptSample | UnreadableSampleError:
-    """A sample, or why there is none."""
+def read_sample(
+    samples: Sequence[ConceptSample], index: int, protocol: str = "standard"
+) -> ConceptSample | UnreadableSampleError:
+    """A sample, or why there is none.
+
+    Args:
+        samples: The samples.
+        index: The place of one of them.
+        protocol: See `protocols`; one that compares at a size of its own takes true masks of any shape.
+    """
+    sample = _read(samples, index)
+    if isinstance(sample, UnreadableSampleError):
+        resizes = get_protocol(protocol).size is not None
+        return sample.stretched if resizes and sample.stretched is not None else sample
+    return sample if has_usable_references(samples) else with_usable_references(sample)
+
+
+def _read(samples: Sequence[ConceptSample], index: int) -> ConceptSample | UnreadableSampleError:
     try:
         return samples[index]
     except UnreadableSampleError as error:
@@ -36,7 +54,7 @@ def describe_samples(samples: Sequence[ConceptSample]) -> dict[str, Any]:
     """Where samples come from: what they say of themselves, or else what the first one says."""
     if isinstance(samples, (ConceptShapes, FileBenchmark)):
         return {"benchmark": samples.name, "split": samples.split, "seed": samples.seed}
-    first = read_sample(samples, 0)
+    first = _read(samples, 0)
     fields = first.fields if isinstance(first, UnreadableSampleError) else vars(first)
     return {"benchmark": fields.get("dataset", ""), "split": fields.get("split", "")}
 
@@ -59,7 +77,7 @@ def identify_sample(samples: Sequence[ConceptSample], index: int) -> dict[str, A
         return _identify_item(samples.items[index], samples.root)
     if not first and not isinstance(samples, (list, tuple)):
         return {}
-    sample = read_sample(samples, index)
+    sample = _read(samples, index)
     if isinstance(sample, UnreadableSampleError):
         return {}
     box = None if sample.box is None else list(sample.box)

@@ -41,7 +41,7 @@ def truncate_image(root):
         (break_image, "damaged or not an image", True),
         (truncate_image, "damaged or not an image", True),
         (break_mask, "mask .* cannot be read", False),
-        (resize_mask, "mask has 30 x 30 pixels, but its image has 24 x 16", False),
+        (resize_mask, r"mask .*test_1.png. has 30 x 30 pixels, but its image has 24 x 16", True),
     ],
 )
 def test_one_broken_item(model, processor, polyp_root, tmp_path, damage, words, truth_is_known):
@@ -81,18 +81,6 @@ def test_nothing_but_broken_items(model, processor, polyp_root, tmp_path):
     report = evaluate(model, "Polyp", processor=processor, root=root, output_dir=tmp_path / "out")
     assert report.table[-1]["masks"]["miou"] is None and report.table[-1]["foreground_iou"] is None
     assert "| -" in report.to_markdown()
-
-
-def test_a_broken_reference_costs_one_sample(model, processor, polyp_root):
-    root = polyp_root()
-    samples = load_benchmark("Polyp", root)
-    drawn = {reference.image for item in samples.items for reference in samples.references_of(item)}
-    broken = next(iter(sorted(drawn)))
-    broken.write_bytes(b"no picture")
-    report = evaluate(model, samples, processor=processor, generation_config=SHORT)
-    affected = [broken in {r.image for r in samples.references_of(item)} for item in samples.items]
-    assert [record["error"] is not None for record in report.records] == affected
-    assert all(record["scores"] is not None for record in report.records)
 
 
 @pytest.mark.parametrize(("lost", "truth_is_known"), [("images/b.jpg", True), ("masks/b.png", False)])

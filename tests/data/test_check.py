@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from PIL import Image
 
 from conceptseg_hf.cli import main
 from conceptseg_hf.data import GROUPS, SUITE, ConceptShapes, check_benchmark, check_benchmarks
@@ -98,6 +101,61 @@ def test_a_set_that_the_paper_does_not_count_is_complete_when_all_files_are_ther
     assert capsys.readouterr().out.endswith("complete\n")
     next(tmp_path.glob("images/*.png")).unlink()
     assert main(["data", "check", "plain", "--root", str(tmp_path)]) == 1
+
+
+def test_own_data_is_looked_at_in_all_its_splits(tmp_path, capsys):
+    ConceptShapes("val", length=4).export(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    for line, split in zip(lines, ("train", "train", "val", "calibration"), strict=True):
+        line["split"] = split
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / lines[3]["mask"]).write_bytes(b"no picture")
+    assert main(["data", "check", "plain", "--root", str(tmp_path)]) == 1
+    output = capsys.readouterr().out
+    assert [line for line in output.splitlines() if line.startswith("plain")] == [
+        "plain, train: 2 samples of 2 images",
+        "plain, val: 1 samples of 1 images",
+        "plain, calibration: 1 samples of 1 images",
+    ]
+    assert "samples: 1 of 1 cannot be used" in output and "cannot be read; it is damaged" in output
+    assert main(["data", "check", "plain", "--root", str(tmp_path), "--split", "train"]) == 0
+    assert "val" not in capsys.readouterr().out
+
+
+def test_a_wrong_split_is_not_drawn_from_seeds(tmp_path, capsys):
+    ConceptShapes("val", length=2).export(tmp_path)
+    text = (tmp_path / "samples.jsonl").read_text().replace('"prompt"', '"split": "train", "prompt"')
+    (tmp_path / "samples.jsonl").write_text(text)
+    assert main(["data", "check", "plain", "--root", str(tmp_path), "--split", "dev"]) == 1
+    output = capsys.readouterr().out
+    assert "seeds" not in output
+    assert "plain, dev: 'plain' has no split 'dev'; its rows are in 'train' (2)." in output
+    (check,) = check_benchmark("plain", tmp_path, split="dev")
+    assert check.fault is not None and not check.complete
+
+
+def test_a_set_that_the_tree_does_not_list(polyp_root, capsys):
+    (check,) = check_benchmark("rare", polyp_root())
+    assert (check.found, check.complete, check.is_drawn) == (0, False, False)
+    (line,) = check.lines()
+    assert line.startswith("rare, test: 'rare' has no samples in split 'test' below ")
+
+
+def test_rotated_images_are_listed(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    mask = Image.new("L", (30, 20))
+    mask.paste(255, (1, 2, 6, 5))
+    for stem in ("a", "b"):
+        options = {"exif": exif} if stem == "b" else {}
+        Image.new("RGB", (30, 20)).save(tmp_path / f"images/{stem}.jpg", **options)
+        mask.save(tmp_path / f"masks/{stem}.png")
+    (tmp_path / "prompt.txt").write_text("the scratch")
+    (check,) = check_benchmark("plain", tmp_path)
+    assert check.complete and check.inspection.rotated == (str(tmp_path / "images/b.jpg"),)
+    assert "EXIF: 1 images are rotated or mirrored" in "\n".join(check.lines())
 
 
 def test_list_names_the_suite(capsys):

@@ -82,6 +82,13 @@ def test_without_train_images_there_are_no_references(tmp_path):
         assert load_benchmark("cityscapes", tmp_path)[0].references == []
 
 
+def test_companion_files_of_macos_are_no_samples(root):
+    before = [sample.sample_id for sample in load_benchmark("cityscapes", root)]
+    for path in [*root.glob("leftImg8bit/*/*/*.png"), *root.glob("gtFine/*/*/*.png")]:
+        path.with_name(f"._{path.name}").write_bytes(b"\x00\x05\x16\x07")
+    assert [sample.sample_id for sample in load_benchmark("cityscapes", root)] == before
+
+
 def test_missing_and_unreadable_maps(root):
     path = root / "gtFine/val/munster/munster_000001_000019_gtFine_labelIds.png"
     path.write_bytes(b"broken")

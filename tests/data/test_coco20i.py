@@ -55,7 +55,10 @@ def test_one_sample_per_image_and_class(root):
 def test_folds_take_every_fourth_class(root):
     assert [sample.prompt for sample in load_benchmark("coco20i-0", root)] == ["person"]
     assert [sample.prompt for sample in load_benchmark("coco20i-1", root)] == ["bicycle"]
-    assert len(load_benchmark("coco20i-3", root)) == 0
+    with pytest.raises(
+        ValueError, match=r"'coco20i-3' has no samples in split 'val' below '.*'; give another split"
+    ):
+        load_benchmark("coco20i-3", root)
 
 
 def test_a_training_target_is_no_reference_of_itself(root):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import unicodedata
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from trees import save_image, save_mask
 
 from conceptseg_hf.data import (
@@ -47,6 +51,26 @@ def test_jsonl(root):
     assert (second.sample_id, second.references, second.level) == ("second", [], "CR")
 
 
+def test_the_examples_of_the_documents_load(tmp_path):
+    text = (Path(__file__).parents[2] / "docs/own_data.md").read_text(encoding="utf-8")
+    lines = text.split("```json\n")[1].split("```")[0]
+    table = text.split("```\nimage,mask,prompt")[1].split("```")[0]
+    for number in (1, 2, 101, 102, 103):
+        save_image(tmp_path / f"images/{number:04d}.jpg", seed=number, size=(240, 200))
+        save_mask(tmp_path / f"masks/{number:04d}.png", size=(240, 200))
+    (tmp_path / "samples.jsonl").write_text(lines)
+    (first, second), (third,) = (
+        load_benchmark("plain", tmp_path, split=split) for split in ("test", "train")
+    )
+    assert (first.prompt, third.prompt, first.references) == ("the scratch", "the scratch", [])
+    assert resolve_references(second.references).boxes == ((4, 2, 12, 10), (40, 30, 200, 180), None)
+    assert (first.sample_id, first.level) == ("images/0001", "CR")
+    (tmp_path / "samples.jsonl").unlink()
+    (tmp_path / "samples.csv").write_text(f"image,mask,prompt{table}")
+    (sample,) = load_benchmark("plain", tmp_path)
+    assert resolve_references(sample.references).boxes == ((4, 2, 12, 10), None)
+
+
 def test_lines_end_where_json_says(root):
     line = json.dumps(A | {"prompt": "one\u2028two\x85three"}, ensure_ascii=False)
     (root / "samples.jsonl").write_text(line + "\r\n", encoding="utf-8")
@@ -54,10 +78,65 @@ def test_lines_end_where_json_says(root):
     assert sample.prompt == "one\u2028two\x85three"
 
 
-def test_splits(root):
+def prompts(root, split):
+    return [sample.prompt for sample in load_benchmark("plain", root, split=split)]
+
+
+def test_rows_without_a_split_are_in_one_alone(root):
     write_lines(root, A | {"split": "train"}, B)
-    assert [sample.prompt for sample in load_benchmark("plain", root, split="train")] == ["scratch", "dent"]
-    assert [sample.prompt for sample in load_benchmark("plain", root)] == ["dent"]
+    for split, expected in (("train", ["scratch"]), ("test", ["dent"])):
+        with pytest.warns(
+            UserWarning, match=r"plain: 1 of 2 rows name no split and count as 'test'; give each row"
+        ):
+            assert prompts(root, split) == expected
+    with pytest.raises(
+        ValueError, match=r"'plain' has no split 'val'; its rows are in 'train' \(1\), 'test' \(1\)\.$"
+    ):
+        load_benchmark("plain", root, split="val")
+
+
+def test_without_any_split_only_an_evaluation_is_silent(root):
+    write_lines(root, A, B)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prompts(root, "test") == ["scratch", "dent"]
+    for split in ("train", "val"):
+        with pytest.warns(
+            UserWarning, match=f"no row names a split, so all 2 samples are in '{split}' as in every"
+        ):
+            assert prompts(root, split) == ["scratch", "dent"]
+    (root / "samples.jsonl").unlink()
+    (root / "prompt.txt").write_text("the scratch")
+    with pytest.warns(
+        UserWarning, match="images/ and masks/ have no splits, so all 2 samples are in 'train'"
+    ):
+        load_benchmark("plain", root, split="train")
+
+
+@pytest.mark.parametrize("split", ["dev", "Test", "tset"])
+def test_a_wrong_split_lists_those_there_are(root, split):
+    write_lines(root, A | {"split": "train"}, B | {"split": " test "})
+    with pytest.raises(
+        ValueError, match=rf"'plain' has no split '{split}'; its rows are in 'train' \(1\), 'test'"
+    ):
+        load_benchmark("plain", root, split=split)
+    assert prompts(root, "test") == ["dent"]
+
+
+def test_lists_without_samples_are_refused(root):
+    write_lines(root, "", "")
+    with pytest.raises(ValueError, match="lists no samples; write one row for each"):
+        load_benchmark("plain", root)
+    (root / "samples.jsonl").unlink()
+    (root / "samples.csv").write_text("image,mask,prompt\n")
+    with pytest.raises(ValueError, match="lists no samples; write one row for each"):
+        load_benchmark("plain", root)
+    (root / "samples.csv").unlink()
+    (root / "prompt.txt").write_text("the scratch")
+    for path in root.rglob("*.*g"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"images/ and masks/ in '.*' hold no images"):
+        load_benchmark("plain", root)
 
 
 def test_csv(root):
@@ -80,6 +159,53 @@ def test_folder(root):
     ]
 
 
+def test_companion_files_of_macos_are_no_samples(root):
+    (root / "prompt.txt").write_text("the scratch")
+    for name in ("images/._a.jpg", "masks/._a.png", "images/.DS_Store", "images/.hidden.jpg"):
+        (root / name).write_bytes(b"\x00\x05\x16\x07")
+    assert [sample.sample_id for sample in load_benchmark("plain", root)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("image_form", "mask_form"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_accents_pair_in_either_unicode_form(root, image_form, mask_form):
+    image = f"images/{unicodedata.normalize(image_form, 'Ärmel é')}.jpg"
+    mask = f"masks/{unicodedata.normalize(mask_form, 'Ärmel é')}.png"
+    save_image(root / image, seed=1)
+    save_mask(root / mask)
+    (root / "prompt.txt").write_text("the scratch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        samples = load_benchmark("plain", root)
+    assert len(samples) == 3 and [samples[index].present for index in range(3)] == [True] * 3
+    assert "Ärmel é" in [unicodedata.normalize("NFC", sample.sample_id) for sample in samples]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_listed_names_are_found_in_either_unicode_form(root, form):
+    other = "NFD" if form == "NFC" else "NFC"
+    folder = unicodedata.normalize(form, "Prüfling")
+    save_image(root / folder / f"{unicodedata.normalize(form, 'é')}.jpg", seed=1)
+    save_mask(root / folder / f"{unicodedata.normalize(form, 'é')}.png")
+    name = unicodedata.normalize(other, "Prüfling/é")
+    write_lines(root, A, {"image": f"{name}.jpg", "mask": f"{name}.png", "prompt": "dent"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, sample = load_benchmark("plain", root)
+    assert sample.box == (4, 2, 12, 10) and sample.sample_id == name, "as the list writes it"
+
+
+def test_rare_formats_are_taken_where_there_is_no_other(root):
+    (root / "prompt.txt").write_text("the scratch")
+    (root / "images/a.heic").write_bytes(b"\x00\x00\x00\x1cftypheic")
+    save_image(root / "images/c.png", seed=3)
+    mask = np.zeros((16, 24), dtype=np.uint8)
+    mask[2:10, 4:12] = 255
+    Image.fromarray(mask).save(root / "masks/c.gif")
+    samples = load_benchmark("plain", root)
+    assert [sample.sample_id for sample in samples] == ["a", "b", "c"]
+    assert samples.items[0].image.name == "a.jpg" and samples[2].box == (4, 2, 12, 10)
+
+
 def test_samples_that_lack_files_fail_alone(root):
     (root / "prompt.txt").write_text("the scratch\n")
     (root / "masks/b.png").unlink()
@@ -88,6 +214,19 @@ def test_samples_that_lack_files_fail_alone(root):
     assert samples[0].sample_id == "a"
     with pytest.raises(UnreadableSampleError, match=r"^sample 'b': mask '.*b\.png' is not a file; give"):
         samples[1]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "é" * 200])
+def test_names_that_no_file_can_have_are_missing_files(root, name):
+    write_lines(root, A, B | {"image": f"images/{name}.jpg"}, B | {"references": f"images/{name}.jpg"})
+    with pytest.warns(UserWarning, match="1 of 3 samples lack files"):
+        samples = load_benchmark("plain", root)
+    with pytest.raises(UnreadableSampleError, match=r"\.jpg' is not a file; give the path of an image"):
+        samples[1]
+    with pytest.warns(UserWarning, match=r"\.jpg' is not a file"):
+        assert samples[2].references == []
+    with pytest.raises(ValueError, match="is not a folder; give the folder of 'plain'"):
+        load_benchmark("plain", name)
 
 
 @pytest.mark.parametrize(

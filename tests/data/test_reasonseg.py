@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import numpy as np
 import pytest
 from PIL import Image
 from trees import SIZE, save_image, save_json
 
-from conceptseg_hf.data import MissingFilesError, UnreadableSampleError, load_benchmark
+from conceptseg_hf.data import MissingFilesError, UnreadableSampleError, check_benchmark, load_benchmark
 
 
 def square(label: str, left: int, top: int, side: int) -> dict:
@@ -55,6 +57,31 @@ def test_shapes_are_painted_large_to_small_and_ignored_pixels_do_not_count(tmp_p
         and not ignore[2:7, 14:].any()
     )
     assert sample.box == (2, 2, 12, 12)
+
+
+def test_companion_files_and_unicode_forms(tmp_path):
+    folder = tmp_path / "ReasonSeg/val"
+    write(folder, "1_a", [square("target", 2, 2, 9)])
+    for ending in ("jpg", "json"):
+        (folder / f"._1_a.{ending}").write_bytes(b"\x00\x05\x16\x07")
+    write(folder, unicodedata.normalize("NFC", "2_é"), [square("target", 2, 2, 9)])
+    picture = folder / f"{unicodedata.normalize('NFC', '2_é')}.jpg"
+    picture.rename(folder / f"{unicodedata.normalize('NFD', '2_é')}.jpg")
+    samples = load_benchmark("reasonseg", tmp_path, split="val")
+    assert [sample.sample_id for sample in samples] == ["1_a", unicodedata.normalize("NFC", "2_é")]
+
+
+def test_data_check_reads_annotations(tmp_path):
+    folder = tmp_path / "ReasonSeg/val"
+    write(folder, "1_a", [square("target", 2, 2, 9)])
+    write(folder, "2_b", [square("target", 2, 2, 9)], text=())
+    write(folder, "3_c", [{"label": "target", "points": "none"}])
+    (check,) = check_benchmark("reasonseg", tmp_path, split="val")
+    assert (check.found, check.missing, check.inspection.samples) == (3, (), 3)
+    without_text, without_points = check.inspection.unusable
+    assert (
+        "2_b.json' has no text" in without_text and "3_c.json' is not a label with points" in without_points
+    )
 
 
 def test_without_ignored_shapes_all_pixels_count(tmp_path):

@@ -110,6 +110,7 @@ def test_zoo_models_load_and_apply(fo, make_dataset):
 
 def test_the_form_offers_what_the_dataset_has(fo, installed, make_dataset):
     dataset = make_dataset(2)
+    assert "label" in form_of(dataset, {"prompt": "star", "output": "detections"})[0]
     words, errors = form_of(dataset, {"prompt": "star"})
     assert list(words) == ["prompt_source", "prompt", "own_references", "router", "output"] and errors == []
     own, errors = form_of(dataset, OWN)
@@ -208,13 +209,14 @@ def test_values_become_arguments(fo, installed, make_dataset):
         "reference_field": "reference_ids",
     }
     assert arguments({"prompt": "star", "prompt_field": None, "router": ""}) == {"prompt": "star"}
+    assert arguments({"prompt": "star", "label": "defect"}) == {"prompt": "star", "label": "defect"}
     # FiftyOne keeps what was written into the form of the model that was chosen before.
     assert arguments({"prompt": "star", "classes": ["cat"]}) == {"prompt": "star"}
 
 
 def test_words_for_all_as_the_operator_runs_it(fo, installed, make_dataset, tmp_path):
     from conceptseg_hf.integrations.fiftyone import get_pipeline
-    from conceptseg_hf.integrations.fiftyone.schema import PREDICTION_ATTRIBUTES
+    from conceptseg_hf.integrations.fiftyone.schema import PREDICTION_ATTRIBUTES, REGION_ATTRIBUTES
 
     dataset = make_dataset(4)
     words = {"prompt_source": "text", "prompt": "star", "router": "adaptive", "output": "segmentation"}
@@ -239,13 +241,16 @@ def test_words_for_all_as_the_operator_runs_it(fo, installed, make_dataset, tmp_
     apply_as_operator(
         dataset, "boxes", words | {"output": "detections"}, output_dir=str(tmp_path / "regions")
     )
-    assert {f"boxes.detections.{name}" for name in PREDICTION_ATTRIBUTES} <= set(
-        dataset.get_field_schema(flat=True)
-    )
+    schema = set(dataset.get_field_schema(flat=True))
+    assert {f"boxes.detections.{name}" for name in REGION_ATTRIBUTES} <= schema
+    assert "boxes.detections.score" not in schema  # see `REGION_ATTRIBUTES`
     for sample in dataset:
         regions = fo.Segmentation(mask=sample["zoo"].mask).to_detections(mask_types="thing").detections
         found = sample["boxes"].detections
-        assert [one.bounding_box for one in found] == [one.bounding_box for one in regions]
+        assert {one.label for one in found} <= {"star"}
+        assert np.array([one.bounding_box for one in found]) == pytest.approx(
+            np.array([one.bounding_box for one in regions])
+        )
         assert all(np.array_equal(one.get_mask() > 0, other.mask) for one, other in zip(found, regions))
 
 
@@ -275,12 +280,12 @@ def test_damaged_files_spoil_no_other(fo, installed, make_dataset, tmp_path, out
     settings = {"batch_size": 4, "output_dir": str(tmp_path)}
     try:
         apply_as_operator(dataset, "zoo", values, **settings)
-        # FiftyOne writes an empty mask; without a size there can be none, and so there is no label.
-        unlabelled = [empty.id] if output == "segmentation" else []
-        assert dataset.exists("zoo", False).values("id") == unlabelled
-        assert "cannot be read" in dataset[cut.id]["zoo"]["error"]
-        if output == "segmentation":
-            assert masks(dataset, "zoo")[cut.id].shape == (128, 128)
+        assert dataset.exists("zoo", False).values("id") == []
+        for damaged in (cut, empty):
+            assert "cannot be read" in dataset[damaged.id]["zoo"]["error"]
+        if output == "segmentation":  # FiftyOne wants a mask to write
+            shapes = [masks(dataset, "zoo")[damaged.id].shape for damaged in (cut, empty)]
+            assert shapes == [(128, 128), (1, 1)]
         good = dataset.exclude([cut.id, empty.id])
         assert set(good.values("zoo.error")) == {None} and None not in good.values("zoo.route")
         before = good.values("zoo.id")

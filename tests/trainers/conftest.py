@@ -31,7 +31,15 @@ def make_meta_grpo(nano_processor, shapes, tmp_path) -> Callable[..., Any]:
     from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
 
     def make(folder: str = "run", **settings: Any) -> MetaGRPOTrainer:
-        own = ("model", "train_dataset", "eval_dataset", "reward_funcs", "ref_model", "peft_config")
+        own = (
+            "model",
+            "train_dataset",
+            "eval_dataset",
+            "reward_funcs",
+            "ref_model",
+            "peft_config",
+            "quantization_config",
+        )
         arguments = {name: settings.pop(name) for name in own if name in settings}
         settings = {
             "per_device_train_batch_size": 4,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 
@@ -287,7 +288,70 @@ def test_the_reference_policy_can_be_given(make_meta_grpo, weight_hash) -> None:
     assert not any(parameter.requires_grad for parameter in trainer.ref_model.parameters())
 
 
+# -- a model by name --
+
+
+def test_a_checkpoint_is_loaded_as_the_settings_say(make_meta_grpo, caplog) -> None:
+    options = {"attn_implementation": "eager", "dtype": "bfloat16", "revision": "main"}
+    trainer = make_meta_grpo(
+        model=str(nano_checkpoint()),
+        ref_model_name_or_path=str(nano_checkpoint()),
+        model_init_kwargs=dict(options),
+    )
+    for vlm in (trainer.concept_model.vlm, trainer.ref_model):
+        assert vlm.dtype == torch.bfloat16
+        assert vlm.config.get_text_config()._attn_implementation == "eager"
+    assert trainer.concept_model.sam.dtype == torch.float32
+    assert trainer.args.model_init_kwargs == options and "will be ignored" not in caplog.text
+
+
+def test_a_checkpoint_brings_its_processor(shapes, tmp_path) -> None:
+    args = MetaGRPOConfig(
+        str(tmp_path / "run"), num_generations=4, per_device_train_batch_size=4, bf16=False, use_cpu=True
+    )
+    trainer = MetaGRPOTrainer(nano_checkpoint(), args=args, train_dataset=split_reference_dataset(shapes[:4]))
+    assert trainer.concept_processor.canvas_size == 128
+    assert trainer.concept_model.vlm.dtype == torch.float32  # the checkpoint's
+
+
+def test_a_quantisation_is_for_the_mllm(make_meta_grpo) -> None:
+    pytest.importorskip("bitsandbytes")
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+    four_bits = BitsAndBytesConfig(load_in_4bit=True)
+    options = {"model": str(nano_checkpoint()), "peft_config": LoraConfig(**LORA)}
+    trainer = make_meta_grpo(quantization_config=four_bits, **options)
+    kinds = {p.dtype for name, p in trainer.concept_model.named_parameters() if "base_layer" in name}
+    assert torch.uint8 in kinds and trainer.concept_model.sam.dtype == torch.float32
+    with pytest.raises(ValueError, match="give it once"):
+        make_meta_grpo(
+            quantization_config=four_bits, model_init_kwargs={"quantization_config": four_bits}, **options
+        )
+
+
 # -- saving and resuming --
+
+
+def test_the_card_is_ours_and_names_the_licence(make_meta_grpo, tmp_path, monkeypatch) -> None:
+    """TRL writes a card at every checkpoint; beside SAM 3 it would leave its licence out."""
+    monkeypatch.setattr("conceptseg_hf.cards._holds_released_sam", lambda *_: True)
+    trainer = make_meta_grpo(max_steps=1, save_strategy="steps", save_steps=1)
+    path = tmp_path / "run" / "README.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("# Model Card\n\nIt has been trained using [TRL](https://github.com/huggingface/trl).")
+    trainer.train()  # the card of a run with another version is there
+    trained = path.read_text()
+    trainer.save_model()
+    assert path.read_text() == trained
+    card = ModelCard.load(path)
+    assert (card.data.license, card.data.license_name) == ("other", "sam-license")
+    assert {"trl", "grpo", "meta-grpo"} <= set(card.data.tags) and "Meta-GRPO" in card.text
+    assert "fine-tuned version of" not in card.text and str(nano_checkpoint()) not in card.content
+    trainer.create_model_card("run", dataset_name="me/data", tags="mine")  # as `push_to_hub` does
+    assert "mine" in ModelCard.load(path).data.tags
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    assert ModelCard.load(tmp_path / "elsewhere" / "README.md").data.license == "other"
 
 
 def test_a_run_ends_with_a_complete_model(make_meta_grpo, tmp_path, weight_hash) -> None:

@@ -101,6 +101,13 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
+def test_model_init_kwargs_of_a_recipe_are_used(tmp_path, caplog):
+    words = meta_grpo_words(tmp_path)
+    trainer = meta_grpo.prepare([*words, "--model_init_kwargs", '{"attn_implementation": "eager"}'])
+    assert trainer.concept_model.vlm.config.get_text_config()._attn_implementation == "eager"
+    assert "will be ignored" not in caplog.text
+
+
 def test_conceptseg_train_runs_a_recipe(tmp_path, capsys):
     words = sft_words(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2, eval_samples=4)
     assert cli.main(["train", "sft", *words]) == 0

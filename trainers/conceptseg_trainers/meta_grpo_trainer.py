@@ -28,8 +28,10 @@ from conceptseg_hf.processing_conceptseg import Frame, PreparedSample
 from conceptseg_hf.sam_prompt import ImageFeatures
 
 from .callbacks import EpochCallback, ExamplePicturesCallback, FormatOnlyWarning, TrainingExample
+from .cards import as_list, write_training_card
 from .distributed import clone_whole, make_generate_gather, materialize
 from .divergence import FiniteLogs, StoppingTrainer
+from .loading import changed_settings, load_model, load_processor
 from .meta_grpo_config import MetaGRPOConfig, without_renaming_warnings
 from .rewards import REWARDS, completion_text, located
 from .samples import TRIED, check_arguments, check_prompt_length, spread_indices
@@ -64,7 +66,9 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
     `check_iou` (where there is a proxy query). A training that diverges ends with a `DivergedError`.
 
     Args:
-        model: The model, a PEFT model around one, or the folder or id of a checkpoint.
+        model: The model, a PEFT model around one, or the folder or id of a checkpoint, which is loaded with
+            `args.model_init_kwargs` (and `quantization_config`, if that is given); its dtype is the checkpoint's where
+            they name none.
         reward_funcs: Reward functions as GRPOTrainer takes them; by default those that `args.rewards` names.
             They get the columns of the data set, and the column `predicted_mask`, (H, W) bool arrays.
         args: The settings.
@@ -98,9 +102,11 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = MetaGRPOConfig("meta-grpo") if args is None else args
-        if isinstance(model, (str, os.PathLike)):
-            processing_class = processing_class or ConceptSegProcessor.from_pretrained(model)
-            model = ConceptSegForSegmentation.from_pretrained(model)
+        named = isinstance(model, (str, os.PathLike))
+        if named:
+            if processing_class is None:
+                processing_class = load_processor(model, args)
+            model = load_model(model, args, kwargs.pop("quantization_config", None))
         adapted = is_peft_model(model) or kwargs.get("peft_config") is not None
         self.concept_model = model.get_base_model() if is_peft_model(model) else model
         self.concept_processor = processing_class
@@ -115,21 +121,21 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
         if args.freeze_vision_tower:
             mllm.vision_tower(self.concept_model.vlm).requires_grad_(False)
         # TRL would load a second composite as the reference, and start vLLM with one: both get the MLLM below.
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        changed = {"beta": args.beta if adapted else 0.0, "use_vllm": False}
+        if named and not any(isinstance(reward, str) for reward in rewards):
+            changed["model_init_kwargs"] = None  # they have been used; it would warn that they are ignored
         beta, use_vllm = args.beta, args.use_vllm
-        args.beta, args.use_vllm = beta if adapted else 0.0, False
-        try:
-            with without_renaming_warnings():
-                super().__init__(
-                    model=model,
-                    reward_funcs=_default_rewards(args) if reward_funcs is None else reward_funcs,
-                    args=args,
-                    train_dataset=train_dataset,
-                    eval_dataset=eval_dataset,
-                    processing_class=self._mllm_processor,
-                    **kwargs,
-                )
-        finally:
-            args.beta, args.use_vllm = beta, use_vllm
+        with without_renaming_warnings(), changed_settings(args, changed):
+            super().__init__(
+                model=model,
+                reward_funcs=_default_rewards(args) if reward_funcs is None else reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=self._mllm_processor,
+                **kwargs,
+            )
         self.beta = beta
         self.concept_model.sam.to(self.accelerator.device)
         _add_concept_head(self.concept_model, args.detach_hidden_states)
@@ -169,7 +175,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
 
     def _prepare_reference(self, model: PreTrainedModel | None) -> nn.Module:
         if model is None and self.args.ref_model_name_or_path is not None:
-            model = ConceptSegForSegmentation.from_pretrained(self.args.ref_model_name_or_path)
+            model = load_model(self.args.ref_model_name_or_path, self.args, another_repository=True)
         model = self.concept_model if model is None else model
         reference = clone_whole(model.vlm if isinstance(model, ConceptSegForSegmentation) else model)
         add_fused_lm_head(reference, temperature=self.temperature)
@@ -407,6 +413,30 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
 
     # -- saving --
 
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Writes our model card into `output_dir`, which names the licence of SAM 3; adapters get TRL's."""
+        if is_peft_model(self.model):
+            super().create_model_card(model_name, dataset_name, tags)
+        elif self.is_world_process_zero():
+            self._write_card(self.args.output_dir, tags, dataset_name)
+
+    def _write_card(
+        self, folder: str, tags: str | list[str] | None = None, dataset_name: str | None = None
+    ) -> None:
+        write_training_card(
+            folder,
+            self.concept_model.config,
+            f"Stage II, {self._name}: reinforcement learning of the MLLM and the Concept Translation Module with TRL's "
+            "GRPOTrainer.",
+            [*self._tag_names, *as_list(tags)],
+            datasets=as_list(dataset_name) or None,
+        )
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the complete model; the Trainer's own calls, for the checkpoints of a run, leave SAM 3 out."""
         to_hub = output_dir is None  # the Trainer's own call without a folder
@@ -420,6 +450,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
         if self._saves_everything:
             sam = {f"sam.{name}": weight for name, weight in self.concept_model.sam.state_dict().items()}
             state_dict = {**(self.concept_model.state_dict() if state_dict is None else state_dict), **sam}
+            self._write_card(output_dir or self.args.output_dir)
         self.processing_class = self.concept_processor
         try:
             super()._save(output_dir, state_dict)

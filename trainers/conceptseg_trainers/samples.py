@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import TrainingArguments
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
-from conceptseg_hf.data import ConceptSample, UnreadableSampleError
+from conceptseg_hf.data import ConceptSample, FileBenchmark, UnreadableSampleError
+from conceptseg_hf.data.usable import has_usable_references, with_usable_references
+from conceptseg_hf.devices import is_offloaded
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +25,8 @@ class ReadableSamples:
     """Samples, of which one that cannot be read or used gives way to the next that can.
 
     One broken file should not end a run of days. What stands in depends on the index alone, so that all processes, and
-    a resumed run, see the same. Each broken sample is named once in the log.
+    a resumed run, see the same. Each broken sample is named once in the log. References that cannot be used are left
+    out and named once, where the samples have not replaced them by others already (as those of files do).
 
     Args:
         samples: Samples that can be indexed.
@@ -38,6 +42,8 @@ class ReadableSamples:
         self.samples = samples
         self.check = check
         self.stand_ins: dict[int, int] = {}
+        self._are_tried = has_usable_references(samples)
+        self._told: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -56,7 +62,7 @@ class ReadableSamples:
             else:
                 if position != index:
                     self.stand_ins[index] = position
-                return sample
+                return sample if self._are_tried else self._with_usable_references(sample)
         raise ValueError(f"none of the {len(self)} samples can be read; the last says: {last}") from last
 
     def _read(self, position: int) -> ConceptSample:
@@ -68,6 +74,34 @@ class ReadableSamples:
                 name = sample.sample_id or str(position)
                 raise UnreadableSampleError(f"sample {name!r}: {error}") from error
         return sample
+
+    def _with_usable_references(self, sample: ConceptSample) -> ConceptSample:
+        usable = with_usable_references(sample)
+        for fault in () if usable is sample else usable.reference_faults:
+            if fault not in self._told:
+                self._told.add(fault)
+                logger.warning("sample %r goes on without a reference: %s", sample.sample_id, fault)
+        return usable
+
+
+def warn_of_shared_images(train: Sequence[ConceptSample], evaluation: Sequence[ConceptSample]) -> None:
+    """Warns where an evaluation would run on images that are trained on, as far as samples are files."""
+    trained, evaluated = _image_paths(train), _image_paths(evaluation)
+    shared = trained & evaluated
+    if shared:
+        logger.warning(
+            "%d of the %d images of the evaluation are trained on, too, such as %r; give rows of training and "
+            "evaluation splits of their own.",
+            len(shared),
+            len(evaluated),
+            str(min(shared)),
+        )
+
+
+def _image_paths(samples: Sequence[ConceptSample]) -> set[Path]:
+    if isinstance(samples, FileBenchmark):
+        return {item.image for item in samples.items}
+    return set().union(*map(_image_paths, getattr(samples, "datasets", ())))
 
 
 def spread_indices(length: int) -> list[int]:
@@ -98,6 +132,11 @@ def check_arguments(
         raise ValueError(
             f"{trainer}: model is a {type(model).__name__}; give a ConceptSegForSegmentation, or load one with "
             "from_pretrained."
+        )
+    if is_offloaded(model):
+        raise ValueError(
+            f"{trainer}: weights of the model are offloaded to the CPU or the disk, which cannot be trained; load it "
+            "without device_map, and shard it with DeepSpeed or FSDP where it does not fit."
         )
     if not isinstance(args, args_class):
         raise ValueError(f"{trainer}: args is a {type(args).__name__}; give a {args_class.__name__}.")

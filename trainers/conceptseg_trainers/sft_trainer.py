@@ -22,6 +22,7 @@ from conceptseg_hf.losses import segmentation_loss
 from conceptseg_hf.processing_conceptseg import PreparedSample
 
 from .callbacks import EpochCallback, ExamplePicturesCallback, TrainingExample
+from .cards import as_list, write_training_card
 from .completions import (
     CompletionCache,
     TrainingCompletion,
@@ -215,6 +216,37 @@ class ConceptSFTTrainer(StoppingTrainer):
 
     # -- saving --
 
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes our model card into `output_dir`, which names the licence of SAM 3.
+
+        Args:
+            language: Language of the prompts.
+            license: Licence of the checkpoint; that of SAM 3, where its released weights are in it, goes before it.
+            tags: Further tags.
+            dataset: Hub ids of the data.
+            **kwargs: What else `Trainer.create_model_card` takes; not used.
+        """
+        if self.is_world_process_zero():
+            self._write_card(
+                self.args.output_dir, tags, language=language, license=license, datasets=as_list(dataset)
+            )
+
+    def _write_card(self, folder: str, tags: str | list[str] | None = None, **metadata: Any) -> None:
+        write_training_card(
+            folder,
+            self.concept_model.config,
+            "Stage I: supervised fine-tuning of the Concept Translation Module; the MLLM and SAM 3 are frozen.",
+            as_list(tags),
+            **metadata,
+        )
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the complete model; the Trainer's own calls, for the checkpoints of a run, save the CTM."""
         self._saves_everything = not _internal_call or output_dir is None  # without a folder: for the hub
@@ -236,6 +268,7 @@ class ConceptSFTTrainer(StoppingTrainer):
             folder = output_dir or self.args.output_dir
             # A sharding engine hands the CTM's weights over; the model itself has only its share of them.
             trained = self.model.state_dict() if state_dict is None else state_dict
+            self._write_card(folder)
             self.concept_model.save_pretrained(
                 folder, state_dict={**self.concept_model.state_dict(), **trained}
             )

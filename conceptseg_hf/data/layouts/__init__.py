@@ -20,4 +20,7 @@ LAYOUTS: dict[str, Callable[[Path, Source, str], Index]] = {
     "reasonseg-hf": reasonseg_hub.index_files,
 }
 
-__all__ = ["LAYOUTS"]
+LISTED_SPLITS: dict[str, Callable[[Path, Source], tuple[str, ...]]] = {"plain": plain.list_splits}
+"""Layouts whose splits stand in the data alone, and what lists them."""
+
+__all__ = ["LAYOUTS", "LISTED_SPLITS"]

@@ -8,13 +8,14 @@ shows stands in its labels only: listing a split reads all its label images once
 from __future__ import annotations
 
 import random
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from ..files import FileItem, FileReference, Index, ReferencePool, reference_count
-from ..paths import MissingFilesError, check_files
+from ..paths import MissingFilesError, check_files, is_hidden
 from ..suite import Source
 from ..truths import LabelFile, read_labels
 
@@ -47,13 +48,36 @@ class StreetPool(ReferencePool):
         drawn: list[FileReference] = []
         label, class_size = CLASSES[concept], 0
         for image, labels in rng.sample(self._pairs, len(self._pairs)):
-            if label in _present(labels):
+            if self._may_show(label, labels):
                 class_size += 1
                 if image != exclude:
                     drawn.append(FileReference(image, LabelFile(labels, label)))
             if len(drawn) == _MOST_REFERENCES:
                 return drawn
         return drawn[: reference_count(class_size)]  # all were seen, so the size of the class is known
+
+    def spares(
+        self, concept: str, rng: random.Random, exclude: Path, drawn: Collection[FileReference]
+    ) -> Iterator[FileReference]:
+        """See `ReferencePool.spares`."""
+        for reference in self._references(CLASSES[concept], rng.sample(self._pairs, len(self._pairs))):
+            if reference.image != exclude and reference not in drawn:
+                yield reference
+
+    def references(self, concept: str) -> Iterator[FileReference]:
+        """See `ReferencePool.references`."""
+        return self._references(CLASSES[concept], self._pairs)
+
+    def _references(self, label: int, pairs: Sequence[tuple[Path, Path]]) -> Iterator[FileReference]:
+        for image, labels in pairs:
+            if self._may_show(label, labels):
+                yield FileReference(image, LabelFile(labels, label))
+
+    @staticmethod
+    def _may_show(label: int, labels: Path) -> bool:
+        """Whether a map holds a label; True if it cannot be read, which is found when the reference is read."""
+        present = _present_or_unknown(labels)
+        return present is None or label in present
 
     def knows(self, concept: str, exclude: Path) -> bool:
         """See `ReferencePool.knows`."""
@@ -100,15 +124,16 @@ def _pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
         path.relative_to(folder).as_posix().removesuffix(ending)
         for folder, ending in ((images, _IMAGE), (maps, _MAP))
         for path in folder.glob(f"*/*{ending}")
+        if not is_hidden(path)
     }
     return [(images / f"{stem}{_IMAGE}", maps / f"{stem}{_MAP}") for stem in sorted(stems)]
 
 
-def _present_or_unknown(path: Path) -> frozenset[int]:
+def _present_or_unknown(path: Path) -> frozenset[int] | None:
     try:
         return _present(path)
-    except ValueError:
-        return frozenset()
+    except (OSError, ValueError):
+        return None
 
 
 @lru_cache(maxsize=4096)

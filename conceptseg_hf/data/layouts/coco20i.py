@@ -7,13 +7,14 @@
 
 Which class an image shows is read from COCO's annotations: the lists that come with that layout are pickles, which are
 programs. Each class that an image shows is a sample; fold i holds the classes whose place among the 80 leaves i when it
-is divided by 4. Objects that others hide completely in a map give an empty mask.
+is divided by 4. Objects that others hide completely in a map give an empty mask; such an image is no reference.
 """
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ..files import FileItem, FileReference, Index, ReferencePool, reference_count
@@ -44,6 +45,23 @@ class CocoPool(ReferencePool):
         drawn = rng.sample(names, min(count + 1, len(names)))  # one more, as one may be the target
         references = [FileReference(*_paths(self._root, "train", name, label)) for name in drawn]
         return [reference for reference in references if reference.image != exclude][:count]
+
+    def spares(
+        self, concept: str, rng: random.Random, exclude: Path, drawn: Collection[FileReference]
+    ) -> Iterator[FileReference]:
+        """See `ReferencePool.spares`."""
+        label = self._labels[concept]
+        names = self._names.get(label, [])
+        for name in rng.sample(names, len(names)):
+            reference = FileReference(*_paths(self._root, "train", name, label))
+            if reference.image != exclude and reference not in drawn:
+                yield reference
+
+    def references(self, concept: str) -> Iterator[FileReference]:
+        """See `ReferencePool.references`."""
+        label = self._labels[concept]
+        for name in self._names.get(label, []):
+            yield FileReference(*_paths(self._root, "train", name, label))
 
     def knows(self, concept: str, exclude: Path) -> bool:
         """See `ReferencePool.knows`."""

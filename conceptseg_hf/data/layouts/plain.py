@@ -1,4 +1,4 @@
-"""Your own data: a folder with a list of samples, or with images and masks of equal names.
+"""Your own data: a folder with a list of samples, or with images and masks of equal names; see docs/own_data.md.
 
 - `samples.jsonl`: one object a line with image, mask, prompt, and where you have them references (paths, or objects
   with image, and mask or box: a list, or a single one), level, group, family, id (or sample_id), split, think, rule,
@@ -6,8 +6,9 @@
 - `samples.csv`: the same as columns; references are paths separated by ";", each `IMAGE` or `IMAGE|MASK`;
 - `images/` and `masks/` with equal stems, and the prompt in `prompt.txt`.
 
-Paths are relative to the folder. A `split` limits a row to that split; rows without it belong to every split. A sample
-whose files are missing fails alone, as a damaged one does. This is also what `ConceptShapes.export` writes.
+Paths are relative to the folder. Where no row names a split, all rows are in every split; where some do, the others are
+in "test". A sample whose files are missing fails alone, as a damaged one does. This is also what `ConceptShapes.export`
+writes.
 """
 
 from __future__ import annotations
@@ -15,35 +16,63 @@ from __future__ import annotations
 import csv
 import io
 import json
+import warnings
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import FileItem, FileReference, Index
-from ..paths import MissingFilesError, inside, read_text
+from ..paths import MissingFilesError, composed, inside, is_hidden, read_text
 from ..suite import Source
 from ..truths import MaskFile, PixelBox
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_RARE_IMAGES = (
+    ".gif",
+    ".heic",
+    ".heif",
+    ".avif",
+)  # which Pillow may need help for; used where there is no other
 LEVEL, GROUP = "CR", "own data"
+DEFAULT_SPLIT = "test"
+
+
+Row = tuple[str, dict[str, Any]]
+"""Where a row stands, and its fields."""
 
 
 def index_files(root: Path, source: Source, split: str) -> Index:
-    """Lists the samples; see `Index`."""
-    if (root / "samples.jsonl").is_file():
-        rows = _jsonl_rows(root / "samples.jsonl")
-    elif (root / "samples.csv").is_file():
-        rows = _csv_rows(root / "samples.csv")
-    elif (root / "images").is_dir() and (root / "masks").is_dir():
-        return Index(_folder_items(root, source), partial=True)
+    """Lists the samples of a split; see `Index`.
+
+    Raises:
+        ValueError: If a row is malformed, or no sample is in the split.
+    """
+    rows = _read_rows(root, source)
+    if rows is None:
+        items = _folder_items(root, source)
+        _warn_of_no_splits(source, split, len(items), "images/ and masks/ have no splits")
+        return Index(items, partial=True)
+    counts = _count_splits(rows)
+    if not rows:
+        raise ValueError(f"load_benchmark: {str(root)!r} lists no samples; write one row for each.")
+    if counts and split not in counts:
+        named = ", ".join(f"{name!r} ({count})" for name, count in counts.items())
+        raise ValueError(f"load_benchmark: {source.name!r} has no split {split!r}; its rows are in {named}.")
+    if not counts:
+        _warn_of_no_splits(source, split, len(rows), "no row names a split")
     else:
-        raise MissingFilesError(
-            f"load_benchmark: {source.name!r} finds neither samples.jsonl nor samples.csv nor images/ with masks/ in "
-            f"{str(root)!r}; add one of them.",
-            (("index", root / "samples.jsonl"),),
-            1,
-        )
+        unnamed = sum(not _split_of(row) for _, row in rows)
+        if unnamed:
+            warnings.warn(
+                f"{source.name}: {unnamed} of {len(rows)} rows name no split and count as {DEFAULT_SPLIT!r}; give each "
+                "row its split.",
+                stacklevel=2,
+            )
     items = [
-        _item(root, source, where, row) for where, row in rows if str(row.get("split") or split) == split
+        _item(root, source, where, row)
+        for where, row in rows
+        if not counts or (_split_of(row) or DEFAULT_SPLIT) == split
     ]
     seen: set[str] = set()
     for item in items:
@@ -53,6 +82,50 @@ def index_files(root: Path, source: Source, split: str) -> Index:
             )
         seen.add(item.sample_id)
     return Index(items, partial=True)
+
+
+def list_splits(root: Path, source: Source) -> tuple[str, ...]:
+    """The splits that rows name; none where no row does."""
+    return tuple(_count_splits(_read_rows(root, source) or ()))
+
+
+def _read_rows(root: Path, source: Source) -> list[Row] | None:
+    """The rows of the list; None where images/ and masks/ stand for it."""
+    if (root / "samples.jsonl").is_file():
+        return _jsonl_rows(root / "samples.jsonl")
+    if (root / "samples.csv").is_file():
+        return _csv_rows(root / "samples.csv")
+    if (root / "images").is_dir() and (root / "masks").is_dir():
+        return None
+    raise MissingFilesError(
+        f"load_benchmark: {source.name!r} finds neither samples.jsonl nor samples.csv nor images/ with masks/ in "
+        f"{str(root)!r}; add one of them.",
+        (("index", root / "samples.jsonl"),),
+        1,
+    )
+
+
+def _split_of(row: dict[str, Any]) -> str:
+    return str(row.get("split") or "").strip()
+
+
+def _count_splits(rows: Sequence[Row]) -> dict[str, int]:
+    """Rows of each split; nothing where no row names one."""
+    named = Counter(_split_of(row) for _, row in rows)
+    unnamed = named.pop("", 0)
+    if named and unnamed:
+        named[DEFAULT_SPLIT] += unnamed
+    return dict(named)
+
+
+def _warn_of_no_splits(source: Source, split: str, count: int, reason: str) -> None:
+    """Training and evaluation would share such samples; evaluation alone, of the default split, needs no splits."""
+    if split != DEFAULT_SPLIT:
+        warnings.warn(
+            f"{source.name}: {reason}, so all {count} samples are in {split!r} as in every other split, and an "
+            "evaluation would run on the images of a training; give each row of samples.jsonl a split.",
+            stacklevel=3,
+        )
 
 
 def _item(root: Path, source: Source, where: str, row: dict[str, Any]) -> FileItem:
@@ -135,9 +208,13 @@ def _folder_items(root: Path, source: Source) -> list[FileItem]:
     if not prompt:
         raise ValueError(f"{str(root)!r} has images/ and masks/ but no prompt.txt; write the prompt there.")
     images, masks = _by_stem(root / "images"), _by_stem(root / "masks")
+    if not images and not masks:
+        raise ValueError(
+            f"load_benchmark: images/ and masks/ in {str(root)!r} hold no images; put {', '.join(_IMAGES)} files there."
+        )
     return [
         FileItem(
-            sample_id=stem,
+            sample_id=(images.get(stem) or masks[stem]).stem,
             image=images.get(stem, root / "images" / f"{stem}.*"),
             truth=MaskFile(masks.get(stem, root / "masks" / f"{stem}.png")),
             prompt=prompt,
@@ -150,10 +227,16 @@ def _folder_items(root: Path, source: Source) -> list[FileItem]:
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
+    """The images of a folder by their stems, whose accents may be written in either Unicode form."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    paths = [path for path in sorted(folder.iterdir()) if not is_hidden(path)]
+    for path in paths:
         if path.suffix.lower() in _IMAGES:
-            if path.stem in found:
-                raise ValueError(f"{str(folder)!r} has two pictures named {path.stem!r}; keep one of them.")
-            found[path.stem] = path
+            stem = composed(path.stem)
+            if stem in found:
+                raise ValueError(f"{str(folder)!r} has two pictures named {stem!r}; keep one of them.")
+            found[stem] = path
+    for path in paths:
+        if path.suffix.lower() in _RARE_IMAGES:
+            found.setdefault(composed(path.stem), path)
     return found

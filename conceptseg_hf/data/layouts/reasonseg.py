@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import FileItem, Index
-from ..paths import MissingFilesError
+from ..paths import MissingFilesError, composed, inside, is_hidden
 from ..suite import Source
 from ..truths import PolygonFile
 
@@ -41,13 +41,14 @@ def index_files(root: Path, source: Source, split: str) -> Index:
             (("folder", folder),),
             1,
         )
-    stems = {path.stem for path in folder.iterdir() if path.suffix in (".jpg", ".json")}
+    paths = (path for path in folder.iterdir() if path.suffix in (".jpg", ".json") and not is_hidden(path))
+    stems = {composed(path.stem) for path in paths}
     return Index(
         [
             ReasonSegItem(
                 sample_id=stem,
-                image=folder / f"{stem}.jpg",
-                truth=PolygonFile(folder / f"{stem}.json"),
+                image=inside(folder, f"{stem}.jpg"),
+                truth=PolygonFile(inside(folder, f"{stem}.json")),
                 prompt="",
                 level=source.level,
                 group=source.group,

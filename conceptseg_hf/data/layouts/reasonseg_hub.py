@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ...images import load_image, load_mask
+from ...images import load_mask, load_oriented_image
 from ..files import FileItem, Index
-from ..paths import MissingFilesError
+from ..paths import MissingFilesError, is_hidden
 from ..suite import Source
 from ..truths import Size, Truth
 
@@ -31,10 +31,10 @@ class RowTruth(Truth):
     table: datasets.Dataset
     row: int
 
-    def read(self, size: Size | None) -> tuple[np.ndarray, np.ndarray | None]:
+    def read(self, size: Size | None, orientation: int = 1) -> tuple[np.ndarray, np.ndarray | None]:
         """See `Truth.read`."""
         value = self.table.select_columns(["mask"])[self.row]["mask"]
-        return load_mask(value if isinstance(value, Image.Image) else np.asarray(value), size), None
+        return load_mask(value if isinstance(value, Image.Image) else np.asarray(value)), None
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,14 @@ class RowItem(FileItem):
             )
         return super().read_fields() | {"prompt": text.strip()}
 
-    def read_image(self) -> Image.Image:
-        """The target image, RGB."""
-        return load_image(self.truth.table.select_columns(["image"])[self.truth.row]["image"])
+    def read_image(self) -> tuple[Image.Image, int]:
+        """See `FileItem.read_image`."""
+        return load_oriented_image(self.truth.table.select_columns(["image"])[self.truth.row]["image"])
+
+    def read_header(self) -> tuple[Size, int]:
+        """See `FileItem.read_header`."""
+        image, orientation = self.read_image()
+        return image.size, orientation
 
 
 def index_files(root: Path, source: Source, split: str) -> Index:
@@ -64,7 +69,7 @@ def index_files(root: Path, source: Source, split: str) -> Index:
     """
     name = f"ReasonSeg_{split}"
     folder = root if root.name == name else root / name
-    files = sorted(folder.rglob("*.parquet"))
+    files = sorted(path for path in folder.rglob("*.parquet") if not is_hidden(path))
     if not files:
         raise MissingFilesError(
             f"load_benchmark: {source.name!r} lacks the Parquet files of {str(folder)!r}; "

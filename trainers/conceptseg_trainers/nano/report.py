@@ -17,8 +17,7 @@ ROUTERS = ("adaptive", "sam_only", "full_reasoning")
 
 _CARD = """---
 license: apache-2.0
-library_name: transformers
-pipeline_tag: image-segmentation
+library_name: conceptseg-hf
 tags: [concept-segmentation, conceptseg]
 ---
 

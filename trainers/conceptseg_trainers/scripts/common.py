@@ -6,7 +6,7 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from conceptseg_hf.progress import hide_bars_in_pipes, print_line
 
 from ..checkpoints import PROCESSOR, TRAINER_STATE, complete_checkpoints, is_complete
 from ..divergence import DivergedError
+from ..samples import warn_of_shared_images
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +82,14 @@ class DataArguments:
         if training_args.eval_strategy == "no" and not training_args.eval_on_start:
             return train, None
         try:
-            return train, self._load(self.eval_split, self.eval_samples)
+            evaluation = self._load(self.eval_split, self.eval_samples)
         except (ValueError, OSError) as error:
             raise ValueError(
                 f"{str(error).rstrip('.')} (for the evaluation while training: give another --eval_split, or train "
                 "without one, by --eval_strategy no)."
             ) from error
+        warn_of_shared_images(train, evaluation)
+        return train, evaluation
 
     def _load(self, split: str, limit: int | None) -> Sequence[ConceptSample]:
         root = _roots(self.benchmark_root)
@@ -143,26 +146,30 @@ class ModelArguments:
                 "backbones."
             )
 
-    def load(self) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
+    def load(
+        self, options: Mapping[str, Any] | None = None
+    ) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
         """The model and its processor.
+
+        Args:
+            options: Further arguments of `from_pretrained`, for the checkpoint or the MLLM; they go before the fields.
 
         Raises:
             OSError: If a checkpoint cannot be found.
             ValueError: If it cannot be used.
         """
+        options = {"dtype": self.dtype, **self.load_kwargs(), **(options or {})}
         if self.mllm_name_or_path is None:
             checkpoint = find_checkpoint(self.model_name_or_path)
             load_config(checkpoint)  # refuses what is no ConceptSeg checkpoint
-            model = ConceptSegForSegmentation.from_pretrained(
-                checkpoint, dtype=self.dtype, **self.load_kwargs()
-            )
+            model = ConceptSegForSegmentation.from_pretrained(checkpoint, **options)
             return model, ConceptSegProcessor.from_pretrained(checkpoint)
         model = ConceptSegForSegmentation.from_backbones(
             self.mllm_name_or_path,
             self.sam_name_or_path,
             ctm_config={"num_queries": self.num_concept_tokens},
-            dtype=self.dtype,
-            vlm_kwargs=self.load_kwargs(),
+            dtype=options.pop("dtype"),
+            vlm_kwargs=options,
         )
         processor = ConceptSegProcessor(
             image_processor=AutoImageProcessor.from_pretrained(self.mllm_name_or_path),

@@ -107,7 +107,8 @@ def prepare(argv: Sequence[str]) -> MetaGRPOTrainer:
         None if samples is None else split_reference_dataset(samples, data.grid, args.seed)
         for samples in data.load(args)
     )
-    model, processor = policy.load()
+    model, processor = policy.load(args.model_init_kwargs)
+    args.model_init_kwargs = None  # they are used
     return MetaGRPOTrainer(
         model,
         args=args,
