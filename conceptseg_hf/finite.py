@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .devices import stored_value
+
 # Others are quantized: none of their values stands for a number that is not finite.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -35,12 +37,12 @@ def check_finite(model: nn.Module, where: str) -> None:
     Raises:
         ValueError: If there are such weights.
     """
-    weights = dict(model.named_parameters())
-    wrong = find_nonfinite(weights.items())
+    names = [name for name, _ in model.named_parameters()]
+    wrong = find_nonfinite((name, stored_value(model, name)) for name in names)
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         reason = "as a training that diverged leaves them; use an earlier checkpoint of it"
-        if weights[wrong[0]].dtype == torch.float16:
+        if stored_value(model, wrong[0]).dtype == torch.float16:
             reason = (
                 "as a training that diverged leaves them, or float16 makes of large ones; load it in bfloat16"
             )

@@ -57,6 +57,18 @@ def test_a_checkpoint_of_a_training_that_diverged_is_refused(broken, part, tmp_p
         ConceptSegForSegmentation.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["vlm", "sam"])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_weights_are_looked_at_where_they_are_kept(broken, part, place, tmp_path):
+    model, name = broken(part)
+    model.save_pretrained(tmp_path / "checkpoint")
+    device_map = {"vlm": "cpu", "ctm": "cpu", "sam": "cpu"} | {part: place}
+    with pytest.raises(ValueError, match=rf"has weights that are not finite numbers \({name}\)"):
+        ConceptSegForSegmentation.from_pretrained(
+            tmp_path / "checkpoint", device_map=device_map, offload_folder=str(tmp_path / "offloaded")
+        )
+
+
 def test_backbones_that_are_not_finite_are_refused(broken):
     model, _ = broken("sam", INF)
     with pytest.raises(ValueError, match=r"^The SAM 3 '.*' has weights that are not finite"):
