@@ -95,6 +95,11 @@ class ConceptSFTConfig(TrainingArguments):
                 raise ValueError(f"ConceptSFTConfig: {name} is {getattr(self, name)}; use 0 or more.")
         if self.grid not in (1, 2, 3):
             raise ValueError(f"ConceptSFTConfig: grid is {self.grid}; use 1, 2 or 3 cells per side.")
+        if self.gradient_checkpointing:
+            raise ValueError(
+                "ConceptSFTConfig: gradient_checkpointing is true, but the MLLM is frozen and keeps no activations; "
+                "leave it out."
+            )
         if self.remove_unused_columns:
             raise ValueError(
                 "ConceptSFTConfig: remove_unused_columns is true, but samples have no columns; leave it out."
