@@ -402,7 +402,10 @@ BAD_WORDS = {
     "recipe cut off": (["--config"], "is not a file"),
     "no number": (["--learning_rate", "high"], "invalid float value: 'high'"),
     "unknown option": (["--learning_rat", "1", "--bogus", "2"], "unrecognized arguments: --bogus;"),
-    "checkpointing of what is frozen": (["--gradient_checkpointing", "true"], "the MLLM is frozen and keeps no"),
+    "checkpointing of what is frozen": (
+        ["--gradient_checkpointing", "true"],
+        "the MLLM is frozen and keeps no",
+    ),
     "misspelled option": (["--completion_sorce", "x"], "(did you mean '--completion_source'?)"),
     "misspelled choice": (["--completion_source", "groundtruth"], "(did you mean 'ground_truth'?)"),
     "misspelled recipe": (["--config", "nano_stf"], "(did you mean 'nano_sft'?)"),
