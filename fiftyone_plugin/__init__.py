@@ -1,6 +1,7 @@
 """FiftyOne plugin @conceptseg/conceptseg: registers operators and the panel; the work is done in `conceptseg_hf`."""
 
 from .benchmark import LoadConceptBenchmark
+from .cancel import CancelRun
 from .evaluate import EvaluateConcepts
 from .explorer import ConceptExplorer
 from .segment import ReleaseModel, SegmentConcept
@@ -15,6 +16,7 @@ def register(plugin):
         LoadConceptBenchmark,
         FindUncertain,
         ShowReferences,
+        CancelRun,
         ReleaseModel,
         ConceptExplorer,
     ):

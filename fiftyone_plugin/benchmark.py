@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import fiftyone as fo
 import fiftyone.operators as foo
 from fiftyone.operators import types
 
@@ -59,23 +61,36 @@ class LoadConceptBenchmark(foo.Operator):
         """Loads, then opens the dataset."""
         if forms.package_missing():
             raise ImportError(forms.INSTALL)
-        from conceptseg_hf.integrations.fiftyone.benchmarks import import_benchmark
+        from conceptseg_hf.integrations.fiftyone.benchmarks import LOADING, import_benchmark
+        from conceptseg_hf.integrations.fiftyone.progress import time_left
 
         get = ctx.params.get
         name, split = get("benchmark") or "concept-shapes", get("split") or "test"
         dataset_name = get("dataset_name") or f"{name}-{split}"
         limit = get("limit", _LIMIT)
+        done, total, started = 0, 0, time.monotonic()
         try:
             for done, total in import_benchmark(name, get("root") or None, split, limit, dataset_name):
-                progress = {"progress": done / max(total, 1), "label": f"{done} of {total} samples"}
-                if ctx.delegated:
-                    ctx.set_progress(**progress)
-                else:
-                    yield ctx.ops.set_progress(**progress)
+                label = ", ".join(
+                    filter(None, [f"{done} of {total} samples", time_left(done, total, started)])
+                )
+                button = LOADING if done < total else None
+                yield from forms.progress(ctx, done / max(total, 1), label, button, dataset_name)
         except Exception as error:
-            yield from forms.told(ctx, error)
-        if not ctx.delegated:
-            yield ctx.ops.open_dataset(dataset_name)
+            remark = f"{done} of {total} samples were read and stay; load again for the rest." if done else ""
+            yield from forms.told(ctx, error, remark)
+        if ctx.delegated:
+            return
+        unread = []
+        if fo.dataset_exists(dataset_name):
+            unread = fo.load_dataset(dataset_name).exists("load_error").values("filepath")
+        message = f"{done} of {total} samples"
+        if done < total:
+            message = f"Cancelled after {message}; load again for the rest"
+        if unread:
+            message += f"; {len(unread)} could not be read, see load_error ({forms.named(unread)})"
+        yield from forms.progress(ctx, done / max(total, 1), message)
+        yield ctx.ops.open_dataset(dataset_name)  # last: who then closes the dialog is done with it
 
 
 def _fault_of(ctx: Any) -> str | None:

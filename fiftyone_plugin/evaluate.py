@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import fiftyone as fo
@@ -93,23 +94,25 @@ class EvaluateConcepts(foo.Operator):
         if forms.package_missing():
             raise ImportError(forms.INSTALL)
         from conceptseg_hf.integrations.fiftyone import evaluate_concepts
-        from conceptseg_hf.integrations.fiftyone.evaluation import report_of
+        from conceptseg_hf.integrations.fiftyone.evaluation import left_out_of, report_of
 
-        samples, settings = forms.target_view(ctx), _settings(ctx)
+        samples, settings, started = forms.target_view(ctx), _settings(ctx), time.monotonic()
         key = settings["eval_key"]
         results = evaluate_concepts(
             samples,
             **settings,
-            progress=fo.report_progress(lambda bar: ctx.set_progress(progress=bar.progress), dt=2.0),
+            progress=fo.report_progress(lambda bar: _report(ctx, bar, started), dt=2.0),
         )
         if not ctx.delegated:
             ctx.ops.reload_dataset()
         report = report_of(samples, key)
+        left_out = _left_out(samples._dataset, left_out_of(samples, key), results.backend.unscored)
         return {
             "eval_key": key,
             "metrics": {metric["key"]: metric["value"] for metric in results.custom_metrics.values()},
-            "summary": report.summary() + _unscored(results.backend.unscored),
+            "summary": f"{report.summary()} ({len(report.records)} of {samples.count()} samples)",
             "table": [metrics_row(row) for row in report.table],
+            "left_out": left_out,
         }
 
     def resolve_output(self, ctx: Any) -> types.Property:
@@ -120,6 +123,11 @@ class EvaluateConcepts(foo.Operator):
         for key, label in METRIC_COLUMNS.items():
             table.add_column(key, label=label)
         outputs.list("table", types.Object(), view=table)
+        if (ctx.results or {}).get("left_out"):
+            table = types.TableView(label="Samples left out")
+            for name, label in {"why": "Why", "samples": "n", "files": "Files"}.items():
+                table.add_column(name, label=label)
+            outputs.list("left_out", types.Object(), view=table)
         return types.Property(outputs, view=types.View(label="Evaluation"))
 
 
@@ -197,10 +205,30 @@ def metrics_row(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _unscored(errors: dict[str, str]) -> str:
-    if not errors:
-        return ""
-    return f" ({len(errors)} samples could not be scored; the first: {next(iter(errors.values()))})"
+def _report(ctx: Any, bar: Any, started: float) -> None:
+    from conceptseg_hf.integrations.fiftyone.progress import time_left
+
+    left = time_left(bar.iteration, bar.total, started)
+    label = ", ".join(filter(None, [f"{bar.iteration} of {bar.total} samples", left]))
+    ctx.set_progress(progress=bar.progress, label=label)
+
+
+def _left_out(
+    dataset: fo.Dataset, left_out: dict[str, list[str]], errors: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Rows that say which samples have no score and why; one for each kind of error."""
+    kinds: dict[str, list[str]] = {}
+    for reason, ids in left_out.items():
+        for sample_id in ids:
+            kinds.setdefault(errors.get(sample_id, reason), []).append(sample_id)
+    return [
+        {
+            "why": forms.sentence(why),
+            "samples": len(ids),
+            "files": forms.named(dataset.select(ids).values("filepath")),
+        }
+        for why, ids in kinds.items()
+    ]
 
 
 def _number(value: float | None, digits: int) -> str:

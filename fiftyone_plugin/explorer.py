@@ -72,7 +72,7 @@ class ConceptExplorer(foo.Panel):
         """Shows the samples of a row of failures."""
         row = self._row(ctx, "failures")
         if row:
-            failures = _failures(ctx.dataset, ctx.panel.get_state("field"))
+            failures = _failures(ctx.dataset, ctx.panel.get_state("field"), ctx.panel.get_state("eval_key"))
             self._show(ctx, ctx.dataset.select(failures[row["kind"]]))
 
     def show_group(self, ctx: Any) -> None:
@@ -112,7 +112,7 @@ class ConceptExplorer(foo.Panel):
         self._table(panel, ctx, "rules", title, shown, self.show_rule)
         if state("failures"):
             shown = {"kind": "Kind", "samples": "n"}
-            self._table(panel, ctx, "failures", "Failures by kind", shown, self.show_failure)
+            self._table(panel, ctx, "failures", "Failures and samples left out", shown, self.show_failure)
         return types.Property(panel, view=types.ObjectView())
 
     def _refresh(self, ctx: Any) -> None:
@@ -143,7 +143,7 @@ class ConceptExplorer(foo.Panel):
         summary, metrics = _evaluation(ctx.dataset, key)
         rules = _answered(ctx.dataset, field).count_values(f"{field}.rule")
         rules = sorted(((rule or NO_RULE, count) for rule, count in rules.items()), key=lambda item: -item[1])
-        failures = {kind: len(ids) for kind, ids in _failures(ctx.dataset, field).items() if ids}
+        failures = {kind: len(ids) for kind, ids in _failures(ctx.dataset, field, key).items() if ids}
         ctx.panel.set_state(
             {
                 "status": "ready",
@@ -244,7 +244,7 @@ class ConceptExplorer(foo.Panel):
 
 def _evaluation(dataset: fo.Dataset, key: str | None) -> tuple[str, list[dict[str, Any]]]:
     """What a run says, and the rows of its table; a run that is not finished says so."""
-    from conceptseg_hf.integrations.fiftyone.evaluation import replaced_since, report_of
+    from conceptseg_hf.integrations.fiftyone.evaluation import left_out_of, replaced_since, report_of
 
     if key is None:
         return "No evaluation of this field yet: run **ConceptSeg: evaluate masks**.", []
@@ -253,7 +253,11 @@ def _evaluation(dataset: fo.Dataset, key: str | None) -> tuple[str, list[dict[st
     except ValueError as error:
         return f"**{forms.sentence(str(error))}**", []
     notice = f" **Masks made since: {replaced}; evaluate again.**" if replaced else ""
-    return report.summary() + notice, [metrics_row(row) for row in report.table]
+    left_out = [f"{len(ids)} {reason}" for reason, ids in left_out_of(dataset, key).items()]
+    scored = f" ({len(report.records)} of {dataset.count()} samples" + "".join(
+        f"; {text}" for text in left_out
+    )
+    return f"{report.summary()}{scored}).{notice}", [metrics_row(row) for row in report.table]
 
 
 def _with_value(view: fo.DatasetView, field: str, value: str) -> fo.DatasetView:
@@ -268,8 +272,10 @@ def _answered(dataset: fo.Dataset, field: str) -> fo.DatasetView:
     return dataset.match(F(f"{field}.route") != None)  # noqa: E711 (an expression of FiftyOne)
 
 
-def _failures(dataset: fo.Dataset, field: str) -> dict[str, list[str]]:
-    """Sample ids by kind of failure."""
+def _failures(dataset: fo.Dataset, field: str, eval_key: str | None) -> dict[str, list[str]]:
+    """Sample ids by kind of failure; with the key of an evaluation, also those that it left out."""
+    from conceptseg_hf.integrations.fiftyone.evaluation import left_out_of
+
     predicted = dataset.exists(field)
     reasoned = predicted.match(F(f"{field}.route") == "reasoning")
     kinds = {
@@ -279,7 +285,10 @@ def _failures(dataset: fo.Dataset, field: str) -> dict[str, list[str]]:
         "check IoU below 0.5": predicted.exists(f"{field}.check_iou").match(F(f"{field}.check_iou") < 0.5),
         "empty mask": predicted.match((F(f"{field}.score") == 0) & (F(f"{field}.error") == None)),  # noqa: E711
     }
-    return {kind: view.values("id") for kind, view in kinds.items()}
+    left_out = left_out_of(dataset, eval_key) if eval_key else {}
+    return {kind: view.values("id") for kind, view in kinds.items()} | {
+        f"not evaluated: {reason}": ids for reason, ids in left_out.items()
+    }
 
 
 def _routes_plot(dataset: fo.Dataset, field: str) -> list[dict[str, Any]]:

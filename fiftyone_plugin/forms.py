@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import fiftyone as fo
 import fiftyone.operators as foo
 from fiftyone.operators import types
+
+PLUGIN = "@conceptseg/conceptseg"
+_NAMED = 3  # files that a line names
 
 INSTALL = (
     "The package conceptseg_hf is not installed where this FiftyOne runs; install it there with: "
@@ -66,11 +70,48 @@ def target_view(ctx: Any) -> fo.core.collections.SampleCollection:
     return ctx.target_view(require_flat=True)
 
 
-def told(ctx: Any, error: Exception) -> Iterator[Any]:
-    """Shows an error in the App, which keeps those of generators to itself, and raises it."""
+def progress(
+    ctx: Any, fraction: float, label: str, name: str | None = None, dataset: str | None = None
+) -> Iterator[Any]:
+    """Shows how far a run is. What it yields has to be yielded to the App.
+
+    Args:
+        ctx: The context.
+        fraction: Share that is done.
+        label: One line.
+        name: What the run holds (its field), which a button cancels; None: no button.
+        dataset: Name of its dataset; the one that is open by default.
+    """
+    if ctx.delegated:
+        ctx.set_progress(progress=fraction, label=label)
+        return
+    outputs = types.Object()
+    outputs.float("progress", view=types.ProgressView(label=label))
+    if name is not None:
+        params = {"name": name, "dataset": dataset or ctx.dataset.name}
+        button = types.Button(label="Cancel the run", operator=f"{PLUGIN}/cancel_run", params=params)
+        outputs.view("cancel", button)
+    yield ctx.ops.show_output(types.Property(outputs).to_json(), {"progress": fraction})
+
+
+def told(ctx: Any, error: Exception, remark: str = "") -> Iterator[Any]:
+    """Shows an error in the App, which keeps those of generators to itself, and raises it.
+
+    It takes the place of the progress, whose dialog would go on looking like that of a run which is done.
+    """
     if not ctx.delegated:
-        yield ctx.ops.notify(str(error), variant="error")
+        outputs = types.Object()
+        message = f"Failed: {error}"
+        outputs.view("failed", types.Error(label=message, description=remark or None))
+        yield ctx.ops.show_output(types.Property(outputs).to_json(), {})
+        yield ctx.ops.notify(message, variant="error")
     raise error
+
+
+def named(paths: Iterable[str]) -> str:
+    """The names of some files in one line, the first of many."""
+    names = [Path(path).name for path in paths]
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
 def choose_field(

@@ -66,7 +66,11 @@ class SegmentConcept(foo.Operator):
         if forms.package_missing():
             forms.warn(inputs, "missing", forms.INSTALL)
             return forms.form(inputs, label)
-        _check(inputs, ctx)
+        try:
+            job, fault = job_of(ctx), None
+        except ValueError as error:
+            job, fault = None, str(error)
+        _check(inputs, ctx, job, fault)
         _ask_prompt(inputs, ctx)
         _ask_references(inputs, ctx)
         inputs.view_target(
@@ -76,7 +80,7 @@ class SegmentConcept(foo.Operator):
             require_flat=True,
         )
         _ask_model(inputs, ctx)
-        _ask_output(inputs, ctx)
+        _ask_output(inputs, ctx, job)
         return forms.form(inputs, label)
 
     def execute(self, ctx: Any) -> Iterator[Any]:
@@ -86,16 +90,15 @@ class SegmentConcept(foo.Operator):
         from conceptseg_hf.integrations.fiftyone import segment_collection
         from conceptseg_hf.integrations.fiftyone.schema import output_fields
 
-        job = job_of(ctx)
         progress = None
         try:
+            job = job_of(ctx)
             for progress in segment_collection(targets_of(ctx), job):
-                if ctx.delegated:
-                    ctx.set_progress(progress=progress.fraction, label=str(progress))
-                else:
-                    yield ctx.ops.set_progress(progress=progress.fraction, label=str(progress))
+                button = job.field if progress.done < progress.total and not progress.cancelled else None
+                yield from forms.progress(ctx, progress.fraction, str(progress), button)
         except Exception as error:
-            yield from forms.told(ctx, error)
+            remark = "" if progress is None else f"{progress}; these stay, and the same run does the rest."
+            yield from forms.told(ctx, error, remark)
         if ctx.delegated:
             return
         yield ctx.ops.reload_dataset()
@@ -103,9 +106,13 @@ class SegmentConcept(foo.Operator):
             [*dict.fromkeys([*ctx.active_fields, *output_fields(job.field, job.outputs).values()])]
         )
         message = str(progress)
-        if progress.errors:
-            message += f". First error: {next(iter(progress.errors.values()))}"
-        yield ctx.ops.notify(message, variant="warning" if progress.errors else "success")
+        for what, faults in (("reference", progress.bad_references), ("error", progress.errors)):
+            if faults:
+                message += f". First {what}: {next(iter(faults.values()))}"
+        if progress.cancelled:
+            message += ". The same run does the rest."
+        variant = "success" if message == str(progress) else "warning"
+        yield ctx.ops.notify(message, variant=variant)
 
 
 class ReleaseModel(foo.Operator):
@@ -193,30 +200,54 @@ def job_of(ctx: Any) -> Any:
         )
     if samples is not None and source == "saved_view" and not samples.count():
         raise ValueError(f"saved view {get('saved_view')!r} is empty; give one that holds the references.")
-    from_field = prompt_source(ctx) == "field"
+    from_field, label_field = prompt_source(ctx) == "field", label_field_of(ctx)
     return SegmentationJob(
         field=get("field") or "concept",
         prompt=None if from_field else get("prompt"),
         prompt_field=get("prompt_field") if from_field else None,
         reference_ids=[] if samples is None else samples.values("id"),
         reference_ids_field="reference_ids" if source == "own" else None,
-        reference_label_field=label_field_of(ctx),
-        reference_label_ids=[] if samples is None else _filtered_labels(samples, label_field_of(ctx)),
+        reference_label_field=label_field,
+        reference_label_ids=[] if samples is None else _filtered_labels(samples, label_field),
         proxy=get("proxy", True),
         checkpoint=get("checkpoint") or "nano",
         router=get("router") or "adaptive",
         outputs=outputs_of(ctx),
-        skip_existing=get("skip_existing", False),
+        label=(get("label") or "").strip() or None,
+        skip_existing=_skip_existing(ctx),
         batch_size=get("batch_size") or 8,
     )
 
 
-def label_field_of(ctx: Any) -> str | None:
-    """The field that marks the concept in references; None for images alone."""
-    from conceptseg_hf.integrations.fiftyone.reference_samples import AUTO, resolve_label_field
+def _skip_existing(ctx: Any) -> bool | None:
+    """What `SegmentationJob.skip_existing` says; the form asks `resume` where a run was interrupted."""
+    skip, resume = ctx.params.get("skip_existing"), ctx.params.get("resume")
+    if skip or resume is None:
+        return skip
+    return None if resume else False
 
-    chosen = ctx.params.get("reference_label_field")
-    return None if chosen == NO_MARK else resolve_label_field(ctx.dataset, chosen or AUTO)
+
+def label_field_of(ctx: Any) -> str | None:
+    """The field that marks the concept in references; None for images alone, or where nothing marks them."""
+    from conceptseg_hf.integrations.fiftyone.reference_samples import AUTO
+
+    chosen = ctx.params.get("reference_label_field") or AUTO
+    if chosen == NO_MARK:
+        return None
+    return _likeliest_label_field(ctx) if chosen == AUTO else chosen
+
+
+def _likeliest_label_field(ctx: Any) -> str | None:
+    from conceptseg_hf.integrations.fiftyone.reference_samples import (
+        AUTO,
+        count_marked,
+        resolve_label_field,
+    )
+
+    samples = reference_samples(ctx)
+    ids = [] if samples is None else samples.values("id")
+    field = resolve_label_field(ctx.dataset, AUTO, ids)
+    return field if field is None or not ids or count_marked(ctx.dataset, ids, field) else None
 
 
 def _filtered_labels(samples: Any, label_field: str | None) -> list[str]:
@@ -258,7 +289,7 @@ def _ask_prompt(inputs: types.Object, ctx: Any) -> None:
 
 
 def _ask_references(inputs: types.Object, ctx: Any) -> None:
-    from conceptseg_hf.integrations.fiftyone.reference_samples import reference_label_fields
+    from conceptseg_hf.integrations.fiftyone.reference_samples import AUTO, reference_label_fields
 
     choices = dict(REFERENCES)
     choices["selected"] += f" ({len(ctx.selected)})"
@@ -276,12 +307,14 @@ def _ask_references(inputs: types.Object, ctx: Any) -> None:
             "Saved view",
             "The dataset has no saved view; save one that holds the references.",
         )
-    marks = {name: name for name in reference_label_fields(ctx.dataset)}
+    likeliest = _likeliest_label_field(ctx)
+    found = "nothing, so the images alone" if likeliest is None else likeliest
+    marks = {AUTO: f"Automatic: {found}"} | {name: name for name in reference_label_fields(ctx.dataset)}
     forms.dropdown(
         inputs,
         "reference_label_field",
         marks | {NO_MARK: "Nothing: show the images alone"},
-        label_field_of(ctx) or NO_MARK,
+        AUTO,
         "Boxes or masks that mark the concept",
     )
     inputs.bool(
@@ -302,7 +335,9 @@ def _ask_model(inputs: types.Object, ctx: Any) -> None:
     forms.dropdown(inputs, "router", ROUTERS, "adaptive", "Router")
 
 
-def _ask_output(inputs: types.Object, ctx: Any) -> None:
+def _ask_output(inputs: types.Object, ctx: Any, job: Any) -> None:
+    from conceptseg_hf.integrations.fiftyone.loop import find_interrupted
+
     inputs.str("field", default="concept", label="Field for the predictions")
     texts = {
         "segmentation": ("Segmentation", "A mask per sample, as a file", True),
@@ -311,36 +346,59 @@ def _ask_output(inputs: types.Object, ctx: Any) -> None:
     }
     for name, (label, description, default) in texts.items():
         inputs.bool(name, default=default, label=label, description=description, view=types.SwitchView())
-    inputs.bool(
-        "skip_existing",
-        default=False,
-        label="Skip samples that have a prediction",
-        description="Finishes a run that was cut off; samples with an error are tried again",
-        view=types.SwitchView(),
+    inputs.str(
+        "label",
+        label="Class of the detections and masks",
+        description="Empty: a detection has its sample's prompt; the model's answer is an attribute",
     )
+    interrupted = None if job is None else find_interrupted(ctx.dataset, job)
+    if interrupted is not None:
+        inputs.bool(
+            "resume",
+            default=True,
+            label="Go on with the interrupted run",
+            description=f"It had these settings and ended early; the {interrupted.done} samples it has done stay",
+            view=types.SwitchView(),
+        )
+    else:
+        inputs.bool(
+            "skip_existing",
+            label="Skip samples that have a prediction",
+            description="Whatever made it; samples with an error are tried again",
+            view=types.SwitchView(),
+        )
     inputs.int("batch_size", default=8, min=1, label="Samples at a time")
 
 
-def _check(inputs: types.Object, ctx: Any) -> None:
+def _check(inputs: types.Object, ctx: Any, job: Any, fault: str | None) -> None:
     """One line on top: what would fail, or how much there is to do."""
+    from conceptseg_hf.integrations.fiftyone import loop
     from conceptseg_hf.integrations.fiftyone.checkpoints import fault_of
-    from conceptseg_hf.integrations.fiftyone.loop import pending_ids
+    from conceptseg_hf.integrations.fiftyone.field_locks import InUseError, check_free
+    from conceptseg_hf.integrations.fiftyone.runs import writable_fields
 
     try:
-        job = job_of(ctx)
-        fault = fault_of(job.checkpoint)
+        fault = fault or fault_of(job.checkpoint)
         if fault is None and reference_source(ctx) == "selected" and not ctx.selected:
             fault = "no samples are selected; select the references in the grid."
         if fault is not None:
             raise ValueError(fault)
         job.check(ctx.dataset)
-        count = len(pending_ids(targets_of(ctx), job))
+        targets = targets_of(ctx)
+        count = len(loop.pending_ids(targets, job))
         if count == 0:
             raise ValueError("there is nothing to segment: the view is empty, or all its samples are done.")
     except (ValueError, OSError) as error:
         forms.warn(inputs, "fault", str(error))
         return
+    try:
+        check_free(ctx.dataset, writable_fields(job.field), f"field {job.field!r}")
+    except InUseError as error:  # a scheduled run may begin when that one has ended
+        forms.warn(inputs, "in_use", str(error), blocks=False)
+    done = loop.targets_of(targets, job).count() - count
     message = f"{count} samples will be segmented; reference samples are left out."
+    if done > 0:
+        message = f"{count} samples will be segmented, {done} are done; reference samples are left out."
     if count > DELEGATE_FROM:
         message += " This is a large run: schedule it, so that it goes on when the App is closed."
     inputs.view("summary", types.Notice(label=message))

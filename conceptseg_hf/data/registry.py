@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from ..suggestions import did_you_mean
 from .concept_shapes import ConceptShapes
 from .files import FileBenchmark
 from .layouts import LAYOUTS, LISTED_SPLITS
@@ -73,15 +74,20 @@ def open_benchmark(
     return FileBenchmark(name, split, LAYOUTS[source.layout](folder, source, split), folder, limit, seed)
 
 
-def get_source(name: str) -> Source:
+def get_source(name: str, groups: Iterable[str] = ()) -> Source:
     """What is known of a benchmark of files.
+
+    Args:
+        name: Its name.
+        groups: Names of groups, where one of these could have been meant.
 
     Raises:
         ValueError: If there is none of that name.
     """
     if name not in SOURCES:
+        meant = did_you_mean(name, (*BENCHMARKS, *groups))
         raise ValueError(
-            f"load_benchmark: no benchmark is named {name!r}; use one of {', '.join(BENCHMARKS)}."
+            f"load_benchmark: no benchmark is named {name!r}{meant}; use one of {', '.join(BENCHMARKS)}."
         )
     return SOURCES[name]
 
@@ -107,6 +113,7 @@ def resolve_split(source: Source, split: str) -> str:
     split = source.aliases.get(split, split)
     if source.counts and split not in source.counts:
         raise ValueError(
-            f"load_benchmark: {source.name!r} has no split {split!r}; use one of {', '.join(source.counts)}."
+            f"load_benchmark: {source.name!r} has no split {split!r}{did_you_mean(split, source.counts)}; use one of "
+            f"{', '.join(source.counts)}."
         )
     return split

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,17 +20,20 @@ import sys
 import time
 import urllib.request
 import webbrowser
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..shipped import shipped_folder
 from .mongodb import free_port, start_mongod
 
 DATASET = "concept-shapes"
-_PLUGIN = Path(__file__).resolve().parents[2] / "fiftyone_plugin"
+_PLUGIN = shipped_folder("fiftyone_plugin")
 _SERVER = Path(__file__).with_name("fiftyone_server.py")
 # Not `-m`, which would import `conceptseg_hf`, and torch, before the server answers; nor the file by its path, which
 # would put its folder before site-packages, and the `fiftyone` in it before FiftyOne.
 _RUN = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+_WORK = "from fiftyone.core.cli import main; main()"
 _START_SECONDS = 180.0
 # A terminal that closes sends the second; Windows has none.
 _ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -58,24 +62,59 @@ def main(arguments: list[str] | None = None) -> int:
     folder, port = options.folder.absolute(), options.port or free_port()
     _heed_endings()
     try:
-        _prepare(folder, options.plugin.absolute())
+        settings = _prepare(folder, options.plugin.absolute())
         _load(options.samples)
         server = start_server(port, folder / "server.log")
     except (RuntimeError, ImportError, OSError) as error:
         parser.exit(2, f"fiftyone_app: {error}\n")
     except KeyboardInterrupt:
         return 130
+    worker = None
     try:
-        address = f"http://127.0.0.1:{port}/datasets/{DATASET}"
-        sys.stdout.write(f"FiftyOne is at {address}; Ctrl-C ends it.\n")
-        sys.stdout.flush()
+        address, log = f"http://127.0.0.1:{port}/datasets/{DATASET}", folder / "worker.log"
+        _say(f"FiftyOne is at {address}; Ctrl-C ends it.")
+        worker = start_worker(log)
+        _say(f"Scheduled runs are done by a worker beside it, which writes to {log}.")
+        _say(f"For Python or `fiftyone` in a second terminal, run there first:\n{export_line(settings)}")
         if not options.no_browser:
             webbrowser.open(address)
-        return server.wait()
+        return _wait(server, worker, log)
     except KeyboardInterrupt:
         return 0
     finally:
-        stop_server(server)
+        for process in filter(None, (worker, server)):
+            stop_server(process)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _wait(server: subprocess.Popen, worker: subprocess.Popen, log: Path) -> int:
+    """Waits for the server, and says so if the worker ends before."""
+    while worker.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return server.wait(timeout=1)
+    _say(
+        f"The worker has ended, so scheduled runs wait; {log} says why. Start one in a second terminal, after the line "
+        "above: fiftyone delegated launch"
+    )
+    return server.wait()
+
+
+def export_line(settings: Mapping[str, str]) -> str:
+    """One line for a shell that gives another process the same FiftyOne."""
+    if os.name == "nt":
+        return " & ".join(f"set {name}={value}" for name, value in settings.items())
+    return "export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
+
+
+def start_worker(log: Path) -> subprocess.Popen:
+    """Starts what `fiftyone delegated launch` is: it does the runs that the App schedules, one after another."""
+    with log.open("w") as file:
+        command = [sys.executable, "-u", "-c", _WORK, "delegated", "launch"]
+        return subprocess.Popen(command, stdout=file, stderr=file)
 
 
 def _heed_endings() -> None:
@@ -124,18 +163,18 @@ def _answers(server: subprocess.Popen, port: int) -> bool:
     return False
 
 
-def stop_server(server: subprocess.Popen) -> None:
-    """Ends the App server; from Python 3.12 on it would wait for every open page, so it gets five seconds."""
-    server.terminate()
+def stop_server(process: subprocess.Popen) -> None:
+    """Ends the App server, or the worker; from Python 3.12 on it would wait for every open page: it gets 5 seconds."""
+    process.terminate()
     try:
-        server.wait(timeout=5)
+        process.wait(timeout=5)
     except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
+        process.kill()
+        process.wait()
 
 
-def _prepare(folder: Path, plugin: Path) -> None:
-    """Sets what FiftyOne reads when it is imported."""
+def _prepare(folder: Path, plugin: Path) -> dict[str, str]:
+    """Sets what FiftyOne reads when it is imported; returns those settings."""
     if importlib.util.find_spec("fiftyone") is None:
         raise ImportError("FiftyOne is not installed; install it with: pip install 'conceptseg-hf[fiftyone]'")
     plugins = folder / "plugins"
@@ -161,15 +200,15 @@ def _prepare(folder: Path, plugin: Path) -> None:
         os.environ.setdefault(name, str(value))
     if "FIFTYONE_DATABASE_URI" not in os.environ:
         os.environ["FIFTYONE_DATABASE_URI"] = start_mongod(folder / "database")
+    return {name: os.environ[name] for name in ("FIFTYONE_DATABASE_URI", *settings)}
 
 
 def _load(samples: int) -> None:
-    from tqdm import tqdm
-
+    from ..progress import progress_bar
     from .fiftyone import install_zoo_models, load_concept_benchmark
 
     install_zoo_models()
-    with tqdm(total=samples, unit="sample", desc=DATASET) as bar:
+    with progress_bar(samples, "samples", DATASET) as bar:
         load_concept_benchmark(
             "concept-shapes",
             limit=samples,

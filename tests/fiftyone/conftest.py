@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 from reached_hosts import audited, hosts_in
 
-from conceptseg_hf.integrations.fiftyone_app import start_server, stop_server
+from conceptseg_hf.integrations.fiftyone_app import start_server
 from conceptseg_hf.integrations.mongodb import find_mongod, free_port, start_mongod
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,7 +121,8 @@ def server(fo, folder) -> Iterator[str]:
     with mock.patch.dict(os.environ, audited(os.environ, folder / "hosts")):
         process = start_server(port, folder / "server.log")
     yield f"http://127.0.0.1:{port}"
-    stop_server(process)
+    process.kill()  # at once: it would wait for connections of the page
+    process.wait()
 
 
 @pytest.fixture()
@@ -171,7 +172,7 @@ def outside() -> list[str]:
 def page(chromium, outside, folder, request) -> Iterator[Any]:
     """A fresh page that reaches loopback only."""
     context = chromium.new_context(viewport={"width": 1440, "height": 900})
-    context.set_default_timeout(120_000)
+    context.set_default_timeout(600_000)
 
     def guard(route: Any) -> None:
         host = route.request.url.split("/")[2].split(":")[0]

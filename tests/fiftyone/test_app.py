@@ -183,3 +183,57 @@ def test_a_run_is_scheduled(app, make_dataset, run_queued):
     assert 0 < len(found) < 12
     shown = dataset.match({"tags": {"$ne": []}}).count()
     eventually(page, lambda: page.get_by_text(f"{shown} samples", exact=True).count() == 1)
+
+
+def test_a_run_is_cancelled_and_a_failure_stays_on_the_page(app, fo, make_dataset, request):
+    from app_driver import eventually
+    from playwright.sync_api import expect
+
+    dataset, page = make_dataset(60), app.page
+
+    def ask():
+        form = app.open_form("ConceptSeg: segment a concept", "Checkpoint")
+        form.locator("input[type=string]").first.fill("the same object")
+        app.choose(form, "Adaptive", "Always reason")
+        return form
+
+    app.open(dataset.name)
+    form = ask()
+    expect(form.get_by_text("60 samples will be segmented")).to_be_visible()
+    form.locator("input[type=number]").last.fill("1")
+    page.wait_for_timeout(1500)  # the form resolves what was typed
+    app.execute(form)
+    expect(page.get_by_text(re.compile(r"[1-9]\d* of 60 segmented, about .* left"))).to_be_visible()
+    app.shot("14-progress")
+    page.get_by_role("button", name="Cancel the run").click()
+    expect(page.get_by_text(re.compile(r"\d+ of 60 segmented, cancelled")).first).to_be_visible()
+    app.shot("15-cancelled")
+    page.get_by_role("button", name="Done").click()
+    dataset.reload()
+    done = dataset.count("concept")
+    assert 0 < done < 60
+
+    # Its form offers to go on.
+    form = ask()
+    expect(form.get_by_text(f"{60 - done} samples will be segmented")).to_be_visible()
+    expect(form.get_by_text("Go on with the interrupted run")).to_be_visible()
+    app.shot("16-resume")
+    form.get_by_role("button", name="Cancel").click()
+
+    # What failed says so until it is read, and not only in a message that goes.
+    other = fo.Dataset("someones_samples")
+    request.addfinalizer(other.delete)
+    other.add_sample(fo.Sample(filepath="nothing.png"))
+    form = app.open_form("ConceptSeg: load a benchmark", "Split")
+    form.locator("input").last.fill(other.name)
+    page.wait_for_timeout(1500)
+    app.execute(form)
+    failed = page.locator("[data-cy=operators-prompt-view-modal]")
+    expect(failed).to_contain_text(
+        "Failed: dataset 'someones_samples' is there already and holds other samples"
+    )
+    message = page.get_by_text("Failed: dataset 'someones_samples'")
+    eventually(page, lambda: message.count() == 1)  # the message has gone
+    expect(failed).to_contain_text("Failed: ")
+    assert failed.get_by_text("of 60 samples").count() == 0
+    app.shot("17-failed")

@@ -253,3 +253,47 @@ def test_a_target_goes_on_without_a_damaged_reference(fo, plain):
         assert first["reference_ids"] == [] and len(second["reference_ids"]) == 1
     finally:
         fo.delete_dataset("plain-reference")
+
+
+def test_a_mask_without_its_photo_stops_no_load(fo, plain):
+    """FiftyOne takes a file without a known ending for no image, and refuses it beside images."""
+    from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
+
+    (plain / "samples.jsonl").unlink()
+    (plain / "prompt.txt").write_text("thing")
+    (plain / "images" / "b.jpg").unlink()
+    Image.open(plain / "images" / "a.jpg").save(plain / "images" / "r.gif")
+    (plain / "images" / "r.jpg").unlink()
+    try:
+        with pytest.warns(UserWarning, match="of 4 samples lack files"):
+            dataset = load_concept_benchmark("plain", root=plain, dataset_name="plain-photo")
+        assert set(dataset.values("episode")) == {"a", "b", "c", "r"}
+        lost = dataset.match({"episode": "b"}).first()
+        assert lost.filepath == str(plain / "images" / "b.png") and "is not a file" in lost["load_error"]
+        assert lost["ground_truth"] is None
+        assert dataset.match({"episode": "a"}).first()["load_error"] is None
+    finally:
+        fo.delete_dataset("plain-photo")
+
+
+def test_pictures_that_fiftyone_does_not_know_are_copied(fo, plain):
+    from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
+
+    for name in "ar":
+        Image.open(plain / "images" / f"{name}.jpg").save(plain / "images" / f"{name}.tga")
+    rows = (plain / "samples.jsonl").read_text().splitlines()
+    (plain / "samples.jsonl").write_text(rows[0].replace(".jpg", ".tga") + "\n" + rows[1])
+    try:
+        for _ in range(2):  # a second load finds what the first has copied
+            dataset = load_concept_benchmark("plain", root=plain, dataset_name="plain-tga")
+            copied, kept = dataset.load_saved_view("targets")
+            assert kept.filepath == str(plain / "images" / "b.jpg")
+            [reference] = dataset.select(copied["reference_ids"])
+            for sample, name in ((copied, "a"), (reference, "r")):
+                assert sample.filepath.endswith(".png") and str(plain) not in sample.filepath
+                assert np.array_equal(
+                    load_image(sample.filepath), load_image(plain / "images" / f"{name}.tga")
+                )
+            assert len(dataset) == 4 and dataset.count("load_error") == 0
+    finally:
+        fo.delete_dataset("plain-tga")

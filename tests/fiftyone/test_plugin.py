@@ -14,25 +14,33 @@ ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = "@conceptseg/conceptseg"
 OPERATORS = {
     *("segment_concept", "evaluate_concepts", "load_concept_benchmark", "find_uncertain"),
-    *("show_references", "release_model", "concept_explorer"),
+    *("show_references", "cancel_run", "release_model", "concept_explorer"),
 }
 
 
 @pytest.fixture()
-def messages(fo):
-    """The warnings that a form shows for some values; all of them keep it from being sent."""
-    from fiftyone.operators import types
+def form_of(fo):
+    """The fields of an operator's form for some values."""
     from fiftyone.operators.executor import ExecutionContext
     from fiftyone.operators.registry import OperatorRegistry
 
     def ask(operator: str, dataset, params=None, **context):
         request = {"dataset_name": dataset.name, "params": params or {}, **context}
-        form = (
-            OperatorRegistry().get_operator(f"{PLUGIN}/{operator}").resolve_input(ExecutionContext(request))
-        )
+        found = OperatorRegistry().get_operator(f"{PLUGIN}/{operator}")
+        return found.resolve_input(ExecutionContext(request)).type.properties
+
+    return ask
+
+
+@pytest.fixture()
+def messages(form_of):
+    """The warnings that a form shows for some values; all of them keep it from being sent."""
+    from fiftyone.operators import types
+
+    def ask(operator: str, dataset, params=None, **context):
         return [
             field.view.label
-            for field in form.type.properties.values()
+            for field in form_of(operator, dataset, params, **context).values()
             if isinstance(field.view, types.Warning) and field.invalid
         ]
 
@@ -78,7 +86,8 @@ def test_the_form_says_what_is_missing(fo, make_dataset, messages):
         "No samples are selected; select the references in the grid."
     ]
     assert ask({"selected": [reference]}, prompt="star") == []
-    [unmarked] = ask({"selected": [target]}, prompt="star")
+    assert ask({"selected": [target]}, prompt="star") == []  # a mask marks it, where a box marks others
+    [unmarked] = ask({"selected": [target]}, prompt="star", reference_label_field="ref_boxes")
     assert "has neither box nor mask in 'ref_boxes'" in unmarked
     assert ask({"selected": [target]}, prompt="star", reference_label_field="ground_truth") == []
     assert ask({"selected": [target]}, prompt="star", reference_label_field="none") == []
@@ -129,9 +138,7 @@ for name in ("segment_concept", "evaluate_concepts", "load_concept_benchmark", "
     print(shown.view.label)
 """
     environment = os.environ | {"PYTHONSAFEPATH": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 4 and all("pip install 'conceptseg-hf[fiftyone]'" in line for line in lines)
@@ -179,3 +186,134 @@ def test_a_benchmark_is_not_mixed_into_other_samples(fo, run_operator):
         assert len(other) == 1
     finally:
         fo.delete_dataset("someone_elses")
+
+
+def test_the_form_takes_what_marks_the_selection(fo, make_dataset, form_of, run_operator):
+    """Where the likeliest field has nothing, another one; where none has, the images alone."""
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob
+
+    dataset = make_dataset(3)
+    target, bare = dataset.match({"role": "target"}).limit(2)
+    bare["ground_truth"] = None
+    bare.save()
+    reference = dataset.exists("ref_boxes").first()
+
+    def found(sample):
+        form = form_of("segment_concept", dataset, {"prompt": "star"}, selected=[sample.id])
+        marks = form["reference_label_field"]
+        assert marks.default == "auto" and "fault" not in form
+        return marks.view.choices[0].label
+
+    assert found(reference) == "Automatic: ref_boxes"
+    assert found(target) == "Automatic: ground_truth"
+    assert found(bare) == "Automatic: nothing, so the images alone"
+    params = {"prompt": "star", "router": "sam_only", "reference_label_field": "auto"}
+    run_operator("segment_concept", dataset, params, selected=[target.id])
+    dataset.reload()
+    [key] = dataset.list_runs()
+    assert SegmentationJob.load(dataset, key).reference_label_field == "ground_truth"
+
+
+def test_an_interrupted_run_goes_on_by_default(make_dataset, form_of, run_operator):
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
+
+    dataset = make_dataset(6)
+    job = SegmentationJob(prompt="star", router="sam_only", reference_label_field="ref_boxes", batch_size=2)
+    run = segment_collection(dataset.load_saved_view("targets"), job)
+    next(run), next(run)
+
+    def form(**params):
+        return form_of("segment_concept", dataset, {"prompt": "star", "router": "sam_only"} | params)
+
+    assert "field 'concept' is being written by another run" in form()["in_use"].view.label.lower()
+    assert not form()["in_use"].invalid and "in_use" not in form(field="another")
+    run.close()
+    assert "in_use" not in form()
+    assert form()["resume"].default and "skip_existing" not in form()
+    assert form()["summary"].view.label.startswith("4 samples will be segmented, 2 are done;")
+    assert form(resume=False)["summary"].view.label.startswith("6 samples will be segmented;")
+    for other in ({"prompt": "circle"}, {"field": "another"}):
+        assert "resume" not in form(**other) and form(**other)["skip_existing"].default is None
+    kept = dict(zip(*dataset.exists("concept").values(["id", "concept.id"])))
+    run_operator("segment_concept", dataset, {"prompt": "star", "router": "sam_only", "resume": True})
+    dataset.reload()
+    assert kept.items() <= dict(zip(*dataset.exists("concept").values(["id", "concept.id"]))).items()
+    assert dataset.count("concept") == 6 and "resume" not in form()
+
+
+def test_a_run_is_cancelled_from_its_form(make_dataset, form_of, run_operator):
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
+
+    dataset = make_dataset(4)
+    assert form_of("cancel_run", dataset)["none"].view.label == "No run writes to this dataset now."
+    assert run_operator("cancel_run", dataset).result == {"cancelled": False}
+    job = SegmentationJob(prompt="star", router="sam_only", batch_size=1)
+    run = segment_collection(dataset.load_saved_view("targets"), job)
+    next(run), next(run)
+    [choice] = form_of("cancel_run", dataset)["name"].view.choices
+    assert choice.label.startswith("concept: 1 of 4 done, since ")
+    assert run_operator("cancel_run", dataset, {"name": "concept"}).result == {"cancelled": True}
+    [last] = run
+    assert last.cancelled and str(last) == "2 of 4 segmented, cancelled"
+
+
+def test_what_an_evaluation_leaves_out_is_named(fo, make_dataset, run_operator):
+    """Of the samples that it was given, each one is either scored or named."""
+    dataset = make_dataset(5)
+    run_operator("segment_concept", dataset, {"prompt": "star", "router": "sam_only"})
+    dataset.reload()
+    bare, lost = dataset.match({"role": "target"}).limit(2)
+    bare["ground_truth"] = None
+    lost["ground_truth"].mask_path = "/nowhere/mask.png"
+    bare.save()
+    lost.save()
+    result = run_operator("evaluate_concepts", dataset).result
+    assert result["summary"].endswith(f" (3 of {len(dataset)} samples)")
+    rows = {row["why"]: (row["samples"], row["files"]) for row in result["left_out"]}
+    references = dataset.match({"role": "reference"})
+    assert rows.pop("Without a mask in 'ground_truth'") == (1, bare.filename)
+    count, files = rows.pop("References without a mask in 'ground_truth'")
+    assert (
+        count == len(references) and files.startswith(references.first().filename) and files.endswith(", ...")
+    )
+    [(why, named)] = rows.items()
+    assert "'/nowhere/mask.png' is not a file" in why and named == (1, lost.filename)
+
+
+def test_a_load_names_what_it_could_not_read(fo, tmp_path):
+    """And a failure takes the place of the progress."""
+    from fiftyone.operators.executor import ExecutionContext, Executor
+    from fiftyone.operators.registry import OperatorRegistry
+    from PIL import Image
+
+    def shown(params):
+        operator = OperatorRegistry().get_operator(f"{PLUGIN}/load_concept_benchmark")
+        context = ExecutionContext({"params": params}, executor=Executor())
+        labels = []
+        try:
+            for message in operator.execute(context):
+                if message.body.operator_uri.endswith("show_output"):
+                    fields = message.body.params["outputs"]["type"]["properties"]
+                    labels.append([field["view"].get("label") for field in fields.values()])
+        except ValueError as error:
+            labels.append(str(error))
+        return labels
+
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+        for stem in "ab":
+            Image.new("L", (30, 20), 255).save(tmp_path / name / f"{stem}.png")
+    (tmp_path / "prompt.txt").write_text("thing")
+    (tmp_path / "images" / "b.png").write_bytes(b"no picture")
+    params = {"benchmark": "plain", "root": str(tmp_path), "dataset_name": "shown"}
+    try:
+        start, end, last = shown(params)
+        assert start == ["0 of 2 samples", "Cancel the run"] and end == ["2 of 2 samples"]
+        assert last == ["2 of 2 samples; 1 could not be read, see load_error (b.png)"]
+        message = "dataset 'shown' is there already and holds other samples; give another dataset_name."
+        dataset = fo.load_dataset("shown")
+        dataset.info = {}
+        dataset.save()
+        assert shown(params) == [[f"Failed: {message}"], message]
+    finally:
+        fo.delete_dataset("shown")

@@ -8,10 +8,11 @@ from .benchmarks import load_concept_benchmark
 from .checkpoints import get_pipeline, release_models
 from .evaluation import ConceptSegEvaluationConfig, evaluate_concepts, register_evaluation_backend
 from .job import SegmentationJob
-from .loop import Progress, segment_collection
+from .loop import cancel_segmentation, segment_collection
 from .model import ConceptSegFiftyOneModel
 from .model_zoo import install_zoo_models
 from .other_route import segment_other_route
+from .progress import Progress
 from .reference_samples import references_from, view_with_references
 from .schema import declare_prediction_fields
 from .uncertainty import find_uncertain
@@ -23,6 +24,7 @@ __all__ = [
     "ConceptSegFiftyOneModel",
     "Progress",
     "SegmentationJob",
+    "cancel_segmentation",
     "declare_prediction_fields",
     "evaluate_concepts",
     "find_uncertain",

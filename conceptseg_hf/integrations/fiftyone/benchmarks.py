@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import fiftyone as fo
+import fiftyone.core.media as fomm
 import fiftyone.core.storage as fos
 import fiftyone.core.utils as fou
 from fiftyone import ViewField as F
@@ -20,6 +21,7 @@ from ...data import ConceptSample, FileBenchmark, UnreadableSampleError, load_be
 from ...data.files import FileReference
 from ...images import load_image, load_mask, mask_to_image
 from ...references import Reference, mask_to_box
+from .field_locks import Lock, locked
 from .files import default_folder, write_picture
 from .labels import relative_box
 from .schema import (
@@ -34,6 +36,8 @@ from .schema import (
 
 _SOURCES = "conceptseg_benchmarks"  # key of `dataset.info`: benchmark, split and folder of each load
 _STEP = 20  # samples between two reports of progress
+LOADING = "(samples)"
+"""What a load holds, beside the fields that runs hold: two at once would add samples twice."""
 
 Mark: TypeAlias = tuple[str | None, tuple[float, ...] | None]
 """What marks the concept on a reference: the file of its mask and its relative box, as far as there are."""
@@ -50,9 +54,10 @@ def load_concept_benchmark(
 ) -> fo.Dataset:
     """Loads a benchmark into FiftyOne; samples that are there already stay as they are.
 
-    Pictures of files stay where they are; drawn ones and all masks are written to FiftyOne's folder for data. A sample
-    that cannot be read becomes a sample with `load_error`, which the next load tries again. Saved views that are there
-    stay as they are, too.
+    Pictures of files stay where they are; drawn ones, all masks, and copies (PNG) of pictures whose names FiftyOne does
+    not take for images are written to its folder for data. A sample that cannot be read, a mask without its photo among
+    them, becomes a sample with `load_error`, which the next load tries again. Saved views that are there stay as they
+    are, too.
 
     Args:
         name: One of `conceptseg_hf.data.BENCHMARKS`.
@@ -69,7 +74,8 @@ def load_concept_benchmark(
         references as dynamic groups).
 
     Raises:
-        ValueError: If there is no such benchmark or split, or the dataset holds other samples.
+        ValueError: If there is no such benchmark or split, the dataset holds other samples, or another load into it is
+            running.
         MissingFilesError: If files are missing.
     """
     dataset_name = dataset_name or f"{name}-{split}"
@@ -82,13 +88,25 @@ def load_concept_benchmark(
 def import_benchmark(
     name: str, root: str | Path | None, split: str, limit: int | None, dataset_name: str, seed: int = 42
 ) -> Iterator[tuple[int, int]]:
-    """As `load_concept_benchmark`, step by step: yields (done, total) at the start and after every few samples."""
+    """As `load_concept_benchmark`, step by step: yields (done, total) at the start and after every few samples.
+
+    It ends early if it is cancelled: `field_locks.request_cancel(dataset, LOADING)`.
+    """
     samples = load_benchmark(name, root=root, split=split, limit=limit, seed=seed)
     if fo.dataset_exists(dataset_name):
         dataset = fo.load_dataset(dataset_name)
     else:
         dataset = fo.Dataset(dataset_name, persistent=True)
-    _remember_source(dataset, name, split, None if root is None else str(Path(root).expanduser().resolve()))
+    source = None if root is None else str(Path(root).expanduser().resolve())
+    with locked(dataset, [LOADING], f"dataset {dataset_name!r}", total=len(samples)) as lock:
+        _remember_source(dataset, name, split, source)
+        yield from _add_samples(dataset, samples, name, split, lock)
+        _save_views(dataset)
+
+
+def _add_samples(
+    dataset: fo.Dataset, samples: Any, name: str, split: str, lock: Lock
+) -> Iterator[tuple[int, int]]:
     declare_benchmark_fields(dataset)
     writer = _Writer(dataset, name, split)
     own = dataset.match((F("benchmark") == name) & (F("split") == split) & (F("role") == TARGET))
@@ -101,8 +119,10 @@ def import_benchmark(
         if episode not in present:
             writer.add(samples, index, sample, episode)
         if done % _STEP == 0 or done == total:
+            cancelled = lock.beat(done)
             yield done, total
-    _save_views(dataset)
+            if cancelled:
+                return
 
 
 def _remember_source(dataset: fo.Dataset, name: str, split: str, root: str | None) -> None:
@@ -142,7 +162,7 @@ class _Writer:
             if item is not None:
                 self._add_failed(sample, item.image, episode, sample.fields)
             return
-        path = str(item.image) if item is not None else self._write(sample.image, "images", episode)
+        path = self._path_of(item.image if item is not None else None, sample.image, "images", episode)
         fields = {name: getattr(sample, name) for name in ("prompt", "level", "group", "family")}
         target = fo.Sample(
             filepath=path,
@@ -177,14 +197,19 @@ class _Writer:
                 return
         self._dataset.add_sample(target)
 
+    def _path_of(self, path: Path | None, image: Image.Image, kind: str, stem: str) -> str:
+        """The file of a picture: its own, or one that is written if it has none that FiftyOne takes for an image."""
+        return str(path) if path is not None and _is_image(path) else self._write(image, kind, stem)
+
     def _write(self, image: Image.Image, kind: str, stem: str) -> str:
         return write_picture(image, self._folder / kind, stem.replace("/", "_"))
 
     def _shared_reference(self, file: FileReference, reference: Reference, target: fo.Sample) -> str:
         """The id of a file's reference, added unless its picture is there with the same mark."""
         if file not in self._by_file:
-            image, path = load_image(reference.image), fos.normalize_path(str(file.image))
-            mark = self._mark_of(reference, image.size, file.image.stem)
+            image, stem = load_image(reference.image), file.image.stem
+            path = fos.normalize_path(self._path_of(file.image, image, "references", stem))
+            mark = self._mark_of(reference, image.size, stem)
             if (path, mark) not in self._shared:
                 self._shared[path, mark] = self._add_reference(path, image.size, mark, target)
             self._by_file[file] = self._shared[path, mark]
@@ -229,9 +254,10 @@ class _Writer:
         return sample.id
 
     def _add_failed(self, error: Exception, path: Path, episode: str, fields: Mapping[str, Any]) -> None:
+        shown = path if _is_image(path) else path.with_suffix(".png")  # one of no name, such as "photo.*"
         self._dataset.add_sample(
             fo.Sample(
-                filepath=str(path),
+                filepath=str(shown),
                 role=TARGET,
                 benchmark=self._name,
                 split=self._split,
@@ -255,6 +281,11 @@ def _shared_references(dataset: fo.Dataset) -> dict[tuple[str, Mark], str]:
         shared.values("id"),
     )
     return {(path, (mask, tuple(boxes[0]) if boxes else None)): id_ for path, mask, boxes, id_ in stored}
+
+
+def _is_image(path: Path) -> bool:
+    """Whether FiftyOne takes a file for an image, which it tells by its name; it refuses others beside images."""
+    return fomm.get_media_type(str(path)) == fomm.IMAGE
 
 
 def _read(samples: Any) -> Iterator[tuple[int, ConceptSample | UnreadableSampleError]]:

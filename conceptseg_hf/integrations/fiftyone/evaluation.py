@@ -6,36 +6,41 @@ an empty mask, and a pixel is foreground as `images.load_mask` says, or where it
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import fiftyone as fo
 import fiftyone.utils.eval.segmentation as foues
 import numpy as np
-from fiftyone import ViewField as F
 
+from ...data.truths import resize
 from ...evaluation.metrics import LIBRARY_METRICS, METRICS, MaskMetrics
-from ...evaluation.records import REJECTION_THRESHOLD
-from ...evaluation.report import EvaluationReport
 from ...evaluation.tables import HEADINGS, LOWER_IS_BETTER
 from ...images import load_mask
-from .labels import mask_of
-from .schema import GROUND_TRUTH, IGNORE, fields_of_type, whole_dataset
+from ...mask_checks import is_similar_size
+from .evaluation_runs import COUNTS, left_out_of, replaced_since, report_of
+from .field_locks import locked
+from .labels import mask_of, predicted_mask
+from .schema import GROUND_TRUTH, IGNORE, fields_of_type
 from .true_masks import check_class, load_probabilities, load_true_mask
 
 BACKEND = "conceptseg"
 CLASSES = ["background", "concept"]
-COUNTS = ("tp", "fp", "fn", "tn")
 SCORES = ("iou", "dice", *COUNTS, "mae", *LIBRARY_METRICS)
 """What a run keeps of each sample; those of `LIBRARY_METRICS` only where they are asked for."""
 LABELS = HEADINGS | {"f_w": "Weighted F-measure", "giou": "gIoU (mean foreground IoU)"}
-_OF_A_BENCHMARK = {
-    "level": fo.StringField,
-    "group": fo.StringField,
-    "episode": fo.StringField,
-    "present": fo.BooleanField,
-}
-_OF_A_LABEL = ("route", "decode_presence", "check_iou", "error")
+
+__all__ = [
+    "ConceptSegEvaluation",
+    "ConceptSegEvaluationConfig",
+    "check_eval_key",
+    "evaluate_concepts",
+    "left_out_of",
+    "register_evaluation_backend",
+    "replaced_since",
+    "report_of",
+]
 
 
 class ConceptSegEvaluationConfig(foues.SegmentationEvaluationConfig):
@@ -133,7 +138,7 @@ class ConceptSegEvaluation(foues.SegmentationEvaluation):
         for sample in scorer.samples.iter_samples(progress=progress, autosave=eval_key is not None):
             try:
                 score = scorer.score(sample)
-            except (ValueError, OSError) as error:  # a lost file, or a mask of another shape
+            except (ValueError, OSError) as error:  # a lost file, or a mask of another size
                 self.unscored[sample.id] = str(error)
                 continue
             matches += _matches(score, sample[config.gt_field], sample[config.pred_field])
@@ -193,22 +198,44 @@ class _Scorer:
     def score(self, sample: Any) -> dict[str, float]:
         """Scores a sample.
 
+        A true mask that has nearly the size of the predicted one (see `mask_checks.is_similar_size`) is resized to it.
+        Where the protocol resizes both anyway, they may have any size.
+
         Raises:
-            ValueError: If a mask cannot be read, has another shape, or holds several classes.
+            ValueError: If a mask cannot be read, has another size, or holds several classes.
             OSError: If a file is lost.
         """
         config = self._config
         truth, ignore = load_true_mask(sample[config.gt_field], config.gt_class)
-        size = (truth.shape[1], truth.shape[0])
-        prediction = mask_of(sample[config.pred_field])
-        mask = np.zeros_like(truth) if prediction is None else load_mask(prediction, size)
+        prediction = predicted_mask(sample[config.pred_field])
+        mask = np.zeros_like(truth) if prediction is None else load_mask(prediction)
+        size = (mask.shape[1], mask.shape[0])
         if config.heatmap_field and prediction is not None and sample[config.heatmap_field] is not None:
             mask = load_probabilities(sample[config.heatmap_field], mask)
         ignored = None if self._ignore_field is None else mask_of(sample[self._ignore_field])
+        if ignore is not None:
+            ignore = _fit(ignore, size, "the true mask")
         if ignored is not None:
-            pixels = load_mask(ignored, size)
+            pixels = _fit(load_mask(ignored), size, "the mask of pixels that do not count")
             ignore = pixels if ignore is None else ignore | pixels
+        if ignore is not None or self.total.protocol.size is None:
+            truth = _fit(truth, size, "the true mask")
         return self.total.update(mask, truth, ignore)
+
+
+def _fit(mask: np.ndarray, size: tuple[int, int], what: str) -> np.ndarray:
+    """A mask (H, W) bool at the size (width, height) of the predicted one.
+
+    Raises:
+        ValueError: If its own is another by more than rounding or scale.
+    """
+    found = (mask.shape[1], mask.shape[0])
+    if not is_similar_size(found, size):
+        raise ValueError(
+            f"{what} has {found[0]} x {found[1]} pixels, but the predicted one {size[0]} x {size[1]}; "
+            "give masks of the image's size."
+        )
+    return resize(mask, size)
 
 
 def register_evaluation_backend() -> None:
@@ -246,11 +273,12 @@ def evaluate_concepts(
 
     Returns:
         FiftyOne's results; `results.custom_metrics` holds the metrics, in percent, and `results.backend.unscored` why
-        samples were left out (a lost file, a mask of another shape or of several classes), by sample id.
+        samples were left out (a lost file, a mask of another size or of several classes), by sample id.
 
     Raises:
         ValueError: If fields are missing, hidden or of another type, no sample can be scored, the protocol or a metric
-            does not exist, `eval_key` names something else, or one class of several has to be chosen.
+            does not exist, `eval_key` names something else or is being written by another evaluation, or one class of
+            several has to be chosen.
     """
     settings = {
         "gt_field": gt_field,
@@ -262,14 +290,20 @@ def evaluate_concepts(
     }
     config = ConceptSegEvaluationConfig(pred_field, **settings)
     config.build().check(samples, eval_key)  # FiftyOne checks fields before it registers a run, in its words
-    try:
-        return samples.evaluate_segmentations(
-            pred_field, eval_key=eval_key, method=ConceptSegEvaluationConfig, progress=progress, **settings
-        )
-    except BaseException:  # Ctrl-C, too: half a run would pass for a whole one
-        if eval_key in samples.list_evaluations() and samples.load_evaluation_results(eval_key) is None:
-            samples._dataset.delete_evaluation(eval_key)
-        raise
+    dataset, subject = samples._dataset, f"evaluation {eval_key!r}"
+    with contextlib.nullcontext() if eval_key is None else locked(dataset, [f"({subject})"], subject):
+        try:
+            return samples.evaluate_segmentations(
+                pred_field,
+                eval_key=eval_key,
+                method=ConceptSegEvaluationConfig,
+                progress=progress,
+                **settings,
+            )
+        except BaseException:  # Ctrl-C, too: half a run would pass for a whole one
+            if eval_key in samples.list_evaluations() and samples.load_evaluation_results(eval_key) is None:
+                dataset.delete_evaluation(eval_key)
+            raise
 
 
 def check_eval_key(
@@ -295,93 +329,6 @@ def check_eval_key(
     for name in _score_fields(eval_key, metrics).values():
         if name not in replaced and samples._dataset.has_field(name):  # a view may hide it
             raise ValueError(f"field {name!r} is there already; give the evaluation another name.")
-
-
-def report_of(samples: Any, eval_key: str) -> EvaluationReport:
-    """The report of a kept run, by level and group, over the samples given.
-
-    Where a mask was replaced since (`replaced_since`), the scores are of the old one, and what the label says of its
-    making (route, presence, check, error) is left out.
-
-    Raises:
-        ValueError: If there is no such run, or it is not finished.
-    """
-    replaced = set(replaced_since(samples, eval_key))
-    config = samples.get_evaluation_info(eval_key).config
-    records = list(_records(_scored(samples, eval_key), config, eval_key, replaced))
-    settings = {"protocol": config.protocol, "metrics": config.metrics, "benchmark": samples._dataset.name}
-    return EvaluationReport(records, settings)
-
-
-def replaced_since(samples: Any, eval_key: str) -> list[str]:
-    """Ids of the samples whose prediction or true mask is another than a kept run has scored.
-
-    Raises:
-        ValueError: If there is no such run, or it is not finished.
-    """
-    results = _results_of(samples, eval_key)
-    config = samples.get_evaluation_info(eval_key).config
-    scored = set(zip(results.ytrue_ids, results.ypred_ids))
-    paths = ["id", f"{config.gt_field}.id", f"{config.pred_field}.id"]
-    return [
-        sample_id
-        for sample_id, *label_ids in zip(*_scored(samples, eval_key).values(paths))
-        if tuple(label_ids) not in scored
-    ]
-
-
-def _results_of(samples: Any, eval_key: str) -> foues.SegmentationResults:
-    if eval_key not in samples.list_evaluations():
-        raise ValueError(f"there is no evaluation {eval_key!r}; run evaluate_concepts first.")
-    results = samples.load_evaluation_results(eval_key)
-    if results is None:  # it is running, or was killed
-        raise ValueError(
-            f"evaluation {eval_key!r} is not finished; wait for it, or run it again under the same name."
-        )
-    return results
-
-
-def _scored(samples: Any, eval_key: str) -> Any:
-    """The samples that the run scored, with all their fields, as views may hide some."""
-    if not isinstance(samples, fo.Dataset):
-        samples = whole_dataset(samples).select(samples.values("id"))
-    return samples.match(F(f"{eval_key}_tp") != None)  # noqa: E711 (an expression of FiftyOne)
-
-
-def _records(samples: Any, config: Any, eval_key: str, replaced: Collection[str]) -> Iterable[dict[str, Any]]:
-    """The run's samples as the report takes them; what the dataset does not know is None."""
-    pred = config.pred_field
-    extra = [name for name in LIBRARY_METRICS if name in config.metrics]
-    paths = {name: f"{eval_key}_{name}" for name in (*COUNTS, "mae", "iou", *extra)}
-    paths |= {name: name for name in ("level", "group", "present", "episode")}
-    paths |= {name: f"{pred}.{name}" for name in _OF_A_LABEL} | {"id": "id"}
-    known = {name: path for name, path in paths.items() if samples.has_field(path)}
-    for name, kind in _OF_A_BENCHMARK.items():  # others may use these names for something else
-        if name in known and not isinstance(samples.get_field(name), kind):
-            del known[name]
-    if not samples.has_field("benchmark"):
-        known.pop("present", None)
-    columns = dict(zip(known, samples.values(list(known.values()))))
-    for values in zip(*columns.values()):
-        value = dict.fromkeys(paths) | dict(zip(columns, values))
-        if value["id"] in replaced:
-            value |= dict.fromkeys(_OF_A_LABEL)
-        presence = value["decode_presence"]
-        yield {
-            "sample_id": value["episode"],
-            "level": value["level"] or "?",
-            "group": value["group"] or "?",
-            "present": (value["tp"] + value["fn"]) > 0 if value["present"] is None else value["present"],
-            "route": value["route"],
-            "decode_presence": presence,
-            "rejected": presence is not None and presence < REJECTION_THRESHOLD,
-            "foreground_iou": value["iou"],
-            "scores": {name: value[name] for name in (*COUNTS, "mae", *extra)},
-            "format_valid": None,
-            "box_iou": None,
-            "check_iou": value["check_iou"],
-            "error": value["error"],
-        }
 
 
 def _score_fields(eval_key: str, metrics: Sequence[str]) -> dict[str, str]:

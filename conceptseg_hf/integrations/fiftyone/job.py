@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fiftyone as fo
 
@@ -13,8 +14,8 @@ from ...images import load_image, load_mask
 from ...references import Reference
 from ...router import ROUTER_MODES
 from .checkpoints import NANO
-from .reference_samples import AUTO, references_from, resolve_label_field, samples_by_id
-from .runs import check_output_fields, keep_run, load_run
+from .reference_samples import AUTO, check_references, references_from, resolve_label_field, samples_by_id
+from .runs import check_output_fields, keep_run, load_run, run_key
 
 _KEPT = (
     "field",
@@ -28,6 +29,7 @@ _KEPT = (
     "checkpoint",
     "router",
     "outputs",
+    "label",
 )
 
 
@@ -42,14 +44,17 @@ class SegmentationJob:
         references: References that all samples share.
         reference_ids: Or the ids of samples that serve all others as references.
         reference_ids_field: Or the sample field that lists the ids of each sample's own references.
-        reference_label_field: The field that marks the concept in reference samples; `"auto"`: found by itself; None:
-            they are shown unmarked.
+        reference_label_field: The field that marks the concept in reference samples; `"auto"`: of the likeliest the one
+            that marks the most of them; None: they are shown unmarked.
         reference_label_ids: Ids of the labels that mark the concept there, of `Detections`; all by default.
         proxy: Withhold the box of the first boxed reference sample, so that the rule is checked.
         checkpoint: `"nano"`, a folder or a hub id.
         router: `"adaptive"`, `"sam_only"` or `"full_reasoning"`.
         outputs: See `schema.OUTPUTS`.
-        skip_existing: Leave samples that have a prediction without error.
+        label: Class of the detections, and of the masks' foreground in the dataset's `mask_targets`. By default the
+            detections of a sample have its prompt as their class; the answer is an attribute.
+        skip_existing: Leave samples that have a prediction without error. None: those alone that a run with these
+            settings has made, if it was interrupted (killed, cancelled or failed before its end).
         batch_size: Samples at a time.
         folder: Where masks and heatmaps go; FiftyOne's folder for data by default.
     """
@@ -66,7 +71,8 @@ class SegmentationJob:
     checkpoint: str = NANO
     router: str = "adaptive"
     outputs: Sequence[str] = ("segmentation",)
-    skip_existing: bool = False
+    label: str | None = None
+    skip_existing: bool | None = None
     batch_size: int = 8
     folder: str | Path | None = None
 
@@ -99,6 +105,8 @@ class SegmentationJob:
             raise ValueError(f"router is {self.router!r}; use one of {', '.join(ROUTER_MODES)}.")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; use at least 1.")
+        if self.label is not None and not self.label.strip():
+            raise ValueError("label is empty; give the name of a class, or None for the prompt.")
         if (bool(self.references), bool(self.reference_ids), self.reference_ids_field is not None).count(
             True
         ) > 1:
@@ -112,25 +120,37 @@ class SegmentationJob:
         """The references that all samples share.
 
         Raises:
-            ValueError: If a reference sample is gone, or has no mark.
+            ValueError: If a reference sample is gone or has no mark, or a reference cannot be used; its file is named.
         """
         if not self.reference_ids:
+            check_references(self.references)
             return self.references
         return references_from(
             samples_by_id(samples, self.reference_ids),
-            resolve_label_field(samples._dataset, self.reference_label_field),
+            self.label_field(samples._dataset),
             self.proxy,
             label_ids=self.reference_label_ids,
         )
 
+    def label_field(self, dataset: fo.Dataset) -> str | None:
+        """The field that marks the concept in reference samples; None: they are shown unmarked."""
+        return resolve_label_field(dataset, self.reference_label_field, self.reference_ids)
+
     def keep(self, dataset: fo.Dataset) -> str:
         """Keeps the settings with the dataset; see `keep_run`."""
+        return keep_run(dataset, self.field, self._settings(dataset))
+
+    def key(self, dataset: fo.Dataset) -> str:
+        """The key under which `keep` keeps them."""
+        return run_key(self.field, self._settings(dataset))
+
+    def _settings(self, dataset: fo.Dataset) -> dict[str, Any]:
         settings = {name: getattr(self, name) for name in _KEPT}
         settings |= {"outputs": sorted(self.outputs), "other_references": _digest_of(self.references)}
         settings |= {name: list(settings[name]) for name in ("reference_ids", "reference_label_ids")}
         if self.reference_ids or self.reference_ids_field is not None:  # what is likeliest may change
-            settings["reference_label_field"] = resolve_label_field(dataset, self.reference_label_field)
-        return keep_run(dataset, self.field, settings)
+            settings["reference_label_field"] = self.label_field(dataset)
+        return settings
 
     @classmethod
     def load(cls, dataset: fo.Dataset, key: str) -> SegmentationJob:
@@ -145,7 +165,7 @@ class SegmentationJob:
                 f"run {key!r} had references that are no samples of the dataset, so it cannot be repeated; "
                 "add them as samples and give reference_ids."
             )
-        return cls(**{name: settings[name] for name in _KEPT})
+        return cls(**{name: settings[name] for name in _KEPT if name in settings})
 
 
 def _digest_of(references: Sequence[Reference]) -> str | None:

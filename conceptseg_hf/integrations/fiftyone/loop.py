@@ -8,58 +8,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 import fiftyone as fo
+from bson import ObjectId
 from fiftyone import ViewField as F
 
-from ...images import load_image, load_mask
 from ...outputs import ConceptSegmentation
 from ...pipelines import ConceptSegmentationPipeline
 from ...references import Reference
 from .checkpoints import get_pipeline, segment_batch
+from .field_locks import Holder, Lock, check_free, interrupted_run, locked, request_cancel
 from .files import default_folder
 from .job import SegmentationJob
 from .labels import attributes_of, to_labels
-from .reference_samples import references_from, resolve_label_field, samples_by_id
-from .runs import stale_fields
+from .progress import Progress
+from .reference_samples import references_from, samples_by_id
+from .runs import catch_up, check_output_fields, name_masks, stale_fields, writable_fields
 from .schema import declare_prediction_fields, output_fields, whole_dataset
 
 _DECLARING = threading.Lock()
-
-
-@dataclass
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        total: Samples to do.
-        done: Samples done, those with errors included.
-        skipped: Samples that had a prediction before.
-        errors: Error of each sample that failed, by sample id.
-    """
-
-    total: int
-    done: int = 0
-    skipped: int = 0
-    errors: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def fraction(self) -> float:
-        """Share that is done, 0 to 1."""
-        return self.done / self.total if self.total else 1.0
-
-    def plus(self, part: Progress) -> Progress:
-        """This progress, and a part of its samples done."""
-        return replace(self, done=self.done + part.done, errors=self.errors | part.errors)
-
-    def __str__(self) -> str:
-        parts = [f"{self.done} of {self.total} segmented"]
-        parts += [f"{self.skipped} skipped"] if self.skipped else []
-        parts += [f"{len(self.errors)} with an error"] if self.errors else []
-        return ", ".join(parts)
 
 
 def segment_collection(
@@ -69,30 +38,55 @@ def segment_collection(
 ) -> Iterator[Progress]:
     """Segments samples; yields the progress at the start and after every batch.
 
+    One run at a time writes to a field. A run that is killed, cancelled (`cancel_segmentation`) or not iterated to its
+    end keeps what it has done; the same job then does the rest.
+
     Args:
-        samples: A dataset or view of images. Samples with an error of their own get a label with `error` and no mask;
-            the job's reference samples are left out.
+        samples: A dataset or view of images. Samples with an error of their own get a label with `error` and an empty
+            mask; the job's reference samples are left out.
         job: What to do. Its settings are kept as a custom run, which labels name in `run`.
         pipeline: The model; the one of `job.checkpoint` by default.
 
     Raises:
         ValueError: If the job cannot be done; the message is one sentence.
+        InUseError: If another run writes to the field; it is a ValueError that says which.
     """
-    job.check(samples)
     dataset = samples._dataset
+    names, subject = writable_fields(job.field), f"field {job.field!r}"
+    check_free(dataset, names, subject)  # before the model is loaded
+    job.check(samples)
     references_of = _ReferenceReader(dataset, job)
     pipeline = pipeline or get_pipeline(job.checkpoint)
-    with _DECLARING:  # two runs that begin at once would declare the same fields
-        declare_prediction_fields(dataset, job.field, job.outputs)
-    fields = output_fields(job.field, job.outputs)
     ids, total = pending_ids(samples, job), targets_of(samples, job).count()
-    progress = Progress(total=len(ids), skipped=total - len(ids))
-    yield progress
+    with locked(dataset, names, subject, job.key(dataset), len(ids)) as lock:
+        with _DECLARING:  # two runs that begin at once would declare the same fields
+            catch_up(samples)
+            check_output_fields(dataset, job.field, job.outputs)
+            declare_prediction_fields(dataset, job.field, job.outputs)
+            run = job.keep(dataset)
+        progress = Progress(total=len(ids), skipped=total - len(ids))
+        progress.bad_references = references_of.find_bad(ids)
+        yield progress
+        yield from _segment_batches(samples, job, ids, run, pipeline, references_of, progress, lock)
+        if "segmentation" in job.outputs:
+            name_masks(dataset, job.field)
 
-    settings = {"checkpoint": job.checkpoint, "router": job.router, "run": job.keep(dataset)}
+
+def _segment_batches(
+    samples: fo.core.collections.SampleCollection,
+    job: SegmentationJob,
+    ids: Sequence[str],
+    run: str,
+    pipeline: ConceptSegmentationPipeline,
+    references_of: _ReferenceReader,
+    progress: Progress,
+    lock: Lock,
+) -> Iterator[Progress]:
+    dataset, everything = samples._dataset, whole_dataset(samples)
+    fields = output_fields(job.field, job.outputs)
+    settings = {"checkpoint": job.checkpoint, "router": job.router, "run": run}
     folder = Path(job.folder) if job.folder else default_folder(dataset.name, job.field)
     needed = [name for name in (job.prompt_field, job.reference_ids_field) if name is not None]
-    everything = whole_dataset(samples)
     stale = stale_fields(dataset, job.field, job.outputs)
     for start in range(0, len(ids), job.batch_size):
         batch_ids = ids[start : start + job.batch_size]
@@ -103,11 +97,13 @@ def segment_collection(
         with view.save_context(batch_size=len(batch_ids)) as context:
             for sample, prompt, result in zip(batch, prompts, results, strict=True):
                 attributes = attributes_of(result, prompt, **settings)
+                image, label = sample.filepath, job.label
                 try:
-                    labels = to_labels(result, attributes, fields, folder, sample.id)
-                except (OSError, ValueError) as error:  # a full disk, or a shape that FiftyOne cannot hold
+                    labels = to_labels(result, attributes, fields, folder, sample.id, image, label)
+                except (OSError, ValueError) as error:  # a full disk, for example
                     result = ConceptSegmentation.failed(f"the mask cannot be written: {error}.", prompt)
-                    labels = to_labels(result, attributes | {"error": result.error}, fields)
+                    attributes = attributes_of(result, prompt, **settings)
+                    labels = to_labels(result, attributes, fields, image=image)
                 for output, name in fields.items():
                     sample[name] = labels.get(output)
                 for name in stale:
@@ -118,7 +114,21 @@ def segment_collection(
         gone = set(batch_ids).difference(view.values("id"))
         progress.errors |= dict.fromkeys(gone, "the sample was deleted during the run.")
         progress.done += len(batch_ids)
+        lock.cancelled = progress.cancelled = lock.beat(progress.done) and progress.done < progress.total
         yield progress
+        if progress.cancelled:
+            return
+
+
+def cancel_segmentation(samples: fo.core.collections.SampleCollection, field: str = "concept") -> bool:
+    """Asks the run that writes to a field, in whatever process, to end after the batch in work.
+
+    What it has done stays; the same job does the rest.
+
+    Returns:
+        Whether there is such a run.
+    """
+    return request_cancel(samples._dataset, field)
 
 
 def targets_of(
@@ -131,15 +141,26 @@ def targets_of(
 def pending_ids(samples: fo.core.collections.SampleCollection, job: SegmentationJob) -> list[str]:
     """The ids of the samples that a run has to do."""
     ids, dataset = targets_of(samples, job).values("id"), samples._dataset
-    if not (job.skip_existing and dataset.has_field(job.field)):
+    if not dataset.has_field(job.field):
+        return ids
+    interrupted = find_interrupted(dataset, job) if job.skip_existing is None else None
+    if not job.skip_existing and interrupted is None:
         return ids
     left = F(job.field) == None  # noqa: E711 (an expression of FiftyOne)
     if dataset.has_field(f"{job.field}.error"):
         left |= F(f"{job.field}.error") != None  # noqa: E711
+    if interrupted is not None:
+        left |= F(f"{job.field}.run") != interrupted.run
     left_ids = set(
         whole_dataset(samples).match(left).values("id")
     )  # of the dataset: a view may hide the field
     return [sample_id for sample_id in ids if sample_id in left_ids]
+
+
+def find_interrupted(dataset: fo.Dataset, job: SegmentationJob) -> Holder | None:
+    """The last run into the job's field, if it had its settings and ended before it was done."""
+    last = interrupted_run(dataset, job.field)
+    return last if last is not None and last.run == job.key(dataset) else None
 
 
 class _ReferenceReader:
@@ -148,11 +169,7 @@ class _ReferenceReader:
     def __init__(self, dataset: fo.Dataset, job: SegmentationJob) -> None:
         self._dataset, self._job = dataset, job
         self._shared = job.shared_references(dataset)
-        for reference in self._shared:  # one that cannot be read would make every sample fail
-            image = load_image(reference.image)
-            if reference.mask is not None:
-                load_mask(reference.mask, image.size)
-        self._label_field = resolve_label_field(dataset, job.reference_label_field)
+        self._label_field = job.label_field(dataset)
         self._read = lru_cache(maxsize=256)(self._read_anew)
 
     def __call__(self, sample: fo.Sample) -> Sequence[Reference]:
@@ -163,10 +180,26 @@ class _ReferenceReader:
             raise ValueError("the sample is listed among its own references; take it out.")
         return self._read(ids)
 
+    def find_bad(self, ids: Sequence[str]) -> dict[str, str]:
+        """What is wrong with those of the samples' own references that cannot be used, by their files."""
+        field = self._job.reference_ids_field
+        if field is None:
+            return {}
+        everything = whole_dataset(self._dataset)
+        listed = everything.select(ids).values(field)
+        wanted = {reference_id for references in listed for reference_id in references or ()}
+        faults = {}
+        for sample in everything.select([value for value in wanted if ObjectId.is_valid(value)]):
+            try:
+                self._references([sample])
+            except ValueError as error:
+                faults[sample.filepath] = str(error)
+        return faults
+
     def _read_anew(self, ids: tuple[str, ...]) -> list[Reference]:
-        if not ids:
-            return []
-        samples = samples_by_id(self._dataset, ids)
+        return self._references(samples_by_id(self._dataset, ids)) if ids else []
+
+    def _references(self, samples: Sequence[fo.Sample]) -> list[Reference]:
         label_ids = self._job.reference_label_ids
         return references_from(
             samples, self._label_field, self._job.proxy, unmarked=True, label_ids=label_ids

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import fiftyone as fo
 import fiftyone.core.models as fom
 import numpy as np
-from PIL import ExifTags, Image
 
 from ...outputs import ConceptSegmentation
 from ...references import Reference
 from ...router import ROUTER_MODES
 from .checkpoints import NANO, get_pipeline, segment_batch
 from .labels import attributes_of, to_labels
-from .reference_samples import AUTO, references_from, resolve_label_field, samples_by_id
+from .reference_samples import (
+    AUTO,
+    check_references,
+    references_from,
+    resolve_label_field,
+    samples_by_id,
+)
 from .schema import output_fields
 
 
@@ -42,9 +46,10 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         device: Such as `"cuda"`; the first accelerator by default.
         prompt_field: The sample field that holds each sample's own words.
         reference_field: The sample field that lists the ids of each sample's own references.
+        label: Class of the detections; each sample's prompt by default.
 
     Raises:
-        ValueError: If the router, output or checkpoint is unknown.
+        ValueError: If the router, output or checkpoint is unknown, or a reference cannot be used.
 
     Example:
         >>> declare_prediction_fields(dataset, "concept")
@@ -67,9 +72,11 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         device: str | None = None,
         prompt_field: str | None = None,
         reference_field: str | None = None,
+        label: str | None = None,
     ) -> None:
         super().__init__()
         output_fields("output", [output])
+        check_references(references)
         if router not in ROUTER_MODES:
             raise ValueError(f"router is {router!r}; use one of {', '.join(ROUTER_MODES)}.")
         fields = {"prompt_field": prompt_field, "reference_field": reference_field}
@@ -80,7 +87,7 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
             tuple(references),
             router,
         )
-        self.outputs = [output, "heatmap"] if heatmap else [output]
+        self.outputs, self.label = [output, "heatmap"] if heatmap else [output], label
         self.reference_label_field, self.proxy = reference_label_field, proxy
         self.pipeline = get_pipeline(checkpoint, device)
         self.config = None
@@ -148,7 +155,7 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
             samples: Their samples, for `prompt_field` and `reference_field`.
 
         Returns:
-            A label each, or with `heatmap` a dict of labels. None for a file of which not even the size can be read.
+            A label each, or with `heatmap` a dict of labels.
         """
         samples = [None] * len(args) if samples is None else samples
         results: list[ConceptSegmentation | None] = [None] * len(samples)
@@ -174,13 +181,7 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
 
     def _label(self, result: ConceptSegmentation, prompt: str, image: np.ndarray | str) -> Any:
         attributes = attributes_of(result, prompt, checkpoint=self.checkpoint, router=self.router)
-        labels = to_labels(result, attributes, self.outputs)
-        if result.mask is None and "segmentation" in labels:
-            # `apply_model` with output_dir drops a whole batch if one label has no mask to write.
-            size = _size_of(image)
-            if size is None:
-                return None
-            labels["segmentation"].mask = np.zeros(size, dtype=np.uint8)
+        labels = to_labels(result, attributes, self.outputs, image=image, label=self.label)
         return labels if len(self.outputs) > 1 else labels[self.outputs[0]]
 
     def _prompt_of(self, sample: fo.Sample | None) -> str:
@@ -197,17 +198,3 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
             return []
         label_field = resolve_label_field(sample.dataset, self.reference_label_field)
         return references_from(samples_by_id(sample.dataset, ids), label_field, self.proxy, unmarked=True)
-
-
-def _size_of(image: np.ndarray | str) -> tuple[int, int] | None:
-    """(height, width) after EXIF rotation, also of most damaged files; None if it cannot be read."""
-    if isinstance(image, np.ndarray):
-        return image.shape[:2]
-    turned = False
-    try:
-        with Image.open(image) as picture:
-            with suppress(Exception):  # not every damaged file says how it is turned
-                turned = picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            return picture.size if turned else picture.size[::-1]
-    except Exception:  # decoders raise almost anything on damaged files
-        return None

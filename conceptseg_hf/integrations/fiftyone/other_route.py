@@ -9,7 +9,8 @@ import fiftyone as fo
 from fiftyone import ViewField as F
 
 from .job import SegmentationJob
-from .loop import Progress, pending_ids, segment_collection
+from .loop import pending_ids, segment_collection
+from .progress import Progress
 from .schema import other_route_field
 
 _OTHER = {"shortcut": "full_reasoning", "reasoning": "sam_only"}
@@ -59,3 +60,5 @@ def segment_other_route(
         for part in segment_collection(view, job) if pending_ids(view, job) else ():
             yield total.plus(part)
         total = total.plus(part)
+        if total.cancelled:
+            return

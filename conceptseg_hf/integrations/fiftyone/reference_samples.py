@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import fiftyone as fo
 from bson import ObjectId
 
 from ...images import load_image
-from ...references import MAX_REFERENCES, Reference
+from ...references import MAX_REFERENCES, Reference, resolve_references
 from .labels import mask_of, pixel_box
 from .schema import (
     GROUND_TRUTH,
@@ -33,15 +37,33 @@ def reference_label_fields(samples: fo.core.collections.SampleCollection) -> lis
     return sorted(names, key=lambda name: (name != REFERENCE_BOXES, name != GROUND_TRUTH))
 
 
-def resolve_label_field(samples: fo.core.collections.SampleCollection, chosen: str | None) -> str | None:
+def resolve_label_field(
+    samples: fo.core.collections.SampleCollection, chosen: str | None, ids: Sequence[str] = ()
+) -> str | None:
     """The field that marks the concept: as chosen, or the likeliest for `AUTO`; None if there is none.
 
     Of itself it takes no predictions: what a run writes must not become its own references.
+
+    Args:
+        samples: A dataset or view.
+        chosen: A field, `AUTO` or None.
+        ids: The references, where they are known: the likeliest field is then the first that marks the most of them.
     """
     if chosen != AUTO:
         return chosen
     predictions = prediction_fields(samples)
-    return next((name for name in reference_label_fields(samples) if name not in predictions), None)
+    names = [name for name in reference_label_fields(samples) if name not in predictions]
+    if len(names) > 1 and ids:
+        counts = {name: count_marked(samples, ids, name) for name in names}
+        return max(names, key=lambda name: counts[name])  # the first of equals
+    return names[0] if names else None
+
+
+def count_marked(samples: fo.core.collections.SampleCollection, ids: Sequence[str], label_field: str) -> int:
+    """How many of the samples of these ids have a box or mask in a field; only the first that fit are looked at."""
+    valid = [sample_id for sample_id in ids if ObjectId.is_valid(sample_id)][: MAX_REFERENCES + 1]
+    shown = whole_dataset(samples).select(valid).select_fields(label_field)
+    return sum(has_marks(sample, label_field) for sample in shown)
 
 
 def references_from(
@@ -62,13 +84,17 @@ def references_from(
         label_ids: Ids of the `Detections` that count; all by default.
 
     Raises:
-        ValueError: If a sample has no box or mask in that field (unless `unmarked`) or a mask of several classes, or
-            there are more than nine references.
+        ValueError: If a sample cannot be a reference: it has no box or mask in that field (unless `unmarked`), a box
+            without extent or outside the image, an empty mask, one of several classes or of another size, or a file
+            that cannot be read; or if there are more than nine references.
     """
     references: list[Reference] = []
     role = "auto" if proxy else "support"
     for sample in samples:
-        found = [] if label_field is None else _marked(sample, label_field, role, label_ids)
+        try:
+            found = _marked(sample, label_field, role, label_ids)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"reference {sample.filename!r} cannot be used: {error}") from error
         if not found and (unmarked or label_field is None):
             found = [Reference(sample.filepath, role="support")]
         if not found:
@@ -82,6 +108,21 @@ def references_from(
                 f"there are more than {MAX_REFERENCES} references; at most {MAX_REFERENCES} fit, so choose fewer."
             )
     return references
+
+
+def check_references(references: Sequence[Reference]) -> None:
+    """Finds references that would make every sample fail.
+
+    Raises:
+        ValueError: If one cannot be read, or its box or mask marks nothing; its file is named.
+    """
+    for index, reference in enumerate(references):
+        try:
+            _check(reference)
+        except ValueError as error:
+            path = reference.image if isinstance(reference.image, (str, os.PathLike)) else None
+            name = index if path is None else repr(Path(path).name)
+            raise ValueError(f"reference {name} cannot be used: {error}") from error
 
 
 def samples_by_id(samples: fo.core.collections.SampleCollection, ids: Sequence[str]) -> list[fo.Sample]:
@@ -117,17 +158,61 @@ def view_with_references(samples: fo.core.collections.SampleCollection, ids: Seq
     return dataset.select(list(dict.fromkeys(ordered)), ordered=True)
 
 
-def _marked(sample: fo.Sample, label_field: str, role: str, label_ids: Collection[str]) -> list[Reference]:
-    if not has_marks(sample, label_field):
+def _marked(
+    sample: fo.Sample, label_field: str | None, role: str, label_ids: Collection[str]
+) -> list[Reference]:
+    """What marks the concept in a sample; nothing, if it has no mark.
+
+    Raises:
+        ValueError: If the image or a mark cannot be used.
+        OSError: If a file is lost.
+    """
+    image = load_image(sample.filepath)
+    if label_field is None or not has_marks(sample, label_field):
         return []
     label = sample[label_field]
     if isinstance(label, fo.Segmentation):
         load_true_mask(label)  # several classes would teach the wrong concept
+        _check(Reference(image, mask=mask_of(label)))
         return [Reference(sample.filepath, mask=mask_of(label), role=role)]
     detections = label.detections if isinstance(label, fo.Detections) else [label]
-    size = load_image(sample.filepath).size
-    return [
-        Reference(sample.filepath, box=pixel_box(detection.bounding_box, size), role=role)
-        for detection in detections
-        if not label_ids or detection.id in label_ids
-    ]
+    counted = [detection for detection in detections if not label_ids or detection.id in label_ids]
+    references = []
+    for detection in counted[: MAX_REFERENCES + 1]:
+        box = _box_of(detection, label_field, image.size)
+        _check(Reference(image, box=box))
+        references.append(Reference(sample.filepath, box=box, role=role))
+    return references
+
+
+def _box_of(
+    detection: fo.Detection, label_field: str, size: tuple[int, int]
+) -> tuple[float, float, float, float]:
+    """The box in pixels (x1, y1, x2, y2).
+
+    Raises:
+        ValueError: If it marks nothing in the image.
+    """
+    box = list(detection.bounding_box or ())
+    if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) <= 0:
+        raise ValueError(
+            f"a box in {label_field!r} has no extent ({box}); give [x, y, width, height] relative to the image, with "
+            "width and height above 0."
+        )
+    if max(box[:2]) >= 1 or box[0] + box[2] <= 0 or box[1] + box[3] <= 0:
+        raise ValueError(
+            f"a box in {label_field!r} lies outside the image ({box}); give it relative to the image, within 0 to 1."
+        )
+    return pixel_box(box, size)
+
+
+def _check(reference: Reference) -> None:
+    """Reads a reference as the processor will.
+
+    Raises:
+        ValueError: If it cannot be used.
+    """
+    try:
+        resolve_references([replace(reference, role="support")])
+    except (ValueError, OSError) as error:
+        raise ValueError(str(error).removeprefix("reference 0: ")) from error

@@ -41,6 +41,9 @@ PREDICTION_ATTRIBUTES = {
 """Attributes of a predicted label, in the order of the App's tooltip; `ConceptSegmentation` says what they mean, and
 `run` is the key of the custom run that holds the job's settings."""
 
+REGION_ATTRIBUTES = {name: kind for name, kind in PREDICTION_ATTRIBUTES.items() if name != "score"}
+"""Those of one `Detection`, whose `confidence` is the score: FiftyOne's COCO exporter writes that as `score` itself."""
+
 BENCHMARK_FIELDS = {
     "role": fo.StringField,
     "level": fo.StringField,
@@ -123,11 +126,9 @@ def declare_prediction_fields(
         if output == "segmentation":
             dataset.mask_targets = {name: {FOREGROUND: "concept"}} | dataset.mask_targets
         if output != "heatmap":
-            paths = [name, f"{name}.detections"] if output == "detections" else [name]
-            _declare(
-                dataset,
-                {f"{path}.{key}": kind for path in paths for key, kind in PREDICTION_ATTRIBUTES.items()},
-            )
+            _declare(dataset, {f"{name}.{key}": kind for key, kind in PREDICTION_ATTRIBUTES.items()})
+        if output == "detections":
+            _declare(dataset, {f"{name}.detections.{key}": kind for key, kind in REGION_ATTRIBUTES.items()})
     dataset.save()
 
 

@@ -7,7 +7,7 @@ from fiftyone import ViewField as F
 
 from ...evaluation.metrics import foreground_iou
 from ...images import load_mask
-from .labels import mask_of
+from .labels import predicted_mask
 from .schema import fields_of_type, whole_dataset
 
 TAGS = {
@@ -102,6 +102,7 @@ def _compare(
 
 
 def _masks_differ(first: fo.Segmentation, second: fo.Segmentation, iou: float) -> bool:
-    if mask_of(first) is None or mask_of(second) is None:
+    masks = [predicted_mask(label) for label in (first, second)]
+    if any(mask is None for mask in masks):
         return False  # an error, which is a reason of its own
-    return foreground_iou(load_mask(mask_of(first)), load_mask(mask_of(second))) < iou
+    return foreground_iou(*map(load_mask, masks)) < iou

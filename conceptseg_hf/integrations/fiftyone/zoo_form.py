@@ -25,7 +25,7 @@ OUTPUTS = {
     "segmentation": "Segmentation: a mask per sample",
     "detections": "Detections: a box with instance mask per connected region",
 }
-_ARGUMENTS = ("prompt", "prompt_field", "reference_field", "router", "output")
+_ARGUMENTS = ("prompt", "prompt_field", "reference_field", "router", "output", "label")
 
 
 def zoo_form(ctx: Any) -> types.Property:
@@ -40,6 +40,8 @@ def zoo_form(ctx: Any) -> types.Property:
     _ask_references(inputs, ctx.dataset, params)
     _ask_choice(inputs, "router", ROUTERS, "adaptive", "Router")
     _ask_choice(inputs, "output", OUTPUTS, "segmentation", "Output")
+    if params.get("output") == "detections":
+        inputs.str("label", label="Class of the detections", description="By default: each sample's prompt")
     return types.Property(inputs, required=True)
 
 

@@ -27,7 +27,17 @@ HELD_OUT = {"sam": 180, "mllm": 132, "ctm": 240}
 
 
 def main() -> None:
-    """Runs the stages that the command line asks for."""
+    """Runs the stages that the command line asks for; what ends them early is told in one sentence."""
+    try:
+        _run()
+    except (FloatingPointError, OSError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command goes on from the last state that was saved.\n")
+        sys.exit(130)
+
+
+def _run() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m conceptseg_trainers.nano", description=__doc__.splitlines()[0]
     )
@@ -60,7 +70,7 @@ def main() -> None:
     if arguments.stage == "all":
         _run_side_by_side(["sam", "mllm"], arguments)
         arguments.stage = "ctm"
-    _run(arguments)
+    _run_stage(arguments)
 
 
 def _run_side_by_side(stages: list[str], arguments: argparse.Namespace) -> None:
@@ -90,7 +100,7 @@ def _run_side_by_side(stages: list[str], arguments: argparse.Namespace) -> None:
             process.terminate()
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run_stage(arguments: argparse.Namespace) -> None:
     pretraining, steps = (
         {name: max(20, round(count * arguments.scale)) for name, count in counts.items()}
         for counts in (PRETRAINING, STEPS)

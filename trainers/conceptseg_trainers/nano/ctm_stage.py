@@ -20,9 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from conceptseg_hf.completion import format_completion
 from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE as SIDE
@@ -34,11 +32,12 @@ from conceptseg_hf.losses import segmentation_loss
 from conceptseg_hf.mllm import last_hidden_states, model_inputs
 from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, Frame, PreparedSample
+from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.references import box_iou, mask_to_box
 from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures, box_tokens, decode, encode_image, encode_text
 
 from .dense import DENSE_CLASSES, look_classes
-from .loop import mean
+from .loop import mean, write_tensors
 from .sam_stage import scenes_to_pixels, to_masks
 from .scenes import TaskMix
 
@@ -314,17 +313,12 @@ def _table(stage: CtmStage, folder: Path, source: _Source, count: int) -> dict[s
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[Tensor]] = {}
-    progress = tqdm(
-        total=count, desc=f"{stage.name}: completions, {folder.name}", unit="sample", mininterval=5
-    )
+    progress = progress_bar(count, "samples", f"{stage.name}: completions, {folder.name}", mininterval=5)
     for start in range(0, count, _PART):
         stop = min(start + _PART, count)
         path = folder / f"{start:06d}-{stop:06d}.safetensors"
         if not path.exists():
-            tensors = _complete(stage, source, range(start, stop))
-            temporary = path.with_suffix(".tmp")
-            save_file(tensors, temporary)
-            temporary.replace(path)
+            write_tensors(path, _complete(stage, source, range(start, stop)))
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                 parts.setdefault(name, []).append(file.get_tensor(name))

@@ -1,0 +1,153 @@
+"""What cannot be a reference is found before a run, by the name of its file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture()
+def samples(fo, tmp_path):
+    """Three images of 60 x 40 pixels in a dataset of their own."""
+    dataset = fo.Dataset("references-of-a-user")
+    for name in "abc":
+        Image.new("RGB", (60, 40), "gray").save(tmp_path / f"{name}.png")
+        dataset.add_sample(fo.Sample(filepath=str(tmp_path / f"{name}.png")))
+    yield dataset
+    dataset.delete()
+
+
+def box(fo, *values):
+    return fo.Detections(detections=[fo.Detection(label="this", bounding_box=list(values))])
+
+
+def mask(fo, size=(40, 60), value=0):
+    pixels = np.zeros(size, dtype=np.uint8)
+    pixels[5:9, 5:9] = value
+    return fo.Segmentation(mask=pixels)
+
+
+FAULTS = {
+    "no_width": (lambda fo: box(fo, 0.1, 0.1, 0, 0.5), "a box in 'marks' has no extent"),
+    "negative_height": (lambda fo: box(fo, 0.1, 0.9, 0.5, -0.5), "a box in 'marks' has no extent"),
+    "not_a_number": (lambda fo: box(fo, 0.1, 0.1, float("nan"), 0.5), "a box in 'marks' has no extent"),
+    "no_box": (
+        lambda fo: fo.Detections(detections=[fo.Detection(label="3d")]),
+        "a box in 'marks' has no extent",
+    ),
+    "in_pixels": (lambda fo: box(fo, 10, 10, 20, 20), "a box in 'marks' lies outside the image"),
+    "left_of_it": (lambda fo: box(fo, -0.5, 0.1, 0.5, 0.5), "a box in 'marks' lies outside the image"),
+    "less_than_a_pixel": (lambda fo: box(fo, 0.001, 0.001, 0.005, 0.005), "lies within one pixel"),
+    "empty_mask": (lambda fo: mask(fo), "mask has no foreground pixel"),
+    "another_size": (
+        lambda fo: mask(fo, (20, 30), 255),
+        "mask has 30 x 20 pixels, but its image has 60 x 40",
+    ),
+    "lost_mask": (lambda fo: fo.Segmentation(mask_path="/nowhere.png"), "'/nowhere.png' is not a file"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_shared_references_are_tried_before_the_run(fo, samples, fault):
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
+
+    make, message = FAULTS[fault]
+    good, bad, *_ = samples
+    good["marks"] = (
+        box(fo, 0.1, 0.1, 0.5, 0.5) if "mask" not in fault and "size" not in fault else mask(fo, value=255)
+    )
+    bad["marks"] = make(fo)
+    good.save()
+    bad.save()
+    job = SegmentationJob(prompt="star", reference_ids=[good.id, bad.id], reference_label_field="marks")
+    for attempt in (lambda: job.check(samples), lambda: next(segment_collection(samples, job))):
+        with pytest.raises(ValueError) as refused:
+            attempt()
+        assert str(refused.value).startswith("reference 'b.png' cannot be used: ") and message in str(
+            refused.value
+        )
+    assert not samples.has_field("concept")
+
+
+def test_unreadable_references_are_named(fo, samples, tmp_path):
+    from conceptseg_hf import Reference
+    from conceptseg_hf.integrations.fiftyone import ConceptSegFiftyOneModel, SegmentationJob
+
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    job = SegmentationJob(prompt="star", reference_ids=samples.values("id")[:2], reference_label_field=None)
+    with pytest.raises(
+        ValueError, match=r"reference 'b.png' cannot be used: image .* damaged or not an image"
+    ):
+        job.check(samples)
+    outside = [Reference(tmp_path / "a.png"), Reference(tmp_path / "c.png", box=(3, 3, 3, 9))]
+    for attempt in (
+        lambda: SegmentationJob(prompt="star", references=outside).check(samples),
+        lambda: ConceptSegFiftyOneModel(prompt="star", references=outside),
+    ):
+        with pytest.raises(
+            ValueError, match=r"reference 'c.png' cannot be used: box is \(3.0, 3.0, 3.0, 9.0\)"
+        ):
+            attempt()
+
+
+def test_bad_references_of_single_samples_are_known_at_the_start(fo, make_dataset):
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
+
+    dataset = make_dataset(9)
+    targets = (
+        dataset.load_saved_view("targets").exists("reference_ids").match({"reference_ids.0": {"$ne": None}})
+    )
+    first, second, *others = targets
+    flat, broken = (dataset[target["reference_ids"][-1]] for target in (first, second))
+    flat["ref_boxes"] = box(fo, 0.2, 0.2, 0, 0.1)
+    flat.save()
+    content = Path(broken.filepath).read_bytes()
+    Path(broken.filepath).write_bytes(content[:100])
+    job = SegmentationJob(prompt_field="prompt", reference_ids_field="reference_ids", router="sam_only")
+    run = segment_collection(targets, job)
+    start = next(run)
+    assert start.done == 0 and start.bad_references.keys() == {flat.filepath, broken.filepath}
+    assert "has no extent" in start.bad_references[flat.filepath]
+    assert "2 references cannot be used (" in str(start)
+    *_, progress = run
+    assert progress.errors.keys() == {first.id, second.id} and others
+    assert progress.errors[first.id].startswith(f"reference {flat.filename!r} cannot be used: ")
+
+
+def test_the_field_that_marks_the_selection_is_taken(fo, samples):
+    """The likeliest field, if it marks them; else the one that marks the most of them."""
+    from conceptseg_hf.integrations.fiftyone import SegmentationJob
+    from conceptseg_hf.integrations.fiftyone.reference_samples import AUTO, resolve_label_field
+
+    first, second, third = samples
+    first["ref_boxes"] = box(fo, 0.1, 0.1, 0.5, 0.5)
+    second["mine"] = third["mine"] = box(fo, 0.1, 0.1, 0.5, 0.5)
+    for sample in (first, second, third):
+        sample.save()
+
+    def found(*chosen):
+        return resolve_label_field(samples, AUTO, [sample.id for sample in chosen])
+
+    assert resolve_label_field(samples, AUTO) == found(first) == "ref_boxes"
+    assert found(second) == found(second, third) == found(first, second, third) == "mine"
+    assert found(first, second) == "ref_boxes"  # as many each
+    job = SegmentationJob(prompt="star", reference_ids=[second.id, third.id])
+    job.check(samples)
+    assert [reference.box for reference in job.shared_references(samples)] == [(6, 4, 36, 24)] * 2
+    assert SegmentationJob.load(samples, job.keep(samples)).reference_label_field == "mine"
+
+
+def test_boxes_are_whole_pixels_in_the_mosaic(fo, samples):
+    """29 / 100 * 100 is less than 29, and the mosaic rounds down."""
+    from conceptseg_hf.integrations.fiftyone import references_from
+
+    sample = samples.first()
+    Image.new("RGB", (100, 100)).save(sample.filepath)
+    sample["marks"] = box(fo, 29 / 100, 57 / 100, 28 / 100, 30 / 100)
+    [reference] = references_from([sample], "marks")
+    assert reference.box == (29, 57, 57, 87)
