@@ -121,6 +121,12 @@ def format_box(box: Sequence[float], scale: float) -> str:
     return "[" + ",".join(f"{value:.3f}" for value in box) + "]"
 
 
+def format_box_list(boxes: Sequence[Sequence[float]], scale: float) -> str:
+    """Writes boxes as a list of Python, "[[x1, y1, x2, y2], ...]", their numbers as `format_box` does."""
+    listed = (format_box(box, scale).replace(",", ", ") for box in boxes)
+    return f"[{', '.join(listed)}]"
+
+
 def _content(text: str, tag: str, start: int) -> str | None:
     """Text in the first pair `<tag>`, `</tag>` at or behind `start`, stripped; else in the first anywhere."""
     for begin in dict.fromkeys((start, 0)):

@@ -17,7 +17,7 @@ class ConceptTranslationConfig(PreTrainedConfig):
 
     Args:
         hidden_size: Width C of the MLLM's hidden states and of the concept queries.
-        num_queries: Number L2 of concept queries (Table 7: 8; the released code's default is 16).
+        num_queries: Number L2 of concept queries (Table 7: 8; 16 in an early version of the released code).
         num_layers: Number of pre-norm cross-attention blocks.
         num_attention_heads: Attention heads of each block; divides `hidden_size`.
         mlp_ratio: Hidden width of each block's MLP over `hidden_size`.
@@ -64,6 +64,13 @@ class ConceptSegConfig(PreTrainedConfig):
             predicts it.
         router_base: Threshold of the shortcut for a one-word prompt (eq. 9: 0.1).
         sam_name_or_path: Where SAM 3's weights come from when a checkpoint holds none.
+        profile: Name of the profile that this checkpoint's settings follow (see `profiles`); None: none by name.
+        end_of_turn_state: Whether the end-of-turn token's hidden state is among those that the CTM reads.
+        router_drop_parentheses: See `ShortcutRouter.drop_parentheses`.
+        router_min_words: See `ShortcutRouter.min_words`.
+        missing_answer: SAM 3's text where the completion has no answer: `"prompt"`, the user's words, or `"empty"`.
+        max_total_length: Most tokens of prompt and completion together, where generation settings name no limit;
+            None: 768 for the completion.
     """
 
     model_type = "conceptseg"
@@ -81,6 +88,12 @@ class ConceptSegConfig(PreTrainedConfig):
     hidden_states_at: str = "token"
     router_base: float = 0.1
     sam_name_or_path: str | None = None
+    profile: str | None = None
+    end_of_turn_state: bool = False
+    router_drop_parentheses: bool = False
+    router_min_words: int = 1
+    missing_answer: str = "prompt"
+    max_total_length: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         derive_widths = self.ctm_config is None
@@ -92,6 +105,16 @@ class ConceptSegConfig(PreTrainedConfig):
         if self.hidden_states_at not in ("token", "predict"):
             raise ValueError(
                 f"ConceptSegConfig: hidden_states_at is {self.hidden_states_at!r}; use 'token' or 'predict'."
+            )
+        if self.missing_answer not in ("prompt", "empty"):
+            raise ValueError(
+                f"ConceptSegConfig: missing_answer is {self.missing_answer!r}; use 'prompt' or 'empty'."
+            )
+        if self.router_min_words not in (0, 1):
+            raise ValueError(f"ConceptSegConfig: router_min_words is {self.router_min_words}; use 0 or 1.")
+        if self.max_total_length is not None and self.max_total_length < 1:
+            raise ValueError(
+                f"ConceptSegConfig: max_total_length is {self.max_total_length}; use at least 1, or None."
             )
         if self.ctm_config.hidden_size != self.hidden_size:
             raise ValueError(
@@ -118,6 +141,26 @@ class ConceptSegConfig(PreTrainedConfig):
         if is_authors_config(content):
             raise ValueError(how_to_convert(pretrained_model_name_or_path))
         return content, kwargs
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As in the base class, without those of `SWITCHES` that are as usual."""
+        content = super().to_diff_dict()
+        return {name: content[name] for name in content if name not in SWITCHES or name in self.switches}
+
+    @property
+    def switches(self) -> dict[str, Any]:
+        """Those of `SWITCHES` that are not as usual, by name."""
+        usual = {name: type(self).__dataclass_fields__[name].default for name in SWITCHES}
+        return {name: getattr(self, name) for name in SWITCHES if getattr(self, name) != usual[name]}
+
+    def sam_words(self, answer: str | None, prompt: str) -> str:
+        """SAM 3's text of a completion.
+
+        Args:
+            answer: The completion's answer, if it has one.
+            prompt: The user's words.
+        """
+        return answer or (prompt if self.missing_answer == "prompt" else "")
 
     @property
     def hidden_size(self) -> int:
@@ -152,6 +195,16 @@ class ConceptSegConfig(PreTrainedConfig):
             )
         return cls(**{**PRESETS[name](), **overrides})
 
+
+SWITCHES = (
+    "profile",
+    "end_of_turn_state",
+    "router_drop_parentheses",
+    "router_min_words",
+    "missing_answer",
+    "max_total_length",
+)
+"""Fields of `ConceptSegConfig` that are saved only where they are set."""
 
 AUTHORS_MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl")  # a released config.json may say either
 

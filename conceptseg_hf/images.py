@@ -147,6 +147,32 @@ def load_mask(mask: ImageInput, size: tuple[int, int] | None = None, orientation
     return foreground
 
 
+def load_grey_mask(mask: ImageInput) -> Image.Image:
+    """A mask with its soft edges, "L": the grey values of one that is stored so, else 255 in the foreground.
+
+    Args:
+        mask: See `ImageInput`.
+
+    Raises:
+        FileNotFoundError: If a path names no file.
+        ValueError: If the mask cannot be read.
+    """
+    if _is_array(mask):
+        array = _checked_array(mask, "mask")
+        grey = array if array.ndim == 2 else None
+        foreground = _array_foreground(array)
+    else:
+        picture = open_oriented_mask(mask)[0]
+        grey = np.asarray(picture) if picture.mode == "L" else None
+        foreground = picture_foreground(picture)
+    if grey is not None and grey.dtype.kind == "f":
+        return Image.fromarray(np.rint(grey * 255.0).astype(np.uint8))
+    # A mask without a value of 128 or more is one of labels: see `load_mask`.
+    if grey is not None and grey.dtype == np.uint8 and grey.max(initial=0) >= _MASK_LEVEL:
+        return Image.fromarray(np.ascontiguousarray(grey))
+    return mask_to_image(foreground)
+
+
 def open_mask(mask: ImageInput) -> Image.Image:
     """A mask's picture after EXIF rotation, whose values `load_mask` reads; palettes of black and white as grey.
 

@@ -426,7 +426,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
 
         Args:
             hidden_states: (B, L, C) last-layer, post-norm states of prompts and completions.
-            completion_mask: (B, L) true at the tokens of the completion, the end-of-sequence token excluded.
+            completion_mask: (B, L) true at the tokens of the completion, the end-of-sequence token excluded unless
+                `config.end_of_turn_state`.
             detach_hidden_states: Stop the gradient at the CTM's input (as the released code does).
 
         Returns:
@@ -510,7 +511,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             mm_token_type_ids: (B, L) token types of the MLLM's processor (1 at image tokens).
             pixel_values: (patches, d) image patches of all rows.
             image_grid_thw: (images, 3) their grids.
-            completion_mask: (B, L) true at the tokens of the completion, the end-of-sequence token excluded.
+            completion_mask: (B, L) true at the tokens of the completion, the end-of-sequence token excluded unless
+                `config.end_of_turn_state`.
             sam_pixel_values: (B, 3, S, S) target images for SAM 3; without them and `sam_features` only Z is
                 computed.
             sam_features: The same, already encoded by `encode_image`.
@@ -594,7 +596,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         Args:
             inputs: What the processor returns for images, prompts and references. Samples that carry an error
                 become failed results.
-            router: A mode of `ShortcutRouter` (with `config.router_base`), or a router.
+            router: A mode of `ShortcutRouter` (with the config's `router_base` and so on), or a router.
             generation_config: How the MLLM writes (see `generate_with_states`); greedy by default.
             processor: The processor; by default the one that `inputs` carries.
             return_heatmap: Also return the mask probabilities.
@@ -616,7 +618,10 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
                 "segment: there is no processor; pass processor=..., or the inputs that a processor returned."
             )
         if isinstance(router, str):
-            router = ShortcutRouter(router, self.config.router_base)
+            config = self.config
+            router = ShortcutRouter(
+                router, config.router_base, config.router_drop_parentheses, config.router_min_words
+            )
         if batch_size is not None and batch_size < 1:
             raise ValueError(
                 f"segment: batch_size is {batch_size}; use at least 1, or None for all samples at once."
@@ -662,13 +667,16 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         presences: dict[int, float] = {}
         usable = [i for i, sample in enumerate(samples) if sample.error is None]
         if usable:
-            features, row_of = self._encode_samples(samples, usable)
-
             asked = [i for i in usable if router.asks_sam(samples[i].prompt)]
+            one_look = all(samples[i].shortcut_pixel_values is None for i in usable)
+            if one_look:  # both paths see the same pixels
+                features, row_of = self._encode_samples(samples, usable)
             if asked:
-                first_look = self._decode_rows(
-                    features, row_of, asked, [samples[i].prompt for i in asked], processor
+                seen = (
+                    (features, row_of) if one_look else self._encode_samples(samples, asked, on_shortcut=True)
                 )
+                texts = [router.sam_text(samples[i].prompt) for i in asked]
+                first_look = self._decode_rows(*seen, asked, texts, processor)
                 presences = {i: look.presence for i, look in first_look.items()}
                 decoded = {
                     i: look
@@ -678,6 +686,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
 
             reasoned = [i for i in usable if i not in decoded]
             if reasoned:
+                if not one_look:
+                    features, row_of = self._encode_samples(samples, reasoned)
                 completions, concepts = self._reason(
                     [samples[i] for i in reasoned], generation_config, processor
                 )
@@ -685,7 +695,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
                     answers = self._decode_boxes(features, row_of, reasoned, samples, completions, processor)
                 else:
                     texts = [
-                        completion.answer or samples[i].prompt for i, completion in zip(reasoned, completions)
+                        self.config.sam_words(completion.answer, samples[i].prompt)
+                        for i, completion in zip(reasoned, completions)
                     ]
                     answers = self._decode_rows(
                         features,
@@ -712,7 +723,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         return results
 
     def _encode_samples(
-        self, samples: list[PreparedSample], rows: list[int]
+        self, samples: list[PreparedSample], rows: list[int], on_shortcut: bool = False
     ) -> tuple[ImageFeatures, dict[int, int]]:
         """Encodes the images of some samples, a shared one once; also says which features are whose."""
         images: dict[int, int] = {}
@@ -720,6 +731,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         row_of: dict[int, int] = {}
         for i in rows:
             tensor = samples[i].sam_pixel_values
+            if on_shortcut and samples[i].shortcut_pixel_values is not None:
+                tensor = samples[i].shortcut_pixel_values
             if id(tensor) not in images:
                 images[id(tensor)] = len(pixels)
                 pixels.append(tensor)
@@ -783,7 +796,15 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
     ) -> tuple[list[Completion], Tensor]:
         """Lets the MLLM write; returns what it wrote and (B, L2, D) concept tokens."""
         batch = processor.collate(samples, device=execution_device(self.vlm))
-        generated = generate_with_states(self.vlm, batch, generation_config, self.config.hidden_states_at)
+        config = self.config
+        generated = generate_with_states(
+            self.vlm,
+            batch,
+            generation_config,
+            config.hidden_states_at,
+            config.end_of_turn_state,
+            config.max_total_length,
+        )
         if len(generated.mask) != len(samples):
             raise ValueError(
                 "segment: num_return_sequences is above 1; a sample has one result, so leave it at 1."
@@ -794,7 +815,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         ]
         device = execution_device(self.ctm)
         return completions, self.encode_concepts(
-            generated.hidden_states.to(device), generated.mask.to(device)
+            generated.hidden_states.to(device), generated.state_mask.to(device)
         )
 
 

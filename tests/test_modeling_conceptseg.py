@@ -117,7 +117,7 @@ def script(monkeypatch, model, processor, texts):
     ids = [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     length = max(map(len, ids))
 
-    def generate(vlm, batch, generation_config, hidden_states_at):
+    def generate(vlm, batch, *settings):
         assert len(batch["input_ids"]) == len(texts)
         token_ids = torch.tensor([row + [0] * (length - len(row)) for row in ids])
         mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in ids])
