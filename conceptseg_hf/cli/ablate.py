@@ -9,6 +9,7 @@ from .arguments import (
     BadInputError,
     add_benchmark_options,
     add_model_options,
+    add_profile_option,
     as_bad_input,
     be_silent,
     check_model,
@@ -40,6 +41,7 @@ def add_parser(verbs: Any) -> None:
     )
     add_benchmark_options(parser)
     add_model_options(parser, router=False)
+    add_profile_option(parser)
     parser.add_argument(
         "--variant-model",
         action="append",
@@ -84,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         protocol=arguments.protocol,
         metrics=parse_metrics(arguments.metrics),
         batch_size=arguments.batch_size,
+        profile=arguments.profile,
         progress=True,
     )
     if processes.is_main:

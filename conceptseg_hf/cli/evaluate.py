@@ -10,12 +10,16 @@ from .arguments import (
     BadInputError,
     add_benchmark_options,
     add_model_options,
+    add_profile_option,
+    add_template_option,
     as_bad_input,
     be_silent,
     check_model,
     load_model,
     parse_metrics,
     parse_roots,
+    read_template,
+    set_profile,
 )
 from .outputs import check_output_dir, check_output_file, folder_name
 
@@ -56,6 +60,8 @@ def add_parser(verbs: Any) -> None:
         help="write a new .csv file of the completions, to be filled in and given to --judgements",
     )
     add_model_options(parser)
+    add_profile_option(parser)
+    add_template_option(parser)
     parser.add_argument(
         "--output-dir",
         metavar="DIR",
@@ -79,8 +85,12 @@ def run(arguments: argparse.Namespace) -> int:
     from conceptseg_hf.data import load_benchmarks
     from conceptseg_hf.evaluation import evaluate
     from conceptseg_hf.evaluation.decomposition import write_annotation_sheet
+    from conceptseg_hf.evaluation.loading import profile_of
     from conceptseg_hf.evaluation.processes import join_processes
+    from conceptseg_hf.profiles import get_profile
 
+    template = read_template(arguments.prompt_template)
+    profile = as_bad_input(get_profile, arguments.profile or profile_of(arguments.model) or "paper")
     processes = join_processes()
     if not processes.is_main:
         be_silent()
@@ -91,8 +101,10 @@ def run(arguments: argparse.Namespace) -> int:
         split=arguments.split,
         limit=arguments.limit,
         seed=arguments.seed,
+        loader=profile.loader,
     )
     model, processor = load_model(arguments)
+    set_profile(model, processor, arguments.profile, template, tell=processes.is_main)
     report = as_bad_input(
         evaluate,
         model,

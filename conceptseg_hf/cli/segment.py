@@ -14,12 +14,16 @@ from .arguments import (
     BadInputError,
     add_model_options,
     add_output_option,
+    add_profile_option,
+    add_template_option,
     as_bad_input,
     check_image,
     is_url,
     load_model,
     parse_reference,
     positive_int,
+    read_template,
+    set_profile,
 )
 from .outputs import check_output_dir
 
@@ -46,11 +50,13 @@ def add_parser(verbs: Any) -> None:
         "--reference",
         action="append",
         default=[],
-        metavar="IMG[:MASK.png|:x1,y1,x2,y2]",
-        help="an image that shows the concept, with a mask or a box (pixels) around it or without; may be "
+        metavar="IMG[:MASK.png|:x1,y1,x2,y2[;x1,y1,x2,y2...]]",
+        help="an image that shows the concept, with a mask or boxes (pixels) around it or without; may be "
         "given up to nine times",
     )
     add_model_options(parser)
+    add_profile_option(parser)
+    add_template_option(parser)
     parser.add_argument(
         "--max-new-tokens", type=positive_int, metavar="N", help="most tokens the reasoning may take"
     )
@@ -69,14 +75,18 @@ def run(arguments: argparse.Namespace) -> int:
     json_path, *pictures = _free_paths(folder, image, inputs)
     paths = dict(zip(("mask", "overlay"), pictures, strict=True))
     check_output_dir(folder, *(path.name for path in (*pictures, json_path)))
+    template = read_template(arguments.prompt_template)
     model, processor = load_model(arguments)
+    set_profile(model, processor, arguments.profile, template)
 
     from conceptseg_hf import Reference
     from conceptseg_hf.images import load_image
     from conceptseg_hf.processing_conceptseg import ConceptSegInputs
     from conceptseg_hf.visualization import caption_of, panel
 
-    references = [Reference(item.image, mask=item.mask, box=item.box) for item in references]
+    references = [
+        Reference(item.image, mask=item.mask, box=item.box, boxes=item.boxes) for item in references
+    ]
     sample = as_bad_input(processor.prepare, image, arguments.prompt, references, lazy=True)
     generation = {"max_new_tokens": arguments.max_new_tokens} if arguments.max_new_tokens else None
     result = model.segment(
@@ -92,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         box=result.box,
         check=None if result.check is None else (result.check_reference, result.check),
         caption=caption_of(result, arguments.prompt),
+        mosaic_settings=processor.mosaic_settings,
     )
     picture.save(paths["overlay"])
     record = {
@@ -99,6 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
         "prompt": arguments.prompt,
         "references": arguments.reference,
         "router": arguments.router,
+        **({} if model.config.profile is None else {"profile": model.config.profile}),
     }
     record |= {key: value for key, value in result.to_dict().items() if key not in ("mask", "heatmap")}
     record |= {key: path.name for key, path in paths.items()}

@@ -52,6 +52,7 @@ def load_benchmarks(
     split: str = "test",
     limit: int | None = None,
     seed: int = 42,
+    loader: str = "default",
 ) -> Sequence[ConceptSample] | BenchmarkGroup:
     """Loads what a name stands for; that all files are there is checked at once.
 
@@ -62,6 +63,7 @@ def load_benchmarks(
         split: Split of benchmarks given by their own names; groups have the splits of the paper.
         limit: Only the first samples of each benchmark.
         seed: Seed of the references; see `load_benchmark`.
+        loader: See `load_benchmark`.
 
     Returns:
         The samples of a single benchmark, or a group.
@@ -76,14 +78,18 @@ def load_benchmarks(
             get_source(key)
     if is_single(name):
         name = name.strip()
-        return load_benchmark(name, root=root_of(name, root), split=split, limit=limit, seed=seed)
+        return load_benchmark(
+            name, root=root_of(name, root), split=split, limit=limit, seed=seed, loader=loader
+        )
     rows = list_rows(name, split)
     members: dict[str, Sequence[ConceptSample]] = {}
     faults: list[tuple[str, Exception]] = []
     for row_name, row_split in rows:
         where = root_of(row_name, root) if row_name in SOURCES else None
         try:
-            samples = load_benchmark(row_name, root=where, split=row_split, limit=limit, seed=seed)
+            samples = load_benchmark(
+                row_name, root=where, split=row_split, limit=limit, seed=seed, loader=loader
+            )
             members[f"{row_name}-{row_split}"] = samples
         except (ValueError, OSError) as error:
             faults.append((row_name, error))

@@ -39,6 +39,8 @@ class ConceptSample:
         reference_faults: What is wrong with references that were meant for the sample and cannot be used, a sentence
             each.
         references_lost: How many of these no other reference could replace.
+        soft_mask: The true mask with its soft edges, "L", at the size that it is stored in; only where it has some, and
+            the benchmark's loader keeps them.
     """
 
     image: Image.Image
@@ -60,6 +62,7 @@ class ConceptSample:
     stored_mask: Image.Image | None = None
     reference_faults: tuple[str, ...] = ()
     references_lost: int = 0
+    soft_mask: Image.Image | None = None
 
     @property
     def present(self) -> bool:

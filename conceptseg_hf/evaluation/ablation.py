@@ -21,6 +21,7 @@ import yaml
 from ..data import load_benchmarks
 from ..modeling_conceptseg import ConceptSegForSegmentation
 from ..processing_conceptseg import ConceptSegProcessor
+from ..profiles import get_profile
 from .bootstrap import RESAMPLES, Interval
 from .comparison import TIE, Comparison, compare
 from .evaluator import evaluate
@@ -338,10 +339,11 @@ def ablate(
     root: Any = None,
     split: str = "test",
     limit: int | None = None,
-    protocol: str = "standard",
+    protocol: str | None = None,
     metrics: Sequence[str] = METRICS,
     batch_size: int = 8,
     progress: bool = False,
+    profile: str | None = None,
 ) -> AblationReport:
     """Evaluates every variant, each in a folder of its own, and compares all with the baseline.
 
@@ -361,11 +363,14 @@ def ablate(
         metrics: As in `evaluate`; miou is needed and added.
         batch_size: As in `evaluate`.
         progress: Show progress bars.
+        profile: As in `evaluate`; it holds for all variants.
 
     Raises:
         ValueError: If an argument is invalid, or a variant needs a checkpoint that it has not been given.
     """
     models = models or {}
+    if profile is not None:
+        get_profile(profile)  # before a model is loaded
     if unknown := [name for name in models if name not in ablation.variants]:
         raise ValueError(
             f"ablate: {ablation.name!r} has no variant {unknown[0]!r}; use one of {', '.join(ablation.variants)}."
@@ -385,10 +390,14 @@ def ablate(
     for name, settings in ablation.variants.items():
         model, own_processor = chosen[name]
         seed = settings.get("seed", 42)
+        followed = get_profile(profile or model.config.profile or "paper")
         reports[name] = evaluate(
             model,
-            load_benchmarks(benchmark, root=root, split=split, limit=limit, seed=seed),
+            load_benchmarks(
+                benchmark, root=root, split=split, limit=limit, seed=seed, loader=followed.loader
+            ),
             protocol=protocol,
+            profile=profile,
             metrics=metrics,
             batch_size=batch_size,
             limit=limit,

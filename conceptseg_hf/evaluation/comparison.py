@@ -275,7 +275,7 @@ class Comparison:
         sample = read_sample(samples, pair.index)
         pictures = []
         if not isinstance(sample, str):
-            pictures = truth_pictures(sample)
+            pictures = truth_pictures(sample, mosaic=self.settings[0].get("mosaic"))
             for letter, record in zip("AB", (pair.first, pair.second), strict=True):
                 if record["error"] is None:
                     pictures.append((letter, prediction_picture(sample, record)))

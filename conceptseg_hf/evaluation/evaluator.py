@@ -26,12 +26,15 @@ from ..data.groups import Root
 from ..modeling_conceptseg import ConceptSegForSegmentation
 from ..outputs import ConceptSegmentation
 from ..processing_conceptseg import ConceptSegProcessor
+from ..profiles import describe_profile, get_profile, using_profile
+from ..prompt_template import released_template
 from ..router import ShortcutRouter
 from .decomposition import RIGHT_IOU, Judge, check_judge, judge_records, resolve_judge
-from .loading import configuration_hash, fingerprint, load_model_and_processor
+from .loading import configuration_hash, fingerprint, load_model_and_processor, profile_of
 from .metrics import METRICS, MaskMetrics
 from .processes import Processes, join_processes
 from .progress import Progress
+from .protocols import get_protocol
 from .records import RECORD_FORMAT, make_error_record, make_record, segment_other_routes, segment_samples
 from .report import EvaluationReport
 from .samples import describe_samples, identify_sample, read_sample
@@ -41,7 +44,7 @@ from .store import Record, RecordStore
 def evaluate(
     model_or_path: ConceptSegForSegmentation | str | os.PathLike | None,
     benchmark: str | Sequence[ConceptSample] | BenchmarkGroup,
-    protocol: str = "standard",
+    protocol: str | None = None,
     metrics: Sequence[str] = METRICS,
     router: str | ShortcutRouter = "adaptive",
     batch_size: int = 8,
@@ -57,6 +60,7 @@ def evaluate(
     max_references: int | None = None,
     routing_regret: bool = False,
     judgements: str | os.PathLike | Judge | None = None,
+    profile: str | None = None,
 ) -> EvaluationReport:
     """Scores a model on a benchmark, or on several.
 
@@ -70,7 +74,8 @@ def evaluate(
             `processor`.
         benchmark: A name that `load_benchmarks` knows: a benchmark, a group of the suite ("table1", "ci", "cd", "cr",
             "all") or several with commas between them; or what it returns; or samples that can be indexed.
-        protocol: `"standard"`: masks are compared at the size of the images; `"paper"`: see `protocols`.
+        protocol: `"standard"`: masks are compared at the size of the images; `"paper"`, `"released"`: see `protocols`.
+            None: the profile's, which is "standard" unless it says otherwise.
         metrics: Metrics of masks; those of `LIBRARY_METRICS` need `pip install conceptseg-hf[eval]`.
         router: `"adaptive"`, `"sam_only"`, `"full_reasoning"` or a `ShortcutRouter`.
         batch_size: Samples at a time.
@@ -90,6 +95,9 @@ def evaluate(
         routing_regret: Run the route that was not taken as well, and record what it would have given.
         judgements: Whether each sample's think and rule are right: a file, a `Judge`, or the name of one; see
             `decomposition`. They enter the report, not the records on disk.
+        profile: `"paper"` or `"released"` (see `profiles`): settings of model and processor, for this evaluation alone,
+            the protocol, and the loader of benchmarks given by name. None: the profile that the model's config names,
+            if it does, with the settings that model and processor have.
 
     Returns:
         The report over the first `limit` samples.
@@ -99,36 +107,69 @@ def evaluate(
         MissingFilesError: If files of a benchmark are missing: of all benchmarks at once, before any work. (Samples of
             one's own data fail one by one; see `load_benchmark`.)
     """
-    MaskMetrics(protocol, metrics=metrics)  # a wrong name is found before any work
+    # Wrong names are found before any work.
+    if profile is not None:
+        get_profile(profile)
+    if protocol is not None:
+        get_protocol(protocol)
+    MaskMetrics(metrics=metrics)
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"evaluate: batch_size is {batch_size} and limit {limit}; use at least 1.")
     if isinstance(model_or_path, ConceptSegForSegmentation) and processor is None:
         raise ValueError("evaluate: a model was given without its processor; pass processor=... as well.")
     if judgements is not None:
         check_judge(judgements)
+    is_loaded = isinstance(model_or_path, ConceptSegForSegmentation)
+    named = profile or (model_or_path.config.profile if is_loaded else profile_of(model_or_path))
+    followed = get_profile(named or "paper")
     samples = benchmark
     if isinstance(benchmark, str):
-        samples = load_benchmarks(benchmark, root=root, split=split, limit=limit, seed=seed)
+        samples = load_benchmarks(
+            benchmark, root=root, split=split, limit=limit, seed=seed, loader=followed.loader
+        )
     processes = join_processes()
     model = model_or_path
     if not isinstance(model, ConceptSegForSegmentation):
         model, processor = load_model_and_processor(model_or_path)
     group = samples if isinstance(samples, BenchmarkGroup) else BenchmarkGroup("", {"": samples})
     totals = {name: _length(name, member, limit) for name, member in group.members.items()}
-    run = _Run(
-        model,
-        processor,
-        processes,
-        batch_size=batch_size,
-        protocol=protocol,
-        metrics=tuple(metrics),
-        router=router,
-        generation_config=generation_config,
-        sam_prompt=sam_prompt,
-        max_references=max_references,
-        routing_regret=routing_regret,
-    )
-    folder = None if output_dir is None else Path(output_dir)
+    with using_profile(model, processor, profile) as processor:
+        run = _Run(
+            model,
+            processor,
+            processes,
+            batch_size=batch_size,
+            protocol=protocol or followed.protocol,
+            metrics=tuple(metrics),
+            router=router,
+            generation_config=generation_config,
+            sam_prompt=sam_prompt,
+            max_references=max_references,
+            routing_regret=routing_regret,
+            profile=named,
+        )
+        return _evaluate_group(
+            run,
+            group,
+            samples,
+            totals,
+            None if output_dir is None else Path(output_dir),
+            progress,
+            judgements,
+        )
+
+
+def _evaluate_group(
+    run: _Run,
+    group: BenchmarkGroup,
+    samples: Any,
+    totals: Mapping[str, int],
+    folder: Path | None,
+    progress: bool,
+    judgements: str | os.PathLike | Judge | None,
+) -> EvaluationReport:
+    """Evaluates the members of a group, or the one that stands for `samples`, and writes the report."""
+    processes = run.processes
     reports = {}
     with Progress(sum(totals.values()), progress and processes.is_main) as bar:
         for name, member in group.members.items():
@@ -161,12 +202,13 @@ class _Run:
     sam_prompt: str
     max_references: int | None
     routing_regret: bool
+    profile: str | None
 
     def evaluate(
         self, samples: Sequence[ConceptSample], total: int, folder: Path | None, bar: Progress
     ) -> EvaluationReport:
         """Evaluates the first samples of one benchmark."""
-        settings = {**describe_samples(samples), **self.settings()}
+        settings = {**describe_samples(samples), **self.settings(samples)}
         known = partial(identify_sample, samples)
         with RecordStore(folder, settings, self.processes, total, known) as records:
             batches = [
@@ -202,7 +244,7 @@ class _Run:
         others: dict[int, ConceptSegmentation] = {}
         if samples:
             batch = (self.model, self.processor, list(samples.values()))
-            options = (self.generation_config, self.sam_prompt, self.max_references)
+            options = (self.generation_config, self.sam_prompt, self.max_references, self.protocol)
             found = segment_samples(*batch, self.router, *options)
             results = dict(zip(samples, found, strict=True))
             if self.routing_regret:
@@ -218,9 +260,10 @@ class _Run:
             for index, sample in read.items()
         ]
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, samples: Sequence[ConceptSample]) -> dict[str, Any]:
         """What a record depends on, and where it was made."""
         settings = {
+            **self._profile_settings(samples),
             "protocol": self.protocol,
             "metrics": list(self.metrics),
             "router": self.router if isinstance(self.router, str) else repr(self.router),
@@ -233,9 +276,20 @@ class _Run:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "record_format": RECORD_FORMAT,
         }
+        if self.processor.mosaic is not None:
+            settings["mosaic"] = self.processor.mosaic
         versions = {module.__name__: module.__version__ for module in (conceptseg_hf, torch, transformers)}
         place = {"device": self.model.device.type, "python": platform.python_version(), **versions}
         return settings | {"environment": place}
+
+    def _profile_settings(self, samples: Sequence[ConceptSample]) -> dict[str, Any]:
+        """The profile, what of it is not followed, and whose words the prompt has; nothing without a profile."""
+        if self.profile is None:
+            return {}
+        loader = getattr(samples, "loader", None)
+        told = describe_profile(self.profile, self.model.config, self.processor, self.protocol, loader)
+        own_words = self.processor.template == released_template()
+        return {"profile": told, **({"prompt_words": "paper"} if own_words else {})}
 
 
 def _length(name: str, samples: Sequence[ConceptSample], limit: int | None) -> int:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..data import ConceptSample, UnreadableSampleError
 from ..images import load_image
+from ..mosaic import MosaicSettings
 from ..visualization import draw_box, draw_mosaic, scaled_overlay
 from .records import shown_references
 from .rle import decode_mask
@@ -84,9 +85,8 @@ def write_gallery(
     worst = by_iou[:count]
     start = max(len(worst), (len(by_iou) - count) // 2)
     median = by_iou[start : start + count]
-    limit = settings.get("max_references")
     sections = [
-        Section(heading, note, (_case(records[index], samples, index, limit) for index in indices))
+        Section(heading, note, (_case(records[index], samples, index, settings) for index in indices))
         for heading, note, indices in (
             ("Worst cases", "The samples with the lowest foreground IoU.", worst),
             ("Median cases", "The samples in the middle of all, ordered by foreground IoU.", median),
@@ -148,7 +148,10 @@ def case_html(title: str, pictures: Sequence[tuple[str, Image.Image]], facts: Ma
 
 
 def truth_pictures(
-    sample: ConceptSample, limit: int | None = None, record: Record | None = None
+    sample: ConceptSample,
+    limit: int | None = None,
+    record: Record | None = None,
+    mosaic: Mapping[str, Any] | None = None,
 ) -> list[tuple[str, Image.Image]]:
     """The references, as the MLLM sees them, and the target with its true mask.
 
@@ -156,6 +159,7 @@ def truth_pictures(
         sample: The sample.
         limit: `max_references` of the run.
         record: What the run made of it, for the check box.
+        mosaic: The run's `MosaicSettings`, where they are not the usual ones.
     """
     pictures = []
     references = shown_references(sample, limit)
@@ -165,7 +169,8 @@ def truth_pictures(
             check = (record["check_reference"], record["check"])
         caption = "references" if check is None else "references and the check box"
         with suppress(OSError, ValueError):  # a reference that cannot be drawn: the record says what is wrong
-            pictures.append((caption, draw_mosaic(references, _HEIGHT, check)))
+            drawn = draw_mosaic(references, _HEIGHT, check, MosaicSettings.from_dict(mosaic or {}))
+            pictures.append((caption, drawn))
     truth = "truth" if sample.present else "target; the concept is absent"
     pictures.append((truth, _overlaid(sample, sample.mask)))
     return pictures
@@ -218,11 +223,11 @@ def case_title(record: Record) -> str:
     return " · ".join(str(name) for name in names if name)
 
 
-def _case(record: Record, samples: Sequence[ConceptSample], index: int, limit: int | None) -> str:
+def _case(record: Record, samples: Sequence[ConceptSample], index: int, settings: Mapping[str, Any]) -> str:
     sample = read_sample(samples, index)
     pictures = []
     if not isinstance(sample, str):
-        pictures = truth_pictures(sample, limit, record)
+        pictures = truth_pictures(sample, settings.get("max_references"), record, settings.get("mosaic"))
         if record["error"] is None:
             caption = "prediction" if record["box"] is None else "prediction and the MLLM's box"
             pictures.append((caption, prediction_picture(sample, record)))

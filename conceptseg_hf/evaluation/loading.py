@@ -51,6 +51,14 @@ def load_config(checkpoint: str) -> ConceptSegConfig:
     return config
 
 
+def profile_of(name: str | os.PathLike | None) -> str | None:
+    """The profile that a checkpoint's config names; None also where no config can be read, which loading will tell."""
+    try:
+        return load_config(find_checkpoint(name)).profile
+    except (OSError, ValueError):
+        return None
+
+
 def load_model_and_processor(
     name: str | os.PathLike | None = None, device: str | torch.device | None = None, dtype: str = "auto"
 ) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
@@ -92,10 +100,16 @@ def fingerprint(model: PreTrainedModel) -> dict[str, str]:
 def configuration_hash(model: ConceptSegForSegmentation, processor: ConceptSegProcessor) -> str:
     """A hash of what besides weights decides results: prompt, canvas, image sizes, router, and the like."""
     config = model.config
+    switches = {name: value for name, value in config.switches.items() if name != "profile"}
     values = {
         "processor": processor.to_dict(),
         "template": processor.chat_template,
-        "model": [config.hidden_states_at, config.sam_geometry_cls, config.router_base],
+        "model": [
+            config.hidden_states_at,
+            config.sam_geometry_cls,
+            config.router_base,
+            *([switches] if switches else []),
+        ],
     }
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

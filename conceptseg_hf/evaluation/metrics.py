@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..images import load_mask
+from ..images import load_grey_mask, load_mask
 from ..references import box_iou
 from .protocols import get_protocol
 from .s_measure import load_library, s_measure
@@ -83,7 +83,7 @@ class MaskMetrics:
     processes changes a digit of the result.
 
     Args:
-        protocol: `"standard"` or `"paper"`; see `protocols`.
+        protocol: `"standard"`, `"paper"` or `"released"`; see `protocols`.
         ignore_index: Label of the pixels that do not count, or None.
         metrics: Which ones: any of `METRICS` and `LIBRARY_METRICS`.
 
@@ -108,7 +108,9 @@ class MaskMetrics:
         if "s_measure" in metrics:
             load_library()
 
-    def update(self, prediction: Any, ground_truth: Any, ignore: Any = None) -> dict[str, float]:
+    def update(
+        self, prediction: Any, ground_truth: Any, ignore: Any = None, own_size: bool = False
+    ) -> dict[str, float]:
         """Scores one image.
 
         Args:
@@ -116,6 +118,7 @@ class MaskMetrics:
             ground_truth: As an item of `score_masks`.
             ignore: Where pixels do not count, a bool array or a PIL mask of the truth's size, beside labels of
                 `ignore_index`.
+            own_size: Compare at the truth's size whatever the protocol's is; see `Protocol.own_size`.
 
         Returns:
             What it adds to `scores`.
@@ -130,7 +133,7 @@ class MaskMetrics:
                     f"{truth.shape}; bring it to the truth's size."
                 )
             counted = counted & ~(ignored > 0.5)
-        keep_size = ignore is not None or not counted.all()
+        keep_size = own_size or ignore is not None or not counted.all()
         probability = _as_probability(prediction, index)
         are_resized = not keep_size and self.protocol.size is not None
         if probability.shape != truth.shape and not are_resized:
@@ -138,7 +141,11 @@ class MaskMetrics:
                 f"score_masks: prediction {index} has shape {probability.shape}, its truth {truth.shape}; "
                 "bring them to the truth's size."
             )
-        probability, truth, counted = self.protocol.prepare(probability, truth, counted, keep_size)
+        is_soft = self.protocol.bicubic_truths and are_resized and isinstance(ground_truth, Image.Image)
+        soft_truth = load_grey_mask(ground_truth) if is_soft else None
+        probability, truth, counted = self.protocol.prepare(
+            probability, truth, counted, keep_size, soft_truth
+        )
         if not counted.all():
             probability, truth = probability * counted, truth & counted
         mask = probability if probability.dtype == bool else probability > 0.5
@@ -153,9 +160,17 @@ class MaskMetrics:
         if "f_w" in self.metrics:
             score["f_w"] = weighted_f_measure(probability, truth, self.protocol.whole_number_errors)
         if "s_measure" in self.metrics:
-            score["s_measure"] = s_measure(probability, truth)
+            score["s_measure"] = s_measure(probability, truth, self.protocol.released_measures)
         self.scores.append(score)
         return score
+
+    def _class_recall(self, tp: np.ndarray, fp: np.ndarray, fn: np.ndarray, tn: np.ndarray) -> np.ndarray:
+        """Per image, the recall of foreground and background, averaged over those of the two that count."""
+        counts = np.stack([tp + fn > 0, tn + fp > 0])
+        recall = np.stack([_ratio(tp, tp + fn), _ratio(tn, tn + fp)]) * counts
+        if self.protocol.released_measures:  # a class that does not occur has no hits
+            return recall.mean(axis=0)
+        return np.where(counts.any(axis=0), recall.sum(axis=0) / np.maximum(counts.sum(axis=0), 1), 1.0)
 
     def merge(self, other: MaskMetrics | Iterable[Mapping[str, float]]) -> None:
         """Adds the images of another accumulator, or scores that one has returned (from disk, another process)."""
@@ -176,7 +191,7 @@ class MaskMetrics:
         per_image = {
             "miou": (foreground + background) / 2,
             "giou": foreground,
-            "ber": 1 - _class_recall(tp, fp, fn, tn),
+            "ber": 1 - self._class_recall(tp, fp, fn, tn),
             "mdice": _ratio(2 * tp, 2 * tp + fp + fn),
         }
         values = {}
@@ -199,17 +214,17 @@ def score_masks(
     """Scores masks against the truth.
 
     A pixel is predicted as foreground when its probability exceeds 0.5. BER is the mean error rate of the classes
-    that occur in the image. F_w is 0 where the truth is empty, whatever was predicted, as in PySODMetrics; all other
-    metrics are perfect where nothing is found and nothing is there.
+    that occur in the image (but see "released" in `protocols`). F_w is 0 where the truth is empty, whatever was
+    predicted, as in PySODMetrics; all other metrics are perfect where nothing is found and nothing is there.
 
     Args:
         predictions: Per image a bool array, a float array of probabilities, or a PIL mask as `images.load_mask` reads
             it (0 and 1, or 0 and 255), all (H, W).
         ground_truths: Per image a bool array, a PIL mask likewise (nothing ignored), or an integer array of labels: 0
-            background, 1 foreground, and `ignore_index`. It has the size of the prediction, except under "paper",
-            which resizes both where no pixels are ignored.
+            background, 1 foreground, and `ignore_index`. It has the size of the prediction, except under "paper" and
+            "released", which resize both where no pixels are ignored.
         protocol: `"standard"`: at the truth's resolution; MAE, F_w and S-measure see probabilities where there are
-            some. `"paper"`: as the paper's figures were made, see `protocols`.
+            some. `"released"`: as the paper's figures were made. `"paper"`: near to that. See `protocols`.
         ignore_index: Label of the pixels that do not count, or None.
         metrics: Which ones: any of `METRICS`, and of `LIBRARY_METRICS`, which need `pip install
             conceptseg-hf[eval]`.
@@ -285,15 +300,6 @@ def _ratio(numerator: Any, denominator: Any) -> Any:
     """Numerator / denominator, and 1 where there is nothing to count."""
     numerator, denominator = np.asarray(numerator), np.asarray(denominator)
     return np.where(denominator > 0, numerator / np.maximum(denominator, 1), 1.0)
-
-
-def _class_recall(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray, tn: np.ndarray) -> np.ndarray:
-    """Per image, the recall of foreground and background, averaged over those of the two that occur."""
-    occurs = np.stack([tp + fn > 0, tn + fp > 0])
-    recall = np.stack([_ratio(tp, tp + fn), _ratio(tn, tn + fp)])
-    return np.where(
-        occurs.any(axis=0), (recall * occurs).sum(axis=0) / np.maximum(occurs.sum(axis=0), 1), 1.0
-    )
 
 
 __all__ = ["METRICS", "MaskMetrics", "box_iou", "foreground_iou", "presence_auc", "score_masks"]

@@ -1,4 +1,7 @@
-"""A run in the layout of the paper's Tables 1, 2, 8 and 10, above the figures that the paper prints there."""
+"""A run in the layout of the paper's Tables 1, 2, 8 and 10, above the figures that the paper prints there.
+
+Those are shown only where the two compare: where the run was made under the profile and the protocol "released".
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,17 @@ from .metrics import MaskMetrics
 from .tables import heading_of, markdown_table, percent, provenance_line
 
 _THIS = "this run"
-_REASONSEG, _CITYSCAPES = "reasonseg", "cityscapes"
+_REASONSEG, _CITYSCAPES = "reasonseg-hf", "cityscapes"  # Table 3 is of the copy on the hub
+_RELEASED = "released"
 
 
-def paper_value(row: Row, metric: str, method: str) -> tuple[float, int] | None:
-    """What the paper prints for a row, and the number of the table; None if it prints nothing.
+def compares(settings: Mapping[str, Any]) -> bool:
+    """Whether a run's numbers compare with the paper's figures, as far as its settings tell."""
+    return settings.get("profile") == _RELEASED and settings["protocol"] == _RELEASED
+
+
+def paper_value(row: Row, metric: str, method: str, settings: Mapping[str, Any]) -> tuple[float, int] | None:
+    """What the paper prints for a row, and the number of the table; None if that is nothing, or nothing that compares.
 
     Means are compared with the paper's only where they go over all of the paper's data sets.
 
@@ -24,7 +33,10 @@ def paper_value(row: Row, metric: str, method: str) -> tuple[float, int] | None:
         row: A row of a run.
         metric: A metric.
         method: A row of Table 1.
+        settings: The settings of the run.
     """
+    if not compares(settings):
+        return None
     names = [dataset for dataset, _ in row.sources]
     if row.kind == "data set" and row.dataset == _REASONSEG:
         number, found = 3, paper_figures.table_3().get(method, {}).get(row.split, {}).get(metric)
@@ -48,12 +60,20 @@ def remarks(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]:
     if not printed:
         names = ", ".join(dict.fromkeys(row.dataset or "these samples" for row in sets))
         return [f"The paper prints no figures for {names}: its layout, this run's numbers alone."]
+    if not compares(settings):
+        made = f"profile {settings.get('profile') or 'paper'} and protocol {settings['protocol']}"
+        told = (
+            f"The paper's figures were made under profile {_RELEASED} and protocol {_RELEASED}, this run under {made}: "
+            "they do not compare, and are left out."
+        )
+        return [told]
     lines = [
         "Rows with the number of a table are the paper's print (arXiv:2605.20385), of the authors' own checkpoints."
     ]
-    if settings["protocol"] != "paper":
+    if settings.get("prompt_words") == "paper":
         lines.append(
-            f"They were made under the protocol paper and this run under {settings['protocol']}: they do not compare."
+            "This run's prompt has the released structure and the paper's words; --prompt-template gives it the "
+            "released ones."
         )
     if settings.get("router") != "adaptive":
         lines.append(
@@ -74,7 +94,8 @@ def table_1(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]:
         lines.append(["mIoU, 95 % interval", *(_ends(row) for row in columns)])
     for method in paper_figures.table_1():
         printed = [
-            [_value(paper_value(row, metric, method)) for metric in ("f_w", "miou")] for row in columns
+            [_value(paper_value(row, metric, method, settings)) for metric in ("f_w", "miou")]
+            for row in columns
         ]
         if any(value is not None for pair in printed for value in pair):
             lines.append([f"{method} (Table 1)", *(_pair(*pair) for pair in printed)])
@@ -96,7 +117,7 @@ def table_8(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]:
     for metric in settings["metrics"]:
         lines.append([heading_of(metric), _THIS, *(percent(row.values[metric], 2) for row in columns)])
         for method in paper_figures.METHODS:
-            printed = [paper_value(row, metric, method) for row in columns]
+            printed = [paper_value(row, metric, method, settings) for row in columns]
             tables = sorted({found[1] for found in printed if found is not None})
             if tables:
                 name = f"{method} (Table {' and '.join(map(str, tables))})"
@@ -113,7 +134,7 @@ def table_10(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]:
     """The layout of Table 10: the share that SAM 3 answered alone, and the scores under this way of routing."""
     sets = [row for row in rows if row.kind == "data set"]
     printed, mode = paper_figures.table(10), settings.get("router")
-    beside = any(mode in printed.get(row.dataset, ()) for row in sets)
+    beside = compares(settings) and any(mode in printed.get(row.dataset, ()) for row in sets)
     heading = ["concept", "n", "to SAM 3 (%)", "F_w", "mIoU"]
     if beside:
         heading += [f"3B, {mode} (Table 10): to SAM 3 (%)", "F_w", "mIoU"]
@@ -150,7 +171,7 @@ def table_2(records: Sequence[Record], settings: Mapping[str, Any]) -> list[str]
         values.append(masks.compute()["ciou"])
     lines = [[_THIS, *map(percent, values), percent(sum(values) / len(values))]]
     for method, row in printed.items():
-        if method != "classes":
+        if method != "classes" and compares(settings):
             by_class = dict(zip(printed["classes"], row["miou"], strict=True))
             cells = (percent(by_class.get(name)) for name in classes)
             lines.append([f"{method} (Table 2)", *cells, percent(row["mean"])])
@@ -206,4 +227,4 @@ def _set_title(row: Row) -> str:
     source = SOURCES.get(row.dataset)
     if source is None or not source.group:
         return row.group or row.dataset
-    return f"{source.title} {row.split}" if row.dataset == _REASONSEG else source.title
+    return f"{source.title} {row.split}" if source.group == "reasoning" else source.title

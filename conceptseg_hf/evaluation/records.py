@@ -74,6 +74,7 @@ def segment_samples(
     generation_config: Any = None,
     sam_prompt: str = "concept+text",
     max_references: int | None = None,
+    protocol: str = "standard",
 ) -> list[ConceptSegmentation]:
     """Segments benchmark samples in one batch; a sample that cannot be prepared gives a failed result.
 
@@ -85,7 +86,22 @@ def segment_samples(
         generation_config: See there.
         sam_prompt: See there.
         max_references: See `shown_references`.
+        protocol: See `protocols`; one that compares data sets at their own size has SAM 3's image and mask resized as
+            the released code does for these.
     """
+    own_size = get_protocol(protocol).own_size
+    if apart := [index for index, sample in enumerate(samples) if sample.dataset in own_size]:
+        options = (router, generation_config, sam_prompt, max_references)
+        resizing = processor.with_settings(
+            sam_resampling="bicubic", mask_resampling="bicubic", shortcut_size=None
+        )
+        others = [index for index in range(len(samples)) if index not in set(apart)]
+        found = {}
+        for chosen, chosen_processor in ((apart, resizing), (others, processor)):
+            batch = [samples[index] for index in chosen]
+            results = segment_samples(model, chosen_processor, batch, *options) if batch else []
+            found |= dict(zip(chosen, results, strict=True))
+        return [found[index] for index in range(len(samples))]
     prepared = []
     for sample in samples:
         try:
@@ -238,11 +254,17 @@ def _score(
     sample: ConceptSample, result: ConceptSegmentation, protocol: str, metrics: Sequence[str]
 ) -> tuple[dict[str, float], float]:
     """What `MaskMetrics` needs of the image, and the foreground IoU."""
+    rule = get_protocol(protocol)
+    own_size = sample.dataset in rule.own_size
+    ignore = sample.ignore if rule.ignores or own_size else None
     mask = Image.new("L", sample.mask.size) if result.mask is None else result.mask
     truth = sample.mask
-    if sample.ignore is None and result.mask_logits is not None and get_protocol(protocol).size is not None:
-        mask = get_protocol(protocol).threshold(result.mask_logits)
-        truth = sample.stored_mask or sample.mask  # resized once only, as a mask of any size is
-    scores = MaskMetrics(protocol, metrics=metrics).update(mask, truth, sample.ignore)
+    if ignore is None and not own_size and rule.size is not None:
+        if result.mask_logits is not None:
+            mask = rule.threshold(result.mask_logits)
+            truth = sample.stored_mask or sample.mask  # resized once only, as a mask of any size is
+        if rule.bicubic_truths:
+            truth = sample.soft_mask or sample.stored_mask or sample.mask
+    scores = MaskMetrics(protocol, metrics=metrics).update(mask, truth, ignore, own_size)
     union = scores["tp"] + scores["fp"] + scores["fn"]
     return scores, scores["tp"] / union if union else 1.0

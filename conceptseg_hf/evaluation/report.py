@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -150,7 +150,7 @@ class EvaluationReport:
             "provenance": provenance(self.settings, len(self.records)),
             "remarks": remarks(self.rows, self.settings),
             "samples": len(self.records),
-            "paper_layout": [_row_values(row) for row in self.rows],
+            "paper_layout": [_row_values(row, self.settings) for row in self.rows],
             "table": self.table,
             **(
                 {"outcomes": decompose(self.records, self.settings["prediction_threshold"])}
@@ -164,7 +164,7 @@ class EvaluationReport:
         }
 
     def to_csv(self) -> str:
-        """One number a line, each with how it was made and with the paper's figures for the same, if there are any."""
+        """One number a line, each with how it was made and with the paper's figures for the same, if these compare."""
         lines = []
         for row in self.rows:
             stated = provenance(self.settings, row.samples)
@@ -173,7 +173,10 @@ class EvaluationReport:
             stated["split"] = "+".join(dict.fromkeys(split for _, split in row.sources))
             for metric, value in (*row.values.items(), ("shortcut_share", row.shortcut_share)):
                 interval = row.intervals.get(metric)
-                printed = {method: paper_value(row, metric, method) for method in paper_figures.METHODS}
+                printed = {
+                    method: paper_value(row, metric, method, self.settings)
+                    for method in paper_figures.METHODS
+                }
                 tables = {found[1] for found in printed.values() if found is not None}
                 lines.append(
                     {"row": row.kind, "level": row.level, "group": row.group, "metric": metric}
@@ -268,10 +271,10 @@ class EvaluationReport:
         return lines
 
 
-def _row_values(row: Row) -> dict[str, Any]:
+def _row_values(row: Row, settings: Mapping[str, Any]) -> dict[str, Any]:
     printed: dict[str, dict[str, Any]] = {}
     for method in paper_figures.METHODS:
-        found = {metric: paper_value(row, metric, method) for metric in row.values}
+        found = {metric: paper_value(row, metric, method, settings) for metric in row.values}
         values = {metric: {"value": pair[0], "table": pair[1]} for metric, pair in found.items() if pair}
         if values:
             printed[method] = values

@@ -79,7 +79,7 @@ def interval_values(interval: Interval | None) -> dict[str, Any] | None:
 
 
 def provenance(settings: Mapping[str, Any], samples: int) -> dict[str, Any]:
-    """What a number must be printed with: benchmark, split, seed, protocol, router, checkpoint, number of samples.
+    """What a number must be printed with: benchmark, split, seed, protocol, profile, router, checkpoint, and so on.
 
     Args:
         settings: The settings of a run.
@@ -87,6 +87,8 @@ def provenance(settings: Mapping[str, Any], samples: int) -> dict[str, Any]:
     """
     names = ("benchmark", "split", "seed", "protocol", "router", "sam_prompt", "max_references", "generation")
     stated = {name: settings.get(name) for name in names}
+    if "profile" in settings:
+        stated["profile"] = settings["profile"]
     return stated | {
         "checkpoint": checkpoint_name(settings),
         "weights": settings.get("weights"),

@@ -7,6 +7,7 @@ and `ref_box`. All paths are relative to the folder.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,15 @@ def index_files(root: Path, source: Source, split: str) -> Index:
         for concept in classes
     }
     return Index(items, ClassPool(pool))
+
+
+def without_boxes(index: Index) -> Index:
+    """An index whose items' own references have no boxes: the released loader does not read `ref_box`."""
+    items = [
+        replace(item, references=tuple(replace(own, truth=None) for own in item.references))
+        for item in index.items
+    ]
+    return replace(index, items=items)
 
 
 def _item(
