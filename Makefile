@@ -28,8 +28,10 @@ format: $(VENV)/.installed-lint  ## bring style and format in order
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/.installed-core  ## time imports, data, both routes
+bench: $(VENV)/.installed-core  ## time imports, data, both routes, and FiftyOne's loop where FiftyOne is installed
 	$(VENV)/bin/python benchmarks/speed.py
+	@if $(VENV)/bin/python -c 'import fiftyone' 2>/dev/null; then $(VENV)/bin/python benchmarks/fiftyone_loop.py; \
+	else echo 'without FiftyOne: benchmarks/fiftyone_loop.py is left out'; fi
 
 nano: $(VENV)/.installed-core  ## train the embedded checkpoint from scratch (resumes where it stopped)
 	$(VENV)/bin/python -m conceptseg_trainers.nano $(NANO_ARGS)

@@ -1,12 +1,15 @@
 """Times what a user waits for: imports, the command's help, making samples, and both routes on the embedded checkpoint.
 
     make bench
+    python benchmarks/speed.py --check    # and fails beyond the limits that some figures have
 
-Each figure is the median of several runs on whatever the machine is doing; one thread, so that machines compare.
+Each figure is the median of several runs on whatever the machine is doing; one thread, so that machines compare. Tests
+count calls and modules instead, as seconds say nothing on a busy machine.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -23,6 +26,10 @@ IMPORT_BASELINE = (
     "runpy.run_path(str(root / '_compat.py'))['declare_operators']();"
     "import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl, transformers.models.sam3.modeling_sam3"
 )
+HELP = "import sys, conceptseg_launcher; sys.argv[1:] = ['--help']; conceptseg_launcher.main()"
+
+Row = tuple[str, float, str, float | None]
+"""What, its value and unit, and a limit: the largest of seconds, the smallest of a rate."""
 
 
 def median_seconds(action: Callable[[], object], repeats: int) -> float:
@@ -40,25 +47,69 @@ def fresh_python(*words: str) -> Callable[[], object]:
     return lambda: subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
 
 
-def main() -> None:
-    """Prints the table."""
+def main() -> int:
+    """Prints the table and returns the exit code."""
+    parser = argparse.ArgumentParser(description="What a user waits for.")
+    parser.add_argument("--check", action="store_true", help="exit with 1 beyond the limits")
+    arguments = parser.parse_args()
+    over = 0
+    for name, value, unit, limit in (*startup_rows(), *parts_rows(), *route_rows()):
+        wrong = limit is not None and (value > limit if unit == "s" else value < limit)
+        over += wrong
+        remark = "" if limit is None else f"  ({'over ' if wrong else ''}limit {limit:g})"
+        print(f"{name:<44} {value:8.2f} {unit}{remark}")
+    return int(arguments.check and over > 0)
+
+
+def startup_rows() -> list[Row]:
+    """Imports and the command's help, in processes of their own."""
     baseline = median_seconds(fresh_python("-c", IMPORT_BASELINE), 5)
-    rows = [
-        ("import conceptseg_hf", median_seconds(fresh_python("-c", "import conceptseg_hf"), 5), "s"),
-        ("  Transformers' Qwen2.5-VL and SAM 3 alone", baseline, "s"),
-        (
-            "conceptseg --help",
-            median_seconds(
-                fresh_python(
-                    "-c",
-                    "import sys, conceptseg_launcher; sys.argv[1:] = ['--help']; conceptseg_launcher.main()",
-                ),
-                5,
-            ),
-            "s",
-        ),
+    package = median_seconds(fresh_python("-c", "import conceptseg_hf"), 5)
+    return [
+        ("import conceptseg_hf", package, "s", baseline + 0.3),
+        ("  Transformers' Qwen2.5-VL and SAM 3 alone", baseline, "s", None),
+        ("conceptseg --help", median_seconds(fresh_python("-c", HELP), 5), "s", 1.0),
     ]
 
+
+def parts_rows() -> list[Row]:
+    """Parts that could be slow by their inputs alone."""
+    import numpy as np
+    from PIL import Image
+
+    from conceptseg_hf import parse_completion
+    from conceptseg_hf.data import ConceptShapes
+    from conceptseg_hf.data.concept_shapes.benchmark import family_at
+    from conceptseg_hf.visualization import overlay
+
+    shapes = ConceptShapes("train")
+    plain = [
+        index
+        for index in range(240)
+        if family_at(index)[2].__name__ in ("absent", "extreme_size", "relation")
+    ]
+    nested = "<think>" * 150_000
+    picture, mask = Image.new("RGB", (4000, 3000)), np.ones((3000, 4000), dtype=bool)
+    return [
+        (
+            "ConceptShapes",
+            240 / median_seconds(lambda: [shapes[i] for i in range(240)], 3),
+            "samples/s",
+            None,
+        ),
+        (
+            "ConceptShapes, without references",
+            len(plain) / median_seconds(lambda: [shapes[i] for i in plain], 3),
+            "samples/s",
+            500.0,
+        ),
+        ("parsing a completion of 1 MB", median_seconds(lambda: parse_completion(nested, 100), 3), "s", 2.0),
+        ("overlay of 4000 x 3000 pixels", median_seconds(lambda: overlay(picture, mask), 3), "s", 10.0),
+    ]
+
+
+def route_rows() -> list[Row]:
+    """Both routes on the embedded checkpoint."""
     import torch
 
     torch.set_num_threads(1)
@@ -67,11 +118,9 @@ def main() -> None:
     from conceptseg_hf.evaluation.records import segment_samples
 
     benchmark = load_benchmark("concept-shapes", split="train")
-    rows.append(
-        ("ConceptShapes", 240 / median_seconds(lambda: [benchmark[i] for i in range(240)], 3), "samples/s")
-    )
     model, processor = load_model_and_processor()
     samples = [benchmark[i] for i in range(24)]
+    rows: list[Row] = []
     for router in ("sam_only", "full_reasoning", "adaptive"):
         for batch in (1, 8):
 
@@ -79,12 +128,10 @@ def main() -> None:
                 for start in range(0, len(samples), batch):
                     segment_samples(model, processor, samples[start : start + batch], router=router)
 
-            rows.append(
-                (f"segment, {router}, batch {batch}", len(samples) / median_seconds(run, 3), "images/s")
-            )
-    for name, value, unit in rows:
-        print(f"{name:<44} {value:8.2f} {unit}")
+            rate = len(samples) / median_seconds(run, 3)
+            rows.append((f"segment, {router}, batch {batch}", rate, "images/s", None))
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .writing import write_file
+
 if TYPE_CHECKING:
     from .configuration_conceptseg import ConceptSegConfig
 
@@ -75,7 +77,7 @@ def save_model_card(
     content = _content(card)
     if path.exists() and not overwrite:
         content = merge_cards(path.read_text(encoding="utf-8"), content, tags)
-    path.write_text(content, encoding="utf-8")
+    write_file(path, content)
     return path
 
 

@@ -22,6 +22,8 @@ _BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([f"({_NUMBER})"] * 4) + r"\s*\]", r
 # A longer text is no box; the bound keeps the expression above from ever seeing much.
 _MAX_BOX_CHARACTERS = 256
 _ANY_TAG = re.compile("<(/?)(" + "|".join(TAGS) + ")>")
+# Of the template, or anything else that looks like markup: no noun phrase has it.
+_MARKUP = re.compile(r"</?[A-Za-z][^<>]*>?")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Completion:
         rule: The visual rule.
         check: Box of the proxy query on the mosaic (x1, y1, x2, y2), ordered, in text units.
         bbox: Box of the target in the target image, likewise.
-        answer: The noun phrase that SAM 3 gets.
+        answer: The noun phrase that SAM 3 gets; one with tags in it is none.
         missing: What is missing or malformed, in words; empty when the template holds.
     """
 
@@ -81,10 +83,25 @@ def parse_completion(text: str, scale: float | None = None, expect_check: bool |
     if answer == "":
         faults.append("<answer> is empty")
         answer = None
+    elif answer is not None and (tag := find_markup(answer)) is not None:
+        faults.append(f"<answer> holds {tag}")
+        answer = None
     faults = _structure_faults(text, expect_check) + faults
     return Completion(
         text, contents["think"], contents["rule"], boxes["check"], boxes["bbox"], answer, tuple(faults)
     )
+
+
+def find_markup(text: str) -> str | None:
+    """The first tag in a text, of the template or of any other kind; None if there is none."""
+    match = _MARKUP.search(text)
+    return None if match is None else match[0]
+
+
+def find_template_tag(text: str) -> str | None:
+    """The first tag of the template in a text; None if there is none."""
+    match = _ANY_TAG.search(text)
+    return None if match is None else match[0]
 
 
 def format_completion(

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from .cards import CARD_NAME, is_hub_id, merge_cards, model_card, save_model_card
+from .writing import write_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +62,9 @@ def save_remote_stub(folder: str | os.PathLike) -> Path:
         if path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
             content["auto_map"] = auto_map
-            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            write_json(path, content, sort_keys=True)
     stub = folder / f"{STUB_NAME}.py"
-    stub.write_text(_STUB, encoding="utf-8")
+    write_file(stub, _STUB)
     return stub
 
 
@@ -141,7 +142,7 @@ def upload(
     if there is _UNREADABLE:
         card = None
     elif (card := _card_to_upload(there, ours, tags)) not in (None, there):
-        path.write_text(card, encoding="utf-8")
+        write_file(path, card)
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,

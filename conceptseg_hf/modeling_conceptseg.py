@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ from .devices import (
     loaded,
     stored_value,
 )
+from .finite import check_finite, is_finite
 from .generation import generate_with_states
 from .losses import segmentation_loss
 from .outputs import ConceptSegmentation, ConceptSegOutput
@@ -51,6 +53,10 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "u
 _PARTS = ("vlm", "ctm", "sam")
 
 _NOTHING = -100.0  # a mask logit whose probability is 0
+_NOT_FINITE = (
+    "the model's output for this sample is not finite (NaN); load the checkpoint in float32 or bfloat16, or use one "
+    "whose training did not diverge."
+)
 
 
 class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
@@ -145,6 +151,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         config.vlm_config, config.sam_config = vlm.config, sam.config
         model.ctm = ConceptTranslationModule(config.ctm_config).to(execution_device(sam))
         model.ctm.apply(model._init_weights)
+        for part, given in (("MLLM", vlm), ("SAM 3", sam)):
+            check_finite(given, f"The {part} {given.config.name_or_path!r}")
         model._freeze_sam()
         return model.eval()
 
@@ -191,8 +199,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: If weights of the CTM (without `init_ctm`), of the MLLM, or of SAM 3 (and
-                `config.sam_name_or_path` names no source for them) are missing, or `device_map` sends weights to the
-                disk that are not in the checkpoint.
+                `config.sam_name_or_path` names no source for them) are missing, weights are not finite, or `device_map`
+                sends weights to the disk that are not in the checkpoint.
         """
         if kwargs.get("device_map") is not None:
             kwargs["device_map"] = complete_device_map(kwargs["device_map"], _PARTS)
@@ -230,6 +238,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             fault = f"{checkpoint} lacks {len(missing['sam'])} SAM 3 weights"
             model._refill_sam(fault, hub_arguments, kwargs.get("offload_folder"))
             info["missing_keys"] = type(info["missing_keys"])(set(info["missing_keys"]) - set(missing["sam"]))
+        check_finite(model, checkpoint)
         model._freeze_sam()
         return (model, info) if output_loading_info else model
 
@@ -715,6 +724,9 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             if i not in decoded:
                 results.append(ConceptSegmentation.failed(sample.error, sample.prompt))
                 continue
+            if not decoded[i].is_finite:
+                results.append(ConceptSegmentation.failed(_NOT_FINITE, sample.prompt))
+                continue
             result = _result(sample, decoded[i], processor, return_heatmap)
             result.presence, result.threshold = presences.get(i), router.threshold(sample.prompt)
             if return_logits:
@@ -826,6 +838,11 @@ class _Decoded:
     mask_logits: Tensor
     presence: float
     completion: Completion | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether there is a mask in it at all."""
+        return math.isfinite(self.presence) and is_finite(self.mask_logits)
 
 
 def _check_forward_arguments(

@@ -360,7 +360,7 @@ class ConceptSegProcessor(ProcessorMixin):
             FileNotFoundError: If a path names no file.
             ValueError: If an input cannot be used; the message is one sentence.
         """
-        self._check_prompt(prompt)
+        self.check_prompt(prompt)
         picture = load_image(image)
         frame, pictures = self.draw_pictures(picture, references)
         sample = PreparedSample(
@@ -692,15 +692,20 @@ class ConceptSegProcessor(ProcessorMixin):
     def _chat_template(self) -> str:
         return self.chat_template or self.tokenizer.chat_template or mllm.chat_template(self.image_token)
 
-    def _check_prompt(self, prompt: str) -> None:
+    def check_prompt(self, prompt: str) -> None:
+        """Raises a ValueError if a prompt cannot be used; the message is one sentence."""
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"prompt is {prompt!r}; give the concept in words.")
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise ValueError(f"prompt {prompt!r} has half a character in it; mend its encoding.")
+        self.check_text(prompt, "prompt")
+
+    def check_text(self, text: str, what: str) -> None:
+        """Raises a ValueError if a text, called `what` in the message, would not be read as words by the MLLM."""
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{what} {text!r} has half a character in it; mend its encoding.")
         for token in self._reserved_tokens:
             # Else the user's words could end the turn or claim to be an image.
-            if token in prompt:
-                raise ValueError(f"prompt contains the reserved token {token!r}; leave it out.")
+            if token in text:
+                raise ValueError(f"{what} contains the reserved token {token!r}; leave it out.")
 
     def make_frame(self, image_size: tuple[int, int], references: ResolvedReferences) -> Frame:
         """Lays the references of a target image of (width, height) out on the mosaic."""

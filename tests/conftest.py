@@ -191,9 +191,7 @@ def fresh_python(tmp_path) -> Callable[..., str]:
         )
         environment = {**os.environ, "PYTHONPATH": path, "HF_MODULES_CACHE": str(tmp_path / "modules")}
         command = [sys.executable, "-c", code, *arguments]
-        result = subprocess.run(
-            command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120
-        )
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
 

@@ -64,6 +64,10 @@ def test_a_file_of_ones_own(write):
         ("variants: {one: {max_references: true}, two: {}}", "max_references is True"),
         ("variants: {one: [], two: 3}", "variant 'two': 3 are no settings"),
         ("variants: {a b: {}, a-b: {}}", "one folder name"),
+        (
+            f"variants: {{{'ü' * 128}: {{}}, b: {{}}}}",
+            r"the variant name 'ü{40}'\.\.\. is longer than a folder's name",
+        ),
     ],
 )
 def test_bad_files_are_refused(write, text, message):

@@ -399,13 +399,13 @@ def test_a_reader_who_has_seen_enough_ends_no_traceback(files):
     process.stdout.close()  # before anything is written
     error = process.stderr.read().decode()
     process.stderr.close()
-    assert process.wait(timeout=240) == 141
+    assert process.wait() == 141
     assert "Traceback" not in error and "BrokenPipe" not in error
 
 
 def test_the_package_is_run_as_the_command(files):
     done = subprocess.run(
-        [sys.executable, "-m", "conceptseg_hf", "--version"], capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", "conceptseg_hf", "--version"], capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout.startswith("conceptseg ")
 
@@ -529,7 +529,7 @@ def test_demo_writes_a_picture_per_sample(files, checkpoint, capsys):
 )
 def test_demo_covers_levels_and_routes(tmp_path):
     command_line = [sys.executable, "-m", "conceptseg_hf.cli", "demo", "--output-dir", str(tmp_path)]
-    subprocess.run(command_line, check=True, timeout=300)
+    subprocess.run(command_line, check=True)
     records = json.loads((tmp_path / "results.json").read_text())
     assert len(list(tmp_path.glob("*.png"))) == len(records) >= 8
     assert {record["level"] for record in records} == {"CI", "CD", "CR"}

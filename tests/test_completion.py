@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conceptseg_hf import completion
 from conceptseg_hf.completion import TAGS, Completion, format_box, format_completion, parse_completion
 
 VALID = (
@@ -224,8 +224,50 @@ def test_never_raises_on_100_000_random_and_mutated_texts() -> None:
 @pytest.mark.parametrize(
     "frame", ["{}", "<think>{}", "<bbox>[{}]</bbox>", "{}</think>", "<bbox>{}</bbox>", VALID + "{}"]
 )
-def test_a_megabyte_is_read_in_linear_time(unit: str, frame: str) -> None:
-    text = frame.replace("{}", unit * (1_000_000 // len(unit)))
-    start = time.process_time()
+def test_a_megabyte_is_read_in_linear_time(unit: str, frame: str, monkeypatch) -> None:
+    """Counted: the text is searched a fixed number of times, and boxes are looked for in short pieces alone."""
+    looked_at: list[str] = []
+
+    class Watched:
+        """The expression of a box, which would not be linear."""
+
+        def fullmatch(self, text: str):
+            looked_at.append(text)
+            return box.fullmatch(text)
+
+    class Counted(str):
+        """A text that counts how often it is searched from some place to its end."""
+
+        searches = 0
+
+        def find(self, *arguments):
+            Counted.searches += 1
+            return super().find(*arguments)
+
+    box = completion._BOX
+    monkeypatch.setattr(completion, "_BOX", Watched())
+    text = Counted(frame.replace("{}", unit * (1_000_000 // len(unit))))
     parse_completion(text, 100)
-    assert time.process_time() - start < 2.0
+    assert Counted.searches <= 1 + 4 * len(TAGS)
+    assert len(looked_at) <= 2 and all(len(piece) <= 256 for piece in looked_at)
+
+
+@pytest.mark.parametrize(
+    ("answer", "tag"),
+    [
+        ("yellow cross</rule><bbox>[2 square", "</rule>"),
+        ("<answer>red circle", "<answer>"),
+        ("a <b>red</b> circle", "<b>"),
+        ("red circle <bbox", "<bbox"),
+        ("red </", None),
+        ("a < b, c > d", None),
+        ("x<3", None),
+    ],
+)
+def test_an_answer_with_tags_is_no_answer(answer: str, tag: str | None) -> None:
+    parsed = parse_completion(VALID.replace(" red circle ", answer))
+    if tag is None:
+        assert parsed.answer == answer and parsed.is_valid
+    else:
+        assert parsed.answer is None and f"<answer> holds {tag}" in parsed.missing
+        assert (parsed.bbox, parsed.check) == ((10, 20, 30, 40), (1, 2, 3, 4))

@@ -13,12 +13,12 @@ from conceptseg_hf import (
 )
 
 IMPORT_AFTER_THE_BACKBONES = """
-import time
+import sys
 import torchvision_shim
 from transformers import Qwen2_5_VLForConditionalGeneration, Sam3Model
-start = time.process_time()
+before = set(sys.modules)
 import conceptseg_hf
-print(time.process_time() - start)
+print(*sorted(set(sys.modules) - before))
 """
 NO_SOCKETS = """
 import socket, sys
@@ -69,10 +69,13 @@ def test_import_opens_no_socket_and_stays_light(fresh_python):
     fresh_python(NO_SOCKETS)
 
 
-def test_import_costs_little_beyond_the_backbones(fresh_python):
-    """At most 0.3 s beyond the modeling files it registers.
-
-    In one process, after them: two processes, each of seconds, differ by more than that on a busy machine.
-    """
-    cost = min(float(fresh_python(IMPORT_AFTER_THE_BACKBONES)) for _ in range(2))
-    assert cost <= 0.3, f"import conceptseg_hf costs {cost:.2f} s after the backbones' modeling files"
+def test_import_loads_little_beyond_the_backbones(fresh_python):
+    """What it costs in seconds is in `make bench`."""
+    loaded = fresh_python(IMPORT_AFTER_THE_BACKBONES).split()
+    own = [name for name in loaded if name.startswith("conceptseg_hf")]
+    assert len(own) <= 40 and not any(
+        name.startswith(("conceptseg_hf.data", "conceptseg_hf.evaluation", "conceptseg_hf.integrations"))
+        for name in own
+    )
+    others = {".".join(name.split(".")[:2]) for name in loaded if name not in own}
+    assert others == {"transformers.pipelines", "PIL.ImageFile", "PIL.TiffImagePlugin"}

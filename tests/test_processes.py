@@ -16,7 +16,6 @@ from conceptseg_hf import nano_checkpoint
 from conceptseg_hf.evaluation import evaluate, evaluator
 from conceptseg_hf.evaluation.loading import load_model_and_processor
 from conceptseg_hf.evaluation.processes import Processes, join_processes
-from conceptseg_hf.evaluation.progress import Progress
 from conceptseg_hf.evaluation.records import RECORD_FIELDS
 from conceptseg_hf.evaluation.store import RecordStore
 
@@ -42,11 +41,10 @@ def run_two(folder: Path, *options: str) -> list[dict]:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=540,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.count("foreground IoU: ") == 1, "only the main process prints"
-    assert result.stderr.count("samples/s]") >= 1
+    assert "\r" not in result.stderr, "a pipe has no bars"
     return [json.loads((notes / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -102,9 +100,8 @@ def test_kill_9_in_the_middle_of_500_samples(tmp_path, monkeypatch):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(command(*words), stderr=subprocess.DEVNULL, env=environment) as process:
         records = killed / "records.jsonl"
-        deadline = time.monotonic() + 240
         while not records.exists() or records.read_bytes().count(b"\n") < limit // 3:
-            assert process.poll() is None and time.monotonic() < deadline, "it ended before it was killed"
+            assert process.poll() is None, "it ended before it was killed"
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -240,18 +237,3 @@ def test_a_process_that_nobody_launched_is_alone(monkeypatch):
     assert (processes.index, processes.count, processes.is_main) == (0, 1, True)
     processes.wait()
     processes.leave()
-
-
-def test_the_rate_leaves_out_what_was_found_on_disk(capsys):
-    with Progress(100, shown=True) as bar:
-        bar.skip(80)
-        time.sleep(0.2)
-        bar.advance(10)
-    line = capsys.readouterr().err.split("\r")[-1]
-    assert "90/100" in line
-    rate = float(line.rpartition(",")[2].split()[0])
-    assert 10 < rate <= 50, "10 samples in at least 0.2 seconds, not 90"
-    with Progress(100, shown=False) as bar:
-        bar.skip(80)
-        bar.advance(10)
-    assert capsys.readouterr().err == ""

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -85,11 +84,49 @@ def test_only_the_command_prints(path):
     assert not [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
 
 
+# Appending to a log that is read line by line, where half a line is passed over; and a log of another program.
+APPENDING = {
+    "evaluation/store.py",
+    "completions.py",
+    "nano/loop.py",
+    "integrations/fiftyone_app.py",
+    "cli/outputs.py",
+}
+HASHED = {"evaluation/loading.py", "completions.py", "integrations/fiftyone/runs.py"}  # JSON that is no file
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_json_are_written_in_one_place(path):
+    """`writing.py`: whole files, and no NaN in JSON."""
+    base = PACKAGE if PACKAGE in path.parents else TRAINERS
+    name = path.relative_to(base).as_posix()
+    if name == "writing.py":
+        return
+    calls = [
+        (ast.unparse(node.func), node)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    ]
+    banned = {"write_text", "write_bytes", *(() if name in HASHED else ("json.dumps", "json.dump"))}
+    found = [
+        f"line {node.lineno}: {called}"
+        for called, node in calls
+        if called in banned or called.rpartition(".")[2] in banned
+    ]
+    for called, node in calls:
+        modes = [part.value for part in node.args if isinstance(part, ast.Constant)]
+        if called.rpartition(".")[2] == "open" and any(
+            isinstance(mode, str) and re.fullmatch("[wax]b?t?[+]?", mode) for mode in modes
+        ):
+            found += [] if name in APPENDING else [f"line {node.lineno}: {called}"]
+    assert found == []
+
+
 def run_python(code: str, *words: str) -> subprocess.CompletedProcess:
     paths = os.pathsep.join([str(ROOT), str(TRAINERS.parent)])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True
     )
 
 
@@ -97,22 +134,22 @@ LAUNCH = "import runpy; launch = runpy.run_path(sys.argv.pop(1))['main']\nsys.ar
 LAUNCH_LIGHTLY = (
     NO_SOCKETS
     + LAUNCH
-    + "try:\n    launch()\nfinally:\n    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    + "try:\n    launch()\nfinally:\n    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+    + "    print(len(sys.modules))"
 )
 
 
 @pytest.mark.parametrize(
-    "verb", [(), ("demo",), ("segment",), ("evaluate",), ("compare",), ("ablate",), ("info",)], ids=" ".join
+    "verb",
+    [(), *((verb,) for verb in "demo segment evaluate compare ablate train convert data info".split())],
+    ids=" ".join,
 )
-def test_help_answers_at_once_and_opens_no_socket(verb):
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = run_python(LAUNCH_LIGHTLY, str(PACKAGE / "cli" / "launcher.py"), *verb, "--help")
-        times.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        assert "usage: conceptseg" in done.stdout
-    assert min(times) < 1
+def test_help_loads_little_and_opens_no_socket(verb):
+    """The standard library's argparse and what it needs; how long it takes is in `make bench`."""
+    done = run_python(LAUNCH_LIGHTLY, str(PACKAGE / "cli" / "launcher.py"), *verb, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage: conceptseg" in done.stdout
+    assert int(done.stdout.splitlines()[-1]) < 250, "modules"
 
 
 def test_importing_opens_no_socket_and_nothing_heavy():
@@ -149,7 +186,8 @@ def test_version_is_said_once():
 
 def test_the_command_tells_it_without_importing_the_package():
     done = run_python(LAUNCH_LIGHTLY, str(PACKAGE / "cli" / "launcher.py"), "--version")
-    assert (done.returncode, done.stdout) == (0, f"conceptseg {conceptseg_hf.__version__}\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == f"conceptseg {conceptseg_hf.__version__}"
 
 
 def test_constraints_pin_what_setup_installs():

@@ -13,16 +13,30 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from . import ablate, compare, convert, data, demo, evaluate, info, segment, train
-from .arguments import BadInputError, installed_version
+from .arguments import BadInputError, installed_version, os_error_sentence
+from .outputs import make_printable
+from .suggestions import suggest, unknown_option
 
 _VERBS = (demo, segment, evaluate, compare, ablate, train, convert, data, info)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, not in a page of usage."""
+    """Says what is wrong in one sentence, not in a page of usage, and what may have been meant."""
+
+    def parse_known_args(
+        self, args: Any = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Names a misspelled option first: argparse would speak of what is missing without it."""
+        args = sys.argv[1:] if args is None else list(args)
+        if (unknown := unknown_option(args, self)) is not None:
+            self.error(f"unrecognized arguments: {unknown}")
+        namespace, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return namespace, rest
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message.rstrip('.')}. See {self.prog} --help.\n")
+        self.exit(2, f"{self.prog}: {suggest(message.rstrip('.'), self)}. See {self.prog} --help.\n")
 
 
 class _Version(argparse.Action):
@@ -56,18 +70,54 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 after bad input, which is explained in one sentence on standard error; 130 if stopped, 141
         if whoever reads the output stopped reading.
     """
+    make_printable()
     arguments = build_parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         code = arguments.run(arguments)
-        sys.stdout.flush()
+        _flush()
         return code
     except BrokenPipeError:  # whoever reads has seen enough, as in `conceptseg data list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+        _leave_stdout()
         return 141
     except BadInputError as error:
-        print(f"conceptseg {arguments.verb}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"conceptseg {arguments.verb}: stopped.", file=sys.stderr)
+        reason = str(error)
+    except OSError as error:
+        reason = os_error_sentence(error)
+    except KeyboardInterrupt as error:
+        print(f"conceptseg {arguments.verb}: {str(error) or 'stopped.'}", file=sys.stderr)
         return 130
+    try:
+        _flush()
+    except (OSError, BadInputError):
+        _leave_stdout()
+    print(f"conceptseg {arguments.verb}: {reason}", file=sys.stderr)
+    return 2
+
+
+def _flush() -> None:
+    """Flushes standard output, which may be a file on a full disk."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _leave_stdout()
+        raise BadInputError(
+            f"standard output cannot be written: {error.strerror}; make room there."
+        ) from error
+
+
+def _leave_stdout() -> None:
+    """Python flushes once more as it ends, and would complain again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run_in_utf8() -> None:
+    """Starts the process anew in Python's UTF-8 mode, where the locale knows only ASCII.
+
+    File names and words beyond ASCII, as a list of samples has them, could not be used otherwise.
+    """
+    ascii_only = sys.getfilesystemencoding().lower() not in ("utf-8", "utf8")
+    if ascii_only and not sys.flags.utf8_mode and os.name == "posix":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])

@@ -2,6 +2,7 @@
 
 import sys
 
-from . import main
+from . import main, run_in_utf8
 
+run_in_utf8()
 sys.exit(main())

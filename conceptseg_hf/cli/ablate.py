@@ -17,7 +17,7 @@ from .arguments import (
     parse_metrics,
     parse_roots,
 )
-from .outputs import check_output_dir, folder_name
+from .outputs import check_output_dir, folder_name, says_how_to_go_on
 
 # ablation.ablation_names(), which cannot be imported without torch; a test holds the two together.
 CONFIGS = ("router", "prompt", "references", "reference_seeds", "concept_queries")
@@ -74,21 +74,22 @@ def run(arguments: argparse.Namespace) -> int:
     if not processes.is_main:
         be_silent()
     model, processor = load_model(arguments)
-    report = as_bad_input(
-        ablate,
-        ablation,
-        model,
-        folder,
-        benchmark=arguments.benchmark,
-        processor=processor,
-        models=models,
-        **data,
-        protocol=arguments.protocol,
-        metrics=parse_metrics(arguments.metrics),
-        batch_size=arguments.batch_size,
-        profile=arguments.profile,
-        progress=True,
-    )
+    with says_how_to_go_on(folder):
+        report = as_bad_input(
+            ablate,
+            ablation,
+            model,
+            folder,
+            benchmark=arguments.benchmark,
+            processor=processor,
+            models=models,
+            **data,
+            protocol=arguments.protocol,
+            metrics=parse_metrics(arguments.metrics),
+            batch_size=arguments.batch_size,
+            profile=arguments.profile,
+            progress=True,
+        )
     if processes.is_main:
         print(report.to_markdown())
         print(folder / "ablation.md")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 # conceptseg_hf.profiles.PROFILES, likewise.
 PROFILES = ("paper", "released")
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SMALL_MODEL = 50_000_000  # parameters
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -302,6 +305,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[ConceptSegForSegmentation
     check_model(arguments.model)
     from conceptseg_hf.evaluation.loading import load_model_and_processor
 
+    hide_bars()
     try:
         model, processor = load_model_and_processor(arguments.model, arguments.device, arguments.dtype)
     except (ValueError, ImportError, OSError) as error:
@@ -322,6 +326,13 @@ def spare_threads(model: ConceptSegForSegmentation) -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+def hide_bars() -> None:
+    """Keeps the bars of libraries out of pipes and logs."""
+    from conceptseg_hf.progress import hide_bars_in_pipes
+
+    hide_bars_in_pipes()
 
 
 def be_silent() -> None:
@@ -361,8 +372,22 @@ def positive_int(text: str) -> int:
 
 def _first_sentence(error: Exception) -> str:
     """An error in one sentence; errors of Transformers go on for paragraphs."""
+    if isinstance(error, OSError) and error.strerror:
+        return os_error_sentence(error)
     text = " ".join(str(error).split()) or type(error).__name__
     return re.split(r"(?<=[^.][.!?]) (?=[A-Z])", text)[0]
+
+
+def os_error_sentence(error: OSError) -> str:
+    """What the operating system refused, as one sentence."""
+    if not error.strerror:  # it was raised with a sentence of its own
+        return _first_sentence(error)
+    what = "a file" if error.filename is None else repr(os.fspath(error.filename))
+    if error.errno in _FULL:
+        return f"{what} cannot be written: {error.strerror}; make room there, or give another folder."
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{what} cannot be used: {error.strerror}; give another folder, or change its permissions."
+    return f"{what} cannot be used: {error.strerror}; give another."
 
 
 def _parse_boxes(text: str) -> tuple[tuple[float, float, float, float], ...] | None:

@@ -57,7 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
         check_output_dir(arguments.out, option="--out")
 
     from conceptseg_hf import conversion
+    from conceptseg_hf.progress import hide_bars_in_pipes
 
+    hide_bars_in_pipes()
     options = {"allow_mismatch": arguments.allow_mismatch}
     if arguments.dry_run:
         return _dry_run(as_bad_input(conversion.plan_conversion, arguments.checkpoint, arguments.sam).plan)

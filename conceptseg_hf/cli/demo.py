@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_model_options, add_output_option, load_model, positive_int
+from .arguments import add_model_options, add_output_option, as_bad_input, load_model, positive_int
 from .outputs import check_output_dir
 
 if TYPE_CHECKING:
@@ -45,15 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
     folder = check_output_dir(arguments.output_dir, "results.json")
     model, processor = load_model(arguments)
 
-    from tqdm import tqdm
-
     from conceptseg_hf.data import load_benchmark
     from conceptseg_hf.evaluation.records import segment_samples
+    from conceptseg_hf.progress import progress_bar
+    from conceptseg_hf.writing import write_json
 
     samples = list(load_benchmark("concept-shapes", split="test", limit=arguments.samples))
-    folder.mkdir(parents=True, exist_ok=True)
     records = []
-    with tqdm(total=len(samples), unit="image", leave=False) as bar:
+    with progress_bar(len(samples), "images", leave=False) as bar:
         for start in range(0, len(samples), _BATCH):
             batch = samples[start : start + _BATCH]
             for sample, result in zip(
@@ -61,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
             ):
                 records.append(_save(sample, result, folder, len(records) + 1))
             bar.update(len(batch))
-    (folder / "results.json").write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    as_bad_input(write_json, folder / "results.json", records)
 
     print(_table(records))
     present = [record["foreground_iou"] for record in records if record["present"]]
@@ -78,6 +76,7 @@ def _save(sample: ConceptSample, result: ConceptSegmentation, folder: Path, numb
     """Writes the picture of one sample and returns its record."""
     from conceptseg_hf.evaluation.records import make_record
     from conceptseg_hf.visualization import caption_of, panel
+    from conceptseg_hf.writing import picture_bytes, write_file
 
     name = f"{number:02d}_{sample.level}_{sample.group.replace(' ', '-')}.png"
     record = {"picture": name} | make_record(sample, result)
@@ -90,7 +89,7 @@ def _save(sample: ConceptSample, result: ConceptSegmentation, folder: Path, numb
         truth=sample.mask,
         caption=caption_of(result, sample.prompt, f"foreground IoU {record['foreground_iou']:.2f}"),
     )
-    picture.save(folder / name)
+    as_bad_input(write_file, folder / name, picture_bytes(picture))
     return record
 
 

@@ -21,7 +21,7 @@ from .arguments import (
     read_template,
     set_profile,
 )
-from .outputs import check_output_dir, check_output_file, folder_name
+from .outputs import check_output_dir, check_output_file, folder_name, says_how_to_go_on
 
 FILES = ("records.jsonl", "settings.json", "report.md", "report.json", "report.csv", "gallery.html")
 
@@ -105,21 +105,22 @@ def run(arguments: argparse.Namespace) -> int:
     )
     model, processor = load_model(arguments)
     set_profile(model, processor, arguments.profile, template, tell=processes.is_main)
-    report = as_bad_input(
-        evaluate,
-        model,
-        samples,
-        processor=processor,
-        protocol=arguments.protocol,
-        metrics=parse_metrics(arguments.metrics),
-        router=arguments.router,
-        batch_size=arguments.batch_size,
-        limit=arguments.limit,
-        output_dir=folder,
-        routing_regret=arguments.routing_regret,
-        judgements=arguments.judgements,
-        progress=True,
-    )
+    with says_how_to_go_on(folder):
+        report = as_bad_input(
+            evaluate,
+            model,
+            samples,
+            processor=processor,
+            protocol=arguments.protocol,
+            metrics=parse_metrics(arguments.metrics),
+            router=arguments.router,
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+            output_dir=folder,
+            routing_regret=arguments.routing_regret,
+            judgements=arguments.judgements,
+            progress=True,
+        )
     if processes.is_main:
         print(report.to_markdown())
         if sheet is not None:

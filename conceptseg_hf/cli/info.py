@@ -1,4 +1,4 @@
-"""`conceptseg info`: versions, devices and what a checkpoint holds; what a bug report needs."""
+"""`conceptseg info`: versions, devices, what a checkpoint holds, and where recipes and the like lie."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from typing import Any
 
 from .arguments import BadInputError, as_bad_input, check_model, installed_version
 
+_SHIPPED = {
+    "recipes": ("recipes", "conceptseg_trainers"),
+    "launch files": ("accelerate_configs", "conceptseg_trainers"),
+    "FiftyOne plugin": ("fiftyone_plugin",),
+    "examples": ("examples",),
+}
 _PACKAGES = ("conceptseg-hf", "torch", "torchvision", "transformers", "accelerate", "numpy", "pillow")
 
 
@@ -36,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from conceptseg_hf.devices import default_device
     from conceptseg_hf.evaluation.loading import find_checkpoint
+    from conceptseg_hf.shipped import shipped_folder
 
     rows = {"python": f"{platform.python_version()} on {platform.platform()}"}
     rows |= {name: installed_version(name) for name in _PACKAGES}
@@ -45,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint = as_bad_input(find_checkpoint, checkpoint)
     rows |= as_bad_input(_describe, checkpoint)
     rows |= as_bad_input(_describe_files, checkpoint, arguments.hashes)
+    rows |= {what: str(shipped_folder(*where) or "not installed") for what, where in _SHIPPED.items()}
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")

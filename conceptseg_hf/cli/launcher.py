@@ -24,4 +24,5 @@ def main() -> int:
         )
         sys.modules[_NAME] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+    sys.modules[_NAME].run_in_utf8()
     return sys.modules[_NAME].main()

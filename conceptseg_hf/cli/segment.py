@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from .arguments import (
     read_template,
     set_profile,
 )
-from .outputs import check_output_dir
+from .outputs import check_output_dir, shorten_name
 
 _ENDINGS = (".json", "_mask.png", "_overlay.png")
+_RESERVED = len("-9999_overlay.png")
 
 
 def add_parser(verbs: Any) -> None:
@@ -37,7 +38,7 @@ def add_parser(verbs: Any) -> None:
         help="segment what a prompt means in one image",
         description="Writes NAME_mask.png, NAME_overlay.png (references | image with the answer's box | "
         "mask) and NAME.json. NAME is the image's name without its ending; where these names are taken by anything but "
-        "earlier results of the image, NAME-2, NAME-3 and so on.",
+        "earlier results of the image, NAME-2, NAME-3 and so on. A very long NAME is cut.",
     )
     parser.add_argument("image", metavar="IMAGE", help="path or URL of the image")
     parser.add_argument(
@@ -83,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     from conceptseg_hf.images import load_image
     from conceptseg_hf.processing_conceptseg import ConceptSegInputs
     from conceptseg_hf.visualization import caption_of, panel
+    from conceptseg_hf.writing import json_text, picture_bytes, write_files
 
     references = [
         Reference(item.image, mask=item.mask, box=item.box, boxes=item.boxes) for item in references
@@ -92,9 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
     result = model.segment(
         ConceptSegInputs([sample], processor), router=arguments.router, generation_config=generation
     )[0]
-
-    folder.mkdir(parents=True, exist_ok=True)
-    result.mask.save(paths["mask"])
+    if result.error is not None:
+        raise BadInputError(result.error)
     picture = panel(
         load_image(image),
         result.mask,
@@ -104,7 +105,6 @@ def run(arguments: argparse.Namespace) -> int:
         caption=caption_of(result, arguments.prompt),
         mosaic_settings=processor.mosaic_settings,
     )
-    picture.save(paths["overlay"])
     record = {
         "image": _resolved(image),
         "prompt": arguments.prompt,
@@ -114,7 +114,13 @@ def run(arguments: argparse.Namespace) -> int:
     }
     record |= {key: value for key, value in result.to_dict().items() if key not in ("mask", "heatmap")}
     record |= {key: path.name for key, path in paths.items()}
-    json_path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    # The JSON file first: it says whose the pictures are.
+    contents = {
+        json_path: json_text(record, indent=2) + "\n",
+        paths["mask"]: picture_bytes(result.mask),
+        paths["overlay"]: picture_bytes(picture),
+    }
+    as_bad_input(write_files, contents)
 
     covered = sum(result.mask.histogram()[128:]) / (result.mask.width * result.mask.height)
     print(
@@ -136,7 +142,7 @@ def _free_paths(folder: Path, image: str, inputs: Sequence[str]) -> list[Path]:
 
 def _are_free(paths: Sequence[Path], image: str, inputs: Sequence[str]) -> bool:
     """Whether nothing is there but, perhaps, earlier results of this image, of which none is an input now."""
-    if not any(map(os.path.lexists, paths)):
+    if not any(map(_is_taken, paths)):
         return True
     if {_resolved(name) for name in (image, *inputs)} & {_resolved(str(path)) for path in paths}:
         return False
@@ -146,12 +152,21 @@ def _are_free(paths: Sequence[Path], image: str, inputs: Sequence[str]) -> bool:
         return False
 
 
+def _is_taken(path: Path) -> bool:
+    """Whether there is something; an empty file, as a full disk used to leave, is nothing."""
+    try:
+        found = path.lstat()
+    except (OSError, ValueError):  # a name that cannot be, which `check_output_dir` explains
+        return False
+    return found.st_size > 0 or not stat.S_ISREG(found.st_mode)
+
+
 def _resolved(image: str) -> str:
     """A path from whatever folder it was typed in; a URL as it is."""
     return image if is_url(image) else str(Path(image).resolve())
 
 
 def _file_stem(image: str) -> str:
-    """The image's name without its ending, also of a URL."""
+    """The image's name without its ending, also of a URL; so short that all results can be named after it."""
     stem = Path(image.split("?")[0].rstrip("/")).stem
-    return stem if stem.strip(".") else "image"
+    return shorten_name(stem, _RESERVED) if stem.strip(".") else "image"

@@ -6,9 +6,19 @@ import argparse
 import importlib
 from typing import Any
 
-from .arguments import BadInputError, as_bad_input, spare_threads
+from .arguments import BadInputError, as_bad_input, hide_bars, spare_threads
 
 _SCRIPTS = {"sft": "sft", "meta-grpo": "meta_grpo"}
+# recipe_parser.recipe_names(), which cannot be imported without torch; a test holds the two together.
+RECIPES = (
+    "3b_meta_grpo",
+    "3b_meta_grpo_lora",
+    "3b_sft",
+    "7b_meta_grpo",
+    "7b_sft",
+    "nano_meta_grpo",
+    "nano_sft",
+)
 
 
 def add_parser(verbs: Any) -> None:
@@ -17,7 +27,7 @@ def add_parser(verbs: Any) -> None:
         "train",
         help="train by a recipe: sft (stage I) or meta-grpo (stage II)",
         description="Trains the concept translation module (sft), or the whole policy by reinforcement (meta-grpo), "
-        "as a recipe says; recipes are in trainers/recipes. For several processes, start the module "
+        f"as a recipe says: {', '.join(RECIPES)}, or a YAML file of yours. For several processes, start the module "
         "conceptseg_trainers.scripts.sft or .meta_grpo with torchrun or accelerate launch.",
         usage="%(prog)s {sft,meta-grpo} --config RECIPE [--any_field VALUE ...]",
     )
@@ -45,9 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise BadInputError(str(error)) from error
     if not arguments.options:
         raise BadInputError(
-            "no recipe is given; name one: --config trainers/recipes/nano_sft.yaml, for example."
+            f"no recipe is given; name one: --config nano_{_SCRIPTS[arguments.stage]}, for example."
         )
+    hide_bars()
     trainer = as_bad_input(script.prepare, arguments.options)
     spare_threads(trainer.concept_model)
-    common.run(trainer)
+    try:
+        as_bad_input(common.run, trainer)
+    except common.DivergedError as error:
+        raise BadInputError(str(error)) from error
     return 0

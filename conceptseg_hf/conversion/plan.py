@@ -9,6 +9,7 @@ from math import prod
 import torch
 
 from ..configuration_conceptseg import ConceptSegConfig
+from ..finite import is_finite
 from ..modeling_conceptseg import ConceptSegForSegmentation
 from .errors import ConversionError
 from .sam3 import Piece
@@ -57,7 +58,7 @@ class Step:
             tensor = tensor.T
         elif self.piece.operation == "drop_first":
             tensor = tensor[:, 1:]
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             raise ConversionError(
                 f"tensor {self.name!r} of {str(self.source.tensors[self.name].file)!r} holds NaN or infinite "
                 "values; download the file again, or take another checkpoint."
@@ -191,11 +192,3 @@ def _shape_after(shape: tuple[int, ...], piece: Piece) -> tuple[int, ...] | None
     if piece.operation == "drop_first":
         return (shape[0], shape[1] - 1, *shape[2:]) if len(shape) > 1 else None
     return shape
-
-
-def _is_finite(tensor: torch.Tensor, chunk: int = 1 << 18) -> bool:
-    """Whether all values are numbers; looks at some at a time, so that no copy of a large tensor is made."""
-    if not tensor.is_contiguous():
-        return bool(torch.isfinite(tensor).all())
-    flat = tensor.view(-1)
-    return all(bool(torch.isfinite(flat[i : i + chunk]).all()) for i in range(0, len(flat), chunk))

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from tqdm.auto import tqdm
 
+from ..progress import progress_bar
 from .errors import ConversionError
 
 SAFETENSORS_NAME = "model.safetensors"
@@ -210,7 +210,7 @@ def describe_files(files: Iterable[Path], title: str) -> dict[str, dict[str, Any
     described = {}
     files = sorted(files)
     total = sum(file.stat().st_size for file in files)
-    with tqdm(total=total, desc=title, unit="B", unit_scale=True, leave=False) as progress:
+    with progress_bar(total, "B", title, leave=False) as progress:
         for path in files:
             digest = hashlib.sha256()
             with path.open("rb") as file:

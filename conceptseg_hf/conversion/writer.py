@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +11,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
 
+from .. import writing
+from ..progress import progress_bar
+from ..writing import is_full, not_written
 from .errors import ConversionError
 from .plan import Step
 from .sources import INDEX_NAME, SAFETENSORS_NAME
@@ -53,13 +54,15 @@ def new_folder(out: Path, nbytes: int = 0) -> Iterator[Path]:
         yield folder
         folder.chmod(0o755)  # a temporary folder is made for its owner alone
         folder.replace(out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in made:  # innermost first; those in use stay
             try:
                 parent.rmdir()
             except OSError:
                 break
+        if isinstance(error, OSError) and is_full(error):
+            raise ConversionError(str(not_written(out, error))) from error
         raise
 
 
@@ -95,7 +98,7 @@ def write_shards(steps: Sequence[Step], folder: Path, shard_bytes: int = SHARD_B
     if len(shards) > 1:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     total = sum(step.nbytes for step in steps)
-    with tqdm(total=total, desc="writing weights", unit="B", unit_scale=True, leave=False) as progress:
+    with progress_bar(total, "B", "writing weights", leave=False) as progress:
         for name, shard in zip(names, shards):
             tensors = {}
             for step in shard:
@@ -104,9 +107,7 @@ def write_shards(steps: Sequence[Step], folder: Path, shard_bytes: int = SHARD_B
             try:
                 save_file(tensors, folder / name, metadata={"format": "pt"})
             except (SafetensorError, OSError) as error:
-                raise ConversionError(
-                    f"weight file {name!r} cannot be written ({error}); make room, or give another folder."
-                ) from error
+                raise ConversionError(f"weight file {not_written(name, error)}") from error
             (folder / name).chmod(0o644)  # safetensors writes for the owner alone
             del tensors
             for step in shard:
@@ -119,6 +120,4 @@ def write_shards(steps: Sequence[Step], folder: Path, shard_bytes: int = SHARD_B
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object, keys in order."""
-    path.write_text(
-        json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    writing.write_json(path, content, sort_keys=True, ensure_ascii=False)

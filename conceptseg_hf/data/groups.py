@@ -78,6 +78,8 @@ def load_benchmarks(
             get_source(key)
     if is_single(name):
         name = name.strip()
+        if name not in BENCHMARKS:
+            get_source(name, GROUPS)
         return load_benchmark(
             name, root=root_of(name, root), split=split, limit=limit, seed=seed, loader=loader
         )
@@ -124,7 +126,7 @@ def root_of(name: str, root: Root | Mapping[str, Root]) -> Root:
 def _rows(word: str, split: str | None) -> Sequence[tuple[str, str | None]]:
     if word.lower() not in GROUPS:
         if word not in BENCHMARKS:
-            get_source(word)  # says which there are
+            get_source(word, GROUPS)  # says which there are
         return [(word, SOURCES[word].aliases.get(split, split) if word in SOURCES else split)]
     if split not in (None, "test"):
         raise ValueError(

@@ -6,13 +6,13 @@ import os
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..mask_checks import describe_other_size
+from ..progress import progress_bar
 from .files import FileBenchmark, FileItem, read_truth
 from .pools import FileReference
 from .truths import LabelFile, MaskFile
@@ -92,7 +92,7 @@ def inspect_files(
     Args:
         samples: The samples.
         missing: Files that are known to be missing; what needs them is passed over.
-        progress: What a progress bar is called; None: there is none. Without a terminal there is none either.
+        progress: What a progress bar is called; None: there is none.
     """
     items = _different(item for item in samples.items if item.image not in missing)
     items = [item for item in items if not any(path in missing for path in item.truth.files)]
@@ -101,24 +101,25 @@ def inspect_files(
         for reference in samples.all_references()
         if not any(path in missing for path in reference.files)
     ]
-    hidden = progress is None or None  # None: hidden where the output is no terminal
     total = len(items) + len(references)
     workers = min(8, os.cpu_count() or 1)
     with (
         warnings.catch_warnings(),
         ThreadPoolExecutor(workers) as threads,
-        tqdm(total=total, desc=progress, unit=" files", disable=hidden) as bar,
+        nullcontext() if progress is None else progress_bar(total, "files", progress) as bar,
     ):
         warnings.simplefilter("ignore")  # what they say is in the findings
         findings, faults = [], []
         for batch in _batches(items):
             for finding in threads.map(_inspect_item, batch):
                 findings.append(finding)
-                bar.update()
+                if bar is not None:
+                    bar.update()
         for batch in _batches(references):
             for fault in threads.map(_inspect_reference, batch):
                 faults.append(fault)
-                bar.update()
+                if bar is not None:
+                    bar.update()
     return Inspection(
         samples=len(items),
         unusable=_said(finding.fault for finding in findings),

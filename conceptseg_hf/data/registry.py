@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from ..suggestions import did_you_mean
 from .concept_shapes import ConceptShapes
 from .files import LOADERS, FileBenchmark
 from .layouts import LAYOUTS, LISTED_SPLITS
@@ -83,15 +84,20 @@ def open_benchmark(
     return FileBenchmark(name, split, index, folder, limit, seed, loader)
 
 
-def get_source(name: str) -> Source:
+def get_source(name: str, groups: Iterable[str] = ()) -> Source:
     """What is known of a benchmark of files.
+
+    Args:
+        name: Its name.
+        groups: Names of groups, where one of these could have been meant.
 
     Raises:
         ValueError: If there is none of that name.
     """
     if name not in SOURCES:
+        meant = did_you_mean(name, (*BENCHMARKS, *groups))
         raise ValueError(
-            f"load_benchmark: no benchmark is named {name!r}; use one of {', '.join(BENCHMARKS)}."
+            f"load_benchmark: no benchmark is named {name!r}{meant}; use one of {', '.join(BENCHMARKS)}."
         )
     return SOURCES[name]
 
@@ -117,6 +123,7 @@ def resolve_split(source: Source, split: str) -> str:
     split = source.aliases.get(split, split)
     if source.counts and split not in source.counts:
         raise ValueError(
-            f"load_benchmark: {source.name!r} has no split {split!r}; use one of {', '.join(source.counts)}."
+            f"load_benchmark: {source.name!r} has no split {split!r}{did_you_mean(split, source.counts)}; use one of "
+            f"{', '.join(source.counts)}."
         )
     return split

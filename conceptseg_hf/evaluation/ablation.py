@@ -6,7 +6,6 @@ mean and standard deviation over the variants are asked for. A variant sets any 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import statistics
@@ -22,6 +21,8 @@ from ..data import load_benchmarks
 from ..modeling_conceptseg import ConceptSegForSegmentation
 from ..processing_conceptseg import ConceptSegProcessor
 from ..profiles import get_profile
+from ..suggestions import did_you_mean
+from ..writing import json_text, write_files
 from .bootstrap import RESAMPLES, Interval
 from .comparison import TIE, Comparison, compare
 from .evaluator import evaluate
@@ -42,6 +43,7 @@ from .tables import (
     share,
 )
 
+_LONGEST_NAME = 255  # bytes, in most file systems
 FOLDER = Path(__file__).with_name("ablations")
 
 SETTINGS = {
@@ -97,7 +99,8 @@ def load_ablation(name: str | os.PathLike) -> Ablation:
     path = FOLDER / f"{name}.yaml" if str(name) in ablation_names() else Path(name)
     if not path.is_file():
         raise FileNotFoundError(
-            f"ablation {str(name)!r} is neither a file nor one of {', '.join(ablation_names())}."
+            f"ablation {str(name)!r} is neither a file nor one of {', '.join(ablation_names())}"
+            f"{did_you_mean(str(name), ablation_names())}."
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -120,6 +123,10 @@ def load_ablation(name: str | os.PathLike) -> Ablation:
             f"{where}: the baseline {baseline!r} is no variant; use one of {', '.join(variants)}."
         )
     folders = [_folder_name(variant) for variant in variants]
+    if too_long := [folder for folder in folders if len(folder.encode()) > _LONGEST_NAME]:
+        raise ValueError(
+            f"{where}: the variant name {too_long[0][:40]!r}... is longer than a folder's name can be; shorten it."
+        )
     if len(set(folders)) < len(folders):
         raise ValueError(
             f"{where}: two variants would have one folder name; rename one of {', '.join(folders)}."
@@ -322,11 +329,13 @@ class AblationReport:
     def write(self, folder: str | os.PathLike) -> None:
         """Writes ablation.md, ablation.json and ablation.csv."""
         folder = Path(folder)
-        text = json.dumps(self.to_dict(), indent=2)
-        (folder / "ablation.md").write_text(self.to_markdown() + "\n", encoding="utf-8")
-        (folder / "ablation.json").write_text(text + "\n", encoding="utf-8")
-        rows = [row.to_flat() for row in self.table]
-        (folder / "ablation.csv").write_text(csv_text(rows), encoding="utf-8")
+        write_files(
+            {
+                folder / "ablation.md": self.to_markdown() + "\n",
+                folder / "ablation.json": json_text(self.to_dict(), indent=2) + "\n",
+                folder / "ablation.csv": csv_text([row.to_flat() for row in self.table]),
+            }
+        )
 
 
 def ablate(

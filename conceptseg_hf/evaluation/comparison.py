@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import ConceptSample
+from ..writing import json_text, write_files
 from . import paper_figures
 from .aggregate import levels_of, sample_values
 from .bootstrap import Interval, average, resample
@@ -236,10 +236,13 @@ class Comparison:
             open_samples: Gives the samples of a benchmark and split.
         """
         folder = Path(folder)
-        (folder / "comparison.md").write_text(self.to_markdown() + "\n", encoding="utf-8")
-        text = json.dumps(self.to_dict(), indent=2)
-        (folder / "comparison.json").write_text(text + "\n", encoding="utf-8")
-        (folder / "comparison.csv").write_text(self.to_csv(), encoding="utf-8")
+        write_files(
+            {
+                folder / "comparison.md": self.to_markdown() + "\n",
+                folder / "comparison.json": json_text(self.to_dict(), indent=2) + "\n",
+                folder / "comparison.csv": self.to_csv(),
+            }
+        )
         if open_samples is not None:
             self.write_gallery(folder / "gallery.html", open_samples)
 

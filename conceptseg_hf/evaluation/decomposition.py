@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.paths import read_text
+from ..writing import write_file
 from .store import Record
 
 RIGHT_IOU = 0.5
@@ -152,16 +153,15 @@ def write_annotation_sheet(records: Sequence[Record], path: str | os.PathLike) -
         raise FileExistsError(
             f"annotation sheet {str(path)!r} exists already and may be filled in; give another name."
         )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # With a byte order mark, by which spreadsheets know UTF-8.
-    with Path(path).open("x", encoding="utf-8-sig", newline="") as file:
-        writer = csv.DictWriter(file, _SHEET)
-        writer.writeheader()
-        for record in reasoned:
-            iou = record["foreground_iou"]
-            values = {name: record[name] for name in (*_KEYS, "prompt", "answer", "true_rule")}
-            texts = {f"{part}_text": record[part] for part in _PARTS}
-            writer.writerow(values | texts | {"iou": "" if iou is None else f"{iou:.3f}"})
+    sheet = io.StringIO(newline="")
+    writer = csv.DictWriter(sheet, _SHEET)
+    writer.writeheader()
+    for record in reasoned:
+        iou = record["foreground_iou"]
+        values = {name: record[name] for name in (*_KEYS, "prompt", "answer", "true_rule")}
+        texts = {f"{part}_text": record[part] for part in _PARTS}
+        writer.writerow(values | texts | {"iou": "" if iou is None else f"{iou:.3f}"})
+    write_file(path, "\ufeff" + sheet.getvalue())  # the byte order mark tells spreadsheets that it is UTF-8
     return len(reasoned)
 
 

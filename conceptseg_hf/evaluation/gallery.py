@@ -17,6 +17,7 @@ from ..data import ConceptSample, UnreadableSampleError
 from ..images import load_image
 from ..mosaic import MosaicSettings
 from ..visualization import draw_box, draw_mosaic, scaled_overlay
+from ..writing import write_file
 from .records import shown_references
 from .rle import decode_mask
 from .tables import provenance_line, share
@@ -120,7 +121,7 @@ def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[S
         f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{html.escape(title)}</h1>\n<p>{html.escape(subtitle)}</p>\n{''.join(parts)}</body>\n</html>\n"
     )
-    Path(path).write_text(page, encoding="utf-8")
+    write_file(path, page)
 
 
 def case_html(title: str, pictures: Sequence[tuple[str, Image.Image]], facts: Mapping[str, Any]) -> str:

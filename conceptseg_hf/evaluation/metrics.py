@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..images import load_grey_mask, load_mask
 from ..references import box_iou
+from ..suggestions import did_you_mean
 from .protocols import get_protocol
 from .s_measure import load_library, s_measure
 from .weighted_f import load_ndimage, weighted_f_measure
@@ -99,7 +100,8 @@ class MaskMetrics:
         unknown = [name for name in metrics if name not in known]
         if unknown:
             raise ValueError(
-                f"MaskMetrics: no metric is named {unknown[0]!r}; use some of {', '.join(known)}."
+                f"MaskMetrics: no metric is named {unknown[0]!r}{did_you_mean(unknown[0], known)}; use some of "
+                f"{', '.join(known)}."
             )
         self.protocol, self.ignore_index, self.metrics = get_protocol(protocol), ignore_index, tuple(metrics)
         self.scores: list[Mapping[str, float]] = []

@@ -1,15 +1,15 @@
-"""The progress bar of an evaluation: samples a second, and the time that is left."""
+"""The progress of an evaluation: samples a second, and the time that is left."""
 
 from __future__ import annotations
 
-from tqdm import tqdm
+from ..progress import progress_bar
 
 # The rate is always in samples a second, not in seconds a sample where it is slow.
 _FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
 class Progress:
-    """A bar, or nothing.
+    """A bar (see `progress_bar`), or nothing.
 
     Args:
         total: Number of samples.
@@ -18,8 +18,8 @@ class Progress:
 
     def __init__(self, total: int, shown: bool) -> None:
         # Without smoothing the rate is that of the whole run: routes take turns, and they are not alike.
-        options = {"unit": " samples", "smoothing": 0, "bar_format": _FORMAT}
-        self._bar = tqdm(total=total, **options) if shown else None
+        options = {"smoothing": 0, "bar_format": _FORMAT}
+        self._bar = progress_bar(total, "samples", **options) if shown else None
 
     @property
     def shown(self) -> bool:

@@ -26,6 +26,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..suggestions import did_you_mean
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -120,5 +122,7 @@ def get_protocol(name: str) -> Protocol:
         ValueError: If there is none.
     """
     if name not in PROTOCOLS:
-        raise ValueError(f"no protocol is named {name!r}; use one of {', '.join(PROTOCOLS)}.")
+        raise ValueError(
+            f"no protocol is named {name!r}{did_you_mean(name, PROTOCOLS)}; use one of {', '.join(PROTOCOLS)}."
+        )
     return PROTOCOLS[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import ConceptSample
+from ..writing import json_text, write_files
 from . import paper_figures
 from .aggregate import Row, aggregate, levels_of
 from .bootstrap import resample
@@ -135,11 +135,13 @@ class EvaluationReport:
             samples: The samples of the records, in their order; those in the gallery are read again.
         """
         folder = Path(folder)
-        (folder / "report.md").write_text(
-            self.to_markdown() + "\n\n" + self.summary() + "\n", encoding="utf-8"
+        write_files(
+            {
+                folder / "report.md": self.to_markdown() + "\n\n" + self.summary() + "\n",
+                folder / "report.json": json_text(self.to_dict(), indent=2) + "\n",
+                folder / "report.csv": self.to_csv(),
+            }
         )
-        (folder / "report.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        (folder / "report.csv").write_text(self.to_csv(), encoding="utf-8")
         if samples is not None:
             write_gallery(folder / "gallery.html", self.records, self.settings, samples)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..writing import json_text, not_written, open_new, write_json
 from .processes import ALONE, Processes
 from .records import RECORD_FIELDS
 
@@ -57,16 +58,20 @@ class RecordStore:
                     "of them reach."
                 )
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise not_written(self._folder, error) from error
         self._check_settings(settings)
         self._records = self._read()
         self._check_records(total, identify)
         processes.wait()  # until all have read: then files may change
         if processes.is_main:
-            self._replace("settings.json", [json.dumps(settings, indent=2) + "\n"])
+            write_json(self._folder / "settings.json", settings)
             self._merge()
         processes.wait()
-        self._file = self._own_path.open("a", encoding="utf-8")
+        # Without a buffer, so that what could not be written is not tried once more when the file is closed.
+        self._file = self._own_path.open("ab", buffering=0)
 
     def __enter__(self) -> RecordStore:
         return self
@@ -86,8 +91,13 @@ class RecordStore:
         records = dict(records)
         self._records |= records
         if self._file is not None:
-            self._file.write("".join(_line(index, record) for index, record in records.items()))
-            self._file.flush()
+            lines = "".join(_line(index, record) for index, record in records.items()).encode()
+            try:
+                while lines:  # a disk that fills up takes a part
+                    lines = lines[self._file.write(lines) :]
+            except OSError as error:
+                remedy = "make room and run again, which goes on from the records that were made"
+                raise not_written(self._own_path, error, remedy) from error
 
     def count_of_others(self) -> int:
         """How many records the other processes have written since the last call."""
@@ -130,22 +140,14 @@ class RecordStore:
     def _merge(self) -> None:
         """Writes records.jsonl anew: by index, and without the line that was cut off when a run was killed."""
         parts = self._parts()
-        self._replace(
-            "records.jsonl", (_line(index, self._records[index]) for index in sorted(self._records))
-        )
+        with open_new(self._folder / "records.jsonl") as file:
+            file.writelines(_line(index, self._records[index]) for index in sorted(self._records))
         for part in parts:
             part.unlink()
 
-    def _replace(self, name: str, lines: Iterable[str]) -> None:
-        """Writes a file beside the old one and puts it in its place: a kill leaves the one or the other."""
-        temporary = self._folder / f"{name}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-        temporary.replace(self._folder / name)
-
     def _check_settings(self, wanted: dict[str, Any]) -> None:
         path = self._folder / "settings.json"
-        wanted = json.loads(json.dumps(wanted))
+        wanted = json.loads(json_text(wanted))
         if not path.exists():
             if (self._folder / "records.jsonl").exists():
                 raise ValueError(
@@ -192,7 +194,7 @@ class RecordStore:
 
 
 def _line(index: int, record: Record) -> str:
-    return json.dumps({"index": index, **record}) + "\n"
+    return json_text({"index": index, **record}) + "\n"
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Record]]:

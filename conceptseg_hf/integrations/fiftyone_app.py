@@ -24,10 +24,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..shipped import shipped_folder
 from .mongodb import free_port, start_mongod
 
 DATASET = "concept-shapes"
-_PLUGIN = Path(__file__).resolve().parents[2] / "fiftyone_plugin"
+_PLUGIN = shipped_folder("fiftyone_plugin")
 _SERVER = Path(__file__).with_name("fiftyone_server.py")
 # Not `-m`, which would import `conceptseg_hf`, and torch, before the server answers; nor the file by its path, which
 # would put its folder before site-packages, and the `fiftyone` in it before FiftyOne.
@@ -203,12 +204,11 @@ def _prepare(folder: Path, plugin: Path) -> dict[str, str]:
 
 
 def _load(samples: int) -> None:
-    from tqdm import tqdm
-
+    from ..progress import progress_bar
     from .fiftyone import install_zoo_models, load_concept_benchmark
 
     install_zoo_models()
-    with tqdm(total=samples, unit="sample", desc=DATASET) as bar:
+    with progress_bar(samples, "samples", DATASET) as bar:
         load_concept_benchmark(
             "concept-shapes",
             limit=samples,

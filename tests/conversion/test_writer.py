@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from conceptseg_hf.conversion import ConversionError
@@ -30,6 +32,16 @@ def test_a_full_disk_is_told_before(tmp_path):
         new_folder(tmp_path / "a" / "out", 10**18),
     ):
         pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_is_one_sentence(tmp_path):
+    said = r"^'.*out' cannot be written: No space left on device; make room, or give another folder\.$"
+    with pytest.raises(ConversionError, match=said), new_folder(tmp_path / "out") as folder:
+        (folder / "half").write_text("x")
+        raise OSError(errno.ENOSPC, "whatever", str(folder / "half"))
+    with pytest.raises(FileNotFoundError, match="source"), new_folder(tmp_path / "out"):
+        raise FileNotFoundError(errno.ENOENT, "whatever", "source")  # not of writing
     assert list(tmp_path.iterdir()) == []
 
 

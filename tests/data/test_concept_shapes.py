@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 
 import numpy as np
 import pytest
@@ -201,16 +200,3 @@ def test_sequence_protocol() -> None:
 def test_bad_arguments_say_what_to_do(call, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
-
-
-@pytest.mark.slow
-def test_throughput_without_references() -> None:
-    """At least 500 samples a second and core where there are no references."""
-    shapes = ConceptShapes("train")
-    indices = [
-        i for i in range(20 * ROUND) if family_at(i)[2].__name__ in ("absent", "extreme_size", "relation")
-    ]
-    start = time.process_time()
-    for index in indices:
-        shapes[index]
-    assert len(indices) / (time.process_time() - start) > 500

@@ -8,10 +8,10 @@ from typing import Any
 
 from playwright.sync_api import Locator, Page, expect
 
-expect.set_options(timeout=120_000)
-
 SHOTS = os.environ.get("CONCEPTSEG_SCREENSHOTS")  # a folder; pictures are only taken when it is named
-PATIENCE = 120_000  # ms; a busy machine is ten times slower than a free one
+PATIENCE = 600_000  # ms after which what a page should show has failed to come, on however busy a machine
+
+expect.set_options(timeout=PATIENCE)
 
 
 class App:
@@ -85,7 +85,7 @@ class App:
                 return tooltip
         raise AssertionError("no mask was found under the pointer")
 
-    def click_until(self, button: Any, shown: Any, seconds: float = 120) -> None:
+    def click_until(self, button: Any, shown: Any, seconds: float = PATIENCE / 1000) -> None:
         """Clicks until something is shown: FiftyOne draws some buttons anew once they are there, and loses a click."""
         for _ in range(int(seconds / 3)):
             if shown.is_visible():
@@ -103,7 +103,7 @@ class App:
             self.page.screenshot(path=Path(SHOTS, f"{name}.png"))
 
 
-def eventually(page: Any, question: Any, seconds: float = 30) -> None:
+def eventually(page: Any, question: Any, seconds: float = PATIENCE / 1000) -> None:
     """Waits until a question about the database or page is answered with yes."""
     for _ in range(int(seconds * 5)):
         if question():

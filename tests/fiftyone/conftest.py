@@ -172,7 +172,7 @@ def outside() -> list[str]:
 def page(chromium, outside, folder, request) -> Iterator[Any]:
     """A fresh page that reaches loopback only."""
     context = chromium.new_context(viewport={"width": 1440, "height": 900})
-    context.set_default_timeout(120_000)
+    context.set_default_timeout(600_000)
 
     def guard(route: Any) -> None:
         host = route.request.url.split("/")[2].split(":")[0]

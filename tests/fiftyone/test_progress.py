@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 
 import pytest
+
+
+@pytest.fixture()
+def clock(fo, monkeypatch):
+    """The time, which stands still."""
+    from conceptseg_hf.integrations.fiftyone import progress
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: 1000.0))
+    return 1000.0
 
 
 @pytest.mark.parametrize(
@@ -18,17 +27,17 @@ import pytest
         (1, 61, 130, "about 2 h 10 min left"),
     ],
 )
-def test_the_time_that_is_left(fo, done, total, seconds, text):
+def test_the_time_that_is_left(clock, done, total, seconds, text):
     from conceptseg_hf.integrations.fiftyone.progress import time_left
 
-    assert time_left(done, total, time.monotonic() - seconds) == text
+    assert time_left(done, total, clock - seconds) == text
 
 
-def test_one_line_says_it_all(fo):
+def test_one_line_says_it_all(clock):
     from conceptseg_hf.integrations.fiftyone import Progress
 
     bad = {f"/a/folder/{name}.png": "it is empty" for name in "abcd"}
-    progress = Progress(60, 10, 3, {"id": "damaged"}, bad, started=time.monotonic() - 10)
+    progress = Progress(60, 10, 3, {"id": "damaged"}, bad, started=clock - 10)
     assert str(progress) == (
         "10 of 60 segmented, 3 skipped, 1 with an error, about 50 s left; "
         "4 references cannot be used ('a.png', 'b.png', 'c.png', ...)"

@@ -53,9 +53,12 @@ def test_true_completions_hold_what_the_sample_says(samples, processor, prepared
 def test_templates_need_no_words(samples, processor, prepared):
     sample = replace(samples[0], think=None, rule=None, answer=None)
     frame = prepared(sample).frame
-    with pytest.raises(ValueError, match="no true think and rule and answer"):
-        ground_truth_completion(sample, frame, processor)
     completion = template_completion(sample, frame, processor)
+    for name in ("think", "rule", "answer"):  # one that is missing is enough
+        lacking = replace(samples[0], **{name: None})
+        made = ground_truth_completion(lacking, frame, processor)
+        assert made == template_completion(lacking, frame, processor)
+        assert made.sam_text == (samples[0].prompt if name == "answer" else samples[0].answer)
     parsed = parse_completion(completion.text, processor.coordinate_scale)
     assert (parsed.think, parsed.answer, completion.sam_text) == ("", sample.prompt, sample.prompt)
 

@@ -29,7 +29,6 @@ def run_two(kind: str, folder: Path) -> dict:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=540,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads((folder / "figures.json").read_text())

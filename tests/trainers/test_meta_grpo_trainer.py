@@ -571,3 +571,15 @@ def test_defaults_are_table_7(tmp_path) -> None:
     assert 8 * args.per_device_train_batch_size == 64
     assert args.seg_loss_weight == args.dice_weight == args.focal_weight == 1.0
     assert args.loss_type == "grpo" and not args.detach_hidden_states
+
+
+@pytest.mark.filterwarnings("error:.*gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("wanted", [False, True])
+def test_names_that_trl_still_uses_are_not_warned_of(make_meta_grpo, shapes, wanted) -> None:
+    from conceptseg_trainers import split_reference_dataset
+
+    evaluation = split_reference_dataset(shapes[:4])
+    trainer = make_meta_grpo(max_steps=1, gradient_checkpointing=wanted, eval_dataset=evaluation)
+    trainer.train()
+    trainer.evaluate()
+    assert trainer.concept_model.is_activation_checkpointing is wanted

@@ -267,7 +267,6 @@ BROKEN = {
         r"its ignore mask has 24 x 24 pixels",
     ),
     "box": (lambda sample: {"box_only": True}, "has a box and no mask"),
-    "completion": (lambda sample: {"rule": None}, "no true rule"),
     "prompt": (lambda sample: {"prompt": "the red circle " * 200}, "more than max_prompt_length = 400"),
     "think": (lambda sample: {"think": "the red circle " * 300}, "more than max_completion_length = 768"),
 }

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import TensorBoardCallback
 
 from conceptseg_hf.visualization import scaled_overlay, side_by_side
+from conceptseg_hf.writing import picture_bytes, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +96,13 @@ class ExamplePicturesCallback(TrainerCallback):
         if not examples or not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / "examples"
-        folder.mkdir(parents=True, exist_ok=True)
         for number, example in enumerate(examples):
             picture = example.draw()
-            picture.save(folder / f"step_{state.global_step:06d}_{number}.png")
+            path = folder / f"step_{state.global_step:06d}_{number}.png"
+            try:
+                write_file(path, picture_bytes(picture))
+            except OSError as error:  # no reason to end a training
+                logger.warning("%s", error)
             self._report(f"examples/{number}", picture, example.caption, args, state.global_step)
 
     def _report(

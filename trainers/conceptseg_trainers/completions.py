@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
-
-from tqdm import tqdm
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, format_completion
-from conceptseg_hf.data import ConceptSample
+from conceptseg_hf.completion import find_markup, find_template_tag
+from conceptseg_hf.data import ConceptSample, UnreadableSampleError
 from conceptseg_hf.evaluation.loading import fingerprint
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.images import load_image
 from conceptseg_hf.processing_conceptseg import Frame
+from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.references import resolve_references
+from conceptseg_hf.writing import json_text, not_written
 
-from .samples import ReadableSamples
+from .samples import ReadableSamples, spread_indices
+from .sft_config import ConceptSFTConfig
+
+logger = logging.getLogger(__name__)
 
 _GENERIC_ANSWERS = ("visual", "object")
+_TRUE_TEXTS = ("think", "rule", "answer")
 
 
 @dataclass(frozen=True)
@@ -42,19 +49,79 @@ class TrainingCompletion:
 def ground_truth_completion(
     sample: ConceptSample, frame: Frame, processor: ConceptSegProcessor
 ) -> TrainingCompletion:
-    """The sample's reasoning, rule, boxes and answer.
-
-    Raises:
-        ValueError: If the sample lacks one of them.
-    """
-    missing = [name for name in ("think", "rule", "answer") if getattr(sample, name) is None]
-    if missing:
-        raise ValueError(
-            f"sample {sample.sample_id!r} has no true {' and '.join(missing)}; use completion_source template, "
-            "released or generated."
-        )
+    """The sample's reasoning, rule, boxes and answer; where it lacks one of them, what `template_completion` makes."""
+    if not has_reasoning(sample):
+        return template_completion(sample, frame, processor)
     text = _write(sample, frame, processor, sample.think, sample.rule, sample.answer)
     return TrainingCompletion(text, sample.answer, sample.rule)
+
+
+def has_reasoning(sample: ConceptSample) -> bool:
+    """Whether a sample has true reasoning, rule and answer."""
+    return not any(getattr(sample, name) is None for name in _TRUE_TEXTS)
+
+
+def check_words(sample: ConceptSample, processor: ConceptSegProcessor, source: str) -> None:
+    """Checks the words of a sample before they are trained on, as inference checks a prompt.
+
+    Args:
+        sample: The sample.
+        processor: Knows the reserved tokens.
+        source: See `ConceptSFTConfig.completion_source`; says which words stand in completions.
+
+    Raises:
+        ValueError: If the prompt cannot be used, or a text of the completion holds a reserved token or a tag.
+    """
+    processor.check_prompt(sample.prompt)
+    written: dict[str, str] = {}
+    if source == "ground_truth" and has_reasoning(sample):
+        written = {name: getattr(sample, name) for name in _TRUE_TEXTS}
+    elif source in ("ground_truth", "template"):
+        written = {"prompt": sample.prompt} if sample.answer is None else {"answer": sample.answer}
+    for name, text in written.items():
+        processor.check_text(text, name)
+        tag = find_markup(text) if name == "answer" else find_template_tag(text)
+        if tag is not None:
+            raise ValueError(
+                f"{name} contains the tag {tag}, which has a meaning in completions; leave it out."
+            )
+
+
+def settle_completion_source(
+    samples: Sequence[ConceptSample], args: ConceptSFTConfig, tell_of_some: bool = True
+) -> None:
+    """Goes over to templated completions where samples have no reasoning, rule and answer of their own, and says so.
+
+    Some samples are tried. A sample without them gets a templated completion in any case.
+
+    Args:
+        samples: The samples to train on.
+        args: `completion_source` may change from `"ground_truth"` to `"template"`.
+        tell_of_some: Whether to speak of it, too, if only some lack them.
+    """
+    if args.completion_source != "ground_truth":
+        return
+    tried = list(_try_samples(samples))
+    lacking = [sample for sample in tried if not has_reasoning(sample)]
+    made = "completions are made from their boxes and their answers, else prompts"
+    if lacking and len(lacking) == len(tried):
+        args.completion_source = "template"
+        logger.warning("the samples have no think, rule and answer: %s (completion_source template).", made)
+    elif lacking and tell_of_some:
+        logger.warning(
+            "%d of %d samples that were tried, such as %r, have no think, rule and answer: %s.",
+            len(lacking),
+            len(tried),
+            lacking[0].sample_id,
+            made,
+        )
+
+
+def _try_samples(samples: Sequence[ConceptSample]) -> Iterator[ConceptSample]:
+    for index in spread_indices(len(samples)):
+        with suppress(UnreadableSampleError):
+            if isinstance(sample := samples[index], ConceptSample):
+                yield sample
 
 
 def template_completion(
@@ -149,33 +216,39 @@ class CompletionCache:
             process: Number of this process, from 0.
             processes: How many processes share the work.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise not_written(self.folder, error) from error
         path = self.folder / f"completions-{process:05d}.jsonl"
         _drop_torn_line(path)
         if not isinstance(samples, ReadableSamples):
             samples = ReadableSamples(samples)
         batch: dict[str, ConceptSample] = {}
         mine = range(process, len(samples), processes)
-        progress = tqdm(mine, desc="completions", unit="sample", disable=process > 0, mininterval=5)
-        with path.open("a", encoding="utf-8") as file:
-            for index in progress:
+        progress = progress_bar(len(mine), "samples", "completions", mininterval=5) if process == 0 else None
+        with nullcontext() if progress is None else progress:
+            for index in mine:
                 sample = samples[index]
-                if index in samples.stand_ins:
-                    continue  # what stands in has its own turn
-                digest = _digest(sample)
-                if digest not in self._token_ids:
+                # what stands in for another has its own turn
+                if index not in samples.stand_ins and (digest := _digest(sample)) not in self._token_ids:
                     batch[digest] = sample
                 if len(batch) == batch_size:
-                    self._write(self._complete(model, batch), file)
+                    self._write(self._complete(model, batch), path)
                     batch = {}
+                if progress is not None:
+                    progress.update()
             if batch:
-                self._write(self._complete(model, batch), file)
+                self._write(self._complete(model, batch), path)
 
-    def _write(self, rows: Iterator[dict], file: TextIO) -> None:
-        for row in rows:
-            self._token_ids[row["inputs"]] = row["token_ids"]
-            file.write(json.dumps(row) + "\n")
-        file.flush()
+    def _write(self, rows: Iterable[dict], path: Path) -> None:
+        rows = list(rows)
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join(json_text(row) + "\n" for row in rows))
+        except OSError as error:
+            raise not_written(path, error) from error
+        self._token_ids.update((row["inputs"], row["token_ids"]) for row in rows)
 
     def _complete(
         self, model: ConceptSegForSegmentation, samples: dict[str, ConceptSample]
@@ -240,4 +313,4 @@ def _drop_torn_line(path: Path) -> None:
     if path.exists():
         content = path.read_bytes()
         if not content.endswith(b"\n"):
-            path.write_bytes(content[: content.rfind(b"\n") + 1])
+            os.truncate(path, content.rfind(b"\n") + 1)

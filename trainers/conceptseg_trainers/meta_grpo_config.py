@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from trl import GRPOConfig
@@ -14,6 +17,14 @@ _UNSUPPORTED = {
     "remove_unused_columns": "SAM 3 and the rewards need columns that the MLLM does not",
     "dataloader_persistent_workers": "workers that outlive an epoch would go on with its mosaics",
 }
+
+
+@contextmanager
+def without_renaming_warnings() -> Iterator[None]:
+    """A block in which TRL may call activation checkpointing by its old name without a warning each time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+        yield
 
 
 @dataclass
@@ -103,7 +114,8 @@ class MetaGRPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         self._check_fields()
         try:
-            super().__post_init__()
+            with without_renaming_warnings():
+                super().__post_init__()
         except ValueError as error:
             if self.generation_batch_size and self.generation_batch_size % self.num_generations:
                 raise ValueError(

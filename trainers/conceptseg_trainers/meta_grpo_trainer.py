@@ -30,8 +30,9 @@ from conceptseg_hf.sam_prompt import ImageFeatures
 from .callbacks import EpochCallback, ExamplePicturesCallback, FormatOnlyWarning, TrainingExample
 from .cards import as_list, write_training_card
 from .distributed import clone_whole, make_generate_gather, materialize
+from .divergence import FiniteLogs, StoppingTrainer
 from .loading import changed_settings, load_model, load_processor
-from .meta_grpo_config import MetaGRPOConfig
+from .meta_grpo_config import MetaGRPOConfig, without_renaming_warnings
 from .rewards import REWARDS, completion_text, located
 from .samples import TRIED, check_arguments, check_prompt_length, spread_indices
 from .split_reference import COLUMNS, IGNORE, INDEX, find_composer, set_epoch
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 _Key: TypeAlias = tuple[str, int | None]
 
 
-class MetaGRPOTrainer(GRPOTrainer):
+class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
     """GRPOTrainer for the MLLM and the CTM of a ConceptSeg model.
 
     The only changes with respect to GRPOTrainer are that each completion is also translated to concept tokens, from
@@ -62,7 +63,7 @@ class MetaGRPOTrainer(GRPOTrainer):
     is given to the constructor: to resume a run, construct the trainer with the model that the run began with.
 
     Logged beside what GRPOTrainer logs: `loss/grpo`, `loss/seg`, `loss/dice`, `loss/focal`, `mask_iou`, `box_iou` and
-    `check_iou` (where there is a proxy query).
+    `check_iou` (where there is a proxy query). A training that diverges ends with a `DivergedError`.
 
     Args:
         model: The model, a PEFT model around one, or the folder or id of a checkpoint, which is loaded with
@@ -125,7 +126,7 @@ class MetaGRPOTrainer(GRPOTrainer):
         if named and not any(isinstance(reward, str) for reward in rewards):
             changed["model_init_kwargs"] = None  # they have been used; it would warn that they are ignored
         beta, use_vllm = args.beta, args.use_vllm
-        with changed_settings(args, changed):
+        with without_renaming_warnings(), changed_settings(args, changed):
             super().__init__(
                 model=model,
                 reward_funcs=_default_rewards(args) if reward_funcs is None else reward_funcs,
@@ -151,6 +152,7 @@ class MetaGRPOTrainer(GRPOTrainer):
         self._saves_everything = False
         self.add_callback(EpochCallback(functools.partial(set_epoch, self.train_dataset)))
         self.add_callback(FormatOnlyWarning())
+        self.add_callback(FiniteLogs())
         if args.log_examples:
             self.add_callback(ExamplePicturesCallback(self, args.log_examples_steps, args.log_examples))
 
@@ -189,6 +191,8 @@ class MetaGRPOTrainer(GRPOTrainer):
         tokens = sorted({*given, *mllm.vision_token_ids(self.concept_model.config.vlm_config)})
         self.generation_kwargs["suppress_tokens"] = tokens
         self.generation_config.suppress_tokens = tokens
+        # A policy that diverged gives no probabilities to sample from; the loss, which comes next, says so.
+        self.generation_config.remove_invalid_values = True
 
     def _start_vllm(self) -> None:
         from .vllm import ConceptVLLMGeneration
@@ -202,7 +206,8 @@ class MetaGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         make_generate_gather(self.model_wrapped)
         self._prompts = self._encode_prompts(inputs)
-        output = super()._generate_and_score_completions(inputs)
+        with without_renaming_warnings():
+            output = super()._generate_and_score_completions(inputs)
         # A list is shuffled and split with the tensors; its entries share what belongs to their prompt.
         output["rollouts"] = self._rollouts
         self._prompts, self._rollouts = {}, []
@@ -233,9 +238,15 @@ class MetaGRPOTrainer(GRPOTrainer):
         """Reads a row; SAM 3 has not seen the image yet.
 
         Raises:
-            ValueError: If the mask is not of the image's size, or the prompt is too long.
+            ValueError: If the prompt cannot be used or is too long, or the mask is not of the image's size.
         """
         where = f"sample {row['sample_id']!r}"
+        try:
+            self.concept_processor.check_prompt(row["problem"])
+            for text in _texts(row["prompt"]):
+                self.concept_processor.check_text(text, "prompt")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         target = load_image(row["target_image"])
         masks: dict[str, Tensor | None] = {}
         for column in ("gt_mask", IGNORE):
@@ -374,7 +385,9 @@ class MetaGRPOTrainer(GRPOTrainer):
             "focal": focal,
         }.items():
             self._metrics[mode][f"loss/{name}"].append(self.accelerator.gather(value.detach()).mean().item())
-        return policy_loss + self.args.seg_loss_weight * seg_loss / steps
+        loss = policy_loss + self.args.seg_loss_weight * seg_loss / steps
+        self.check_loss(loss)
+        return loss
 
     def _segmentation_losses(
         self, rollouts: Sequence[_Rollout], concept_embeds: Tensor, counts: Sequence[bool]
@@ -503,6 +516,14 @@ def _add_concept_head(model: ConceptSegForSegmentation, detach_hidden_states: bo
         return _ConceptLMOutput(**output, concept_embeds=concept_embeds)
 
     model.forward = forward
+
+
+def _texts(messages: Sequence[dict[str, Any]]) -> Iterable[str]:
+    """The words of a prompt, before images are put between them."""
+    for message in messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        yield from (part["text"] for part in parts if part["type"] == "text")
 
 
 def _key(row: dict[str, Any]) -> _Key:

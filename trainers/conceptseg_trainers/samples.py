@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ TRIED = 32
 
 
 class ReadableSamples:
-    """Samples, of which an unreadable one gives way to the next that can be read.
+    """Samples, of which one that cannot be read or used gives way to the next that can.
 
     One broken file should not end a run of days. What stands in depends on the index alone, so that all processes, and
     a resumed run, see the same. Each broken sample is named once in the log. References that cannot be used are left
@@ -30,13 +30,17 @@ class ReadableSamples:
 
     Args:
         samples: Samples that can be indexed.
+        check: Called with each sample; raises a ValueError if it cannot be used.
 
     Attributes:
         stand_ins: What stands in for the samples that were found broken: index by index.
     """
 
-    def __init__(self, samples: Sequence[ConceptSample]) -> None:
+    def __init__(
+        self, samples: Sequence[ConceptSample], check: Callable[[ConceptSample], None] | None = None
+    ) -> None:
         self.samples = samples
+        self.check = check
         self.stand_ins: dict[int, int] = {}
         self._are_tried = has_usable_references(samples)
         self._told: set[str] = set()
@@ -49,7 +53,7 @@ class ReadableSamples:
         position = self.stand_ins.get(index, index)
         for step in range(len(self)):
             try:
-                sample = self.samples[position]
+                sample = self._read(position)
             except UnreadableSampleError as error:
                 logger.warning(
                     "%s; the next sample that can be read takes its place.", str(error).rstrip(".")
@@ -60,6 +64,16 @@ class ReadableSamples:
                     self.stand_ins[index] = position
                 return sample if self._are_tried else self._with_usable_references(sample)
         raise ValueError(f"none of the {len(self)} samples can be read; the last says: {last}") from last
+
+    def _read(self, position: int) -> ConceptSample:
+        sample = self.samples[position]
+        if self.check is not None and isinstance(sample, ConceptSample):
+            try:
+                self.check(sample)
+            except ValueError as error:
+                name = sample.sample_id or str(position)
+                raise UnreadableSampleError(f"sample {name!r}: {error}") from error
+        return sample
 
     def _with_usable_references(self, sample: ConceptSample) -> ConceptSample:
         usable = with_usable_references(sample)

@@ -19,10 +19,10 @@ class ConceptSFTConfig(TrainingArguments):
     > Parameters that control the completions
 
         completion_source: Where the completions come from that the CTM reads. `"ground_truth"`: the sample's
-            reasoning, rule, boxes and answer. `"template"`: its boxes and answer (or prompt), with empty
-            reasoning and rule. `"generated"`: the frozen MLLM's own, written once and kept in
-            `completion_dir`. `"released"`: what the released code does, boxes alone, and to SAM 3 the word
-            "visual" or "object" at random. The paper does not say.
+            reasoning, rule, boxes and answer; of a sample that lacks one of these, the template. `"template"`: its
+            boxes and answer (or prompt), with empty reasoning and rule. `"generated"`: the frozen MLLM's own, written
+            once and kept in `completion_dir`. `"released"`: what the released code does, boxes alone, and to SAM 3 the
+            word "visual" or "object" at random. The paper does not say.
         completion_dir: Folder of the generated completions; `<output_dir>/completions` by default. Runs of
             one model may share it, whatever their data.
         generation_batch_size: Prompts at a time while completions are generated.
@@ -95,6 +95,11 @@ class ConceptSFTConfig(TrainingArguments):
                 raise ValueError(f"ConceptSFTConfig: {name} is {getattr(self, name)}; use 0 or more.")
         if self.grid not in (1, 2, 3):
             raise ValueError(f"ConceptSFTConfig: grid is {self.grid}; use 1, 2 or 3 cells per side.")
+        if self.gradient_checkpointing:
+            raise ValueError(
+                "ConceptSFTConfig: gradient_checkpointing is true, but the MLLM is frozen and keeps no activations; "
+                "leave it out."
+            )
         if self.remove_unused_columns:
             raise ValueError(
                 "ConceptSFTConfig: remove_unused_columns is true, but samples have no columns; leave it out."

@@ -5,13 +5,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, TrainerCallback
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegOutput, ConceptSegProcessor
 from conceptseg_hf.data import ConceptSample
@@ -25,22 +26,26 @@ from .cards import as_list, write_training_card
 from .completions import (
     CompletionCache,
     TrainingCompletion,
+    check_words,
     ground_truth_completion,
     released_completion,
+    settle_completion_source,
     template_completion,
 )
 from .distributed import is_sharded
+from .divergence import FiniteLogs, StoppingTrainer
 from .samples import ReadableSamples, check_arguments, check_prompt_length, check_sample, spread_indices
 from .sft_config import ConceptSFTConfig
 from .split_reference import compose_references
 
 
-class ConceptSFTTrainer(Trainer):
+class ConceptSFTTrainer(StoppingTrainer):
     """A Trainer of the CTM alone: what it wraps, shards and saves in checkpoints holds no other parameter.
 
     Checkpoints of a run have only `ctm.*`; `save_model()` writes the complete model and its processor, which
     `ConceptSegForSegmentation.from_pretrained` and stage II take. Masks are compared at the size of their
-    images. Logged beside the loss: `loss/dice`, `loss/focal` and `mask_iou`, the mean foreground IoU.
+    images. Logged beside the loss: `loss/dice`, `loss/focal` and `mask_iou`, the mean foreground IoU. A training that
+    diverges ends with a `DivergedError`.
 
     Args:
         model: The model; every process holds its MLLM and SAM 3 whole.
@@ -74,8 +79,10 @@ class ConceptSFTTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         _check_arguments(model, args, train_dataset, processing_class)
-        train_dataset = ReadableSamples(train_dataset)
-        eval_dataset = None if eval_dataset is None else ReadableSamples(eval_dataset)
+        settle_completion_source(train_dataset, args)
+        check = partial(check_words, processor=processing_class, source=args.completion_source)
+        train_dataset = ReadableSamples(train_dataset, check)
+        eval_dataset = None if eval_dataset is None else ReadableSamples(eval_dataset, check)
         collator = ConceptSFTCollator(processing_class, args)
         for samples in (train_dataset, eval_dataset or ()):
             _try_samples(samples, collator)
@@ -102,6 +109,7 @@ class ConceptSFTTrainer(Trainer):
         if args.log_examples:
             self.add_callback(ExamplePicturesCallback(self, args.log_examples_steps, args.log_examples))
         self.add_callback(EpochCallback(collator.set_epoch))
+        self.add_callback(FiniteLogs())
         if args.completion_source == "generated":
             collator.cache = self._generated_completions()
 
@@ -152,6 +160,7 @@ class ConceptSFTTrainer(Trainer):
         ]
         dice, focal = (torch.stack(part).mean() for part in zip(*parts, strict=True))
         loss = self.args.dice_weight * dice + self.args.focal_weight * focal
+        self.check_loss(loss)
 
         masks = [(row[0, 0] > 0).cpu().numpy() for row in full_size]
         if model.training:

@@ -114,7 +114,7 @@ class SplitReferences:
         seed: int,
         processor: ConceptSegProcessor | None = None,
     ) -> None:
-        self.samples = ReadableSamples(samples)
+        self.samples = ReadableSamples(samples, self._check_words)
         self.grid = grid
         self.seed = seed
         self.epoch = 0
@@ -138,6 +138,7 @@ class SplitReferences:
     def processor(self, processor: ConceptSegProcessor) -> None:
         self._processor = processor
         self._rows.clear()
+        self.samples.stand_ins.clear()  # another tokenizer, other reserved tokens
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """The rows whose numbers are in the batch, as columns."""
@@ -156,6 +157,9 @@ class SplitReferences:
             if len(self._rows) > _CACHED_ROWS:
                 self._rows.popitem(last=False)
         return self._rows[key]
+
+    def _check_words(self, sample: ConceptSample) -> None:
+        self.processor.check_prompt(sample.prompt)
 
     def _compose(self, index: int) -> dict[str, Any]:
         sample = self.samples[index]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,8 @@ from PIL import Image
 
 from ...images import mask_to_image
 from ...references import Reference, mask_to_box
+from ...suggestions import did_you_mean
+from ...writing import json_text, open_new, picture_bytes, write_file
 from ..sample import ConceptSample
 from .families import GROUPS, Family, Task, TaskRng
 
@@ -48,7 +49,10 @@ class ConceptShapes(Sequence[ConceptSample]):
         self, split: str = "test", length: int | None = None, size: int = 128, seed: int = SEED
     ) -> None:
         if split not in SPLITS:
-            raise ValueError(f"ConceptShapes: no split is named {split!r}; use one of {', '.join(SPLITS)}.")
+            raise ValueError(
+                f"ConceptShapes: no split is named {split!r}{did_you_mean(split, SPLITS)}; use one of "
+                f"{', '.join(SPLITS)}."
+            )
         if size < 32:
             raise ValueError(f"ConceptShapes: size is {size}, too small to draw in; use at least 32 pixels.")
         self.name = NAME
@@ -112,10 +116,8 @@ class ConceptShapes(Sequence[ConceptSample]):
             The path of `samples.jsonl`, one JSON object a line, with paths relative to the folder.
         """
         folder = Path(folder)
-        for name in ("images", "masks", "references"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
         index_path = folder / "samples.jsonl"
-        with index_path.open("w", encoding="utf-8") as index_file:
+        with open_new(index_path) as index_file:
             for sample in self:
                 row: dict[str, Any] = {
                     "sample_id": sample.sample_id,
@@ -127,13 +129,13 @@ class ConceptShapes(Sequence[ConceptSample]):
                     },
                     "references": [],
                 }
-                sample.image.save(folder / row["image"])
-                sample.mask.save(folder / row["mask"])
+                write_file(folder / row["image"], picture_bytes(sample.image))
+                write_file(folder / row["mask"], picture_bytes(sample.mask))
                 for number, reference in enumerate(sample.references):
                     path = f"references/{sample.sample_id}-{number}.png"
-                    reference.image.save(folder / path)
+                    write_file(folder / path, picture_bytes(reference.image))
                     row["references"].append({"image": path, "box": reference.box})
-                index_file.write(json.dumps(row) + "\n")
+                index_file.write(json_text(row) + "\n")
         return index_path
 
 

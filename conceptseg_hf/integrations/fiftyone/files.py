@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import os
 import re
 from pathlib import Path
 
 import fiftyone as fo
 import numpy as np
 from PIL import Image
+
+from ...writing import picture_bytes, write_file
 
 
 def default_folder(dataset_name: str, *parts: str) -> Path:
@@ -34,19 +34,14 @@ def write_picture(image: Image.Image, folder: Path, stem: str) -> str:
     Returns:
         The absolute path.
     """
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    content = buffer.getvalue()
+    content = picture_bytes(image)
     name = f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}"
     path, copies = folder / f"{name}.png", 1
     while path.exists() and path.read_bytes() != content:  # somebody edited it
         copies += 1
         path = folder / f"{name}-{copies}.png"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        write_file(path, content)
     return str(path.absolute())
 
 

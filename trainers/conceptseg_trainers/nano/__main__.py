@@ -7,6 +7,7 @@ needs both and writes the checkpoint. Every stage resumes where it was stopped.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -23,7 +24,17 @@ HELD_OUT = {"sam": 180, "mllm": 132, "ctm": 240}
 
 
 def main() -> None:
-    """Runs the stages that the command line asks for."""
+    """Runs the stages that the command line asks for; what ends them early is told in one sentence."""
+    try:
+        _run()
+    except (FloatingPointError, OSError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command goes on from the last state that was saved.\n")
+        sys.exit(130)
+
+
+def _run() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m conceptseg_trainers.nano", description=__doc__.splitlines()[0]
     )

@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from conceptseg_hf.completion import format_completion
 from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE as SIDE
@@ -27,8 +25,9 @@ from conceptseg_hf.losses import segmentation_loss
 from conceptseg_hf.mllm import last_hidden_states, model_inputs
 from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, PreparedSample
+from conceptseg_hf.progress import progress_bar
 
-from .loop import mean
+from .loop import mean, write_tensors
 from .sam_stage import scenes_to_pixels, to_masks
 
 _FIRST_TRAIN_INDEX = 900_000  # the other stages stay below
@@ -132,15 +131,13 @@ def _completion_table(stage: CtmStage, path: Path, split: str, first: int, count
     """States, masks and answer tokens of own and of true completions; made in parts that are kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[Tensor]] = {}
-    progress = tqdm(total=count, desc=f"{stage.name}: completions of {split}", unit="sample", mininterval=5)
+    progress = progress_bar(count, "samples", f"{stage.name}: completions of {split}", mininterval=5)
     for start in range(0, count, 480):
         part = path.with_name(f"{path.stem}-{start:06d}.safetensors")
         stop = min(start + 480, count)
         if not part.exists():
             tensors = _complete(stage, ConceptShapes(split, size=SIDE), range(first + start, first + stop))
-            temporary = part.with_suffix(".tmp")
-            save_file(tensors, temporary)
-            temporary.replace(part)
+            write_tensors(part, tensors)
         with safe_open(part, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                 parts.setdefault(name, []).append(file.get_tensor(name))

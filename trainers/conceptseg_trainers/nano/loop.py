@@ -6,7 +6,6 @@ functions of the step alone, so that a resumed run sees what an uninterrupted on
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,10 +15,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
+
+from conceptseg_hf.finite import find_nonfinite
+from conceptseg_hf.progress import print_line, progress_bar
+from conceptseg_hf.writing import json_text, not_written
 
 
 class Stage(Protocol):
@@ -76,7 +78,7 @@ class Schedule:
 
 
 def train(
-    stage: Stage, schedule: Schedule, run_dir: Path, report: Callable[[str], None] = tqdm.write
+    stage: Stage, schedule: Schedule, run_dir: Path, report: Callable[[str], None] = print_line
 ) -> dict[str, float]:
     """Runs a stage to its end, from its last checkpoint if there is one; the module ends with the average.
 
@@ -91,34 +93,29 @@ def train(
         The final held-out numbers.
 
     Raises:
-        FloatingPointError: If the loss is not finite.
+        FloatingPointError: If the loss or a weight is not finite.
+        OSError: If the state cannot be written.
     """
     folder = run_dir / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     state = TrainingState(stage.module, schedule, folder / "state.safetensors")
     started, first = time.monotonic(), state.step
     if first < schedule.steps:
-        progress = tqdm(
-            total=schedule.steps,
-            initial=first,
-            desc=stage.name,
-            unit="step",
-            mininterval=5,
-            dynamic_ncols=True,
+        progress = progress_bar(
+            schedule.steps, "steps", stage.name, initial=first, mininterval=5, dynamic_ncols=True
         )
         stage.module.train()
         while state.step < schedule.steps:
             loss, numbers = stage.loss(state.step)
             if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"stage {stage.name}: the loss is {loss.item()} at step {state.step}; "
-                    "lower the learning rate."
-                )
+                raise FloatingPointError(_diverged(stage, f"the loss is {loss.item()}", state))
             state.update(loss)
             progress.update()
             progress.set_postfix({key: f"{value:.3f}" for key, value in numbers.items()}, refresh=False)
             at_end = state.step == schedule.steps
             if state.step % schedule.save_every == 0 or at_end:
+                if wrong := find_nonfinite(state.parameters.items()):
+                    raise FloatingPointError(_diverged(stage, f"{wrong[0]} is not finite", state))
                 state.save()
             if (state.step % schedule.evaluate_every == 0) and not at_end:
                 with state.averaged():
@@ -144,7 +141,7 @@ class TrainingState:
         self.module = module
         self.schedule = schedule
         self.path = path
-        self.step = 0
+        self.step = self.saved = 0
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         groups = [
             {
@@ -203,17 +200,13 @@ class TrainingState:
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"{key}/{name}"] = value
-        temporary = self.path.with_suffix(".tmp")
-        save_file(
-            {key: value.contiguous().cpu().clone() for key, value in tensors.items()},
-            temporary,
-            metadata={"step": str(self.step)},
-        )
-        temporary.replace(self.path)
+        tensors = {key: value.contiguous().cpu().clone() for key, value in tensors.items()}
+        write_tensors(self.path, tensors, {"step": str(self.step)})
+        self.saved = self.step
 
     def _load(self) -> None:
         with safe_open(self.path, "pt") as file:
-            self.step = int(file.metadata()["step"])
+            self.step = self.saved = int(file.metadata()["step"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         with torch.no_grad():
             for name, p in self.parameters.items():
@@ -226,6 +219,32 @@ class TrainingState:
                 }
                 if moments:
                     self.optimizer.state[p] = {"step": tensors[f"step/{name}"], **moments}
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file that is complete or not there.
+
+    Raises:
+        NotWrittenError: If it cannot be written; an older one stays.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(tensors, temporary, metadata)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise not_written(
+            path, error, "make room and run again, which goes on from the last state"
+        ) from error
+
+
+def _diverged(stage: Stage, what: str, state: TrainingState) -> str:
+    kept = (
+        f"{str(state.path)!r} has the state of step {state.saved}"
+        if state.saved
+        else "no state was saved before"
+    )
+    return f"stage {stage.name}: {what} at step {state.step}; lower the learning rate; {kept}."
 
 
 def mean(values: Iterable[float]) -> float:
@@ -244,4 +263,4 @@ def _log(
     row = {"step": step, "seconds": round(time.monotonic() - started), **numbers}
     row |= {f"held_out/{key}": value for key, value in held_out.items()}
     with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
-        log.write(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")
+        log.write(json_text({key: round(value, 5) for key, value in row.items()}) + "\n")

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from conceptseg_hf.evaluation import EvaluationReport, evaluate
+from conceptseg_hf.writing import write_file
 
 SPLITS = ("test", "test-compositional")
 ROUTERS = ("adaptive", "sam_only", "full_reasoning")
@@ -152,7 +153,7 @@ def write_card(checkpoint: Path, text: str, limit: int, notes: str = "") -> None
         limit=limit,
         tables=text,
     )
-    (checkpoint / "README.md").write_text(card, encoding="utf-8")
+    write_file(checkpoint / "README.md", card)
 
 
 def main() -> None:
@@ -169,7 +170,7 @@ def main() -> None:
     arguments = parser.parse_args()
     text = tables(measure(arguments.checkpoint, arguments.limit, arguments.output_dir))
     write_card(arguments.checkpoint, text, arguments.limit, arguments.notes)
-    (arguments.output_dir / "tables.md").write_text(text + "\n", encoding="utf-8")
+    write_file(arguments.output_dir / "tables.md", text + "\n")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch.utils.data import ConcatDataset
 from transformers import AutoImageProcessor, AutoTokenizer, Trainer, TrainingArguments
@@ -20,55 +22,24 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import TrlParser
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
-from conceptseg_hf.data import BenchmarkGroup, ConceptSample, load_benchmarks
+from conceptseg_hf.cli.outputs import find_fault
+from conceptseg_hf.data import SOURCES, BenchmarkGroup, ConceptSample, load_benchmarks
 from conceptseg_hf.evaluation.loading import find_checkpoint, load_config
 from conceptseg_hf.evaluation.processes import let_gloo_end
+from conceptseg_hf.progress import hide_bars_in_pipes, print_line
 
+from ..checkpoints import PROCESSOR, TRAINER_STATE, complete_checkpoints, is_complete
+from ..divergence import DivergedError
 from ..samples import warn_of_shared_images
 
 logger = logging.getLogger(__name__)
 
-_TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 _SCHEDULER = "scheduler.pt"
-_PROCESSOR = "processor_config.json"  # both trainers write it after the weights of the complete model
 
 # What Transformers reports to without counting it among what is available: it depends on more than a package.
 _UNCOUNTED = {"azure_ml", "flyte", "kubeflow"}
-
-
-class RecipeParser(TrlParser):
-    """A TrlParser (YAML by `--config`, the command line beats it) that explains what is wrong in one sentence."""
-
-    def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
-        """The dataclasses, filled.
-
-        Raises:
-            ValueError: If the recipe is missing or malformed, or an option or its value is unknown.
-        """
-        argv = [part for word in argv for part in _split_config(word)]
-        if "--config" in argv:
-            position = argv.index("--config") + 1
-            if position == len(argv) or not Path(argv[position]).is_file():
-                name = argv[position] if position < len(argv) else ""
-                raise ValueError(f"--config {name!r} is not a file; give the path of a recipe (YAML).")
-        import yaml
-
-        try:
-            return self.parse_args_and_config(argv)
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"the recipe is not valid YAML ({reason}); correct it.") from error
-
-    def error(self, message: str) -> NoReturn:
-        """What argparse calls for bad options."""
-        raise ValueError(f"{message.rstrip('.')}; see --help for the options.")
-
-
-def _split_config(word: str) -> list[str]:
-    return word.split("=", 1) if word.startswith("--config=") else [word]
 
 
 @dataclass
@@ -77,7 +48,8 @@ class DataArguments:
 
     Attributes:
         benchmark: A name that `load_benchmark` knows, or several with commas between them.
-        benchmark_root: Folder of the benchmarks' files, if they have any.
+        benchmark_root: Folder of the benchmarks' files, if they have any, or NAME=DIR of each with commas between them;
+            `root` is the same.
         train_split: Split to train on.
         train_samples: Only the first samples of it, of each benchmark; all by default.
         eval_split: Split for evaluation.
@@ -85,7 +57,10 @@ class DataArguments:
     """
 
     benchmark: str = field(default="concept-shapes", metadata={"help": "Names of benchmarks, with commas."})
-    benchmark_root: str | None = field(default=None, metadata={"help": "Folder of their files."})
+    benchmark_root: str | None = field(
+        default=None,
+        metadata={"help": "Folder of their files, or NAME=DIR,NAME=DIR.", "aliases": ["--root"]},
+    )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     train_samples: int | None = field(default=None, metadata={"help": "Only its first samples."})
     eval_split: str = field(default="val", metadata={"help": "Split for evaluation."})
@@ -97,17 +72,37 @@ class DataArguments:
                 raise ValueError(f"{name} is {getattr(self, name)}; use at least 1, or leave it out for all.")
 
     def load(self, training_args: TrainingArguments) -> tuple[Sequence[ConceptSample], Any]:
-        """The samples to train on, and those for evaluation (None if the run does not evaluate)."""
-        evaluates = training_args.eval_strategy != "no" or training_args.eval_on_start
+        """The samples to train on, and those for evaluation (None if the run does not evaluate).
+
+        Raises:
+            OSError: If files are missing.
+            ValueError: If a name is unknown, or there is nothing to evaluate on.
+        """
         train = self._load(self.train_split, self.train_samples)
-        evaluation = self._load(self.eval_split, self.eval_samples) if evaluates else None
-        if evaluation is not None:
-            warn_of_shared_images(train, evaluation)
+        if training_args.eval_strategy == "no" and not training_args.eval_on_start:
+            return train, None
+        try:
+            evaluation = self._load(self.eval_split, self.eval_samples)
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"{str(error).rstrip('.')} (for the evaluation while training: give another --eval_split, or train "
+                "without one, by --eval_strategy no)."
+            ) from error
+        warn_of_shared_images(train, evaluation)
         return train, evaluation
 
     def _load(self, split: str, limit: int | None) -> Sequence[ConceptSample]:
-        samples = load_benchmarks(self.benchmark, root=self.benchmark_root, split=split, limit=limit)
+        root = _roots(self.benchmark_root)
+        samples = load_benchmarks(self.benchmark, root=root, split=split, limit=limit)
         return ConcatDataset(samples.members.values()) if isinstance(samples, BenchmarkGroup) else samples
+
+
+def _roots(given: str | None) -> str | dict[str, str] | None:
+    """One folder, or, of several benchmarks, NAME=DIR,NAME=DIR."""
+    parts = [part.strip().partition("=") for part in (given or "").split(",")]
+    if not all(equals and name in SOURCES for name, equals, _ in parts):
+        return given
+    return {name: folder for name, _, folder in parts}
 
 
 @dataclass
@@ -205,12 +200,31 @@ def _check_source(field_name: str, source: str | None) -> None:
 def run(trainer: Trainer) -> None:
     """Trains, from a checkpoint if the settings say so, and saves the complete model to `output_dir`.
 
-    A run that has all its steps behind it is left as it is; if it was killed before its model was saved, that is made
-    up for.
+    Says whether it resumes, where results lie, and, when it is stopped by Ctrl-C, how to go on. A run that has all its
+    steps behind it is left as it is; if it was killed before its model was saved, that is made up for.
+
+    Raises:
+        DivergedError: If the loss or weights are not finite.
+        OSError: If a checkpoint or the model cannot be written.
+        KeyboardInterrupt: With a sentence that says how to go on.
     """
+    try:
+        _run(trainer)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(trainer)) from None
+    trainer.end()
+    if trainer.accelerator.num_processes > 1:
+        let_gloo_end()
+
+
+def _run(trainer: Trainer) -> None:
     checkpoint = find_resume_checkpoint(trainer.args)
     if checkpoint is None or not _is_finished(trainer.args, checkpoint):
         _warn_of_another_rate(trainer, checkpoint)
+        if checkpoint is not None:
+            _tell(
+                trainer, f"resuming from {checkpoint!r}, after step {_state_of(checkpoint)['global_step']}."
+            )
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
     else:
@@ -223,14 +237,49 @@ def run(trainer: Trainer) -> None:
             f"the run of {checkpoint!r} is finished, so nothing was trained; give another --output_dir for a new one, "
             "or a larger --max_steps or --num_train_epochs to go on.",
         )
-    trainer.end()
-    if trainer.accelerator.num_processes > 1:
-        let_gloo_end()
+    _tell_results(trainer)
+
+
+def _tell_results(trainer: Trainer) -> None:
+    folder = Path(trainer.args.output_dir)
+    what = "the adapters are" if is_peft_model(trainer.model) else "the trained model is"
+    _tell(
+        trainer,
+        f"{what} in {str(folder)!r}, checkpoints of the run in its folders {PREFIX_CHECKPOINT_DIR}-*.",
+    )
+    if (folder / "examples").is_dir():
+        _tell(trainer, f"example pictures are in {str(folder / 'examples')!r}.")
+    if not is_peft_model(trainer.model):
+        _tell(
+            trainer, f"try it with: conceptseg segment IMAGE --prompt TEXT --model {shlex.quote(str(folder))}"
+        )
+
+
+def _how_to_go_on(trainer: Trainer) -> str:
+    step, args = trainer.state.global_step, trainer.args
+    last = next(reversed(complete_checkpoints(args.output_dir)), None)
+    if last is None:
+        return f"stopped after step {step}; no checkpoint was saved yet, so the same command begins anew."
+    auto = (
+        "the same command goes"
+        if args.resume_from_checkpoint == "auto"
+        else "with --resume_from_checkpoint auto it goes"
+    )
+    return f"stopped after step {step}; {auto} on from {str(last)!r}."
+
+
+def _tell(trainer: Trainer, message: str) -> None:
+    if trainer.is_world_process_zero():
+        print_line(message, sys.stdout)
+
+
+def _state_of(checkpoint: str) -> dict[str, Any]:
+    return json.loads((Path(checkpoint) / TRAINER_STATE).read_text(encoding="utf-8"))
 
 
 def _is_finished(args: TrainingArguments, checkpoint: str) -> bool:
     """Whether a checkpoint has all steps of the run behind it; the Trainer would take one more."""
-    state = json.loads((Path(checkpoint) / _TRAINER_STATE).read_text(encoding="utf-8"))
+    state = _state_of(checkpoint)
     if args.max_steps > 0:
         return state["global_step"] >= args.max_steps
     return state["epoch"] >= args.num_train_epochs
@@ -238,8 +287,8 @@ def _is_finished(args: TrainingArguments, checkpoint: str) -> bool:
 
 def _is_saved(args: TrainingArguments, checkpoint: str) -> bool:
     """Whether the complete model was saved after a checkpoint."""
-    saved = Path(args.output_dir) / _PROCESSOR
-    return saved.is_file() and saved.stat().st_mtime >= (Path(checkpoint) / _TRAINER_STATE).stat().st_mtime
+    saved = Path(args.output_dir) / PROCESSOR
+    return saved.is_file() and saved.stat().st_mtime >= (Path(checkpoint) / TRAINER_STATE).stat().st_mtime
 
 
 @contextmanager
@@ -276,8 +325,8 @@ def check_run(args: TrainingArguments) -> None:
     """Finds what the Trainer would find only when the model is loaded.
 
     Raises:
-        ValueError: If a file is in the way of the run's folder, there is no checkpoint to resume from, or Transformers
-            does not know where to report to.
+        ValueError: If the run's folder cannot be written, there is no checkpoint to resume from, or Transformers does
+            not know where to report to.
         ImportError: If a package to report to is missing.
     """
     _check_output_dir(args)
@@ -286,10 +335,9 @@ def check_run(args: TrainingArguments) -> None:
 
 
 def _check_output_dir(args: TrainingArguments) -> None:
-    folder = Path(args.output_dir)
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"output_dir is {args.output_dir!r}, but {str(there)!r} is a file; give a folder.")
+    fault = find_fault(Path(args.output_dir))
+    if fault is not None:
+        raise ValueError(f"output_dir {args.output_dir!r} cannot be written: {fault}; give another folder.")
 
 
 def _check_report_to(args: TrainingArguments) -> None:
@@ -320,17 +368,13 @@ def find_resume_checkpoint(args: TrainingArguments) -> str | None:
     if wanted is None:
         return None
     if wanted != "auto":
-        if not (Path(wanted) / _TRAINER_STATE).is_file():
+        if not is_complete(wanted):
             raise ValueError(
                 f"resume_from_checkpoint is {wanted!r}, which is no complete checkpoint; give the folder of one, "
                 'or "auto" for the last of output_dir.'
             )
         return wanted
-    # One that was being written when the run was killed lacks the file that comes last.
-    complete = [
-        path.parent for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_TRAINER_STATE}")
-    ]
-    last = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    last = next(reversed(complete_checkpoints(args.output_dir)), None)
     return None if last is None else str(last)
 
 
@@ -338,12 +382,16 @@ def main(prepare: Callable[[Sequence[str]], Trainer]) -> int:
     """Runs a script on the words of its command line.
 
     Returns:
-        The exit code: 0, or 2 after bad input, which is explained in one sentence on standard error.
+        The exit code: 0; 2 after bad input, or a training that diverged or could not be saved, which is explained in
+        one sentence on standard error; 130 after Ctrl-C.
     """
     try:
-        trainer = prepare(sys.argv[1:])
-    except (ValueError, ImportError, OSError) as error:
+        hide_bars_in_pipes()
+        run(prepare(sys.argv[1:]))
+    except (ValueError, ImportError, OSError, DivergedError) as error:
         sys.stderr.write(" ".join(str(error).split()) + "\n")
         return 2
-    run(trainer)
+    except KeyboardInterrupt as error:
+        sys.stderr.write(f"{str(error) or 'stopped.'}\n")
+        return 130
     return 0

@@ -14,7 +14,8 @@ from transformers import BitsAndBytesConfig
 from ..meta_grpo_config import MetaGRPOConfig
 from ..meta_grpo_trainer import MetaGRPOTrainer
 from ..split_reference import split_reference_dataset
-from .common import DataArguments, ModelArguments, RecipeParser, check_run, main
+from .common import DataArguments, ModelArguments, check_run, main
+from .recipe_parser import RecipeParser
 
 # All attention projections of the language model; the vision tower stays as it is.
 _LORA_TARGETS = r"vlm\.model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj)"
@@ -86,9 +87,8 @@ class PolicyArguments(ModelArguments):
 
 def make_parser() -> RecipeParser:
     """The parser of recipe and command line."""
-    return RecipeParser(
-        (SplitReferenceArguments, PolicyArguments, MetaGRPOConfig), prog="conceptseg train meta-grpo"
-    )
+    types = (SplitReferenceArguments, PolicyArguments, MetaGRPOConfig)
+    return RecipeParser(types, stage="meta_grpo", prog="conceptseg train meta-grpo")
 
 
 def prepare(argv: Sequence[str]) -> MetaGRPOTrainer:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from ..completions import settle_completion_source
 from ..distributed import without_zero_init
 from ..sft_config import ConceptSFTConfig
 from ..sft_trainer import ConceptSFTTrainer
-from .common import DataArguments, ModelArguments, RecipeParser, check_run, main
+from .common import DataArguments, ModelArguments, check_run, main
+from .recipe_parser import RecipeParser
 
 
 def make_parser() -> RecipeParser:
     """The parser of recipe and command line."""
-    return RecipeParser((DataArguments, ModelArguments, ConceptSFTConfig), prog="conceptseg train sft")
+    types = (DataArguments, ModelArguments, ConceptSFTConfig)
+    return RecipeParser(types, stage="sft", prog="conceptseg train sft")
 
 
 def prepare(argv: Sequence[str]) -> ConceptSFTTrainer:
@@ -29,6 +32,9 @@ def prepare(argv: Sequence[str]) -> ConceptSFTTrainer:
     data, model_arguments, args = make_parser().parse(argv)
     check_run(args)
     train, evaluation = data.load(args)
+    settle_completion_source(
+        train, args, tell_of_some=False
+    )  # before the model is loaded; the trainer tells the rest
     with without_zero_init():  # every process needs MLLM and SAM 3 whole
         model, processor = model_arguments.load()
     return ConceptSFTTrainer(model, args, train, evaluation, processor)

@@ -1,0 +1,312 @@
+"""How the command ends when it cannot go on: full disks, Ctrl-C, terminals without Unicode, misspelled words."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import conceptseg_hf
+from conceptseg_hf import cli
+from conceptseg_hf.cli.outputs import shorten_name
+from conceptseg_hf.cli.train import RECIPES
+
+ROOT = Path(conceptseg_hf.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture()
+def files(tmp_path, monkeypatch):
+    """A picture of noise, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("a.png")
+    return tmp_path
+
+
+@pytest.fixture()
+def environment():
+    path = os.pathsep.join([str(ROOT), str(ROOT / "trainers")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def command(*words: str) -> int:
+    """The exit code of `conceptseg WORDS`, in this process."""
+    try:
+        return cli.main(words)
+    except SystemExit as stop:
+        return stop.code
+
+
+def segment_words(image: str, checkpoint: str, folder: str = "out") -> list[str]:
+    words = ["segment", image, "--prompt", "red circle", "--model", checkpoint]
+    return [*words, "--router", "sam_only", "--output-dir", folder]
+
+
+# -- disks --
+
+# No file may grow beyond so many bytes: what a disk is that is full, without one of one's own.
+LIMITED = """
+import json, resource, sys
+from conceptseg_hf import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+codes = [cli.main(words) for words in json.loads(sys.argv[2])]
+print(codes)
+"""
+
+
+def run_limited(limit: int, environment, *commands: list[str]) -> tuple[list[int], list[str]]:
+    """Exit codes and standard error of commands whose files are limited."""
+    pytest.importorskip("resource")
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), json.dumps(commands)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr.splitlines()
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_half_of_anything(files, checkpoint, environment):
+    """The overlay is too large for the disk, a mask is not; then records; then a report of 300 samples."""
+    assert command(*segment_words("a.png", checkpoint)) == 0
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    evaluation = ["evaluate", "--model", checkpoint, "--router", "sam_only", "--limit", "60"]
+    codes, errors = run_limited(
+        20_000,
+        environment,
+        segment_words("a.png", checkpoint),
+        segment_words("a.png", checkpoint, "new"),
+        [*evaluation, "--output-dir", "ev"],
+        ["demo", "--model", checkpoint, "--router", "sam_only", "--output-dir", "pictures"],
+    )
+    said = "cannot be written: File too large; make room"
+    assert codes == [2, 2, 2, 2]
+    assert errors == [
+        f"conceptseg segment: 'out/a_overlay.png' {said}, or give another folder.",
+        f"conceptseg segment: 'new/a_overlay.png' {said}, or give another folder.",
+        f"conceptseg evaluate: 'ev/records.jsonl' {said} and run again, which goes on from the records that were made.",
+        f"conceptseg demo: 'pictures/01_CI_diverse-classes.png' {said}, or give another folder.",
+    ]
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+    assert list(Path("new").iterdir()) == list(Path("pictures").iterdir()) == []
+
+    made = Path("ev/records.jsonl").read_bytes().count(b"\n")
+    assert 0 < made < 60
+    assert command(*evaluation, "--output-dir", "ev") == 0
+    assert command(*evaluation, "--output-dir", "whole") == 0
+    assert Path("ev/records.jsonl").read_bytes() == Path("whole/records.jsonl").read_bytes()
+    assert command(*segment_words("a.png", checkpoint, "new")) == 0
+    assert {path.name for path in Path("new").iterdir()} == before.keys(), "and no -2"
+
+
+def test_an_empty_file_of_an_earlier_version_takes_no_name(files, checkpoint):
+    Path("out").mkdir()
+    Path("out/a_mask.png").touch()
+    assert command(*segment_words("a.png", checkpoint)) == 0
+    assert {path.name for path in Path("out").iterdir()} == {"a.json", "a_mask.png", "a_overlay.png"}
+
+
+def test_a_disk_without_room_is_found_before_anything_is_loaded(files, environment):
+    codes, errors = run_limited(1000, environment, segment_words("a.png", "nobody/nothing"))
+    assert codes == [2]
+    assert errors == [
+        "conceptseg segment: --output-dir 'out' cannot be written: '.': File too large; give another folder."
+    ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full, which is always full")
+def test_standard_output_that_is_full_is_one_sentence(environment):
+    with Path("/dev/full").open("w") as full:
+        words = [sys.executable, "-m", "conceptseg_hf.cli", "data", "list"]
+        done = subprocess.run(words, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("conceptseg data: ") and done.stderr.count("\n") == 1
+    assert "cannot be written: No space left on device; make room there" in done.stderr
+
+
+# -- Ctrl-C --
+
+
+def heed_interrupts() -> None:
+    """Background processes of some shells ignore the signal."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_an_evaluation_that_is_stopped_says_how_it_goes_on(files, checkpoint, environment):
+    words = [
+        "evaluate",
+        "--model",
+        checkpoint,
+        "--limit",
+        "4000",
+        "--router",
+        "sam_only",
+        "--output-dir",
+        "ev",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "conceptseg_hf.cli", *words],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
+    )
+    records = Path("ev/records.jsonl")
+    while not records.exists() or not records.stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130
+    assert error == (
+        "conceptseg evaluate: stopped; what was evaluated is kept in 'ev', and the same command goes on from there.\n"
+    )
+
+
+def test_a_command_that_keeps_nothing_was_stopped(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("conceptseg_hf.cli.segment.check_image", interrupted)
+    assert command("segment", "a.png", "--prompt", "x") == 130
+    assert capsys.readouterr().err == "conceptseg segment: stopped.\n"
+
+
+# -- names and encodings --
+
+
+@pytest.mark.parametrize("stem", ["a" * 251, "é" * 125, "概" * 83 + "é"], ids=["ASCII", "two bytes", "three"])
+def test_the_longest_names_have_results(files, checkpoint, stem, capsys):
+    image, twin = f"{stem}.png", f"{stem[:-1]}b.png"
+    for name in (image, twin):
+        Path(name).write_bytes(Path("a.png").read_bytes())
+        assert command(*segment_words(name, checkpoint)) == 0
+    assert command(*segment_words(image, checkpoint)) == 0
+    names = {path.name for path in Path("out").iterdir()}
+    kept = [path.stem for path in Path("out").glob("*.json")]
+    assert len(kept) == 2 and all(stem.startswith(name.rpartition("-")[0]) for name in kept)
+    assert names == {f"{name}{end}" for name in kept for end in (".json", "_mask.png", "_overlay.png")}
+    assert max(len(os.fsencode(name)) for name in names) <= 255
+    images = {json.loads(path.read_text())["image"] for path in Path("out").glob("*.json")}
+    assert images == {str(files / image), str(files / twin)}
+
+
+def test_names_are_cut_between_characters():
+    assert shorten_name("a" * 240, 15) == "a" * 240
+    cut = shorten_name("a" + "é" * 200, 15)
+    assert cut.startswith("aé") and len(cut.encode()) <= 240 and cut.encode().decode() == cut
+    assert shorten_name("b" * 241, 15) != shorten_name("b" * 242, 15)
+    assert len(shorten_name("\udcff" * 300, 15).encode("utf-8", "surrogateescape")) <= 240
+
+
+@pytest.fixture()
+def own_data(files):
+    """Two samples with names and words beyond ASCII; the mask of one is damaged."""
+    rows = []
+    for name in ("grün", "blau_ü"):
+        pixels = np.asarray(Image.open("a.png"))
+        for folder, content in (("images", pixels), ("masks", (pixels[..., 0] > 128).astype(np.uint8) * 255)):
+            (files / "own" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(content).save(f"own/{folder}/{name}.png")
+        rows.append({"image": f"images/{name}.png", "mask": f"masks/{name}.png", "prompt": "rotes Häuschen"})
+    Path("own/masks/blau_ü.png").write_bytes(b"no picture")
+    Path("own/samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return files / "own"
+
+
+LOCALES = {
+    "ASCII output": {"PYTHONIOENCODING": "ascii"},
+    "strict C": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+}
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_words_beyond_ascii_end_no_evaluation(own_data, checkpoint, environment, locale):
+    base = [sys.executable, "-m", "conceptseg_hf.cli"]
+    options = ["--model", checkpoint, "--router", "sam_only"]
+    evaluation = ["evaluate", "--benchmark", "plain", "--root", "own", *options, "--output-dir", "ev"]
+    done = subprocess.run(
+        [*base, *evaluation], env=environment | LOCALES[locale], capture_output=True, encoding="latin-1"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("foreground IoU: ")
+    assert {path.name for path in Path("ev").iterdir()} >= {"report.md", "report.json", "gallery.html"}
+    report = Path("ev/report.md").read_text(encoding="utf-8")
+    assert "blau_ü" in report and "grün" not in report, "the sample that failed is named as it is"
+    segmentation = ["segment", "own/images/grün.png", "--prompt", "rotes Häuschen", *options]
+    done = subprocess.run(
+        [*base, *segmentation, "--output-dir", "out"],
+        env=environment | LOCALES[locale],
+        capture_output=True,
+        encoding="latin-1",
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(Path("out/grün.json").read_text(encoding="utf-8"))
+    assert record["prompt"] == "rotes Häuschen" and record["image"].endswith("grün.png")
+
+
+def test_pipes_have_no_bars(files, checkpoint, environment):
+    words = [sys.executable, "-m", "conceptseg_hf.cli", "evaluate", "--model", checkpoint, "--limit", "9"]
+    words += ["--router", "sam_only", "--output-dir", "ev"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\r" not in done.stdout
+
+
+# -- what may have been meant --
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["segmnt", "a.png"], "'segment'"),
+        (["--versin"], "'--version'"),
+        (["segment", "a.png", "--promt", "x"], "'--prompt'"),
+        (["segment", "a.png", "--prompt", "x", "--refernce=b.png"], "'--reference'"),
+        (["segment", "a.png", "--prompt", "x", "--router", "adaptve"], "'adaptive'"),
+        (["evaluate", "--bechmark", "DUTS"], "'--benchmark'"),
+        (["data", "chek", "DUTS"], "'check'"),
+        (["data", "check", "DUT", "--root", "."], "'DUTS'"),
+        (["data", "check", "duts", "--root", "."], "'DUTS'"),
+        (["evaluate", "--benchmark", "tabel1", "--root", "."], "'table1'"),
+        (["evaluate", "--benchmark", "DUTS,Polip", "--root", "."], "'Polyp'"),
+        (["evaluate", "--split", "tset"], "'test'"),
+        (["ablate", "--config", "ruoter"], "'router'"),
+        (["train", "sfd"], "'sft'"),
+    ],
+    ids=" ".join,
+)
+def test_a_misspelled_word_is_met_with_a_suggestion(files, capsys, words, meant):
+    assert command(*words) == 2
+    error = capsys.readouterr().err
+    assert f"(did you mean {meant}?)" in error and error.count("\n") == 1
+
+
+def test_a_word_like_no_other_is_met_with_none(files, capsys):
+    for words in (["evaluate", "--benchmark", "zzz"], ["segment", "a.png", "--prompt", "x", "--zzz"]):
+        assert command(*words) == 2
+        assert "did you mean" not in capsys.readouterr().err
+
+
+def test_recipes_are_named_by_the_help():
+    pytest.importorskip("trl")
+    from conceptseg_trainers.scripts.recipe_parser import recipe_names
+
+    assert list(RECIPES) == recipe_names()

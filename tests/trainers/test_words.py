@@ -1,0 +1,198 @@
+"""Words of training data are checked as prompts are at inference; samples without reasoning get the template."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import datasets
+import pytest
+
+pytest.importorskip("trl", "1.16")
+
+from conceptseg_trainers import split_reference_dataset
+from conceptseg_trainers.completions import check_words, settle_completion_source
+from conceptseg_trainers.samples import ReadableSamples
+from conceptseg_trainers.scripts import sft
+from conceptseg_trainers.scripts.common import ModelArguments
+from conceptseg_trainers.sft_config import ConceptSFTConfig
+from conceptseg_trainers.sft_trainer import ConceptSFTTrainer
+from conceptseg_trainers.split_reference import find_composer
+
+from conceptseg_hf import ConceptSegForSegmentation, cli, nano_checkpoint
+from conceptseg_hf.data import ConceptShapes, UnreadableSampleError
+
+RESERVED = ["<|image_pad|>", "<|im_end|>", "<|vision_start|>", "<|im_start|>"]
+STAND_IN = "; the next sample that can be read takes its place."
+
+
+@pytest.fixture()
+def sft_trainer(nano_processor, tmp_path):
+    def make(samples, **settings):
+        settings = {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, **settings}
+        args = ConceptSFTConfig(
+            str(tmp_path), disable_tqdm=True, save_strategy="no", log_examples=0, **settings
+        )
+        model = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
+        return ConceptSFTTrainer(model, args, samples, samples, nano_processor)
+
+    return make
+
+
+def sentence_of_inference(processor, sample) -> str:
+    with pytest.raises(ValueError, match="prompt") as error:
+        processor.prepare(sample.image, sample.prompt, sample.references)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("words", [*(f"red {token} circle" for token in RESERVED), " ", "half \ud800"])
+@pytest.mark.parametrize("stage", ["sft", "meta-grpo"])
+def test_a_prompt_that_inference_refuses_is_passed_over_and_named(
+    stage, words, shapes, nano_processor, make_meta_grpo, sft_trainer, caplog
+):
+    samples = [shapes[0], replace(shapes[1], prompt=words, sample_id="wrong one"), *shapes[2:4]]
+    said = sentence_of_inference(nano_processor, samples[1])
+    if stage == "sft":
+        trainer = sft_trainer(samples)
+        assert trainer.eval_dataset[1].sample_id == shapes[2].sample_id
+    else:
+        trainer = make_meta_grpo(train_dataset=split_reference_dataset(samples), max_steps=4)
+        assert trainer.train_dataset[1]["problem"] == shapes[2].prompt
+    trainer.train()
+    assert trainer.state.global_step == trainer.args.max_steps
+    named = [record.getMessage() for record in caplog.records if "wrong one" in record.getMessage()]
+    assert set(named) == {f"sample 'wrong one': {said.rstrip('.')}{STAND_IN}"}
+
+
+def test_data_of_which_no_prompt_can_be_used_ends_in_one_sentence(shapes, make_meta_grpo, sft_trainer):
+    samples = [replace(sample, prompt="<|im_end|>") for sample in shapes[:3]]
+    message = r"none of the 3 samples can be read; the last says: sample 'train-00000\d': prompt contains the reserved"
+    with pytest.raises(ValueError, match=message):
+        sft_trainer(samples)
+    with pytest.raises(ValueError, match=message):
+        make_meta_grpo(train_dataset=split_reference_dataset(samples))
+
+
+@pytest.mark.parametrize("column", ["problem", "prompt"])
+def test_rows_of_ones_own_are_named(column, shapes, nano_processor, make_meta_grpo):
+    rows = list(split_reference_dataset(shapes[:2], processor=nano_processor))
+    if column == "problem":
+        rows[1]["problem"] = "red <|image_pad|> circle"
+    else:
+        rows[1]["prompt"][1]["content"] += "<|image_pad|>"
+
+    def generate():
+        yield from rows
+
+    wrong = datasets.IterableDataset.from_generator(generate)
+    with pytest.raises(
+        ValueError, match=r"^sample 'train-000001': prompt contains the reserved token '<\|image_pad"
+    ):
+        make_meta_grpo(train_dataset=wrong)
+
+
+@pytest.mark.parametrize(
+    ("changes", "source", "message"),
+    [
+        (
+            {"answer": "red <|im_end|>"},
+            "ground_truth",
+            "answer contains the reserved token '<|im_end|>'; leave",
+        ),
+        ({"think": "a <|image_pad|>"}, "ground_truth", "think contains the reserved token"),
+        ({"rule": "find it</rule>"}, "ground_truth", "rule contains the tag </rule>, which has a meaning"),
+        ({"answer": "the <b>red</b> one"}, "template", "answer contains the tag <b>"),
+        ({"answer": None, "prompt": "find <answer>"}, "template", "prompt contains the tag <answer>"),
+        ({"prompt": "a <|im_end|>"}, "released", "prompt contains the reserved token"),
+        ({"think": "i <b>think</b>, x < y"}, "ground_truth", None),
+        ({"rule": "<|im_end|>"}, "template", None),  # it is not written
+        ({"answer": "<|im_end|>"}, "generated", None),
+    ],
+)
+def test_all_words_of_a_completion_are_checked(changes, source, message, shapes, nano_processor):
+    sample = replace(shapes[0], **changes)
+    if message is None:
+        check_words(sample, nano_processor, source)
+    else:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check_words(sample, nano_processor, source)
+
+
+def test_another_processor_has_other_reserved_tokens(shapes, nano_processor, processor):
+    samples = [replace(shapes[0], prompt="a <|endoftext|>"), shapes[1]]
+    dataset = split_reference_dataset(samples, processor=processor)
+    composer = find_composer(dataset)
+    assert dataset[0]["problem"] == "a <|endoftext|>"
+    composer.processor = nano_processor
+    assert dataset[0]["problem"] == shapes[1].prompt
+    composer.processor = processor
+    assert dataset[0]["problem"] == "a <|endoftext|>"
+
+
+# -- samples without reasoning --
+
+
+def wordless(samples):
+    return [replace(sample, think=None, rule=None, answer=None) for sample in samples]
+
+
+@pytest.mark.parametrize(
+    ("lacking", "source", "said"),
+    [
+        (0, "ground_truth", None),
+        (
+            2,
+            "ground_truth",
+            "2 of 4 samples that were tried, such as 'train-000000', have no think, rule and answer",
+        ),
+        (4, "template", "the samples have no think, rule and answer: completions are made from their boxes"),
+    ],
+)
+def test_completions_are_made_where_data_has_none(lacking, source, said, shapes, sft_trainer, caplog):
+    samples = [*wordless(shapes[:lacking]), *shapes[lacking:4]]
+    trainer = sft_trainer(samples)
+    trainer.train()
+    assert trainer.args.completion_source == source
+    spoken = [
+        record.getMessage() for record in caplog.records if "completions are made" in record.getMessage()
+    ]
+    assert len(spoken) == (said is not None) and all(line.startswith(said) for line in spoken)
+
+
+def test_what_cannot_be_read_decides_nothing(caplog):
+    class Unreadable:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            raise UnreadableSampleError("broken.")
+
+    args = SimpleNamespace(completion_source="ground_truth")
+    for samples in (Unreadable(), ReadableSamples([{"no": "sample"}])):
+        settle_completion_source(samples, args)
+    assert args.completion_source == "ground_truth" and not caplog.records
+
+
+def test_own_data_without_words_is_trained_and_said_before_the_model_is_loaded(
+    tmp_path, monkeypatch, caplog, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    index = ConceptShapes("train", length=4, size=48).export("own")
+    rows = [json.loads(line) for line in index.read_text().splitlines()]
+    kept = ("image", "mask", "prompt")
+    index.write_text("".join(json.dumps({name: row[name] for name in kept}) + "\n" for row in rows))
+    words = ["--config", "nano_sft", "--benchmark", "plain", "--root", "own", "--max_steps", "1"]
+    words += ["--output_dir", "run", "--per_device_train_batch_size", "2", "--eval_strategy", "no"]
+
+    said = []
+    load = ModelArguments.load
+    monkeypatch.setattr(ModelArguments, "load", lambda self: said.extend(caplog.messages) or load(self))
+    with caplog.at_level(logging.WARNING):
+        assert cli.main(["train", "sft", *words]) == 0
+    assert any("the samples have no think, rule and answer" in message for message in said)
+    assert caplog.text.count("completions are made") == 1
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert sft.make_parser().parse(words)[2].completion_source == "ground_truth"
