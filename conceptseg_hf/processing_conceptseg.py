@@ -582,7 +582,7 @@ class ConceptSegProcessor(ProcessorMixin):
 
         Of several boxes it is the largest, or the one that encloses them (`MosaicSettings.several_boxes`).
         """
-        boxes = self._checks(frame)
+        boxes = self.check_boxes_to_text(frame)
         return max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1])) if boxes else None
 
     def check_iou(self, check: Sequence[float] | None, frame: Frame) -> float | None:
@@ -594,13 +594,15 @@ class ConceptSegProcessor(ProcessorMixin):
         Returns:
             0 when no check was given, None when there is no withheld box to compare with.
         """
-        truths = self._checks(frame)
+        truths = self.check_boxes_to_text(frame)
         if not truths:
             return None
         return 0.0 if check is None else max(box_iou(check, truth) for truth in truths)
 
-    def _checks(self, frame: Frame) -> list[Box]:
-        """Each box in text units with which a check may be compared."""
+    def check_boxes_to_text(self, frame: Frame) -> list[Box]:
+        """The proxy query's withheld boxes in text units: those that a check may fit, one or none but for several
+        boxes (`MosaicSettings.several_boxes`).
+        """
         if frame.proxy is None or frame.proxy_box is None:
             return []
         boxes: Sequence[Box] = frame.proxy_boxes or (frame.proxy_box,)

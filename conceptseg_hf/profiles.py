@@ -122,7 +122,7 @@ def profile_changes(
     found = processor.mosaic_settings.to_dict()
     changes |= {f"mosaic.{key}": (found[key], value) for key, value in profile.processor["mosaic"].items()}
     changes["shortcut_size"] = (processor.shortcut_size, profile.processor["shortcut_size"])
-    template = _profile_of(processor.template)
+    template = find_template_profile(processor.template)
     if template is not None:
         changes["prompt_template"] = (template, name)
     return {key: pair for key, pair in changes.items() if pair[0] != pair[1]}
@@ -157,8 +157,9 @@ def apply_profile(
     for key, value in profile.config.items():
         setattr(model.config, key, value)
     model.config.profile = name
-    changed = processor.with_settings(**_processor_settings(profile, processor))
-    for key in profile.processor:
+    settings = _processor_settings(profile, processor)
+    changed = processor.with_settings(**settings)
+    for key in settings:
         setattr(processor, key, getattr(changed, key))
     return changes
 
@@ -220,12 +221,12 @@ def describe_profile(
 
 def _processor_settings(profile: Profile, processor: ConceptSegProcessor) -> dict[str, Any]:
     settings = dict(profile.processor)
-    if _profile_of(processor.template) is None:
+    if find_template_profile(processor.template) in (None, profile.name):
         del settings["prompt_template"]
     return settings
 
 
-def _profile_of(template: PromptTemplate) -> str | None:
+def find_template_profile(template: PromptTemplate) -> str | None:
     """The profile that a template belongs to, whatever spaces its system message has around it; None: one's own."""
 
     def words(data: Mapping[str, str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ ROWS = [
     {"__main__"},
     {"cli", "integrations"},
     {"evaluation", "pipelines", "conversion"},
-    {"visualization", "data"},
+    {"visualization", "data", "profiles"},
     {"modeling_conceptseg"},
     {"processing_conceptseg", "generation", "hub"},
 ]

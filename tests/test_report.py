@@ -18,7 +18,8 @@ SETTINGS = {
     "benchmark": "mine",
     "split": "test",
     "seed": 42,
-    "protocol": "paper",
+    "protocol": "released",
+    "profile": "released",
     "router": "adaptive",
     "model": "/somewhere/checkpoints/small",
     "weights": "abc",
@@ -73,17 +74,19 @@ def test_the_mean_needs_all_ten_groups(suite):
 def test_printed_figures_stand_beside_whole_rows_only(suite):
     _, rows = rows_of(suite)
     found = {row.kind: row for row in rows.values()}
-    assert paper_value(found["mean"], "miou", "ConceptSeg-R1-7B") == (82.8, 1)
-    assert paper_value(found["mean"], "mae", "ConceptSeg-R1-7B") is None
+    assert paper_value(found["mean"], "miou", "ConceptSeg-R1-7B", SETTINGS) == (82.8, 1)
+    assert paper_value(found["mean"], "mae", "ConceptSeg-R1-7B", SETTINGS) is None
     level = rows["level", "CD", "", "Shadow_detection"]
-    assert paper_value(level, "f_w", "ConceptSeg-R1-3B") == (76.55, 8)
+    assert paper_value(level, "f_w", "ConceptSeg-R1-3B", SETTINGS) == (76.55, 8)
     lesion = rows["group", "CD", "medical lesion", "Polyp"]
-    assert paper_value(lesion, "miou", "SAM 3") == (48.9, 1)
+    assert paper_value(lesion, "miou", "SAM 3", SETTINGS) == (48.9, 1)
     _, rows = rows_of([record for record in suite if record["dataset"] != "isic2018"])
-    assert paper_value(rows["group", "CD", "medical lesion", "Polyp"], "miou", "SAM 3") is None
-    assert paper_value(rows["level", "CD", "", "Shadow_detection"], "f_w", "ConceptSeg-R1-3B") is None
+    assert paper_value(rows["group", "CD", "medical lesion", "Polyp"], "miou", "SAM 3", SETTINGS) is None
+    assert (
+        paper_value(rows["level", "CD", "", "Shadow_detection"], "f_w", "ConceptSeg-R1-3B", SETTINGS) is None
+    )
     polyp = rows["data set", "CD", "medical lesion", "Polyp"]
-    assert paper_value(polyp, "miou", "ConceptSeg-R1-3B") == (74.31, 8)
+    assert paper_value(polyp, "miou", "ConceptSeg-R1-3B", SETTINGS) == (74.31, 8)
 
 
 def test_markdown_side_by_side(suite):
@@ -109,12 +112,43 @@ def test_markdown_side_by_side(suite):
 
 def test_a_partial_group_says_so_and_other_settings_are_told(suite):
     records = [record for record in suite if record["dataset"] == "Polyp"]
-    report, _ = rows_of(records, protocol="standard", router="sam_only")
+    report, _ = rows_of(records, router="sam_only")
     text = report.to_markdown()
     assert "medical lesion (1 of 3 data sets)" in text
-    assert "under the protocol paper and this run under standard: they do not compare" in text
     assert "this run of sam_only" in text
     assert "3B, sam_only (Table 10)" in text and "17.46" in text
+
+
+@pytest.mark.parametrize(
+    ("protocol", "profile", "made"),
+    [
+        ("standard", None, "profile paper and protocol standard"),
+        ("paper", None, "profile paper and protocol paper"),
+        ("released", None, "profile paper and protocol released"),
+        ("paper", "released but protocol paper", "profile released but protocol paper and protocol paper"),
+        (
+            "released",
+            "released but mosaic.grid 3",
+            "profile released but mosaic.grid 3 and protocol released",
+        ),
+    ],
+)
+def test_printed_figures_stand_beside_runs_that_were_made_as_they_were(suite, protocol, profile, made):
+    """The paper's figures come from the released code: beside a run that differs in one setting they would mislead."""
+    report, rows = rows_of(suite, protocol=protocol, profile=profile)
+    mean = next(row for row in rows.values() if row.kind == "mean")
+    assert paper_value(mean, "miou", "ConceptSeg-R1-7B", report.settings) is None
+    text = report.to_markdown()
+    assert f"this run under {made}: they do not compare, and are left out" in text
+    assert "(Table" not in text and "82.8" not in text
+    assert not any(line["paper table"] for line in csv.DictReader(io.StringIO(report.to_csv())))
+    assert not any(row["paper"] for row in report.to_dict()["paper_layout"])
+
+
+def test_the_prompts_words_are_told_where_they_are_not_the_released_ones(suite):
+    report, _ = rows_of(suite, prompt_words="paper")
+    assert "the released structure and the paper's words; --prompt-template gives" in report.to_markdown()
+    assert "the paper's words" not in rows_of(suite)[0].to_markdown()
 
 
 def test_without_printed_figures_the_layout_stands_alone(record_like):
@@ -126,14 +160,15 @@ def test_without_printed_figures_the_layout_stands_alone(record_like):
 
 
 def test_reasonseg_and_cityscapes_have_their_tables(record_like):
-    records = [of_source(record_like, "reasonseg", 1.0)]
+    records = [of_source(record_like, name, 1.0) for name in ("reasonseg-hf", "reasonseg")]
     records += [
         of_source(record_like, "cityscapes", found) | {"prompt": name}
         for name, found in (("road", 1.0), ("bus", 0.5))
     ]
     report, rows = rows_of(records)
-    row = rows["data set", "CR", "reasoning", "reasonseg"]
-    assert paper_value(row, "ciou", "ConceptSeg-R1-7B") == (59.3, 3)
+    hub, owners = (rows["data set", "CR", "reasoning", name] for name in ("reasonseg-hf", "reasonseg"))
+    assert paper_value(hub, "ciou", "ConceptSeg-R1-7B", SETTINGS) == (59.3, 3)  # Table 3 is of the hub's copy
+    assert paper_value(owners, "ciou", "ConceptSeg-R1-7B", SETTINGS) is None
     text = report.to_markdown()
     assert "ConceptSeg-R1-7B (Table 3)" in text
     assert cells(text, "| IoU ") == ["IoU", "road", "bus", "mean"]
@@ -152,7 +187,7 @@ def test_every_number_says_how_it_was_made(suite, tmp_path):
     assert len(lines) == len(report.rows) * (len(METRICS) + 1)
     for line in lines:
         assert (line["protocol"], line["seed"], line["router"], line["weights"]) == (
-            "paper",
+            "released",
             "42",
             "adaptive",
             "abc",
@@ -167,7 +202,12 @@ def test_every_number_says_how_it_was_made(suite, tmp_path):
     assert (polyp["paper ConceptSeg-R1-3B"], polyp["paper table"]) == ("74.31", "8")
     for text in report.to_markdown().split("\n\n"):
         if text.startswith("benchmark "):
-            assert "protocol paper" in text and "seed 42" in text and "n 20" in text
+            assert (
+                "protocol released" in text
+                and "profile released" in text
+                and "seed 42" in text
+                and "n 20" in text
+            )
     report.write(tmp_path)
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["provenance"]["samples"] == 20

@@ -167,12 +167,12 @@ def add_profile_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_template_option(parser: argparse.ArgumentParser) -> None:
+def add_template_option(parser: argparse.ArgumentParser, default: str = "the checkpoint's") -> None:
     """Adds --prompt-template, which `read_template` reads."""
     parser.add_argument(
         "--prompt-template",
         metavar="FILE",
-        help="instruction of the MLLM, as YAML or JSON (default: the checkpoint's)",
+        help=f"instruction of the MLLM, as YAML or JSON (default: {default})",
     )
 
 

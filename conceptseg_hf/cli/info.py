@@ -81,6 +81,8 @@ def _describe(checkpoint: str) -> dict[str, str]:
         f"{config.ctm_config.num_queries} concept tokens, hidden states at {config.hidden_states_at!r}"
     )
     rows["  preset"] = _preset_of(config) or "none of the presets"
+    if config.profile is not None:
+        rows["  profile"] = config.profile
     rows["  router"] = f"threshold {config.router_base} for one word, doubling with each further word"
     return rows
 

@@ -272,7 +272,10 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
     ) -> Tensor:
         parsed = [parse_completion(completion_text(completion)) for completion in completions]
         self._rollouts = [
-            _Rollout(self._prompts[_key(row)], completion.answer or row["problem"])
+            _Rollout(
+                self._prompts[_key(row)],
+                self.concept_model.config.sam_words(completion.answer, row["problem"]),
+            )
             for completion, row in zip(parsed, inputs, strict=True)
         ]
         with torch.no_grad(), self.accelerator.autocast():
@@ -303,17 +306,17 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
     def _translate(self, completion_ids: list[list[int]]) -> Tensor:
         """(B, L2, D) concept tokens of the completions in `_rollouts`, by the policy as it is."""
         ends = set(self.eos_token_ids)
+        end_of_turn = self.concept_model.config.end_of_turn_state
         training = self.model.training
         size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
         concepts = []
         for start in range(0, len(completion_ids), size):
+            some_ids = completion_ids[start : start + size]
             batch = self.concept_processor.collate(
                 [rollout.prompt.prepared for rollout in self._rollouts[start : start + size]],
-                [
-                    [token for token in ids if token not in ends]
-                    for ids in completion_ids[start : start + size]
-                ],
+                [[token for token in ids if token not in ends] for ids in some_ids],
                 device=self.accelerator.device,
+                end_of_turn=[end_of_turn and not ends.isdisjoint(ids) for ids in some_ids],
             )
             concepts.append(self.model(**batch).concept_embeds)
         return torch.cat(concepts)
@@ -358,8 +361,11 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         completion_ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]
-        ends = torch.tensor(self.eos_token_ids, device=completion_ids.device)
-        words = completion_mask.bool() & ~torch.isin(completion_ids, ends)
+        words = completion_mask.bool()
+        if not self.concept_model.config.end_of_turn_state:
+            words &= ~torch.isin(
+                completion_ids, torch.tensor(self.eos_token_ids, device=completion_ids.device)
+            )
         concept_mask = torch.cat([torch.zeros_like(inputs["prompt_mask"], dtype=torch.bool), words], dim=1)
         concepts: list[Tensor] = []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -83,7 +82,7 @@ class ConceptSFTTrainer(StoppingTrainer):
         check = partial(check_words, processor=processing_class, source=args.completion_source)
         train_dataset = ReadableSamples(train_dataset, check)
         eval_dataset = None if eval_dataset is None else ReadableSamples(eval_dataset, check)
-        collator = ConceptSFTCollator(processing_class, args)
+        collator = ConceptSFTCollator(processing_class, args, end_of_turn=model.config.end_of_turn_state)
         for samples in (train_dataset, eval_dataset or ()):
             _try_samples(samples, collator)
         self.concept_model = model.requires_grad_(False).eval()
@@ -307,6 +306,7 @@ class ConceptSFTCollator:
         cache: The generated completions, if they are what is trained on.
         shuffle: Whether references may be composed at random.
         epoch: The epoch.
+        end_of_turn: Whether the CTM reads the end-of-turn token's state; see `ConceptSegConfig.end_of_turn_state`.
     """
 
     processor: ConceptSegProcessor
@@ -314,6 +314,7 @@ class ConceptSFTCollator:
     cache: CompletionCache | None = None
     shuffle: bool = True
     epoch: int = 0
+    end_of_turn: bool = False
 
     def set_epoch(self, epoch: int) -> None:
         """Called before the batches of an epoch."""
@@ -328,8 +329,11 @@ class ConceptSFTCollator:
         """
         rows = [self.row(sample) for sample in samples]
         prepared, completions = zip(*rows, strict=True)
-        batch = dict(self.processor.collate(prepared, [completion.text for completion in completions]))
-        for sample, length in zip(samples, batch["completion_mask"].sum(1).tolist(), strict=True):
+        ends = [self.end_of_turn and not completion.is_cut for completion in completions]
+        texts = [completion.text for completion in completions]
+        batch = dict(self.processor.collate(prepared, texts, end_of_turn=ends))
+        lengths = batch["completion_mask"].sum(1) - torch.tensor(ends).long()
+        for sample, length in zip(samples, lengths.tolist(), strict=True):
             if length > self.args.max_completion_length:
                 raise ValueError(
                     f"sample {sample.sample_id!r} has a completion of {length} tokens, more than "
@@ -376,8 +380,7 @@ class ConceptSFTCollator:
             case "template":
                 completion = template_completion(sample, prepared.frame, self.processor)
             case "released":
-                draw = zlib.crc32(f"{seeds} {sample.sample_id}".encode())
-                completion = released_completion(sample, prepared.frame, self.processor, draw)
+                completion = released_completion(sample, prepared.frame, self.processor)
             case "generated":
                 completion = self.cache.completion(sample)
         return prepared, completion

@@ -200,9 +200,13 @@ class _ReferenceReader:
         return self._references(samples_by_id(self._dataset, ids)) if ids else []
 
     def _references(self, samples: Sequence[fo.Sample]) -> list[Reference]:
-        label_ids = self._job.reference_label_ids
         return references_from(
-            samples, self._label_field, self._job.proxy, unmarked=True, label_ids=label_ids
+            samples,
+            self._label_field,
+            self._job.proxy,
+            unmarked=True,
+            label_ids=self._job.reference_label_ids,
+            boxes_together=self._job.boxes_together,
         )
 
 

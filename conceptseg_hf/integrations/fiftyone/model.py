@@ -47,6 +47,7 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         prompt_field: The sample field that holds each sample's own words.
         reference_field: The sample field that lists the ids of each sample's own references.
         label: Class of the detections; each sample's prompt by default.
+        boxes_together: Make one reference of a sample with several boxes, instead of one for each box.
 
     Raises:
         ValueError: If the router, output or checkpoint is unknown, or a reference cannot be used.
@@ -73,6 +74,7 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         prompt_field: str | None = None,
         reference_field: str | None = None,
         label: str | None = None,
+        boxes_together: bool = False,
     ) -> None:
         super().__init__()
         output_fields("output", [output])
@@ -89,6 +91,7 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         )
         self.outputs, self.label = [output, "heatmap"] if heatmap else [output], label
         self.reference_label_field, self.proxy = reference_label_field, proxy
+        self.boxes_together = boxes_together
         self.pipeline = get_pipeline(checkpoint, device)
         self.config = None
         self._preprocess = False
@@ -197,4 +200,10 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         if not ids:
             return []
         label_field = resolve_label_field(sample.dataset, self.reference_label_field)
-        return references_from(samples_by_id(sample.dataset, ids), label_field, self.proxy, unmarked=True)
+        return references_from(
+            samples_by_id(sample.dataset, ids),
+            label_field,
+            self.proxy,
+            unmarked=True,
+            boxes_together=self.boxes_together,
+        )
