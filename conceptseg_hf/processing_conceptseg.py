@@ -600,8 +600,10 @@ class ConceptSegProcessor(ProcessorMixin):
         return 0.0 if check is None else max(box_iou(check, truth) for truth in truths)
 
     def check_boxes_to_text(self, frame: Frame) -> list[Box]:
-        """The proxy query's withheld boxes in text units: those that a check may fit, one or none but for several
-        boxes (`MosaicSettings.several_boxes`).
+        """The proxy query's withheld boxes that a check may fit, in text units.
+
+        None without a proxy query with a box; several only where it has several boxes
+        (`MosaicSettings.several_boxes`).
         """
         if frame.proxy is None or frame.proxy_box is None:
             return []

@@ -451,9 +451,9 @@ def test_released_truths_are_resized_by_pillow_with_their_soft_edges():
     )[0, 0].numpy()
     truths = {"soft": wanted, "hard": of_hard, "paper": bilinear > 0.5}
     assert len({truth.tobytes() for truth in truths.values()}) == 3
-    for (name, truth), given in zip(truths.items(), (soft, mask, mask), strict=True):
+    for (name, truth), stored in zip(truths.items(), (soft, mask, mask), strict=True):
         protocol = "paper" if name == "paper" else "released"
-        score = MaskMetrics(protocol, metrics=("miou",)).update(truth, given)
+        score = MaskMetrics(protocol, metrics=("miou",)).update(truth, stored)
         assert score["fp"] == score["fn"] == 0 and score["tp"] == np.count_nonzero(truth)
 
 

@@ -96,7 +96,7 @@ def test_a_file_of_frames_and_slots(tmp_path) -> None:
     [
         (
             "frame: 'Find {question} {where}'",
-            r"'.*words.yaml': .* slot \{where\}, which slots.with_proxy does not fill",
+            r"'.*words.yaml': .*slot \{where\}, which slots.with_proxy",
         ),
         ("slots: {}", "there is no frame for with_proxy"),
         ("frame: 'Find it'\nsystem: s", r"with_proxy lacks \{problem\}"),
@@ -112,7 +112,7 @@ def test_files_that_hold_no_template(tmp_path, content, message) -> None:
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         load_prompt_template(path)
-    with pytest.raises(FileNotFoundError, match="'missing.yaml' is not a file"):
+    with pytest.raises(FileNotFoundError, match=r"'missing\.yaml' is not a file"):
         load_prompt_template("missing.yaml")
 
 

@@ -120,10 +120,18 @@ def test_log_probabilities_are_those_of_plain_logits(make_meta_grpo, temperature
     )
 
 
-def test_loss_and_reward_see_the_same_concepts(make_meta_grpo, monkeypatch) -> None:
+@pytest.mark.parametrize("end_of_turn", [False, True])
+def test_loss_and_reward_see_the_same_concepts(make_meta_grpo, monkeypatch, end_of_turn) -> None:
     """The reward's own forward pass, on batches of the processor, gives the Z that the loss trains."""
     trainer = make_meta_grpo()
-    seen = []
+    monkeypatch.setattr(trainer.concept_model.config, "end_of_turn_state", end_of_turn)
+    seen, states = [], []
+    translate = trainer.concept_model.translate_completion
+    monkeypatch.setattr(
+        trainer.concept_model,
+        "translate_completion",
+        lambda hidden, mask, *rest: states.append(mask.sum(1).tolist()) or translate(hidden, mask, *rest),
+    )
     decode = trainer._decode
     monkeypatch.setattr(trainer, "_decode", lambda *args: seen.append(args) or decode(*args))
     inputs = rollouts(trainer)
@@ -131,6 +139,11 @@ def test_loss_and_reward_see_the_same_concepts(make_meta_grpo, monkeypatch) -> N
     trainer._compute_loss(trainer.model, inputs)
     (rewarded, reward_concepts), (trained, loss_concepts) = seen
     assert [rollout.sam_text for rollout in rewarded] == [rollout.sam_text for rollout in trained]
+    ends = torch.tensor(trainer.eos_token_ids)
+    kept = inputs["completion_mask"].bool()
+    words = kept & ~torch.isin(inputs["completion_ids"], ends)
+    assert not torch.equal(kept, words), "some have an end-of-turn token"
+    assert states == [(kept if end_of_turn else words).sum(1).tolist()] * 2
     torch.testing.assert_close(reward_concepts, loss_concepts.detach(), rtol=0, atol=1e-4)
 
 

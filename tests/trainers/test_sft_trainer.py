@@ -20,6 +20,7 @@ from conceptseg_hf.evaluation import foreground_iou
 
 pytest.importorskip("datasets")
 
+from conceptseg_trainers.completions import TrainingCompletion
 from conceptseg_trainers.sft_config import ConceptSFTConfig
 from conceptseg_trainers.sft_trainer import ConceptSFTCollator, ConceptSFTTrainer
 
@@ -100,6 +101,46 @@ def test_the_released_loss_is_a_setting(make_trainer, samples):
     expected = torch.nn.functional.binary_cross_entropy_with_logits(full, truth)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     assert all(np.array_equal(mask, row.detach().numpy() > 0) for mask, row in zip(masks, full))
+
+
+def test_the_ctm_reads_the_end_of_turn_token_where_the_model_does(
+    make_trainer, samples, processor, monkeypatch
+):
+    """Released code: every state after the prompt, in training as in inference."""
+    plain = make_trainer(completion_source="template")
+    assert not plain.data_collator.end_of_turn
+    model = plain.concept_model
+    model.config.end_of_turn_state = True
+    trainer = ConceptSFTTrainer(model, plain.args, samples, None, processor)
+    before, after = (each.data_collator(samples[:2]) for each in (plain, trainer))
+    assert torch.equal(before["input_ids"], after["input_ids"])
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    added = after["completion_mask"] & ~before["completion_mask"]
+    assert added.sum(1).tolist() == [1, 1] and (after["input_ids"][added] == end).all()
+    assert not torch.equal(*(model(**_model_inputs(each)).concept_embeds for each in (before, after)))
+
+    cut = TrainingCompletion(processor.tokenizer("a star")["input_ids"], "star", is_cut=True)
+    monkeypatch.setattr(trainer.data_collator, "row", lambda sample: (_prepared(processor, sample), cut))
+    assert trainer.data_collator(samples[:1])["completion_mask"].sum() == 2, "a cut completion has no end"
+
+
+def test_the_limit_of_a_completion_counts_its_words_alone(make_trainer, samples, processor):
+    trainer = make_trainer(completion_source="template")
+    longest = int(trainer.data_collator(samples[:1])["completion_mask"].sum())
+    trainer.data_collator.args.max_completion_length = longest
+    trainer.data_collator.end_of_turn = True
+    assert int(trainer.data_collator(samples[:1])["completion_mask"].sum()) == longest + 1
+    trainer.data_collator.args.max_completion_length = longest - 1
+    with pytest.raises(ValueError, match=f"a completion of {longest} tokens"):
+        trainer.data_collator(samples[:1])
+
+
+def _model_inputs(batch):
+    return {key: batch[key] for key in batch if key not in ("shown", "mask_labels", "ignored")}
+
+
+def _prepared(processor, sample):
+    return processor.prepare(sample.image, sample.prompt, sample.references)
 
 
 def test_images_of_several_sizes(make_trainer, samples):
