@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conceptseg_hf import cli, nano_checkpoint
+from conceptseg_hf import ConceptSegProcessor, cli, nano_checkpoint
 from conceptseg_hf.cli import ablate, compare, evaluate
 from conceptseg_hf.cli.ablate import CONFIGS
 from conceptseg_hf.cli.arguments import DTYPES, ROUTERS, BadInputError, parse_metrics, parse_reference
@@ -77,10 +77,19 @@ def test_reference_is_cut_at_the_right_colon(files, text, image, mask, box):
     assert (reference.image, reference.mask, reference.box) == (image, mask, box)
 
 
+def test_a_reference_may_have_several_boxes(files):
+    reference = parse_reference("odd:name:1,2,3,4.png:1,2,30,20;3, 4, 9.5, 9")
+    assert (reference.image, reference.mask, reference.box) == ("odd:name:1,2,3,4.png", None, None)
+    assert reference.boxes == ((1, 2, 30, 20), (3, 4, 9.5, 9))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "is empty"),
+        ("a.png:1,2,3,4;", "'1,2,3,4;' is not a box"),
+        ("a.png:1,2,3,4;5,6,7", "is not a box; .* a semicolon between several boxes"),
+        ("a.png:1,2,3,4;5,2,3,4", "box 5,2,3,4 is empty"),
         ("missing.png", "'missing.png' is not a file"),
         ("missing.png:1,2,3,4", "'missing.png' is not a file"),
         ("a.png:missing.png", "'missing.png' is neither a mask file nor a box"),
@@ -202,6 +211,51 @@ def test_images_of_two_working_directories_are_two(files, checkpoint, monkeypatc
     found = {path.name: Image.open(path).size for path in (files / "out").glob("*_mask.png")}
     assert found == {"a_mask.png": (20, 10), "a-2_mask.png": (10, 20)}
     assert json.loads((files / "out" / "a-2.json").read_text())["image"] == str(files / "y" / "a.png")
+
+
+def test_segment_with_several_boxes_and_a_profile(files, checkpoint, capsys, monkeypatch):
+    given = []
+    prepare = ConceptSegProcessor.prepare
+
+    def spy(self, image, prompt, references, **options):
+        sample = prepare(self, image, prompt, references, **options)
+        given.append((references, sample))
+        return sample
+
+    monkeypatch.setattr(ConceptSegProcessor, "prepare", spy)
+    words = (
+        "segment",
+        "a.png",
+        "--prompt",
+        "red circle",
+        "--model",
+        checkpoint,
+        "--router",
+        "full_reasoning",
+    )
+    options = ("--max-new-tokens", "2", "--profile", "released")
+    references = (
+        "--reference",
+        "C:/b.png:0,0,16,12;16,12,32,24",
+        "--reference",
+        "a.png:8,6,16,12;20,6,24,18",
+    )
+    assert command(*words, *references, *options, "--output-dir", "out") == 0
+    [(read, sample)] = given
+    assert [reference.boxes for reference in read] == [
+        ((0, 0, 16, 12), (16, 12, 32, 24)),
+        ((8, 6, 16, 12), (20, 6, 24, 18)),
+    ]
+    # The second of 2 x 2 cells on a canvas of 64 pixels, each a hundred sixty-fourths of the text's units; x2 and y2
+    # are the last pixels.
+    scale = 100 / 64
+    wanted = [(40, 8, 47, 15), (52, 8, 55, 23)]
+    assert [pytest.approx(box) for box in sample.frame.support_boxes] == [
+        tuple(value * scale for value in box) for box in wanted
+    ]
+    record = json.loads((files / "out" / "a.json").read_text())
+    assert record["profile"] == "released" and record["references"] == list(references[1::2])
+    assert "profile released: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 
 from conceptseg_hf import ConceptSegmentation, ShortcutRouter
 from conceptseg_hf.data import ConceptSample, load_benchmark
-from conceptseg_hf.evaluation import EvaluationReport, evaluate
+from conceptseg_hf.evaluation import EvaluationReport, MaskMetrics, evaluate
 from conceptseg_hf.evaluation import evaluator as evaluator_module
 from conceptseg_hf.evaluation.decomposition import exact_rule
 from conceptseg_hf.evaluation.loading import fingerprint, load_model_and_processor
@@ -452,3 +452,150 @@ def test_judgements_enter_the_report_and_not_the_records(model, processor, tmp_p
     assert run(model, processor, **options).records == plain.records
     with pytest.raises(ValueError, match="is no file"):
         run(model, processor, judgements="missing.csv", **options)
+
+
+# -- the protocol "released" --
+
+
+def box_masks(size, true_box, found_box):
+    """A true and a found mask of a size, (width, height), each a box; and the pixels of both and of either."""
+    masks = []
+    for x1, y1, x2, y2 in (true_box, found_box):
+        mask = np.zeros(size[::-1], dtype=bool)
+        mask[y1:y2, x1:x2] = True
+        masks.append(mask)
+    truth, found = masks
+    return truth, found, np.count_nonzero(truth & found), np.count_nonzero(truth | found)
+
+
+def test_reasonseg_is_compared_at_the_images_own_size_as_released():
+    """cIoU counts pixels: large images weigh more, unless all are resized to 600 x 600."""
+    pairs = [
+        box_masks((1200, 900), (100, 100, 700, 700), (100, 100, 700, 700)),
+        box_masks((60, 40), (5, 5, 20, 20), (30, 20, 55, 38)),
+        box_masks((300, 200), (10, 10, 120, 80), (60, 10, 170, 80)),
+    ]
+    scored = {}
+    for protocol, dataset in (("released", "reasonseg-hf"), ("paper", "reasonseg-hf"), ("released", "DUTS")):
+        metrics = MaskMetrics(protocol, metrics=("ciou",))
+        for truth, found, _, _ in pairs:
+            picture = Image.fromarray(found.astype(np.uint8) * 255)
+            sample = a_sample(
+                image=Image.new("RGB", picture.size),
+                mask=Image.fromarray(truth.astype(np.uint8) * 255),
+                dataset=dataset,
+            )
+            result = ConceptSegmentation(
+                mask=picture, label="x", score=0.9, route="shortcut", decode_presence=0.9
+            )
+            metrics.merge([make_record(sample, result, protocol, ("ciou",))["scores"]])
+        scored[protocol, dataset] = metrics.compute()["ciou"]
+    wanted = 100 * sum(pair[2] for pair in pairs) / sum(pair[3] for pair in pairs)
+    assert scored["released", "reasonseg-hf"] == pytest.approx(wanted)
+    # At one size each image counts by the share of it: .333 of 1, none of .25, .06 of .19.
+    shares = [np.array(pair[2:]) / pair[0].size for pair in pairs]
+    both, either = np.sum(shares, axis=0)
+    assert scored["paper", "reasonseg-hf"] == pytest.approx(100 * both / either, abs=0.5)
+    assert scored["released", "DUTS"] == pytest.approx(100 * both / either, abs=0.5)
+    assert wanted - 100 * both / either > 10
+
+
+def test_pixels_to_ignore_count_in_released_scores_but_of_reasonseg():
+    truth, found, _, _ = box_masks((20, 20), (5, 5, 15, 10), (5, 5, 15, 20))
+    ignored = Image.fromarray(np.repeat(np.arange(20) >= 10, 20).reshape(20, 20).astype(np.uint8) * 255)
+    masks = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in (truth, found)]
+    result = ConceptSegmentation(mask=masks[1], label="x", score=0.9, route="shortcut", decode_presence=0.9)
+    found = {
+        (dataset, protocol): make_record(
+            a_sample(mask=masks[0], ignore=ignored, dataset=dataset), result, protocol, ("giou",)
+        )["foreground_iou"]
+        for dataset in ("cityscapes", "reasonseg")
+        for protocol in ("paper", "released")
+    }
+    assert found["cityscapes", "paper"] == found["reasonseg", "paper"] == found["reasonseg", "released"] == 1
+    assert found["cityscapes", "released"] == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_reasonseg_is_resized_by_pillow_and_by_bicubic_logits_as_released(model, processor, monkeypatch):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (90, 70, 3), dtype=np.uint8))
+    truth = Image.new("L", picture.size)
+    samples = [
+        a_sample(image=picture, mask=truth, dataset=name, sample_id=name, prompt="star")
+        for name in ("DUTS", "reasonseg-hf")
+    ]
+    seen = []
+    encode = model.encode_image
+    monkeypatch.setattr(model, "encode_image", lambda pixels: seen.append(pixels) or encode(pixels))
+    released = processor.with_settings(shortcut_size=600)
+    options = ("sam_only", None, "concept+text", None, "released")
+    usual, own = segment_samples(model, released, samples, *options)
+    side = processor.sam_image_processor.size["width"]
+
+    def pixels(image):
+        return processor.sam_image_processor(images=image, return_tensors="pt")["pixel_values"]
+
+    theirs = pixels(picture.resize((side, side), Image.Resampling.BICUBIC))
+    shortcut = pixels(picture.resize((600, 600), Image.Resampling.BICUBIC))
+    assert len({tensor.numpy().tobytes() for tensor in (theirs, shortcut, pixels(picture))}) == 3
+    assert [torch.equal(*pair) for pair in zip(seen, (theirs, shortcut), strict=True)] == [True, True]
+    for result, mode in ((usual, "bilinear"), (own, "bicubic")):
+        logits = torch.from_numpy(result.mask_logits)[None, None]
+        wanted = torch.nn.functional.interpolate(logits, (90, 70), mode=mode)[0, 0] > 0
+        assert np.array_equal(np.asarray(result.mask) > 0, wanted.numpy()), mode
+
+
+def test_soft_truths_are_resized_once_as_released():
+    soft = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 11), dtype=np.uint8))
+    soft = soft.resize((40, 30))
+    hard = Image.fromarray((np.asarray(soft) >= 128).astype(np.uint8) * 255)
+    wanted = np.asarray(soft.resize((600, 600), Image.Resampling.BICUBIC)) > 127
+    found = Image.fromarray(wanted.astype(np.uint8) * 255)
+    sample = a_sample(image=Image.new("RGB", (40, 30)), mask=hard, soft_mask=soft)
+    logits = np.where(wanted, 1, -1).astype(np.float32)
+    result = ConceptSegmentation(
+        mask=found, label="x", score=0.9, route="shortcut", decode_presence=0.9, mask_logits=logits
+    )
+    assert make_record(sample, result, "released", ("giou",))["foreground_iou"] == 1
+    assert make_record(replace(sample, soft_mask=None), result, "released", ("giou",))["foreground_iou"] < 1
+
+
+# -- profiles --
+
+
+def test_without_a_profile_nothing_is_said_of_one(model, processor):
+    """Reports of before stay as they are to the byte."""
+    report = run(model, processor, limit=1)
+    assert set(report.settings) == {
+        *("benchmark", "split", "seed", "protocol", "metrics", "router", "generation", "sam_prompt"),
+        *("max_references", "model", "weights", "configuration", "dtype", "record_format", "environment"),
+    }
+    assert report.settings["protocol"] == "standard" and "profile" not in report.to_markdown()
+    assert "profile" not in report.to_csv()
+
+
+def test_a_profile_holds_for_one_evaluation(model, processor):
+    before = model.config.to_dict(), processor.to_dict()
+    usual = run(model, processor, limit=2)
+    report = run(model, processor, limit=2, profile="released")
+    assert (model.config.to_dict(), processor.to_dict()) == before
+    assert (report.settings["profile"], report.settings["protocol"]) == ("released", "released")
+    assert report.settings["configuration"] != usual.settings["configuration"]
+    assert "protocol released" in report.to_markdown() and "profile released" in report.to_markdown()
+    assert report.settings["mosaic"]["grid"] == 2
+    compared = run(model, processor, limit=2, profile="released", protocol="standard")
+    assert compared.settings["profile"] == "released but protocol standard"
+    paper = run(model, processor, limit=2, profile="paper")
+    assert paper.settings["profile"] == "paper"
+    assert [record["scores"] for record in paper.records] == [record["scores"] for record in usual.records]
+    with pytest.raises(ValueError, match="no profile is named 'theirs'; use paper or released"):
+        run(model, processor, profile="theirs")
+
+
+def test_a_checkpoint_brings_its_profile(model, processor, monkeypatch):
+    monkeypatch.setattr(model.config, "profile", "released")
+    monkeypatch.setattr(model.config, "end_of_turn_state", True)
+    report = run(model, processor, limit=1)
+    assert report.settings["protocol"] == "released"
+    said = report.settings["profile"]
+    assert said.startswith("released but router_drop_parentheses False, ") and "mosaic.grid None" in said
