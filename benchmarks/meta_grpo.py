@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import ClassVar
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -59,14 +60,20 @@ def measure(scheme: str, patches: int) -> dict[str, float]:
     torch.set_num_threads(1)
 
     class PerCompletion(MetaGRPOTrainer):
-        """Encodes the image anew whenever a completion is decoded: for its reward, and for L_seg."""
+        """Encodes the image once for each completion, for its reward and L_seg together."""
+
+        _kept: ClassVar[dict] = {}
 
         def _decode(self, rollouts, concept_embeds):
             masks = []
             for rollout, concept in zip(rollouts, concept_embeds, strict=True):
-                images = [rollout.prompt.target]
-                pixels = self.concept_processor.sam_image_processor(images=images, return_tensors="pt")
-                features = self.concept_model.encode_image(pixels["pixel_values"])
+                _, features = self._kept.pop(id(rollout), (None, None))
+                if features is None:
+                    images = [rollout.prompt.target]
+                    pixels = self.concept_processor.sam_image_processor(images=images, return_tensors="pt")
+                    features = self.concept_model.encode_image(pixels["pixel_values"])
+                if not torch.is_grad_enabled():  # for the reward: the loss comes next
+                    self._kept[id(rollout)] = rollout, features
                 text = self.concept_processor.sam_text([rollout.sam_text])
                 masks.append(self.concept_model.decode_masks(features, *text, concept[None])[0])
             return torch.cat(masks)

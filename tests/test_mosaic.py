@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 
@@ -136,6 +137,22 @@ def test_corners_go_there_and_back(released):
     assert released.text_box_to_image((0, 0, 0, 0), frame) == (0, 0, 0, 0)
     usual = released.with_settings(mosaic=None)
     assert usual.box_to_text((10, 20, 30, 41), frame) == (10, 20, 30, 41)
+
+
+def test_what_the_mllm_sees_by_default_is_as_before_there_were_settings(processor):
+    """Hash of the mosaic and the words that the version before made of the same references."""
+    size = (32, 32)  # of a cell: nothing is resampled
+    mask = np.zeros(size, dtype=np.uint8)
+    mask[3:20, 5:9] = 255
+    references = [
+        Reference(picture(1, size), box=(2, 3, 20, 30)),
+        Reference(picture(2, size), mask=Image.fromarray(mask)),
+        Reference(picture(3, size), box=(7.5, 1, 31, 9.25)),
+    ]
+    frame, (mosaic, _) = processor.draw_pictures(picture(0, (64, 64)), references)
+    words = processor.instruction("red circle", frame)
+    assert "provided at [58,5,64,31], [12,52,48,64]." in words
+    assert hashlib.sha256(mosaic.tobytes() + words.encode()).hexdigest()[:16] == "f30971e36fda177b"
 
 
 TWO = [(2.0, 3.0, 12.0, 13.0), (30.0, 20.0, 60.0, 44.0)]  # in pixels of a picture of 64 x 48

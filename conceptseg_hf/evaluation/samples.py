@@ -32,12 +32,14 @@ def read_sample(
     Args:
         samples: The samples.
         index: The place of one of them.
-        protocol: See `protocols`; one that compares at a size of its own takes true masks of any shape.
+        protocol: See `protocols`; one that compares at a size of its own takes true masks of any shape, but those of
+            data sets that it compares at theirs.
     """
     sample = _read(samples, index)
     if isinstance(sample, UnreadableSampleError):
-        resizes = get_protocol(protocol).size is not None
-        return sample.stretched if resizes and sample.stretched is not None else sample
+        rule, stretched = get_protocol(protocol), sample.stretched
+        resizes = rule.size is not None and stretched is not None and stretched.dataset not in rule.own_size
+        return stretched if resizes else sample
     return sample if has_usable_references(samples) else with_usable_references(sample)
 
 

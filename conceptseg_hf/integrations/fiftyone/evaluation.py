@@ -47,7 +47,7 @@ class ConceptSegEvaluationConfig(foues.SegmentationEvaluationConfig):
     Args:
         pred_field: The predictions, `fo.Segmentation`.
         gt_field: The true masks, `fo.Segmentation`.
-        protocol: `"standard"` or `"paper"`; see `conceptseg_hf.evaluation.protocols`.
+        protocol: `"standard"`, `"paper"` or `"released"`; see `conceptseg_hf.evaluation.protocols`.
         metrics: Some of `METRICS` and `LIBRARY_METRICS`.
         ignore_field: Masks of pixels that do not count, or None; the default counts where the dataset has it.
         heatmap_field: Mask probabilities, which MAE, F_w and S-measure then see, or None.
@@ -239,7 +239,7 @@ def evaluate_concepts(
         pred_field: The predictions.
         gt_field: The true masks.
         eval_key: Key under which the run is kept and shown in the App; None keeps nothing.
-        protocol: `"standard"` or `"paper"`.
+        protocol: `"standard"`, `"paper"` or `"released"`.
         metrics: Some of `METRICS` and `LIBRARY_METRICS`.
         heatmap_field: Mask probabilities to score with, or None.
         ignore_field: Masks of pixels that do not count, or None; the default counts where the dataset has it.

@@ -26,8 +26,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
 from conceptseg_hf.cli.outputs import find_fault
 from conceptseg_hf.data import SOURCES, BenchmarkGroup, ConceptSample, load_benchmarks
+from conceptseg_hf.data.files import LOADERS
 from conceptseg_hf.evaluation.loading import find_checkpoint, load_config
 from conceptseg_hf.evaluation.processes import let_gloo_end
+from conceptseg_hf.profiles import apply_profile, get_profile
 from conceptseg_hf.progress import hide_bars_in_pipes, print_line
 
 from ..checkpoints import PROCESSOR, TRAINER_STATE, complete_checkpoints, is_complete
@@ -54,6 +56,8 @@ class DataArguments:
         train_samples: Only the first samples of it, of each benchmark; all by default.
         eval_split: Split for evaluation.
         eval_samples: Only the first samples of it, of each benchmark.
+        benchmark_loader: How references are drawn and read: "default", or "released" as the released code does; see
+            `load_benchmark`.
     """
 
     benchmark: str = field(default="concept-shapes", metadata={"help": "Names of benchmarks, with commas."})
@@ -65,6 +69,10 @@ class DataArguments:
     train_samples: int | None = field(default=None, metadata={"help": "Only its first samples."})
     eval_split: str = field(default="val", metadata={"help": "Split for evaluation."})
     eval_samples: int | None = field(default=None, metadata={"help": "Only its first samples."})
+    benchmark_loader: str = field(
+        default="default",
+        metadata={"help": "How references are drawn: default or released.", "choices": list(LOADERS)},
+    )
 
     def __post_init__(self) -> None:
         for name in ("train_samples", "eval_samples"):
@@ -93,7 +101,9 @@ class DataArguments:
 
     def _load(self, split: str, limit: int | None) -> Sequence[ConceptSample]:
         root = _roots(self.benchmark_root)
-        samples = load_benchmarks(self.benchmark, root=root, split=split, limit=limit)
+        samples = load_benchmarks(
+            self.benchmark, root=root, split=split, limit=limit, loader=self.benchmark_loader
+        )
         return ConcatDataset(samples.members.values()) if isinstance(samples, BenchmarkGroup) else samples
 
 
@@ -113,12 +123,15 @@ class ModelArguments:
         model_name_or_path: Folder or hub id of a ConceptSeg checkpoint; the embedded one by default.
         mllm_name_or_path: Folder or hub id of a Qwen2.5-VL, instead of a checkpoint.
         sam_name_or_path: Folder or hub id of a SAM 3, which goes with it.
-        num_concept_tokens: L2, the number of concept tokens of the fresh CTM (Table 7: 8; released code: 16).
+        num_concept_tokens: L2, the number of concept tokens of the fresh CTM (Table 7: 8, as in the released code; 16
+            in an early version of it).
         canvas_size: Side of mosaic and target, for backbones (Table 7: 600).
         coordinate_scale: What a canvas side measures in the text, for backbones: 1 for the paper's decimals,
             600 for the released code's pixels.
         dtype: Of the MLLM; the checkpoint's by default.
         attn_implementation: Of the MLLM.
+        profile: Gives model and processor the settings of a profile, "paper" or "released", which the trained model
+            keeps; by default they stay as they are.
     """
 
     model_name_or_path: str | None = field(
@@ -134,8 +147,13 @@ class ModelArguments:
         metadata={"help": "Of the MLLM.", "choices": ["auto", "float32", "bfloat16", "float16"]},
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the MLLM."})
+    profile: str | None = field(
+        default=None, metadata={"help": "Settings of model and processor: paper or released."}
+    )
 
     def __post_init__(self) -> None:
+        if self.profile is not None:
+            get_profile(self.profile)
         for name in ("model_name_or_path", "mllm_name_or_path", "sam_name_or_path"):
             _check_source(name, getattr(self, name))
         if (self.mllm_name_or_path is None) != (self.sam_name_or_path is None):
@@ -158,7 +176,12 @@ class ModelArguments:
             OSError: If a checkpoint cannot be found.
             ValueError: If it cannot be used.
         """
-        options = {"dtype": self.dtype, **self.load_kwargs(), **(options or {})}
+        model, processor = self._load({"dtype": self.dtype, **self.load_kwargs(), **(options or {})})
+        if self.profile is not None:
+            apply_profile(model, processor, self.profile)
+        return model, processor
+
+    def _load(self, options: dict[str, Any]) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
         if self.mllm_name_or_path is None:
             checkpoint = find_checkpoint(self.model_name_or_path)
             load_config(checkpoint)  # refuses what is no ConceptSeg checkpoint
