@@ -15,14 +15,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 from conceptseg_hf import Reference, nano_checkpoint
-from conceptseg_hf.data import load_benchmark
+from conceptseg_hf.data import ConceptShapes, load_benchmark
 from conceptseg_hf.evaluation import MaskMetrics, evaluate
 from conceptseg_hf.evaluation.loading import load_model_and_processor
 from conceptseg_hf.generation import generate_with_states
@@ -36,7 +36,6 @@ CONFIG = {
     "max_total_length": {"max_total_length": 2816},
 }
 PROCESSOR = {
-    "mosaic.resampling": {"mosaic": {"resampling": "bilinear"}},
     "mosaic.corners": {"mosaic": {"corners": "inclusive"}},
     "mosaic.mark_single": {"mosaic": {"mark_single": False}},
     "shortcut_size": {"shortcut_size": 600},
@@ -63,7 +62,8 @@ def measure_nano(samples: int) -> None:
     options = {"limit": samples, "batch_size": 16, "metrics": ("miou",)}
 
     def run(**others: Any) -> tuple[float, list[dict]]:
-        report = evaluate(model, "concept-shapes", **{"processor": processor, **options, **others})
+        settings = {"benchmark": "concept-shapes", "processor": processor, **options, **others}
+        report = evaluate(model, **settings)
         masks = MaskMetrics(metrics=("miou",))
         masks.merge(record["scores"] for record in report.records)
         return masks.compute()["miou"], report.records
@@ -76,7 +76,7 @@ def measure_nano(samples: int) -> None:
         masks = sum(a["mask"] != b["mask"] for a, b in pairs)
         texts = sum(a["completion"] != b["completion"] for a, b in pairs)
         routes = sum(a["route"] != b["route"] for a, b in pairs)
-        print(f"  {name}: {found - usual:+.2f}; masks {masks}, completions {texts}, routes {routes} differ")
+        print(f"  {name}: {found - usual:+.3f}; masks {masks}, completions {texts}, routes {routes} differ")
 
     for name, fields in CONFIG.items():
         with changed(model.config, fields):
@@ -85,6 +85,13 @@ def measure_nano(samples: int) -> None:
         tell(name, *run(processor=processor.with_settings(**settings)))
     tell("all, protocol standard", *run(profile="released", protocol="standard"))
     measure_states(model, processor, samples)
+
+    # References of ConceptShapes have the size of their cells; larger ones are resampled.
+    large = ConceptShapes("test", length=samples, size=150)
+    usual, first = run(benchmark=large)
+    print(f"nano, the same at 150 x 150: mIoU {usual:.2f}")
+    bilinear = processor.with_settings(mosaic={"resampling": "bilinear"})
+    tell("mosaic.resampling", *run(benchmark=large, processor=bilinear))
 
 
 @torch.no_grad()
@@ -185,6 +192,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=100)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     measure_masks()
     measure_draws()
     measure_nano(arguments.samples)

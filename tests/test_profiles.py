@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 from transformers import AutoProcessor
@@ -175,3 +176,18 @@ def test_the_command_knows_the_same_names(capsys):
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "--profile", "theirs"])
     assert "invalid choice: 'theirs'" in capsys.readouterr().err
+
+
+def test_the_table_names_every_switch():
+    """docs/weights.md: switch | paper | released | ours by default | effect measured."""
+    lines = (Path(__file__).parents[1] / "docs" / "weights.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index("| switch | paper | released | ours by default | effect measured |")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 :]]
+    rows = rows[: next(number for number, row in enumerate(rows) if len(row) != 5)]
+    switches = " ".join(row[0] for row in rows)
+    released = PROFILES["released"]
+    names = [*released.config, *released.processor, *(f"mosaic.{name}" for name in RELEASED_MOSAIC)]
+    names += ["sam_resampling", "mask_resampling"]
+    names.remove("mosaic")
+    assert not [name for name in names if f"`{name}`" not in switches.replace("processor `", "`")]
+    assert all(row[4] for row in rows) and "@" not in "".join(map("".join, rows))
