@@ -77,7 +77,7 @@ def generate_with_states(
     at_token = hidden_states_at == "token"
     config.max_new_tokens = limit + int(at_token)
     with _turns.setdefault(vlm, threading.Lock()):
-        recorder = _StateRecorder()
+        recorder = StateRecorder()
         handle = vlm.get_output_embeddings().register_forward_pre_hook(recorder.see)
         try:
             with (
@@ -91,8 +91,7 @@ def generate_with_states(
 
     # Step t reads token t - 1 and predicts token t. Where every row ended with its first token, no token has
     # been read. Tokens past the end, which generate takes back on some devices, leave states behind theirs.
-    recorded = recorder.states
-    states = torch.stack(recorded[int(at_token) :] or [torch.zeros_like(recorded[0])], dim=1)
+    states = recorder.stacked(hidden_states_at)
     token_ids = sequences[:, inputs["input_ids"].shape[1] :]
     mask = _before_end(token_ids, config.eos_token_id)[:, : min(limit, states.shape[1])]
     length = max(1, int(mask.sum(1).max()))
@@ -199,7 +198,7 @@ def _before_end(token_ids: Tensor, eos_token_id: int | list[int] | None) -> Tens
     return ends.cumsum(1) == 0
 
 
-class _StateRecorder(StoppingCriteria):
+class StateRecorder(StoppingCriteria):
     """Records one (B, C) hidden state for each step of `generate`; it never stops a row.
 
     A hook on the language-model head sees the states of every forward pass, and `generate` asks its criteria once a
@@ -217,6 +216,15 @@ class _StateRecorder(StoppingCriteria):
     def see(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """The head's forward pre-hook."""
         self._last = inputs[0][:, -1]
+
+    def stacked(self, hidden_states_at: str) -> Tensor:
+        """(B, S, C) states of the tokens in their order; of the last token only where it has been read.
+
+        Args:
+            hidden_states_at: See `generate_with_states`.
+        """
+        states = self.states[int(hidden_states_at == "token") :]
+        return torch.stack(states or [torch.zeros_like(self.states[0])], dim=1)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Keeps the last state seen; true for no row."""

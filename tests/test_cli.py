@@ -234,6 +234,8 @@ def test_images_of_two_working_directories_are_two(files, checkpoint, monkeypatc
         (("segment", "a.png", "--prompt", "x", "--model", "nobody/nothing"), "the hub did not give it"),
         (("evaluate", "--benchmark", "other"), "no benchmark is named 'other'"),
         (("evaluate", "--split", "other"), "no split is named 'other'"),
+        (("evaluate", "--groups", "which one,other"), "groups is ['which one', 'other']; use some of"),
+        (("evaluate", "--groups", "saliency", "--benchmark", "cd"), "stands for several benchmarks"),
         (("evaluate", "--root", "data"), "reads no files"),
         (("evaluate", "--limit", "none"), "whole number"),
         (("evaluate", "--benchmark", "cd"), "8 of 8 benchmarks cannot be read"),

@@ -52,6 +52,7 @@ def load_benchmarks(
     split: str = "test",
     limit: int | None = None,
     seed: int = 42,
+    groups: Sequence[str] | None = None,
 ) -> Sequence[ConceptSample] | BenchmarkGroup:
     """Loads what a name stands for; that all files are there is checked at once.
 
@@ -62,6 +63,7 @@ def load_benchmarks(
         split: Split of benchmarks given by their own names; groups have the splits of the paper.
         limit: Only the first samples of each benchmark.
         seed: Seed of the references; see `load_benchmark`.
+        groups: Groups of the samples of a single benchmark; see `load_benchmark`.
 
     Returns:
         The samples of a single benchmark, or a group.
@@ -78,7 +80,13 @@ def load_benchmarks(
         name = name.strip()
         if name not in BENCHMARKS:
             get_source(name, GROUPS)
-        return load_benchmark(name, root=root_of(name, root), split=split, limit=limit, seed=seed)
+        return load_benchmark(
+            name, root=root_of(name, root), split=split, limit=limit, seed=seed, groups=groups
+        )
+    if groups is not None:
+        raise ValueError(
+            f"load_benchmarks: {name!r} stands for several benchmarks; leave groups out, or name 'concept-shapes'."
+        )
     rows = list_rows(name, split)
     members: dict[str, Sequence[ConceptSample]] = {}
     faults: list[tuple[str, Exception]] = []

@@ -26,6 +26,7 @@ def load_benchmark(
     split: str = "test",
     limit: int | None = None,
     seed: int = 42,
+    groups: Sequence[str] | None = None,
 ) -> Sequence[ConceptSample]:
     """Loads a benchmark.
 
@@ -37,10 +38,11 @@ def load_benchmark(
         split: A split of that benchmark; "test" also names the split that is evaluated where its own name is another.
         limit: Only the first samples of the split.
         seed: Seed by which references are drawn, where samples come without any of their own, or are drawn themselves.
+        groups: Of `"concept-shapes"`, the groups to go round; see `ConceptShapes`.
 
     Raises:
-        ValueError: If no benchmark or split has that name, the split has no samples, or the files are not what they
-            should be.
+        ValueError: If no benchmark, split or group has that name, the split has no samples, or the files are not what
+            they should be.
         MissingFilesError: If files are missing: all of them, with counts. (Of one's own data: if no sample has all of
             its files; fewer are warned of, and fail when they are read.)
         ImportError: If a layout needs a package that is missing.
@@ -50,7 +52,11 @@ def load_benchmark(
             raise ValueError(
                 f"load_benchmark: {name!r} is drawn from seeds and reads no files; leave root out."
             )
-        return PROCEDURAL[name](split, length=limit, seed=seed)
+        return PROCEDURAL[name](split, length=limit, seed=seed, groups=groups)
+    if groups is not None:
+        raise ValueError(
+            f"load_benchmark: {name!r} cannot be divided into groups; leave groups out, or name another benchmark."
+        )
     samples = open_benchmark(name, root, split, limit, seed)
     samples.check()
     return samples

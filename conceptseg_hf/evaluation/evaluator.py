@@ -57,6 +57,7 @@ def evaluate(
     max_references: int | None = None,
     routing_regret: bool = False,
     judgements: str | os.PathLike | Judge | None = None,
+    groups: Sequence[str] | None = None,
 ) -> EvaluationReport:
     """Scores a model on a benchmark, or on several.
 
@@ -90,6 +91,7 @@ def evaluate(
         routing_regret: Run the route that was not taken as well, and record what it would have given.
         judgements: Whether each sample's think and rule are right: a file, a `Judge`, or the name of one; see
             `decomposition`. They enter the report, not the records on disk.
+        groups: Groups of the samples of a benchmark given by name; see `load_benchmark`.
 
     Returns:
         The report over the first `limit` samples.
@@ -108,7 +110,7 @@ def evaluate(
         check_judge(judgements)
     samples = benchmark
     if isinstance(benchmark, str):
-        samples = load_benchmarks(benchmark, root=root, split=split, limit=limit, seed=seed)
+        samples = load_benchmarks(benchmark, root=root, split=split, limit=limit, seed=seed, groups=groups)
     processes = join_processes()
     model = model_or_path
     if not isinstance(model, ConceptSegForSegmentation):

@@ -53,7 +53,10 @@ def _read(samples: Sequence[ConceptSample], index: int) -> ConceptSample | Unrea
 def describe_samples(samples: Sequence[ConceptSample]) -> dict[str, Any]:
     """Where samples come from: what they say of themselves, or else what the first one says."""
     if isinstance(samples, (ConceptShapes, FileBenchmark)):
-        return {"benchmark": samples.name, "split": samples.split, "seed": samples.seed}
+        described = {"benchmark": samples.name, "split": samples.split, "seed": samples.seed}
+        if isinstance(samples, ConceptShapes) and not samples.is_whole:
+            described["groups"] = list(samples.groups)
+        return described
     first = _read(samples, 0)
     fields = first.fields if isinstance(first, UnreadableSampleError) else vars(first)
     return {"benchmark": fields.get("dataset", ""), "split": fields.get("split", "")}

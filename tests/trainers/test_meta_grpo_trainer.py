@@ -583,3 +583,45 @@ def test_names_that_trl_still_uses_are_not_warned_of(make_meta_grpo, shapes, wan
     trainer.train()
     trainer.evaluate()
     assert trainer.concept_model.is_activation_checkpointing is wanted
+
+
+def test_only_the_best_and_worst_are_trained_on(make_meta_grpo, monkeypatch) -> None:
+    trainer = make_meta_grpo(num_best_and_worst=1, per_device_train_batch_size=8, max_steps=1)
+    advantages, kept, trained = [], [], []
+    keep, loss = trainer._keep_best_and_worst, trainer._compute_loss
+
+    def see_kept(output):
+        advantages.extend(output["advantages"].tolist())
+        output = keep(output)
+        kept.extend(output["advantages"].tolist())
+        return output
+
+    def see_trained(model, inputs):
+        trained.extend(inputs["advantages"].tolist())
+        assert len({id(rollout.prompt) for rollout in inputs["rollouts"]}) == 2
+        assert inputs["num_items_in_batch"] == inputs["completion_mask"].sum()
+        return loss(model, inputs)
+
+    monkeypatch.setattr(trainer, "_keep_best_and_worst", see_kept)
+    monkeypatch.setattr(trainer, "_compute_loss", see_trained)
+    trainer.train()
+    assert len(advantages) == 8 and max(advantages) > 0
+    for group in (0, 1):
+        of_all = advantages[4 * group : 4 * group + 4]
+        assert sorted(kept[2 * group : 2 * group + 2]) == [min(of_all), max(of_all)]
+    assert sorted(trained) == sorted(kept)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_best_and_worst": 3}, "num_best_and_worst is 3; use 1 to 2, half of num_generations"),
+        (
+            {"num_best_and_worst": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+            "make per_device_train_batch_size a multiple of num_generations",
+        ),
+    ],
+)
+def test_groups_that_cannot_be_cut_are_refused(make_meta_grpo, settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_meta_grpo(**settings)

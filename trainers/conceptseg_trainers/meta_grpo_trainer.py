@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -20,13 +21,21 @@ from trl import GRPOTrainer, __version__
 from trl.data_utils import prepare_multimodal_messages
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
-from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, mllm, parse_completion
+from conceptseg_hf import (
+    ConceptSegForSegmentation,
+    ConceptSegProcessor,
+    mllm,
+    parse_completion,
+    shared_prompts,
+)
 from conceptseg_hf.evaluation import foreground_iou
+from conceptseg_hf.generation import StateRecorder
 from conceptseg_hf.images import load_image, load_mask
 from conceptseg_hf.losses import segmentation_loss
 from conceptseg_hf.processing_conceptseg import Frame, PreparedSample
 from conceptseg_hf.sam_prompt import ImageFeatures
 
+from .batches import best_and_worst, group_rows, select_rows
 from .callbacks import EpochCallback, ExamplePicturesCallback, FormatOnlyWarning, TrainingExample
 from .cards import as_list, write_training_card
 from .distributed import clone_whole, make_generate_gather, materialize
@@ -138,6 +147,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
             )
         self.beta = beta
         self.concept_model.sam.to(self.accelerator.device)
+        _read_prompts_once(self.concept_model, self.concept_model.vlm)
         _add_concept_head(self.concept_model, args.detach_hidden_states)
         if beta and not adapted:
             self.ref_model = self._prepare_reference(ref_model)
@@ -149,6 +159,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
         self.examples: list[TrainingExample] = []
         self._prompts: dict[_Key, _Prompt] = {}
         self._rollouts: list[_Rollout] = []
+        self._generated: tuple[list[list[int]], Tensor | None] = [], None
         self._saves_everything = False
         self.add_callback(EpochCallback(functools.partial(set_epoch, self.train_dataset)))
         self.add_callback(FormatOnlyWarning())
@@ -179,6 +190,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
         model = self.concept_model if model is None else model
         reference = clone_whole(model.vlm if isinstance(model, ConceptSegForSegmentation) else model)
         add_fused_lm_head(reference, temperature=self.temperature)
+        _read_prompts_once(reference, reference)
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(reference, self.accelerator)
         if self.is_fsdp_enabled:
@@ -206,12 +218,57 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         make_generate_gather(self.model_wrapped)
         self._prompts = self._encode_prompts(inputs)
-        with without_renaming_warnings():
+        with self._recorded_generation(), without_renaming_warnings():
             output = super()._generate_and_score_completions(inputs)
         # A list is shuffled and split with the tensors; its entries share what belongs to their prompt.
         output["rollouts"] = self._rollouts
-        self._prompts, self._rollouts = {}, []
+        self._prompts, self._rollouts, self._generated = {}, [], ([], None)
+        if self.model.training and self.args.num_best_and_worst is not None:
+            output = self._keep_best_and_worst(output)
         return output
+
+    @contextmanager
+    def _recorded_generation(self) -> Iterator[None]:
+        """While it holds, the model generates with each prompt read once, and its hidden states are kept."""
+
+        def generate(**arguments: Any) -> Tensor:
+            inputs = {name: arguments.pop(name) for name in mllm.INPUT_NAMES}
+            recorder = StateRecorder()
+            handle = self.concept_model.get_output_embeddings().register_forward_pre_hook(recorder.see)
+            try:
+                sequences = shared_prompts.generate(
+                    self.concept_model.vlm, inputs, stopping_criteria=[recorder], **arguments
+                )
+            finally:
+                handle.remove()
+                mllm.forget_positions(self.concept_model.vlm)
+            tokens = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+            self._generated = tokens, recorder.stacked(self.concept_model.config.hidden_states_at)
+            return sequences
+
+        self.concept_model.generate = generate
+        try:
+            yield
+        finally:
+            del self.concept_model.generate
+
+    def _keep_best_and_worst(self, output: dict[str, Any]) -> dict[str, Any]:
+        rows = best_and_worst(output["advantages"], self.num_generations, self.args.num_best_and_worst)
+        output = select_rows(output, rows)
+        if "num_items_in_batch" in output:
+            output["num_items_in_batch"] = self.accelerator.gather(output["completion_mask"].sum()).sum()
+        return output
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        buffered = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and self._buffered_inputs is not buffered:
+            # TRL has shuffled them: the completions of a prompt come side by side again.
+            self._buffered_inputs = group_rows(
+                self._buffered_inputs, lambda batch, row: id(batch["rollouts"][row].prompt)
+            )
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
 
     def _encode_prompts(self, inputs: list[dict[str, Any]]) -> dict[_Key, _Prompt]:
         """What all completions of a prompt share."""
@@ -301,22 +358,40 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
         return rewards
 
     def _translate(self, completion_ids: list[list[int]]) -> Tensor:
-        """(B, L2, D) concept tokens of the completions in `_rollouts`, by the policy as it is."""
+        """(B, L2, D) concept tokens of the completions in `_rollouts`, by the policy as it is.
+
+        From the hidden states of generation where they are at hand: not with vLLM, and not of the last token of a
+        completion that was cut off.
+        """
         ends = set(self.eos_token_ids)
+        words = [[token for token in ids if token not in ends] for ids in completion_ids]
+        concepts: dict[int, Tensor] = {}
+        tokens, states = self._generated
+        if states is not None and not self.is_fsdp_enabled:
+            known = states.shape[1]
+            at_hand = [
+                row
+                for row, (ids, generated) in enumerate(zip(words, tokens, strict=True))
+                if len(ids) <= known and generated[: len(ids)] == ids
+            ]
+            if at_hand:
+                device = self.accelerator.device
+                lengths = torch.tensor([len(words[row]) for row in at_hand], device=device)
+                mask = torch.arange(known, device=device) < lengths[:, None]
+                embeds = self.concept_model.encode_concepts(states[at_hand].to(device), mask)
+                concepts = dict(zip(at_hand, embeds, strict=True))
+        others = [row for row in range(len(words)) if row not in concepts]
         training = self.model.training
         size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
-        concepts = []
-        for start in range(0, len(completion_ids), size):
+        for start in range(0, len(others), size):
+            rows = others[start : start + size]
             batch = self.concept_processor.collate(
-                [rollout.prompt.prepared for rollout in self._rollouts[start : start + size]],
-                [
-                    [token for token in ids if token not in ends]
-                    for ids in completion_ids[start : start + size]
-                ],
+                [self._rollouts[row].prompt.prepared for row in rows],
+                [words[row] for row in rows],
                 device=self.accelerator.device,
             )
-            concepts.append(self.model(**batch).concept_embeds)
-        return torch.cat(concepts)
+            concepts |= zip(rows, self.model(**batch).concept_embeds, strict=True)
+        return torch.stack([concepts[row] for row in range(len(words))])
 
     def _decode(self, rollouts: Sequence[_Rollout], concept_embeds: Tensor) -> Tensor:
         """(B, 1, h, w) mask logits of the prompts [Z; E_text(answer)] (eq. 4), differentiable in Z."""
@@ -490,6 +565,29 @@ class _Rollout:
 
     prompt: _Prompt
     sam_text: str
+
+
+def _read_prompts_once(model: PreTrainedModel, vlm: PreTrainedModel) -> None:
+    """Lets `model(..., fused_lm_head=True, labels=labels)` read each prompt of a batch once.
+
+    Args:
+        model: A model with TRL's fused head.
+        vlm: The MLLM in it, or itself.
+    """
+    inner = model.forward
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.get("labels")
+        if labels is None or not kwargs.get("fused_lm_head") or not (labels != -100).any():
+            return inner(*args, **kwargs)
+        length = int((labels != -100).any(dim=0).nonzero()[0])  # prompts are padded on the left
+        with shared_prompts.prompts_read_once(vlm, kwargs, length):
+            output = inner(*args, **kwargs)
+        mllm.forget_positions(vlm)
+        return output
+
+    model.forward = forward
 
 
 def _add_concept_head(model: ConceptSegForSegmentation, detach_hidden_states: bool) -> None:
