@@ -588,7 +588,7 @@ def test_names_that_trl_still_uses_are_not_warned_of(make_meta_grpo, shapes, wan
 def test_only_the_best_and_worst_are_trained_on(make_meta_grpo, monkeypatch) -> None:
     trainer = make_meta_grpo(num_best_and_worst=1, per_device_train_batch_size=8, max_steps=1)
     advantages, kept, trained = [], [], []
-    keep, loss = trainer._keep_best_and_worst, trainer._compute_loss
+    keep, loss = trainer.finish_rollouts, trainer._compute_loss
 
     def see_kept(output):
         advantages.extend(output["advantages"].tolist())
@@ -602,7 +602,7 @@ def test_only_the_best_and_worst_are_trained_on(make_meta_grpo, monkeypatch) -> 
         assert inputs["num_items_in_batch"] == inputs["completion_mask"].sum()
         return loss(model, inputs)
 
-    monkeypatch.setattr(trainer, "_keep_best_and_worst", see_kept)
+    monkeypatch.setattr(trainer, "finish_rollouts", see_kept)
     monkeypatch.setattr(trainer, "_compute_loss", see_trained)
     trainer.train()
     assert len(advantages) == 8 and max(advantages) > 0

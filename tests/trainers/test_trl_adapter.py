@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("trl", "1.16")
 import conceptseg_trainers
 import trl
-from conceptseg_trainers import trl_adapter
+from conceptseg_trainers import MetaGRPOTrainer, trl_adapter
 from conceptseg_trainers.trl_adapter import PRIVATE_NAMES, GRPOTrainerAdapter, VLLMGenerationAdapter
 from packaging.requirements import Requirement
 from trl import GRPOTrainer
@@ -55,6 +55,12 @@ def test_every_override_is_listed() -> None:
         overridden = {name for name in vars(adapter) if name.startswith("_") and not name.startswith("__")}
         overridden &= set(dir(owner))
         assert overridden <= set(PRIVATE_NAMES[owner])
+
+
+def test_the_trainer_hides_no_private_name_of_trl() -> None:
+    meant = {"_name", "_save", "_tag_names"}  # as TRL's own trainers set them; `_save` is the Trainer's
+    own = {name for name in vars(MetaGRPOTrainer) if name.startswith("_") and not name.startswith("__")}
+    assert own & set(dir(GRPOTrainer)) <= meant
 
 
 def test_no_other_module_touches_private_names() -> None:

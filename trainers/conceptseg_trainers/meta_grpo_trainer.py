@@ -212,11 +212,11 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         """What the completions of a prompt share is at hand; each prompt is read once, and hidden states are kept."""
         make_generate_gather(self.model_wrapped)
         self._prompts = self._encode_prompts(inputs)
-        with replaced_generate(self.concept_model, self._generate), without_renaming_warnings():
+        with replaced_generate(self.concept_model, self._generate_recorded), without_renaming_warnings():
             yield
         self._prompts, self._rollouts, self._generated = {}, [], ([], None)
 
-    def _generate(self, **arguments: Any) -> Tensor:
+    def _generate_recorded(self, **arguments: Any) -> Tensor:
         inputs = {name: arguments.pop(name) for name in mllm.INPUT_NAMES}
         recorder = StateRecorder()
         handle = self.concept_model.get_output_embeddings().register_forward_pre_hook(recorder.see)
