@@ -53,14 +53,10 @@ def load(patches: int) -> tuple:
 def measure(scheme: str, patches: int) -> dict[str, float]:
     """CPU seconds per step (median, after warm-up) and peak memory in MB of one scheme, in this process."""
     import torch
-    from conceptseg_trainers import (
-        MetaGRPOConfig,
-        MetaGRPOTrainer,
-        meta_grpo_trainer,
-        split_reference_dataset,
-    )
+    from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
     from transformers import TrainerCallback
 
+    from conceptseg_hf import shared_prompts
     from conceptseg_hf.data import load_benchmark
 
     torch.set_num_threads(1)
@@ -92,10 +88,7 @@ def measure(scheme: str, patches: int) -> dict[str, float]:
             return torch.cat(masks)
 
     if scheme == "released":
-        meta_grpo_trainer.shared_prompts.generate = lambda vlm, inputs, **options: vlm.generate(
-            **inputs, **options
-        )
-        meta_grpo_trainer._read_prompts_once = lambda model, vlm: None
+        shared_prompts.find_shared_prompts = lambda *arguments: None
 
     class Clock(TrainerCallback):
         """Keeps when each step ended, in seconds of this process: of one thread, and the same on a busy machine."""
