@@ -94,7 +94,7 @@ def generate_with_states(
     config.max_new_tokens = limit + int(at_token)
     prompt_length = inputs["input_ids"].shape[1]
     with _turns.setdefault(vlm, threading.Lock()):
-        recorder = _StateRecorder()
+        recorder = StateRecorder()
         criteria: list[StoppingCriteria] = [recorder]
         # The state of a token that is read stands in the next step: rows end one step later.
         late = _LateEnd(config.eos_token_id, prompt_length) if end_of_turn_state and at_token else None
@@ -114,8 +114,7 @@ def generate_with_states(
 
     # Step t reads token t - 1 and predicts token t. Where every row ended with its first token, no token has
     # been read. Tokens past the end, which generate takes back on some devices, leave states behind theirs.
-    recorded = recorder.states
-    states = torch.stack(recorded[int(at_token) :] or [torch.zeros_like(recorded[0])], dim=1)
+    states = recorder.stacked(hidden_states_at)
     token_ids = sequences[:, prompt_length:]
     in_reach = _within(limits, len(token_ids), min(limit, states.shape[1])).to(token_ids.device)
     mask = _before_end(token_ids, config.eos_token_id)[:, : in_reach.shape[1]] & in_reach
@@ -287,7 +286,7 @@ class _LateEnd(StoppingCriteria):
         return _is_end(input_ids[:, self._prompt_length : -1], self._eos_token_id).any(dim=1)
 
 
-class _StateRecorder(StoppingCriteria):
+class StateRecorder(StoppingCriteria):
     """Records one (B, C) hidden state for each step of `generate`; it never stops a row.
 
     A hook on the language-model head sees the states of every forward pass, and `generate` asks its criteria once a
@@ -305,6 +304,15 @@ class _StateRecorder(StoppingCriteria):
     def see(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """The head's forward pre-hook."""
         self._last = inputs[0][:, -1]
+
+    def stacked(self, hidden_states_at: str) -> Tensor:
+        """(B, S, C) states of the tokens in their order; of the last token only where it has been read.
+
+        Args:
+            hidden_states_at: See `generate_with_states`.
+        """
+        states = self.states[int(hidden_states_at == "token") :]
+        return torch.stack(states or [torch.zeros_like(self.states[0])], dim=1)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Keeps the last state seen; true for no row."""

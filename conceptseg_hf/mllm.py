@@ -5,11 +5,14 @@ Known family: Qwen2.5-VL. A further one (Qwen3-VL) is added here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .devices import loaded, move_to_hooks
@@ -56,6 +59,62 @@ def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
             f"The MLLM's inputs lack {', '.join(missing)}; pass all that the processor's `collate` returns."
         )
     return {name: inputs[name] for name in INPUT_NAMES}
+
+
+def patches_of_rows(config: PreTrainedConfig, inputs: Mapping[str, Tensor]) -> list[tuple[slice, slice]]:
+    """Per row of a batch, which rows of `image_grid_thw` and which of `pixel_values` are its images'."""
+    grids = inputs["image_grid_thw"].tolist()
+    merged = config.vision_config.spatial_merge_size**2
+    rows: list[tuple[slice, slice]] = []
+    image = patch = 0
+    for tokens in (inputs["input_ids"] == config.image_token_id).sum(dim=1).tolist():
+        first_image, first_patch = image, patch
+        while tokens > 0:
+            patches = math.prod(grids[image])
+            tokens, image, patch = tokens - patches // merged, image + 1, patch + patches
+        rows.append((slice(first_image, image), slice(first_patch, patch)))
+    return rows
+
+
+def select_rows(
+    config: PreTrainedConfig, inputs: Mapping[str, Tensor], rows: Sequence[int]
+) -> dict[str, Tensor]:
+    """`model_inputs` of some rows of a batch, with their images."""
+    images, patches = zip(*(patches_of_rows(config, inputs)[row] for row in rows), strict=True)
+    selected = {
+        name: inputs[name][list(rows)]
+        for name in INPUT_NAMES
+        if name not in ("pixel_values", "image_grid_thw")
+    }
+    selected["pixel_values"] = torch.cat([inputs["pixel_values"][part] for part in patches])
+    selected["image_grid_thw"] = torch.cat([inputs["image_grid_thw"][part] for part in images])
+    return selected
+
+
+def continue_positions(vlm: PreTrainedModel, attention_mask: Tensor, rows: Sequence[int]) -> Tensor:
+    """Positions of rows that continue prompts which the MLLM has just read; `generate` then goes on from these.
+
+    Args:
+        vlm: The MLLM.
+        attention_mask: (B, L) of prompts and what follows them.
+        rows: (B,) which of the prompts each row continues.
+
+    Returns:
+        (3, B, L) positions; right from the end of the prompts on.
+    """
+    vlm.model.rope_deltas = vlm.model.rope_deltas[list(rows)]
+    positions = attention_mask.long().cumsum(dim=1) - 1
+    return (positions + vlm.model.rope_deltas)[None].expand(3, -1, -1)
+
+
+def encode_images(vlm: PreTrainedModel, pixel_values: Tensor, image_grid_thw: Tensor) -> list[Tensor]:
+    """The image tokens (tokens, C) of each image."""
+    return list(vlm.model.get_image_features(pixel_values, image_grid_thw).pooler_output)
+
+
+def encoded_images(tokens: Sequence[Tensor]) -> dict[str, Any]:
+    """What the MLLM takes in the place of `pixel_values`: the image tokens of all images of a batch, in their order."""
+    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tuple(tokens))}}
 
 
 def full_pass(vlm: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> ModelOutput:

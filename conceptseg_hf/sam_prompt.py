@@ -108,14 +108,24 @@ def encode_image(sam: Sam3Model, pixel_values: Tensor, geometry_cls: bool = True
 def _geometry_cls(sam: Sam3Model, vision: Sam3VisionEncoderOutput) -> Tensor:
     """The geometry encoder's answer to "no box": a padded dummy box leaves only its CLS token valid."""
     nothing = vision.fpn_hidden_states[0].new_zeros(len(vision.fpn_hidden_states[0]), 1, 4)
-    tokens, mask = _encode_boxes(sam, vision, nothing, valid=False)
+    tokens, mask = box_tokens(sam, vision, nothing, valid=False)
     return tokens[mask][:, None]
 
 
-def _encode_boxes(
+def box_tokens(
     sam: Sam3Model, vision: Sam3VisionEncoderOutput, boxes: Tensor, valid: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The geometry encoder's (B, N + 1, D) tokens of boxes and CLS, and their mask; see `decode` for the boxes."""
+    """The geometry encoder's tokens of boxes.
+
+    Args:
+        sam: SAM 3.
+        vision: Features of B images.
+        boxes: (B, N, 4), see `decode`.
+        valid: False for padding in the place of boxes.
+
+    Returns:
+        (B, N + 1, D) tokens, those of the boxes and then CLS, and their (B, N + 1) mask.
+    """
     shape = boxes.shape[:2]
     with loaded(sam, *_read_directly(sam)):
         geometry = sam.geometry_encoder(
@@ -194,9 +204,9 @@ def decode(
         tokens.append(text_embeds)
         masks.append(text_mask)
     if boxes is not None:
-        box_tokens, box_mask = _encode_boxes(sam, features.vision, boxes)
-        tokens.append(box_tokens)
-        masks.append(box_mask)
+        geometry, geometry_mask = box_tokens(sam, features.vision, boxes)
+        tokens.append(geometry)
+        masks.append(geometry_mask)
     elif features.geometry_cls is not None:
         tokens.append(features.geometry_cls)
         masks.append(

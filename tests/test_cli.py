@@ -288,6 +288,8 @@ def test_segment_with_several_boxes_and_a_profile(files, checkpoint, capsys, mon
         (("segment", "a.png", "--prompt", "x", "--model", "nobody/nothing"), "the hub did not give it"),
         (("evaluate", "--benchmark", "other"), "no benchmark is named 'other'"),
         (("evaluate", "--split", "other"), "no split is named 'other'"),
+        (("evaluate", "--groups", "which one,other"), "groups is ['which one', 'other']; use some of"),
+        (("evaluate", "--groups", "saliency", "--benchmark", "cd"), "stands for several benchmarks"),
         (("evaluate", "--root", "data"), "reads no files"),
         (("evaluate", "--limit", "none"), "whole number"),
         (("evaluate", "--benchmark", "cd"), "8 of 8 benchmarks cannot be read"),

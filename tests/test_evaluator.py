@@ -599,3 +599,22 @@ def test_a_checkpoint_brings_its_profile(model, processor, monkeypatch):
     assert report.settings["protocol"] == "released"
     said = report.settings["profile"]
     assert said.startswith("released but router_drop_parentheses False, ") and "mosaic.grid None" in said
+
+
+def test_groups_beside_table_1_are_reported_by_stratum(model, processor, tmp_path):
+    options = {"limit": 6, "router": "sam_only", "output_dir": tmp_path}
+    report = run(model, processor, groups=["saliency", "which one"], **options)
+    assert report.settings["groups"] == ["saliency", "which one"]
+    rows = {(row["level"], row["group"]): row for row in report.table}
+    assert rows["CD", "saliency"]["samples"] == rows["all", "all"]["samples"] == 3  # sums are Table 1's
+    assert rows["CR", "which one"]["samples"] == 3
+    strata = [name for _, name in rows if name.startswith("which one: ")]
+    assert strata and sum(rows["CR", name]["samples"] for name in strata) == 3
+    chosen = [record["chosen"] for record in report.records if "chosen" in record]
+    assert len(chosen) == 3 and all("chosen" in json.dumps(record) for record in report.records[1::2])
+    assert rows["CR", "which one"]["chosen_right"] == chosen.count("target") / 3
+    assert "Which object the mask overlaps most" in (tmp_path / "report.md").read_text()
+    with pytest.raises(ValueError, match="stands for several benchmarks; leave groups out"):
+        evaluate(model, "table1", processor=processor, groups=["saliency"])
+    with pytest.raises(ValueError, match="cannot be divided into groups"):
+        evaluate(model, "plain", processor=processor, groups=["saliency"])

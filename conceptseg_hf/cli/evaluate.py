@@ -44,6 +44,11 @@ def add_parser(verbs: Any) -> None:
         help="seed by which references are drawn (default: %(default)s)",
     )
     parser.add_argument(
+        "--groups",
+        metavar="G,G",
+        help="groups of concept-shapes, beside those of Table 1: which one, hidden rule (default: those of Table 1)",
+    )
+    parser.add_argument(
         "--routing-regret",
         action="store_true",
         help="run the route that was not taken as well, to say what the router loses",
@@ -65,7 +70,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--output-dir",
         metavar="DIR",
-        help="folder of the results (default: evaluation_output/BENCHMARK-SPLIT-ROUTER)",
+        help="folder of the results (default: evaluation_output/BENCHMARK[-GROUPS]-SPLIT-ROUTER)",
     )
     parser.set_defaults(run=run)
 
@@ -80,7 +85,15 @@ def run(arguments: argparse.Namespace) -> int:
             raise BadInputError(
                 f"--annotation-sheet {sheet!r} exists already and may be filled in; give another name."
             )
-    name = f"{folder_name(arguments.benchmark)}-{arguments.split}-{arguments.router}"
+    groups = None if arguments.groups is None else [name.strip() for name in arguments.groups.split(",")]
+    name = "-".join(
+        [
+            folder_name(arguments.benchmark),
+            *([] if groups is None else [folder_name(arguments.groups)]),
+            arguments.split,
+            arguments.router,
+        ]
+    )
     folder = check_output_dir(arguments.output_dir or f"evaluation_output/{name}", *FILES)
     from conceptseg_hf.data import load_benchmarks
     from conceptseg_hf.evaluation import evaluate
@@ -102,6 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         seed=arguments.seed,
         loader=profile.loader,
+        groups=groups,
     )
     model, processor = load_model(arguments)
     set_profile(model, processor, arguments.profile, template, tell=processes.is_main)

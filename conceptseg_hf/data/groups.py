@@ -53,6 +53,7 @@ def load_benchmarks(
     limit: int | None = None,
     seed: int = 42,
     loader: str = "default",
+    groups: Sequence[str] | None = None,
 ) -> Sequence[ConceptSample] | BenchmarkGroup:
     """Loads what a name stands for; that all files are there is checked at once.
 
@@ -64,6 +65,7 @@ def load_benchmarks(
         limit: Only the first samples of each benchmark.
         seed: Seed of the references; see `load_benchmark`.
         loader: See `load_benchmark`.
+        groups: Groups of the samples of a single benchmark; see `load_benchmark`.
 
     Returns:
         The samples of a single benchmark, or a group.
@@ -81,7 +83,11 @@ def load_benchmarks(
         if name not in BENCHMARKS:
             get_source(name, GROUPS)
         return load_benchmark(
-            name, root=root_of(name, root), split=split, limit=limit, seed=seed, loader=loader
+            name, root=root_of(name, root), split=split, limit=limit, seed=seed, loader=loader, groups=groups
+        )
+    if groups is not None:
+        raise ValueError(
+            f"load_benchmarks: {name!r} stands for several benchmarks; leave groups out, or name 'concept-shapes'."
         )
     rows = list_rows(name, split)
     members: dict[str, Sequence[ConceptSample]] = {}

@@ -28,6 +28,7 @@ def load_benchmark(
     limit: int | None = None,
     seed: int = 42,
     loader: str = "default",
+    groups: Sequence[str] | None = None,
 ) -> Sequence[ConceptSample]:
     """Loads a benchmark.
 
@@ -43,10 +44,11 @@ def load_benchmark(
             references drawn from a class there are four, with replacement, by one source of chance for all samples;
             boxes of references that come with a sample (`ref_box`) are left out; true masks keep their grey values for
             the protocol "released".
+        groups: Of `"concept-shapes"`, the groups to go round; see `ConceptShapes`.
 
     Raises:
-        ValueError: If no benchmark, split or loader has that name, the split has no samples, or the files are not what
-            they should be.
+        ValueError: If no benchmark, split, loader or group has that name, the split has no samples, or the files are
+            not what they should be.
         MissingFilesError: If files are missing: all of them, with counts. (Of one's own data: if no sample has all of
             its files; fewer are warned of, and fail when they are read.)
         ImportError: If a layout needs a package that is missing.
@@ -58,7 +60,11 @@ def load_benchmark(
             raise ValueError(
                 f"load_benchmark: {name!r} is drawn from seeds and reads no files; leave root out."
             )
-        return PROCEDURAL[name](split, length=limit, seed=seed)
+        return PROCEDURAL[name](split, length=limit, seed=seed, groups=groups)
+    if groups is not None:
+        raise ValueError(
+            f"load_benchmark: {name!r} cannot be divided into groups; leave groups out, or name another benchmark."
+        )
     samples = open_benchmark(name, root, split, limit, seed, loader)
     samples.check()
     return samples

@@ -5,9 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..references import Reference
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An object that could be taken for the target.
+
+    Attributes:
+        role: "target", or what kind of mistake choosing it would be.
+        mask: (H, W) bool, its visible pixels.
+    """
+
+    role: str
+    mask: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,8 @@ class ConceptSample:
         ignore: "L", 255 where pixels do not count, the size of the image; None when all pixels count.
         box_only: The benchmark knows a box and no mask: `mask` is that box, filled, and no metric of masks
             may be computed from it.
+        candidates: The target and the objects that could be taken for it, where the benchmark asks which one is meant.
+        stratum: Part of the group whose results are reported apart.
         stored_mask: The true mask as it is stored, "L", where that has another size than the image; `mask` is then
             resized.
         reference_faults: What is wrong with references that were meant for the sample and cannot be used, a sentence
@@ -59,6 +75,8 @@ class ConceptSample:
     split: str = "test"
     ignore: Image.Image | None = None
     box_only: bool = False
+    candidates: tuple[Candidate, ...] = ()
+    stratum: str = ""
     stored_mask: Image.Image | None = None
     reference_faults: tuple[str, ...] = ()
     references_lost: int = 0

@@ -61,6 +61,7 @@ def evaluate(
     routing_regret: bool = False,
     judgements: str | os.PathLike | Judge | None = None,
     profile: str | None = None,
+    groups: Sequence[str] | None = None,
 ) -> EvaluationReport:
     """Scores a model on a benchmark, or on several.
 
@@ -98,6 +99,7 @@ def evaluate(
         profile: `"paper"` or `"released"` (see `profiles`): settings of model and processor, for this evaluation alone,
             the protocol, and the loader of benchmarks given by name. None: the profile that the model's config names,
             if it does, with the settings that model and processor have.
+        groups: Groups of the samples of a benchmark given by name; see `load_benchmark`.
 
     Returns:
         The report over the first `limit` samples.
@@ -125,7 +127,7 @@ def evaluate(
     samples = benchmark
     if isinstance(benchmark, str):
         samples = load_benchmarks(
-            benchmark, root=root, split=split, limit=limit, seed=seed, loader=followed.loader
+            benchmark, root=root, split=split, limit=limit, seed=seed, loader=followed.loader, groups=groups
         )
     processes = join_processes()
     model = model_or_path

@@ -14,6 +14,8 @@ A record holds JSON values only:
 - `route_ious`, `routing_regret`: the foreground IoU of both routes, and by how much the better one exceeds the one that
   was taken; None where that was not asked for, or could not be measured.
 
+A record of a sample that has candidates also holds `stratum`, `chosen` and `sibling_fraction` (see `choice`).
+
 Fields that only some records have: `mask_resized_from` and `mask_refused`, (width, height) of a true mask that is
 stored at another size than its image; `reference_faults` and `references_lost`, as in `ConceptSample`. An evaluation
 adds `files`, a hash of the sample's files, where it has files (see `samples`); a report adds `judgement` where there
@@ -35,6 +37,7 @@ from ..outputs import ConceptSegmentation
 from ..processing_conceptseg import ConceptSegInputs, ConceptSegProcessor, PreparedSample
 from ..references import Reference
 from ..router import ShortcutRouter
+from .choice import choice_values
 from .metrics import METRICS, MaskMetrics, box_iou
 from .protocols import get_protocol
 from .rle import encode_mask
@@ -175,6 +178,7 @@ def make_record(
             route_ious = {route: ious.get(route, other_iou) for route in ("shortcut", "reasoning")}
     reasoned = result.route == "reasoning"
     found_box = None
+    mask = None if result.mask is None else np.asarray(result.mask) >= 128
     if reasoned and sample.box is not None:
         found_box = 0.0 if result.box is None else box_iou(result.box, sample.box)
     return {
@@ -212,7 +216,10 @@ def make_record(
         "route_ious": route_ious,
         "routing_regret": None if route_ious is None else max(route_ious.values()) - iou,
         "error": result.error,
-        "mask": None if result.mask is None else encode_mask(np.asarray(result.mask) >= 128),
+        "mask": None if mask is None else encode_mask(mask),
+        **choice_values(
+            sample, np.zeros(np.asarray(sample.mask).shape, dtype=bool) if mask is None else mask
+        ),
         **_notes(sample),
     }
 

@@ -14,6 +14,7 @@ from ..writing import json_text, write_files
 from . import paper_figures
 from .aggregate import Row, aggregate, levels_of
 from .bootstrap import resample
+from .choice import TARGET, choice_table
 from .data_notes import data_notes, data_remarks
 from .decomposition import decompose
 from .gallery import write_gallery
@@ -63,10 +64,16 @@ _COLUMNS = (
     ("format_rate", "format", "share of the completions that follow the template"),
     ("box_iou", "box IoU", "mean IoU of the completions' boxes with the true ones; a missing box counts 0"),
     ("check_iou", "check IoU", "mean IoU of the check boxes with the withheld ones; a missing box counts 0"),
+    (
+        "chosen_right",
+        "right object",
+        "share of the samples whose mask overlaps the target more than any other object",
+    ),
+    ("sibling_fraction", "siblings masked", "mean fraction of the area of the wrong objects that is masked"),
     ("failed", "failed", "samples that ended with an error"),
 )
 # Left out where no row has a value.
-_OPTIONAL = ("routing_regret", "regretted")
+_OPTIONAL = ("routing_regret", "regretted", "chosen_right", "sibling_fraction")
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class EvaluationReport:
 
     @cached_property
     def table(self) -> list[dict[str, Any]]:
-        """Rows for each group, each level and all.
+        """Rows for each group, its strata if it has any, each level and all; sums leave out groups beside Table 1's.
 
         `level` and `group` ("all" for sums) name a row; its numbers are means over samples, None where
         nothing was counted; `masks` holds the metrics of masks over all samples of the row that have a
@@ -98,12 +105,16 @@ class EvaluationReport:
         for level in self.levels:
             records = [record for record in self.records if record["level"] == level]
             groups = list(dict.fromkeys(record["group"] for record in records))
-            rows += [
-                self._row(level, group, [record for record in records if record["group"] == group])
-                for group in groups
-            ]
-            rows.append(self._row(level, "all", records))
-        rows.append(self._row("all", "all", self.records))
+            for group in groups:
+                members = [record for record in records if record["group"] == group]
+                strata = dict.fromkeys(stratum for record in members if (stratum := record.get("stratum")))
+                rows.append(self._row(level, group, members))
+                rows += [
+                    self._row(level, f"{group}: {name}", [r for r in members if r["stratum"] == name])
+                    for name in strata
+                ]
+            rows.append(self._row(level, "all", _summed(records)))
+        rows.append(self._row("all", "all", _summed(self.records)))
         return rows
 
     def _row(self, level: str, group: str, records: Sequence[Record]) -> dict[str, Any]:
@@ -261,6 +272,8 @@ class EvaluationReport:
                 for row in table
             ],
         )
+        if chosen := choice_table(self.records):
+            lines += ["", "Which object the mask overlaps most, in percent:", "", *chosen]
         without = sum(record["scores"] is None for record in self.records)
         if without:
             lines += ["", f"{without} samples have no mask to compare with and are in none of these metrics."]
@@ -321,8 +334,17 @@ def _row(level: str, group: str, records: Sequence[Record]) -> dict[str, Any]:
         "format_rate": _mean(records, "format_valid"),
         "box_iou": _mean(records, "box_iou"),
         "check_iou": _mean(records, "check_iou"),
+        "chosen_right": _share(record["chosen"] == TARGET for record in records if "chosen" in record),
+        "sibling_fraction": _share(
+            record["sibling_fraction"] for record in records if record.get("sibling_fraction") is not None
+        ),
         "failed": sum(record["error"] is not None for record in records),
     }
+
+
+def _summed(records: Sequence[Record]) -> Sequence[Record]:
+    """What sums go over: the groups of Table 1; all records where there are no others."""
+    return [record for record in records if "chosen" not in record] or records
 
 
 def _mean(

@@ -56,8 +56,11 @@ def describe_samples(samples: Sequence[ConceptSample]) -> dict[str, Any]:
     """Where samples come from: what they say of themselves, or else what the first one says."""
     if isinstance(samples, (ConceptShapes, FileBenchmark)):
         described = {"benchmark": samples.name, "split": samples.split, "seed": samples.seed}
-        loader = getattr(samples, "loader", "default")
-        return described if loader == "default" else described | {"loader": loader}
+        if isinstance(samples, ConceptShapes) and not samples.is_whole:
+            described["groups"] = list(samples.groups)
+        if getattr(samples, "loader", "default") != "default":
+            described["loader"] = samples.loader
+        return described
     first = _read(samples, 0)
     fields = first.fields if isinstance(first, UnreadableSampleError) else vars(first)
     return {"benchmark": fields.get("dataset", ""), "split": fields.get("split", "")}

@@ -226,3 +226,34 @@ def test_fields_of_other_people_are_not_a_benchmarks(segmented):
     segmented.set_values("level", [None if index % 2 else 3 for index in range(len(segmented))])
     evaluate_concepts(segmented, eval_key="run")
     assert {row["level"] for row in report_of(segmented, "run").table} == {"?", "all"}
+
+
+def test_true_masks_of_nearly_the_size_are_resized(segmented, tmp_path):
+    """As in `conceptseg evaluate`: rounding and scale do no harm, another size only under "paper"."""
+    import numpy as np
+    from PIL import Image
+
+    from conceptseg_hf.images import load_mask
+    from conceptseg_hf.integrations.fiftyone import evaluate_concepts
+
+    before = evaluate_concepts(segmented, eval_key="before").backend.unscored
+    doubled, padded, other, *_ = segmented.load_saved_view("targets").exists("concept")
+    pixels = [np.asarray(Image.open(sample["ground_truth"].mask_path)) for sample in (doubled, padded)]
+    grown = np.pad(pixels[1], ((0, 2), (0, 1)))
+    stored = (pixels[0].repeat(2, 0).repeat(2, 1), grown, np.full((30, 20), 255, np.uint8))
+    for number, (sample, values) in enumerate(zip((doubled, padded, other), stored)):
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+        sample["ground_truth"].mask_path = str(tmp_path / f"{number}.png")
+        sample.save()
+    unscored = evaluate_concepts(segmented, eval_key="sized").backend.unscored
+    assert not before and unscored.keys() == {other.id}
+    assert "the true mask has 20 x 30 pixels, but the predicted one 128 x 128" in unscored[other.id]
+    segmented.reload()
+    assert segmented[doubled.id]["sized_iou"] == segmented[doubled.id]["before_iou"]
+    columns, rows = (np.floor((np.arange(128) + 0.5) * n / 128).astype(int) for n in (129, 130))
+    truth = load_mask(grown)[rows][:, columns]
+    mask = load_mask(segmented[padded.id]["concept"].mask_path)
+    union = (mask | truth).sum()
+    assert segmented[padded.id]["sized_iou"] == pytest.approx((mask & truth).sum() / union if union else 1.0)
+    assert not evaluate_concepts(segmented, eval_key="paper", protocol="paper").backend.unscored
+    assert segmented.reload() is None and segmented[other.id]["paper_tp"] is not None

@@ -123,14 +123,14 @@ def test_log_probabilities_are_those_of_plain_logits(make_meta_grpo, temperature
 @pytest.mark.parametrize("end_of_turn", [False, True])
 def test_loss_and_reward_see_the_same_concepts(make_meta_grpo, monkeypatch, end_of_turn) -> None:
     """The reward's own forward pass, on batches of the processor, gives the Z that the loss trains."""
-    trainer = make_meta_grpo()
+    trainer = make_meta_grpo(temperature=2.0)
     monkeypatch.setattr(trainer.concept_model.config, "end_of_turn_state", end_of_turn)
     seen, states = [], []
-    translate = trainer.concept_model.translate_completion
+    encode = trainer.concept_model.encode_concepts
     monkeypatch.setattr(
         trainer.concept_model,
-        "translate_completion",
-        lambda hidden, mask, *rest: states.append(mask.sum(1).tolist()) or translate(hidden, mask, *rest),
+        "encode_concepts",
+        lambda hidden, mask: states.append(mask.sum(1).tolist()) or encode(hidden, mask),
     )
     decode = trainer._decode
     monkeypatch.setattr(trainer, "_decode", lambda *args: seen.append(args) or decode(*args))
@@ -143,7 +143,10 @@ def test_loss_and_reward_see_the_same_concepts(make_meta_grpo, monkeypatch, end_
     kept = inputs["completion_mask"].bool()
     words = kept & ~torch.isin(inputs["completion_ids"], ends)
     assert not torch.equal(kept, words), "some have an end-of-turn token"
-    assert states == [(kept if end_of_turn else words).sum(1).tolist()] * 2
+    wanted = (kept if end_of_turn else words).sum(1).tolist()
+    assert len(set(wanted)) > 1 and sorted(length for each in states[:-1] for length in each) == sorted(
+        wanted
+    )
     torch.testing.assert_close(reward_concepts, loss_concepts.detach(), rtol=0, atol=1e-4)
 
 
@@ -596,3 +599,45 @@ def test_names_that_trl_still_uses_are_not_warned_of(make_meta_grpo, shapes, wan
     trainer.train()
     trainer.evaluate()
     assert trainer.concept_model.is_activation_checkpointing is wanted
+
+
+def test_only_the_best_and_worst_are_trained_on(make_meta_grpo, monkeypatch) -> None:
+    trainer = make_meta_grpo(num_best_and_worst=1, per_device_train_batch_size=8, max_steps=1)
+    advantages, kept, trained = [], [], []
+    keep, loss = trainer.finish_rollouts, trainer._compute_loss
+
+    def see_kept(output):
+        advantages.extend(output["advantages"].tolist())
+        output = keep(output)
+        kept.extend(output["advantages"].tolist())
+        return output
+
+    def see_trained(model, inputs):
+        trained.extend(inputs["advantages"].tolist())
+        assert len({id(rollout.prompt) for rollout in inputs["rollouts"]}) == 2
+        assert inputs["num_items_in_batch"] == inputs["completion_mask"].sum()
+        return loss(model, inputs)
+
+    monkeypatch.setattr(trainer, "finish_rollouts", see_kept)
+    monkeypatch.setattr(trainer, "_compute_loss", see_trained)
+    trainer.train()
+    assert len(advantages) == 8 and max(advantages) > 0
+    for group in (0, 1):
+        of_all = advantages[4 * group : 4 * group + 4]
+        assert sorted(kept[2 * group : 2 * group + 2]) == [min(of_all), max(of_all)]
+    assert sorted(trained) == sorted(kept)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_best_and_worst": 3}, "num_best_and_worst is 3; use 1 to 2, half of num_generations"),
+        (
+            {"num_best_and_worst": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+            "make per_device_train_batch_size a multiple of num_generations",
+        ),
+    ],
+)
+def test_groups_that_cannot_be_cut_are_refused(make_meta_grpo, settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_meta_grpo(**settings)

@@ -59,6 +59,10 @@ class MetaGRPOConfig(GRPOConfig):
         focal_gamma: Its discount of well-classified pixels. `focal_alpha=-1, focal_gamma=0` is the released code's
             binary cross-entropy.
 
+        num_best_and_worst: Train on this many of the best and as many of the worst completions of each group alone, by
+            their advantage; all completions are sampled and rewarded. None: on all, as in the paper. Speeds up a step
+            with large groups, whose middle carries little signal.
+
     > Parameters that control the models
 
         ref_model_name_or_path: A ConceptSeg checkpoint whose MLLM is the reference policy; by default the model as
@@ -101,6 +105,10 @@ class MetaGRPOConfig(GRPOConfig):
     focal_weight: float = field(default=1.0, metadata={"help": "Weight of the focal loss."})
     focal_alpha: float = field(default=0.25, metadata={"help": "Focal loss: weight of the foreground."})
     focal_gamma: float = field(default=2.0, metadata={"help": "Focal loss: discount of easy pixels."})
+    num_best_and_worst: int | None = field(
+        default=None,
+        metadata={"help": "Train on so many of the best and of the worst of each group; all by default."},
+    )
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint of the reference policy."}
     )
@@ -124,6 +132,27 @@ class MetaGRPOConfig(GRPOConfig):
                     f"num_generations = {self.num_generations}; make them a multiple of it."
                 ) from error
             raise
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        """What is trained on must make whole batches on each process."""
+        count = self.num_best_and_worst
+        if count is None:
+            return
+        if not 1 <= count <= self.num_generations // 2:
+            raise ValueError(
+                f"MetaGRPOConfig: num_best_and_worst is {count}; use 1 to {self.num_generations // 2}, half of "
+                f"num_generations."
+            )
+        on_process = self.per_device_train_batch_size * self.steps_per_generation
+        if on_process % self.num_generations or (
+            self.per_device_train_batch_size * 2 * count % self.num_generations
+        ):
+            raise ValueError(
+                f"MetaGRPOConfig: of {self.per_device_train_batch_size} completions per device, num_best_and_worst = "
+                f"{count} of groups of {self.num_generations} leaves no whole number in each batch; make "
+                "per_device_train_batch_size a multiple of num_generations."
+            )
 
     def _check_fields(self) -> None:
         unknown = [name for name in self.rewards if name not in REWARDS]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -14,43 +15,49 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from trl import GRPOTrainer, __version__
 from trl.data_utils import prepare_multimodal_messages
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
-from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, mllm, parse_completion
+from conceptseg_hf import (
+    ConceptSegForSegmentation,
+    ConceptSegProcessor,
+    mllm,
+    parse_completion,
+    shared_prompts,
+)
 from conceptseg_hf.evaluation import foreground_iou
+from conceptseg_hf.generation import StateRecorder
 from conceptseg_hf.images import load_image, load_mask
 from conceptseg_hf.losses import segmentation_loss
 from conceptseg_hf.processing_conceptseg import Frame, PreparedSample
 from conceptseg_hf.sam_prompt import ImageFeatures
 
+from .batches import best_and_worst, group_rows, select_rows
 from .callbacks import EpochCallback, ExamplePicturesCallback, FormatOnlyWarning, TrainingExample
 from .cards import as_list, write_training_card
 from .distributed import clone_whole, make_generate_gather, materialize
 from .divergence import FiniteLogs, StoppingTrainer
-from .loading import changed_settings, load_model, load_processor
+from .loading import load_model, load_processor
 from .meta_grpo_config import MetaGRPOConfig, without_renaming_warnings
 from .rewards import REWARDS, completion_text, located
 from .samples import TRIED, check_arguments, check_prompt_length, spread_indices
 from .split_reference import COLUMNS, IGNORE, INDEX, find_composer, set_epoch
-
-try:
-    from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
-except ImportError as error:
-    raise ImportError(
-        f"MetaGRPOTrainer needs TRL 1.16 or newer, and that Python 3.11; here TRL is {__version__}. Install it with: "
-        "pip install -U 'trl>=1.16'."
-    ) from error
+from .trl_adapter import (
+    Batch,
+    GRPOTrainerAdapter,
+    Rows,
+    add_concept_head,
+    read_prompts_once,
+    replaced_generate,
+)
 
 logger = logging.getLogger(__name__)
 
 _Key: TypeAlias = tuple[str, int | None]
 
 
-class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
+class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
     """GRPOTrainer for the MLLM and the CTM of a ConceptSeg model.
 
     The only changes with respect to GRPOTrainer are that each completion is also translated to concept tokens, from
@@ -120,27 +127,29 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
         materialize(self.concept_model.detach_sam())
         if args.freeze_vision_tower:
             mllm.vision_tower(self.concept_model.vlm).requires_grad_(False)
-        # TRL would load a second composite as the reference, and start vLLM with one: both get the MLLM below.
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        changed = {"beta": args.beta if adapted else 0.0, "use_vllm": False}
-        if named and not any(isinstance(reward, str) for reward in rewards):
-            changed["model_init_kwargs"] = None  # they have been used; it would warn that they are ignored
-        beta, use_vllm = args.beta, args.use_vllm
-        with without_renaming_warnings(), changed_settings(args, changed):
+        # They have been used; TRL would warn that they are ignored.
+        used = (
+            ["model_init_kwargs"] if named and not any(isinstance(reward, str) for reward in rewards) else []
+        )
+        use_vllm = args.use_vllm
+        with without_renaming_warnings():
             super().__init__(
                 model=model,
                 reward_funcs=_default_rewards(args) if reward_funcs is None else reward_funcs,
                 args=args,
+                keep_beta=adapted,
+                ignored_settings=used,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=self._mllm_processor,
                 **kwargs,
             )
-        self.beta = beta
         self.concept_model.sam.to(self.accelerator.device)
-        _add_concept_head(self.concept_model, args.detach_hidden_states)
-        if beta and not adapted:
-            self.ref_model = self._prepare_reference(ref_model)
+        read_prompts_once(self.concept_model, self.concept_model.vlm)
+        add_concept_head(self.concept_model, args.detach_hidden_states)
+        if self.beta and not adapted:
+            self.set_reference(self._load_reference(ref_model))
         self._suppress_image_tokens()
         if use_vllm:
             self._start_vllm()
@@ -149,6 +158,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
         self.examples: list[TrainingExample] = []
         self._prompts: dict[_Key, _Prompt] = {}
         self._rollouts: list[_Rollout] = []
+        self._generated: tuple[list[list[int]], Tensor | None] = [], None
         self._saves_everything = False
         self.add_callback(EpochCallback(functools.partial(set_epoch, self.train_dataset)))
         self.add_callback(FormatOnlyWarning())
@@ -173,17 +183,11 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
             if number == 0 and composer is None:
                 _check_sample_ids(dataset, name)
 
-    def _prepare_reference(self, model: PreTrainedModel | None) -> nn.Module:
+    def _load_reference(self, model: PreTrainedModel | None) -> PreTrainedModel:
         if model is None and self.args.ref_model_name_or_path is not None:
             model = load_model(self.args.ref_model_name_or_path, self.args, another_repository=True)
         model = self.concept_model if model is None else model
-        reference = clone_whole(model.vlm if isinstance(model, ConceptSegForSegmentation) else model)
-        add_fused_lm_head(reference, temperature=self.temperature)
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(reference, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(reference, self.accelerator)
-        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+        return clone_whole(model.vlm if isinstance(model, ConceptSegForSegmentation) else model)
 
     def _suppress_image_tokens(self) -> None:
         """No completion may hold a token that stands for an image: the next forward pass would miss the image."""
@@ -197,21 +201,51 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
     def _start_vllm(self) -> None:
         from .vllm import ConceptVLLMGeneration
 
-        self.use_vllm = True
-        self._last_loaded_step = -1
-        self.vllm_generation = ConceptVLLMGeneration.from_trainer(self, self.args.vllm_mllm_name_or_path)
+        tokens = mllm.vision_token_ids(self.concept_model.config.vlm_config)
+        name = self.args.vllm_mllm_name_or_path
+        self.set_engine(ConceptVLLMGeneration.from_trainer(self, name, tokens))
 
     # -- rollouts --
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    @contextmanager
+    def rollout_context(self, inputs: Rows) -> Iterator[None]:
+        """What the completions of a prompt share is at hand; each prompt is read once, and hidden states are kept."""
         make_generate_gather(self.model_wrapped)
         self._prompts = self._encode_prompts(inputs)
-        with without_renaming_warnings():
-            output = super()._generate_and_score_completions(inputs)
+        with replaced_generate(self.concept_model, self._generate_recorded), without_renaming_warnings():
+            yield
+        self._prompts, self._rollouts, self._generated = {}, [], ([], None)
+
+    def _generate_recorded(self, **arguments: Any) -> Tensor:
+        inputs = {name: arguments.pop(name) for name in mllm.INPUT_NAMES}
+        recorder = StateRecorder()
+        handle = self.concept_model.get_output_embeddings().register_forward_pre_hook(recorder.see)
+        try:
+            sequences = shared_prompts.generate(
+                self.concept_model.vlm, inputs, stopping_criteria=[recorder], **arguments
+            )
+        finally:
+            handle.remove()
+            mllm.forget_positions(self.concept_model.vlm)
+        tokens = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        self._generated = tokens, recorder.stacked(self.concept_model.config.hidden_states_at)
+        return sequences
+
+    def finish_rollouts(self, output: Batch) -> Batch:
+        """Adds what the loss needs of each completion, and keeps the completions that are trained on."""
         # A list is shuffled and split with the tensors; its entries share what belongs to their prompt.
         output["rollouts"] = self._rollouts
-        self._prompts, self._rollouts = {}, []
+        count = self.args.num_best_and_worst
+        if not self.model.training or count is None:
+            return output
+        output = select_rows(output, best_and_worst(output["advantages"], self.num_generations, count))
+        if "num_items_in_batch" in output:
+            output["num_items_in_batch"] = self.accelerator.gather(output["completion_mask"].sum()).sum()
         return output
+
+    def arrange_batches(self, batches: list[Batch]) -> list[Batch]:
+        """The completions of a prompt come side by side, so that a batch reads it once."""
+        return group_rows(batches, lambda batch, row: id(batch["rollouts"][row].prompt))
 
     def _encode_prompts(self, inputs: list[dict[str, Any]]) -> dict[_Key, _Prompt]:
         """What all completions of a prompt share."""
@@ -263,13 +297,10 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
         check_prompt_length(where, len(prepared.input_ids), self._max_prompt_length)
         return _Prompt(prepared, target, masks["gt_mask"], masks[IGNORE])
 
-    def _calculate_rewards(
-        self,
-        inputs: list[dict[str, Any]],
-        prompts: list[Any],
-        completions: list[Any],
-        completion_ids_list: list[list[int]],
-    ) -> Tensor:
+    def before_rewards(
+        self, inputs: Rows, completions: Sequence[Any], completion_ids: list[list[int]]
+    ) -> None:
+        """Adds `predicted_mask`: what SAM 3 decodes from the concept tokens of each completion."""
         parsed = [parse_completion(completion_text(completion)) for completion in completions]
         self._rollouts = [
             _Rollout(
@@ -279,47 +310,70 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
             for completion, row in zip(parsed, inputs, strict=True)
         ]
         with torch.no_grad(), self.accelerator.autocast():
-            concepts = self._translate(completion_ids_list)
-            logits = self._decode(self._rollouts, concepts)
-        ious = []
+            logits = self._decode(self._rollouts, self._translate(completion_ids))
         for row, rollout, row_logits in zip(inputs, self._rollouts, logits, strict=True):
             target = rollout.prompt.target
             mask, _ = self.concept_processor.post_process_mask(row_logits[0], Frame(target.size))
             row["predicted_mask"] = np.asarray(mask) > 0
+
+    def after_rewards(self, inputs: Rows, completions: Sequence[Any], rewards: Tensor) -> None:
+        """Logs how good boxes and masks are, and keeps examples for the pictures."""
+        parsed = [parse_completion(completion_text(completion)) for completion in completions]
+        ious = []
+        for row, rollout, completion in zip(inputs, self._rollouts, parsed, strict=True):
             prompt = rollout.prompt
             ignore = None if prompt.ignore is None else prompt.ignore.cpu().numpy()
             ious.append(foreground_iou(row["predicted_mask"], prompt.mask.cpu().numpy(), ignore))
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-
-        for row, completion, iou in zip(inputs, parsed, ious, strict=True):
-            self._log_metric("mask_iou", iou)
-            self._log_metric("box_iou", located(completion.bbox, row["gt_box"]))
+            self.log_rollout("mask_iou", ious[-1])
+            self.log_rollout("box_iou", located(completion.bbox, row["gt_box"]))
             if row["gt_check_box"] is not None:
-                self._log_metric("check_iou", located(completion.check, row["gt_check_box"]))
+                self.log_rollout("check_iou", located(completion.check, row["gt_check_box"]))
         if self.log_completions:
-            self._log_completion_extra("answer", [completion.answer for completion in parsed])
-            self._log_completion_extra("mask_iou", ious)
-        own = rewards[self.accelerator.process_index * len(inputs) :][: len(inputs)].tolist()
-        self._keep_examples(inputs, parsed, own)
-        return rewards
+            self.log_column("answer", [completion.answer for completion in parsed])
+            self.log_column("mask_iou", ious)
+        self._keep_examples(inputs, parsed, rewards.tolist())
 
     def _translate(self, completion_ids: list[list[int]]) -> Tensor:
-        """(B, L2, D) concept tokens of the completions in `_rollouts`, by the policy as it is."""
+        """(B, L2, D) concept tokens of the completions in `_rollouts`, by the policy as it is.
+
+        From the hidden states of generation where they are at hand: not with vLLM, and not of the last token of a
+        completion that was cut off.
+        """
         ends = set(self.eos_token_ids)
-        end_of_turn = self.concept_model.config.end_of_turn_state
+        words = [[token for token in ids if token not in ends] for ids in completion_ids]
+        # Those tokens whose states the CTM reads.
+        read, counts = words, [False] * len(words)
+        if self.concept_model.config.end_of_turn_state:
+            counts = [not ends.isdisjoint(ids) for ids in completion_ids]
+            read = [_up_to_end(ids, ends) for ids in completion_ids]
+        concepts: dict[int, Tensor] = {}
+        tokens, states = self._generated
+        if states is not None and not self.is_fsdp_enabled:
+            known = states.shape[1]
+            at_hand = [
+                row
+                for row, (ids, generated) in enumerate(zip(read, tokens, strict=True))
+                if len(ids) <= known and generated[: len(ids)] == ids
+            ]
+            if at_hand:
+                device = self.accelerator.device
+                lengths = torch.tensor([len(read[row]) for row in at_hand], device=device)
+                mask = torch.arange(known, device=device) < lengths[:, None]
+                embeds = self.concept_model.encode_concepts(states[at_hand].to(device), mask)
+                concepts = dict(zip(at_hand, embeds, strict=True))
+        others = [row for row in range(len(words)) if row not in concepts]
         training = self.model.training
         size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
-        concepts = []
-        for start in range(0, len(completion_ids), size):
-            some_ids = completion_ids[start : start + size]
+        for start in range(0, len(others), size):
+            rows = others[start : start + size]
             batch = self.concept_processor.collate(
-                [rollout.prompt.prepared for rollout in self._rollouts[start : start + size]],
-                [[token for token in ids if token not in ends] for ids in some_ids],
+                [self._rollouts[row].prompt.prepared for row in rows],
+                [words[row] for row in rows],
                 device=self.accelerator.device,
-                end_of_turn=[end_of_turn and not ends.isdisjoint(ids) for ids in some_ids],
+                end_of_turn=[counts[row] for row in rows],
             )
-            concepts.append(self.model(**batch).concept_embeds)
-        return torch.cat(concepts)
+            concepts |= zip(rows, self.model(**batch).concept_embeds, strict=True)
+        return torch.stack([concepts[row] for row in range(len(words))])
 
     def _decode(self, rollouts: Sequence[_Rollout], concept_embeds: Tensor) -> Tensor:
         """(B, 1, h, w) mask logits of the prompts [Z; E_text(answer)] (eq. 4), differentiable in Z."""
@@ -359,38 +413,25 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
 
     # -- the loss --
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        completion_ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]
-        words = completion_mask.bool()
+    def forward_arguments(self, inputs: Batch) -> dict[str, Any]:
+        """The tokens that the CTM translates: those of the completion, its end left out unless the config says so."""
+        completion_ids = inputs["completion_ids"]
+        words = inputs["completion_mask"].bool()
         if not self.concept_model.config.end_of_turn_state:
-            words &= ~torch.isin(
-                completion_ids, torch.tensor(self.eos_token_ids, device=completion_ids.device)
-            )
-        concept_mask = torch.cat([torch.zeros_like(inputs["prompt_mask"], dtype=torch.bool), words], dim=1)
-        concepts: list[Tensor] = []
+            ends = torch.tensor(self.eos_token_ids, device=completion_ids.device)
+            words = words & ~torch.isin(completion_ids, ends)
+        prompts = torch.zeros_like(inputs["prompt_mask"], dtype=torch.bool)
+        return {"concept_mask": torch.cat([prompts, words], dim=1)}
 
-        def forward(**kwargs: Any) -> _ConceptLMOutput:
-            output = model(**kwargs, concept_mask=concept_mask)
-            concepts.append(output.concept_embeds)
-            return output
-
-        policy_loss = super()._compute_loss(forward, inputs)
-        (concept_embeds,) = concepts  # one forward pass for both losses
+    def add_to_loss(self, policy_loss: Tensor, output: Any, inputs: Batch, steps: int) -> Tensor:
+        """Adds L_seg (eq. 8), from the concept tokens of the same forward pass."""
         # A truncated completion that `mask_truncated_completions` leaves out has no tokens.
-        counts = completion_mask.any(dim=1).tolist()
-        dice, focal = self._segmentation_losses(inputs["rollouts"], concept_embeds, counts)
+        counts = inputs["completion_mask"].any(dim=1).tolist()
+        dice, focal = self._segmentation_losses(inputs["rollouts"], output.concept_embeds, counts)
         seg_loss = self.args.dice_weight * dice + self.args.focal_weight * focal
-
-        mode = "train" if self.model.training else "eval"
-        # TRL has divided the policy loss by this number already.
-        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
-        for name, value in {
-            "grpo": policy_loss * steps,
-            "seg": seg_loss,
-            "dice": dice,
-            "focal": focal,
-        }.items():
-            self._metrics[mode][f"loss/{name}"].append(self.accelerator.gather(value.detach()).mean().item())
+        parts = {"grpo": policy_loss * steps, "seg": seg_loss, "dice": dice, "focal": focal}
+        for name, value in parts.items():
+            self.log_mean(f"loss/{name}", value)
         loss = policy_loss + self.args.seg_loss_weight * seg_loss / steps
         self.check_loss(loss)
         return loss
@@ -464,13 +505,6 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
             self.processing_class = self._mllm_processor
 
 
-@dataclass
-class _ConceptLMOutput(FusedCausalLMOutput):
-    """TRL's log-probabilities, and the concept tokens (B, L2, D) of the same forward pass."""
-
-    concept_embeds: Tensor | None = None
-
-
 @dataclass(frozen=True, eq=False)
 class _Prompt:
     """What the completions of a prompt share.
@@ -498,30 +532,10 @@ class _Rollout:
     sam_text: str
 
 
-def _add_concept_head(model: ConceptSegForSegmentation, detach_hidden_states: bool) -> None:
-    """Lets `model(..., fused_lm_head=True, concept_mask=mask)` return concept tokens beside log-probabilities.
-
-    All that is trained must run inside the forward pass that DDP, DeepSpeed or FSDP has wrapped.
-    """
-    inner = model.forward
-
-    @functools.wraps(inner)
-    def forward(*args: Any, concept_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        if concept_mask is None:
-            return inner(*args, **kwargs)
-        states: list[Tensor] = []
-        handle = model.base_model.register_forward_hook(
-            lambda module, inputs, output: states.append(output.last_hidden_state)
-        )
-        try:
-            output = inner(*args, **kwargs)
-        finally:
-            handle.remove()
-        mllm.forget_positions(model.vlm)
-        concept_embeds = model.translate_completion(states[0], concept_mask, detach_hidden_states)
-        return _ConceptLMOutput(**output, concept_embeds=concept_embeds)
-
-    model.forward = forward
+def _up_to_end(ids: list[int], ends: set[int]) -> list[int]:
+    """The tokens up to the first that ends a completion, and with it."""
+    place = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: place + 1]
 
 
 def _texts(messages: Sequence[dict[str, Any]]) -> Iterable[str]:

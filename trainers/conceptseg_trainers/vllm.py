@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import Any
 
-from torch import Tensor
-from trl.generation.vllm_generation import VLLMGeneration
+from conceptseg_hf import ConceptSegForSegmentation
 
-from conceptseg_hf import ConceptSegForSegmentation, mllm
-
-if TYPE_CHECKING:
-    from .meta_grpo_trainer import MetaGRPOTrainer
+from .trl_adapter import GRPOTrainerAdapter, VLLMGenerationAdapter
 
 _MLLM = "vlm."
 # The engine has no list of forbidden tokens; the least bias it accepts makes one impossible in practice.
 _NEVER = -100.0
 
 
-class ConceptVLLMGeneration(VLLMGeneration):
+class ConceptVLLMGeneration(VLLMGenerationAdapter):
     """TRL's vLLM backend for the MLLM inside a `ConceptSegForSegmentation`.
 
     What differs from `VLLMGeneration`: the engine starts from the MLLM's own folder or id, receives only the MLLM's
@@ -47,15 +44,17 @@ class ConceptVLLMGeneration(VLLMGeneration):
         )
 
     @classmethod
-    def from_trainer(cls, trainer: MetaGRPOTrainer, mllm_name_or_path: str) -> ConceptVLLMGeneration:
-        """The backend that a trainer's arguments describe; see `ConceptVLLMGeneration` for the folder or id."""
+    def from_trainer(
+        cls, trainer: GRPOTrainerAdapter, mllm_name_or_path: str, suppressed_tokens: Sequence[int]
+    ) -> ConceptVLLMGeneration:
+        """The backend that a trainer's arguments describe; see `ConceptVLLMGeneration` for the others."""
         args = trainer.args
         return cls(
             model=trainer.model,
             accelerator=trainer.accelerator,
             processing_class=trainer.processing_class,
             mllm_name_or_path=mllm_name_or_path,
-            suppressed_tokens=mllm.vision_token_ids(trainer.concept_model.config.vlm_config),
+            suppressed_tokens=suppressed_tokens,
             mode=args.vllm_mode,
             structured_outputs_regex=args.vllm_structured_outputs_regex,
             server_base_url=args.vllm_server_base_url,
@@ -80,23 +79,22 @@ class ConceptVLLMGeneration(VLLMGeneration):
             generation_kwargs=args.generation_kwargs,
         )
 
-    def _init_vllm(self) -> None:
-        # The engine is built from `model.name_or_path`, which names the composite's folder.
+    @contextmanager
+    def engine_context(self) -> Iterator[None]:
+        """The engine is built from `model.name_or_path`, which names the composite's folder."""
         composite = next(
             module for module in self.model.modules() if isinstance(module, ConceptSegForSegmentation)
         )
         own = composite.name_or_path
         composite.name_or_path = self.mllm_name_or_path
         try:
-            super()._init_vllm()
+            yield
         finally:
             composite.name_or_path = own
 
-    def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
-        # Every parameter is walked, even those left out: to gather one is a collective operation.
-        for name, parameter in super()._iter_named_params():
-            if name.startswith(_MLLM):
-                yield name.removeprefix(_MLLM), parameter
+    def engine_name(self, name: str) -> str | None:
+        """The MLLM's own name of a parameter; the engine gets no others."""
+        return name.removeprefix(_MLLM) if name.startswith(_MLLM) else None
 
 
 def suppress_tokens(generation_kwargs: Mapping[str, Any] | None, tokens: Sequence[int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +14,44 @@ from ...references import Reference, mask_to_box
 from ...suggestions import did_you_mean
 from ...writing import json_text, open_new, picture_bytes, write_file
 from ..sample import ConceptSample
-from .families import GROUPS, Family, Task, TaskRng
+from .families import FURTHER_GROUPS, GROUPS, TABLE_1_GROUPS, VARIANTS, Family, Task, TaskRng
 
 if TYPE_CHECKING:
     import datasets
 
 NAME = "concept-shapes"
 # The number of each split enters the seed of each of its samples; its length is only where iteration ends.
-SPLITS = {"train": 0, "val": 1, "test": 2, "test-compositional": 3}
+SPLITS = {"train": 0, "val": 1, "test": 2, "test-compositional": 3, "test-rules": 4}
 SEED = 42
 """Seed of the references that are part of the benchmark."""
 
-_LENGTHS = {"train": 1_000_000, "val": 1_200, "test": 1_200, "test-compositional": 1_200}
+_LENGTHS = {"train": 1_000_000} | dict.fromkeys(("val", "test", "test-compositional", "test-rules"), 1_200)
+_RULES_SPLIT, _RULES_GROUP = "test-rules", "hidden rule"
+# Enters the seeds of the groups beside Table 1, so that they differ from each other and from the others.
+_FURTHER_SEEDS = {name: 1_000_000_007 + i for i, name in enumerate(FURTHER_GROUPS)}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a place of the benchmark draws.
+
+    Attributes:
+        level: "CI", "CD" or "CR".
+        group: The group.
+        stratum: The part of the group, where it has parts.
+        family: The family.
+        sample_id: Unique within the split.
+        seeds: What the task is drawn from, besides the split.
+        options: Further arguments of the family.
+    """
+
+    level: str
+    group: str
+    stratum: str
+    family: Family
+    sample_id: str
+    seeds: tuple[int, ...]
+    options: dict[str, Any]
 
 
 class ConceptShapes(Sequence[ConceptSample]):
@@ -35,18 +62,27 @@ class ConceptShapes(Sequence[ConceptSample]):
     together, wherever the family has a coloured target.
 
     Args:
-        split: `"train"`, `"val"`, `"test"` or `"test-compositional"`.
+        split: `"train"`, `"val"`, `"test"`, `"test-compositional"`, or `"test-rules"`: the group "hidden rule"
+            alone, with rules that no other split draws.
         length: Number of samples; the split's own by default.
         size: Side of the target images in pixels.
         seed: Another than `SEED` draws other references for the same targets, wherever references are examples of a
             concept; a first frame or view, which is part of the question, stays.
+        groups: Go round these groups instead: groups of Table 1 (their samples are those that the whole split has),
+            "which one" (siblings that the answer's noun does not tell apart) and "hidden rule" (the references obey a
+            rule that nobody states).
 
     Raises:
-        ValueError: If there is no such split, or the size is under 32 pixels.
+        ValueError: If there is no such split or group, or the size is under 32 pixels.
     """
 
     def __init__(
-        self, split: str = "test", length: int | None = None, size: int = 128, seed: int = SEED
+        self,
+        split: str = "test",
+        length: int | None = None,
+        size: int = 128,
+        seed: int = SEED,
+        groups: Sequence[str] | None = None,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(
@@ -55,11 +91,31 @@ class ConceptShapes(Sequence[ConceptSample]):
             )
         if size < 32:
             raise ValueError(f"ConceptShapes: size is {size}, too small to draw in; use at least 32 pixels.")
+        if groups is None:
+            groups = (_RULES_GROUP,) if split == _RULES_SPLIT else TABLE_1_GROUPS
+        unknown = [group for group in groups if group not in (*TABLE_1_GROUPS, *FURTHER_GROUPS)]
+        if unknown or not groups:
+            raise ValueError(
+                f"ConceptShapes: groups is {list(groups)}; use some of {', '.join((*TABLE_1_GROUPS, *FURTHER_GROUPS))}."
+            )
+        if split == _RULES_SPLIT and tuple(groups) != (_RULES_GROUP,):
+            raise ValueError(
+                f"ConceptShapes: the split {split!r} has the group {_RULES_GROUP!r} alone; leave groups out."
+            )
         self.name = NAME
         self.split = split
         self.size = size
         self.seed = seed
+        self.groups = tuple(groups)
         self.length = _LENGTHS[split] if length is None else length
+        # One round: the places of Table 1's round that are wanted, and one place for each further group.
+        self._round: list[int | str] = [i for i, (_, group, _) in enumerate(GROUPS) if group in groups]
+        self._round += [group for group in FURTHER_GROUPS if group in groups]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it goes round all groups of Table 1 and no others."""
+        return self._round == list(range(len(GROUPS)))
 
     def __len__(self) -> int:
         return self.length
@@ -70,30 +126,59 @@ class ConceptShapes(Sequence[ConceptSample]):
         if not -self.length <= index < self.length:
             raise IndexError(f"ConceptShapes: index {index} is outside of 0..{self.length - 1}.")
         index %= self.length
-        level, group, family = family_at(index)
+        slot = self.slot(index)
         task = self.task(index)
         return ConceptSample(
             image=Image.fromarray(task.scene.pixels),
             mask=mask_to_image(task.mask),
             prompt=task.prompt,
-            level=level,
-            group=group,
-            family=family.__name__,
+            level=slot.level,
+            group=slot.group,
+            family=slot.family.__name__,
             references=[Reference(Image.fromarray(scene.pixels), box=box) for scene, box in task.references],
             dataset=NAME,
-            sample_id=f"{self.split}-{index:06d}",
+            sample_id=slot.sample_id,
             box=mask_to_box(task.mask),
             think=task.think,
             rule=task.rule,
             answer=task.answer,
             split=self.split,
+            candidates=task.candidates,
+            stratum=slot.stratum,
         )
 
     def task(self, index: int) -> Task:
         """The task behind a sample, with its scenes."""
-        _, _, family = family_at(index)
-        rng = TaskRng([SPLITS[self.split], index], None if self.seed == SEED else self.seed)
-        return family(rng, self.size, self.split == "test-compositional")
+        slot = self.slot(index)
+        rng = TaskRng([SPLITS[self.split], *slot.seeds], None if self.seed == SEED else self.seed)
+        return slot.family(rng, self.size, self.split == "test-compositional", **slot.options)
+
+    def slot(self, index: int) -> Slot:
+        """What is drawn at an index."""
+        number, place = divmod(index, len(self._round))
+        group = self._round[place]
+        if isinstance(group, int):
+            index = number * len(GROUPS) + group
+            level, name, family = family_at(index)
+            return Slot(level, name, "", family, f"{self.split}-{index:06d}", (index,), {})
+        level, strata = FURTHER_GROUPS[group]
+        families = [(stratum, family) for stratum, members in strata.items() for family in members]
+        occurrence, which = divmod(number, len(families))
+        stratum, family = families[which]
+        options: dict[str, Any] = {"new": True} if self.split == _RULES_SPLIT else {}
+        seeds = (_FURTHER_SEEDS[group], number)
+        if family in VARIANTS:
+            occurrence, variant = divmod(occurrence, VARIANTS[family])
+            seeds, options = (*seeds[:1], which, occurrence), {"variant": variant}
+        return Slot(
+            level,
+            group,
+            stratum,
+            family,
+            f"{self.split}-{group.replace(' ', '-')}-{number:06d}",
+            seeds,
+            options,
+        )
 
     def __iter__(self) -> Iterator[ConceptSample]:
         for index in range(self.length):

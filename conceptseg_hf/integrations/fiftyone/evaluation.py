@@ -14,9 +14,11 @@ import fiftyone as fo
 import fiftyone.utils.eval.segmentation as foues
 import numpy as np
 
+from ...data.truths import resize
 from ...evaluation.metrics import LIBRARY_METRICS, METRICS, MaskMetrics
 from ...evaluation.tables import HEADINGS, LOWER_IS_BETTER
 from ...images import load_mask
+from ...mask_checks import is_similar_size
 from .evaluation_runs import COUNTS, left_out_of, replaced_since, report_of
 from .field_locks import locked
 from .labels import mask_of, predicted_mask
@@ -136,7 +138,7 @@ class ConceptSegEvaluation(foues.SegmentationEvaluation):
         for sample in scorer.samples.iter_samples(progress=progress, autosave=eval_key is not None):
             try:
                 score = scorer.score(sample)
-            except (ValueError, OSError) as error:  # a lost file, or a mask of another shape
+            except (ValueError, OSError) as error:  # a lost file, or a mask of another size
                 self.unscored[sample.id] = str(error)
                 continue
             matches += _matches(score, sample[config.gt_field], sample[config.pred_field])
@@ -196,22 +198,44 @@ class _Scorer:
     def score(self, sample: Any) -> dict[str, float]:
         """Scores a sample.
 
+        A true mask that has nearly the size of the predicted one (see `mask_checks.is_similar_size`) is resized to it.
+        Where the protocol resizes both anyway, they may have any size.
+
         Raises:
-            ValueError: If a mask cannot be read, has another shape, or holds several classes.
+            ValueError: If a mask cannot be read, has another size, or holds several classes.
             OSError: If a file is lost.
         """
         config = self._config
         truth, ignore = load_true_mask(sample[config.gt_field], config.gt_class)
-        size = (truth.shape[1], truth.shape[0])
         prediction = predicted_mask(sample[config.pred_field])
-        mask = np.zeros_like(truth) if prediction is None else load_mask(prediction, size)
+        mask = np.zeros_like(truth) if prediction is None else load_mask(prediction)
+        size = (mask.shape[1], mask.shape[0])
         if config.heatmap_field and prediction is not None and sample[config.heatmap_field] is not None:
             mask = load_probabilities(sample[config.heatmap_field], mask)
         ignored = None if self._ignore_field is None else mask_of(sample[self._ignore_field])
+        if ignore is not None:
+            ignore = _fit(ignore, size, "the true mask")
         if ignored is not None:
-            pixels = load_mask(ignored, size)
+            pixels = _fit(load_mask(ignored), size, "the mask of pixels that do not count")
             ignore = pixels if ignore is None else ignore | pixels
+        if ignore is not None or self.total.protocol.size is None:
+            truth = _fit(truth, size, "the true mask")
         return self.total.update(mask, truth, ignore)
+
+
+def _fit(mask: np.ndarray, size: tuple[int, int], what: str) -> np.ndarray:
+    """A mask (H, W) bool at the size (width, height) of the predicted one.
+
+    Raises:
+        ValueError: If its own is another by more than rounding or scale.
+    """
+    found = (mask.shape[1], mask.shape[0])
+    if not is_similar_size(found, size):
+        raise ValueError(
+            f"{what} has {found[0]} x {found[1]} pixels, but the predicted one {size[0]} x {size[1]}; "
+            "give masks of the image's size."
+        )
+    return resize(mask, size)
 
 
 def register_evaluation_backend() -> None:
@@ -249,7 +273,7 @@ def evaluate_concepts(
 
     Returns:
         FiftyOne's results; `results.custom_metrics` holds the metrics, in percent, and `results.backend.unscored` why
-        samples were left out (a lost file, a mask of another shape or of several classes), by sample id.
+        samples were left out (a lost file, a mask of another size or of several classes), by sample id.
 
     Raises:
         ValueError: If fields are missing, hidden or of another type, no sample can be scored, the protocol or a metric

@@ -23,11 +23,23 @@ from .context_reasoning import (
     tracking,
     view,
 )
-from .task import Rng, Task, TaskRng
+from .hidden_rule import coexistence, hidden_rule
+from .task import Task, TaskRng
+from .which_one import (
+    beside,
+    distance,
+    extreme_kin,
+    inside_ring,
+    marked_kin,
+    named_kin,
+    new_kin,
+    ordinal,
+    tracked_twin,
+)
 
-__all__ = ["GROUPS", "Family", "Task", "TaskRng"]
+__all__ = ["FURTHER_GROUPS", "GROUPS", "TABLE_1_GROUPS", "VARIANTS", "Family", "Task", "TaskRng"]
 
-Family = Callable[[Rng, int, bool], Task]
+Family = Callable[..., Task]
 
 # Level, group (a column of the paper's Table 1) and families, in the order in which a split goes through
 # them. "Diverse classes" comes three times in a round because it holds the absent-object negatives too.
@@ -45,3 +57,20 @@ GROUPS: tuple[tuple[str, str, tuple[Family, ...]], ...] = (
     ("CR", "rationality", (relation, odd_one_out, extreme_size)),
     ("CR", "spatio-temporality", (tracking, view)),
 )
+
+TABLE_1_GROUPS = tuple(dict.fromkeys(group for _, group, _ in GROUPS))
+
+# Groups beside those of Table 1, drawn only where they are asked for by name; strata are reported apart.
+FURTHER_GROUPS: dict[str, tuple[str, dict[str, tuple[Family, ...]]]] = {
+    "which one": (
+        "CR",
+        {
+            "shared noun": (marked_kin, named_kin, extreme_kin, new_kin),
+            "identical look": (beside, ordinal, distance, tracked_twin, inside_ring, coexistence),
+        },
+    ),
+    "hidden rule": ("CR", {"": (hidden_rule,)}),
+}
+
+# Families of which several samples in a row share a target: how many, and how each is asked for.
+VARIANTS: dict[Family, int] = {coexistence: 2}

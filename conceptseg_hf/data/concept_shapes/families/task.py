@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...sample import Candidate
 from ..rendering import COLOURS, SHAPES, BoolArray
 from ..scenes import (
     Box,
@@ -47,6 +48,7 @@ class Task:
         think: Ground-truth reasoning; ends with the answer.
         rule: Ground-truth rule.
         answer: Noun phrase of 1 to 3 words.
+        candidates: The target and the objects that could be taken for it, where the family asks which one is meant.
     """
 
     scene: Scene
@@ -56,6 +58,7 @@ class Task:
     think: str
     rule: str
     answer: str
+    candidates: tuple[Candidate, ...] = ()
 
 
 def shows(scene: Scene, index: int = 0) -> tuple[Scene, Box | None]:

@@ -1,0 +1,119 @@
+"""Rows that share a prompt: the MLLM reads it once."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, mllm
+from conceptseg_hf.data import ConceptShapes
+from conceptseg_hf.shared_prompts import find_shared_prompts, generate, prompts_read_once
+
+ROWS = [0, 0, 1, 0, 2, 2, 1]
+COMPLETION = (
+    "<think>the red star</think><rule>the red star</rule><bbox>[1,2,30,40]</bbox><answer>star</answer>"
+)
+
+
+@pytest.fixture(scope="module")
+def samples(processor: ConceptSegProcessor) -> list:
+    # With a mosaic, without references, and with one reference: prompts of three lengths.
+    shapes = ConceptShapes("test")
+    chosen = [shapes[index] for index in (7, 10, 11)]
+    return [processor.prepare(s.image, s.prompt, s.references) for s in chosen]
+
+
+@pytest.fixture(scope="module")
+def prompts(processor: ConceptSegProcessor, samples: list) -> dict[str, Tensor]:
+    return mllm.model_inputs(processor.collate([samples[row] for row in ROWS]))
+
+
+def test_rows_with_equal_words_and_images_share(model: ConceptSegForSegmentation, prompts: dict) -> None:
+    shared = find_shared_prompts(model.vlm, prompts, prompts["input_ids"].shape[1])
+    assert shared.prompt_of_row == ROWS
+    assert shared.row_of_prompt == [0, 2, 4]
+
+
+def test_one_other_pixel_is_another_prompt(model: ConceptSegForSegmentation, prompts: dict) -> None:
+    pixels = prompts["pixel_values"].clone()
+    pixels[mllm.patches_of_rows(model.vlm.config, prompts)[3][1].start, 0] += 1
+    shared = find_shared_prompts(
+        model.vlm, {**prompts, "pixel_values": pixels}, prompts["input_ids"].shape[1]
+    )
+    assert shared.prompt_of_row == [0, 0, 1, 2, 3, 3, 1]
+
+
+def test_nothing_is_shared_by_different_prompts(
+    model: ConceptSegForSegmentation, processor: ConceptSegProcessor, samples: list
+) -> None:
+    batch = mllm.model_inputs(processor.collate(samples))
+    assert find_shared_prompts(model.vlm, batch, batch["input_ids"].shape[1]) is None
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_the_same_tokens_are_generated(
+    model: ConceptSegForSegmentation, prompts: dict, do_sample: bool
+) -> None:
+    settings = {"do_sample": do_sample, "max_new_tokens": 60}
+    torch.manual_seed(3)
+    plain = model.vlm.generate(**prompts, **settings)
+    mllm.forget_positions(model.vlm)
+    torch.manual_seed(3)
+    assert torch.equal(generate(model.vlm, prompts, **settings), plain)
+
+
+def test_prompts_are_read_once(model: ConceptSegForSegmentation, prompts: dict) -> None:
+    images: list[int] = []
+    handle = mllm.vision_tower(model.vlm).register_forward_hook(
+        lambda module, args, kwargs, output: images.append(len(kwargs.get("grid_thw", args[-1]))),
+        with_kwargs=True,
+    )
+    try:
+        generate(model.vlm, prompts, max_new_tokens=3)
+    finally:
+        handle.remove()
+    assert images == [5], "two images with a mosaic or a reference, one without"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_states_and_gradients_equal_those_of_the_plain_pass(
+    make_model, processor: ConceptSegProcessor, samples: list, checkpointing: bool
+) -> None:
+    model = make_model().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    texts = [COMPLETION, COMPLETION[:40], "red", COMPLETION, "star", COMPLETION[:60], COMPLETION]
+    batch = processor.collate([samples[row] for row in ROWS], texts)
+    completion = batch["completion_mask"].bool()
+    inputs = mllm.model_inputs(batch)
+    length = int(completion.any(0).nonzero()[0])
+    used = completion.clone()
+    used[:, length - 1] = True  # the state that predicts the first token
+    parameters = [p for p in model.vlm.parameters() if p.requires_grad]
+    weights = torch.randn(used.sum(), model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    images: list[int] = []
+    mllm.vision_tower(model.vlm).register_forward_pre_hook(lambda module, args: images.append(len(args[0])))
+
+    found = []
+    for context in (nullcontext(), prompts_read_once(model.vlm, inputs, length)):
+        with context:
+            states = mllm.last_hidden_states(model.vlm, inputs)
+        gradients = torch.autograd.grad((states[used] * weights).sum(), parameters, allow_unused=True)
+        found.append((states[used].detach(), gradients))
+    (plain, plain_gradients), (states, gradients) = found
+    assert images[-1] < images[0], "fewer patches are read"
+    assert torch.allclose(states, plain, atol=1e-4)
+    for one, other in zip(gradients, plain_gradients, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert (one - other).norm() <= 1e-4 * other.norm() + 1e-6
+
+
+def test_the_base_model_is_left_as_it_was(model: ConceptSegForSegmentation, prompts: dict) -> None:
+    before = dict(vars(model.vlm.base_model))
+    with prompts_read_once(model.vlm, prompts, prompts["input_ids"].shape[1] - 1):
+        assert "forward" in vars(model.vlm.base_model)
+    assert vars(model.vlm.base_model).keys() == before.keys()
