@@ -24,8 +24,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from conceptseg_hf import Reference, nano_checkpoint
 from conceptseg_hf.data import ConceptShapes, load_benchmark
 from conceptseg_hf.evaluation import MaskMetrics, evaluate
-from conceptseg_hf.evaluation.loading import load_model_and_processor
 from conceptseg_hf.generation import generate_with_states
+from conceptseg_hf.loading import load_model_and_processor
 from conceptseg_hf.mosaic import MosaicSettings
 from conceptseg_hf.references import resolve_references
 

@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_model(arguments.model)
     models = dict(_variant_model(text) for text in arguments.variant_model)
     from conceptseg_hf.data import load_benchmarks
-    from conceptseg_hf.evaluation.ablation import ablate, load_ablation
-    from conceptseg_hf.evaluation.processes import join_processes
+    from conceptseg_hf.evaluation.distributed import join_processes
+    from conceptseg_hf.evaluation.running.ablation import ablate, load_ablation
 
     ablation = as_bad_input(load_ablation, arguments.config)
     name = f"{ablation.name}-{folder_name(arguments.benchmark)}-{arguments.split}"

@@ -303,7 +303,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[ConceptSegForSegmentation
         BadInputError: If that does not work.
     """
     check_model(arguments.model)
-    from conceptseg_hf.evaluation.loading import load_model_and_processor
+    from conceptseg_hf.loading import load_model_and_processor
 
     hide_bars()
     try:

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = check_output_dir(arguments.output_dir, *FILES)
     from conceptseg_hf.data import SOURCES, load_benchmarks
     from conceptseg_hf.data.registry import PROCEDURAL
-    from conceptseg_hf.evaluation.comparison import compare
+    from conceptseg_hf.evaluation.reporting.comparison import compare
 
     comparison = as_bad_input(compare, arguments.first, arguments.second)
     roots = parse_roots(arguments.root)

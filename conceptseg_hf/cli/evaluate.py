@@ -97,9 +97,9 @@ def run(arguments: argparse.Namespace) -> int:
     folder = check_output_dir(arguments.output_dir or f"evaluation_output/{name}", *FILES)
     from conceptseg_hf.data import load_benchmarks
     from conceptseg_hf.evaluation import evaluate
-    from conceptseg_hf.evaluation.decomposition import write_annotation_sheet
-    from conceptseg_hf.evaluation.loading import profile_of
-    from conceptseg_hf.evaluation.processes import join_processes
+    from conceptseg_hf.evaluation.distributed import join_processes
+    from conceptseg_hf.evaluation.reporting.decomposition import write_annotation_sheet
+    from conceptseg_hf.loading import profile_of
     from conceptseg_hf.profiles import get_profile
 
     template = read_template(arguments.prompt_template)

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from conceptseg_hf.devices import default_device
-    from conceptseg_hf.evaluation.loading import find_checkpoint
+    from conceptseg_hf.loading import find_checkpoint
     from conceptseg_hf.shipped import shipped_folder
 
     rows = {"python": f"{platform.python_version()} on {platform.platform()}"}
@@ -64,7 +64,7 @@ def _describe(checkpoint: str) -> dict[str, str]:
     import torch
 
     from conceptseg_hf import ConceptSegForSegmentation
-    from conceptseg_hf.evaluation.loading import load_config
+    from conceptseg_hf.loading import load_config
 
     config = load_config(checkpoint)
     with torch.device("meta"):

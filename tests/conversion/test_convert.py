@@ -13,13 +13,7 @@ from parity.reference_ctm import translate
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
-from conceptseg_hf import (
-    ConceptSegConfig,
-    ConceptSegForSegmentation,
-    ConceptSegProcessor,
-    cli,
-    sam_prompt,
-)
+from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation, ConceptSegProcessor, cli, sam_prompt
 from conceptseg_hf.conversion import MANIFEST_NAME, convert, to_original
 from conceptseg_hf.profiles import profile_changes
 from conceptseg_hf.prompt_template import OFFICIAL_TEMPLATE, PromptTemplate

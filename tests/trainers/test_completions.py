@@ -17,7 +17,7 @@ from conceptseg_trainers.completions import (
 
 from conceptseg_hf import nano_checkpoint, parse_completion
 from conceptseg_hf.data import ConceptShapes, UnreadableSampleError
-from conceptseg_hf.evaluation.loading import load_model_and_processor
+from conceptseg_hf.loading import load_model_and_processor
 
 LENGTH = 12  # tokens
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, format_completion
 from conceptseg_hf.completion import find_markup, find_template_tag, format_box_list
 from conceptseg_hf.data import ConceptSample, UnreadableSampleError
-from conceptseg_hf.evaluation.loading import fingerprint
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.images import load_image
+from conceptseg_hf.loading import fingerprint
 from conceptseg_hf.processing_conceptseg import Frame
 from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.references import resolve_references

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...evaluation.loading import load_model_and_processor
+from ...loading import load_model_and_processor
 from ...outputs import ConceptSegmentation
 from ...pipelines import ConceptSegmentationPipeline
 

@@ -11,7 +11,7 @@ from fiftyone import ViewField as F
 
 from ...evaluation.metrics import LIBRARY_METRICS
 from ...evaluation.records import REJECTION_THRESHOLD
-from ...evaluation.report import EvaluationReport
+from ...evaluation.reporting.report import EvaluationReport
 from .schema import REFERENCE, whole_dataset
 
 COUNTS = ("tp", "fp", "fn", "tn")

@@ -27,8 +27,8 @@ from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
 from conceptseg_hf.cli.outputs import find_fault
 from conceptseg_hf.data import SOURCES, BenchmarkGroup, ConceptSample, load_benchmarks
 from conceptseg_hf.data.files import LOADERS
-from conceptseg_hf.evaluation.loading import find_checkpoint, load_config
-from conceptseg_hf.evaluation.processes import let_gloo_end
+from conceptseg_hf.evaluation.distributed import let_gloo_end
+from conceptseg_hf.loading import find_checkpoint, load_config
 from conceptseg_hf.profiles import apply_profile, get_profile
 from conceptseg_hf.progress import hide_bars_in_pipes, print_line
 
