@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -35,28 +33,21 @@ from .devices import (
     loaded,
     stored_value,
 )
-from .finite import check_finite, is_finite
-from .generation import generate_with_states
+from .finite import check_finite
+from .inference import Segmenter, SegmentSettings
 from .losses import segmentation_loss
 from .outputs import ConceptSegmentation, ConceptSegOutput
 from .quantization import spare_sam_and_ctm
 from .router import ShortcutRouter
-from .sam_prompt import BOX_TEXT, SAM_PROMPTS, ImageFeatures
+from .sam_prompt import ImageFeatures
 
 if TYPE_CHECKING:
-    from .completion import Completion
     from .processing_conceptseg import ConceptSegInputs, ConceptSegProcessor, PreparedSample
 
 # Arguments of `from_pretrained` that say where files come from; they serve every part of a model alike.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "use_safetensors")
 
 _PARTS = ("vlm", "ctm", "sam")
-
-_NOTHING = -100.0  # a mask logit whose probability is 0
-_NOT_FINITE = (
-    "the model's output for this sample is not finite (NaN); load the checkpoint in float32 or bfloat16, or use one "
-    "whose training did not diverge."
-)
 
 
 class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
@@ -635,10 +626,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"segment: batch_size is {batch_size}; use at least 1, or None for all samples at once."
             )
-        if sam_prompt not in SAM_PROMPTS:
-            raise ValueError(
-                f"segment: sam_prompt is {sam_prompt!r}; use one of {', '.join(map(repr, SAM_PROMPTS))}."
-            )
+        settings = SegmentSettings(router, generation_config, sam_prompt, return_heatmap, return_logits)
+        segmenter = Segmenter(self, processor, settings)
         samples = list(inputs)
         size = batch_size or max(len(samples), 1)
         modes = {module: module.training for module in self.modules()}
@@ -648,201 +637,11 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
                 return [
                     result
                     for start in range(0, len(samples), size)
-                    for result in self._segment_batch(
-                        samples[start : start + size],
-                        router,
-                        generation_config,
-                        processor,
-                        return_heatmap,
-                        sam_prompt,
-                        return_logits,
-                    )
+                    for result in segmenter.segment(samples[start : start + size])
                 ]
         finally:
             for module, training in modes.items():
                 module.training = training
-
-    def _segment_batch(
-        self,
-        samples: list[PreparedSample],
-        router: ShortcutRouter,
-        generation_config: GenerationConfig | Mapping[str, Any] | None,
-        processor: ConceptSegProcessor,
-        return_heatmap: bool,
-        sam_prompt: str,
-        return_logits: bool,
-    ) -> list[ConceptSegmentation]:
-        decoded: dict[int, _Decoded] = {}
-        presences: dict[int, float] = {}
-        usable = [i for i, sample in enumerate(samples) if sample.error is None]
-        if usable:
-            asked = [i for i in usable if router.asks_sam(samples[i].prompt)]
-            one_look = all(samples[i].shortcut_pixel_values is None for i in usable)
-            if one_look:  # both paths see the same pixels
-                features, row_of = self._encode_samples(samples, usable)
-            if asked:
-                seen = (
-                    (features, row_of) if one_look else self._encode_samples(samples, asked, on_shortcut=True)
-                )
-                texts = [router.sam_text(samples[i].prompt) for i in asked]
-                first_look = self._decode_rows(*seen, asked, texts, processor)
-                presences = {i: look.presence for i, look in first_look.items()}
-                decoded = {
-                    i: look
-                    for i, look in first_look.items()
-                    if router.accepts(look.presence, samples[i].prompt)
-                }
-
-            reasoned = [i for i in usable if i not in decoded]
-            if reasoned:
-                if not one_look:
-                    features, row_of = self._encode_samples(samples, reasoned)
-                completions, concepts = self._reason(
-                    [samples[i] for i in reasoned], generation_config, processor
-                )
-                if sam_prompt == "box":
-                    answers = self._decode_boxes(features, row_of, reasoned, samples, completions, processor)
-                else:
-                    texts = [
-                        self.config.sam_words(completion.answer, samples[i].prompt)
-                        for i, completion in zip(reasoned, completions)
-                    ]
-                    answers = self._decode_rows(
-                        features,
-                        row_of,
-                        reasoned,
-                        None if sam_prompt == "concept" else texts,
-                        processor,
-                        None if sam_prompt == "text" else concepts,
-                    )
-                for i, completion in zip(reasoned, completions):
-                    answers[i].completion = completion
-                decoded.update(answers)
-
-        results = []
-        for i, sample in enumerate(samples):
-            if i not in decoded:
-                results.append(ConceptSegmentation.failed(sample.error, sample.prompt))
-                continue
-            if not decoded[i].is_finite:
-                results.append(ConceptSegmentation.failed(_NOT_FINITE, sample.prompt))
-                continue
-            result = _result(sample, decoded[i], processor, return_heatmap)
-            result.presence, result.threshold = presences.get(i), router.threshold(sample.prompt)
-            if return_logits:
-                result.mask_logits = decoded[i].mask_logits.cpu().numpy()
-            results.append(result)
-        return results
-
-    def _encode_samples(
-        self, samples: list[PreparedSample], rows: list[int], on_shortcut: bool = False
-    ) -> tuple[ImageFeatures, dict[int, int]]:
-        """Encodes the images of some samples, a shared one once; also says which features are whose."""
-        images: dict[int, int] = {}
-        pixels: list[Tensor] = []
-        row_of: dict[int, int] = {}
-        for i in rows:
-            tensor = samples[i].sam_pixel_values
-            if on_shortcut and samples[i].shortcut_pixel_values is not None:
-                tensor = samples[i].shortcut_pixel_values
-            if id(tensor) not in images:
-                images[id(tensor)] = len(pixels)
-                pixels.append(tensor)
-            row_of[i] = images[id(tensor)]
-        device = execution_device(self.sam)
-        return self.encode_image(torch.stack([tensor.to(device) for tensor in pixels])), row_of
-
-    def _decode_rows(
-        self,
-        features: ImageFeatures,
-        row_of: dict[int, int],
-        rows: list[int],
-        texts: list[str] | None,
-        processor: ConceptSegProcessor,
-        concept_embeds: Tensor | None = None,
-        boxes: Tensor | None = None,
-    ) -> dict[int, _Decoded]:
-        """Decodes one prompt for each of `rows`."""
-        selected = features.select(torch.tensor([row_of[i] for i in rows]))
-        text = (None, None) if texts is None else processor.sam_text(texts)
-        mask_logits, presence_logits = self.decode_masks(selected, *text, concept_embeds, boxes)
-        presences = presence_logits.float().sigmoid()[:, 0].tolist()
-        return {
-            i: _Decoded(mask_logits[row, 0].float(), presence)
-            for row, (i, presence) in enumerate(zip(rows, presences))
-        }
-
-    def _decode_boxes(
-        self,
-        features: ImageFeatures,
-        row_of: dict[int, int],
-        rows: list[int],
-        samples: list[PreparedSample],
-        completions: list[Completion],
-        processor: ConceptSegProcessor,
-    ) -> dict[int, _Decoded]:
-        """Decodes the box of each completion, and nothing where there is none (`sam_prompt="box"`)."""
-        boxes = {
-            i: processor.text_box_to_sam(completion.bbox, samples[i].frame)
-            for i, completion in zip(rows, completions)
-            if completion.bbox is not None
-        }
-        boxes = {i: box for i, box in boxes.items() if box[2] > 0 and box[3] > 0}
-        answers = {i: _Decoded(torch.full((1, 1), _NOTHING), 0.0) for i in rows}
-        if boxes:
-            answers |= self._decode_rows(
-                features,
-                row_of,
-                list(boxes),
-                [BOX_TEXT] * len(boxes),
-                processor,
-                boxes=torch.tensor(list(boxes.values()))[:, None],
-            )
-        return answers
-
-    def _reason(
-        self,
-        samples: list[PreparedSample],
-        generation_config: GenerationConfig | Mapping[str, Any] | None,
-        processor: ConceptSegProcessor,
-    ) -> tuple[list[Completion], Tensor]:
-        """Lets the MLLM write; returns what it wrote and (B, L2, D) concept tokens."""
-        batch = processor.collate(samples, device=execution_device(self.vlm))
-        config = self.config
-        generated = generate_with_states(
-            self.vlm,
-            batch,
-            generation_config,
-            config.hidden_states_at,
-            config.end_of_turn_state,
-            config.max_total_length,
-        )
-        if len(generated.mask) != len(samples):
-            raise ValueError(
-                "segment: num_return_sequences is above 1; a sample has one result, so leave it at 1."
-            )
-        completions = [
-            processor.decode_completion(token_ids[mask], sample)
-            for token_ids, mask, sample in zip(generated.token_ids, generated.mask, samples)
-        ]
-        device = execution_device(self.ctm)
-        return completions, self.encode_concepts(
-            generated.hidden_states.to(device), generated.state_mask.to(device)
-        )
-
-
-@dataclass
-class _Decoded:
-    """One decode: (h, w) mask logits, presence in [0, 1], and the completion (None on the shortcut)."""
-
-    mask_logits: Tensor
-    presence: float
-    completion: Completion | None = None
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether there is a mask in it at all."""
-        return math.isfinite(self.presence) and is_finite(self.mask_logits)
 
 
 def _check_forward_arguments(
@@ -874,35 +673,3 @@ def _completion_states(
     columns = mask.any(dim=0).nonzero()
     first, last = (int(columns[0]), int(columns[-1])) if len(columns) else (0, 0)
     return hidden_states[:, first : last + 1], mask[:, first : last + 1]
-
-
-def _result(
-    sample: PreparedSample, decoded: _Decoded, processor: ConceptSegProcessor, return_heatmap: bool
-) -> ConceptSegmentation:
-    """Brings a decode back to the frames of the input images."""
-    mask, probability = processor.post_process_mask(decoded.mask_logits, sample.frame)
-    foreground = probability[probability > 0.5]
-    completion = decoded.completion
-    result = ConceptSegmentation(
-        mask=mask,
-        label=sample.prompt,
-        score=decoded.presence * float(foreground.mean()) if foreground.size else 0.0,
-        route="shortcut" if completion is None else "reasoning",
-        decode_presence=decoded.presence,
-        heatmap=probability if return_heatmap else None,
-    )
-    if completion is None:
-        return result
-    result.label = completion.answer or sample.prompt
-    result.think, result.rule, result.answer, result.completion = (
-        completion.think,
-        completion.rule,
-        completion.answer,
-        completion.text,
-    )
-    if completion.bbox is not None:
-        result.box = processor.text_box_to_image(completion.bbox, sample.frame)
-    if completion.check is not None:
-        result.check_reference, result.check = processor.text_box_to_reference(completion.check, sample.frame)
-    result.check_iou = processor.check_iou(completion.check, sample.frame)
-    return result

@@ -13,7 +13,7 @@ from conceptseg_hf import (
     ConceptSegForSegmentation,
     Reference,
     ShortcutRouter,
-    modeling_conceptseg,
+    inference,
 )
 from conceptseg_hf.completion import format_completion
 from conceptseg_hf.generation import GeneratedCompletions
@@ -124,7 +124,7 @@ def script(monkeypatch, model, processor, texts):
         mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in ids])
         return GeneratedCompletions(token_ids, mask, torch.randn(len(ids), length, model.config.hidden_size))
 
-    monkeypatch.setattr(modeling_conceptseg, "generate_with_states", generate)
+    monkeypatch.setattr(inference, "generate_with_states", generate)
 
 
 # -- structure --
@@ -491,9 +491,9 @@ def test_the_cache_covers_the_batch(model, training_batch):
 def test_segment_equals_the_teacher_forced_forward(model, processor, inputs, monkeypatch, hidden_states_at):
     monkeypatch.setattr(model.config, "hidden_states_at", hidden_states_at)
     written = []
-    generate = modeling_conceptseg.generate_with_states
+    generate = inference.generate_with_states
     monkeypatch.setattr(
-        modeling_conceptseg,
+        inference,
         "generate_with_states",
         lambda *args: written.append(generate(*args)) or written[0],
     )
@@ -944,7 +944,7 @@ def test_the_ctm_reads_the_end_of_turn_state_where_the_config_says_so(model, inp
         )
 
     encode = model.encode_concepts
-    monkeypatch.setattr(modeling_conceptseg, "generate_with_states", generate)
+    monkeypatch.setattr(inference, "generate_with_states", generate)
     monkeypatch.setattr(model, "encode_concepts", lambda *given: read.append(given) or encode(*given))
     first = model.segment(inputs[:1], NEVER, return_heatmap=True)[0]
     switch(end_of_turn_state=True, max_total_length=2816)

@@ -24,7 +24,7 @@ ROWS = [
     {"cli", "integrations"},
     {"evaluation", "pipelines", "conversion"},
     {"visualization", "data", "loading", "profiles"},
-    {"modeling_conceptseg"},
+    {"modeling_conceptseg", "inference"},
     {"processing_conceptseg", "generation", "hub"},
 ]
 
