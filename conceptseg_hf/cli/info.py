@@ -89,7 +89,8 @@ def _describe(checkpoint: str) -> dict[str, str]:
 
 def _preset_of(config: Any) -> str | None:
     """The preset whose MLLM has these sizes."""
-    from conceptseg_hf.configuration_conceptseg import PRESETS, ConceptSegConfig
+    from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
+    from conceptseg_hf.presets import PRESETS
 
     def sizes(one: Any) -> tuple[int, ...]:
         text, vision = one.get_text_config(), one.vlm_config.vision_config

@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from conceptseg_hf.completion import format_box, format_completion
-from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.data.concept_shapes.families.task import Task, words_for
 from conceptseg_hf.data.concept_shapes.rendering import COLOURS, GREY, SHAPES, TEXTURES, turns_of
@@ -28,6 +27,7 @@ from conceptseg_hf.data.concept_shapes.scenes import (
     make_objects,
     random_look,
 )
+from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, Frame
 from conceptseg_hf.references import Reference, compose_mosaic, mask_to_box, resolve_references
 
