@@ -257,11 +257,14 @@ class EvaluationReport:
             column
             for column in _COLUMNS
             if (column[0] != "failed" or any(row["failed"] for row in table))
-            and (column[0] not in _OPTIONAL or any(row[column[0]] is not None for row in table))
+            and (column[0] not in _OPTIONAL or any(row.get(column[0]) is not None for row in table))
         ]
         lines = markdown_table(
             ["level", "group", *(heading for _, heading, _ in columns)],
-            [[row["level"], row["group"], *(_cell(row[name]) for name, _, _ in columns)] for row in table],
+            [
+                [row["level"], row["group"], *(_cell(row.get(name)) for name, _, _ in columns)]
+                for row in table
+            ],
         )
         lines += ["", *(f"- {heading}: {meaning}." for _, heading, meaning in columns)]
         lines += ["", "Masks of all samples, absent concepts included, in percent:", ""]
@@ -335,11 +338,20 @@ def _row(level: str, group: str, records: Sequence[Record]) -> dict[str, Any]:
         "format_rate": _mean(records, "format_valid"),
         "box_iou": _mean(records, "box_iou"),
         "check_iou": _mean(records, "check_iou"),
-        "chosen_right": _share(record["chosen"] == TARGET for record in records if "chosen" in record),
-        "sibling_fraction": _share(
-            record["sibling_fraction"] for record in records if record.get("sibling_fraction") is not None
-        ),
         "failed": sum(record["error"] is not None for record in records),
+        **_choice(records),
+    }
+
+
+def _choice(records: Sequence[Record]) -> dict[str, float | None]:
+    """What only rows of samples with candidates have; see `records.choice`."""
+    chosen = [record for record in records if "chosen" in record]
+    if not chosen:
+        return {}
+    fractions = [record["sibling_fraction"] for record in chosen]
+    return {
+        "chosen_right": _share(record["chosen"] == TARGET for record in chosen),
+        "sibling_fraction": _share(fraction for fraction in fractions if fraction is not None),
     }
 
 
