@@ -83,8 +83,8 @@ def parse_completion(text: str, scale: float | None = None, expect_check: bool |
     if answer == "":
         faults.append("<answer> is empty")
         answer = None
-    elif answer is not None and (tag := find_markup(answer)) is not None:
-        faults.append(f"<answer> holds {tag}")
+    elif answer is not None and (markup := find_markup(answer)) is not None:
+        faults.append(f"<answer> holds {markup}")
         answer = None
     faults = _structure_faults(text, expect_check) + faults
     return Completion(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, Sam3Config
@@ -80,9 +80,14 @@ class ConceptSegConfig(PreTrainedConfig):
         "ctm_config": SubConfigSpec(config_class=ConceptTranslationConfig),
     }
 
-    vlm_config: dict | PreTrainedConfig | None = None
-    sam_config: dict | PreTrainedConfig | None = None
-    ctm_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # given as dictionaries, too, of which the base class makes configurations
+        vlm_config: Any = None
+        sam_config: Any = None
+        ctm_config: Any = None
+    else:
+        vlm_config: dict | PreTrainedConfig | None = None
+        sam_config: dict | PreTrainedConfig | None = None
+        ctm_config: dict | PreTrainedConfig | None = None
     tie_word_embeddings: bool = False
     sam_geometry_cls: bool = True
     hidden_states_at: str = "token"

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from . import mllm
@@ -43,7 +43,7 @@ class GeneratedCompletions:
     token_ids: Tensor
     mask: Tensor
     hidden_states: Tensor
-    state_mask: Tensor | None = None
+    state_mask: Tensor = None  # type: ignore[assignment]  # as `mask` by default
 
     def __post_init__(self) -> None:
         if self.state_mask is None:
@@ -52,7 +52,7 @@ class GeneratedCompletions:
 
 @torch.no_grad()
 def generate_with_states(
-    vlm: PreTrainedModel,
+    vlm: mllm.Mllm,
     inputs: Mapping[str, Any],
     generation_config: GenerationConfig | Mapping[str, Any] | None = None,
     hidden_states_at: str = "token",
@@ -107,7 +107,9 @@ def generate_with_states(
                 _without_device_warning(vlm),
                 _without_criteria_warning(late is not None),
             ):  # generate calls parts of the MLLM past its forward
-                sequences = vlm.generate(**inputs, generation_config=config, stopping_criteria=criteria)
+                sequences = vlm.generate(
+                    **inputs, generation_config=config, stopping_criteria=StoppingCriteriaList(criteria)
+                )
         finally:
             handle.remove()
             mllm.forget_positions(vlm)
@@ -132,7 +134,7 @@ def generate_with_states(
 
 
 @contextmanager
-def _without_device_warning(vlm: PreTrainedModel) -> Iterator[None]:
+def _without_device_warning(vlm: mllm.Mllm) -> Iterator[None]:
     """Hides that `generate` asks for inputs on the device of the first parameter, which may be offloaded to nowhere."""
     with warnings.catch_warnings():
         if vlm.device.type == "meta":
@@ -159,7 +161,7 @@ def _without_criteria_warning(is_wanted: bool) -> Iterator[None]:
 
 
 def _prepare_config(
-    vlm: PreTrainedModel,
+    vlm: mllm.Mllm,
     given: GenerationConfig | Mapping[str, Any] | None,
     inputs: Mapping[str, Tensor],
     max_total_length: int | None,

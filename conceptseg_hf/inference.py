@@ -117,9 +117,12 @@ class Segmenter:
         pixels: list[Tensor] = []
         row_of: dict[int, int] = {}
         for i in indices:
-            tensor = samples[i].sam_pixel_values
-            if on_shortcut and samples[i].shortcut_pixel_values is not None:
-                tensor = samples[i].shortcut_pixel_values
+            own, shortcut = samples[i].sam_pixel_values, samples[i].shortcut_pixel_values
+            tensor = shortcut if on_shortcut and shortcut is not None else own
+            if tensor is None:
+                raise ValueError(
+                    "segment: a sample has no sam_pixel_values; give what the processor returned."
+                )
             if id(tensor) not in rows:
                 rows[id(tensor)] = len(pixels)
                 pixels.append(tensor)
@@ -136,9 +139,9 @@ class Segmenter:
         boxes: Tensor | None = None,
     ) -> dict[int, _Decoded]:
         """Decodes one prompt for each of some samples; by their index."""
-        text = (None, None) if texts is None else self.processor.sam_text(texts)
+        ids, mask = (None, None) if texts is None else self.processor.sam_text(texts)
         mask_logits, presence_logits = self.model.decode_masks(
-            images.select(indices), *text, concept_embeds, boxes
+            images.select(indices), ids, mask, concept_embeds, boxes
         )
         presences = presence_logits.float().sigmoid()[:, 0].tolist()
         return {
@@ -203,7 +206,7 @@ class Segmenter:
     ) -> dict[int, _Decoded]:
         """Decodes the box of each completion, and nothing where there is none."""
         boxes = {
-            i: self.processor.text_box_to_sam(completion.bbox, samples[i].frame)
+            i: self.processor.text_box_to_sam(completion.bbox, samples[i].coordinates)
             for i, completion in completions.items()
             if completion.bbox is not None
         }
@@ -219,10 +222,10 @@ class Segmenter:
     ) -> ConceptSegmentation:
         """Brings a decode back to the frames of the input images."""
         if decoded is None:
-            return ConceptSegmentation.failed(sample.error, sample.prompt)
+            return ConceptSegmentation.failed(sample.error or "", sample.prompt)
         if not decoded.is_finite:
             return ConceptSegmentation.failed(_NOT_FINITE, sample.prompt)
-        mask, probability = self.processor.post_process_mask(decoded.mask_logits, sample.frame)
+        mask, probability = self.processor.post_process_mask(decoded.mask_logits, sample.coordinates)
         foreground = probability[probability > 0.5]
         completion = decoded.completion
         result = ConceptSegmentation(
@@ -248,7 +251,7 @@ class Segmenter:
             completion.answer,
             completion.text,
         )
-        frame = sample.frame
+        frame = sample.coordinates
         if completion.bbox is not None:
             result.box = self.processor.text_box_to_image(completion.bbox, frame)
         if completion.check is not None:

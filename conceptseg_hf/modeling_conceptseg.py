@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -59,14 +59,20 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
     on the MLLM.
     """
 
+    config: ConceptSegConfig
+    vlm: mllm.Mllm
+    ctm: ConceptTranslationModule
+    sam: Sam3Model
+    hf_device_map: Mapping[str, Any]
+
     config_class = ConceptSegConfig
     base_model_prefix = "conceptseg"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # as Transformers' own models have it
     supports_gradient_checkpointing = True
-    _no_split_modules = ("ConceptTranslationModule", *sam_prompt.UNITS)  # the MLLM adds its own
+    _no_split_modules = ["ConceptTranslationModule", *sam_prompt.UNITS]  # noqa: RUF012 (the MLLM adds its own)
     # One dtype is all a config can say; without this a reload in bfloat16 would take SAM 3 and the CTM along.
-    _keep_in_fp32_modules_strict = ("sam", "ctm")
+    _keep_in_fp32_modules_strict = ["sam", "ctm"]  # noqa: RUF012 (the base class reads it so)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -112,7 +118,9 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             **config_kwargs: Fields of `ConceptSegConfig`.
         """
         sam_name = config_kwargs.pop("sam_name_or_path", None)
-        attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        attention: dict[str, Any] = (
+            {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        )
         if not isinstance(vlm, PreTrainedModel):
             vlm = AutoModelForImageTextToText.from_pretrained(
                 vlm, dtype=dtype, **attention, **(vlm_kwargs or {})
@@ -120,8 +128,10 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         if not isinstance(sam, PreTrainedModel):
             sam_name = sam_name or os.fspath(sam)
             sam = Sam3Model.from_pretrained(sam, dtype=torch.float32, **attention, **(sam_kwargs or {}))
+        sam_width = cast("Any", sam.config).detr_encoder_config.hidden_size
         # A new config resets the attention implementation of the configs it is given: it gets copies until
         # the model stands.
+        options: dict[str, Any] = {"attn_implementation": vlm.config._attn_implementation, **config_kwargs}
         config = ConceptSegConfig(
             vlm_config=copy.deepcopy(vlm.config),
             sam_config=copy.deepcopy(sam.config),
@@ -129,12 +139,11 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
                 **{
                     **(ctm_config or {}),
                     "hidden_size": vlm.config.get_text_config().hidden_size,
-                    "sam_hidden_size": sam.config.detr_encoder_config.hidden_size,
+                    "sam_hidden_size": sam_width,
                 }
             ),
             sam_name_or_path=sam_name or sam.config.name_or_path or None,
-            attn_implementation=vlm.config._attn_implementation,
-            **config_kwargs,
+            **options,
         )
         with torch.device("meta"):
             model = cls(config)
@@ -199,9 +208,10 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             kwargs["quantization_config"] = spare_sam_and_ctm(
                 kwargs["quantization_config"], kwargs.get("device_map")
             )
-        model, info = super().from_pretrained(
+        loaded_pair: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
+        model, info = loaded_pair
         missing = {
             part: sorted(key for key in info["missing_keys"] if key.startswith(f"{part}.")) for part in _PARTS
         }
@@ -257,14 +267,15 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             upload, kwargs = hub.split_upload_arguments(save_directory, kwargs)
         if is_offloaded(self) and not hasattr(self, "hf_device_map") and len(args) < 2:
             kwargs.setdefault("state_dict", self._stored_state_dict())  # the base class saves others itself
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        kwargs["save_original_format"] = save_original_format
+        super().save_pretrained(save_directory, *args, **kwargs)
         if Path(save_directory).is_dir():  # other processes than the main one may have no folder
             hub.keep_remote_stub(save_directory)
             hub.save_model_card(save_directory, self.config, tags=self.model_tags or ())
         if push_to_hub:
             hub.upload(save_directory, **upload)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
@@ -470,7 +481,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         text_embeds = text_mask = None
         device = features.device
         with self._own_precision():
-            if sam_input_ids is not None:
+            if sam_input_ids is not None and sam_attention_mask is not None:
                 with torch.no_grad():
                     text_embeds, text_mask = sam_prompt.encode_text(
                         self.sam, sam_input_ids.to(device), sam_attention_mask.to(device)
@@ -480,7 +491,9 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             if boxes is not None:
                 boxes = boxes.to(device, self.sam.dtype)
             output = sam_prompt.decode(self.sam, features, text_embeds, text_mask, concept_embeds, boxes)
-        return output.semantic_seg, output.presence_logits
+        masks, presence = output.semantic_seg, output.presence_logits
+        assert masks is not None and presence is not None  # SAM 3 always gives both
+        return masks, presence
 
     @can_return_tuple
     def forward(
@@ -560,7 +573,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             mask_logits, presence_logits = self.decode_masks(
                 sam_features, sam_input_ids, sam_attention_mask, concept_embeds
             )
-        if mask_labels is not None:
+        if mask_labels is not None and mask_logits is not None:
             loss, dice, focal = segmentation_loss(mask_logits, mask_labels.to(mask_logits.device))
         return ConceptSegOutput(
             loss=loss,

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -108,6 +108,15 @@ class PreparedSample:
     error: str | None = None
     shortcut_pixel_values: torch.Tensor | None = None
 
+    @property
+    def coordinates(self) -> Frame:
+        """The sample's coordinate frames.
+
+        Raises:
+            ValueError: If the sample could not be prepared.
+        """
+        return _known(self.frame, "coordinate frames")
+
     @classmethod
     def failed(cls, prompt: str, error: str) -> PreparedSample:
         """The stand-in for an item that could not be prepared."""
@@ -115,7 +124,7 @@ class PreparedSample:
 
     def to(self, device: torch.device | str) -> PreparedSample:
         """A copy whose tensors are on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
         return replace(self, **moved)
@@ -182,6 +191,19 @@ class ConceptSegProcessor(ProcessorMixin):
 
     return_mm_token_type_ids = True
 
+    image_processor: Any
+    tokenizer: Any
+    sam_image_processor: Any
+    sam_tokenizer: Any
+    canvas_size: int
+    coordinate_scale: float
+    sam_text_length: int
+    prompt_template: dict[str, Any]
+    mosaic: dict[str, Any] | None
+    shortcut_size: int | None
+    sam_resampling: str | None
+    mask_resampling: str
+
     def __init__(
         self,
         image_processor: Any = None,
@@ -228,7 +250,7 @@ class ConceptSegProcessor(ProcessorMixin):
         self._reserved_tokens = sorted({self.image_token, *special, *tokenizer.all_special_tokens})
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> ConceptSegProcessor:
         """As in the base class; of a checkpoint in the authors' layout it says how to convert it."""
@@ -468,7 +490,8 @@ class ConceptSegProcessor(ProcessorMixin):
             else [[]] * len(samples)
         )
         ends_count = [end_of_turn] * len(samples) if isinstance(end_of_turn, bool) else list(end_of_turn)
-        prompt_length = max(len(sample.input_ids) for sample in samples)
+        prompts = [_known(sample.input_ids, "input_ids") for sample in samples]
+        prompt_length = max(map(len, prompts))
         length = prompt_length + max(map(len, endings))
         pad = (
             self.tokenizer.pad_token_id
@@ -478,13 +501,12 @@ class ConceptSegProcessor(ProcessorMixin):
         input_ids = torch.full((len(samples), length), pad, dtype=torch.long)
         attention_mask, token_types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
         completion_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        for row, (sample, ending, end_counts) in enumerate(zip(samples, endings, ends_count, strict=True)):
-            prompt, end = (
-                slice(prompt_length - len(sample.input_ids), prompt_length),
-                prompt_length + len(ending),
-            )
-            input_ids[row, prompt] = sample.input_ids.cpu()
-            token_types[row, prompt] = sample.mm_token_type_ids.cpu()
+        for row, (sample, ids, ending, end_counts) in enumerate(
+            zip(samples, prompts, endings, ends_count, strict=True)
+        ):
+            prompt, end = slice(prompt_length - len(ids), prompt_length), prompt_length + len(ending)
+            input_ids[row, prompt] = ids.cpu()
+            token_types[row, prompt] = _known(sample.mm_token_type_ids, "mm_token_type_ids").cpu()
             input_ids[row, prompt_length:end] = torch.tensor(ending, dtype=torch.long)
             attention_mask[row, prompt.start : end] = 1
             completion_mask[row, prompt_length : max(end - (not end_counts), prompt_length)] = True
@@ -492,8 +514,10 @@ class ConceptSegProcessor(ProcessorMixin):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "mm_token_type_ids": token_types,
-            "pixel_values": torch.cat([sample.pixel_values for sample in samples]),
-            "image_grid_thw": torch.cat([sample.image_grid_thw for sample in samples]),
+            "pixel_values": torch.cat([_known(sample.pixel_values, "pixel_values") for sample in samples]),
+            "image_grid_thw": torch.cat(
+                [_known(sample.image_grid_thw, "image_grid_thw") for sample in samples]
+            ),
         }
         if completions is not None:
             batch["completion_mask"] = completion_mask
@@ -607,9 +631,10 @@ class ConceptSegProcessor(ProcessorMixin):
         """
         if frame.proxy is None or frame.proxy_box is None:
             return []
-        boxes: Sequence[Box] = frame.proxy_boxes or (frame.proxy_box,)
+        boxes = frame.proxy_boxes or (frame.proxy_box,)
         if self.mosaic_settings.several_boxes == "enclosing":
-            boxes = (enclosing_box(boxes),)
+            around = enclosing_box(boxes)
+            boxes = () if around is None else (around,)
         return [self.reference_box_to_text(box, frame.proxy, frame) for box in boxes]
 
     @property
@@ -652,9 +677,9 @@ class ConceptSegProcessor(ProcessorMixin):
 
     # Parts
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]
         self,
-        conversation: Sequence[Any],
+        conversation: list[Any],
         chat_template: str | None = None,
         *,
         tokenize: bool = False,
@@ -694,7 +719,8 @@ class ConceptSegProcessor(ProcessorMixin):
 
     @property
     def _chat_template(self) -> str:
-        return self.chat_template or self.tokenizer.chat_template or mllm.chat_template(self.image_token)
+        own: Any = self.chat_template  # of one name here, and so one text
+        return own or self.tokenizer.chat_template or mllm.chat_template(self.image_token)
 
     def check_prompt(self, prompt: str) -> None:
         """Raises a ValueError if a prompt cannot be used; the message is one sentence."""
@@ -815,6 +841,17 @@ def _checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         else:
             raise ValueError(f"ConceptSegProcessor: there is no setting {name!r} that is plain data.")
     return checked
+
+
+_T = TypeVar("_T")
+
+
+def _known(value: _T | None, name: str) -> _T:
+    if value is None:
+        raise ValueError(
+            f"a sample has no {name}; give what the processor's `prepare` and `prepare_mllm` return."
+        )
+    return value
 
 
 def _scaled(box: Sequence[float], scale_x: float, scale_y: float | None = None) -> Box:

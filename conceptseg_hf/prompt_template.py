@@ -111,7 +111,7 @@ class PromptTemplate:
             if not isinstance(frame, str):
                 raise ValueError(f"prompt template: there is no frame for {variant}; give frame, or frames.")
             texts[variant] = _fill_slots(frame, slots, variant)
-        return cls(system=data.get("system"), **texts)
+        return cls(system=data.get("system"), **texts)  # type: ignore[arg-type]  # checked there
 
 
 def load_prompt_template(path: str | os.PathLike) -> PromptTemplate:
