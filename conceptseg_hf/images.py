@@ -69,7 +69,8 @@ def read_header(path: str | os.PathLike) -> tuple[tuple[int, int], int]:
         if picture.format == "TIFF":  # which Pillow turns itself
             picture.load()
             return picture.size, orientation
-        return picture.size[:: -1 if orientation >= SWAPS_SIDES else 1], orientation
+        width, height = picture.size
+        return ((height, width) if orientation >= SWAPS_SIDES else (width, height)), orientation
 
 
 def try_image(path: str | os.PathLike) -> tuple[tuple[int, int], int]:
@@ -384,7 +385,7 @@ def picture_foreground(picture: Image.Image) -> np.ndarray:
 
 def _has_white(picture: Image.Image) -> bool:
     """Whether a palette picture uses greys alone, and a bright one; classes have colours, or no palette at all."""
-    palette = np.reshape(picture.getpalette("RGB"), (-1, 3))
+    palette = np.reshape(picture.getpalette("RGB") or [], (-1, 3))
     used = palette[[index for index in np.unique(np.asarray(picture)) if index < len(palette)]]
     return bool((used == used[:, :1]).all() and used.max(initial=0) >= _MASK_LEVEL)
 

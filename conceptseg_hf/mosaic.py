@@ -248,15 +248,22 @@ def compose_mosaic(
         for box in _listed(given):
             canvas_box = layout.image_to_canvas(box, cells[number], image.size)
             if settings.boxes_from == "cell":  # whole pixels, but for the rounding of the way there and back
-                canvas_box = tuple(round(value, 6) for value in canvas_box)
+                x1, y1, x2, y2 = canvas_box
+                canvas_box = round(x1, 6), round(y1, 6), round(x2, 6), round(y2, 6)
             draw.rectangle(_last_pixels(canvas_box), outline=BOX_COLOUR, width=width)
     return canvas
 
 
 def _listed(boxes: Box | Sequence[Box] | None) -> Iterator[Box]:
     """One box or several as several."""
-    if boxes is not None and len(boxes):
-        yield from boxes if isinstance(boxes[0], Sequence) else (boxes,)
+    if boxes is None:
+        return
+    numbers = [part for part in boxes if not isinstance(part, Sequence)]
+    if numbers:
+        x1, y1, x2, y2 = numbers
+        yield x1, y1, x2, y2
+    else:
+        yield from (part for part in boxes if isinstance(part, Sequence))
 
 
 def _last_pixels(box: Box) -> tuple[int, int, int, int]:

@@ -239,7 +239,8 @@ def _reference_boxes(reference: Reference, image_size: tuple[int, int], orientat
     box = mask_to_box(load_mask(reference.mask, image_size, orientation))
     if box is None:
         raise ValueError(no_foreground(reference.mask))
-    return (tuple(map(float, box)),)
+    x1, y1, x2, y2 = box
+    return ((float(x1), float(y1), float(x2), float(y2)),)
 
 
 def no_foreground(mask: ImageInput) -> str:

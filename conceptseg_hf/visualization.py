@@ -236,7 +236,7 @@ def side_by_side(
     return canvas
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
     """Lines that fit a width; words that do not fit are cut, and so is a text without end."""
     lines = []
     for paragraph in text.splitlines():

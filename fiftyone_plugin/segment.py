@@ -99,7 +99,7 @@ class SegmentConcept(foo.Operator):
         except Exception as error:
             remark = "" if progress is None else f"{progress}; these stay, and the same run does the rest."
             yield from forms.told(ctx, error, remark)
-        if ctx.delegated:
+        if ctx.delegated or progress is None:
             return
         yield ctx.ops.reload_dataset()
         yield ctx.ops.set_active_fields(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
+    from conceptseg_hf.mosaic import Box
 
 # conceptseg_hf.router.ROUTER_MODES, which cannot be imported without torch; a test holds the two together.
 ROUTERS = ("adaptive", "sam_only", "full_reasoning")
@@ -37,8 +38,8 @@ class ReferenceArgument:
 
     image: str
     mask: str | None = None
-    box: tuple[float, float, float, float] | None = None
-    boxes: tuple[tuple[float, float, float, float], ...] | None = None
+    box: Box | None = None
+    boxes: tuple[Box, ...] | None = None
 
 
 def add_output_option(parser: argparse.ArgumentParser, default: str) -> None:
@@ -390,13 +391,16 @@ def os_error_sentence(error: OSError) -> str:
     return f"{what} cannot be used: {error.strerror}; give another."
 
 
-def _parse_boxes(text: str) -> tuple[tuple[float, float, float, float], ...] | None:
+def _parse_boxes(text: str) -> tuple[Box, ...] | None:
     """One box or several with semicolons between them; None if one of them is none."""
+    boxes: list[Box] = []
     try:
-        boxes = tuple(tuple(float(part) for part in box.split(",")) for box in text.split(";"))
+        for box in text.split(";"):
+            x1, y1, x2, y2 = map(float, box.split(","))
+            boxes.append((x1, y1, x2, y2))
     except ValueError:
         return None
-    return boxes if all(len(box) == 4 and all(map(math.isfinite, box)) for box in boxes) else None
+    return tuple(boxes) if all(all(map(math.isfinite, box)) for box in boxes) else None
 
 
 def _is_readable(name: str) -> bool:

@@ -68,11 +68,11 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the verb."""
     image = check_image(arguments.image)
-    references = [parse_reference(text) for text in arguments.reference]
+    given = [parse_reference(text) for text in arguments.reference]
     if not arguments.prompt.strip():
         raise BadInputError('--prompt is empty; say what to segment, such as --prompt "red circle".')
     folder = Path(arguments.output_dir)
-    inputs = [name for item in references for name in (item.image, item.mask) if name is not None]
+    inputs = [name for item in given for name in (item.image, item.mask) if name is not None]
     json_path, *pictures = _free_paths(folder, image, inputs)
     paths = dict(zip(("mask", "overlay"), pictures, strict=True))
     check_output_dir(folder, *(path.name for path in (*pictures, json_path)))
@@ -86,22 +86,22 @@ def run(arguments: argparse.Namespace) -> int:
     from conceptseg_hf.visualization import caption_of, panel
     from conceptseg_hf.writing import json_text, picture_bytes, write_files
 
-    references = [
-        Reference(item.image, mask=item.mask, box=item.box, boxes=item.boxes) for item in references
-    ]
+    references = [Reference(item.image, mask=item.mask, box=item.box, boxes=item.boxes) for item in given]
     sample = as_bad_input(processor.prepare, image, arguments.prompt, references, lazy=True)
     generation = {"max_new_tokens": arguments.max_new_tokens} if arguments.max_new_tokens else None
     result = model.segment(
         ConceptSegInputs([sample], processor), router=arguments.router, generation_config=generation
     )[0]
-    if result.error is not None:
+    if result.error is not None or result.mask is None:
         raise BadInputError(result.error)
+    found, index = result.check, result.check_reference
+    check = None if found is None or index is None else (index, found)
     picture = panel(
         load_image(image),
         result.mask,
         references=references,
         box=result.box,
-        check=None if result.check is None else (result.check_reference, result.check),
+        check=check,
         caption=caption_of(result, arguments.prompt),
         mosaic_settings=processor.mosaic_settings,
     )

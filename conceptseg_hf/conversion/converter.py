@@ -179,7 +179,7 @@ def to_original(
         [(weights, _own_name)],
         {name: shape for name, shape in expected.items() if not name.startswith("sam.")},
         lambda name, dtype: dtype,
-        rename_target=lambda name: names.to_original(name),
+        rename_target=lambda name: names.to_original(name) or name,
         tied=tied,
     )
     _check(plan, f"checkpoint {str(checkpoint)!r} does not fit its config.json", allow_mismatch)
@@ -226,7 +226,7 @@ def _own_name(name: str) -> tuple[Piece, ...] | None:
     if name.startswith("sam."):
         return ()
     theirs = names.to_original(name)
-    return None if theirs is None else (Piece(names.from_original(theirs)),)
+    return None if theirs is None else _from_original(theirs)
 
 
 def _prefixed(rename: Rename) -> Rename:
@@ -257,7 +257,7 @@ def _mllm_dtype(plan: Plan, original_names: bool = False) -> torch.dtype:
     for step in plan.steps:
         if step.target.startswith("vlm.") or (original_names and step.piece.target.startswith("vlm.")):
             sizes[step.dtype] = sizes.get(step.dtype, 0) + step.nbytes
-    return max(sizes, key=sizes.get, default=torch.float32)
+    return max(sizes, key=sizes.__getitem__, default=torch.float32)
 
 
 def _describe_source(

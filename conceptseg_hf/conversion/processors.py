@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BaseImageProcessor, CLIPTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..configuration_conceptseg import ConceptSegConfig
@@ -103,7 +103,7 @@ def save_original_processor(folder: Path, target: Path) -> dict[str, Any]:
     return {name: getattr(processor, name) for name in (*_KEPT, *changed)}
 
 
-def _rewrite_for_older_releases(folder: Path, chat_template: str) -> None:
+def _rewrite_for_older_releases(folder: Path, chat_template: str | dict[str, str] | None) -> None:
     """Says what was saved in the words of Transformers 4, which the authors' code runs on."""
     path = folder / "tokenizer_config.json"
     content = read_json(path)
@@ -133,7 +133,7 @@ def copy_generation_config(folder: Path, target: Path) -> None:
         shutil.copyfile(folder / "generation_config.json", target / "generation_config.json")
 
 
-def _image_processor(kind: type, folder: Path, **sizes: Any) -> Any:
+def _image_processor(kind: type[BaseImageProcessor], folder: Path, **sizes: Any) -> BaseImageProcessor:
     """From its file, or with the sizes that the model's configuration says."""
     if any((folder / name).is_file() for name in _IMAGE_FILES):
         return kind.from_pretrained(folder)
@@ -148,7 +148,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _sam_parts(folder: Path, kind: type, image_size: int) -> dict[str, Any]:
+def _sam_parts(folder: Path, kind: type[BaseImageProcessor], image_size: int) -> dict[str, Any]:
     if (folder / "sam_tokenizer").is_dir():  # one of our checkpoints
         processor = ConceptSegProcessor.from_pretrained(folder)
         return {
@@ -177,7 +177,9 @@ def read_bpe(path: Path) -> CLIPTokenizer:
         alphabet = list(bytes_to_unicode().values())
         marks = ("<|startoftext|>", "<|endoftext|>")
         tokens = [*alphabet, *(token + "</w>" for token in alphabet), *map("".join, merges), *marks]
-        return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        # Transformers takes pairs, but its annotation does not know them.
+        return CLIPTokenizer(vocab=vocabulary, merges=merges)  # type: ignore[arg-type]
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise ConversionError(
             f"vocabulary {str(path)!r} cannot be read ({error}); download it again."

@@ -184,9 +184,15 @@ class FileBenchmark(Sequence[ConceptSample]):
         except (OSError, ValueError) as error:  # it may be that only its frame is the wrong one
             raise UnreadableSampleError(_because(item, error), fields, _truth_or_none(item)) from error
         found = self.read_references(item)
-        references = {"references": found.references, "reference_faults": found.faults}
-        references["references_lost"] = found.lost
-        sample = ConceptSample(image=image, soft_mask=soft_mask, **references, **fields, **truth.fitted)
+        sample = ConceptSample(
+            image=image,
+            soft_mask=soft_mask,
+            references=found.references,
+            reference_faults=found.faults,
+            references_lost=found.lost,
+            **fields,
+            **truth.fitted,
+        )
         if truth.fault is not None:
             raise UnreadableSampleError(_because(item, truth.fault), fields, truth.stored, sample)
         return sample
@@ -226,7 +232,7 @@ class FileBenchmark(Sequence[ConceptSample]):
         Which ones do depends on seed and sample alone. A reference that is not usable is named once in a warning.
         """
         drawn, rng = self._draw(item)
-        spares: Iterator[FileReference] | None = None if rng else iter(())
+        spares: Iterator[FileReference] | None = None
         files, references, faults = [], [], []
         for file in drawn:
             candidate: FileReference | None = file
@@ -237,6 +243,8 @@ class FileBenchmark(Sequence[ConceptSample]):
                     faults.append(str(error))
                 else:
                     files.append(candidate)
+                    break
+                if self._pool is None or rng is None:
                     break
                 if spares is None:
                     spares = self._pool.spares(item.concept, rng, item.image, drawn)

@@ -96,7 +96,7 @@ def load_benchmarks(
         where = root_of(row_name, root) if row_name in SOURCES else None
         try:
             samples = load_benchmark(
-                row_name, root=where, split=row_split, limit=limit, seed=seed, loader=loader
+                row_name, root=where, split=row_split or split, limit=limit, seed=seed, loader=loader
             )
             members[f"{row_name}-{row_split}"] = samples
         except (ValueError, OSError) as error:
@@ -133,7 +133,9 @@ def _rows(word: str, split: str | None) -> Sequence[tuple[str, str | None]]:
     if word.lower() not in GROUPS:
         if word not in BENCHMARKS:
             get_source(word, GROUPS)  # says which there are
-        return [(word, SOURCES[word].aliases.get(split, split) if word in SOURCES else split)]
+        if split is None or word not in SOURCES:
+            return [(word, split)]
+        return [(word, SOURCES[word].aliases.get(split, split))]
     if split not in (None, "test"):
         raise ValueError(
             f"load_benchmarks: the group {word!r} has the paper's splits; leave split {split!r} out, or name "

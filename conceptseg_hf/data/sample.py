@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..references import Reference
+from ..references import Box, Reference
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class ConceptSample:
     references: list[Reference] = field(default_factory=list)
     dataset: str = ""
     sample_id: str = ""
-    box: tuple[float, float, float, float] | None = None
+    box: Box | None = None
     think: str | None = None
     rule: str | None = None
     answer: str | None = None

@@ -153,7 +153,7 @@ class PolygonFile(Truth):
 class BoxTruth(Truth):
     """A box and no mask: x1, y1, x2, y2 as fractions of the image's sides."""
 
-    fractions: Box
+    fractions: tuple[float, ...]
     box_only = True
 
     def box(self, size: Size) -> Box:

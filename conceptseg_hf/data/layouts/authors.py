@@ -25,7 +25,8 @@ def index_files(root: Path, source: Source, split: str) -> Index:
     """Lists the samples of one data set of the tree; see `Index`."""
     path = required_file(root / METADATA, source.name)
     metadata = _read_metadata(path, path.stat().st_mtime_ns)
-    items, classes = [], set()
+    items: list[FileItem] = []
+    classes: set[str] = set()
     for concept, entries in metadata[split].items():
         for entry in entries:
             if entry["dataset_name"] == source.name:

@@ -151,7 +151,7 @@ class MaskMetrics:
         if not counted.all():
             probability, truth = probability * counted, truth & counted
         mask = probability if probability.dtype == bool else probability > 0.5
-        pixels = np.count_nonzero(counted)
+        pixels = int(np.count_nonzero(counted))
         tp = np.count_nonzero(mask & truth)
         fp, fn = np.count_nonzero(mask) - tp, np.count_nonzero(truth) - tp
         score = {"tp": float(tp), "fp": float(fp), "fn": float(fn), "tn": float(pixels - tp - fp - fn)}

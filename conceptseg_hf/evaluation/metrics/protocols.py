@@ -71,8 +71,8 @@ class Protocol:
             soft_truth: The truth with its soft edges, "L", where there is one.
         """
         if self.size is not None and not keep_size:
-            prediction = self._resize(prediction) > 0.5
-            truth = self._resize_truth(truth, soft_truth)
+            prediction = _resize(prediction, self.size) > 0.5
+            truth = self._resize_truth(truth, soft_truth, self.size)
             counted = np.ones_like(truth)
         if self.binary and prediction.dtype != bool:
             prediction = prediction > 0.5
@@ -80,20 +80,14 @@ class Protocol:
 
     def threshold(self, logits: np.ndarray) -> np.ndarray:
         """The mask of (h, w) logits at the size of comparison, bool."""
-        return self._resize(logits) > 0
+        assert self.size is not None  # the others compare at the truth's size
+        return _resize(logits, self.size) > 0
 
-    def _resize(self, values: np.ndarray) -> np.ndarray:
-        """Bilinear between pixel centres."""
-        if values.shape == (self.size, self.size):
-            return values
-        image = torch.from_numpy(values.astype(np.float32))[None, None]
-        return nn.functional.interpolate(image, size=(self.size, self.size), mode="bilinear")[0, 0].numpy()
-
-    def _resize_truth(self, truth: np.ndarray, soft_truth: Image.Image | None) -> np.ndarray:
+    def _resize_truth(self, truth: np.ndarray, soft_truth: Image.Image | None, side: int) -> np.ndarray:
         if not self.bicubic_truths:
-            return self._resize(truth) > 0.5
+            return _resize(truth, side) > 0.5
         picture = Image.fromarray(truth.astype(np.uint8) * 255) if soft_truth is None else soft_truth
-        return np.asarray(picture.resize((self.size, self.size), Image.Resampling.BICUBIC)) > 127
+        return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC)) > 127
 
 
 PROTOCOLS = {
@@ -113,6 +107,14 @@ PROTOCOLS = {
         ),
     )
 }
+
+
+def _resize(values: np.ndarray, side: int) -> np.ndarray:
+    """Bilinear between pixel centres."""
+    if values.shape == (side, side):
+        return values
+    image = torch.from_numpy(values.astype(np.float32))[None, None]
+    return nn.functional.interpolate(image, size=(side, side), mode="bilinear")[0, 0].numpy()
 
 
 def get_protocol(name: str) -> Protocol:

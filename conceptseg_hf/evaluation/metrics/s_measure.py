@@ -43,11 +43,11 @@ def s_measure(prediction: np.ndarray, truth: np.ndarray, released: bool = False)
         metric = load_library()()
         metric.step(pred=prediction.astype(np.float64), gt=truth, normalize=False)
         return float(metric.get_results()["sm"])
-    size, predicted, true = truth.size, np.count_nonzero(prediction), np.count_nonzero(truth)
+    size, predicted, true = truth.size, int(np.count_nonzero(prediction)), int(np.count_nonzero(truth))
     if true in (0, size):
         share = predicted / size
         return share if true else 1 - share
-    hits = np.count_nonzero(prediction & truth)
+    hits = int(np.count_nonzero(prediction & truth))
     correct_outside = size - true - (predicted - hits)
     of_object = partial(_object, released=released)
     objects = true * of_object(hits, true) + (size - true) * of_object(correct_outside, size - true)

@@ -98,7 +98,7 @@ def segment_samples(
             sam_resampling="bicubic", mask_resampling="bicubic", shortcut_size=None
         )
         others = [index for index in range(len(samples)) if index not in set(apart)]
-        found = {}
+        found: dict[int, ConceptSegmentation] = {}
         for chosen, chosen_processor in ((apart, resizing), (others, processor)):
             batch = [samples[index] for index in chosen]
             results = segment_samples(model, chosen_processor, batch, *options) if batch else []
@@ -167,7 +167,7 @@ def make_record(
     Returns:
         The record; see above.
     """
-    scores, iou, route_ious = None, None, None
+    scores, iou, route_ious, regret = None, None, None, None
     if not sample.box_only:
         scores, iou = _score(sample, result, protocol, metrics)
         if other is not None and result.route is not None:
@@ -175,6 +175,7 @@ def make_record(
             _, other_iou = _score(sample, other, protocol, ())
             ious = {result.route: iou}
             route_ious = {route: ious.get(route, other_iou) for route in ("shortcut", "reasoning")}
+            regret = max(route_ious.values()) - iou
     reasoned = result.route == "reasoning"
     found_box = None
     mask = None if result.mask is None else np.asarray(result.mask) >= 128
@@ -205,7 +206,7 @@ def make_record(
         "rule": result.rule,
         "true_rule": sample.rule,
         "completion": result.completion,
-        "format_valid": parse_completion(result.completion).is_valid if reasoned else None,
+        "format_valid": parse_completion(result.completion or "").is_valid if reasoned else None,
         "box": None if result.box is None else list(result.box),
         "true_box": None if sample.box is None else list(sample.box),
         "box_iou": found_box,
@@ -213,7 +214,7 @@ def make_record(
         "check_reference": result.check_reference,
         "check_iou": result.check_iou,
         "route_ious": route_ious,
-        "routing_regret": None if route_ious is None else max(route_ious.values()) - iou,
+        "routing_regret": regret,
         "error": result.error,
         "mask": None if mask is None else encode_mask(mask),
         **choice_values(
@@ -263,7 +264,7 @@ def _score(
     rule = get_protocol(protocol)
     own_size = sample.dataset in rule.own_size
     ignore = sample.ignore if rule.ignores or own_size else None
-    mask = Image.new("L", sample.mask.size) if result.mask is None else result.mask
+    mask: Image.Image | np.ndarray = Image.new("L", sample.mask.size) if result.mask is None else result.mask
     truth = sample.mask
     if ignore is None and not own_size and rule.size is not None:
         if result.mask_logits is not None:

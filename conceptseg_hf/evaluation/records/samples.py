@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 from ...data import ConceptSample, ConceptShapes, FileBenchmark, UnreadableSampleError
 from ...data.files import FileItem
@@ -38,12 +38,15 @@ def read_sample(
     sample = _read(samples, index)
     if isinstance(sample, UnreadableSampleError):
         rule, stretched = get_protocol(protocol), sample.stretched
-        resizes = rule.size is not None and stretched is not None and stretched.dataset not in rule.own_size
-        return stretched if resizes else sample
+        if rule.size is not None and stretched is not None and stretched.dataset not in rule.own_size:
+            return stretched
+        return sample
     return sample if has_usable_references(samples) else with_usable_references(sample)
 
 
-def _read(samples: Sequence[ConceptSample], index: int) -> ConceptSample | UnreadableSampleError:
+def _read(
+    samples: Sequence[ConceptSample] | Dataset[ConceptSample], index: int
+) -> ConceptSample | UnreadableSampleError:
     try:
         return samples[index]
     except UnreadableSampleError as error:
@@ -58,7 +61,7 @@ def describe_samples(samples: Sequence[ConceptSample]) -> dict[str, Any]:
         described = {"benchmark": samples.name, "split": samples.split, "seed": samples.seed}
         if isinstance(samples, ConceptShapes) and not samples.is_whole:
             described["groups"] = list(samples.groups)
-        if getattr(samples, "loader", "default") != "default":
+        if isinstance(samples, FileBenchmark) and samples.loader != "default":
             described["loader"] = samples.loader
         return described
     first = _read(samples, 0)
@@ -66,7 +69,7 @@ def describe_samples(samples: Sequence[ConceptSample]) -> dict[str, Any]:
     return {"benchmark": fields.get("dataset", ""), "split": fields.get("split", "")}
 
 
-def identify_sample(samples: Sequence[ConceptSample], index: int) -> dict[str, Any]:
+def identify_sample(samples: Sequence[ConceptSample] | Dataset[ConceptSample], index: int) -> dict[str, Any]:
     """Those fields of a sample's record that are known beforehand.
 
     Args:
@@ -79,7 +82,7 @@ def identify_sample(samples: Sequence[ConceptSample], index: int) -> dict[str, A
     """
     first = index == 0
     while isinstance(samples, Subset):
-        samples, index = samples.dataset, samples.indices[index]
+        index, samples = samples.indices[index], samples.dataset
     if isinstance(samples, FileBenchmark):
         return _identify_item(samples.items[index], samples.root)
     if not first and not isinstance(samples, (list, tuple)):

@@ -7,6 +7,7 @@ finds them all.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -49,7 +50,7 @@ class RecordStore:
         self._records: dict[int, Record] = {}
         self._processes = processes
         self._folder = None if folder is None else Path(folder)
-        self._file = None
+        self._file: io.FileIO | None = None
         self._seen: dict[Path, int] = {}
         if self._folder is None:
             if processes.count > 1:
@@ -88,10 +89,10 @@ class RecordStore:
 
     def add(self, records: Iterable[tuple[int, Record]]) -> None:
         """Takes the records of a batch and writes them at once."""
-        records = dict(records)
-        self._records |= records
+        added = dict(records)
+        self._records |= added
         if self._file is not None:
-            lines = "".join(_line(index, record) for index, record in records.items()).encode()
+            lines = "".join(_line(index, record) for index, record in added.items()).encode()
             try:
                 while lines:  # a disk that fills up takes a part
                     lines = lines[self._file.write(lines) :]
@@ -124,32 +125,37 @@ class RecordStore:
             self._merge()
 
     @property
+    def _place(self) -> Path:
+        assert self._folder is not None  # without a folder nothing is read or written
+        return self._folder
+
+    @property
     def _own_path(self) -> Path:
         name = "records.jsonl" if self._processes.count == 1 else f"records.{self._processes.index}.jsonl"
-        return self._folder / name
+        return self._place / name
 
     def _parts(self) -> list[Path]:
         return sorted(self._folder.glob("records.*.jsonl")) if self._folder is not None else []
 
     def _read(self) -> dict[int, Record]:
         """All records of the folder; later ones replace earlier ones."""
-        whole = self._folder / "records.jsonl"
+        whole = self._place / "records.jsonl"
         paths = [*([whole] if whole.exists() else []), *self._parts()]
         return {index: record for path in paths for index, record in read_records(path)}
 
     def _merge(self) -> None:
         """Writes records.jsonl anew: by index, and without the line that was cut off when a run was killed."""
         parts = self._parts()
-        with open_new(self._folder / "records.jsonl") as file:
+        with open_new(self._place / "records.jsonl") as file:
             file.writelines(_line(index, self._records[index]) for index in sorted(self._records))
         for part in parts:
             part.unlink()
 
     def _check_settings(self, wanted: dict[str, Any]) -> None:
-        path = self._folder / "settings.json"
+        path = self._place / "settings.json"
         wanted = json.loads(json_text(wanted))
         if not path.exists():
-            if (self._folder / "records.jsonl").exists():
+            if (self._place / "records.jsonl").exists():
                 raise ValueError(
                     f"evaluate: {str(self._folder)!r} holds records without settings.json, which says what they are "
                     "of; give another output folder, or remove this one."

@@ -6,15 +6,13 @@ the ten groups of Table 1. A benchmark of several groups, such as ConceptShapes,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..metrics import MaskMetrics
+from ..records.store import Record
 from . import paper_figures
 from .bootstrap import Interval, Resampled, average, resample
-
-Record = Mapping[str, Any]
 
 LEVELS = ("CI", "CD", "CR")
 WITH_INTERVALS = ("f_w", "miou")  # those of Table 1
@@ -128,7 +126,7 @@ def _data_set(
     level, group, dataset, split = key
     masks = MaskMetrics(protocol, metrics=metrics)
     masks.merge(record["scores"] for record in records if record["scores"] is not None)
-    values = masks.compute() if masks.scores else dict.fromkeys(metrics)
+    values: dict[str, float | None] = {**masks.compute()} if masks.scores else dict.fromkeys(metrics)
     wanted = [name for name in WITH_INTERVALS if name in metrics]
     each = [value for value in sample_values(records, protocol, wanted) if value is not None]
     resamples = {
@@ -155,7 +153,7 @@ def _mean(kind: str, level: str, group: str, of: Sequence[_Part], metrics: Seque
 
 
 def _part(
-    names: tuple[Any, ...],
+    names: tuple[str, str, str, tuple[tuple[str, str], ...], int],
     values: dict[str, float | None],
     resamples: dict[str, Resampled | None],
     shortcut_share: float | None,

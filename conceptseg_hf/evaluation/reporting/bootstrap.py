@@ -77,16 +77,16 @@ def resample(values: Sequence[float], stream: str = "", resamples: int = RESAMPL
     """
     if resamples < 1:
         raise ValueError(f"resample: resamples is {resamples}; use at least 1.")
-    values = np.asarray(values, dtype=np.float64)
-    if not len(values):
+    numbers = np.asarray(values, dtype=np.float64)
+    if not len(numbers):
         return None
     rng = np.random.default_rng(zlib.crc32(stream.encode()))
-    block = max(1, _BLOCK // len(values))
+    block = max(1, _BLOCK // len(numbers))
     means = [
-        values[rng.integers(len(values), size=(min(block, resamples - start), len(values)))].mean(axis=1)
+        numbers[rng.integers(len(numbers), size=(min(block, resamples - start), len(numbers)))].mean(axis=1)
         for start in range(0, resamples, block)
     ]
-    return Resampled(float(values.mean()), np.concatenate(means), len(values), len(values))
+    return Resampled(float(numbers.mean()), np.concatenate(means), len(numbers), len(numbers))
 
 
 def average(parts: Sequence[Resampled | None]) -> Resampled | None:

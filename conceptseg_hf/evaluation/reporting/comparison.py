@@ -12,6 +12,7 @@ from typing import Any
 from ...data import ConceptSample
 from ...writing import json_text, write_files
 from ..records.runs import Run, read_runs
+from ..records.store import Record
 from . import paper_figures
 from .aggregate import levels_of, sample_values
 from .bootstrap import Interval, average, resample
@@ -27,8 +28,6 @@ from .gallery import (
     write_page,
 )
 from .tables import csv_text, interval_text, interval_values, markdown_table, provenance, provenance_line
-
-Record = Mapping[str, Any]
 
 TIE = 0.01
 """Foreground IoUs that differ by no more are a tie."""
@@ -127,7 +126,7 @@ class Comparison:
             return None
         protocol = self.settings[0]["protocol"]
         first, second = (
-            [value["miou"] for value in sample_values(records, protocol, ["miou"])]
+            [value["miou"] for value in sample_values(records, protocol, ["miou"]) if value is not None]
             for records in ([pair.first for pair in pairs], [pair.second for pair in pairs])
         )
         differences: dict[str, dict[tuple[str, str], list[float]]] = {}
@@ -138,7 +137,8 @@ class Comparison:
             for group, sets in differences.items()
         ]
         name = "the ten groups" if set(differences) == set(ten) else ", ".join(differences)
-        return name, average(means).interval()
+        mean = average(means)
+        return None if mean is None else (name, mean.interval())
 
     @property
     def remarks(self) -> list[str]:
@@ -199,7 +199,7 @@ class Comparison:
             ],
             "remarks": self.remarks,
             "samples": len(self.pairs),
-            "mean_of_groups_miou": overall and {"groups": overall[0], **interval_values(overall[1])},
+            "mean_of_groups_miou": overall and {"groups": overall[0], **(interval_values(overall[1]) or {})},
             "table": [vars(row) | {"difference": interval_values(row.difference)} for row in self.table],
         }
 
@@ -302,8 +302,8 @@ def compare(
         FileNotFoundError: If a folder holds no evaluation.
         ValueError: If they are of different data or protocols, or have no sample in common.
     """
-    folders = tuple(map(Path, (first, second)))
-    runs = tuple(map(read_runs, folders))
+    folders = Path(first), Path(second)
+    runs = read_runs(folders[0]), read_runs(folders[1])
     if set(runs[0]) != set(runs[1]):
         told = [", ".join("/".join(filter(None, source)) for source in sorted(run)) for run in runs]
         raise ValueError(
@@ -311,17 +311,17 @@ def compare(
             "same benchmarks and splits."
         )
     pairs: list[Pair] = []
-    unpaired = [0, 0]
+    unpaired = (0, 0)
     for source in runs[0]:
         of_source, missing = _pairs(source, runs[0][source], runs[1][source])
         pairs += of_source
-        unpaired = [total + count for total, count in zip(unpaired, missing, strict=True)]
+        unpaired = (unpaired[0] + missing[0], unpaired[1] + missing[1])
     if not pairs:
         raise ValueError(
             f"compare: {str(first)!r} and {str(second)!r} have no sample with a mask in common; compare evaluations "
             "of the same samples."
         )
-    return Comparison(names or _names(folders), tuple(map(_settings, runs)), pairs, tuple(unpaired))
+    return Comparison(names or _names(folders), (_settings(runs[0]), _settings(runs[1])), pairs, unpaired)
 
 
 def _settings(runs: Mapping[tuple[str, str], Run]) -> dict[str, Any]:
@@ -370,19 +370,21 @@ def _truth(record: Record) -> tuple[float, float]:
 
 
 def _names(folders: tuple[Path, Path]) -> tuple[str, str]:
-    names = tuple(folder.resolve().name for folder in folders)
-    return names if names[0] != names[1] else tuple(map(str, folders))
+    first, second = (folder.resolve().name for folder in folders)
+    return (first, second) if first != second else (str(folders[0]), str(folders[1]))
 
 
 def _row(level: str, group: str, pairs: Sequence[Pair]) -> ComparedRow:
     differences = [pair.difference for pair in pairs]
+    difference = resample(differences, f"{level}/{group}")
+    assert difference is not None  # a row has pairs
     wins, losses = (sum(sign * value > TIE for value in differences) for sign in (1, -1))
     return ComparedRow(
         level=level,
         group=group,
         first=sum(pair.first["foreground_iou"] for pair in pairs) / len(pairs),
         second=sum(pair.second["foreground_iou"] for pair in pairs) / len(pairs),
-        difference=resample(differences, f"{level}/{group}").interval(),
+        difference=difference.interval(),
         wins=wins,
         ties=len(differences) - wins - losses,
         losses=losses,

@@ -6,10 +6,10 @@ A data set without either is not mentioned at all.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-Record = Mapping[str, Any]
+from ..records.store import Record
 
 _LISTED = 20  # references in a report
 

@@ -184,8 +184,8 @@ def read_judgements(path: str | os.PathLike, records: Sequence[Record]) -> Judge
     path = Path(path)
     known: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        for names in (_KEYS, ("dataset", "sample_id"), ("sample_id",)):
-            known.setdefault(_key(record, names), []).append(record)
+        for fields in (_KEYS, ("dataset", "sample_id"), ("sample_id",)):
+            known.setdefault(_key(record, fields), []).append(record)
     judgements: dict[tuple[str, ...], Judgement] = {}
     for number, row in _rows(path):
         where = f"judgements {str(path)!r}, line {number}"

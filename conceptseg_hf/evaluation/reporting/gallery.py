@@ -20,9 +20,8 @@ from ...visualization import draw_box, draw_mosaic, scaled_overlay
 from ...writing import write_file
 from ..records import shown_references
 from ..records.rle import decode_mask
+from ..records.store import Record
 from .tables import provenance_line, share
-
-Record = Mapping[str, Any]
 
 CASES = 12
 """Cases of each kind on a page."""

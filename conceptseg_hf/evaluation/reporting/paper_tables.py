@@ -10,8 +10,9 @@ from typing import Any
 
 from ...data.suite import SOURCES
 from ..metrics import MaskMetrics
+from ..records.store import Record
 from . import paper_figures
-from .aggregate import Record, Row
+from .aggregate import Row
 from .tables import heading_of, markdown_table, percent, provenance_line
 
 _THIS = "this run"

@@ -13,6 +13,7 @@ from ...data import ConceptSample
 from ...writing import json_text, write_files
 from ..metrics import MaskMetrics, presence_auc
 from ..records.choice import TARGET
+from ..records.store import Record
 from . import paper_figures
 from .aggregate import Row, aggregate, levels_of
 from .bootstrap import resample
@@ -33,8 +34,6 @@ from .tables import (
 )
 
 _LISTED = 50  # errors in a report
-
-Record = dict[str, Any]
 
 # Column, its heading, and what the column means.
 _COLUMNS = (

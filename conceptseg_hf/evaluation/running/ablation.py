@@ -178,7 +178,9 @@ class VariantRow:
             variant,
             provenance(report.settings, len(report.records)),
             {level: found["foreground_iou"] for level, found in by_level.items()},
-            None if ends is None else Interval(everything["foreground_iou"], *ends, everything["samples"]),
+            None
+            if ends is None
+            else Interval(everything["foreground_iou"], ends[0], ends[1], everything["samples"]),
             next((found.intervals.get("miou") for found in report.rows if found.kind == "mean"), None),
             None if share is None else 100 * share,
         )

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -126,18 +126,24 @@ def evaluate(
         raise ValueError("evaluate: a model was given without its processor; pass processor=... as well.")
     if judgements is not None:
         check_judge(judgements)
-    is_loaded = isinstance(model_or_path, ConceptSegForSegmentation)
-    named = profile or (model_or_path.config.profile if is_loaded else profile_of(model_or_path))
+    if isinstance(model_or_path, ConceptSegForSegmentation):
+        named = profile or model_or_path.config.profile
+    else:
+        named = profile or profile_of(model_or_path)
     followed = get_profile(named or "paper")
-    samples = benchmark
-    if isinstance(benchmark, str):
-        samples = load_benchmarks(
+    samples = (
+        load_benchmarks(
             benchmark, root=root, split=split, limit=limit, seed=seed, loader=followed.loader, groups=groups
         )
+        if isinstance(benchmark, str)
+        else benchmark
+    )
     processes = join_processes()
-    model = model_or_path
-    if not isinstance(model, ConceptSegForSegmentation):
+    if isinstance(model_or_path, ConceptSegForSegmentation):
+        model = model_or_path
+    else:
         model, processor = load_model_and_processor(model_or_path)
+    assert processor is not None  # a model alone was refused above
     group = samples if isinstance(samples, BenchmarkGroup) else BenchmarkGroup("", {"": samples})
     totals = {name: _length(name, member, limit) for name, member in group.members.items()}
     with using_profile(model, processor, profile) as processor:
@@ -189,8 +195,12 @@ def _evaluate_group(
     if judgements is not None:
         report = _judge(report, judgements)
     if folder is not None and processes.is_main:
-        parts = [Subset(member, range(totals[name])) for name, member in group.members.items()]
-        report.write(folder, ConcatDataset(parts))
+        # PyTorch's data sets accept any indexed collection and are one, which their annotations do not say.
+        parts: list[Subset[ConceptSample]] = [
+            Subset(member, range(totals[name]))  # type: ignore[arg-type]
+            for name, member in group.members.items()
+        ]
+        report.write(folder, cast(Sequence[ConceptSample], ConcatDataset(parts)))
     return report
 
 
@@ -248,10 +258,15 @@ class _Run:
     ) -> list[tuple[int, Record]]:
         samples = {i: sample for i, sample in read.items() if isinstance(sample, ConceptSample)}
         results: dict[int, ConceptSegmentation] = {}
-        others: dict[int, ConceptSegmentation] = {}
+        others: dict[int, ConceptSegmentation | None] = {}
         if samples:
             batch = (self.model, self.processor, list(samples.values()))
-            options = (self.generation_config, self.sam_prompt, self.max_references, self.protocol)
+            options: tuple[Any, ...] = (
+                self.generation_config,
+                self.sam_prompt,
+                self.max_references,
+                self.protocol,
+            )
             found = segment_samples(*batch, self.router, *options)
             results = dict(zip(samples, found, strict=True))
             if self.routing_regret:

@@ -18,8 +18,7 @@ class Progress:
 
     def __init__(self, total: int, shown: bool) -> None:
         # Without smoothing the rate is that of the whole run: routes take turns, and they are not alike.
-        options = {"smoothing": 0, "bar_format": _FORMAT}
-        self._bar = progress_bar(total, "samples", **options) if shown else None
+        self._bar = progress_bar(total, "samples", smoothing=0, bar_format=_FORMAT) if shown else None
 
     @property
     def shown(self) -> bool:

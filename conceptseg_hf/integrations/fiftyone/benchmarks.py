@@ -6,7 +6,7 @@ image that serves many targets with the same mark is there once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -50,7 +50,7 @@ def load_concept_benchmark(
     limit: int | None = None,
     dataset_name: str | None = None,
     seed: int = 42,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> fo.Dataset:
     """Loads a benchmark into FiftyOne; samples that are there already stay as they are.
 
@@ -224,6 +224,7 @@ class _Writer:
         )
 
     def _mark_of(self, reference: Reference, size: tuple[int, int], stem: str) -> Mark:
+        boxes: Sequence[Sequence[float] | None] | None
         boxes = reference.boxes if reference.box is None else [reference.box]
         mask_path = None
         if boxes is None and reference.mask is not None:

@@ -280,7 +280,7 @@ def evaluate_concepts(
             does not exist, `eval_key` names something else or is being written by another evaluation, or one class of
             several has to be chosen.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "gt_field": gt_field,
         "protocol": protocol,
         "metrics": metrics,

@@ -161,7 +161,7 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
             A label each, or with `heatmap` a dict of labels.
         """
         samples = [None] * len(args) if samples is None else samples
-        results: list[ConceptSegmentation | None] = [None] * len(samples)
+        results: dict[int, ConceptSegmentation] = {}
         prompts, items = [], {}
         for index, (image, sample) in enumerate(zip(args, samples, strict=True)):
             prompts.append(self._prompt_of(sample))
@@ -180,7 +180,10 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         found = segment_batch(self.pipeline, list(items.values()), settings)
         for index, result in zip(items, found, strict=True):
             results[index] = result
-        return [self._label(*item) for item in zip(results, prompts, args, strict=True)]
+        return [
+            self._label(results[index], prompt, image)
+            for index, (prompt, image) in enumerate(zip(prompts, args, strict=True))
+        ]
 
     def _label(self, result: ConceptSegmentation, prompt: str, image: np.ndarray | str) -> Any:
         attributes = attributes_of(result, prompt, checkpoint=self.checkpoint, router=self.router)

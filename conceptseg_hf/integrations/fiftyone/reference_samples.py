@@ -12,7 +12,7 @@ import fiftyone as fo
 from bson import ObjectId
 
 from ...images import load_image
-from ...references import MAX_REFERENCES, Reference, resolve_references
+from ...references import MAX_REFERENCES, Box, Reference, Role, resolve_references
 from .labels import mask_of, pixel_box
 from .schema import (
     GROUND_TRUTH,
@@ -91,7 +91,7 @@ def references_from(
             that cannot be read; or if there are more than nine references.
     """
     references: list[Reference] = []
-    role = "auto" if proxy else "support"
+    role: Role = "auto" if proxy else "support"
     for sample in samples:
         try:
             found = _marked(sample, label_field, role, label_ids, boxes_together)
@@ -161,7 +161,7 @@ def view_with_references(samples: fo.core.collections.SampleCollection, ids: Seq
 
 
 def _marked(
-    sample: fo.Sample, label_field: str | None, role: str, label_ids: Collection[str], boxes_together: bool
+    sample: fo.Sample, label_field: str | None, role: Role, label_ids: Collection[str], boxes_together: bool
 ) -> list[Reference]:
     """What marks the concept in a sample; nothing, if it has no mark.
 
@@ -188,9 +188,7 @@ def _marked(
     return [Reference(sample.filepath, box=box, role=role) for box in boxes]
 
 
-def _box_of(
-    detection: fo.Detection, label_field: str, size: tuple[int, int]
-) -> tuple[float, float, float, float]:
+def _box_of(detection: fo.Detection, label_field: str, size: tuple[int, int]) -> Box:
     """The box in pixels (x1, y1, x2, y2).
 
     Raises:
