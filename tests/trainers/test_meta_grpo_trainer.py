@@ -478,6 +478,10 @@ BAD_DATA = {
         row_with(gt_mask=Image.new("L", (32, 16))),
         r"sample 'train-000000': gt_mask: mask has 32 x 16 pixels, but its image has 128 x 128",
     ),
+    "no mask in a row": (
+        row_with(gt_mask=None),
+        r"sample 'train-000000': gt_mask is None; give each row a mask",
+    ),
     "shared ids": (
         lambda dataset: _eager([dataset[0], dataset[0]]),
         r"train_dataset has rows that share a sample_id; give each row its own",

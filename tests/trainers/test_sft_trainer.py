@@ -206,6 +206,8 @@ def test_generated_completions_are_trained_on_and_kept(make_trainer, samples, di
     assert len(kept.splitlines()) == len(samples)  # the two for evaluation are among them
     _, completion = trainer.data_collator.row(samples[0])
     assert completion.text == json.loads(kept.splitlines()[0])["token_ids"]
+    with pytest.raises(ValueError, match="completion_source is generated, but there is no cache"):
+        replace(trainer.data_collator, cache=None).row(samples[0])
     trainer.train()
     # The CTM has changed, the MLLM has not: nothing is generated again.
     resumed = make_trainer(evaluation=samples[:2], **settings)

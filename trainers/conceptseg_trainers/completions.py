@@ -54,15 +54,22 @@ def ground_truth_completion(
     sample: ConceptSample, frame: Frame, processor: ConceptSegProcessor
 ) -> TrainingCompletion:
     """The sample's reasoning, rule, boxes and answer; where it lacks one of them, what `template_completion` makes."""
-    if not has_reasoning(sample):
+    texts = _true_texts(sample)
+    if texts is None:
         return template_completion(sample, frame, processor)
-    text = _write(sample, frame, processor, sample.think, sample.rule, sample.answer)
-    return TrainingCompletion(text, sample.answer, sample.rule)
+    _, rule, answer = texts
+    return TrainingCompletion(_write(sample, frame, processor, *texts), answer, rule)
 
 
 def has_reasoning(sample: ConceptSample) -> bool:
     """Whether a sample has true reasoning, rule and answer."""
-    return not any(getattr(sample, name) is None for name in _TRUE_TEXTS)
+    return _true_texts(sample) is not None
+
+
+def _true_texts(sample: ConceptSample) -> tuple[str, str, str] | None:
+    """Reasoning, rule and answer of a sample that has all of them."""
+    think, rule, answer = sample.think, sample.rule, sample.answer
+    return None if think is None or rule is None or answer is None else (think, rule, answer)
 
 
 def check_words(sample: ConceptSample, processor: ConceptSegProcessor, source: str) -> None:

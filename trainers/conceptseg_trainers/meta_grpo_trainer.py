@@ -8,14 +8,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import datasets
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.data_utils import prepare_multimodal_messages
 
@@ -36,11 +36,12 @@ from conceptseg_hf.sam_prompt import ImageFeatures
 from .batches import best_and_worst, group_rows, select_rows
 from .callbacks import EpochCallback, ExamplePicturesCallback, FormatOnlyWarning, TrainingExample
 from .cards import as_list, write_training_card
+from .checkpoints import run_folder
 from .distributed import clone_whole, make_generate_gather, materialize
 from .divergence import FiniteLogs, StoppingTrainer
 from .loading import load_model, load_processor
 from .meta_grpo_config import MetaGRPOConfig, without_renaming_warnings
-from .rewards import REWARDS, completion_text, located
+from .rewards import REWARDS, Reward, completion_text, located
 from .samples import TRIED, check_arguments, check_prompt_length, spread_indices
 from .split_reference import COLUMNS, IGNORE, INDEX, find_composer, set_epoch
 from .trl_adapter import (
@@ -50,7 +51,11 @@ from .trl_adapter import (
     add_concept_head,
     read_prompts_once,
     replaced_generate,
+    steps_per_generation,
 )
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +99,15 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         ValueError: If model, processor or data cannot be used.
     """
 
-    _tag_names = ("trl", "grpo", "meta-grpo")
+    model: PreTrainedModel | PeftModel
+    args: MetaGRPOConfig
+
+    _tag_names = ["trl", "grpo", "meta-grpo"]  # noqa: RUF012, a list in TRL
     _name = "Meta-GRPO"
 
     def __init__(
         self,
-        model: ConceptSegForSegmentation | PreTrainedModel | str | os.PathLike,
+        model: ConceptSegForSegmentation | PeftModel | str | os.PathLike,
         reward_funcs: Callable | list[Callable] | None = None,
         args: MetaGRPOConfig | None = None,
         train_dataset: datasets.Dataset | datasets.IterableDataset | None = None,
@@ -109,22 +117,21 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         **kwargs: Any,
     ) -> None:
         args = MetaGRPOConfig("meta-grpo") if args is None else args
-        named = isinstance(model, (str, os.PathLike))
-        if named:
+        if named := isinstance(model, (str, os.PathLike)):
             if processing_class is None:
                 processing_class = load_processor(model, args)
             model = load_model(model, args, kwargs.pop("quantization_config", None))
         adapted = is_peft_model(model) or kwargs.get("peft_config") is not None
-        self.concept_model = model.get_base_model() if is_peft_model(model) else model
-        self.concept_processor = processing_class
-        check_arguments("MetaGRPOTrainer", self.concept_model, args, MetaGRPOConfig, self.concept_processor)
+        self.concept_model, self.concept_processor = check_arguments(
+            "MetaGRPOTrainer", _without_adapters(model), args, MetaGRPOConfig, processing_class
+        )
 
-        self._mllm_processor = processing_class.mllm_processor()
+        self._mllm_processor = self.concept_processor.mllm_processor()
         self._max_prompt_length = args.max_prompt_length
         for name, dataset in {"train_dataset": train_dataset, **_by_name(eval_dataset)}.items():
             self._check_dataset(dataset, name)
 
-        materialize(self.concept_model.detach_sam())
+        sam: nn.Module = materialize(self.concept_model.detach_sam())
         if args.freeze_vision_tower:
             mllm.vision_tower(self.concept_model.vlm).requires_grad_(False)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -145,7 +152,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
                 processing_class=self._mllm_processor,
                 **kwargs,
             )
-        self.concept_model.sam.to(self.accelerator.device)
+        sam.to(self.accelerator.device)
         read_prompts_once(self.concept_model, self.concept_model.vlm)
         add_concept_head(self.concept_model, args.detach_hidden_states)
         if self.beta and not adapted:
@@ -203,6 +210,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
 
         tokens = mllm.vision_token_ids(self.concept_model.config.vlm_config)
         name = self.args.vllm_mllm_name_or_path
+        assert name is not None  # MetaGRPOConfig asks for it
         self.set_engine(ConceptVLLMGeneration.from_trainer(self, name, tokens))
 
     # -- rollouts --
@@ -282,20 +290,22 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         target = load_image(row["target_image"])
-        masks: dict[str, Tensor | None] = {}
+        masks: dict[str, Tensor] = {}
         for column in ("gt_mask", IGNORE):
             try:
-                given = row.get(column)
-                masks[column] = None if given is None else torch.from_numpy(load_mask(given, target.size))
+                if (given := row.get(column)) is not None:
+                    masks[column] = torch.from_numpy(load_mask(given, target.size))
             except ValueError as error:
                 raise ValueError(f"{where}: {column}: {error}") from error
+        if "gt_mask" not in masks:
+            raise ValueError(f"{where}: gt_mask is None; give each row a mask, if only an empty one.")
         messages = prepare_multimodal_messages(row["prompt"], images=row["images"])
         text = self._mllm_processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         prepared = self.concept_processor.prepare_mllm(
             PreparedSample(prompt=row["problem"], mllm_images=tuple(row["images"]), mllm_text=text)
         )
-        check_prompt_length(where, len(prepared.input_ids), self._max_prompt_length)
-        return _Prompt(prepared, target, masks["gt_mask"], masks[IGNORE])
+        check_prompt_length(where, prepared, self._max_prompt_length)
+        return _Prompt(prepared, target, masks["gt_mask"], masks.get(IGNORE))
 
     def before_rewards(
         self, inputs: Rows, completions: Sequence[Any], completion_ids: list[list[int]]
@@ -460,7 +470,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
 
     # -- saving --
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # TRL's arguments are not the Trainer's
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,
@@ -470,7 +480,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         if is_peft_model(self.model):
             super().create_model_card(model_name, dataset_name, tags)
         elif self.is_world_process_zero():
-            self._write_card(self.args.output_dir, tags, dataset_name)
+            self._write_card(run_folder(self.args), tags, dataset_name)
 
     def _write_card(
         self, folder: str, tags: str | list[str] | None = None, dataset_name: str | None = None
@@ -497,7 +507,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         if self._saves_everything:
             sam = {f"sam.{name}": weight for name, weight in self.concept_model.sam.state_dict().items()}
             state_dict = {**(self.concept_model.state_dict() if state_dict is None else state_dict), **sam}
-            self._write_card(output_dir or self.args.output_dir)
+            self._write_card(output_dir or run_folder(self.args))
         self.processing_class = self.concept_processor
         try:
             super()._save(output_dir, state_dict)
@@ -532,6 +542,10 @@ class _Rollout:
     sam_text: str
 
 
+def _without_adapters(model: ConceptSegForSegmentation | PeftModel) -> nn.Module:
+    return cast("PeftModel", model).get_base_model() if is_peft_model(model) else model
+
+
 def _up_to_end(ids: list[int], ends: set[int]) -> list[int]:
     """The tokens up to the first that ends a completion, and with it."""
     place = next((place for place, token in enumerate(ids) if token in ends), len(ids))
@@ -551,8 +565,8 @@ def _key(row: dict[str, Any]) -> _Key:
     return row["sample_id"], row.get(INDEX)
 
 
-def _default_rewards(args: MetaGRPOConfig) -> list[Callable]:
-    rewards = {
+def _default_rewards(args: MetaGRPOConfig) -> list[Reward]:
+    rewards: dict[str, Reward] = {
         **REWARDS,
         "meta": functools.partial(REWARDS["meta"], without_proxy=args.meta_without_proxy),
     }
@@ -561,7 +575,7 @@ def _default_rewards(args: MetaGRPOConfig) -> list[Callable]:
 
 def _warn_of_inexact_resume(args: MetaGRPOConfig) -> None:
     """Completions of a batch that is not used up are not in a checkpoint: resumed, the run makes others."""
-    generation = args.steps_per_generation * args.num_iterations
+    generation = steps_per_generation(args) * args.num_iterations
     if (
         args.save_strategy == "steps"
         and args.save_steps >= 1

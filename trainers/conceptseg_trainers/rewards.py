@@ -16,7 +16,7 @@ from conceptseg_hf.images import load_mask
 from conceptseg_hf.references import box_iou
 
 Box: TypeAlias = Sequence[float]
-Completions: TypeAlias = Sequence[str] | Sequence[Sequence[dict[str, Any]]]
+Completions: TypeAlias = Sequence[str | Sequence[dict[str, Any]]]
 
 WITHOUT_PROXY = ("none", "box", "square")
 
@@ -145,9 +145,9 @@ def located(box: Box | None, truth: Box | Sequence[Box] | None) -> float:
         return 0.0
     if truth is None:
         return float(box[0] == box[2] or box[1] == box[3])
-    if isinstance(truth[0], Sequence):
-        return max(box_iou(box, one) for one in truth)
-    return box_iou(box, truth)
+    if several := [one for one in truth if isinstance(one, Sequence)]:
+        return max(box_iou(box, one) for one in several)
+    return box_iou(box, [side for side in truth if not isinstance(side, Sequence)])
 
 
 def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
@@ -164,7 +164,9 @@ def _parse(completion: str | Sequence[dict[str, Any]], expect_check: bool | None
     return parse_completion(completion_text(completion), expect_check=expect_check)
 
 
-REWARDS: dict[str, Callable[..., list[float | None]]] = {
+Reward: TypeAlias = Callable[..., Sequence[float | None]]
+
+REWARDS: dict[str, Reward] = {
     "format": format_reward,
     "mask": mask_reward,
     "meta": meta_reward,

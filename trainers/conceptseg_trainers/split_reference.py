@@ -207,7 +207,7 @@ def compose_references(
         seeds: Numbers that, with the sample's id, decide what is drawn.
         sample_id: The sample's id.
     """
-    order = range(len(references))
+    order: range | np.ndarray = range(len(references))
     if sum(reference.is_marked for reference in references) > 1:
         order = np.random.default_rng([*seeds, zlib.crc32(sample_id.encode())]).permutation(len(references))
     return [replace(references[index], role="auto") for index in order[: grid**2]]

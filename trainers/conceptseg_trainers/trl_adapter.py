@@ -12,17 +12,20 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from trl import GRPOTrainer, __version__
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl import GRPOConfig, GRPOTrainer, __version__
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 from conceptseg_hf import ConceptSegForSegmentation, mllm, shared_prompts
 
 from .loading import changed_settings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 try:
     from trl.trainer.utils import (
@@ -72,11 +75,16 @@ class GRPOTrainerAdapter(GRPOTrainer):
         **kwargs: Further arguments of GRPOTrainer.
     """
 
+    model: PreTrainedModel | PeftModel
+    args: GRPOConfig
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin
+    num_generations: int
+
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         reward_funcs: Any,
-        args: Any,
+        args: GRPOConfig,
         *,
         keep_beta: bool,
         ignored_settings: Sequence[str] = (),
@@ -134,7 +142,7 @@ class GRPOTrainerAdapter(GRPOTrainer):
         if self.is_deepspeed_enabled:
             self.ref_model = prepare_deepspeed(reference, self.accelerator)
         elif self.is_fsdp_enabled:
-            self.ref_model = prepare_fsdp(reference, self.accelerator)
+            self.ref_model = prepare_fsdp(reference, self.accelerator)  # type: ignore[assignment]  # as TRL does
         else:
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
 
@@ -168,7 +176,7 @@ class GRPOTrainerAdapter(GRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if self.model.training and self._buffered_inputs is not buffered:
             self._buffered_inputs = self.arrange_batches(self._buffered_inputs)
-            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+            inputs = self._buffered_inputs[self._step % steps_per_generation(self.args)]
         return inputs
 
     def _calculate_rewards(
@@ -218,6 +226,11 @@ class VLLMGenerationAdapter(VLLMGeneration):
         for name, parameter in super()._iter_named_params():
             if (known_as := self.engine_name(name)) is not None:
                 yield known_as, parameter
+
+
+def steps_per_generation(args: GRPOConfig) -> int:
+    """The setting, which GRPOConfig fills in although its type admits None."""
+    return cast(int, args.steps_per_generation)
 
 
 @dataclass
@@ -283,7 +296,7 @@ def add_concept_head(model: ConceptSegForSegmentation, detach_hidden_states: boo
 @contextmanager
 def replaced_generate(model: ConceptSegForSegmentation, generate: Callable[..., Tensor]) -> Iterator[None]:
     """A block in which TRL, which calls `model.generate`, gets its completions from another function."""
-    model.generate = generate
+    model.generate = generate  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -299,5 +312,6 @@ __all__ = [
     "read_prompts_once",
     "replaced_generate",
     "split_pixel_values_by_grid",
+    "steps_per_generation",
     "unsplit_pixel_values_by_grid",
 ]

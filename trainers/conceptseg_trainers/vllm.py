@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from conceptseg_hf import ConceptSegForSegmentation
 
-from .trl_adapter import GRPOTrainerAdapter, VLLMGenerationAdapter
+from .trl_adapter import GRPOTrainerAdapter, VLLMGenerationAdapter, steps_per_generation
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _MLLM = "vlm."
 # The engine has no list of forbidden tokens; the least bias it accepts makes one impossible in practice.
@@ -22,7 +28,9 @@ class ConceptVLLMGeneration(VLLMGenerationAdapter):
     weights, and never samples the suppressed tokens.
 
     Args:
-        *args: As for `VLLMGeneration`; its model is the trainer's (a composite, or a PEFT model around one).
+        model: The trainer's: a composite, or a PEFT model around one.
+        accelerator: As for `VLLMGeneration`.
+        processing_class: As for `VLLMGeneration`.
         mllm_name_or_path: Folder or id of a Qwen2.5-VL of the same shape with its processor: what a colocated engine
             is built from. A server is started with it by hand.
         suppressed_tokens: Ids of tokens that stand for images; a completion must not hold any.
@@ -32,7 +40,10 @@ class ConceptVLLMGeneration(VLLMGenerationAdapter):
 
     def __init__(
         self,
-        *args: Any,
+        model: PreTrainedModel | PeftModel,
+        accelerator: Accelerator,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        *,
         mllm_name_or_path: str,
         suppressed_tokens: Sequence[int],
         generation_kwargs: Mapping[str, Any] | None = None,
@@ -40,7 +51,11 @@ class ConceptVLLMGeneration(VLLMGenerationAdapter):
     ) -> None:
         self.mllm_name_or_path = mllm_name_or_path
         super().__init__(
-            *args, generation_kwargs=suppress_tokens(generation_kwargs, suppressed_tokens), **kwargs
+            model,
+            accelerator,
+            processing_class,
+            generation_kwargs=suppress_tokens(generation_kwargs, suppressed_tokens),
+            **kwargs,
         )
 
     @classmethod
@@ -67,7 +82,7 @@ class ConceptVLLMGeneration(VLLMGenerationAdapter):
             max_model_length=args.vllm_max_model_length,
             max_num_seqs=args.per_device_train_batch_size
             * args.vllm_tensor_parallel_size
-            * args.steps_per_generation,
+            * steps_per_generation(args),
             enable_sleep_mode=args.vllm_enable_sleep_mode,
             model_impl=args.vllm_model_impl,
             repetition_penalty=args.repetition_penalty,
@@ -76,7 +91,8 @@ class ConceptVLLMGeneration(VLLMGenerationAdapter):
             top_k=args.top_k,
             min_p=args.min_p,
             max_completion_length=args.max_completion_length,
-            generation_kwargs=args.generation_kwargs,
+            # GRPOConfig has read what was given as a string.
+            generation_kwargs=cast(dict[str, Any] | None, args.generation_kwargs),
         )
 
     @contextmanager

@@ -6,16 +6,16 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Dataset
 from transformers import AutoImageProcessor, AutoTokenizer, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -32,7 +32,8 @@ from conceptseg_hf.loading import find_checkpoint, load_config
 from conceptseg_hf.profiles import apply_profile, get_profile
 from conceptseg_hf.progress import hide_bars_in_pipes, print_line
 
-from ..checkpoints import PROCESSOR, TRAINER_STATE, complete_checkpoints, is_complete
+from ..callbacks import reported_to
+from ..checkpoints import PROCESSOR, TRAINER_STATE, complete_checkpoints, is_complete, run_folder
 from ..divergence import DivergedError
 from ..samples import warn_of_shared_images
 
@@ -104,7 +105,11 @@ class DataArguments:
         samples = load_benchmarks(
             self.benchmark, root=root, split=split, limit=limit, loader=self.benchmark_loader
         )
-        return ConcatDataset(samples.members.values()) if isinstance(samples, BenchmarkGroup) else samples
+        if not isinstance(samples, BenchmarkGroup):
+            return samples
+        # torch joins all that can be indexed, whatever its types say
+        members = cast(Iterable[Dataset[ConceptSample]], samples.members.values())
+        return cast(Sequence[ConceptSample], ConcatDataset(members))
 
 
 def _roots(given: str | None) -> str | dict[str, str] | None:
@@ -182,7 +187,7 @@ class ModelArguments:
         return model, processor
 
     def _load(self, options: dict[str, Any]) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
-        if self.mllm_name_or_path is None:
+        if self.mllm_name_or_path is None or self.sam_name_or_path is None:  # both or neither are given
             checkpoint = find_checkpoint(self.model_name_or_path)
             load_config(checkpoint)  # refuses what is no ConceptSeg checkpoint
             model = ConceptSegForSegmentation.from_pretrained(checkpoint, **options)
@@ -264,7 +269,7 @@ def _run(trainer: Trainer) -> None:
 
 
 def _tell_results(trainer: Trainer) -> None:
-    folder = Path(trainer.args.output_dir)
+    folder = Path(run_folder(trainer.args))
     what = "the adapters are" if is_peft_model(trainer.model) else "the trained model is"
     _tell(
         trainer,
@@ -280,7 +285,7 @@ def _tell_results(trainer: Trainer) -> None:
 
 def _how_to_go_on(trainer: Trainer) -> str:
     step, args = trainer.state.global_step, trainer.args
-    last = next(reversed(complete_checkpoints(args.output_dir)), None)
+    last = next(reversed(complete_checkpoints(run_folder(args))), None)
     if last is None:
         return f"stopped after step {step}; no checkpoint was saved yet, so the same command begins anew."
     auto = (
@@ -310,7 +315,7 @@ def _is_finished(args: TrainingArguments, checkpoint: str) -> bool:
 
 def _is_saved(args: TrainingArguments, checkpoint: str) -> bool:
     """Whether the complete model was saved after a checkpoint."""
-    saved = Path(args.output_dir) / PROCESSOR
+    saved = Path(run_folder(args)) / PROCESSOR
     return saved.is_file() and saved.stat().st_mtime >= (Path(checkpoint) / TRAINER_STATE).stat().st_mtime
 
 
@@ -358,14 +363,14 @@ def check_run(args: TrainingArguments) -> None:
 
 
 def _check_output_dir(args: TrainingArguments) -> None:
-    fault = find_fault(Path(args.output_dir))
+    fault = find_fault(Path(run_folder(args)))
     if fault is not None:
         raise ValueError(f"output_dir {args.output_dir!r} cannot be written: {fault}; give another folder.")
 
 
 def _check_report_to(args: TrainingArguments) -> None:
     available = {*get_available_reporting_integrations(), *_UNCOUNTED}
-    for name in args.report_to:
+    for name in reported_to(args):
         if name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(
                 f"report_to is {name!r}; use one of {', '.join(INTEGRATION_TO_CALLBACK)}, or all of them that are "
@@ -397,7 +402,7 @@ def find_resume_checkpoint(args: TrainingArguments) -> str | None:
                 'or "auto" for the last of output_dir.'
             )
         return wanted
-    last = next(reversed(complete_checkpoints(args.output_dir)), None)
+    last = next(reversed(complete_checkpoints(run_folder(args))), None)
     return None if last is None else str(last)
 
 
