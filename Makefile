@@ -20,9 +20,10 @@ app: $(VENV)/.installed-app  ## open FiftyOne's App on ConceptShapes with the pl
 test: $(VENV)/.installed-test  ## run the tests (PYTEST_ARGS="-m 'not slow'" for a quick round)
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed-lint  ## check style and format
+lint: $(VENV)/.installed-dev  ## check style, format and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m mypy
 
 format: $(VENV)/.installed-lint  ## bring style and format in order
 	$(VENV)/bin/ruff check --fix .

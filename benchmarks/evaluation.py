@@ -47,8 +47,8 @@ def main() -> None:
     torch.set_num_threads(1)
     from conceptseg_hf.data import load_benchmark
     from conceptseg_hf.evaluation import MaskMetrics, evaluate
-    from conceptseg_hf.evaluation.loading import load_model_and_processor
     from conceptseg_hf.evaluation.metrics import LIBRARY_METRICS, METRICS
+    from conceptseg_hf.loading import load_model_and_processor
 
     spent = 0.0
     update = MaskMetrics.update

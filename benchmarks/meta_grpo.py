@@ -1,7 +1,9 @@
-"""Times a step of Meta-GRPO beside the scheme of the released code, which encodes SAM 3's image for every completion.
+"""Times a step of Meta-GRPO beside the scheme of the released code, which shares nothing between completions.
 
     python benchmarks/meta_grpo.py          needs conceptseg-hf[train]
 
+There each completion has its prompt and pictures read by the MLLM in generation, in the loss and in the reference's
+pass, and its image encoded by SAM 3 once, for its reward and for L_seg. Here all completions of a prompt share these.
 Both schemes run on the same model, data and seed, in turns, each in a process of its own; the ratios are what counts.
 Two models: the embedded one, whose SAM 3 sees 16 x 16 patches, and the same MLLM and CTM with a SAM 3 of the embedded
 size that sees 72 x 72 patches, as many as the released one (its weights are random: only time is measured).
@@ -21,9 +23,9 @@ import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SCHEMES = ("shared", "per-completion")
+SCHEMES = ("shared", "released")
 PATCHES = (16, 72)
-STEPS, WARM_UP, TURNS, COMPLETIONS = 6, 1, 3, 8
+STEPS, WARM_UP, TURNS, COMPLETIONS = 6, 1, 3, 16
 
 
 def load(patches: int) -> tuple:
@@ -54,22 +56,39 @@ def measure(scheme: str, patches: int) -> dict[str, float]:
     from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
     from transformers import TrainerCallback
 
+    from conceptseg_hf import shared_prompts
     from conceptseg_hf.data import load_benchmark
 
     torch.set_num_threads(1)
 
-    class PerCompletion(MetaGRPOTrainer):
-        """Encodes the image anew whenever a completion is decoded: for its reward, and for L_seg."""
+    class Released(MetaGRPOTrainer):
+        """Encodes the target once for each completion, not once for each prompt."""
+
+        def __init__(self, *arguments: object, **keywords: object) -> None:
+            super().__init__(*arguments, **keywords)
+            self.features: dict[int, object] = {}
+            self.prompts: dict[int, object] = {}
 
         def _decode(self, rollouts, concept_embeds):
             masks = []
             for rollout, concept in zip(rollouts, concept_embeds, strict=True):
-                images = [rollout.prompt.target]
-                pixels = self.concept_processor.sam_image_processor(images=images, return_tensors="pt")
-                features = self.concept_model.encode_image(pixels["pixel_values"])
+                features = self.features.pop(id(rollout), None)
+                if (
+                    features is None and id(rollout.prompt) not in self.prompts
+                ):  # the first one has it already
+                    self.prompts[id(rollout.prompt)] = rollout.prompt
+                    features = self.features[id(rollout)] = rollout.prompt.features
+                if features is None:
+                    images = [rollout.prompt.target]
+                    pixels = self.concept_processor.sam_image_processor(images=images, return_tensors="pt")
+                    features = self.concept_model.encode_image(pixels["pixel_values"])
+                    self.features[id(rollout)] = features  # for L_seg
                 text = self.concept_processor.sam_text([rollout.sam_text])
                 masks.append(self.concept_model.decode_masks(features, *text, concept[None])[0])
             return torch.cat(masks)
+
+    if scheme == "released":
+        shared_prompts.find_shared_prompts = lambda *arguments: None
 
     class Clock(TrainerCallback):
         """Keeps when each step ended, in seconds of this process: of one thread, and the same on a busy machine."""
@@ -83,7 +102,7 @@ def measure(scheme: str, patches: int) -> dict[str, float]:
     clock = Clock()
     model, processor = load(patches)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = (MetaGRPOTrainer if scheme == "shared" else PerCompletion)(
+        trainer = (MetaGRPOTrainer if scheme == "shared" else Released)(
             model=model,
             processing_class=processor,
             args=MetaGRPOConfig(

@@ -35,7 +35,7 @@ def main() -> None:
 
     from conceptseg_hf.evaluation import MaskMetrics
     from conceptseg_hf.evaluation.metrics import LIBRARY_METRICS, METRICS
-    from conceptseg_hf.evaluation.weighted_f import weighted_f_measure
+    from conceptseg_hf.evaluation.metrics.weighted_f import weighted_f_measure
 
     y, x = np.mgrid[:SIDE, :SIDE]
     truth = np.hypot(y - 300, x - 280) < 130

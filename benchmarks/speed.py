@@ -114,8 +114,8 @@ def route_rows() -> list[Row]:
 
     torch.set_num_threads(1)
     from conceptseg_hf.data import load_benchmark
-    from conceptseg_hf.evaluation.loading import load_model_and_processor
     from conceptseg_hf.evaluation.records import segment_samples
+    from conceptseg_hf.loading import load_model_and_processor
 
     benchmark = load_benchmark("concept-shapes", split="train")
     model, processor = load_model_and_processor()

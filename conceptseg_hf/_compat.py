@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pathlib
+from typing import Any
 
 import torch
 
@@ -45,8 +46,8 @@ def ensure_torchvision() -> None:
     if importlib.util.find_spec("torchvision") is None:
         return
     has_operators = importlib.import_module("torchvision.extension")._has_ops()
-    module = importlib.import_module("torchvision.ops.roi_align")
-    fallback = getattr(module, "_roi_align", None)
+    module: Any = importlib.import_module("torchvision.ops.roi_align")
+    fallback: Any = getattr(module, "_roi_align", None)
     if not has_operators and hasattr(fallback, "__wrapped__"):
         # Torchvision compiles its fallback on the first call: seconds, and an error where there is no compiler.
         module._roi_align = fallback.__wrapped__

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 
 from .writing import write_file
 
@@ -138,7 +138,7 @@ def merge_cards(there: str, ours: str, tags: Sequence[str] = ()) -> str:
         # Without a text, somebody may have filled in the metadata on the Hub's page.
         names = _KEPT_METADATA if old.text.strip() else sorted({*old.data.to_dict()} - {"tags"})
         _complete(new.data, old.data, names)
-        _add_tags(new.data, [*(old.data.tags or ()), *tags])
+        _add_tags(new.data, [*(old.data.get("tags") or ()), *tags])
         return _content(new)
     before = old.data.to_dict()
     if old.data.get("license") is None:
@@ -168,16 +168,16 @@ def _is_written_by_library(text: str) -> bool:
     return not text.strip() or any(phrase in text for phrase in _WRITTEN_BY_LIBRARIES)
 
 
-def _complete(data: ModelCardData, other: ModelCardData, names: Sequence[str]) -> None:
+def _complete(data: CardData, other: CardData, names: Sequence[str]) -> None:
     """Takes fields over that are missing."""
     for name in names:
         if not data.get(name) and other.get(name):
             data[name] = other.get(name)
 
 
-def _add_tags(data: ModelCardData, tags: Sequence[str]) -> None:
+def _add_tags(data: CardData, tags: Sequence[str]) -> None:
     if tags:
-        data["tags"] = list(dict.fromkeys([*(data.tags or ()), *tags]))
+        data["tags"] = list(dict.fromkeys([*(data.get("tags") or ()), *tags]))
 
 
 def _holds_released_sam(config: ConceptSegConfig, bases: Sequence[str]) -> bool:

@@ -83,8 +83,8 @@ def parse_completion(text: str, scale: float | None = None, expect_check: bool |
     if answer == "":
         faults.append("<answer> is empty")
         answer = None
-    elif answer is not None and (tag := find_markup(answer)) is not None:
-        faults.append(f"<answer> holds {tag}")
+    elif answer is not None and (markup := find_markup(answer)) is not None:
+        faults.append(f"<answer> holds {markup}")
         answer = None
     faults = _structure_faults(text, expect_check) + faults
     return Completion(
@@ -136,6 +136,12 @@ def format_box(box: Sequence[float], scale: float) -> str:
     if scale > 1:
         return "[" + ",".join(str(math.floor(value + 0.5)) for value in box) + "]"
     return "[" + ",".join(f"{value:.3f}" for value in box) + "]"
+
+
+def format_box_list(boxes: Sequence[Sequence[float]], scale: float) -> str:
+    """Writes boxes as a list of Python, "[[x1, y1, x2, y2], ...]", their numbers as `format_box` does."""
+    listed = (format_box(box, scale).replace(",", ", ") for box in boxes)
+    return f"[{', '.join(listed)}]"
 
 
 def _content(text: str, tag: str, start: int) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,12 +15,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from . import mllm
 from .devices import loaded, move_to_hooks
 
 MAX_NEW_TOKENS = 768  # Table 7
+_NO_TOKEN = -1  # the id of none
 
 # An MLLM keeps positions between the steps of a completion, and calls the hooks of all threads: they take turns.
 _turns: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
@@ -27,25 +30,34 @@ _turns: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class GeneratedCompletions:
-    """Completions of a batch of prompts; end-of-sequence tokens and padding are excluded.
+    """Completions of a batch of prompts.
 
     Attributes:
         token_ids: (B, T) token ids, padded on the right.
-        mask: (B, T) bool, true at the tokens of the completion.
-        hidden_states: (B, T, C) their last-layer, post-norm hidden states; zero where `mask` is false.
+        mask: (B, T) bool, true at the tokens of the completion; end-of-sequence tokens are none.
+        hidden_states: (B, T, C) last-layer, post-norm hidden states; zero where `state_mask` is false.
+        state_mask: (B, T) bool, true where there is a state: as `mask`, and at the end-of-sequence token of each
+            completion if that was asked for. `mask` by default.
     """
 
     token_ids: Tensor
     mask: Tensor
     hidden_states: Tensor
+    state_mask: Tensor = None  # type: ignore[assignment]  # as `mask` by default
+
+    def __post_init__(self) -> None:
+        if self.state_mask is None:
+            object.__setattr__(self, "state_mask", self.mask)
 
 
 @torch.no_grad()
 def generate_with_states(
-    vlm: PreTrainedModel,
+    vlm: mllm.Mllm,
     inputs: Mapping[str, Any],
     generation_config: GenerationConfig | Mapping[str, Any] | None = None,
     hidden_states_at: str = "token",
+    end_of_turn_state: bool = False,
+    max_total_length: int | None = None,
 ) -> GeneratedCompletions:
     """Generates completions and keeps the hidden state of every completion token, in one pass.
 
@@ -61,10 +73,14 @@ def generate_with_states(
             the MLLM's own `generation_config`, except that decoding is greedy and at most 768 tokens long
             unless it says otherwise.
         hidden_states_at: `"token"`, or `"predict"` for the state that predicts the token.
+        end_of_turn_state: Also keep the state of the end-of-sequence token of each completion that has one. A row
+            then goes on for one step after it, in which the token is read.
+        max_total_length: Most tokens of a prompt (without padding) and its completion together, where
+            `generation_config` limits neither.
 
     Returns:
-        Completions with T the length of the longest (at least 1). Tokens that stand for images are never
-        generated.
+        Completions with T the length of the longest (at least 1), its end-of-sequence token included if that has a
+        state. Tokens that stand for images are never generated.
 
     Raises:
         ValueError: If the configuration has a field that does not exist or cannot be used here, or the inputs are
@@ -72,19 +88,28 @@ def generate_with_states(
         RuntimeError: If the MLLM is compiled in such a way that its states cannot be seen.
     """
     inputs = move_to_hooks(mllm.model_inputs(inputs), vlm)
-    config = _prepare_config(vlm, generation_config, prompt_length=inputs["input_ids"].shape[1])
+    config, limits = _prepare_config(vlm, generation_config, inputs, max_total_length)
     limit = config.max_new_tokens
     at_token = hidden_states_at == "token"
     config.max_new_tokens = limit + int(at_token)
+    prompt_length = inputs["input_ids"].shape[1]
     with _turns.setdefault(vlm, threading.Lock()):
         recorder = StateRecorder()
+        criteria: list[StoppingCriteria] = [recorder]
+        # The state of a token that is read stands in the next step: rows end one step later.
+        late = _LateEnd(config.eos_token_id, prompt_length) if end_of_turn_state and at_token else None
+        if late is not None:
+            criteria += [late, EosTokenCriteria(torch.tensor([_NO_TOKEN], device=inputs["input_ids"].device))]
         handle = vlm.get_output_embeddings().register_forward_pre_hook(recorder.see)
         try:
             with (
                 loaded(vlm),
                 _without_device_warning(vlm),
+                _without_criteria_warning(late is not None),
             ):  # generate calls parts of the MLLM past its forward
-                sequences = vlm.generate(**inputs, generation_config=config, stopping_criteria=[recorder])
+                sequences = vlm.generate(
+                    **inputs, generation_config=config, stopping_criteria=StoppingCriteriaList(criteria)
+                )
         finally:
             handle.remove()
             mllm.forget_positions(vlm)
@@ -92,16 +117,24 @@ def generate_with_states(
     # Step t reads token t - 1 and predicts token t. Where every row ended with its first token, no token has
     # been read. Tokens past the end, which generate takes back on some devices, leave states behind theirs.
     states = recorder.stacked(hidden_states_at)
-    token_ids = sequences[:, inputs["input_ids"].shape[1] :]
-    mask = _before_end(token_ids, config.eos_token_id)[:, : min(limit, states.shape[1])]
-    length = max(1, int(mask.sum(1).max()))
-    mask = mask[:, :length]
+    token_ids = sequences[:, prompt_length:]
+    in_reach = _within(limits, len(token_ids), min(limit, states.shape[1])).to(token_ids.device)
+    mask = _before_end(token_ids, config.eos_token_id)[:, : in_reach.shape[1]] & in_reach
+    state_mask = mask
+    if end_of_turn_state:
+        state_mask = (
+            _before_end(token_ids, config.eos_token_id, up_to=True)[:, : in_reach.shape[1]] & in_reach
+        )
+    length = max(1, int(state_mask.sum(1).max()))
+    mask, state_mask = mask[:, :length], state_mask[:, :length]
     states = states[:, :length].to(mask.device)
-    return GeneratedCompletions(token_ids[:, :length], mask, states.masked_fill(~mask[..., None], 0))
+    return GeneratedCompletions(
+        token_ids[:, :length], mask, states.masked_fill(~state_mask[..., None], 0), state_mask
+    )
 
 
 @contextmanager
-def _without_device_warning(vlm: PreTrainedModel) -> Iterator[None]:
+def _without_device_warning(vlm: mllm.Mllm) -> Iterator[None]:
     """Hides that `generate` asks for inputs on the device of the first parameter, which may be offloaded to nowhere."""
     with warnings.catch_warnings():
         if vlm.device.type == "meta":
@@ -111,10 +144,31 @@ def _without_device_warning(vlm: PreTrainedModel) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _without_criteria_warning(is_wanted: bool) -> Iterator[None]:
+    """Hides that `generate` is given a criterion of a kind that it makes itself: it is meant to take its place."""
+    logger = logging.getLogger("transformers.generation.utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "A custom stopping criteria of type" not in record.getMessage()
+
+    if is_wanted:
+        logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
 def _prepare_config(
-    vlm: PreTrainedModel, given: GenerationConfig | Mapping[str, Any] | None, prompt_length: int
-) -> GenerationConfig:
-    """A private copy with every value set that the one-pass scheme depends on."""
+    vlm: mllm.Mllm,
+    given: GenerationConfig | Mapping[str, Any] | None,
+    inputs: Mapping[str, Tensor],
+    max_total_length: int | None,
+) -> tuple[GenerationConfig, Tensor | None]:
+    """A private copy with every value set that the one-pass scheme depends on, and (B,) limits of the rows."""
+    prompt_length = inputs["input_ids"].shape[1]
+    limits = None
     if isinstance(given, GenerationConfig):
         config = copy.deepcopy(given)
     else:
@@ -128,6 +182,15 @@ def _prepare_config(
     own = vlm.generation_config
     text_config = vlm.config.get_text_config()
     _check_config(config, own)
+    if config.max_new_tokens is None and config.max_length is None and max_total_length is not None:
+        prompt_lengths = inputs["attention_mask"].sum(dim=1)
+        limits = max_total_length - prompt_lengths
+        if int(limits.min()) < 1:
+            raise ValueError(
+                f"generate_with_states: max_total_length is {max_total_length}, but a prompt has "
+                f"{int(prompt_lengths.max())} tokens; raise it, or set max_new_tokens instead."
+            )
+        config.max_new_tokens = int(limits.max())
     if config.max_new_tokens is None:
         config.max_new_tokens = (
             MAX_NEW_TOKENS if config.max_length is None else config.max_length - prompt_length
@@ -150,7 +213,7 @@ def _prepare_config(
     config.do_sample = bool(config.do_sample)
     if not config.do_sample:  # sampling fields of the MLLM's own file would only cause warnings
         config.temperature, config.top_p, config.top_k = 1.0, 1.0, 50
-    return config
+    return config, limits
 
 
 def _check_config(config: GenerationConfig, own: GenerationConfig) -> None:
@@ -190,12 +253,39 @@ def _as_list(token_ids: int | list[int] | None) -> list[int]:
     return [token_ids] if isinstance(token_ids, int) else list(token_ids)
 
 
-def _before_end(token_ids: Tensor, eos_token_id: int | list[int] | None) -> Tensor:
-    """(B, T) bool: true before the row's first end-of-sequence token."""
-    ends = torch.isin(
-        token_ids, torch.tensor(_as_list(eos_token_id), dtype=token_ids.dtype, device=token_ids.device)
-    )
-    return ends.cumsum(1) == 0
+def _before_end(token_ids: Tensor, eos_token_id: int | list[int] | None, up_to: bool = False) -> Tensor:
+    """(B, T) bool: true before the row's first end-of-sequence token, or `up_to` and with it."""
+    ends = _is_end(token_ids, eos_token_id)
+    return ends.cumsum(1) - ends.long() * up_to == 0
+
+
+def _is_end(token_ids: Tensor, eos_token_id: int | list[int] | None) -> Tensor:
+    ids = torch.tensor(_as_list(eos_token_id), dtype=token_ids.dtype, device=token_ids.device)
+    return torch.isin(token_ids, ids)
+
+
+def _within(limits: Tensor | None, rows: int, length: int) -> Tensor:
+    """(B, length) bool: where a token is within the limit of its row; a prompt may have several rows."""
+    if limits is None:
+        return torch.ones(rows, length, dtype=torch.bool)
+    limits = limits.repeat_interleave(rows // len(limits))
+    return torch.arange(length, device=limits.device) < limits[:, None]
+
+
+class _LateEnd(StoppingCriteria):
+    """Ends a row one step after its end-of-sequence token, which is then read as any other.
+
+    Args:
+        eos_token_id: The tokens that end a row.
+        prompt_length: Tokens of the prompts, among which such tokens end nothing.
+    """
+
+    def __init__(self, eos_token_id: int | list[int] | None, prompt_length: int) -> None:
+        self._eos_token_id, self._prompt_length = eos_token_id, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """True for the rows that have ended before the last step."""
+        return _is_end(input_ids[:, self._prompt_length : -1], self._eos_token_id).any(dim=1)
 
 
 class StateRecorder(StoppingCriteria):

@@ -145,7 +145,7 @@ def upload(
         write_file(path, card)
     return api.upload_folder(
         repo_id=repo_id,
-        folder_path=folder,
+        folder_path=os.fspath(folder),
         commit_message=commit_message,
         commit_description=commit_description,
         revision=revision,

@@ -83,7 +83,7 @@ def explain_unreadable(head: bytes) -> str | None:
 def read_head(source: str | bytes | BinaryIO) -> bytes:
     """The first bytes of a path or of a binary file; "?" of what cannot be read again."""
     try:
-        if hasattr(source, "read"):
+        if not isinstance(source, (str, bytes)):
             source.seek(0)
             return source.read(HEAD_LENGTH)
         with Path(os.fsdecode(source)).open("rb") as file:

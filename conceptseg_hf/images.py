@@ -69,7 +69,8 @@ def read_header(path: str | os.PathLike) -> tuple[tuple[int, int], int]:
         if picture.format == "TIFF":  # which Pillow turns itself
             picture.load()
             return picture.size, orientation
-        return picture.size[:: -1 if orientation >= SWAPS_SIDES else 1], orientation
+        width, height = picture.size
+        return ((height, width) if orientation >= SWAPS_SIDES else (width, height)), orientation
 
 
 def try_image(path: str | os.PathLike) -> tuple[tuple[int, int], int]:
@@ -145,6 +146,32 @@ def load_mask(mask: ImageInput, size: tuple[int, int] | None = None, orientation
         if found != tuple(size):
             raise ValueError(describe_other_size(f"mask{name}", found, size))
     return foreground
+
+
+def load_grey_mask(mask: ImageInput) -> Image.Image:
+    """A mask with its soft edges, "L": the grey values of one that is stored so, else 255 in the foreground.
+
+    Args:
+        mask: See `ImageInput`.
+
+    Raises:
+        FileNotFoundError: If a path names no file.
+        ValueError: If the mask cannot be read.
+    """
+    if _is_array(mask):
+        array = _checked_array(mask, "mask")
+        grey = array if array.ndim == 2 else None
+        foreground = _array_foreground(array)
+    else:
+        picture = open_oriented_mask(mask)[0]
+        grey = np.asarray(picture) if picture.mode == "L" else None
+        foreground = picture_foreground(picture)
+    if grey is not None and grey.dtype.kind == "f":
+        return Image.fromarray(np.rint(grey * 255.0).astype(np.uint8))
+    # A mask without a value of 128 or more is one of labels: see `load_mask`.
+    if grey is not None and grey.dtype == np.uint8 and grey.max(initial=0) >= _MASK_LEVEL:
+        return Image.fromarray(np.ascontiguousarray(grey))
+    return mask_to_image(foreground)
 
 
 def open_mask(mask: ImageInput) -> Image.Image:
@@ -358,7 +385,7 @@ def picture_foreground(picture: Image.Image) -> np.ndarray:
 
 def _has_white(picture: Image.Image) -> bool:
     """Whether a palette picture uses greys alone, and a bright one; classes have colours, or no palette at all."""
-    palette = np.reshape(picture.getpalette("RGB"), (-1, 3))
+    palette = np.reshape(picture.getpalette("RGB") or [], (-1, 3))
     used = palette[[index for index in np.unique(np.asarray(picture)) if index < len(palette)]]
     return bool((used == used[:, :1]).all() and used.max(initial=0) >= _MASK_LEVEL)
 

@@ -40,7 +40,7 @@ def check_mask_frame(
     """
     if image_orientation == 1 or mask_orientation != 1:
         return
-    mask_size, (width, height) = tuple(mask_size), image_size
+    mask_size, (width, height) = (mask_size[0], mask_size[1]), image_size
     stored = (height, width) if image_orientation >= SWAPS_SIDES else (width, height)
     if mask_size == (width, height) != stored:
         return

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
 
 from .devices import loaded, move_to_hooks
 
 SUPPORTED_MODEL_TYPES = ("qwen2_5_vl",)
+
+Mllm: TypeAlias = Any
+"""A PreTrainedModel of a known family that generates; the stubs of `generate` fit no model class."""
 
 # What the MLLM reads. Without `mm_token_type_ids` the positions of image tokens are silently wrong.
 INPUT_NAMES = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
@@ -91,7 +93,7 @@ def select_rows(
     return selected
 
 
-def continue_positions(vlm: PreTrainedModel, attention_mask: Tensor, rows: Sequence[int]) -> Tensor:
+def continue_positions(vlm: Mllm, attention_mask: Tensor, rows: Sequence[int]) -> Tensor:
     """Positions of rows that continue prompts which the MLLM has just read; `generate` then goes on from these.
 
     Args:
@@ -107,17 +109,19 @@ def continue_positions(vlm: PreTrainedModel, attention_mask: Tensor, rows: Seque
     return (positions + vlm.model.rope_deltas)[None].expand(3, -1, -1)
 
 
-def encode_images(vlm: PreTrainedModel, pixel_values: Tensor, image_grid_thw: Tensor) -> list[Tensor]:
+def encode_images(vlm: Mllm, pixel_values: Tensor, image_grid_thw: Tensor) -> list[Tensor]:
     """The image tokens (tokens, C) of each image."""
     return list(vlm.model.get_image_features(pixel_values, image_grid_thw).pooler_output)
 
 
 def encoded_images(tokens: Sequence[Tensor]) -> dict[str, Any]:
     """What the MLLM takes in the place of `pixel_values`: the image tokens of all images of a batch, in their order."""
-    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tuple(tokens))}}
+    # A tuple, as the MLLM's own `get_image_features` returns it.
+    image = BaseModelOutputWithPooling(pooler_output=tuple(tokens))  # type: ignore[arg-type]
+    return {"mm_encoder_outputs": {"image": image}}
 
 
-def full_pass(vlm: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> ModelOutput:
+def full_pass(vlm: Mllm, inputs: Mapping[str, Tensor], **options: Any) -> Any:
     """One full forward pass over `model_inputs`, without the language-model head.
 
     Args:
@@ -135,17 +139,17 @@ def full_pass(vlm: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any
     return output
 
 
-def last_hidden_states(vlm: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+def last_hidden_states(vlm: Mllm, inputs: Mapping[str, Tensor]) -> Tensor:
     """(B, L, C) last-layer, post-norm hidden states of one full forward pass over `model_inputs`."""
     return full_pass(vlm, inputs, use_cache=False).last_hidden_state
 
 
-def forget_positions(vlm: PreTrainedModel) -> None:
+def forget_positions(vlm: Mllm) -> None:
     """Drops the position offsets that Qwen keeps on the module, so that no call depends on an earlier one."""
     vlm.model.rope_deltas = None
 
 
-def vision_tower(vlm: PreTrainedModel) -> nn.Module:
+def vision_tower(vlm: Mllm) -> nn.Module:
     """The module that encodes pictures."""
     return vlm.model.visual
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -35,28 +33,21 @@ from .devices import (
     loaded,
     stored_value,
 )
-from .finite import check_finite, is_finite
-from .generation import generate_with_states
+from .finite import check_finite
+from .inference import Segmenter, SegmentSettings
 from .losses import segmentation_loss
 from .outputs import ConceptSegmentation, ConceptSegOutput
 from .quantization import spare_sam_and_ctm
 from .router import ShortcutRouter
-from .sam_prompt import BOX_TEXT, SAM_PROMPTS, ImageFeatures
+from .sam_prompt import ImageFeatures
 
 if TYPE_CHECKING:
-    from .completion import Completion
     from .processing_conceptseg import ConceptSegInputs, ConceptSegProcessor, PreparedSample
 
 # Arguments of `from_pretrained` that say where files come from; they serve every part of a model alike.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "use_safetensors")
 
 _PARTS = ("vlm", "ctm", "sam")
-
-_NOTHING = -100.0  # a mask logit whose probability is 0
-_NOT_FINITE = (
-    "the model's output for this sample is not finite (NaN); load the checkpoint in float32 or bfloat16, or use one "
-    "whose training did not diverge."
-)
 
 
 class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
@@ -68,14 +59,20 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
     on the MLLM.
     """
 
+    config: ConceptSegConfig
+    vlm: mllm.Mllm
+    ctm: ConceptTranslationModule
+    sam: Sam3Model
+    hf_device_map: Mapping[str, Any]
+
     config_class = ConceptSegConfig
     base_model_prefix = "conceptseg"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # as Transformers' own models have it
     supports_gradient_checkpointing = True
-    _no_split_modules = ("ConceptTranslationModule", *sam_prompt.UNITS)  # the MLLM adds its own
+    _no_split_modules = ["ConceptTranslationModule", *sam_prompt.UNITS]  # noqa: RUF012 (the MLLM adds its own)
     # One dtype is all a config can say; without this a reload in bfloat16 would take SAM 3 and the CTM along.
-    _keep_in_fp32_modules_strict = ("sam", "ctm")
+    _keep_in_fp32_modules_strict = ["sam", "ctm"]  # noqa: RUF012 (the base class reads it so)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -121,7 +118,9 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             **config_kwargs: Fields of `ConceptSegConfig`.
         """
         sam_name = config_kwargs.pop("sam_name_or_path", None)
-        attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        attention: dict[str, Any] = (
+            {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        )
         if not isinstance(vlm, PreTrainedModel):
             vlm = AutoModelForImageTextToText.from_pretrained(
                 vlm, dtype=dtype, **attention, **(vlm_kwargs or {})
@@ -129,8 +128,10 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         if not isinstance(sam, PreTrainedModel):
             sam_name = sam_name or os.fspath(sam)
             sam = Sam3Model.from_pretrained(sam, dtype=torch.float32, **attention, **(sam_kwargs or {}))
+        sam_width = cast("Any", sam.config).detr_encoder_config.hidden_size
         # A new config resets the attention implementation of the configs it is given: it gets copies until
         # the model stands.
+        options: dict[str, Any] = {"attn_implementation": vlm.config._attn_implementation, **config_kwargs}
         config = ConceptSegConfig(
             vlm_config=copy.deepcopy(vlm.config),
             sam_config=copy.deepcopy(sam.config),
@@ -138,12 +139,11 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
                 **{
                     **(ctm_config or {}),
                     "hidden_size": vlm.config.get_text_config().hidden_size,
-                    "sam_hidden_size": sam.config.detr_encoder_config.hidden_size,
+                    "sam_hidden_size": sam_width,
                 }
             ),
             sam_name_or_path=sam_name or sam.config.name_or_path or None,
-            attn_implementation=vlm.config._attn_implementation,
-            **config_kwargs,
+            **options,
         )
         with torch.device("meta"):
             model = cls(config)
@@ -208,9 +208,10 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             kwargs["quantization_config"] = spare_sam_and_ctm(
                 kwargs["quantization_config"], kwargs.get("device_map")
             )
-        model, info = super().from_pretrained(
+        loaded_pair: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
+        model, info = loaded_pair
         missing = {
             part: sorted(key for key in info["missing_keys"] if key.startswith(f"{part}.")) for part in _PARTS
         }
@@ -266,14 +267,15 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             upload, kwargs = hub.split_upload_arguments(save_directory, kwargs)
         if is_offloaded(self) and not hasattr(self, "hf_device_map") and len(args) < 2:
             kwargs.setdefault("state_dict", self._stored_state_dict())  # the base class saves others itself
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        kwargs["save_original_format"] = save_original_format
+        super().save_pretrained(save_directory, *args, **kwargs)
         if Path(save_directory).is_dir():  # other processes than the main one may have no folder
             hub.keep_remote_stub(save_directory)
             hub.save_model_card(save_directory, self.config, tags=self.model_tags or ())
         if push_to_hub:
             hub.upload(save_directory, **upload)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
@@ -435,7 +437,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
 
         Args:
             hidden_states: (B, L, C) last-layer, post-norm states of prompts and completions.
-            completion_mask: (B, L) true at the tokens of the completion, the end-of-sequence token excluded.
+            completion_mask: (B, L) true at the tokens of the completion, the end-of-sequence token excluded unless
+                `config.end_of_turn_state`.
             detach_hidden_states: Stop the gradient at the CTM's input (as the released code does).
 
         Returns:
@@ -478,7 +481,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         text_embeds = text_mask = None
         device = features.device
         with self._own_precision():
-            if sam_input_ids is not None:
+            if sam_input_ids is not None and sam_attention_mask is not None:
                 with torch.no_grad():
                     text_embeds, text_mask = sam_prompt.encode_text(
                         self.sam, sam_input_ids.to(device), sam_attention_mask.to(device)
@@ -488,7 +491,9 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             if boxes is not None:
                 boxes = boxes.to(device, self.sam.dtype)
             output = sam_prompt.decode(self.sam, features, text_embeds, text_mask, concept_embeds, boxes)
-        return output.semantic_seg, output.presence_logits
+        masks, presence = output.semantic_seg, output.presence_logits
+        assert masks is not None and presence is not None  # SAM 3 always gives both
+        return masks, presence
 
     @can_return_tuple
     def forward(
@@ -519,7 +524,8 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             mm_token_type_ids: (B, L) token types of the MLLM's processor (1 at image tokens).
             pixel_values: (patches, d) image patches of all rows.
             image_grid_thw: (images, 3) their grids.
-            completion_mask: (B, L) true at the tokens of the completion, the end-of-sequence token excluded.
+            completion_mask: (B, L) true at the tokens of the completion, the end-of-sequence token excluded unless
+                `config.end_of_turn_state`.
             sam_pixel_values: (B, 3, S, S) target images for SAM 3; without them and `sam_features` only Z is
                 computed.
             sam_features: The same, already encoded by `encode_image`.
@@ -567,7 +573,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             mask_logits, presence_logits = self.decode_masks(
                 sam_features, sam_input_ids, sam_attention_mask, concept_embeds
             )
-        if mask_labels is not None:
+        if mask_labels is not None and mask_logits is not None:
             loss, dice, focal = segmentation_loss(mask_logits, mask_labels.to(mask_logits.device))
         return ConceptSegOutput(
             loss=loss,
@@ -603,7 +609,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         Args:
             inputs: What the processor returns for images, prompts and references. Samples that carry an error
                 become failed results.
-            router: A mode of `ShortcutRouter` (with `config.router_base`), or a router.
+            router: A mode of `ShortcutRouter` (with the config's `router_base` and so on), or a router.
             generation_config: How the MLLM writes (see `generate_with_states`); greedy by default.
             processor: The processor; by default the one that `inputs` carries.
             return_heatmap: Also return the mask probabilities.
@@ -625,15 +631,16 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
                 "segment: there is no processor; pass processor=..., or the inputs that a processor returned."
             )
         if isinstance(router, str):
-            router = ShortcutRouter(router, self.config.router_base)
+            config = self.config
+            router = ShortcutRouter(
+                router, config.router_base, config.router_drop_parentheses, config.router_min_words
+            )
         if batch_size is not None and batch_size < 1:
             raise ValueError(
                 f"segment: batch_size is {batch_size}; use at least 1, or None for all samples at once."
             )
-        if sam_prompt not in SAM_PROMPTS:
-            raise ValueError(
-                f"segment: sam_prompt is {sam_prompt!r}; use one of {', '.join(map(repr, SAM_PROMPTS))}."
-            )
+        settings = SegmentSettings(router, generation_config, sam_prompt, return_heatmap, return_logits)
+        segmenter = Segmenter(self, processor, settings)
         samples = list(inputs)
         size = batch_size or max(len(samples), 1)
         modes = {module: module.training for module in self.modules()}
@@ -643,185 +650,11 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
                 return [
                     result
                     for start in range(0, len(samples), size)
-                    for result in self._segment_batch(
-                        samples[start : start + size],
-                        router,
-                        generation_config,
-                        processor,
-                        return_heatmap,
-                        sam_prompt,
-                        return_logits,
-                    )
+                    for result in segmenter.segment(samples[start : start + size])
                 ]
         finally:
             for module, training in modes.items():
                 module.training = training
-
-    def _segment_batch(
-        self,
-        samples: list[PreparedSample],
-        router: ShortcutRouter,
-        generation_config: GenerationConfig | Mapping[str, Any] | None,
-        processor: ConceptSegProcessor,
-        return_heatmap: bool,
-        sam_prompt: str,
-        return_logits: bool,
-    ) -> list[ConceptSegmentation]:
-        decoded: dict[int, _Decoded] = {}
-        presences: dict[int, float] = {}
-        usable = [i for i, sample in enumerate(samples) if sample.error is None]
-        if usable:
-            features, row_of = self._encode_samples(samples, usable)
-
-            asked = [i for i in usable if router.asks_sam(samples[i].prompt)]
-            if asked:
-                first_look = self._decode_rows(
-                    features, row_of, asked, [samples[i].prompt for i in asked], processor
-                )
-                presences = {i: look.presence for i, look in first_look.items()}
-                decoded = {
-                    i: look
-                    for i, look in first_look.items()
-                    if router.accepts(look.presence, samples[i].prompt)
-                }
-
-            reasoned = [i for i in usable if i not in decoded]
-            if reasoned:
-                completions, concepts = self._reason(
-                    [samples[i] for i in reasoned], generation_config, processor
-                )
-                if sam_prompt == "box":
-                    answers = self._decode_boxes(features, row_of, reasoned, samples, completions, processor)
-                else:
-                    texts = [
-                        completion.answer or samples[i].prompt for i, completion in zip(reasoned, completions)
-                    ]
-                    answers = self._decode_rows(
-                        features,
-                        row_of,
-                        reasoned,
-                        None if sam_prompt == "concept" else texts,
-                        processor,
-                        None if sam_prompt == "text" else concepts,
-                    )
-                for i, completion in zip(reasoned, completions):
-                    answers[i].completion = completion
-                decoded.update(answers)
-
-        results = []
-        for i, sample in enumerate(samples):
-            if i not in decoded:
-                results.append(ConceptSegmentation.failed(sample.error, sample.prompt))
-                continue
-            if not decoded[i].is_finite:
-                results.append(ConceptSegmentation.failed(_NOT_FINITE, sample.prompt))
-                continue
-            result = _result(sample, decoded[i], processor, return_heatmap)
-            result.presence, result.threshold = presences.get(i), router.threshold(sample.prompt)
-            if return_logits:
-                result.mask_logits = decoded[i].mask_logits.cpu().numpy()
-            results.append(result)
-        return results
-
-    def _encode_samples(
-        self, samples: list[PreparedSample], rows: list[int]
-    ) -> tuple[ImageFeatures, dict[int, int]]:
-        """Encodes the images of some samples, a shared one once; also says which features are whose."""
-        images: dict[int, int] = {}
-        pixels: list[Tensor] = []
-        row_of: dict[int, int] = {}
-        for i in rows:
-            tensor = samples[i].sam_pixel_values
-            if id(tensor) not in images:
-                images[id(tensor)] = len(pixels)
-                pixels.append(tensor)
-            row_of[i] = images[id(tensor)]
-        device = execution_device(self.sam)
-        return self.encode_image(torch.stack([tensor.to(device) for tensor in pixels])), row_of
-
-    def _decode_rows(
-        self,
-        features: ImageFeatures,
-        row_of: dict[int, int],
-        rows: list[int],
-        texts: list[str] | None,
-        processor: ConceptSegProcessor,
-        concept_embeds: Tensor | None = None,
-        boxes: Tensor | None = None,
-    ) -> dict[int, _Decoded]:
-        """Decodes one prompt for each of `rows`."""
-        selected = features.select(torch.tensor([row_of[i] for i in rows]))
-        text = (None, None) if texts is None else processor.sam_text(texts)
-        mask_logits, presence_logits = self.decode_masks(selected, *text, concept_embeds, boxes)
-        presences = presence_logits.float().sigmoid()[:, 0].tolist()
-        return {
-            i: _Decoded(mask_logits[row, 0].float(), presence)
-            for row, (i, presence) in enumerate(zip(rows, presences))
-        }
-
-    def _decode_boxes(
-        self,
-        features: ImageFeatures,
-        row_of: dict[int, int],
-        rows: list[int],
-        samples: list[PreparedSample],
-        completions: list[Completion],
-        processor: ConceptSegProcessor,
-    ) -> dict[int, _Decoded]:
-        """Decodes the box of each completion, and nothing where there is none (`sam_prompt="box"`)."""
-        boxes = {
-            i: processor.text_box_to_sam(completion.bbox, samples[i].frame)
-            for i, completion in zip(rows, completions)
-            if completion.bbox is not None
-        }
-        boxes = {i: box for i, box in boxes.items() if box[2] > 0 and box[3] > 0}
-        answers = {i: _Decoded(torch.full((1, 1), _NOTHING), 0.0) for i in rows}
-        if boxes:
-            answers |= self._decode_rows(
-                features,
-                row_of,
-                list(boxes),
-                [BOX_TEXT] * len(boxes),
-                processor,
-                boxes=torch.tensor(list(boxes.values()))[:, None],
-            )
-        return answers
-
-    def _reason(
-        self,
-        samples: list[PreparedSample],
-        generation_config: GenerationConfig | Mapping[str, Any] | None,
-        processor: ConceptSegProcessor,
-    ) -> tuple[list[Completion], Tensor]:
-        """Lets the MLLM write; returns what it wrote and (B, L2, D) concept tokens."""
-        batch = processor.collate(samples, device=execution_device(self.vlm))
-        generated = generate_with_states(self.vlm, batch, generation_config, self.config.hidden_states_at)
-        if len(generated.mask) != len(samples):
-            raise ValueError(
-                "segment: num_return_sequences is above 1; a sample has one result, so leave it at 1."
-            )
-        completions = [
-            processor.decode_completion(token_ids[mask], sample)
-            for token_ids, mask, sample in zip(generated.token_ids, generated.mask, samples)
-        ]
-        device = execution_device(self.ctm)
-        return completions, self.encode_concepts(
-            generated.hidden_states.to(device), generated.mask.to(device)
-        )
-
-
-@dataclass
-class _Decoded:
-    """One decode: (h, w) mask logits, presence in [0, 1], and the completion (None on the shortcut)."""
-
-    mask_logits: Tensor
-    presence: float
-    completion: Completion | None = None
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether there is a mask in it at all."""
-        return math.isfinite(self.presence) and is_finite(self.mask_logits)
 
 
 def _check_forward_arguments(
@@ -853,35 +686,3 @@ def _completion_states(
     columns = mask.any(dim=0).nonzero()
     first, last = (int(columns[0]), int(columns[-1])) if len(columns) else (0, 0)
     return hidden_states[:, first : last + 1], mask[:, first : last + 1]
-
-
-def _result(
-    sample: PreparedSample, decoded: _Decoded, processor: ConceptSegProcessor, return_heatmap: bool
-) -> ConceptSegmentation:
-    """Brings a decode back to the frames of the input images."""
-    mask, probability = processor.post_process_mask(decoded.mask_logits, sample.frame)
-    foreground = probability[probability > 0.5]
-    completion = decoded.completion
-    result = ConceptSegmentation(
-        mask=mask,
-        label=sample.prompt,
-        score=decoded.presence * float(foreground.mean()) if foreground.size else 0.0,
-        route="shortcut" if completion is None else "reasoning",
-        decode_presence=decoded.presence,
-        heatmap=probability if return_heatmap else None,
-    )
-    if completion is None:
-        return result
-    result.label = completion.answer or sample.prompt
-    result.think, result.rule, result.answer, result.completion = (
-        completion.think,
-        completion.rule,
-        completion.answer,
-        completion.text,
-    )
-    if completion.bbox is not None:
-        result.box = processor.text_box_to_image(completion.bbox, sample.frame)
-    if completion.check is not None:
-        result.check_reference, result.check = processor.text_box_to_reference(completion.check, sample.frame)
-    result.check_iou = processor.check_iou(completion.check, sample.frame)
-    return result

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-Box = tuple[float, float, float, float]
+from .mosaic import Box
 
 
 @dataclass

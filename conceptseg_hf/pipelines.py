@@ -23,6 +23,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from . import hub
 from .devices import is_offloaded
 from .images import as_list
+from .modeling_conceptseg import ConceptSegForSegmentation
 from .outputs import ConceptSegmentation
 from .processing_conceptseg import ConceptSegInputs, ConceptSegProcessor, PreparedSample
 from .references import Reference
@@ -52,22 +53,25 @@ class ConceptSegmentationPipeline(Pipeline):
         >>> pipe([{"image": a, "prompt": "red circle"}, {"image": b, "prompt": "odd one out"}], batch_size=2)
     """
 
-    _load_processor = True
-    _load_tokenizer = False
-    _load_image_processor = False
-    _load_feature_extractor = False
-    _load_video_processor = False
+    model: ConceptSegForSegmentation
+    processor: ConceptSegProcessor
+    # The base class declares None, and documents these values.
+    _load_processor = True  # type: ignore[assignment]
+    _load_tokenizer = False  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_video_processor = False  # type: ignore[assignment]
 
     def __init__(self, model: Any, *args: Any, device: Any = None, **kwargs: Any) -> None:
         with _placed(model) if device is None else nullcontext(device) as device:
-            super().__init__(model, *args, device=device, **kwargs)
+            super().__init__(model, *args, device=device, **kwargs)  # type: ignore[misc]
         if not isinstance(self.processor, ConceptSegProcessor):
             raise ValueError(
                 f"ConceptSegmentationPipeline: processor is a {type(self.processor).__name__}; "
                 "pass the model's ConceptSegProcessor."
             )
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, inputs: Any, **kwargs: Any
     ) -> dict[str, Any] | list[dict[str, Any]] | Iterable[dict[str, Any]]:
         """Segments one input or many.
@@ -109,13 +113,13 @@ class ConceptSegmentationPipeline(Pipeline):
         forward = {name: parameters[name] for name in _FORWARD_PARAMETERS if name in parameters}
         return preprocess, forward, {}
 
-    def preprocess(
+    def preprocess(  # type: ignore[override]
         self, inputs: Any, prompt: str | None = None, references: Sequence[Reference] | None = None
     ) -> PreparedSample:
         """Prepares one input; never fails on a bad one, the sample says what was wrong."""
         return _Preparation(self.processor, prompt, references)(inputs)
 
-    def _forward(
+    def _forward(  # type: ignore[override]
         self,
         samples: list[PreparedSample],
         router: str | ShortcutRouter = "adaptive",
@@ -129,7 +133,9 @@ class ConceptSegmentationPipeline(Pipeline):
             return_heatmap=return_heatmap,
         )
 
-    def postprocess(self, result: ConceptSegmentation) -> dict[str, Any]:
+    def postprocess(  # type: ignore[override]
+        self, result: ConceptSegmentation
+    ) -> dict[str, Any]:
         """One result as a dict."""
         return result.to_dict()
 
@@ -193,7 +199,9 @@ class ConceptSegmentationPipeline(Pipeline):
         if push_to_hub:
             hub.upload(save_directory, **upload)
 
-    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **kwargs: Any) -> Any:
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, *, max_shard_size: int | str = "5GB", **kwargs: Any
+    ) -> Any:
         """Uploads model, processor and card; see the model's `push_to_hub`.
 
         Args:
@@ -250,9 +258,11 @@ class _Preparation:
     references: Sequence[Reference] | None = None
 
     def __call__(self, item: Any) -> PreparedSample:
-        get = item.get if isinstance(item, Mapping) else lambda name: getattr(item, name, None)
+        get: Callable[[str], Any] = (
+            item.get if isinstance(item, Mapping) else lambda name: getattr(item, name, None)
+        )
         composed = isinstance(item, Mapping) or _has_parts(item)
-        prompt = self.prompt if not composed or get("prompt") is None else get("prompt")
+        prompt: Any = self.prompt if not composed or get("prompt") is None else get("prompt")
         references = self.references if not composed or get("references") is None else get("references")
         try:
             if composed and get("image") is None:
@@ -308,7 +318,7 @@ class _Results:
         self._iterator: Iterator[dict[str, Any]] | None = None
 
     def __len__(self) -> int:
-        return len(self._batches.dataset)
+        return len(self._batches.dataset)  # type: ignore[arg-type]  # only asked of those that have a length
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for samples in self._batches:

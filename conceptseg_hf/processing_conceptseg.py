@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from . import hub, mllm
-from .completion import Completion, format_box, parse_completion
+from .completion import Completion, format_box, format_box_list, parse_completion
 from .configuration_conceptseg import how_to_convert, is_authors_config
 from .images import ImageInput, as_list, load_image
+from .mosaic import RESAMPLING, MosaicSettings, make_layout
 from .prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
 from .references import (
     Box,
@@ -37,12 +38,15 @@ from .references import (
     assign_cells,
     box_iou,
     compose_mosaic,
-    grid_size,
+    enclosing_box,
     resolve_references,
 )
 
 # SAM 3's share of the arguments of the model's `forward`; `mllm.INPUT_NAMES` are the MLLM's.
 _SAM_INPUT_NAMES = ("sam_pixel_values", "sam_input_ids", "sam_attention_mask")
+
+SWITCHES = {"mosaic": None, "shortcut_size": None, "sam_resampling": None, "mask_resampling": "bilinear"}
+"""Settings of `ConceptSegProcessor` that are saved only where they are set, and their usual values."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,13 @@ class Frame:
         image_size: (width, height) of the target image after EXIF rotation.
         reference_sizes: (width, height) of each reference.
         layout: The mosaic, or None without references.
-        cell_of_reference: The mosaic cell of each reference.
+        cell_of_reference: The mosaic cell of each reference; one that the layout has not belongs to a reference that
+            is not shown.
         proxy: Index of the proxy query among the references, or None.
-        proxy_box: The withheld box in pixels of that reference, or None when it is unknown.
+        proxy_box: The withheld box in pixels of that reference, or None when it is unknown; of several, the one that
+            encloses them.
         support_boxes: The boxes shown, in text units of the mosaic, in the order of the references.
+        proxy_boxes: All of the withheld boxes.
     """
 
     image_size: tuple[int, int]
@@ -66,6 +73,7 @@ class Frame:
     proxy: int | None = None
     proxy_box: Box | None = None
     support_boxes: tuple[Box, ...] = ()
+    proxy_boxes: tuple[Box, ...] = ()
 
 
 @dataclass(eq=False)
@@ -84,6 +92,8 @@ class PreparedSample:
         pixel_values: Patches of all pictures, (patches, d).
         image_grid_thw: Patch grid of each picture, (pictures, 3).
         error: None, or one sentence that says why this sample cannot be segmented; all tensors are None then.
+        shortcut_pixel_values: SAM 3's input on the shortcut, (3, S, S), where that is another one
+            (`shortcut_size`); else None.
     """
 
     prompt: str
@@ -96,6 +106,16 @@ class PreparedSample:
     pixel_values: torch.Tensor | None = None
     image_grid_thw: torch.Tensor | None = None
     error: str | None = None
+    shortcut_pixel_values: torch.Tensor | None = None
+
+    @property
+    def coordinates(self) -> Frame:
+        """The sample's coordinate frames.
+
+        Raises:
+            ValueError: If the sample could not be prepared.
+        """
+        return _known(self.frame, "coordinate frames")
 
     @classmethod
     def failed(cls, prompt: str, error: str) -> PreparedSample:
@@ -104,7 +124,7 @@ class PreparedSample:
 
     def to(self, device: torch.device | str) -> PreparedSample:
         """A copy whose tensors are on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
         return replace(self, **moved)
@@ -129,10 +149,15 @@ class ConceptSegInputs(Sequence):
     def to(self, device: torch.device | str) -> ConceptSegInputs:
         """A copy whose tensors are on `device`; samples that share SAM 3's input go on sharing it."""
         samples = [sample.to(device) for sample in self.samples]
-        shared: dict[int, torch.Tensor | None] = {}
-        for before, after in zip(self.samples, samples, strict=True):
-            after.sam_pixel_values = shared.setdefault(id(before.sam_pixel_values), after.sam_pixel_values)
+        for name in _SAM_PIXELS:
+            shared: dict[int, torch.Tensor | None] = {}
+            for before, after in zip(self.samples, samples, strict=True):
+                setattr(after, name, shared.setdefault(id(getattr(before, name)), getattr(after, name)))
         return replace(self, samples=samples)
+
+
+# What samples of one image share.
+_SAM_PIXELS = ("sam_pixel_values", "shortcut_pixel_values")
 
 
 class ConceptSegProcessor(ProcessorMixin):
@@ -153,9 +178,31 @@ class ConceptSegProcessor(ProcessorMixin):
         sam_text_length: Tokens of SAM 3's text input; longer texts are cut.
         prompt_template: `PromptTemplate.to_dict()` of another instruction; the official one by default. Saved
             in processor_config.json.
+        mosaic: How references are laid out, and how their boxes are found and written: `MosaicSettings`, or some of
+            its fields by name.
+        shortcut_size: Side of the square that the target is resized to (bicubic) before SAM 3's image processor sees
+            it on the shortcut; None: both paths see the target itself.
+        sam_resampling: Pillow's filter, `"bicubic"` or `"bilinear"`, by which the target is resized to SAM 3's square;
+            None leaves that to SAM 3's image processor.
+        mask_resampling: How SAM 3's mask logits are resized to the target: `"bilinear"` or `"bicubic"`.
+
+    The last four are saved only where they are set.
     """
 
     return_mm_token_type_ids = True
+
+    image_processor: Any
+    tokenizer: Any
+    sam_image_processor: Any
+    sam_tokenizer: Any
+    canvas_size: int
+    coordinate_scale: float
+    sam_text_length: int
+    prompt_template: dict[str, Any]
+    mosaic: dict[str, Any] | None
+    shortcut_size: int | None
+    sam_resampling: str | None
+    mask_resampling: str
 
     def __init__(
         self,
@@ -168,29 +215,30 @@ class ConceptSegProcessor(ProcessorMixin):
         coordinate_scale: float = 1.0,
         sam_text_length: int = 32,
         prompt_template: Mapping[str, str] | PromptTemplate | None = None,
+        mosaic: Mapping[str, Any] | MosaicSettings | None = None,
+        shortcut_size: int | None = None,
+        sam_resampling: str | None = None,
+        mask_resampling: str = "bilinear",
     ) -> None:
-        for name, value in {
+        settings = {
             "canvas_size": canvas_size,
             "coordinate_scale": coordinate_scale,
             "sam_text_length": sam_text_length,
-        }.items():
-            if not value > 0:
-                raise ValueError(f"ConceptSegProcessor: {name} is {value}; give a positive number.")
+            "prompt_template": prompt_template,
+            "mosaic": mosaic,
+            "shortcut_size": shortcut_size,
+            "sam_resampling": sam_resampling,
+            "mask_resampling": mask_resampling,
+        }
+        settings = _checked_settings(settings)
         super().__init__(
             image_processor, tokenizer, sam_image_processor, sam_tokenizer, chat_template=chat_template
         )
         # A tokenizer does not save its padding side; given to `from_pretrained`, one side would reach both.
         tokenizer.padding_side = "left"
         sam_tokenizer.padding_side = "right"
-        self.canvas_size = int(canvas_size)
-        self.coordinate_scale = float(coordinate_scale)
-        self.sam_text_length = int(sam_text_length)
-        template = prompt_template if isinstance(prompt_template, PromptTemplate) else None
-        if template is None:
-            template = (
-                OFFICIAL_TEMPLATE if prompt_template is None else PromptTemplate.from_dict(prompt_template)
-            )
-        self.prompt_template = template.to_dict()  # plain data, so that it is saved
+        for name, value in settings.items():
+            setattr(self, name, value)
         self.image_token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
         self.image_token_id = tokenizer.get_vocab().get(self.image_token)
         if self.image_token_id is None:
@@ -202,7 +250,7 @@ class ConceptSegProcessor(ProcessorMixin):
         self._reserved_tokens = sorted({self.image_token, *special, *tokenizer.all_special_tokens})
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> ConceptSegProcessor:
         """As in the base class; of a checkpoint in the authors' layout it says how to convert it."""
@@ -241,10 +289,34 @@ class ConceptSegProcessor(ProcessorMixin):
             self.save_pretrained(folder)
             return hub.upload(folder, repo_id, **kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in the base class, without those of `SWITCHES` that are as usual."""
+        usual = [name for name, value in SWITCHES.items() if getattr(self, name) == value]
+        return {name: value for name, value in super().to_dict().items() if name not in usual}
+
+    def with_settings(self, **changes: Any) -> ConceptSegProcessor:
+        """A processor with other settings that shares all else with this one.
+
+        Args:
+            **changes: Those arguments of the class that are plain data, from `canvas_size` on.
+
+        Raises:
+            ValueError: If there is no such setting, or a value cannot be used.
+        """
+        changed = copy.copy(self)
+        for name, value in _checked_settings(changes).items():
+            setattr(changed, name, value)
+        return changed
+
     @property
     def template(self) -> PromptTemplate:
         """The prompt template."""
         return PromptTemplate.from_dict(self.prompt_template)
+
+    @property
+    def mosaic_settings(self) -> MosaicSettings:
+        """How references are laid out, and how their boxes are found and written."""
+        return MosaicSettings.from_dict(self.mosaic or {})
 
     @property
     def model_input_names(self) -> list[str]:
@@ -284,9 +356,10 @@ class ConceptSegProcessor(ProcessorMixin):
                 f"{len(references)} lists of references; give one prompt and one list per image."
             )
         samples = [self.prepare(*item, lazy=True) for item in zip(images, prompts, references, strict=True)]
-        first: dict[int, torch.Tensor | None] = {}
-        for image, sample in zip(images, samples, strict=True):
-            sample.sam_pixel_values = first.setdefault(id(image), sample.sam_pixel_values)
+        for name in _SAM_PIXELS:
+            first: dict[int, torch.Tensor | None] = {}
+            for image, sample in zip(images, samples, strict=True):
+                setattr(sample, name, first.setdefault(id(image), getattr(sample, name)))
         return ConceptSegInputs(samples, self)
 
     def prepare(
@@ -315,11 +388,21 @@ class ConceptSegProcessor(ProcessorMixin):
         sample = PreparedSample(
             prompt=prompt,
             frame=frame,
-            sam_pixel_values=self.sam_image_processor(images=picture, return_tensors="pt")["pixel_values"][0],
+            sam_pixel_values=self.sam_pixels(picture),
             mllm_images=pictures,
             mllm_text=self.chat_text(self.instruction(prompt, frame), len(pictures)),
         )
+        if self.shortcut_size is not None:
+            size = (self.shortcut_size, self.shortcut_size)
+            sample.shortcut_pixel_values = self.sam_pixels(picture.resize(size, Image.Resampling.BICUBIC))
         return sample if lazy else self.prepare_mllm(sample)
+
+    def sam_pixels(self, picture: Image.Image) -> torch.Tensor:
+        """SAM 3's input for an RGB image, (3, S, S)."""
+        if self.sam_resampling is not None:
+            size = self.sam_image_processor.size
+            picture = picture.resize((size["width"], size["height"]), RESAMPLING[self.sam_resampling])
+        return self.sam_image_processor(images=picture, return_tensors="pt")["pixel_values"][0]
 
     def draw_pictures(
         self, picture: Image.Image, references: Sequence[Reference | Mapping[str, Any]] | None
@@ -333,12 +416,16 @@ class ConceptSegProcessor(ProcessorMixin):
         Returns:
             The sample's frame, and `PreparedSample.mllm_images`.
         """
-        resolved = resolve_references(references if references is not None else ())
+        settings = self.mosaic_settings
+        resolved = resolve_references(
+            references if references is not None else (), self.canvas_size, settings
+        )
         frame = self.make_frame(picture.size, resolved)
         target = picture.resize((self.canvas_size, self.canvas_size), Image.Resampling.BICUBIC)
         if frame.layout is None:
             return frame, (target,)
-        return frame, (compose_mosaic(resolved.images, resolved.boxes, frame.layout, resolved.proxy), target)
+        mosaic = compose_mosaic(resolved.images, resolved.all_boxes, frame.layout, resolved.proxy, settings)
+        return frame, (mosaic, target)
 
     def prepare_mllm(self, sample: PreparedSample) -> PreparedSample:
         """Fills the MLLM's tensors of a sample in place, once, and returns it."""
@@ -364,6 +451,7 @@ class ConceptSegProcessor(ProcessorMixin):
         samples: Sequence[PreparedSample],
         completions: Sequence[str | Sequence[int]] | None = None,
         device: torch.device | str | None = None,
+        end_of_turn: bool | Sequence[bool] = False,
     ) -> BatchFeature:
         """Batches the MLLM's inputs, prompts padded on the left.
 
@@ -373,11 +461,13 @@ class ConceptSegProcessor(ProcessorMixin):
                 end-of-turn token). They follow the prompts, each ended by the end-of-turn token and padded on
                 the right.
             device: Where the tensors go.
+            end_of_turn: Whether the completions' end-of-turn tokens are among those whose states the CTM reads
+                (`ConceptSegConfig.end_of_turn_state`), for all or for each.
 
         Returns:
             input_ids, attention_mask, mm_token_type_ids (B, L), pixel_values (patches, d), image_grid_thw
             (pictures, 3); with completions also completion_mask (B, L) bool, True at the completion tokens
-            without the end-of-turn token: the positions `generate_with_states` keeps.
+            without the end-of-turn token (unless `end_of_turn`): the positions `generate_with_states` keeps.
 
         Raises:
             ValueError: If there are no samples, one has an error, or the numbers differ.
@@ -399,7 +489,9 @@ class ConceptSegProcessor(ProcessorMixin):
             if completions is not None
             else [[]] * len(samples)
         )
-        prompt_length = max(len(sample.input_ids) for sample in samples)
+        ends_count = [end_of_turn] * len(samples) if isinstance(end_of_turn, bool) else list(end_of_turn)
+        prompts = [_known(sample.input_ids, "input_ids") for sample in samples]
+        prompt_length = max(map(len, prompts))
         length = prompt_length + max(map(len, endings))
         pad = (
             self.tokenizer.pad_token_id
@@ -409,22 +501,23 @@ class ConceptSegProcessor(ProcessorMixin):
         input_ids = torch.full((len(samples), length), pad, dtype=torch.long)
         attention_mask, token_types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
         completion_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        for row, (sample, ending) in enumerate(zip(samples, endings, strict=True)):
-            prompt, end = (
-                slice(prompt_length - len(sample.input_ids), prompt_length),
-                prompt_length + len(ending),
-            )
-            input_ids[row, prompt] = sample.input_ids.cpu()
-            token_types[row, prompt] = sample.mm_token_type_ids.cpu()
+        for row, (sample, ids, ending, end_counts) in enumerate(
+            zip(samples, prompts, endings, ends_count, strict=True)
+        ):
+            prompt, end = slice(prompt_length - len(ids), prompt_length), prompt_length + len(ending)
+            input_ids[row, prompt] = ids.cpu()
+            token_types[row, prompt] = _known(sample.mm_token_type_ids, "mm_token_type_ids").cpu()
             input_ids[row, prompt_length:end] = torch.tensor(ending, dtype=torch.long)
             attention_mask[row, prompt.start : end] = 1
-            completion_mask[row, prompt_length : max(end - 1, prompt_length)] = True
+            completion_mask[row, prompt_length : max(end - (not end_counts), prompt_length)] = True
         batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "mm_token_type_ids": token_types,
-            "pixel_values": torch.cat([sample.pixel_values for sample in samples]),
-            "image_grid_thw": torch.cat([sample.image_grid_thw for sample in samples]),
+            "pixel_values": torch.cat([_known(sample.pixel_values, "pixel_values") for sample in samples]),
+            "image_grid_thw": torch.cat(
+                [_known(sample.image_grid_thw, "image_grid_thw") for sample in samples]
+            ),
         }
         if completions is not None:
             batch["completion_mask"] = completion_mask
@@ -463,13 +556,15 @@ class ConceptSegProcessor(ProcessorMixin):
 
     def box_to_text(self, box: Sequence[float], frame: Frame) -> Box:
         """Maps a box from pixels of the target image to text units."""
-        return _scaled(
+        scaled = _scaled(
             box, self.coordinate_scale / frame.image_size[0], self.coordinate_scale / frame.image_size[1]
         )
+        return self._with_text_corners(scaled)
 
     def text_box_to_image(self, box: Sequence[float], frame: Frame) -> Box:
         """Maps a box from text units to pixels of the target image, clipped to it; inverts `box_to_text`."""
         width, height = frame.image_size
+        box = self._without_text_corners(box)
         return _clipped(
             _scaled(box, width / self.coordinate_scale, height / self.coordinate_scale), frame.image_size
         )
@@ -485,7 +580,7 @@ class ConceptSegProcessor(ProcessorMixin):
         canvas = self._layout(frame).image_to_canvas(
             box, frame.cell_of_reference[reference], frame.reference_sizes[reference]
         )
-        return _scaled(canvas, self.coordinate_scale / self.canvas_size)
+        return self._with_text_corners(_scaled(canvas, self.coordinate_scale / self.canvas_size))
 
     def text_box_to_reference(
         self, box: Sequence[float], frame: Frame
@@ -498,7 +593,7 @@ class ConceptSegProcessor(ProcessorMixin):
         """
         if frame.layout is None:
             return None, None
-        canvas = _scaled(box, self.canvas_size / self.coordinate_scale)
+        canvas = _scaled(self._without_text_corners(box), self.canvas_size / self.coordinate_scale)
         cell = frame.layout.cell_at(canvas)
         if cell not in frame.cell_of_reference:
             return None, None
@@ -507,21 +602,59 @@ class ConceptSegProcessor(ProcessorMixin):
         return reference, _clipped(frame.layout.canvas_to_image(canvas, cell, size), size)
 
     def check_to_text(self, frame: Frame) -> Box | None:
-        """The proxy query's withheld box in text units: what `<check>` should be; None if there is none."""
-        if frame.proxy is None or frame.proxy_box is None:
-            return None
-        return self.reference_box_to_text(frame.proxy_box, frame.proxy, frame)
+        """What `<check>` should be: the proxy query's withheld box in text units; None if there is none.
+
+        Of several boxes it is the largest, or the one that encloses them (`MosaicSettings.several_boxes`).
+        """
+        boxes = self.check_boxes_to_text(frame)
+        return max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1])) if boxes else None
 
     def check_iou(self, check: Sequence[float] | None, frame: Frame) -> float | None:
         """IoU of a `<check>` box and the withheld box, both in text units.
 
+        Of several boxes the one that fits best counts, or the one that encloses them
+        (`MosaicSettings.several_boxes`).
+
         Returns:
             0 when no check was given, None when there is no withheld box to compare with.
         """
-        truth = self.check_to_text(frame)
-        if truth is None:
+        truths = self.check_boxes_to_text(frame)
+        if not truths:
             return None
-        return 0.0 if check is None else box_iou(check, truth)
+        return 0.0 if check is None else max(box_iou(check, truth) for truth in truths)
+
+    def check_boxes_to_text(self, frame: Frame) -> list[Box]:
+        """The proxy query's withheld boxes that a check may fit, in text units.
+
+        None without a proxy query with a box; several only where it has several boxes
+        (`MosaicSettings.several_boxes`).
+        """
+        if frame.proxy is None or frame.proxy_box is None:
+            return []
+        boxes = frame.proxy_boxes or (frame.proxy_box,)
+        if self.mosaic_settings.several_boxes == "enclosing":
+            around = enclosing_box(boxes)
+            boxes = () if around is None else (around,)
+        return [self.reference_box_to_text(box, frame.proxy, frame) for box in boxes]
+
+    @property
+    def _text_pixel(self) -> float:
+        """What a box in the text is short of, in text units: a canvas pixel where it ends on its last one."""
+        inclusive = self.mosaic_settings.corners == "inclusive"
+        return self.coordinate_scale / self.canvas_size if inclusive else 0.0
+
+    def _with_text_corners(self, box: Box) -> Box:
+        pixel = self._text_pixel
+        if not pixel:
+            return box
+        x1, y1, x2, y2 = box
+        return x1, y1, max(x1, x2 - pixel), max(y1, y2 - pixel)
+
+    def _without_text_corners(self, box: Sequence[float]) -> Box:
+        """Inverts `_with_text_corners`; the empty box [0, 0, 0, 0] stays empty."""
+        x1, y1, x2, y2 = box
+        pixel = self._text_pixel if any(box) else 0.0
+        return x1, y1, x2 + pixel, y2 + pixel
 
     def post_process_mask(self, logits: torch.Tensor, frame: Frame) -> tuple[Image.Image, np.ndarray]:
         """Brings SAM 3's mask logits to the pixels of the target image.
@@ -531,22 +664,22 @@ class ConceptSegProcessor(ProcessorMixin):
             frame: The sample's frame.
 
         Returns:
-            The mask, an "L" image of 0 and 255 (logits > 0 after bilinear resizing), and the probabilities,
-            float32 (H, W).
+            The mask, an "L" image of 0 and 255 (logits > 0 after resizing, see `mask_resampling`), and the
+            probabilities, float32 (H, W).
         """
         width, height = frame.image_size
         logits = logits.detach().float()[None, None]
         logits = torch.nn.functional.interpolate(
-            logits, size=(height, width), mode="bilinear", align_corners=False
+            logits, size=(height, width), mode=self.mask_resampling, align_corners=False
         )[0, 0]
         mask = (logits > 0).to(torch.uint8).mul_(255).cpu().numpy()
         return Image.fromarray(mask), logits.sigmoid().cpu().numpy()
 
     # Parts
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]
         self,
-        conversation: Sequence[Any],
+        conversation: list[Any],
         chat_template: str | None = None,
         *,
         tokenize: bool = False,
@@ -586,7 +719,8 @@ class ConceptSegProcessor(ProcessorMixin):
 
     @property
     def _chat_template(self) -> str:
-        return self.chat_template or self.tokenizer.chat_template or mllm.chat_template(self.image_token)
+        own: Any = self.chat_template  # of one name here, and so one text
+        return own or self.tokenizer.chat_template or mllm.chat_template(self.image_token)
 
     def check_prompt(self, prompt: str) -> None:
         """Raises a ValueError if a prompt cannot be used; the message is one sentence."""
@@ -608,18 +742,22 @@ class ConceptSegProcessor(ProcessorMixin):
         count = len(references.images)
         if not count:
             return Frame(image_size)
+        layout = make_layout(count, self.canvas_size, self.mosaic_settings)
+        proxy = references.proxy
         frame = Frame(
             image_size=image_size,
             reference_sizes=tuple(image.size for image in references.images),
-            layout=MosaicLayout(grid_size(count), self.canvas_size),
-            cell_of_reference=assign_cells(count, references.proxy),
-            proxy=references.proxy,
-            proxy_box=None if references.proxy is None else references.boxes[references.proxy],
+            layout=layout,
+            cell_of_reference=assign_cells(count, proxy),
+            proxy=proxy,
+            proxy_box=None if proxy is None else references.boxes[proxy],
+            proxy_boxes=() if proxy is None else references.all_boxes[proxy],
         )
         shown = [
             (index, box)
-            for index, box in enumerate(references.boxes)
-            if box is not None and index != references.proxy
+            for index, boxes in enumerate(references.all_boxes)
+            for box in boxes
+            if index != proxy and frame.cell_of_reference[index] in layout
         ]
         return replace(
             frame, support_boxes=tuple(self.reference_box_to_text(box, index, frame) for index, box in shown)
@@ -636,7 +774,8 @@ class ConceptSegProcessor(ProcessorMixin):
         else:
             variant = "single_reference"
         boxes = ", ".join(format_box(box, self.coordinate_scale) for box in frame.support_boxes)
-        return self.template.fill(variant, prompt.strip(), boxes or "none")
+        listed = format_box_list(frame.support_boxes, self.coordinate_scale)
+        return self.template.fill(variant, prompt.strip(), boxes or "none", listed)
 
     def chat_text(self, instruction: str, num_images: int) -> str:
         """The chat up to where the MLLM goes on: system message, pictures (one image token each), words."""
@@ -671,6 +810,48 @@ class ConceptSegProcessor(ProcessorMixin):
         if frame.layout is None:
             raise ValueError("this sample has no references, so there is no mosaic to map a box to.")
         return frame.layout
+
+
+def _checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `ConceptSegProcessor` as they are kept: plain data, so that they are saved.
+
+    Raises:
+        ValueError: If a name or value cannot be used.
+    """
+    checked = dict(settings)
+    for name, value in settings.items():
+        if name in ("canvas_size", "coordinate_scale", "sam_text_length", "shortcut_size"):
+            if not (name == "shortcut_size" and value is None) and not value > 0:
+                raise ValueError(f"ConceptSegProcessor: {name} is {value}; give a positive number.")
+            if value is not None:
+                checked[name] = float(value) if name == "coordinate_scale" else int(value)
+        elif name == "prompt_template":
+            template = OFFICIAL_TEMPLATE if value is None else value
+            if not isinstance(template, PromptTemplate):
+                template = PromptTemplate.from_dict(template)
+            checked[name] = template.to_dict()
+        elif name == "mosaic":
+            mosaic = value if isinstance(value, MosaicSettings) else MosaicSettings.from_dict(value or {})
+            checked[name] = None if mosaic == MosaicSettings() else mosaic.to_dict()
+        elif name in ("sam_resampling", "mask_resampling"):
+            if value not in RESAMPLING and not (name == "sam_resampling" and value is None):
+                raise ValueError(
+                    f"ConceptSegProcessor: {name} is {value!r}; use {' or '.join(map(repr, RESAMPLING))}."
+                )
+        else:
+            raise ValueError(f"ConceptSegProcessor: there is no setting {name!r} that is plain data.")
+    return checked
+
+
+_T = TypeVar("_T")
+
+
+def _known(value: _T | None, name: str) -> _T:
+    if value is None:
+        raise ValueError(
+            f"a sample has no {name}; give what the processor's `prepare` and `prepare_mllm` return."
+        )
+    return value
 
 
 def _scaled(box: Sequence[float], scale_x: float, scale_y: float | None = None) -> Box:

@@ -1,20 +1,38 @@
-"""The instruction the MLLM gets, as data: saved in processor_config.json, where it can be replaced."""
+"""The instruction the MLLM gets, as data: saved in processor_config.json, where it can be replaced.
+
+A file of one (`load_prompt_template`, YAML or JSON) holds the fields of `PromptTemplate`, or frames and slots:
+
+    system: the system message
+    frame: a text with {question} and slots of any name, such as {ref_bboxes}
+    frames: {no_reference: another text for that variant}      # where there are others
+    slots: {with_proxy: {ref_bboxes: "Boxes: {reference_box_list}"}, support_only: ..., ...}
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-_PLACEHOLDER = re.compile(r"\{(problem|reference_boxes)\}")
+import yaml
+
+_PLACEHOLDER = re.compile(r"\{(problem|reference_boxes|reference_box_list)\}")
+_SLOT = re.compile(r"\{([A-Za-z_]\w*)\}")
+_FRAME_KEYS = ("system", "frame", "frames", "slots")
+VARIANTS = ("with_proxy", "support_only", "single_reference", "no_reference")
 
 
 @dataclass(frozen=True)
 class PromptTemplate:
     """The texts around a prompt, one for each way references can be given.
 
-    `{problem}` stands for the user's words and `{reference_boxes}` for the boxes of the support references,
-    in text units of the mosaic.
+    `{problem}` stands for the user's words; `{reference_boxes}` for the boxes of the support references, in text units
+    of the mosaic: "[1,2,3,4], [5,6,7,8]", or "none"; `{reference_box_list}` for the same as a list of Python:
+    "[[1, 2, 3, 4], [5, 6, 7, 8]]".
 
     Attributes:
         system: The system message.
@@ -40,15 +58,22 @@ class PromptTemplate:
                     f"PromptTemplate: {field.name} lacks {{problem}}; say where the user's words go."
                 )
 
-    def fill(self, variant: str, problem: str, reference_boxes: str = "") -> str:
+    def fill(
+        self, variant: str, problem: str, reference_boxes: str = "", reference_box_list: str = ""
+    ) -> str:
         """The instruction of one prompt.
 
         Args:
             variant: `"with_proxy"`, `"support_only"`, `"single_reference"` or `"no_reference"`.
             problem: The user's words, inserted as they are.
             reference_boxes: The support boxes as text.
+            reference_box_list: The same as a list of Python.
         """
-        values = {"problem": problem, "reference_boxes": reference_boxes}
+        values = {
+            "problem": problem,
+            "reference_boxes": reference_boxes,
+            "reference_box_list": reference_box_list,
+        }
         # One pass, so that a placeholder inside the user's words stays what it is.
         return _PLACEHOLDER.sub(lambda match: values[match.group(1)], getattr(self, variant))
 
@@ -67,6 +92,75 @@ class PromptTemplate:
         if set(data) != names:
             raise ValueError(f"prompt_template has the fields {sorted(data)}; give exactly {sorted(names)}.")
         return cls(**data)
+
+    @classmethod
+    def from_frames(cls, data: Mapping[str, Any]) -> PromptTemplate:
+        """A template of frames and slots; see above.
+
+        Raises:
+            ValueError: If a key is unknown, a text is missing, or a slot has nothing to fill it.
+        """
+        if unknown := [key for key in data if key not in _FRAME_KEYS]:
+            raise ValueError(
+                f"prompt template: {unknown[0]!r} means nothing here; use {', '.join(_FRAME_KEYS)}."
+            )
+        texts = {}
+        for variant in VARIANTS:
+            frame = (data.get("frames") or {}).get(variant, data.get("frame"))
+            slots = (data.get("slots") or {}).get(variant) or {}
+            if not isinstance(frame, str):
+                raise ValueError(f"prompt template: there is no frame for {variant}; give frame, or frames.")
+            texts[variant] = _fill_slots(frame, slots, variant)
+        return cls(system=data.get("system"), **texts)  # type: ignore[arg-type]  # checked there
+
+
+def load_prompt_template(path: str | os.PathLike) -> PromptTemplate:
+    """Reads a template from a YAML or JSON file; see above for what it holds.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it does not hold a template.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"prompt template {str(path)!r} is not a file; give one of YAML or JSON with the fields of PromptTemplate."
+        )
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"prompt template {str(path)!r} is neither YAML nor JSON: {reason}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"prompt template {str(path)!r} holds no fields; give those of PromptTemplate.")
+    has_frames = not {"frame", "frames", "slots"}.isdisjoint(content)
+    try:
+        return PromptTemplate.from_frames(content) if has_frames else PromptTemplate.from_dict(content)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
+
+
+@cache
+def released_template() -> PromptTemplate:
+    """The structure of the released code's prompt, with the paper's words in it."""
+    return load_prompt_template(Path(__file__).parent / "prompt_templates" / "released.yaml")
+
+
+def _fill_slots(frame: str, slots: Mapping[str, str], variant: str) -> str:
+    """A frame with its slots filled, in one pass; `{question}` is another name of `{problem}`."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[1]
+        if name == "question":
+            return "{problem}"
+        if isinstance(slots.get(name), str):
+            return slots[name]
+        if _PLACEHOLDER.fullmatch(match[0]):
+            return match[0]
+        raise ValueError(
+            f"prompt template: the frame of {variant} has the slot {match[0]}, which slots.{variant} does not fill."
+        )
+
+    return _SLOT.sub(fill, frame)
 
 
 _TASK = 'Your task is to locate the object matching "{problem}" in the target image.\n'

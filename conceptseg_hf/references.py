@@ -1,7 +1,7 @@
-"""Reference images: their boxes, their roles, and the K x K mosaic on which the MLLM sees them.
+"""Reference images: how they are read, their boxes, and their roles. `mosaic` lays them out.
 
-Frames (see ARCHITECTURE.md): a reference's box is in the "image" frame of that reference; `MosaicLayout` owns
-the "canvas" frame. Boxes are (x1, y1, x2, y2) with x2 and y2 exclusive.
+A reference's boxes are in the "image" frame of that reference (see ARCHITECTURE.md): (x1, y1, x2, y2) with x2 and y2
+exclusive.
 """
 
 from __future__ import annotations
@@ -12,17 +12,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
-import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from .images import ImageInput, as_list, load_mask, load_oriented_image, name_of
+from .images import ImageInput, as_list, load_grey_mask, load_mask, load_oriented_image, name_of
+from .mosaic import (
+    MAX_REFERENCES,
+    Box,
+    MosaicLayout,
+    MosaicSettings,
+    assign_cells,
+    compose_mosaic,
+    enclosing_box,
+    grid_size,
+    make_layout,
+    mask_to_box,
+    mask_to_cell_box,
+)
 
-Box: TypeAlias = tuple[float, float, float, float]
 Role: TypeAlias = Literal["auto", "support", "proxy"]
-
-MAX_REFERENCES = 9
-BOX_COLOUR = (255, 0, 0)
-_LINE_WIDTH_AT_600 = 2  # the released mosaic: lines of 2 pixels on a canvas of 600
 
 
 @dataclass(frozen=True)
@@ -32,21 +39,30 @@ class Reference:
     Attributes:
         image: The picture; see `images.ImageInput`.
         mask: Foreground mask of the same size; its extreme foreground pixels become the box. Ignored when
-            `box` is given.
+            `box` or `boxes` is given.
         box: (x1, y1, x2, y2) in pixels of `image` after EXIF rotation, x2 and y2 exclusive.
-        role: `"support"`: the box is shown. `"proxy"`: the box is withheld and the MLLM must find it, which
+        role: `"support"`: the boxes are shown. `"proxy"`: they are withheld and the MLLM must find them, which
             checks its rule. `"auto"`: with two or more boxed references and no explicit proxy, the first
             boxed "auto" reference is the proxy, all others are support.
+        boxes: Several boxes instead of one, each as `box`.
     """
 
     image: ImageInput
     mask: ImageInput | None = None
     box: Sequence[float] | None = None
     role: Role = "auto"
+    boxes: Sequence[Sequence[float]] | None = None
 
     def __post_init__(self) -> None:
         if self.role not in get_args(Role):
             raise ValueError(f"Reference: role is {self.role!r}; use 'auto', 'support' or 'proxy'.")
+        if self.box is not None and self.boxes is not None:
+            raise ValueError("Reference: both box and boxes are given; give all of them as boxes.")
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether it has a mask or a box; not whether they can be used."""
+        return self.mask is not None or self.box is not None or self.boxes is not None
 
 
 @dataclass(frozen=True)
@@ -55,102 +71,15 @@ class ResolvedReferences:
 
     Attributes:
         images: RGB images after EXIF rotation.
-        boxes: One box in pixels of its image, or None, per image.
+        boxes: Per image one box in pixels of it, or None; where it has several, the one that encloses them.
         proxy: Index of the proxy query, or None.
+        all_boxes: Per image all of its boxes.
     """
 
     images: tuple[Image.Image, ...]
     boxes: tuple[Box | None, ...]
     proxy: int | None
-
-
-@dataclass(frozen=True)
-class MosaicLayout:
-    """Where references lie on the square canvas: `grid` x `grid` cells, counted row by row from the top left.
-
-    Cell edges are whole pixels (rounded, where `canvas_size` is not a multiple of `grid`), so the cells tile
-    the canvas. A reference is stretched to its cell; its aspect ratio is not kept (as in the paper, D.3).
-
-    Attributes:
-        grid: Cells per side, K.
-        canvas_size: Side of the canvas in pixels.
-    """
-
-    grid: int
-    canvas_size: int
-
-    def __post_init__(self) -> None:
-        if self.grid < 1 or self.canvas_size < self.grid:
-            raise ValueError(
-                f"MosaicLayout: a {self.grid} x {self.grid} grid does not fit a canvas of {self.canvas_size} "
-                "pixels; give a grid of at least 1 and a larger canvas."
-            )
-
-    def cell(self, index: int) -> tuple[int, int, int, int]:
-        """The cell's rectangle on the canvas, in whole canvas pixels."""
-        if not 0 <= index < self.grid**2:
-            raise ValueError(f"MosaicLayout: there is no cell {index} on a {self.grid} x {self.grid} grid.")
-        row, column = divmod(index, self.grid)
-        return self._edge(column), self._edge(row), self._edge(column + 1), self._edge(row + 1)
-
-    def image_to_canvas(self, box: Sequence[float], index: int, image_size: tuple[int, int]) -> Box:
-        """Maps a box from the pixels of the image in cell `index` to the canvas.
-
-        Args:
-            box: Box in pixels of the image.
-            index: The image's cell.
-            image_size: (width, height) of the image.
-        """
-        left, top, right, bottom = self.cell(index)
-        scale_x, scale_y = (right - left) / image_size[0], (bottom - top) / image_size[1]
-        x1, y1, x2, y2 = box
-        return left + x1 * scale_x, top + y1 * scale_y, left + x2 * scale_x, top + y2 * scale_y
-
-    def canvas_to_image(self, box: Sequence[float], index: int, image_size: tuple[int, int]) -> Box:
-        """Maps a canvas box to pixels of the image in cell `index`: inverts `image_to_canvas`, unclipped."""
-        left, top, right, bottom = self.cell(index)
-        scale_x, scale_y = image_size[0] / (right - left), image_size[1] / (bottom - top)
-        x1, y1, x2, y2 = box
-        return (x1 - left) * scale_x, (y1 - top) * scale_y, (x2 - left) * scale_x, (y2 - top) * scale_y
-
-    def cell_at(self, box: Sequence[float]) -> int:
-        """The cell that holds the centre of a canvas box; off the canvas, the nearest cell."""
-        x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-        column = sum(x >= self._edge(edge) for edge in range(1, self.grid))
-        row = sum(y >= self._edge(edge) for edge in range(1, self.grid))
-        return row * self.grid + column
-
-    def _edge(self, index: int) -> int:
-        return round(index * self.canvas_size / self.grid)
-
-
-def grid_size(count: int) -> int:
-    """Cells per side for `count` references: 1 -> 1, 2 to 4 -> 2, 5 to 9 -> 3.
-
-    Raises:
-        ValueError: If there are no references or more than nine.
-    """
-    if not 1 <= count <= MAX_REFERENCES:
-        raise ValueError(
-            f"references: {count} were given; a mosaic holds 1 to {MAX_REFERENCES}, so leave some out."
-        )
-    return math.ceil(math.sqrt(count))
-
-
-def assign_cells(count: int, proxy: int | None) -> tuple[int, ...]:
-    """The cell of each reference: the proxy query in cell 0 (top left), the others following in order."""
-    if proxy is None:
-        return tuple(range(count))
-    return tuple(0 if index == proxy else index + (index < proxy) for index in range(count))
-
-
-def mask_to_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """The box of a mask's (H, W) extreme foreground pixels, x2 and y2 exclusive; None if it is empty."""
-    foreground = np.asarray(mask) != 0
-    columns, rows = np.flatnonzero(foreground.any(axis=0)), np.flatnonzero(foreground.any(axis=1))
-    if not len(columns):
-        return None
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    all_boxes: tuple[tuple[Box, ...], ...] = ()
 
 
 def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
@@ -164,11 +93,17 @@ def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
     return intersection / union if union > 0 else 0.0
 
 
-def resolve_references(references: Sequence[Reference | Mapping[str, Any]]) -> ResolvedReferences:
+def resolve_references(
+    references: Sequence[Reference | Mapping[str, Any]],
+    canvas_size: int | None = None,
+    settings: MosaicSettings | None = None,
+) -> ResolvedReferences:
     """Reads references, turns masks into boxes and decides which one is the proxy query.
 
     Args:
         references: `Reference` objects or mappings with their fields.
+        canvas_size: Side of the canvas; needed where `settings` are.
+        settings: How they are laid out; None: boxes are those of the masks themselves, and all references are shown.
 
     Raises:
         FileNotFoundError: If an image or mask names no file.
@@ -180,21 +115,29 @@ def resolve_references(references: Sequence[Reference | Mapping[str, Any]]) -> R
         raise ValueError(f"references is a {type(references).__name__}; give a list of Reference objects.")
     if not listed:
         return ResolvedReferences((), (), None)
-    grid_size(len(listed))  # refuse too many before reading any
+    layout = make_layout(
+        len(listed), canvas_size or len(listed), settings
+    )  # refuses too many before reading any
+    from_cells = settings is not None and settings.boxes_from == "cell"
     given = [_as_reference(reference, index) for index, reference in enumerate(listed)]
-    images, boxes = [], []
+    read = []
     for index, reference in enumerate(given):
         try:
-            image, box = read_reference(reference)
+            read.append(_read(reference, from_cells))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"reference {index}: {error}") from error
         except ValueError as error:
             raise ValueError(f"reference {index}: {error}") from error
-        images.append(image)
-        boxes.append(box)
-    return ResolvedReferences(
-        tuple(images), tuple(boxes), find_proxy([reference.role for reference in given], boxes)
+    images, boxes, masks = zip(*read, strict=True)
+    # One that is not shown is not withheld either.
+    shown = [enclosing_box(found) if index in layout else None for index, found in enumerate(boxes)]
+    proxy = find_proxy([reference.role for reference in given], shown)
+    cells = assign_cells(len(given), proxy)
+    boxes = tuple(
+        found if mask is None or cell not in layout else _cell_boxes(mask, layout, cell, image.size) or found
+        for image, found, mask, cell in zip(images, boxes, masks, cells, strict=True)
     )
+    return ResolvedReferences(images, tuple(map(enclosing_box, boxes)), proxy, boxes)
 
 
 def read_reference(reference: Reference) -> tuple[Image.Image, Box | None]:
@@ -204,8 +147,27 @@ def read_reference(reference: Reference) -> tuple[Image.Image, Box | None]:
         FileNotFoundError: If an image or mask names no file.
         ValueError: If image, mask or box cannot be used.
     """
+    image, boxes, _ = _read(reference)
+    return image, enclosing_box(boxes)
+
+
+def _read(
+    reference: Reference, with_mask: bool = False
+) -> tuple[Image.Image, tuple[Box, ...], Image.Image | None]:
+    """A reference's image, RGB and upright, its boxes, and, if asked for, the mask that they are of ("L")."""
     image, orientation = load_oriented_image(reference.image)
-    return image, _reference_box(reference, image.size, orientation)
+    boxes = _reference_boxes(reference, image.size, orientation)
+    is_masked = reference.mask is not None and reference.box is None and reference.boxes is None
+    mask = load_grey_mask(reference.mask) if with_mask and is_masked else None
+    return image, boxes, mask
+
+
+def _cell_boxes(
+    mask: Image.Image, layout: MosaicLayout, cell: int, image_size: tuple[int, int]
+) -> tuple[Box, ...]:
+    """The box of a mask in its cell, in pixels of the image; none where the mask is too small for the cell."""
+    box = mask_to_cell_box(mask, layout.cell(cell))
+    return () if box is None else (layout.canvas_to_image(box, cell, image_size),)
 
 
 def usable_references(
@@ -252,44 +214,6 @@ def find_proxy(roles: Sequence[Role], boxes: Sequence[Box | None]) -> int | None
     return next((index for index in boxed if roles[index] == "auto"), None)
 
 
-def compose_mosaic(
-    images: Sequence[Image.Image],
-    boxes: Sequence[Box | None],
-    layout: MosaicLayout,
-    proxy: int | None = None,
-) -> Image.Image:
-    """Paints references on the canvas, each stretched to its cell, and draws the support boxes in red.
-
-    Args:
-        images: RGB images.
-        boxes: One box in pixels of its image, or None, per image.
-        layout: The grid and the size of the canvas.
-        proxy: Index of the proxy query: it lies in cell 0 and its box is not drawn.
-
-    Returns:
-        An RGB image of `layout.canvas_size` squared; cells without a reference are black.
-    """
-    canvas = Image.new("RGB", (layout.canvas_size, layout.canvas_size))
-    cells = assign_cells(len(images), proxy)
-    for image, index in zip(images, cells, strict=True):
-        left, top, right, bottom = layout.cell(index)
-        canvas.paste(image.resize((right - left, bottom - top), Image.Resampling.BICUBIC), (left, top))
-    draw = ImageDraw.Draw(canvas)
-    width = max(1, round(_LINE_WIDTH_AT_600 * layout.canvas_size / 600))
-    for number, (image, box) in enumerate(zip(images, boxes, strict=True)):
-        if box is None or number == proxy:
-            continue
-        x1, y1, x2, y2 = layout.image_to_canvas(box, cells[number], image.size)
-        left, top = math.floor(x1), math.floor(y1)
-        # Pillow's rectangle includes its last row and column, ours does not.
-        draw.rectangle(
-            (left, top, max(left, math.ceil(x2) - 1), max(top, math.ceil(y2) - 1)),
-            outline=BOX_COLOUR,
-            width=width,
-        )
-    return canvas
-
-
 def _as_reference(reference: Reference | Mapping[str, Any], index: int) -> Reference:
     if isinstance(reference, Reference):
         return reference
@@ -301,25 +225,45 @@ def _as_reference(reference: Reference | Mapping[str, Any], index: int) -> Refer
         return Reference(**reference)
     except TypeError as error:
         raise ValueError(
-            f"reference {index} has the fields {sorted(map(str, reference))}; give image, mask, box and role."
+            f"reference {index} has the fields {sorted(map(str, reference))}; give image, mask, box or boxes, and role."
         ) from error
 
 
-def _reference_box(reference: Reference, image_size: tuple[int, int], orientation: int) -> Box | None:
+def _reference_boxes(reference: Reference, image_size: tuple[int, int], orientation: int) -> tuple[Box, ...]:
+    if reference.boxes is not None:
+        return _checked_boxes(reference.boxes, image_size)
     if reference.box is not None:
-        return _checked_box(reference.box, image_size)
+        return (_checked_box(reference.box, image_size),)
     if reference.mask is None:
-        return None
+        return ()
     box = mask_to_box(load_mask(reference.mask, image_size, orientation))
     if box is None:
         raise ValueError(no_foreground(reference.mask))
-    return tuple(map(float, box))
+    x1, y1, x2, y2 = box
+    return ((float(x1), float(y1), float(x2), float(y2)),)
 
 
 def no_foreground(mask: ImageInput) -> str:
     """The sentence about a mask without foreground."""
     name = f" {name_of(mask)}" if isinstance(mask, (str, os.PathLike)) else ""
     return f"mask{name} has no foreground pixel; give a mask of the concept, or no mask."
+
+
+def _checked_boxes(boxes: Sequence[Sequence[float]], image_size: tuple[int, int]) -> tuple[Box, ...]:
+    """Several boxes, each as `_checked_box`; their places are named in errors."""
+    try:
+        listed = list(boxes)
+    except TypeError as error:
+        raise ValueError(f"boxes is {boxes!r}; give a list of boxes (x1, y1, x2, y2).") from error
+    if not listed:
+        raise ValueError("boxes is empty; give at least one box (x1, y1, x2, y2), or leave boxes out.")
+    found = []
+    for place, box in enumerate(listed):
+        try:
+            found.append(_checked_box(box, image_size))
+        except ValueError as error:
+            raise ValueError(f"box {place} of {len(listed)}: {error}") from error
+    return tuple(found)
 
 
 def _checked_box(box: Sequence[float], image_size: tuple[int, int]) -> Box:
@@ -348,3 +292,26 @@ def _checked_box(box: Sequence[float], image_size: tuple[int, int]) -> Box:
             "give it in pixels of that image."
         )
     return inside
+
+
+__all__ = [
+    "MAX_REFERENCES",
+    "Box",
+    "MosaicLayout",
+    "MosaicSettings",
+    "Reference",
+    "ResolvedReferences",
+    "Role",
+    "assign_cells",
+    "box_iou",
+    "compose_mosaic",
+    "enclosing_box",
+    "find_proxy",
+    "grid_size",
+    "make_layout",
+    "mask_to_box",
+    "no_foreground",
+    "read_reference",
+    "resolve_references",
+    "usable_references",
+]

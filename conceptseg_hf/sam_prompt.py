@@ -77,7 +77,7 @@ class ImageFeatures:
     def concatenate(cls, parts: Sequence[ImageFeatures]) -> ImageFeatures:
         """Several batches as one, in their order; they agree on having a `geometry_cls` or not."""
         visions = [part.vision for part in parts]
-        tokens = [part.geometry_cls for part in parts]
+        tokens = [part.geometry_cls for part in parts if part.geometry_cls is not None]
         return cls(
             vision=Sam3VisionEncoderOutput(
                 fpn_hidden_states=tuple(
@@ -87,7 +87,7 @@ class ImageFeatures:
                     torch.cat(levels) for levels in zip(*(vision.fpn_position_encoding for vision in visions))
                 ),
             ),
-            geometry_cls=None if tokens[0] is None else torch.cat(tokens),
+            geometry_cls=torch.cat(tokens) if tokens else None,
         )
 
 
@@ -189,8 +189,10 @@ def decode(
         made of.
 
     Raises:
-        ValueError: If neither concept tokens nor text embeddings are given.
+        ValueError: If neither concept tokens nor text embeddings are given, or these without their mask.
     """
+    if text_embeds is not None and text_mask is None:
+        raise ValueError("decode: text_embeds are given without text_mask; pass both.")
     if text_embeds is None and concept_embeds is None:
         raise ValueError(
             "decode: both text_embeds and concept_embeds are None; give at least one of them as the prompt."
@@ -200,7 +202,7 @@ def decode(
     if concept_embeds is not None:
         tokens.append(concept_embeds)
         masks.append(torch.ones(concept_embeds.shape[:2], dtype=torch.bool, device=concept_embeds.device))
-    if text_embeds is not None:
+    if text_embeds is not None and text_mask is not None:
         tokens.append(text_embeds)
         masks.append(text_mask)
     if boxes is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from . import mllm
@@ -35,9 +35,7 @@ class SharedPrompts:
     row_of_prompt: list[int]
 
 
-def find_shared_prompts(
-    vlm: PreTrainedModel, inputs: Mapping[str, Tensor], length: int
-) -> SharedPrompts | None:
+def find_shared_prompts(vlm: mllm.Mllm, inputs: Mapping[str, Tensor], length: int) -> SharedPrompts | None:
     """Compares the first columns of the rows, and their images.
 
     Args:
@@ -70,7 +68,7 @@ def find_shared_prompts(
 
 
 @contextmanager
-def prompts_read_once(vlm: PreTrainedModel, inputs: Mapping[str, Tensor], length: int) -> Iterator[None]:
+def prompts_read_once(vlm: mllm.Mllm, inputs: Mapping[str, Tensor], length: int) -> Iterator[None]:
     """While it holds, passes of the MLLM's base model over `inputs` read each of their prompts once.
 
     With gradient checkpointing, which keeps no keys and values, only the images of a prompt are read once.
@@ -99,7 +97,7 @@ def prompts_read_once(vlm: PreTrainedModel, inputs: Mapping[str, Tensor], length
 
 
 def _read_prompts_once(
-    vlm: PreTrainedModel,
+    vlm: mllm.Mllm,
     forward: Callable[..., Any],
     shared: SharedPrompts,
     input_ids: Tensor,
@@ -124,7 +122,7 @@ def _read_prompts_once(
 
 
 def _read_images_once(
-    vlm: PreTrainedModel, forward: Callable[..., Any], shared: SharedPrompts, **inputs: Any
+    vlm: mllm.Mllm, forward: Callable[..., Any], shared: SharedPrompts, **inputs: Any
 ) -> Any:
     """In the place of the base model's forward, with the images of each prompt encoded once."""
     images = [images for images, _ in mllm.patches_of_rows(vlm.config, inputs)]
@@ -139,7 +137,7 @@ def _read_images_once(
     return forward(**inputs, **mllm.encoded_images(tokens))
 
 
-def generate(vlm: PreTrainedModel, inputs: Mapping[str, Tensor], **kwargs: Any) -> Any:
+def generate(vlm: mllm.Mllm, inputs: Mapping[str, Tensor], **kwargs: Any) -> Any:
     """`vlm.generate`, with each prompt read once.
 
     Args:
@@ -163,7 +161,7 @@ def generate(vlm: PreTrainedModel, inputs: Mapping[str, Tensor], **kwargs: Any) 
 
 
 def _read_prompts(
-    vlm: PreTrainedModel, forward: Callable[..., Any], inputs: Mapping[str, Any], shared: SharedPrompts
+    vlm: mllm.Mllm, forward: Callable[..., Any], inputs: Mapping[str, Any], shared: SharedPrompts
 ) -> Any:
     """A forward pass over the different prompts: their hidden states, and their keys and values."""
     prompts = mllm.select_rows(vlm.config, inputs, shared.row_of_prompt)

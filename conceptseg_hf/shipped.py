@@ -17,7 +17,7 @@ def shipped_folder(name: str, package: str = "conceptseg_hf") -> Path | None:
         None if the package is not installed.
     """
     spec = importlib.util.find_spec(package)
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         return None
     inside = Path(spec.submodule_search_locations[0]) / name
     return inside if inside.is_dir() else inside.parents[1] / name

@@ -9,15 +9,8 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from .images import mask_to_image
-from .references import (
-    Box,
-    MosaicLayout,
-    Reference,
-    assign_cells,
-    compose_mosaic,
-    grid_size,
-    resolve_references,
-)
+from .mosaic import MosaicSettings, assign_cells, compose_mosaic, make_layout
+from .references import Box, Reference, resolve_references
 
 if TYPE_CHECKING:
     from .outputs import ConceptSegmentation
@@ -94,7 +87,10 @@ def draw_box(image: Image.Image, box: Box, colour: Colour = BOX_COLOUR) -> Image
 
 
 def draw_mosaic(
-    references: Sequence[Reference], size: int, check: tuple[int, Box] | None = None
+    references: Sequence[Reference],
+    size: int,
+    check: tuple[int, Box] | None = None,
+    settings: MosaicSettings | None = None,
 ) -> Image.Image:
     """The references as the MLLM sees them: support boxes in red, the proxy query top left without its box.
 
@@ -102,14 +98,15 @@ def draw_mosaic(
         references: One to nine references.
         size: Side of the picture.
         check: Index of a reference and a box in its pixels, drawn as an answer.
+        settings: How the processor lays them out (`ConceptSegProcessor.mosaic_settings`).
 
     Raises:
         FileNotFoundError: If a reference names no file.
         ValueError: If a reference cannot be used.
     """
-    resolved = resolve_references(references)
-    layout = MosaicLayout(grid_size(len(references)), size)
-    mosaic = compose_mosaic(resolved.images, resolved.boxes, layout, resolved.proxy)
+    resolved = resolve_references(references, size, settings)
+    layout = make_layout(len(references), size, settings)
+    mosaic = compose_mosaic(resolved.images, resolved.all_boxes, layout, resolved.proxy, settings)
     if check is not None:
         index, box = check
         cell = assign_cells(len(references), resolved.proxy)[index]
@@ -126,6 +123,7 @@ def panel(
     truth: Image.Image | np.ndarray | None = None,
     caption: str = "",
     height: int = 320,
+    mosaic_settings: MosaicSettings | None = None,
 ) -> Image.Image:
     """References | image with the answer's box | mask | true mask, over a caption.
 
@@ -138,6 +136,7 @@ def panel(
         truth: The true mask, where it is known.
         caption: Lines of text; long ones are wrapped.
         height: Of the pictures, in pixels.
+        mosaic_settings: How the processor lays the references out.
 
     Returns:
         An RGB image.
@@ -148,7 +147,7 @@ def panel(
     target = image.convert("RGB")
     tiles = []
     if references:
-        tiles.append(("references", draw_mosaic(references, height, check)))
+        tiles.append(("references", draw_mosaic(references, height, check, mosaic_settings)))
     # A box is drawn after scaling, or its line would vanish in large images and drown small ones.
     shown = _scaled_to(target, height)
     if box is not None:
@@ -237,7 +236,7 @@ def side_by_side(
     return canvas
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
     """Lines that fit a width; words that do not fit are cut, and so is a text without end."""
     lines = []
     for paragraph in text.splitlines():

@@ -50,8 +50,9 @@ def is_full(error: Exception) -> bool:
 
 def _code(error: Exception) -> int | None:
     """The operating system's number of an error; libraries that are no Python put its words into theirs."""
-    if getattr(error, "errno", None) is not None:
-        return error.errno
+    number = getattr(error, "errno", None)
+    if number is not None:
+        return number
     known = (*_FULL, errno.EROFS, errno.EACCES)
     return next((code for code in known if os.strerror(code) in str(error)), None)
 

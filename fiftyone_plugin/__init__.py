@@ -1,5 +1,9 @@
 """FiftyOne plugin @conceptseg/conceptseg: registers operators and the panel; the work is done in `conceptseg_hf`."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from .benchmark import LoadConceptBenchmark
 from .cancel import CancelRun
 from .evaluate import EvaluateConcepts
@@ -7,8 +11,11 @@ from .explorer import ConceptExplorer
 from .segment import ReleaseModel, SegmentConcept
 from .uncertain import FindUncertain, ShowReferences
 
+if TYPE_CHECKING:
+    from fiftyone.plugins.context import PluginContext
 
-def register(plugin):
+
+def register(plugin: PluginContext) -> None:
     """Called by FiftyOne."""
     for operator in (
         SegmentConcept,

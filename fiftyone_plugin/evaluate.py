@@ -13,7 +13,8 @@ from . import forms
 
 PROTOCOLS = {
     "standard": "Standard: at the size of the images",
-    "paper": "Paper: as the paper's figures were made",
+    "paper": "Paper: thresholded at 600 x 600",
+    "released": "Released: as the paper's figures were made",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,12 @@ def warn(inputs: types.Object, name: str, message: str, blocks: bool = True) -> 
 
 
 def dropdown(
-    inputs: types.Object, name: str, choices: dict[str, str], default: str | None, label: str, **options: Any
+    inputs: types.Object,
+    name: str,
+    choices: Mapping[str, str] | Mapping[int, str],
+    default: str | None,
+    label: str,
+    **options: Any,
 ) -> None:
     """A dropdown of values and their labels."""
     view = types.DropdownView(label=label, **options)

@@ -99,7 +99,7 @@ class SegmentConcept(foo.Operator):
         except Exception as error:
             remark = "" if progress is None else f"{progress}; these stay, and the same run does the rest."
             yield from forms.told(ctx, error, remark)
-        if ctx.delegated:
+        if ctx.delegated or progress is None:
             return
         yield ctx.ops.reload_dataset()
         yield ctx.ops.set_active_fields(
@@ -210,6 +210,7 @@ def job_of(ctx: Any) -> Any:
         reference_label_field=label_field,
         reference_label_ids=[] if samples is None else _filtered_labels(samples, label_field),
         proxy=get("proxy", True),
+        boxes_together=get("boxes_together", False),
         checkpoint=get("checkpoint") or "nano",
         router=get("router") or "adaptive",
         outputs=outputs_of(ctx),
@@ -322,6 +323,13 @@ def _ask_references(inputs: types.Object, ctx: Any) -> None:
         default=True,
         label="Proxy query",
         description="Withhold the box of the first reference: the model must find it, which checks its rule",
+        view=types.SwitchView(),
+    )
+    inputs.bool(
+        "boxes_together",
+        default=False,
+        label="All boxes of an image in one picture",
+        description="Make one reference of an image with several boxes, instead of one for each box",
         view=types.SwitchView(),
     )
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 import conceptseg_hf
 from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation, ConceptSegProcessor
-from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE, NANO_SAM_TEXT_LENGTH
+from conceptseg_hf.presets import NANO_IMAGE_SIZE, NANO_SAM_TEXT_LENGTH
 
 torch.set_num_threads(1)
 

@@ -18,8 +18,8 @@ from transformers import AutoModel, BitsAndBytesConfig, pipeline
 from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation, Reference
 from conceptseg_hf.completion import format_completion
 from conceptseg_hf.devices import complete_device_map, execution_device, is_offloaded, stored_value
-from conceptseg_hf.evaluation.loading import fingerprint
 from conceptseg_hf.generation import generate_with_states
+from conceptseg_hf.loading import fingerprint
 from conceptseg_hf.quantization import spare_sam_and_ctm
 from conceptseg_hf.sam_prompt import UNITS
 

@@ -248,3 +248,74 @@ def test_refusals(vlm, processor, samples):
     incomplete = {name: value for name, value in batch.items() if name != "mm_token_type_ids"}
     with pytest.raises(ValueError, match="mm_token_type_ids"):
         generate_with_states(vlm, incomplete)
+
+
+@pytest.mark.parametrize("hidden_states_at", ["token", "predict"])
+def test_the_end_of_turn_tokens_state_is_kept_where_it_is_asked_for(
+    vlm, processor, samples, hidden_states_at
+):
+    """Released code: every state after the prompt, the end-of-turn token's included."""
+    batch = processor.collate(samples)
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    free = generate_with_states(vlm, batch, {**settings, "eos_token_id": []}, hidden_states_at)
+    ends = [int(free.token_ids[0, 2]), int(free.token_ids[1, 5])]
+    without = generate_with_states(vlm, batch, {**settings, "eos_token_id": ends}, hidden_states_at)
+    found = generate_with_states(vlm, batch, {**settings, "eos_token_id": ends}, hidden_states_at, True)
+    assert torch.equal(without.state_mask, without.mask)
+
+    lengths = without.mask.sum(1).tolist()
+    ended = [length < 8 for length in lengths]
+    assert any(ended) and found.mask.sum(1).tolist() == lengths
+    assert found.state_mask.sum(1).tolist() == [
+        length + end for length, end in zip(lengths, ended, strict=True)
+    ]
+    for row, length in enumerate(lengths):
+        words = without.token_ids[row, :length]
+        assert torch.equal(found.token_ids[row, :length], words)
+        assert torch.allclose(
+            found.hidden_states[row, :length], without.hidden_states[row, :length], atol=1e-4
+        )
+        if ended[row]:
+            assert int(found.token_ids[row, length]) in ends
+
+    completions = [ids[mask].tolist() for ids, mask in zip(found.token_ids, found.state_mask, strict=True)]
+    forced = processor.collate(samples, completions=completions)  # the end is one of their tokens
+    with torch.no_grad():
+        states = mllm.last_hidden_states(vlm, mllm.model_inputs(forced))
+    states, mask = _completion_states(states, forced["completion_mask"], hidden_states_at)
+    assert torch.equal(mask, found.state_mask)
+    assert (states - found.hidden_states)[mask].abs().max() < 1e-4
+    assert not found.hidden_states[~mask].any()
+
+
+def test_the_end_of_turn_token_beyond_the_limit_has_no_state(vlm, processor, samples):
+    batch = processor.collate(samples[:1])
+    free = generate_with_states(vlm, batch, {"max_new_tokens": 4, "eos_token_id": []})
+    end = int(free.token_ids[0, 3])
+    if end in free.token_ids[0, :3].tolist():
+        pytest.skip("the token comes earlier")
+    found = generate_with_states(
+        vlm, batch, {"max_new_tokens": 3, "eos_token_id": end}, end_of_turn_state=True
+    )
+    assert found.mask.sum() == found.state_mask.sum() == 3
+
+
+def test_prompt_and_completion_share_a_limit(vlm, processor, samples):
+    """Released code: 2,816 tokens of prompt and completion together."""
+    batch = processor.collate(samples)
+    prompts = batch["attention_mask"].sum(1).tolist()
+    assert len(set(prompts)) > 1
+    total = max(prompts) + 4
+    found = generate_with_states(vlm, batch, {"eos_token_id": []}, max_total_length=total)
+    assert found.mask.sum(1).tolist() == [total - prompt for prompt in prompts]
+    for row, sample in enumerate(samples):  # a row has no more room beside longer ones
+        alone = generate_with_states(
+            vlm, processor.collate([sample]), {"eos_token_id": []}, max_total_length=total
+        )
+        assert torch.equal(alone.token_ids[0], found.token_ids[row][found.mask[row]])
+    named = generate_with_states(
+        vlm, batch, {"eos_token_id": [], "max_new_tokens": 2}, max_total_length=total
+    )
+    assert named.mask.sum(1).tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match=f"max_total_length is {max(prompts)}, but a prompt has"):
+        generate_with_states(vlm, batch, max_total_length=max(prompts))

@@ -15,8 +15,8 @@ from conceptseg_hf import (
     ConceptSegmentationPipeline,
     ConceptSegProcessor,
 )
-from conceptseg_hf.evaluation.loading import load_model_and_processor
 from conceptseg_hf.hub import save_remote_stub
+from conceptseg_hf.loading import load_model_and_processor
 
 LOAD = """
 import sys

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModel
 
 from conceptseg_hf import (
@@ -12,7 +13,7 @@ from conceptseg_hf import (
     ConceptSegForSegmentation,
     Reference,
     ShortcutRouter,
-    modeling_conceptseg,
+    inference,
 )
 from conceptseg_hf.completion import format_completion
 from conceptseg_hf.generation import GeneratedCompletions
@@ -117,13 +118,13 @@ def script(monkeypatch, model, processor, texts):
     ids = [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     length = max(map(len, ids))
 
-    def generate(vlm, batch, generation_config, hidden_states_at):
+    def generate(vlm, batch, *settings):
         assert len(batch["input_ids"]) == len(texts)
         token_ids = torch.tensor([row + [0] * (length - len(row)) for row in ids])
         mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in ids])
         return GeneratedCompletions(token_ids, mask, torch.randn(len(ids), length, model.config.hidden_size))
 
-    monkeypatch.setattr(modeling_conceptseg, "generate_with_states", generate)
+    monkeypatch.setattr(inference, "generate_with_states", generate)
 
 
 # -- structure --
@@ -490,9 +491,9 @@ def test_the_cache_covers_the_batch(model, training_batch):
 def test_segment_equals_the_teacher_forced_forward(model, processor, inputs, monkeypatch, hidden_states_at):
     monkeypatch.setattr(model.config, "hidden_states_at", hidden_states_at)
     written = []
-    generate = modeling_conceptseg.generate_with_states
+    generate = inference.generate_with_states
     monkeypatch.setattr(
-        modeling_conceptseg,
+        inference,
         "generate_with_states",
         lambda *args: written.append(generate(*args)) or written[0],
     )
@@ -915,3 +916,96 @@ def test_from_backbones_runs(model, inputs):
         model.vlm, model.sam, ctm_config={"num_attention_heads": 4}
     )
     assert all(result.error is None for result in joined.segment(inputs, "adaptive", GREEDY))
+
+
+# -- settings of the released code --
+
+
+@pytest.fixture()
+def switch(model, monkeypatch):
+    """Sets fields of the shared model's config for one test."""
+
+    def set_fields(**fields):
+        for name, value in fields.items():
+            monkeypatch.setattr(model.config, name, value)
+
+    return set_fields
+
+
+def test_the_ctm_reads_the_end_of_turn_state_where_the_config_says_so(model, inputs, monkeypatch, switch):
+    states = torch.randn(1, 4, model.config.hidden_size)
+    words, all_states = (torch.tensor([[True, True, end, False]]) for end in (False, True))
+    asked, read = [], []
+
+    def generate(vlm, batch, generation, at, end_of_turn, limit):
+        asked.append((at, end_of_turn, limit))
+        return GeneratedCompletions(
+            torch.tensor([[8, 9, 2, 0]]), words, states, all_states if end_of_turn else None
+        )
+
+    encode = model.encode_concepts
+    monkeypatch.setattr(inference, "generate_with_states", generate)
+    monkeypatch.setattr(model, "encode_concepts", lambda *given: read.append(given) or encode(*given))
+    first = model.segment(inputs[:1], NEVER, return_heatmap=True)[0]
+    switch(end_of_turn_state=True, max_total_length=2816)
+    second = model.segment(inputs[:1], NEVER, return_heatmap=True)[0]
+    assert asked == [("token", False, None), ("token", True, 2816)]
+    assert [mask.sum().item() for _, mask in read] == [2, 3]
+    assert first.completion == second.completion, "the text is that of the words"
+    assert not np.array_equal(first.heatmap, second.heatmap)
+
+
+def test_sam_sees_the_resized_target_on_the_shortcut_and_the_original_while_reasoning(
+    model, processor, picture, monkeypatch
+):
+    image = picture(5, (90, 50))
+    seen = []
+    encode = model.encode_image
+    monkeypatch.setattr(model, "encode_image", lambda pixels: seen.append(pixels) or encode(pixels))
+    released = processor.with_settings(shortcut_size=600)
+
+    def pixels(target):
+        return processor.sam_image_processor(images=target, return_tensors="pt")["pixel_values"]
+
+    resized = pixels(image.resize((600, 600), Image.Resampling.BICUBIC))
+    assert not torch.equal(resized, pixels(image))
+    inputs = released([image], ["star"])
+    shortcut = model.segment(inputs, "sam_only")[0]
+    assert [torch.equal(found, resized) for found in seen] == [True]
+    seen.clear()
+    options = {"generation_config": {"max_new_tokens": 2}, "return_heatmap": True}
+    reasoned = model.segment(inputs, "full_reasoning", **options)[0]
+    assert [torch.equal(found, pixels(image)) for found in seen] == [True]
+    seen.clear()
+    both = model.segment(inputs, ShortcutRouter(base=0.999), **options)[0]
+    assert [torch.equal(*pair) for pair in zip(seen, (resized, pixels(image)), strict=True)] == [True, True]
+    assert (shortcut.route, reasoned.route, both.route) == ("shortcut", "reasoning", "reasoning")
+    assert shortcut.mask.size == reasoned.mask.size == image.size
+    assert np.allclose(both.heatmap, reasoned.heatmap, atol=1e-5)
+
+
+def test_words_in_parentheses_never_reach_sam_as_released(model, processor, picture, monkeypatch, switch):
+    asked = []
+    sam_text = type(processor).sam_text
+    monkeypatch.setattr(
+        type(processor), "sam_text", lambda self, texts: asked.append(texts) or sam_text(self, texts)
+    )
+    prompts = ["red circle (left)", "(left)"]
+    inputs = processor([picture(1), picture(2)], prompts)
+    usual = model.segment(inputs, "sam_only")
+    switch(router_drop_parentheses=True, router_min_words=0)
+    found = model.segment(inputs, "sam_only")
+    assert asked == [prompts, ["red circle", ""]]
+    assert [result.label for result in found] == [result.label for result in usual] == prompts
+
+
+def test_sams_text_is_empty_without_an_answer_as_released(model, processor, inputs, monkeypatch, switch):
+    asked = []
+    sam_text = type(processor).sam_text
+    monkeypatch.setattr(
+        type(processor), "sam_text", lambda self, texts: asked.append(texts) or sam_text(self, texts)
+    )
+    script(monkeypatch, model, processor, ["<answer> star </answer>", "nothing"])
+    switch(missing_answer="empty")
+    results = model.segment(inputs[:2], NEVER)
+    assert asked == [["star", ""]] and results[1].error is None and results[1].mask is not None

@@ -9,7 +9,7 @@ import pytest
 from tqdm import tqdm
 from transformers.utils import logging
 
-from conceptseg_hf.evaluation.progress import Progress
+from conceptseg_hf.evaluation.running.progress import Progress
 from conceptseg_hf.progress import ProgressLines, hide_bars_in_pipes, progress_bar
 
 

@@ -23,8 +23,8 @@ ROWS = [
     {"__main__"},
     {"cli", "integrations"},
     {"evaluation", "pipelines", "conversion"},
-    {"visualization", "data"},
-    {"modeling_conceptseg"},
+    {"visualization", "data", "loading", "profiles"},
+    {"modeling_conceptseg", "inference"},
     {"processing_conceptseg", "generation", "hub"},
 ]
 
@@ -74,6 +74,18 @@ def test_imports_point_downwards(path):
     assert not {part(name) for name in names} & above
 
 
+# The same within evaluation/.
+EVALUATION_ROWS = [{"running"}, {"reporting"}, {"records"}, {"metrics", "distributed"}]
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "evaluation").glob("*/*.py")), ids=lambda path: path.name)
+def test_imports_of_the_evaluation_point_downwards(path):
+    row = next(number for number, parts in enumerate(EVALUATION_ROWS) if path.parent.name in parts)
+    above = set().union(*EVALUATION_ROWS[:row])
+    found = {name.split(".")[2] for name in imports(path) if name.startswith("conceptseg_hf.evaluation.")}
+    assert not found & above
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_the_command_prints(path):
     if (PACKAGE / "cli") in path.parents:
@@ -86,13 +98,13 @@ def test_only_the_command_prints(path):
 
 # Appending to a log that is read line by line, where half a line is passed over; and a log of another program.
 APPENDING = {
-    "evaluation/store.py",
+    "evaluation/records/store.py",
     "completions.py",
     "nano/loop.py",
     "integrations/fiftyone_app.py",
     "cli/outputs.py",
 }
-HASHED = {"evaluation/loading.py", "completions.py", "integrations/fiftyone/runs.py"}  # JSON that is no file
+HASHED = {"loading.py", "completions.py", "integrations/fiftyone/runs.py"}  # JSON that is no file
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

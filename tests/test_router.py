@@ -53,3 +53,30 @@ def test_word_count_stays_linear_on_hostile_prompts():
 def test_refuses_invalid_settings(arguments, match):
     with pytest.raises(ValueError, match=match):
         ShortcutRouter(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "threshold"),
+    [
+        ("circle", "circle", 0.1),
+        ("red circle (the one on the left)", "red circle", 0.2),
+        ("red (very) circle", "red circle", 0.2),
+        ("(only parentheses)", "", 0.05),
+        ("", "", 0.05),
+        ("circle (unclosed", "circle (unclosed", 0.2),
+        ("a (b (c) d) e", "a d) e", 0.4),  # a parenthesis ends at the first that closes
+    ],
+)
+def test_parentheses_as_the_released_code_has_them(prompt, text, threshold):
+    """They are taken from SAM's text too, and a prompt that is nothing else has no word: 0.1 * 2 ** -1."""
+    router = ShortcutRouter(drop_parentheses=True, min_words=0)
+    assert router.sam_text(prompt) == text
+    assert router.threshold(prompt) == pytest.approx(threshold)
+    assert ShortcutRouter().sam_text(prompt) == prompt
+
+
+def test_settings_as_usual_are_not_said():
+    assert repr(ShortcutRouter()) == "ShortcutRouter(mode='adaptive', base=0.1)"
+    assert repr(ShortcutRouter(min_words=0)) == "ShortcutRouter(mode='adaptive', base=0.1, min_words=0)"
+    with pytest.raises(ValueError, match="min_words is 2; use 0 or 1"):
+        ShortcutRouter(min_words=2)

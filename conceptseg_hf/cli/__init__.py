@@ -23,9 +23,7 @@ _VERBS = (demo, segment, evaluate, compare, ablate, train, convert, data, info)
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence, not in a page of usage, and what may have been meant."""
 
-    def parse_known_args(
-        self, args: Any = None, namespace: Any = None
-    ) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Names a misspelled option first: argparse would speak of what is missing without it."""
         args = sys.argv[1:] if args is None else list(args)
         if (unknown := unknown_option(args, self)) is not None:

@@ -9,6 +9,7 @@ from .arguments import (
     BadInputError,
     add_benchmark_options,
     add_model_options,
+    add_profile_option,
     as_bad_input,
     be_silent,
     check_model,
@@ -40,6 +41,7 @@ def add_parser(verbs: Any) -> None:
     )
     add_benchmark_options(parser)
     add_model_options(parser, router=False)
+    add_profile_option(parser)
     parser.add_argument(
         "--variant-model",
         action="append",
@@ -60,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_model(arguments.model)
     models = dict(_variant_model(text) for text in arguments.variant_model)
     from conceptseg_hf.data import load_benchmarks
-    from conceptseg_hf.evaluation.ablation import ablate, load_ablation
-    from conceptseg_hf.evaluation.processes import join_processes
+    from conceptseg_hf.evaluation.distributed import join_processes
+    from conceptseg_hf.evaluation.running.ablation import ablate, load_ablation
 
     ablation = as_bad_input(load_ablation, arguments.config)
     name = f"{ablation.name}-{folder_name(arguments.benchmark)}-{arguments.split}"
@@ -85,6 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
             protocol=arguments.protocol,
             metrics=parse_metrics(arguments.metrics),
             batch_size=arguments.batch_size,
+            profile=arguments.profile,
             progress=True,
         )
     if processes.is_main:

@@ -7,6 +7,7 @@ import errno
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
+    from conceptseg_hf.mosaic import Box
 
 # conceptseg_hf.router.ROUTER_MODES, which cannot be imported without torch; a test holds the two together.
 ROUTERS = ("adaptive", "sam_only", "full_reasoning")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# conceptseg_hf.profiles.PROFILES, likewise.
+PROFILES = ("paper", "released")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SMALL_MODEL = 50_000_000  # parameters
@@ -30,11 +34,12 @@ class BadInputError(Exception):
 
 @dataclass(frozen=True)
 class ReferenceArgument:
-    """A `--reference`: an image, and at most one of a mask and a box (x1, y1, x2, y2) in its pixels."""
+    """A `--reference`: an image, and at most one of a mask, a box (x1, y1, x2, y2) in its pixels, and several boxes."""
 
     image: str
     mask: str | None = None
-    box: tuple[float, float, float, float] | None = None
+    box: Box | None = None
+    boxes: tuple[Box, ...] | None = None
 
 
 def add_output_option(parser: argparse.ArgumentParser, default: str) -> None:
@@ -110,9 +115,8 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--protocol",
-        default="standard",
         metavar="P",
-        help="how masks are compared: standard or paper (default: %(default)s)",
+        help="how masks are compared: standard, paper or released (default: the profile's, or standard)",
     )
     parser.add_argument(
         "--metrics",
@@ -154,8 +158,67 @@ def add_model_options(parser: argparse.ArgumentParser, router: bool = True) -> N
         )
 
 
+def add_profile_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --profile."""
+    parser.add_argument(
+        "--profile",
+        choices=PROFILES,
+        help="settings of model, processor and evaluation: paper, or released: those of the authors' code "
+        "(docs/weights.md lists them; default: the checkpoint's own)",
+    )
+
+
+def add_template_option(parser: argparse.ArgumentParser, default: str = "the checkpoint's") -> None:
+    """Adds --prompt-template, which `read_template` reads."""
+    parser.add_argument(
+        "--prompt-template",
+        metavar="FILE",
+        help=f"instruction of the MLLM, as YAML or JSON (default: {default})",
+    )
+
+
+def read_template(path: str | None) -> Any:
+    """The template of --prompt-template; None where there is none.
+
+    Raises:
+        BadInputError: If it cannot be read.
+    """
+    if path is None:
+        return None
+    from conceptseg_hf.prompt_template import load_prompt_template
+
+    return as_bad_input(load_prompt_template, path)
+
+
+def set_profile(
+    model: ConceptSegForSegmentation,
+    processor: ConceptSegProcessor,
+    profile: str | None,
+    template: Any = None,
+    tell: bool = True,
+) -> None:
+    """Gives a loaded model what --profile and --prompt-template say.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        profile: A profile, or None.
+        template: A template, or None.
+        tell: Whether to say on standard error what the profile has changed.
+    """
+    from conceptseg_hf.profiles import apply_profile
+
+    if profile is not None:
+        changes = apply_profile(model, processor, profile)
+        told = ", ".join(f"{name} {after}" for name, (_, after) in changes.items())
+        if tell:
+            sys.stderr.write(f"profile {profile}: {told or 'nothing changes'}\n")
+    if template is not None:
+        processor.prompt_template = template.to_dict()
+
+
 def parse_reference(text: str) -> ReferenceArgument:
-    """Reads `IMAGE`, `IMAGE:MASK` or `IMAGE:x1,y1,x2,y2`.
+    """Reads `IMAGE`, `IMAGE:MASK`, `IMAGE:x1,y1,x2,y2` or `IMAGE:x1,y1,x2,y2;x1,y1,x2,y2`.
 
     Names may contain colons (drive letters, URLs): the text is cut at the last colon whose left side is a
     file or URL and whose right side is a box, a file or a URL.
@@ -170,28 +233,34 @@ def parse_reference(text: str) -> ReferenceArgument:
     cuts = [(text[:i], text[i + 1 :]) for i in range(len(text) - 1, 0, -1) if text[i] == ":"]
     images = [(head, tail) for head, tail in cuts if _is_readable(head)]
     for head, tail in images:
-        box = _parse_box(tail)
-        if box is not None:
-            if not (box[0] < box[2] and box[1] < box[3]):
-                raise BadInputError(
-                    f"--reference {head!r}: box {tail} is empty; give x1,y1,x2,y2 with x1 < x2 and y1 < y2."
-                )
-            return ReferenceArgument(head, box=box)
+        boxes = _parse_boxes(tail)
+        if boxes is not None:
+            for box in boxes:
+                if not (box[0] < box[2] and box[1] < box[3]):
+                    written = ",".join(f"{number:g}" for number in box)
+                    raise BadInputError(
+                        f"--reference {head!r}: box {written} is empty; give x1,y1,x2,y2 with x1 < x2 and y1 < y2."
+                    )
+            return (
+                ReferenceArgument(head, box=boxes[0])
+                if len(boxes) == 1
+                else ReferenceArgument(head, boxes=boxes)
+            )
         if _is_readable(tail):
             return ReferenceArgument(head, mask=tail)
     if is_url(text):
         return ReferenceArgument(text)
     if not images:
-        named = next((head for head, tail in cuts if _parse_box(tail) is not None), text)
+        named = next((head for head, tail in cuts if _parse_boxes(tail) is not None), text)
         raise BadInputError(
             f"--reference {named!r} is not a file; give the path of an image, as IMAGE, IMAGE:MASK.png or "
             "IMAGE:x1,y1,x2,y2."
         )
     head, tail = images[-1]
-    if re.fullmatch(r"[\d\s.,+-]*", tail):
+    if re.fullmatch(r"[\d\s.,;+-]*", tail):
         raise BadInputError(
             f"--reference {head!r}: {tail!r} is not a box; give four numbers x1,y1,x2,y2 in pixels of that "
-            "image."
+            "image, and a semicolon between several boxes."
         )
     raise BadInputError(
         f"--reference {head!r}: {tail!r} is neither a mask file nor a box; give MASK.png or x1,y1,x2,y2."
@@ -235,7 +304,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[ConceptSegForSegmentation
         BadInputError: If that does not work.
     """
     check_model(arguments.model)
-    from conceptseg_hf.evaluation.loading import load_model_and_processor
+    from conceptseg_hf.loading import load_model_and_processor
 
     hide_bars()
     try:
@@ -322,12 +391,16 @@ def os_error_sentence(error: OSError) -> str:
     return f"{what} cannot be used: {error.strerror}; give another."
 
 
-def _parse_box(text: str) -> tuple[float, float, float, float] | None:
+def _parse_boxes(text: str) -> tuple[Box, ...] | None:
+    """One box or several with semicolons between them; None if one of them is none."""
+    boxes: list[Box] = []
     try:
-        numbers = [float(part) for part in text.split(",")]
+        for box in text.split(";"):
+            x1, y1, x2, y2 = map(float, box.split(","))
+            boxes.append((x1, y1, x2, y2))
     except ValueError:
         return None
-    return tuple(numbers) if len(numbers) == 4 and all(map(math.isfinite, numbers)) else None
+    return tuple(boxes) if all(all(map(math.isfinite, box)) for box in boxes) else None
 
 
 def _is_readable(name: str) -> bool:

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = check_output_dir(arguments.output_dir, *FILES)
     from conceptseg_hf.data import SOURCES, load_benchmarks
     from conceptseg_hf.data.registry import PROCEDURAL
-    from conceptseg_hf.evaluation.comparison import compare
+    from conceptseg_hf.evaluation.reporting.comparison import compare
 
     comparison = as_bad_input(compare, arguments.first, arguments.second)
     roots = parse_roots(arguments.root)
@@ -45,9 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
     readable = names <= set(PROCEDURAL) or (bool(roots) and names <= {*PROCEDURAL, *SOURCES})
 
     def open_samples(name: str, split: str) -> Any:
-        seed = comparison.settings[0].get("seed", 42)
+        first = comparison.settings[0]
+        drawn = {"seed": first.get("seed", 42), "loader": first.get("loader", "default")}
         root = None if name in PROCEDURAL else roots
-        return as_bad_input(load_benchmarks, name, root=root, split=split, seed=seed)
+        return as_bad_input(load_benchmarks, name, root=root, split=split, **drawn)
 
     folder.mkdir(parents=True, exist_ok=True)
     comparison.write(folder, open_samples if readable else None)

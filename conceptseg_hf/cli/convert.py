@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .arguments import BadInputError, as_bad_input
+from .arguments import PROFILES, BadInputError, add_template_option, as_bad_input, read_template
 from .outputs import check_output_dir
 
 
@@ -37,6 +37,13 @@ def add_parser(verbs: Any) -> None:
         action="store_true",
         help="leave out tensors that are missing, unknown or of another shape, instead of refusing them",
     )
+    parser.add_argument(
+        "--profile",
+        choices=PROFILES,
+        help="settings that the folder gets: those of the authors' code, or the paper's (docs/weights.md lists them; "
+        "default: released)",
+    )
+    add_template_option(parser, "the profile's")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and stop")
     parser.set_defaults(run=run)
 
@@ -51,6 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise BadInputError("--sam is missing; name SAM 3's weights, such as facebook/sam3.")
     if arguments.to_original and arguments.dry_run:
         raise BadInputError("--dry-run has no use with --to-original; leave one of them out.")
+    for option in ("profile", "prompt_template"):
+        if arguments.to_original and getattr(arguments, option) is not None:
+            raise BadInputError(
+                f"--{option.replace('_', '-')} has no use with --to-original, which keeps the settings that there are; "
+                "leave it out."
+            )
     if arguments.out is None and not arguments.dry_run:
         raise BadInputError("--out is missing; name the folder to make.")
     if not arguments.dry_run:
@@ -60,12 +73,14 @@ def run(arguments: argparse.Namespace) -> int:
     from conceptseg_hf.progress import hide_bars_in_pipes
 
     hide_bars_in_pipes()
+    template = read_template(arguments.prompt_template)
     options = {"allow_mismatch": arguments.allow_mismatch}
     if arguments.dry_run:
         return _dry_run(as_bad_input(conversion.plan_conversion, arguments.checkpoint, arguments.sam).plan)
     if arguments.to_original:
         folder = as_bad_input(conversion.to_original, arguments.checkpoint, arguments.out, **options)
     else:
+        options |= {"profile": arguments.profile, "prompt_template": template}
         folder = as_bad_input(
             conversion.convert, arguments.checkpoint, arguments.sam, arguments.out, **options
         )

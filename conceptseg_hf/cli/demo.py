@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     from conceptseg_hf.writing import write_json
 
     samples = list(load_benchmark("concept-shapes", split="test", limit=arguments.samples))
-    records = []
+    records: list[dict[str, Any]] = []
     with progress_bar(len(samples), "images", leave=False) as bar:
         for start in range(0, len(samples), _BATCH):
             batch = samples[start : start + _BATCH]
@@ -80,12 +80,14 @@ def _save(sample: ConceptSample, result: ConceptSegmentation, folder: Path, numb
 
     name = f"{number:02d}_{sample.level}_{sample.group.replace(' ', '-')}.png"
     record = {"picture": name} | make_record(sample, result)
+    found, index = result.check, result.check_reference
+    check = None if found is None or index is None else (index, found)
     picture = panel(
         sample.image,
         result.mask,
         references=sample.references,
         box=result.box,
-        check=None if result.check is None else (result.check_reference, result.check),
+        check=check,
         truth=sample.mask,
         caption=caption_of(result, sample.prompt, f"foreground IoU {record['foreground_iou']:.2f}"),
     )
@@ -95,7 +97,7 @@ def _save(sample: ConceptSample, result: ConceptSegmentation, folder: Path, numb
 
 def _table(records: list[dict[str, Any]]) -> str:
     columns = ("level", "group", "prompt", "route", "answer", "IoU")
-    rows = [columns]
+    rows: list[tuple[str, ...]] = [columns]
     for record in records:
         iou = (
             f"{record['foreground_iou']:.2f}"

@@ -10,12 +10,16 @@ from .arguments import (
     BadInputError,
     add_benchmark_options,
     add_model_options,
+    add_profile_option,
+    add_template_option,
     as_bad_input,
     be_silent,
     check_model,
     load_model,
     parse_metrics,
     parse_roots,
+    read_template,
+    set_profile,
 )
 from .outputs import check_output_dir, check_output_file, folder_name, says_how_to_go_on
 
@@ -40,6 +44,11 @@ def add_parser(verbs: Any) -> None:
         help="seed by which references are drawn (default: %(default)s)",
     )
     parser.add_argument(
+        "--groups",
+        metavar="G,G",
+        help="groups of concept-shapes, beside those of Table 1: which one, hidden rule (default: those of Table 1)",
+    )
+    parser.add_argument(
         "--routing-regret",
         action="store_true",
         help="run the route that was not taken as well, to say what the router loses",
@@ -56,10 +65,12 @@ def add_parser(verbs: Any) -> None:
         help="write a new .csv file of the completions, to be filled in and given to --judgements",
     )
     add_model_options(parser)
+    add_profile_option(parser)
+    add_template_option(parser)
     parser.add_argument(
         "--output-dir",
         metavar="DIR",
-        help="folder of the results (default: evaluation_output/BENCHMARK-SPLIT-ROUTER)",
+        help="folder of the results (default: evaluation_output/BENCHMARK[-GROUPS]-SPLIT-ROUTER)",
     )
     parser.set_defaults(run=run)
 
@@ -74,13 +85,25 @@ def run(arguments: argparse.Namespace) -> int:
             raise BadInputError(
                 f"--annotation-sheet {sheet!r} exists already and may be filled in; give another name."
             )
-    name = f"{folder_name(arguments.benchmark)}-{arguments.split}-{arguments.router}"
+    groups = None if arguments.groups is None else [name.strip() for name in arguments.groups.split(",")]
+    name = "-".join(
+        [
+            folder_name(arguments.benchmark),
+            *([] if groups is None else [folder_name(arguments.groups)]),
+            arguments.split,
+            arguments.router,
+        ]
+    )
     folder = check_output_dir(arguments.output_dir or f"evaluation_output/{name}", *FILES)
     from conceptseg_hf.data import load_benchmarks
     from conceptseg_hf.evaluation import evaluate
-    from conceptseg_hf.evaluation.decomposition import write_annotation_sheet
-    from conceptseg_hf.evaluation.processes import join_processes
+    from conceptseg_hf.evaluation.distributed import join_processes
+    from conceptseg_hf.evaluation.reporting.decomposition import write_annotation_sheet
+    from conceptseg_hf.loading import profile_of
+    from conceptseg_hf.profiles import get_profile
 
+    template = read_template(arguments.prompt_template)
+    profile = as_bad_input(get_profile, arguments.profile or profile_of(arguments.model) or "paper")
     processes = join_processes()
     if not processes.is_main:
         be_silent()
@@ -91,8 +114,11 @@ def run(arguments: argparse.Namespace) -> int:
         split=arguments.split,
         limit=arguments.limit,
         seed=arguments.seed,
+        loader=profile.loader,
+        groups=groups,
     )
     model, processor = load_model(arguments)
+    set_profile(model, processor, arguments.profile, template, tell=processes.is_main)
     with says_how_to_go_on(folder):
         report = as_bad_input(
             evaluate,

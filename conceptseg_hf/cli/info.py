@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from conceptseg_hf.devices import default_device
-    from conceptseg_hf.evaluation.loading import find_checkpoint
+    from conceptseg_hf.loading import find_checkpoint
     from conceptseg_hf.shipped import shipped_folder
 
     rows = {"python": f"{platform.python_version()} on {platform.platform()}"}
@@ -64,7 +64,7 @@ def _describe(checkpoint: str) -> dict[str, str]:
     import torch
 
     from conceptseg_hf import ConceptSegForSegmentation
-    from conceptseg_hf.evaluation.loading import load_config
+    from conceptseg_hf.loading import load_config
 
     config = load_config(checkpoint)
     with torch.device("meta"):
@@ -81,13 +81,16 @@ def _describe(checkpoint: str) -> dict[str, str]:
         f"{config.ctm_config.num_queries} concept tokens, hidden states at {config.hidden_states_at!r}"
     )
     rows["  preset"] = _preset_of(config) or "none of the presets"
+    if config.profile is not None:
+        rows["  profile"] = config.profile
     rows["  router"] = f"threshold {config.router_base} for one word, doubling with each further word"
     return rows
 
 
 def _preset_of(config: Any) -> str | None:
     """The preset whose MLLM has these sizes."""
-    from conceptseg_hf.configuration_conceptseg import PRESETS, ConceptSegConfig
+    from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
+    from conceptseg_hf.presets import PRESETS
 
     def sizes(one: Any) -> tuple[int, ...]:
         text, vision = one.get_text_config(), one.vlm_config.vision_config

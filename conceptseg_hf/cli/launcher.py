@@ -18,10 +18,13 @@ def main() -> int:
     """Runs the command line and returns its exit code."""
     if _NAME not in sys.modules:
         package = importlib.util.find_spec("conceptseg_hf")  # finds it, does not import it
+        # None where the package is not there, but this file comes with it.
+        assert package is not None and package.submodule_search_locations is not None
         folder = Path(package.submodule_search_locations[0]) / "cli"
         spec = importlib.util.spec_from_file_location(
             _NAME, folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
+        assert spec is not None and spec.loader is not None  # a Python file has both
         sys.modules[_NAME] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     sys.modules[_NAME].run_in_utf8()

@@ -14,12 +14,16 @@ from .arguments import (
     BadInputError,
     add_model_options,
     add_output_option,
+    add_profile_option,
+    add_template_option,
     as_bad_input,
     check_image,
     is_url,
     load_model,
     parse_reference,
     positive_int,
+    read_template,
+    set_profile,
 )
 from .outputs import check_output_dir, shorten_name
 
@@ -47,11 +51,13 @@ def add_parser(verbs: Any) -> None:
         "--reference",
         action="append",
         default=[],
-        metavar="IMG[:MASK.png|:x1,y1,x2,y2]",
-        help="an image that shows the concept, with a mask or a box (pixels) around it or without; may be "
+        metavar="IMG[:MASK.png|:x1,y1,x2,y2[;x1,y1,x2,y2...]]",
+        help="an image that shows the concept, with a mask or boxes (pixels) around it or without; may be "
         "given up to nine times",
     )
     add_model_options(parser)
+    add_profile_option(parser)
+    add_template_option(parser)
     parser.add_argument(
         "--max-new-tokens", type=positive_int, metavar="N", help="most tokens the reasoning may take"
     )
@@ -62,15 +68,17 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the verb."""
     image = check_image(arguments.image)
-    references = [parse_reference(text) for text in arguments.reference]
+    given = [parse_reference(text) for text in arguments.reference]
     if not arguments.prompt.strip():
         raise BadInputError('--prompt is empty; say what to segment, such as --prompt "red circle".')
     folder = Path(arguments.output_dir)
-    inputs = [name for item in references for name in (item.image, item.mask) if name is not None]
+    inputs = [name for item in given for name in (item.image, item.mask) if name is not None]
     json_path, *pictures = _free_paths(folder, image, inputs)
     paths = dict(zip(("mask", "overlay"), pictures, strict=True))
     check_output_dir(folder, *(path.name for path in (*pictures, json_path)))
+    template = read_template(arguments.prompt_template)
     model, processor = load_model(arguments)
+    set_profile(model, processor, arguments.profile, template)
 
     from conceptseg_hf import Reference
     from conceptseg_hf.images import load_image
@@ -78,27 +86,31 @@ def run(arguments: argparse.Namespace) -> int:
     from conceptseg_hf.visualization import caption_of, panel
     from conceptseg_hf.writing import json_text, picture_bytes, write_files
 
-    references = [Reference(item.image, mask=item.mask, box=item.box) for item in references]
+    references = [Reference(item.image, mask=item.mask, box=item.box, boxes=item.boxes) for item in given]
     sample = as_bad_input(processor.prepare, image, arguments.prompt, references, lazy=True)
     generation = {"max_new_tokens": arguments.max_new_tokens} if arguments.max_new_tokens else None
     result = model.segment(
         ConceptSegInputs([sample], processor), router=arguments.router, generation_config=generation
     )[0]
-    if result.error is not None:
+    if result.error is not None or result.mask is None:
         raise BadInputError(result.error)
+    found, index = result.check, result.check_reference
+    check = None if found is None or index is None else (index, found)
     picture = panel(
         load_image(image),
         result.mask,
         references=references,
         box=result.box,
-        check=None if result.check is None else (result.check_reference, result.check),
+        check=check,
         caption=caption_of(result, arguments.prompt),
+        mosaic_settings=processor.mosaic_settings,
     )
     record = {
         "image": _resolved(image),
         "prompt": arguments.prompt,
         "references": arguments.reference,
         "router": arguments.router,
+        **({} if model.config.profile is None else {"profile": model.config.profile}),
     }
     record |= {key: value for key, value in result.to_dict().items() if key not in ("mask", "heatmap")}
     record |= {key: path.name for key, path in paths.items()}

@@ -12,6 +12,8 @@ import torch
 
 from .. import hub
 from ..configuration_conceptseg import ConceptSegConfig
+from ..profiles import find_template_profile, get_profile
+from ..prompt_template import PromptTemplate
 from . import names, original, processors
 from .errors import ConversionError
 from .plan import Plan, Rename, expected_tensors, make_plan
@@ -82,11 +84,13 @@ def convert(
     *,
     allow_mismatch: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    profile: str | None = None,
+    prompt_template: PromptTemplate | None = None,
 ) -> Path:
     """Writes a checkpoint of the authors and SAM 3 as one folder that `AutoModel` and `AutoProcessor` load.
 
     The MLLM keeps its number format; the CTM and SAM 3 are float32. Weights stream: no more than one shard is
-    in memory. The folder appears when it is complete.
+    in memory. The folder appears when it is complete. Config and processor in it have the settings of a profile.
 
     Args:
         checkpoint: As in `plan_conversion`.
@@ -94,21 +98,29 @@ def convert(
         out: The folder to make.
         allow_mismatch: Leave out what does not fit, instead of refusing it.
         shard_bytes: Size of a shard.
+        profile: `"released"` or `"paper"`; see `profiles`. None: the settings that `to_original` has kept in the
+            checkpoint, else `"released"`.
+        prompt_template: The MLLM's instruction, instead of the profile's.
 
     Returns:
         The folder.
 
     Raises:
         ConversionError: If something does not fit; nothing is left behind then.
+        ValueError: If no profile has that name.
     """
     out = Path(out)
     check_free(out)
+    if profile is not None:
+        get_profile(profile)
     found = plan_conversion(checkpoint, sam)
     plan, config, folder = found.plan, found.config, found.folder
     _check(
         plan, f"checkpoint {str(checkpoint)!r} and SAM 3 {str(sam)!r} do not fit the model", allow_mismatch
     )
-    settings = (read_json(folder / "config.json").get(original.EXTRA_KEY) or {}).get("processor") or {}
+    settings = _settle_settings(config, folder, profile)
+    if prompt_template is not None:
+        settings["prompt_template"] = prompt_template.to_dict()
     processor = processors.join_processors(folder, found.sam.path, config, settings)
     config.architectures = ["ConceptSegForSegmentation"]
     config.dtype = _mllm_dtype(plan)
@@ -167,7 +179,7 @@ def to_original(
         [(weights, _own_name)],
         {name: shape for name, shape in expected.items() if not name.startswith("sam.")},
         lambda name, dtype: dtype,
-        rename_target=lambda name: names.to_original(name),
+        rename_target=lambda name: names.to_original(name) or name,
         tied=tied,
     )
     _check(plan, f"checkpoint {str(checkpoint)!r} does not fit its config.json", allow_mismatch)
@@ -181,6 +193,29 @@ def to_original(
     return out
 
 
+def _settle_settings(config: ConceptSegConfig, folder: Path, profile: str | None) -> dict[str, Any]:
+    """Gives a config the settings of a profile, and returns the processor's; both may be kept in the checkpoint."""
+    kept = read_json(folder / "config.json").get(original.EXTRA_KEY)
+    settings = dict((kept or {}).get("processor") or {})
+    if profile is None and kept:
+        return processors.RELEASED_SETTINGS | settings
+    profile = profile or "released"
+    for name, value in get_profile(profile).config.items():
+        setattr(config, name, value)
+    config.profile = profile
+    own = {name: value for name, value in settings.items() if name not in get_profile(profile).processor}
+    if (template := settings.get("prompt_template")) is not None and _is_own_template(template):
+        own["prompt_template"] = template
+    return processors.released_settings(profile) | own
+
+
+def _is_own_template(template: Any) -> bool:
+    try:
+        return find_template_profile(PromptTemplate.from_dict(template)) is None
+    except (ValueError, TypeError):
+        return True  # the processor says what is wrong
+
+
 def _from_original(name: str) -> tuple[Piece, ...] | None:
     ours = names.from_original(name)
     return None if ours is None else (Piece(ours),)
@@ -191,7 +226,7 @@ def _own_name(name: str) -> tuple[Piece, ...] | None:
     if name.startswith("sam."):
         return ()
     theirs = names.to_original(name)
-    return None if theirs is None else (Piece(names.from_original(theirs)),)
+    return None if theirs is None else _from_original(theirs)
 
 
 def _prefixed(rename: Rename) -> Rename:
@@ -222,7 +257,7 @@ def _mllm_dtype(plan: Plan, original_names: bool = False) -> torch.dtype:
     for step in plan.steps:
         if step.target.startswith("vlm.") or (original_names and step.piece.target.startswith("vlm.")):
             sizes[step.dtype] = sizes.get(step.dtype, 0) + step.nbytes
-    return max(sizes, key=sizes.get, default=torch.float32)
+    return max(sizes, key=sizes.__getitem__, default=torch.float32)
 
 
 def _describe_source(

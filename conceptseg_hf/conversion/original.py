@@ -9,7 +9,12 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, Qwen2_5_VLConfig
 
-from ..configuration_conceptseg import AUTHORS_MODEL_TYPES, ConceptSegConfig, ConceptTranslationConfig
+from ..configuration_conceptseg import (
+    AUTHORS_MODEL_TYPES,
+    SWITCHES,
+    ConceptSegConfig,
+    ConceptTranslationConfig,
+)
 from .errors import ConversionError
 from .names import QUERIES
 from .sources import TensorInfo
@@ -62,7 +67,7 @@ def read_config(
             vlm_config=_mllm_config(config, tensors),
             sam_config=sam_config,
             ctm_config=_ctm_config(tensors, extra.get("ctm") or {}, sam_config),
-            **{key: extra[key] for key in _OUR_FIELDS if key in extra},
+            **{key: extra[key] for key in (*_OUR_FIELDS, *SWITCHES) if key in extra},
         )
     except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
@@ -101,6 +106,7 @@ def write_config(
         EXTRA_KEY: {
             "ctm": {key: getattr(config.ctm_config, key) for key in _RECORDED_CTM_FIELDS},
             **{key: getattr(config, key) for key in _OUR_FIELDS},
+            **config.switches,
             **({"processor": dict(processor)} if processor else {}),
         },
     }

@@ -5,27 +5,23 @@ from __future__ import annotations
 import gzip
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BaseImageProcessor, CLIPTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..configuration_conceptseg import ConceptSegConfig
-from ..processing_conceptseg import ConceptSegProcessor
-from ..prompt_template import OFFICIAL_TEMPLATE
+from ..processing_conceptseg import SWITCHES, ConceptSegProcessor
+from ..profiles import PROFILES
 from .errors import ConversionError
 from .sources import read_json
 from .writer import write_json
 
-RELEASED_SETTINGS = {
-    "canvas_size": 600,
-    "coordinate_scale": 600.0,
-    "sam_text_length": 32,
-    "prompt_template": replace(OFFICIAL_TEMPLATE, system="You are a helpful assistant. ").to_dict(),
-}
-"""The released weights write boxes as whole pixels of a 600 x 600 canvas; their system message ends with a space."""
+RELEASED_SETTINGS = {"canvas_size": 600, "coordinate_scale": 600.0, "sam_text_length": 32}
+"""The released weights write boxes as whole pixels of a 600 x 600 canvas."""
+_SYSTEM = "You are a helpful assistant. "  # theirs ends with a space
+_KEPT = ("canvas_size", "coordinate_scale", "sam_text_length", "prompt_template")
 
 BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
 """Meta's file of SAM 3's vocabulary, in the folder `assets` of its repository."""
@@ -37,6 +33,13 @@ _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _BPE_MERGES = 49152 - 256 - 2  # CLIP's vocabulary, without bytes and special tokens
 
 
+def released_settings(profile: str) -> dict[str, Any]:
+    """Arguments of `ConceptSegProcessor` for released weights under a profile."""
+    settings = dict(PROFILES[profile].processor)
+    settings["prompt_template"] = {**settings["prompt_template"], "system": _SYSTEM}
+    return RELEASED_SETTINGS | settings
+
+
 def join_processors(
     checkpoint: Path, sam: Path, config: ConceptSegConfig, settings: Mapping[str, Any]
 ) -> ConceptSegProcessor:
@@ -46,7 +49,7 @@ def join_processors(
         checkpoint: Folder of the authors' checkpoint.
         sam: Folder of SAM 3, of one of our checkpoints, or Meta's `sam3.pt` with its vocabulary beside it.
         config: Our configuration; where a folder has no image processor, it says the sizes.
-        settings: Arguments of `ConceptSegProcessor` that differ from the released ones.
+        settings: Arguments of `ConceptSegProcessor`.
 
     Raises:
         ConversionError: If a tokenizer is missing or a file cannot be read.
@@ -68,7 +71,7 @@ def join_processors(
             tokenizer=_tokenizer(checkpoint),
             **_sam_parts(sam_folder, Sam3ImageProcessor, sam_size),
             chat_template=_chat_template(checkpoint),
-            **{**RELEASED_SETTINGS, **settings},
+            **settings,
         )
     except ConversionError:
         raise
@@ -96,13 +99,11 @@ def save_original_processor(folder: Path, target: Path) -> dict[str, Any]:
     processor.image_processor.save_pretrained(target)
     _rewrite_for_older_releases(target, plain.chat_template)
     copy_generation_config(folder, target)
-    return {
-        name: getattr(processor, name)
-        for name in ("canvas_size", "coordinate_scale", "sam_text_length", "prompt_template")
-    }
+    changed = (name for name, value in SWITCHES.items() if getattr(processor, name) != value)
+    return {name: getattr(processor, name) for name in (*_KEPT, *changed)}
 
 
-def _rewrite_for_older_releases(folder: Path, chat_template: str) -> None:
+def _rewrite_for_older_releases(folder: Path, chat_template: str | dict[str, str] | None) -> None:
     """Says what was saved in the words of Transformers 4, which the authors' code runs on."""
     path = folder / "tokenizer_config.json"
     content = read_json(path)
@@ -132,7 +133,7 @@ def copy_generation_config(folder: Path, target: Path) -> None:
         shutil.copyfile(folder / "generation_config.json", target / "generation_config.json")
 
 
-def _image_processor(kind: type, folder: Path, **sizes: Any) -> Any:
+def _image_processor(kind: type[BaseImageProcessor], folder: Path, **sizes: Any) -> BaseImageProcessor:
     """From its file, or with the sizes that the model's configuration says."""
     if any((folder / name).is_file() for name in _IMAGE_FILES):
         return kind.from_pretrained(folder)
@@ -147,7 +148,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _sam_parts(folder: Path, kind: type, image_size: int) -> dict[str, Any]:
+def _sam_parts(folder: Path, kind: type[BaseImageProcessor], image_size: int) -> dict[str, Any]:
     if (folder / "sam_tokenizer").is_dir():  # one of our checkpoints
         processor = ConceptSegProcessor.from_pretrained(folder)
         return {
@@ -176,7 +177,9 @@ def read_bpe(path: Path) -> CLIPTokenizer:
         alphabet = list(bytes_to_unicode().values())
         marks = ("<|startoftext|>", "<|endoftext|>")
         tokens = [*alphabet, *(token + "</w>" for token in alphabet), *map("".join, merges), *marks]
-        return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        # Transformers takes pairs, but its annotation does not know them.
+        return CLIPTokenizer(vocab=vocabulary, merges=merges)  # type: ignore[arg-type]
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise ConversionError(
             f"vocabulary {str(path)!r} cannot be read ({error}); download it again."

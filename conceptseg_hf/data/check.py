@@ -153,8 +153,9 @@ def check_benchmark(
         ImportError: If a layout needs a package that is missing.
     """
     if name in PROCEDURAL:
-        samples = load_benchmark(name, root, split or "test", seed=seed)
-        return [DataCheck(name, samples.split, found=len(samples), images=len(samples), is_drawn=True)]
+        drawn = split or "test"
+        samples = load_benchmark(name, root, drawn, seed=seed)
+        return [DataCheck(name, drawn, found=len(samples), images=len(samples), is_drawn=True)]
     source = get_source(name)
     existing_folder(root, name)
     if split is not None:

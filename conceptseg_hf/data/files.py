@@ -22,6 +22,9 @@ from .truths import BoxTruth, Size, Truth, resize
 
 _NAMED = 3  # classes or samples that a message names
 
+LOADERS = ("default", "released")
+"""How references are drawn and masks are read; see `FileBenchmark`."""
+
 
 @dataclass(frozen=True)
 class FileItem:
@@ -118,7 +121,8 @@ class FileBenchmark(Sequence[ConceptSample]):
     """Samples that are read from files when they are asked for; nothing is kept.
 
     References are drawn from a seed and the sample's id: the same sample has the same references whatever else is read,
-    in whatever order.
+    in whatever order. With the loader `"released"` they are drawn as the released code does, with replacement and from
+    one source of chance for all samples, in their order; and true masks keep their grey values (`soft_mask`).
 
     Args:
         name: Name of the benchmark.
@@ -127,6 +131,7 @@ class FileBenchmark(Sequence[ConceptSample]):
         root: The folder of the files, for messages.
         limit: Only the first samples.
         seed: Seed of the references.
+        loader: One of `LOADERS`.
 
     Attributes:
         items: What is known of the samples without reading them.
@@ -134,13 +139,21 @@ class FileBenchmark(Sequence[ConceptSample]):
     """
 
     def __init__(
-        self, name: str, split: str, index: Index, root: Path, limit: int | None = None, seed: int = 42
+        self,
+        name: str,
+        split: str,
+        index: Index,
+        root: Path,
+        limit: int | None = None,
+        seed: int = 42,
+        loader: str = "default",
     ) -> None:
-        self.name, self.split, self.root, self.seed = name, split, root, seed
+        self.name, self.split, self.root, self.seed, self.loader = name, split, root, seed, loader
         self.items = index.items if limit is None else index.items[:limit]
         self._pool, self._files, self._partial = index.pool, index.files, index.partial
         self._tried: dict[FileReference, Reference] = {}
         self._told: set[tuple[str, bool]] = set()
+        self._drawn = self._draw_in_order() if loader == "released" else None
         self.without_references = self._classes_without_references()
 
     def __len__(self) -> int:
@@ -167,12 +180,18 @@ class FileBenchmark(Sequence[ConceptSample]):
             raise UnreadableSampleError(_because(item, error), fields, _truth_or_none(item)) from error
         try:
             truth = read_truth(item.truth, image.size, orientation)
+            soft_mask = item.truth.read_soft() if self.loader == "released" else None
         except (OSError, ValueError) as error:  # it may be that only its frame is the wrong one
             raise UnreadableSampleError(_because(item, error), fields, _truth_or_none(item)) from error
         found = self.read_references(item)
-        references = {"references": found.references, "reference_faults": found.faults}
         sample = ConceptSample(
-            image=image, references_lost=found.lost, **references, **fields, **truth.fitted
+            image=image,
+            soft_mask=soft_mask,
+            references=found.references,
+            reference_faults=found.faults,
+            references_lost=found.lost,
+            **fields,
+            **truth.fitted,
         )
         if truth.fault is not None:
             raise UnreadableSampleError(_because(item, truth.fault), fields, truth.stored, sample)
@@ -192,7 +211,20 @@ class FileBenchmark(Sequence[ConceptSample]):
             return list(item.references), None
         # A text seeds through a hash that is the same in every process and release.
         rng = random.Random(f"{self.seed}/{self.name}/{self.split}/{item.sample_id}")
+        if self._drawn is not None:
+            return self._drawn[item.sample_id], rng
         return self._pool.draw(item.concept, rng, item.image), rng
+
+    def _draw_in_order(self) -> dict[str, list[FileReference]]:
+        """The references of all samples that draw some, by sample id, from one source of chance."""
+        if self._pool is None:
+            return {}
+        rng = random.Random(self.seed)
+        return {
+            item.sample_id: self._pool.draw_repeatedly(item.concept, rng, item.image)
+            for item in self.items
+            if not item.references
+        }
 
     def read_references(self, item: FileItem) -> FoundReferences:
         """Reads the references of an item; others of its class take the places of those that cannot be used.
@@ -200,7 +232,7 @@ class FileBenchmark(Sequence[ConceptSample]):
         Which ones do depends on seed and sample alone. A reference that is not usable is named once in a warning.
         """
         drawn, rng = self._draw(item)
-        spares: Iterator[FileReference] | None = None if rng else iter(())
+        spares: Iterator[FileReference] | None = None
         files, references, faults = [], [], []
         for file in drawn:
             candidate: FileReference | None = file
@@ -211,6 +243,8 @@ class FileBenchmark(Sequence[ConceptSample]):
                     faults.append(str(error))
                 else:
                     files.append(candidate)
+                    break
+                if self._pool is None or rng is None:
                     break
                 if spares is None:
                     spares = self._pool.spares(item.concept, rng, item.image, drawn)

@@ -52,6 +52,8 @@ def load_benchmarks(
     split: str = "test",
     limit: int | None = None,
     seed: int = 42,
+    loader: str = "default",
+    groups: Sequence[str] | None = None,
 ) -> Sequence[ConceptSample] | BenchmarkGroup:
     """Loads what a name stands for; that all files are there is checked at once.
 
@@ -62,6 +64,8 @@ def load_benchmarks(
         split: Split of benchmarks given by their own names; groups have the splits of the paper.
         limit: Only the first samples of each benchmark.
         seed: Seed of the references; see `load_benchmark`.
+        loader: See `load_benchmark`.
+        groups: Groups of the samples of a single benchmark; see `load_benchmark`.
 
     Returns:
         The samples of a single benchmark, or a group.
@@ -78,14 +82,22 @@ def load_benchmarks(
         name = name.strip()
         if name not in BENCHMARKS:
             get_source(name, GROUPS)
-        return load_benchmark(name, root=root_of(name, root), split=split, limit=limit, seed=seed)
+        return load_benchmark(
+            name, root=root_of(name, root), split=split, limit=limit, seed=seed, loader=loader, groups=groups
+        )
+    if groups is not None:
+        raise ValueError(
+            f"load_benchmarks: {name!r} stands for several benchmarks; leave groups out, or name 'concept-shapes'."
+        )
     rows = list_rows(name, split)
     members: dict[str, Sequence[ConceptSample]] = {}
     faults: list[tuple[str, Exception]] = []
     for row_name, row_split in rows:
         where = root_of(row_name, root) if row_name in SOURCES else None
         try:
-            samples = load_benchmark(row_name, root=where, split=row_split, limit=limit, seed=seed)
+            samples = load_benchmark(
+                row_name, root=where, split=row_split or split, limit=limit, seed=seed, loader=loader
+            )
             members[f"{row_name}-{row_split}"] = samples
         except (ValueError, OSError) as error:
             faults.append((row_name, error))
@@ -121,7 +133,9 @@ def _rows(word: str, split: str | None) -> Sequence[tuple[str, str | None]]:
     if word.lower() not in GROUPS:
         if word not in BENCHMARKS:
             get_source(word, GROUPS)  # says which there are
-        return [(word, SOURCES[word].aliases.get(split, split) if word in SOURCES else split)]
+        if split is None or word not in SOURCES:
+            return [(word, split)]
+        return [(word, SOURCES[word].aliases.get(split, split))]
     if split not in (None, "test"):
         raise ValueError(
             f"load_benchmarks: the group {word!r} has the paper's splits; leave split {split!r} out, or name "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -169,7 +169,7 @@ def _batches(values: Sequence) -> Iterator[list]:
         yield batch
 
 
-def _said(sentences: Iterator[str | None]) -> tuple[str, ...]:
+def _said(sentences: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(sentence for sentence in sentences if sentence is not None))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from ..images import load_oriented_image, mask_to_image, try_image
 from ..mask_checks import describe_other_size, is_similar_size
 from ..references import Reference, mask_to_box, no_foreground, read_reference
-from .truths import MaskFile, Size, Truth, resize
+from .truths import BoxTruth, MaskFile, PixelBox, Size, Truth, resize
 
 
 @dataclass(frozen=True)
@@ -42,28 +42,29 @@ class FileReference:
             return Reference(self.image)
         if isinstance(self.truth, MaskFile):
             size, orientation = try_image(self.image)
-            mask, fits = self._read_mask(size, orientation)
+            mask, fits = _read_mask(self.truth, size, orientation)
             return Reference(self.image, mask=self.truth.path if fits else mask_to_image(mask))
         image, orientation = load_oriented_image(self.image)
-        if self.truth.box_only:
+        if isinstance(self.truth, (BoxTruth, PixelBox)):
             reference = Reference(image, box=self.truth.box(image.size))
             try:
                 read_reference(reference)
             except ValueError as error:
                 raise ValueError(f"reference {str(self.image)!r}: {error}") from error
             return reference
-        mask, _ = self._read_mask(image.size, orientation)
+        mask, _ = _read_mask(self.truth, image.size, orientation)
         return Reference(image, box=mask_to_box(mask))
 
-    def _read_mask(self, size: Size, orientation: int) -> tuple[np.ndarray, bool]:
-        """The mask, (H, W) bool, at the size of the image, and whether it is stored at that size."""
-        mask, _ = self.truth.read(size, orientation)
-        stored = mask.shape[::-1]
-        if stored != size and not is_similar_size(stored, size):
-            raise ValueError(describe_other_size(self.truth.name, stored, size))
-        if not mask.any():
-            raise ValueError(no_foreground(self.truth.files[0]))
-        return resize(mask, size), stored == size
+
+def _read_mask(truth: Truth, size: Size, orientation: int) -> tuple[np.ndarray, bool]:
+    """The mask, (H, W) bool, at the size of the image, and whether it is stored at that size."""
+    mask, _ = truth.read(size, orientation)
+    stored = mask.shape[::-1]
+    if stored != size and not is_similar_size(stored, size):
+        raise ValueError(describe_other_size(truth.name, stored, size))
+    if not mask.any():
+        raise ValueError(no_foreground(truth.files[0]))
+    return resize(mask, size), stored == size
 
 
 class ReferencePool(ABC):
@@ -81,6 +82,35 @@ class ReferencePool(ABC):
             rng: Source of chance.
             exclude: The target, which is never its own reference.
         """
+
+    def draw_repeatedly(self, concept: str, rng: random.Random, exclude: Path) -> list[FileReference]:
+        """Draws references of a class with replacement, as the released code: 1 if the class has 2 images, else 4.
+
+        Each is drawn until it is not the target, so that a class with a single other image gives it four times; a class
+        with none gives none.
+
+        Args:
+            concept: The class.
+            rng: Source of chance; the released code has one for all samples, in their order.
+            exclude: The target, which is never its own reference.
+        """
+        everything = self._listed(concept)
+        if all(reference.image == exclude for reference in everything):
+            return []
+        drawn = []
+        for _ in range(reference_count(len(everything))):
+            reference = rng.choice(everything)
+            while reference.image == exclude:
+                reference = rng.choice(everything)
+            drawn.append(reference)
+        return drawn
+
+    def _listed(self, concept: str) -> list[FileReference]:
+        """`references`, kept: with replacement, one class is asked for again and again."""
+        kept: dict[str, list[FileReference]] = self.__dict__.setdefault("_kept", {})
+        if concept not in kept:
+            kept[concept] = list(self.references(concept))
+        return kept[concept]
 
     @abstractmethod
     def spares(

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 
 from ..suggestions import did_you_mean
 from .concept_shapes import ConceptShapes
-from .files import FileBenchmark
+from .files import LOADERS, FileBenchmark
 from .layouts import LAYOUTS, LISTED_SPLITS
+from .layouts.authors import without_boxes
 from .paths import existing_folder
 from .sample import ConceptSample
 from .suite import SOURCES, Source
@@ -26,6 +27,7 @@ def load_benchmark(
     split: str = "test",
     limit: int | None = None,
     seed: int = 42,
+    loader: str = "default",
     groups: Sequence[str] | None = None,
 ) -> Sequence[ConceptSample]:
     """Loads a benchmark.
@@ -38,15 +40,21 @@ def load_benchmark(
         split: A split of that benchmark; "test" also names the split that is evaluated where its own name is another.
         limit: Only the first samples of the split.
         seed: Seed by which references are drawn, where samples come without any of their own, or are drawn themselves.
+        loader: How the files of a benchmark are read: `"default"`, or `"released"` as the released code does. Of
+            references drawn from a class there are four, with replacement, by one source of chance for all samples;
+            boxes of references that come with a sample (`ref_box`) are left out; true masks keep their grey values for
+            the protocol "released".
         groups: Of `"concept-shapes"`, the groups to go round; see `ConceptShapes`.
 
     Raises:
-        ValueError: If no benchmark, split or group has that name, the split has no samples, or the files are not what
-            they should be.
+        ValueError: If no benchmark, split, loader or group has that name, the split has no samples, or the files are
+            not what they should be.
         MissingFilesError: If files are missing: all of them, with counts. (Of one's own data: if no sample has all of
             its files; fewer are warned of, and fail when they are read.)
         ImportError: If a layout needs a package that is missing.
     """
+    if loader not in LOADERS:
+        raise ValueError(f"load_benchmark: loader is {loader!r}; use {' or '.join(map(repr, LOADERS))}.")
     if name in PROCEDURAL:
         if root is not None:
             raise ValueError(
@@ -57,13 +65,18 @@ def load_benchmark(
         raise ValueError(
             f"load_benchmark: {name!r} cannot be divided into groups; leave groups out, or name another benchmark."
         )
-    samples = open_benchmark(name, root, split, limit, seed)
+    samples = open_benchmark(name, root, split, limit, seed, loader)
     samples.check()
     return samples
 
 
 def open_benchmark(
-    name: str, root: str | os.PathLike | None, split: str = "test", limit: int | None = None, seed: int = 42
+    name: str,
+    root: str | os.PathLike | None,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 42,
+    loader: str = "default",
 ) -> FileBenchmark:
     """As `load_benchmark`, for benchmarks of files, without looking for the files of the samples."""
     source = get_source(name)
@@ -71,7 +84,10 @@ def open_benchmark(
         raise ValueError(f"load_benchmark: limit is {limit}; use at least 1.")
     folder = existing_folder(root, name)
     split = resolve_split(source, split)
-    return FileBenchmark(name, split, LAYOUTS[source.layout](folder, source, split), folder, limit, seed)
+    index = LAYOUTS[source.layout](folder, source, split)
+    if loader == "released" and source.layout == "authors":
+        index = without_boxes(index)
+    return FileBenchmark(name, split, index, folder, limit, seed, loader)
 
 
 def get_source(name: str, groups: Iterable[str] = ()) -> Source:

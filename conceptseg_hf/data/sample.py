@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..references import Reference
+from ..references import Box, Reference
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class ConceptSample:
         reference_faults: What is wrong with references that were meant for the sample and cannot be used, a sentence
             each.
         references_lost: How many of these no other reference could replace.
+        soft_mask: The true mask with its soft edges, "L", at the size that it is stored in; only where it has some, and
+            the benchmark's loader keeps them.
     """
 
     image: Image.Image
@@ -66,7 +68,7 @@ class ConceptSample:
     references: list[Reference] = field(default_factory=list)
     dataset: str = ""
     sample_id: str = ""
-    box: tuple[float, float, float, float] | None = None
+    box: Box | None = None
     think: str | None = None
     rule: str | None = None
     answer: str | None = None
@@ -78,6 +80,7 @@ class ConceptSample:
     stored_mask: Image.Image | None = None
     reference_faults: tuple[str, ...] = ()
     references_lost: int = 0
+    soft_mask: Image.Image | None = None
 
     @property
     def present(self) -> bool:

@@ -150,6 +150,25 @@ _SUITE = (
 )  # fmt: skip
 
 _OTHERS = (
+    *(
+        Source(
+            name,
+            title,
+            "CI",
+            "diverse classes",
+            CLASS_NAME,
+            "authors",
+            AUTHORS,
+            counts={"train": None, "test": None},
+            note="known to the authors' loader; not in the paper",
+        )
+        for name, title in (
+            ("LVISRare", "LVIS, rare classes"),
+            ("LVISCommon", "LVIS, common classes"),
+            ("iNaturalist", "iNaturalist"),
+            ("SASilver_inaturalist", "iNaturalist, silver masks"),
+        )
+    ),
     Source(
         "reasonseg-hf",
         "ReasonSeg, copy on the hub",

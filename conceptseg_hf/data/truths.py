@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..images import open_oriented_mask, picture_foreground
+from ..images import load_grey_mask, open_oriented_mask, picture_foreground
 from ..mask_checks import check_mask_frame, looks_like_photo
 from ..references import Box
 from .paths import read_json
@@ -51,6 +51,14 @@ class Truth(ABC):
                 there is none.
         """
 
+    def read_soft(self) -> Image.Image | None:
+        """The mask with its soft edges, "L", at the size that it is stored in; None where it has none.
+
+        Raises:
+            OSError, ValueError: If it cannot be read.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class MaskFile(Truth):
@@ -69,6 +77,12 @@ class MaskFile(Truth):
         if size is not None:
             check_mask_frame(self.name, picture.size, own_orientation, size, orientation)
         return picture_foreground(picture), None
+
+    def read_soft(self) -> Image.Image | None:
+        """See `Truth.read_soft`."""
+        grey = load_grey_mask(self.path)
+        histogram = grey.histogram()
+        return grey if sum(histogram[1:255]) else None
 
 
 @dataclass(frozen=True)
@@ -139,7 +153,7 @@ class PolygonFile(Truth):
 class BoxTruth(Truth):
     """A box and no mask: x1, y1, x2, y2 as fractions of the image's sides."""
 
-    fractions: Box
+    fractions: tuple[float, ...]
     box_only = True
 
     def box(self, size: Size) -> Box:

@@ -1,10 +1,10 @@
 """Scoring: masks against masks, and a model against a benchmark."""
 
-from .ablation import ablate, load_ablation
-from .comparison import compare
-from .evaluator import evaluate
 from .metrics import MaskMetrics, box_iou, foreground_iou, presence_auc, score_masks
-from .report import EvaluationReport
+from .reporting.comparison import compare
+from .reporting.report import EvaluationReport
+from .running.ablation import ablate, load_ablation
+from .running.evaluator import evaluate
 
 __all__ = [
     "EvaluationReport",

@@ -213,7 +213,7 @@ def _load(samples: int) -> None:
             "concept-shapes",
             limit=samples,
             dataset_name=DATASET,
-            progress=lambda done, _: bar.update(done - bar.n),
+            progress=lambda done, _: bar.update(int(done - bar.n)),
         )
 
 

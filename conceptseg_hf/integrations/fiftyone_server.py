@@ -56,7 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     config = Config()
     config.bind = [f"127.0.0.1:{port}"]
     set_port(port)
-    asyncio.run(serve(confined(app), config))
+    # Starlette and Hypercorn annotate the same interface (ASGI) differently.
+    asyncio.run(serve(confined(app), config))  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

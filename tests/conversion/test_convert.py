@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from parity.reference_ctm import translate
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
-from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, cli, sam_prompt
-from conceptseg_hf.conversion import MANIFEST_NAME, convert
+from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation, ConceptSegProcessor, cli, sam_prompt
+from conceptseg_hf.conversion import MANIFEST_NAME, convert, to_original
+from conceptseg_hf.profiles import profile_changes
+from conceptseg_hf.prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
 
 from .conftest import NUM_QUERIES
 
@@ -31,6 +34,37 @@ def test_auto_classes_load_it(converted):
     assert model.config.ctm_config.num_attention_heads == 16
     assert (processor.canvas_size, processor.coordinate_scale, processor.sam_text_length) == (600, 600, 32)
     assert processor.template.system == "You are a helpful assistant. "
+    assert model.config.profile == "released" and model.config.end_of_turn_state
+    assert profile_changes("released", model.config, processor) == {}
+    assert "{reference_box_list}" in processor.template.with_proxy
+
+
+def test_another_profile_and_the_words_of_a_file(parts, tmp_path):
+    words = dict.fromkeys(
+        ("with_proxy", "support_only", "single_reference", "no_reference"), "{problem} in my words"
+    )
+    template = PromptTemplate(system="Short.", **words)
+    folders = {
+        profile: convert(parts.checkpoint, parts.sam_folder, tmp_path / profile, profile=profile)
+        for profile in ("paper", "released")
+    }
+    own = convert(parts.checkpoint, parts.sam_folder, tmp_path / "own", prompt_template=template)
+    config, processor = ConceptSegConfig.from_pretrained(own), AutoProcessor.from_pretrained(own)
+    assert processor.template == template and config.profile == "released"
+    config = ConceptSegConfig.from_pretrained(folders["paper"])
+    processor = AutoProcessor.from_pretrained(folders["paper"])
+    assert config.switches == {"profile": "paper"} and processor.mosaic is None
+    assert processor.template == replace(OFFICIAL_TEMPLATE, system="You are a helpful assistant. ")
+    with pytest.raises(ValueError, match="no profile is named 'theirs'"):
+        convert(parts.checkpoint, parts.sam_folder, tmp_path / "none", profile="theirs")
+
+    # On the way back to the authors' layout and here again the settings are kept, unless others are asked for.
+    theirs = to_original(own, tmp_path / "theirs")
+    for profile, kept in ((None, "released"), ("paper", "paper")):
+        again = convert(theirs, parts.sam_folder, tmp_path / f"again-{profile}", profile=profile)
+        config, processor = ConceptSegConfig.from_pretrained(again), AutoProcessor.from_pretrained(again)
+        assert config.profile == kept and profile_changes(kept, config, processor) == {}
+        assert processor.template == template
 
 
 @torch.no_grad()
@@ -160,5 +194,13 @@ def test_the_command(parts, tmp_path, capsys):
         file.write(b"abcd")
     assert cli.main(["info", out, "--hashes"]) == 0
     assert "CHANGED since converted" in capsys.readouterr().out
+    assert "profile" in said and "released" in said
     assert cli.main(["info", out, "--model", out]) == 2
+    back = ["convert", "--to-original", "--checkpoint", out, "--out", f"{out}-back"]
+    assert cli.main([*back, "--profile", "paper"]) == 2
+    assert "--profile has no use with --to-original" in capsys.readouterr().err
+    (tmp_path / "words.json").write_text(json.dumps(OFFICIAL_TEMPLATE.to_dict()))
+    options = ["--profile", "paper", "--prompt-template", str(tmp_path / "words.json")]
+    assert cli.main([*words, "--out", f"{out}-paper", *options]) == 0
+    assert AutoProcessor.from_pretrained(f"{out}-paper").template == OFFICIAL_TEMPLATE
     assert cli.main(["convert", "--to-original", "--checkpoint", out, "--out", f"{out}-back"]) == 0

@@ -39,6 +39,7 @@ def test_nano(tmp_path):
         ConceptSegForSegmentation.from_pretrained(folder).config for folder in (nano_checkpoint(), back)
     ]
     assert configs[0].ctm_config.to_dict() == configs[1].ctm_config.to_dict()
+    assert configs[1].switches == {} and processors[1].to_dict() == processors[0].to_dict()
 
 
 @pytest.mark.parametrize("tied", [True, False])

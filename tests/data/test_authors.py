@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from trees import save_image
 
 from conceptseg_hf.data import MissingFilesError, load_benchmark
@@ -204,3 +206,88 @@ def test_bad_metadata_is_one_sentence(tmp_path, content, words):
 def test_no_metadata_at_all(tmp_path):
     with pytest.raises(MissingFilesError, match=r"'Polyp' lacks .*all_meta\.json"):
         load_benchmark("Polyp", tmp_path)
+
+
+# -- the loader "released" --
+
+
+def test_released_draws_are_with_replacement_from_one_seed(authors_tree):
+    """Four draws a sample, each repeated until it is not the target; `random.seed(42)` once, for all samples."""
+    for number in range(3):
+        authors_tree.add("train", "Polyp", "Polyp", f"train_{number}")
+    for number in range(5):
+        authors_tree.add("test", "Polyp", "Polyp", f"test_{number}")
+    root = authors_tree.write()
+    chance = random.Random(42)
+    wanted = [[f"train_{chance.randrange(3)}.jpg" for _ in range(4)] for _ in range(5)]
+    assert any(len(set(drawn)) < 3 for drawn in wanted)
+    samples = load_benchmark("Polyp", root, loader="released")
+    assert [names(sample) for sample in samples] == wanted
+    assert names(samples[3]) == wanted[3], "whatever was read before"
+    assert [names(s) for s in load_benchmark("Polyp", root, limit=2, loader="released")] == wanted[:2]
+    chance = random.Random(7)
+    first = [f"train_{chance.randrange(3)}.jpg" for _ in range(4)]
+    assert names(load_benchmark("Polyp", root, seed=7, loader="released")[0]) == first
+    usual = load_benchmark("Polyp", root)[0]
+    assert len(set(names(usual))) == len(names(usual)) == 3
+
+
+@pytest.mark.parametrize(("others", "drawn"), [(0, 0), (1, 1), (2, 4), (3, 4)])
+def test_released_draws_never_take_the_target(authors_tree, others, drawn):
+    """A train split refers to itself: of two images one reference is drawn, of three or more four, of one none."""
+    for number in range(others + 1):
+        authors_tree.add("train", "Polyp", "Polyp", f"train_{number}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a class with a single image
+        samples = load_benchmark("Polyp", authors_tree.write(), split="train", loader="released")
+        for number, sample in enumerate(samples):
+            assert len(names(sample)) == drawn and f"train_{number}.jpg" not in names(sample)
+
+
+def test_released_references_of_a_sample_have_no_boxes(authors_tree):
+    """Their loader does not read `ref_box`: no boxes are shown, and none is withheld."""
+    images = ["MGrounding-630k/1.jpg", "MGrounding-630k/2.jpg", "MGrounding-630k/3.jpg"]
+    changes = {"img_path": images, "problem": "What is new?", "ref_box": [[0.1, 0.2, 0.5, 0.6]] * 2}
+    authors_tree.add("train", "MGrounding", "Difference", "y", **changes)
+    root = authors_tree.write()
+    (usual,) = load_benchmark("MGrounding", root, split="train")
+    assert [reference.box is None for reference in usual.references] == [False, False]
+    (sample,) = load_benchmark("MGrounding", root, split="train", loader="released")
+    resolved = resolve_references(sample.references)
+    assert names(sample) == ["1.jpg", "2.jpg"]
+    assert resolved.boxes == (None, None) and resolved.proxy is None
+
+
+def test_released_masks_keep_their_grey_values(authors_tree):
+    for number in range(3):
+        authors_tree.add("train", "Polyp", "Polyp", f"train_{number}")
+    items = [authors_tree.add("test", "Polyp", "Polyp", f"test_{number}") for number in range(2)]
+    root = authors_tree.write()
+    grey = Image.open(root / items[0]["mask_path"]).resize(
+        (24, 16), Image.Resampling.BICUBIC, (1.3, 1, 23, 15)
+    )
+    assert set(grey.tobytes()) - {0, 255}
+    grey.save(root / items[0]["mask_path"])
+    soft, hard = load_benchmark("Polyp", root, loader="released")
+    assert soft.soft_mask.tobytes() == grey.tobytes() and hard.soft_mask is None
+    assert soft.mask.tobytes() == load_benchmark("Polyp", root)[0].mask.tobytes()
+    assert load_benchmark("Polyp", root)[0].soft_mask is None
+    with pytest.raises(ValueError, match="loader is 'theirs'; use 'default' or 'released'"):
+        load_benchmark("Polyp", root, loader="theirs")
+
+
+@pytest.mark.parametrize("name", ["LVISRare", "LVISCommon", "iNaturalist", "SASilver_inaturalist"])
+def test_names_that_the_released_loader_knows(authors_tree, name):
+    """The prompt is the class name without the data set's, underscores as spaces."""
+    for number in range(2):
+        authors_tree.add("train", name, f"{name}_Abies_alba", f"a{number}")
+    authors_tree.add("test", name, f"{name}_Abies_alba", "b")
+    (sample,) = load_benchmark(name, authors_tree.write())
+    assert (sample.prompt.strip(), sample.dataset, sample.level) == ("Abies alba", name, "CI")
+
+
+def test_released_draws_fill_four_cells_from_a_single_image(authors_tree):
+    authors_tree.add("train", "Polyp", "Polyp", "only")
+    authors_tree.add("test", "Polyp", "Polyp", "test_0")
+    (sample,) = load_benchmark("Polyp", authors_tree.write(), loader="released")
+    assert names(sample) == ["only.jpg"] * 4

@@ -118,6 +118,6 @@ def test_a_group_is_evaluated_in_folders_and_reported_as_one(model, processor, t
     def never(*_, **__):
         raise AssertionError("nothing is left to be run")
 
-    monkeypatch.setattr("conceptseg_hf.evaluation.evaluator.segment_samples", never)
+    monkeypatch.setattr("conceptseg_hf.evaluation.running.evaluator.segment_samples", never)
     again = evaluate(model, "cd", **options)
     assert again.records == report.records and again.table == report.table

@@ -14,7 +14,7 @@ from conceptseg_hf.cli import main
 from conceptseg_hf.data import UnreadableSampleError, check_benchmark, load_benchmark
 from conceptseg_hf.evaluation import MaskMetrics, evaluate
 from conceptseg_hf.evaluation.records import make_error_record, make_record
-from conceptseg_hf.evaluation.samples import read_sample
+from conceptseg_hf.evaluation.records.samples import read_sample
 
 WIDTH, HEIGHT = SIZE  # 24 x 16
 

@@ -225,7 +225,12 @@ def test_what_is_kept_tells_runs_apart(make_dataset):
         for path in (first, second)
         for box in ((1, 2, 30, 40), (1, 2, 30, 50))
     }
-    assert len(keys) == 4
+    several = [[(1, 2, 30, 40), (5, 5, 9, 9)], [(1, 2, 30, 40), (5, 5, 9, 8)]]
+    keys |= {
+        SegmentationJob(prompt="star", references=[Reference(first, boxes=boxes)]).keep(dataset)
+        for boxes in several
+    }
+    assert len(keys) == 6
     ids = dataset.load_saved_view("references").values("id")[:1]
     job = SegmentationJob(prompt="star", reference_ids=ids)
     assert SegmentationJob.load(dataset, job.keep(dataset)).reference_label_field == "ref_boxes"

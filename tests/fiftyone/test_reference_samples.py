@@ -151,3 +151,42 @@ def test_boxes_are_whole_pixels_in_the_mosaic(fo, samples):
     sample["marks"] = box(fo, 29 / 100, 57 / 100, 28 / 100, 30 / 100)
     [reference] = references_from([sample], "marks")
     assert reference.box == (29, 57, 57, 87)
+
+
+def test_the_boxes_of_an_image_are_one_reference_where_that_is_asked_for(fo, samples):
+    """By default each box is a reference of its own, in a cell of its own."""
+    from conceptseg_hf.integrations.fiftyone import ConceptSegFiftyOneModel, SegmentationJob, references_from
+    from conceptseg_hf.integrations.fiftyone.runs import load_run
+
+    first, second, _ = samples
+    for sample in (first, second):  # in pixels of 60 x 40: (6, 4, 36, 24) and (30, 20, 60, 40)
+        detections = [
+            fo.Detection(label="mark", bounding_box=corner)
+            for corner in ([0.1, 0.1, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5])
+        ]
+        sample["marks"] = fo.Detections(detections=detections)
+        sample.save()
+    chosen = [first, second]
+    apart = references_from(chosen, "marks")
+    assert [reference.box for reference in apart] == [(6, 4, 36, 24), (30, 20, 60, 40)] * 2
+    together = references_from(chosen, "marks", boxes_together=True)
+    assert [reference.box for reference in together] == [None, None]
+    assert [reference.boxes for reference in together] == [[(6, 4, 36, 24), (30, 20, 60, 40)]] * 2
+    ids = [first["marks"].detections[0].id]
+    [one] = references_from([first], "marks", label_ids=ids, boxes_together=True)
+    assert one.box == (6, 4, 36, 24) and one.boxes is None
+
+    settings = {"prompt": "star", "reference_ids": [first.id, second.id], "reference_label_field": "marks"}
+    jobs = [SegmentationJob(**settings, boxes_together=together) for together in (False, True)]
+    assert [len(job.shared_references(samples)) for job in jobs] == [4, 2]
+    plain, joined = (job.keep(samples) for job in jobs)
+    assert plain != joined
+    assert [SegmentationJob.load(samples, key).boxes_together for key in (plain, joined)] == [False, True]
+    assert "boxes_together" not in load_run(samples, plain), "as the runs of before"
+
+    first["reference_ids"] = [second.id]
+    first.save()
+    model = ConceptSegFiftyOneModel(
+        prompt="star", reference_field="reference_ids", reference_label_field="marks", boxes_together=True
+    )
+    assert [len(reference.boxes) for reference in model._references_of(first)] == [2]

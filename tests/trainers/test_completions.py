@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from conceptseg_trainers.completions import (
 
 from conceptseg_hf import nano_checkpoint, parse_completion
 from conceptseg_hf.data import ConceptShapes, UnreadableSampleError
-from conceptseg_hf.evaluation.loading import load_model_and_processor
+from conceptseg_hf.loading import load_model_and_processor
 
 LENGTH = 12  # tokens
 
@@ -62,10 +63,49 @@ def test_templates_need_no_words(samples, processor, prepared):
     parsed = parse_completion(completion.text, processor.coordinate_scale)
     assert (parsed.think, parsed.answer, completion.sam_text) == ("", sample.prompt, sample.prompt)
 
-    released = [released_completion(sample, frame, processor, draw) for draw in range(2)]
-    assert [completion.sam_text for completion in released] == ["visual", "object"]
-    parsed = parse_completion(released[0].text, processor.coordinate_scale)
-    assert (parsed.answer, parsed.bbox is not None) == (None, True)
+
+def test_released_completions_are_a_box_between_blank_tags(samples, processor, prepared):
+    """Blank think, color and answer around the true box, a list of Python; SAM 3's word is always "visual"."""
+    for sample in samples:
+        frame = prepared(sample).frame
+        box = (0, 0, 0, 0) if sample.box is None else processor.box_to_text(sample.box, frame)
+        numbers = [math.floor(value + 0.5) for value in box]
+        completion = released_completion(sample, frame, processor)
+        assert (
+            completion.text == f" <think> </think> <color> </color><bbox>{numbers}</bbox> <answer> </answer>"
+        )
+        assert completion.sam_text == "visual"
+    assert (
+        released_completion(replace(samples[0], box=None), frame, processor).text.count("[0, 0, 0, 0]") == 1
+    )
+
+
+def test_a_generated_completion_without_answer_gives_sam_what_inference_does(
+    nano, samples, tmp_path, monkeypatch
+):
+    model, processor = nano
+    cache = CompletionCache(tmp_path, model, processor, max_new_tokens=2)
+    cache.generate(model, samples[:1])
+    completion = cache.completion(samples[0])
+    assert (completion.sam_text, completion.is_cut) == (samples[0].prompt, True)
+    monkeypatch.setattr(model.config, "missing_answer", "empty")
+    assert cache.completion(samples[0]).sam_text == ""
+
+
+def test_completions_of_other_boxes_or_another_mosaic_are_others(nano, samples, tmp_path):
+    model, processor = nano
+    cache = CompletionCache(tmp_path, model, processor, max_new_tokens=2)
+    sample = next(sample for sample in samples if sample.references)
+    cache.generate(model, [sample])
+    first, *others = sample.references
+    x1, y1, x2, y2 = first.box
+    middle = (x1 + x2) / 2
+    halves = [(x1, y1, middle, y2), (middle, y1, x2, y2)]  # the same box around both
+    several = replace(sample, references=[replace(first, box=None, boxes=halves), *others])
+    assert sample in cache and several not in cache
+    bilinear = processor.with_settings(mosaic={"resampling": "bilinear"})
+    assert len(CompletionCache(tmp_path, model, processor, 2)) == 1
+    assert len(CompletionCache(tmp_path, model, bilinear, 2)) == 0
 
 
 def test_an_absent_concept_has_an_empty_box(samples, processor, prepared):

@@ -120,10 +120,18 @@ def test_log_probabilities_are_those_of_plain_logits(make_meta_grpo, temperature
     )
 
 
-def test_loss_and_reward_see_the_same_concepts(make_meta_grpo, monkeypatch) -> None:
+@pytest.mark.parametrize("end_of_turn", [False, True])
+def test_loss_and_reward_see_the_same_concepts(make_meta_grpo, monkeypatch, end_of_turn) -> None:
     """The reward's own forward pass, on batches of the processor, gives the Z that the loss trains."""
-    trainer = make_meta_grpo()
-    seen = []
+    trainer = make_meta_grpo(temperature=2.0)
+    monkeypatch.setattr(trainer.concept_model.config, "end_of_turn_state", end_of_turn)
+    seen, states = [], []
+    encode = trainer.concept_model.encode_concepts
+    monkeypatch.setattr(
+        trainer.concept_model,
+        "encode_concepts",
+        lambda hidden, mask: states.append(mask.sum(1).tolist()) or encode(hidden, mask),
+    )
     decode = trainer._decode
     monkeypatch.setattr(trainer, "_decode", lambda *args: seen.append(args) or decode(*args))
     inputs = rollouts(trainer)
@@ -131,6 +139,14 @@ def test_loss_and_reward_see_the_same_concepts(make_meta_grpo, monkeypatch) -> N
     trainer._compute_loss(trainer.model, inputs)
     (rewarded, reward_concepts), (trained, loss_concepts) = seen
     assert [rollout.sam_text for rollout in rewarded] == [rollout.sam_text for rollout in trained]
+    ends = torch.tensor(trainer.eos_token_ids)
+    kept = inputs["completion_mask"].bool()
+    words = kept & ~torch.isin(inputs["completion_ids"], ends)
+    assert not torch.equal(kept, words), "some have an end-of-turn token"
+    wanted = (kept if end_of_turn else words).sum(1).tolist()
+    assert len(set(wanted)) > 1 and sorted(length for each in states[:-1] for length in each) == sorted(
+        wanted
+    )
     torch.testing.assert_close(reward_concepts, loss_concepts.detach(), rtol=0, atol=1e-4)
 
 
@@ -462,6 +478,10 @@ BAD_DATA = {
         row_with(gt_mask=Image.new("L", (32, 16))),
         r"sample 'train-000000': gt_mask: mask has 32 x 16 pixels, but its image has 128 x 128",
     ),
+    "no mask in a row": (
+        row_with(gt_mask=None),
+        r"sample 'train-000000': gt_mask is None; give each row a mask",
+    ),
     "shared ids": (
         lambda dataset: _eager([dataset[0], dataset[0]]),
         r"train_dataset has rows that share a sample_id; give each row its own",
@@ -583,3 +603,45 @@ def test_names_that_trl_still_uses_are_not_warned_of(make_meta_grpo, shapes, wan
     trainer.train()
     trainer.evaluate()
     assert trainer.concept_model.is_activation_checkpointing is wanted
+
+
+def test_only_the_best_and_worst_are_trained_on(make_meta_grpo, monkeypatch) -> None:
+    trainer = make_meta_grpo(num_best_and_worst=1, per_device_train_batch_size=8, max_steps=1)
+    advantages, kept, trained = [], [], []
+    keep, loss = trainer.finish_rollouts, trainer._compute_loss
+
+    def see_kept(output):
+        advantages.extend(output["advantages"].tolist())
+        output = keep(output)
+        kept.extend(output["advantages"].tolist())
+        return output
+
+    def see_trained(model, inputs):
+        trained.extend(inputs["advantages"].tolist())
+        assert len({id(rollout.prompt) for rollout in inputs["rollouts"]}) == 2
+        assert inputs["num_items_in_batch"] == inputs["completion_mask"].sum()
+        return loss(model, inputs)
+
+    monkeypatch.setattr(trainer, "finish_rollouts", see_kept)
+    monkeypatch.setattr(trainer, "_compute_loss", see_trained)
+    trainer.train()
+    assert len(advantages) == 8 and max(advantages) > 0
+    for group in (0, 1):
+        of_all = advantages[4 * group : 4 * group + 4]
+        assert sorted(kept[2 * group : 2 * group + 2]) == [min(of_all), max(of_all)]
+    assert sorted(trained) == sorted(kept)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_best_and_worst": 3}, "num_best_and_worst is 3; use 1 to 2, half of num_generations"),
+        (
+            {"num_best_and_worst": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+            "make per_device_train_batch_size a multiple of num_generations",
+        ),
+    ],
+)
+def test_groups_that_cannot_be_cut_are_refused(make_meta_grpo, settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_meta_grpo(**settings)

@@ -126,3 +126,11 @@ def test_in_a_plain_grpo_trainer(nano_processor, shapes, tmp_path) -> None:
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["rewards/format/mean"] > 0.5 and log["rewards/meta/mean"] > 0
+
+
+def test_of_several_withheld_boxes_the_best_counts():
+    boxes = [[0, 0, 4, 4], [10, 10, 20, 20]]
+    completions = [write(check=check) for check in ("[10,10,20,20]", "[0,0,4,2]", "[0,0,20,20]")]
+    found = meta_reward(completions, [BOX] * 3, [boxes] * 3)
+    assert found == pytest.approx([1.0, 0.5, 100 / 400])
+    assert format_reward(completions[:1], [boxes]) == [1.0]

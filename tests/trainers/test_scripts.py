@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from conceptseg_hf import ConceptSegForSegmentation, cli, nano_checkpoint
 from conceptseg_hf.data import ConceptShapes
+from conceptseg_hf.profiles import profile_changes
 
 pytest.importorskip("trl", "1.16")
 
@@ -507,6 +508,20 @@ def test_each_of_several_benchmarks_may_have_a_folder(tmp_path):
         DataArguments("plain,DUTS", f"plain={tmp_path / 'mine'},DUTS={tmp_path}").load(args)
 
 
+def test_the_loader_and_the_profile_are_checked(tmp_path):
+    ConceptShapes("train", length=3, size=48).export(tmp_path / "mine")
+    args = ConceptSFTConfig(output_dir=str(tmp_path), use_cpu=True)
+    words = ["--benchmark", "plain", "--root", str(tmp_path / "mine"), "--output_dir", str(tmp_path)]
+    data, model, _ = sft.make_parser().parse(
+        [*words, "--benchmark_loader", "released", "--profile", "released"]
+    )
+    assert data.load(args)[0].loader == model.profile == "released"
+    with pytest.raises(ValueError, match="loader is 'theirs'"):
+        DataArguments("plain", str(tmp_path / "mine"), benchmark_loader="theirs").load(args)
+    with pytest.raises(ValueError, match="no profile is named 'theirs'"):
+        ModelArguments(profile="theirs")
+
+
 def test_without_samples_for_evaluation_the_remedy_is_named(tmp_path):
     args = ConceptSFTConfig(output_dir=str(tmp_path), use_cpu=True, eval_strategy="steps", eval_steps=1)
     message = r"no split is named 'vall' \(did you mean 'val'\?\); .* \(for the evaluation while training: give another"
@@ -577,8 +592,11 @@ def test_backbones_are_joined(model, processor, tmp_path):
         num_concept_tokens=3,
         canvas_size=64,
         coordinate_scale=64,
+        profile="released",
     )
     joined, joined_processor = arguments.load()
+    assert joined.config.profile == "released" and joined.config.end_of_turn_state
+    assert profile_changes("released", joined.config, joined_processor) == {}
     assert joined.config.ctm_config.num_queries == 3
     assert (joined_processor.canvas_size, joined_processor.coordinate_scale) == (64, 64)
     assert joined_processor.image_processor.patch_size == processor.image_processor.patch_size

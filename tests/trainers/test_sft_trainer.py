@@ -20,6 +20,7 @@ from conceptseg_hf.evaluation import foreground_iou
 
 pytest.importorskip("datasets")
 
+from conceptseg_trainers.completions import TrainingCompletion
 from conceptseg_trainers.sft_config import ConceptSFTConfig
 from conceptseg_trainers.sft_trainer import ConceptSFTCollator, ConceptSFTTrainer
 
@@ -102,6 +103,46 @@ def test_the_released_loss_is_a_setting(make_trainer, samples):
     assert all(np.array_equal(mask, row.detach().numpy() > 0) for mask, row in zip(masks, full))
 
 
+def test_the_ctm_reads_the_end_of_turn_token_where_the_model_does(
+    make_trainer, samples, processor, monkeypatch
+):
+    """Released code: every state after the prompt, in training as in inference."""
+    plain = make_trainer(completion_source="template")
+    assert not plain.data_collator.end_of_turn
+    model = plain.concept_model
+    model.config.end_of_turn_state = True
+    trainer = ConceptSFTTrainer(model, plain.args, samples, None, processor)
+    before, after = (each.data_collator(samples[:2]) for each in (plain, trainer))
+    assert torch.equal(before["input_ids"], after["input_ids"])
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    added = after["completion_mask"] & ~before["completion_mask"]
+    assert added.sum(1).tolist() == [1, 1] and (after["input_ids"][added] == end).all()
+    assert not torch.equal(*(model(**_model_inputs(each)).concept_embeds for each in (before, after)))
+
+    cut = TrainingCompletion(processor.tokenizer("a star")["input_ids"], "star", is_cut=True)
+    monkeypatch.setattr(trainer.data_collator, "row", lambda sample: (_prepared(processor, sample), cut))
+    assert trainer.data_collator(samples[:1])["completion_mask"].sum() == 2, "a cut completion has no end"
+
+
+def test_the_limit_of_a_completion_counts_its_words_alone(make_trainer, samples, processor):
+    trainer = make_trainer(completion_source="template")
+    longest = int(trainer.data_collator(samples[:1])["completion_mask"].sum())
+    trainer.data_collator.args.max_completion_length = longest
+    trainer.data_collator.end_of_turn = True
+    assert int(trainer.data_collator(samples[:1])["completion_mask"].sum()) == longest + 1
+    trainer.data_collator.args.max_completion_length = longest - 1
+    with pytest.raises(ValueError, match=f"a completion of {longest} tokens"):
+        trainer.data_collator(samples[:1])
+
+
+def _model_inputs(batch):
+    return {key: batch[key] for key in batch if key not in ("shown", "mask_labels", "ignored")}
+
+
+def _prepared(processor, sample):
+    return processor.prepare(sample.image, sample.prompt, sample.references)
+
+
 def test_images_of_several_sizes(make_trainer, samples):
     mixed = [samples[0], next(iter(ConceptShapes("train", size=64)))]
     trainer = make_trainer()
@@ -165,6 +206,8 @@ def test_generated_completions_are_trained_on_and_kept(make_trainer, samples, di
     assert len(kept.splitlines()) == len(samples)  # the two for evaluation are among them
     _, completion = trainer.data_collator.row(samples[0])
     assert completion.text == json.loads(kept.splitlines()[0])["token_ids"]
+    with pytest.raises(ValueError, match="completion_source is generated, but there is no cache"):
+        replace(trainer.data_collator, cache=None).row(samples[0])
     trainer.train()
     # The CTM has changed, the MLLM has not: nothing is generated again.
     resumed = make_trainer(evaluation=samples[:2], **settings)

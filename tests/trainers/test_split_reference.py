@@ -51,6 +51,26 @@ def test_boxes_are_text_units_of_the_mosaic(dataset, shapes) -> None:
         assert any(row["gt_check_box"] == pytest.approx(box) for box in on_cell)
 
 
+def test_several_boxes_of_a_proxy_query_are_alternatives(shapes, nano_processor) -> None:
+    """Of several boxes the one that fits best is right; as released, the box around all of them."""
+    sample = next(sample for sample in shapes if len(sample.references) > 1)
+    boxes = [(2, 2, 20, 20), (30, 24, 60, 44)]
+    size = sample.references[0].image.size
+    references = [replace(each, box=None, boxes=boxes) for each in sample.references[:2]]
+    several = replace(sample, references=references)
+
+    def check_of(processor):
+        (row,) = split_reference_dataset([several], processor=processor)
+        return row["gt_check_box"]
+
+    scale = [CELL / size[0] * SCALE / CANVAS, CELL / size[1] * SCALE / CANVAS] * 2
+    wanted = [[value * by for value, by in zip(box, scale, strict=True)] for box in boxes]
+    found = check_of(nano_processor)
+    assert [pytest.approx(box) for box in found] == wanted
+    enclosing = check_of(nano_processor.with_settings(mosaic={"several_boxes": "enclosing"}))
+    assert enclosing == pytest.approx([*wanted[0][:2], *wanted[1][2:]])
+
+
 def test_the_proxy_box_is_neither_drawn_nor_told(dataset, shapes) -> None:
     for row, sample in zip(dataset, shapes, strict=True):
         if row["gt_check_box"] is None:

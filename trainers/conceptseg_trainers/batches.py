@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
-from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
-Batch: TypeAlias = dict[str, Any]
-"""Columns by name, as GRPOTrainer has them: tensors and lists with an entry per completion, and scalars."""
+from .trl_adapter import Batch, split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 
 def best_and_worst(values: Tensor, group_size: int, count: int) -> list[int]:

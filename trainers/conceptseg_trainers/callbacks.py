@@ -8,15 +8,18 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 from PIL import Image
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import CallbackHandler
 
 from conceptseg_hf.visualization import scaled_overlay, side_by_side
 from conceptseg_hf.writing import picture_bytes, write_file
+
+from .checkpoints import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,18 @@ class TrainingExample:
         return side_by_side(tiles, self.caption, height)
 
 
+class TrainerWithExamples(Protocol):
+    """A trainer whose examples can be drawn."""
+
+    examples: list[TrainingExample]
+    callback_handler: CallbackHandler
+
+
+def reported_to(args: TrainingArguments) -> list[str]:
+    """`report_to`, of which Transformers makes a list although its type admits more."""
+    return cast(list[str], args.report_to)
+
+
 class ExamplePicturesCallback(TrainerCallback):
     """Draws `trainer.examples` every some steps and after each evaluation, each example once.
 
@@ -73,7 +88,7 @@ class ExamplePicturesCallback(TrainerCallback):
         count: Pictures at a time.
     """
 
-    def __init__(self, trainer: Trainer, every: int, count: int) -> None:
+    def __init__(self, trainer: TrainerWithExamples, every: int, count: int) -> None:
         self.trainer = trainer
         self.every = every
         self.count = count
@@ -95,7 +110,7 @@ class ExamplePicturesCallback(TrainerCallback):
         examples, self.trainer.examples = self.trainer.examples[: self.count], []
         if not examples or not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir) / "examples"
+        folder = Path(run_folder(args)) / "examples"
         for number, example in enumerate(examples):
             picture = example.draw()
             path = folder / f"step_{state.global_step:06d}_{number}.png"
@@ -111,11 +126,11 @@ class ExamplePicturesCallback(TrainerCallback):
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_image(key, np.asarray(picture), step, dataformats="HWC")
-        if "wandb" in args.report_to:
+        if "wandb" in reported_to(args):
             import wandb
 
             wandb.log({key: wandb.Image(picture, caption=caption), "train/global_step": step})
-        if "trackio" in args.report_to:
+        if "trackio" in reported_to(args):
             import trackio
 
             trackio.log({key: trackio.Image(picture, caption=caption)})  # lists of images are dropped there

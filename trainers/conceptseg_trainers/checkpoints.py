@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeGuard, cast
 
 from safetensors import SafetensorError, safe_open
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from conceptseg_hf.finite import is_finite
@@ -19,6 +21,11 @@ TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a chec
 PROCESSOR = "processor_config.json"  # both trainers write it after the weights of the complete model
 _STAGING = ".saving"
 _CARD = "README.md"
+
+
+def run_folder(args: TrainingArguments) -> str:
+    """The folder of a run: `output_dir`, which Transformers fills in although its type admits None."""
+    return cast(str, args.output_dir)
 
 
 def complete_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
@@ -141,7 +148,7 @@ def _move_files(staging: Path, target: Path) -> None:
             old.unlink()
 
 
-def _is_of_writing(error: BaseException) -> bool:
+def _is_of_writing(error: BaseException) -> TypeGuard[Exception]:
     """Whether an error is one of files; PyTorch's own writer raises RuntimeErrors, which may be anything."""
     from_pytorch = ("inline_container", "PytorchStreamWriter")
     return isinstance(error, (OSError, SafetensorError)) or (

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, format_completion
-from conceptseg_hf.completion import find_markup, find_template_tag
+from conceptseg_hf.completion import find_markup, find_template_tag, format_box_list
 from conceptseg_hf.data import ConceptSample, UnreadableSampleError
-from conceptseg_hf.evaluation.loading import fingerprint
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.images import load_image
+from conceptseg_hf.loading import fingerprint
 from conceptseg_hf.processing_conceptseg import Frame
 from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.references import resolve_references
@@ -27,8 +27,10 @@ from .sft_config import ConceptSFTConfig
 
 logger = logging.getLogger(__name__)
 
-_GENERIC_ANSWERS = ("visual", "object")
 _TRUE_TEXTS = ("think", "rule", "answer")
+# The released code's stage I: one space in each tag but that of the box, no rule and no check.
+_RELEASED_FORM = " <think> </think> <color> </color><bbox>{box}</bbox> <answer> </answer>"
+_RELEASED_WORD = "visual"
 
 
 @dataclass(frozen=True)
@@ -39,26 +41,35 @@ class TrainingCompletion:
         text: The text, or the token ids without the end-of-turn token.
         sam_text: What SAM 3 gets as the answer.
         rule: The rule in it, for example pictures.
+        is_cut: Whether it was generated and ended by its limit, without an end-of-turn token.
     """
 
     text: str | list[int]
     sam_text: str
     rule: str | None = None
+    is_cut: bool = False
 
 
 def ground_truth_completion(
     sample: ConceptSample, frame: Frame, processor: ConceptSegProcessor
 ) -> TrainingCompletion:
     """The sample's reasoning, rule, boxes and answer; where it lacks one of them, what `template_completion` makes."""
-    if not has_reasoning(sample):
+    texts = _true_texts(sample)
+    if texts is None:
         return template_completion(sample, frame, processor)
-    text = _write(sample, frame, processor, sample.think, sample.rule, sample.answer)
-    return TrainingCompletion(text, sample.answer, sample.rule)
+    _, rule, answer = texts
+    return TrainingCompletion(_write(sample, frame, processor, *texts), answer, rule)
 
 
 def has_reasoning(sample: ConceptSample) -> bool:
     """Whether a sample has true reasoning, rule and answer."""
-    return not any(getattr(sample, name) is None for name in _TRUE_TEXTS)
+    return _true_texts(sample) is not None
+
+
+def _true_texts(sample: ConceptSample) -> tuple[str, str, str] | None:
+    """Reasoning, rule and answer of a sample that has all of them."""
+    think, rule, answer = sample.think, sample.rule, sample.answer
+    return None if think is None or rule is None or answer is None else (think, rule, answer)
 
 
 def check_words(sample: ConceptSample, processor: ConceptSegProcessor, source: str) -> None:
@@ -133,10 +144,12 @@ def template_completion(
 
 
 def released_completion(
-    sample: ConceptSample, frame: Frame, processor: ConceptSegProcessor, draw: int
+    sample: ConceptSample, frame: Frame, processor: ConceptSegProcessor
 ) -> TrainingCompletion:
-    """Boxes and nothing else; SAM 3 gets "visual" or "object" by the parity of the random number `draw`."""
-    return TrainingCompletion(_write(sample, frame, processor, "", "", ""), _GENERIC_ANSWERS[draw % 2])
+    """The target's box between blank tags, as a list of Python; SAM 3 gets the word "visual"."""
+    box = (0.0, 0.0, 0.0, 0.0) if sample.box is None else processor.box_to_text(sample.box, frame)
+    written = format_box_list([box], processor.coordinate_scale)[1:-1]
+    return TrainingCompletion(_RELEASED_FORM.format(box=written), _RELEASED_WORD)
 
 
 def _write(
@@ -174,6 +187,7 @@ class CompletionCache:
         self.processor = processor
         self.max_new_tokens = max_new_tokens
         self.policy = _policy(model, processor, max_new_tokens)
+        self._config = model.config
         self._token_ids: dict[str, list[int]] = {}
         self.reload()
 
@@ -181,7 +195,7 @@ class CompletionCache:
         return len(self._token_ids)
 
     def __contains__(self, sample: ConceptSample) -> bool:
-        return _digest(sample) in self._token_ids
+        return _digest(sample, self.processor) in self._token_ids
 
     def reload(self) -> None:
         """Reads what all processes have written so far."""
@@ -194,10 +208,15 @@ class CompletionCache:
             )
 
     def completion(self, sample: ConceptSample) -> TrainingCompletion:
-        """The completion of a sample that `generate` has seen; SAM 3 gets its answer, else the prompt."""
-        token_ids = self._token_ids[_digest(sample)]
+        """The completion of a sample that `generate` has seen; SAM 3 gets what it would in inference."""
+        token_ids = self._token_ids[_digest(sample, self.processor)]
         parsed = self.processor.decode_completion(token_ids)
-        return TrainingCompletion(token_ids, parsed.answer or sample.prompt, parsed.rule)
+        return TrainingCompletion(
+            token_ids,
+            self._config.sam_words(parsed.answer, sample.prompt),
+            parsed.rule,
+            is_cut=len(token_ids) >= self.max_new_tokens,
+        )
 
     def generate(
         self,
@@ -231,8 +250,10 @@ class CompletionCache:
             for index in mine:
                 sample = samples[index]
                 # what stands in for another has its own turn
-                if index not in samples.stand_ins and (digest := _digest(sample)) not in self._token_ids:
-                    batch[digest] = sample
+                if index not in samples.stand_ins:
+                    digest = _digest(sample, self.processor)
+                    if digest not in self._token_ids:
+                        batch[digest] = sample
                 if len(batch) == batch_size:
                     self._write(self._complete(model, batch), path)
                     batch = {}
@@ -277,11 +298,13 @@ class CompletionCache:
             }
 
 
-def _digest(sample: ConceptSample) -> str:
+def _digest(sample: ConceptSample, processor: ConceptSegProcessor) -> str:
     """A hash of all that the MLLM reads of a sample: the words, the picture, the references as they are shown."""
-    references = resolve_references(sample.references)
+    references = resolve_references(sample.references, processor.canvas_size, processor.mosaic_settings)
+    has_several = any(len(boxes) > 1 for boxes in references.all_boxes)
+    boxes = references.all_boxes if has_several else references.boxes
     # default: numbers may be NumPy's
-    words = json.dumps([sample.prompt, references.boxes, references.proxy], default=float)
+    words = json.dumps([sample.prompt, boxes, references.proxy], default=float)
     digest = hashlib.sha256(words.encode())
     for image in (load_image(sample.image), *references.images):
         digest.update(f"{image.size}".encode() + image.tobytes())
@@ -297,6 +320,8 @@ def _policy(model: ConceptSegForSegmentation, processor: ConceptSegProcessor, ma
         "coordinate_scale": processor.coordinate_scale,
         "max_new_tokens": max_new_tokens,
     }
+    if processor.mosaic is not None:
+        settings["mosaic"] = processor.mosaic
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

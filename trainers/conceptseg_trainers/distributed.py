@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -37,8 +37,8 @@ def clone_whole(model: PreTrainedModel) -> PreTrainedModel:
         for ours, theirs in zip(clone.parameters(), model.parameters(), strict=True):
             with gathered([theirs]):
                 ours.data = theirs.data.to(ours.device, copy=True)
-        for ours, theirs in zip(clone.buffers(), model.buffers(), strict=True):
-            ours.data = theirs.data.to(ours.device, copy=True)
+        for our_buffer, their_buffer in zip(clone.buffers(), model.buffers(), strict=True):
+            our_buffer.data = their_buffer.data.to(our_buffer.device, copy=True)
     return clone.requires_grad_(False).eval()
 
 
@@ -68,7 +68,7 @@ def without_zero_init() -> Iterator[None]:
         hf_deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
-def make_generate_gather(model: Any) -> None:
+def make_generate_gather(model: nn.Module) -> None:
     """Lets `model.generate` gather FSDP2's shards as `forward` does; other models stay as they are.
 
     Generation calls the vision tower outside of the root's forward.

@@ -11,7 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from conceptseg_hf.finite import find_nonfinite
 
-from .checkpoints import last_good_checkpoint, staged, written_whole
+from .checkpoints import last_good_checkpoint, run_folder, staged, written_whole
 
 
 class DivergedError(RuntimeError):
@@ -20,6 +20,8 @@ class DivergedError(RuntimeError):
 
 class StoppingTrainer(Trainer):
     """A Trainer that stops, and saves nothing more, once its numbers are not finite; and saves nothing by halves."""
+
+    model: nn.Module
 
     def check_loss(self, loss: Tensor) -> None:
         """To be called with each loss.
@@ -50,7 +52,7 @@ class StoppingTrainer(Trainer):
 
     def diverged(self, what: str) -> DivergedError:
         """The error that ends the training; names the last good checkpoint."""
-        good = last_good_checkpoint(self.args.output_dir, self.state.global_step)
+        good = last_good_checkpoint(run_folder(self.args), self.state.global_step)
         where = (
             "no checkpoint was saved before" if good is None else f"the last good checkpoint is {str(good)!r}"
         )
@@ -65,7 +67,7 @@ class StoppingTrainer(Trainer):
         if _internal_call and output_dir is not None:
             super().save_model(output_dir, _internal_call)
             return
-        with staged(output_dir or self.args.output_dir, self.args.should_save) as folder:
+        with staged(output_dir or run_folder(self.args), self.args.should_save) as folder:
             super().save_model(str(folder), _internal_call=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

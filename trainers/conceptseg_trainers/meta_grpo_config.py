@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 from trl import GRPOConfig
 
@@ -125,11 +126,12 @@ class MetaGRPOConfig(GRPOConfig):
             with without_renaming_warnings():
                 super().__post_init__()
         except ValueError as error:
-            if self.generation_batch_size and self.generation_batch_size % self.num_generations:
+            group_size = self.num_generations
+            if self.generation_batch_size and group_size and self.generation_batch_size % group_size:
                 raise ValueError(
                     f"MetaGRPOConfig: {self.generation_batch_size} completions at a time "
                     "(per_device_train_batch_size x processes x steps_per_generation) do not make whole groups of "
-                    f"num_generations = {self.num_generations}; make them a multiple of it."
+                    f"num_generations = {group_size}; make them a multiple of it."
                 ) from error
             raise
         self._check_groups()
@@ -139,18 +141,18 @@ class MetaGRPOConfig(GRPOConfig):
         count = self.num_best_and_worst
         if count is None:
             return
-        if not 1 <= count <= self.num_generations // 2:
+        # GRPOConfig has filled in both, although their types admit None.
+        group_size, steps = cast(int, self.num_generations), cast(int, self.steps_per_generation)
+        if not 1 <= count <= group_size // 2:
             raise ValueError(
-                f"MetaGRPOConfig: num_best_and_worst is {count}; use 1 to {self.num_generations // 2}, half of "
+                f"MetaGRPOConfig: num_best_and_worst is {count}; use 1 to {group_size // 2}, half of "
                 f"num_generations."
             )
-        on_process = self.per_device_train_batch_size * self.steps_per_generation
-        if on_process % self.num_generations or (
-            self.per_device_train_batch_size * 2 * count % self.num_generations
-        ):
+        on_process = self.per_device_train_batch_size * steps
+        if on_process % group_size or self.per_device_train_batch_size * 2 * count % group_size:
             raise ValueError(
                 f"MetaGRPOConfig: of {self.per_device_train_batch_size} completions per device, num_best_and_worst = "
-                f"{count} of groups of {self.num_generations} leaves no whole number in each batch; make "
+                f"{count} of groups of {group_size} leaves no whole number in each batch; make "
                 "per_device_train_batch_size a multiple of num_generations."
             )
 

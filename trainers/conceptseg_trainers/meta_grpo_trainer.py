@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import datasets
 import numpy as np
@@ -17,9 +17,7 @@ from accelerate.utils import is_peft_model
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl import GRPOTrainer, __version__
 from trl.data_utils import prepare_multimodal_messages
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 from conceptseg_hf import (
     ConceptSegForSegmentation,
@@ -38,28 +36,33 @@ from conceptseg_hf.sam_prompt import ImageFeatures
 from .batches import best_and_worst, group_rows, select_rows
 from .callbacks import EpochCallback, ExamplePicturesCallback, FormatOnlyWarning, TrainingExample
 from .cards import as_list, write_training_card
+from .checkpoints import run_folder
 from .distributed import clone_whole, make_generate_gather, materialize
 from .divergence import FiniteLogs, StoppingTrainer
-from .loading import changed_settings, load_model, load_processor
+from .loading import load_model, load_processor
 from .meta_grpo_config import MetaGRPOConfig, without_renaming_warnings
-from .rewards import REWARDS, completion_text, located
+from .rewards import REWARDS, Reward, completion_text, located
 from .samples import TRIED, check_arguments, check_prompt_length, spread_indices
 from .split_reference import COLUMNS, IGNORE, INDEX, find_composer, set_epoch
+from .trl_adapter import (
+    Batch,
+    GRPOTrainerAdapter,
+    Rows,
+    add_concept_head,
+    read_prompts_once,
+    replaced_generate,
+    steps_per_generation,
+)
 
-try:
-    from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
-except ImportError as error:
-    raise ImportError(
-        f"MetaGRPOTrainer needs TRL 1.16 or newer, and that Python 3.11; here TRL is {__version__}. Install it with: "
-        "pip install -U 'trl>=1.16'."
-    ) from error
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
 _Key: TypeAlias = tuple[str, int | None]
 
 
-class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
+class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
     """GRPOTrainer for the MLLM and the CTM of a ConceptSeg model.
 
     The only changes with respect to GRPOTrainer are that each completion is also translated to concept tokens, from
@@ -96,12 +99,15 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
         ValueError: If model, processor or data cannot be used.
     """
 
-    _tag_names = ("trl", "grpo", "meta-grpo")
+    model: PreTrainedModel | PeftModel
+    args: MetaGRPOConfig
+
+    _tag_names = ["trl", "grpo", "meta-grpo"]  # noqa: RUF012, a list in TRL
     _name = "Meta-GRPO"
 
     def __init__(
         self,
-        model: ConceptSegForSegmentation | PreTrainedModel | str | os.PathLike,
+        model: ConceptSegForSegmentation | PeftModel | str | os.PathLike,
         reward_funcs: Callable | list[Callable] | None = None,
         args: MetaGRPOConfig | None = None,
         train_dataset: datasets.Dataset | datasets.IterableDataset | None = None,
@@ -111,46 +117,46 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = MetaGRPOConfig("meta-grpo") if args is None else args
-        named = isinstance(model, (str, os.PathLike))
-        if named:
+        if named := isinstance(model, (str, os.PathLike)):
             if processing_class is None:
                 processing_class = load_processor(model, args)
             model = load_model(model, args, kwargs.pop("quantization_config", None))
         adapted = is_peft_model(model) or kwargs.get("peft_config") is not None
-        self.concept_model = model.get_base_model() if is_peft_model(model) else model
-        self.concept_processor = processing_class
-        check_arguments("MetaGRPOTrainer", self.concept_model, args, MetaGRPOConfig, self.concept_processor)
+        self.concept_model, self.concept_processor = check_arguments(
+            "MetaGRPOTrainer", _without_adapters(model), args, MetaGRPOConfig, processing_class
+        )
 
-        self._mllm_processor = processing_class.mllm_processor()
+        self._mllm_processor = self.concept_processor.mllm_processor()
         self._max_prompt_length = args.max_prompt_length
         for name, dataset in {"train_dataset": train_dataset, **_by_name(eval_dataset)}.items():
             self._check_dataset(dataset, name)
 
-        materialize(self.concept_model.detach_sam())
+        sam: nn.Module = materialize(self.concept_model.detach_sam())
         if args.freeze_vision_tower:
             mllm.vision_tower(self.concept_model.vlm).requires_grad_(False)
-        # TRL would load a second composite as the reference, and start vLLM with one: both get the MLLM below.
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        changed = {"beta": args.beta if adapted else 0.0, "use_vllm": False}
-        if named and not any(isinstance(reward, str) for reward in rewards):
-            changed["model_init_kwargs"] = None  # they have been used; it would warn that they are ignored
-        beta, use_vllm = args.beta, args.use_vllm
-        with without_renaming_warnings(), changed_settings(args, changed):
+        # They have been used; TRL would warn that they are ignored.
+        used = (
+            ["model_init_kwargs"] if named and not any(isinstance(reward, str) for reward in rewards) else []
+        )
+        use_vllm = args.use_vllm
+        with without_renaming_warnings():
             super().__init__(
                 model=model,
                 reward_funcs=_default_rewards(args) if reward_funcs is None else reward_funcs,
                 args=args,
+                keep_beta=adapted,
+                ignored_settings=used,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=self._mllm_processor,
                 **kwargs,
             )
-        self.beta = beta
-        self.concept_model.sam.to(self.accelerator.device)
-        _read_prompts_once(self.concept_model, self.concept_model.vlm)
-        _add_concept_head(self.concept_model, args.detach_hidden_states)
-        if beta and not adapted:
-            self.ref_model = self._prepare_reference(ref_model)
+        sam.to(self.accelerator.device)
+        read_prompts_once(self.concept_model, self.concept_model.vlm)
+        add_concept_head(self.concept_model, args.detach_hidden_states)
+        if self.beta and not adapted:
+            self.set_reference(self._load_reference(ref_model))
         self._suppress_image_tokens()
         if use_vllm:
             self._start_vllm()
@@ -184,18 +190,11 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
             if number == 0 and composer is None:
                 _check_sample_ids(dataset, name)
 
-    def _prepare_reference(self, model: PreTrainedModel | None) -> nn.Module:
+    def _load_reference(self, model: PreTrainedModel | None) -> PreTrainedModel:
         if model is None and self.args.ref_model_name_or_path is not None:
             model = load_model(self.args.ref_model_name_or_path, self.args, another_repository=True)
         model = self.concept_model if model is None else model
-        reference = clone_whole(model.vlm if isinstance(model, ConceptSegForSegmentation) else model)
-        add_fused_lm_head(reference, temperature=self.temperature)
-        _read_prompts_once(reference, reference)
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(reference, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(reference, self.accelerator)
-        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+        return clone_whole(model.vlm if isinstance(model, ConceptSegForSegmentation) else model)
 
     def _suppress_image_tokens(self) -> None:
         """No completion may hold a token that stands for an image: the next forward pass would miss the image."""
@@ -209,66 +208,52 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
     def _start_vllm(self) -> None:
         from .vllm import ConceptVLLMGeneration
 
-        self.use_vllm = True
-        self._last_loaded_step = -1
-        self.vllm_generation = ConceptVLLMGeneration.from_trainer(self, self.args.vllm_mllm_name_or_path)
+        tokens = mllm.vision_token_ids(self.concept_model.config.vlm_config)
+        name = self.args.vllm_mllm_name_or_path
+        assert name is not None  # MetaGRPOConfig asks for it
+        self.set_engine(ConceptVLLMGeneration.from_trainer(self, name, tokens))
 
     # -- rollouts --
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    @contextmanager
+    def rollout_context(self, inputs: Rows) -> Iterator[None]:
+        """What the completions of a prompt share is at hand; each prompt is read once, and hidden states are kept."""
         make_generate_gather(self.model_wrapped)
         self._prompts = self._encode_prompts(inputs)
-        with self._recorded_generation(), without_renaming_warnings():
-            output = super()._generate_and_score_completions(inputs)
+        with replaced_generate(self.concept_model, self._generate_recorded), without_renaming_warnings():
+            yield
+        self._prompts, self._rollouts, self._generated = {}, [], ([], None)
+
+    def _generate_recorded(self, **arguments: Any) -> Tensor:
+        inputs = {name: arguments.pop(name) for name in mllm.INPUT_NAMES}
+        recorder = StateRecorder()
+        handle = self.concept_model.get_output_embeddings().register_forward_pre_hook(recorder.see)
+        try:
+            sequences = shared_prompts.generate(
+                self.concept_model.vlm, inputs, stopping_criteria=[recorder], **arguments
+            )
+        finally:
+            handle.remove()
+            mllm.forget_positions(self.concept_model.vlm)
+        tokens = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        self._generated = tokens, recorder.stacked(self.concept_model.config.hidden_states_at)
+        return sequences
+
+    def finish_rollouts(self, output: Batch) -> Batch:
+        """Adds what the loss needs of each completion, and keeps the completions that are trained on."""
         # A list is shuffled and split with the tensors; its entries share what belongs to their prompt.
         output["rollouts"] = self._rollouts
-        self._prompts, self._rollouts, self._generated = {}, [], ([], None)
-        if self.model.training and self.args.num_best_and_worst is not None:
-            output = self._keep_best_and_worst(output)
-        return output
-
-    @contextmanager
-    def _recorded_generation(self) -> Iterator[None]:
-        """While it holds, the model generates with each prompt read once, and its hidden states are kept."""
-
-        def generate(**arguments: Any) -> Tensor:
-            inputs = {name: arguments.pop(name) for name in mllm.INPUT_NAMES}
-            recorder = StateRecorder()
-            handle = self.concept_model.get_output_embeddings().register_forward_pre_hook(recorder.see)
-            try:
-                sequences = shared_prompts.generate(
-                    self.concept_model.vlm, inputs, stopping_criteria=[recorder], **arguments
-                )
-            finally:
-                handle.remove()
-                mllm.forget_positions(self.concept_model.vlm)
-            tokens = sequences[:, inputs["input_ids"].shape[1] :].tolist()
-            self._generated = tokens, recorder.stacked(self.concept_model.config.hidden_states_at)
-            return sequences
-
-        self.concept_model.generate = generate
-        try:
-            yield
-        finally:
-            del self.concept_model.generate
-
-    def _keep_best_and_worst(self, output: dict[str, Any]) -> dict[str, Any]:
-        rows = best_and_worst(output["advantages"], self.num_generations, self.args.num_best_and_worst)
-        output = select_rows(output, rows)
+        count = self.args.num_best_and_worst
+        if not self.model.training or count is None:
+            return output
+        output = select_rows(output, best_and_worst(output["advantages"], self.num_generations, count))
         if "num_items_in_batch" in output:
             output["num_items_in_batch"] = self.accelerator.gather(output["completion_mask"].sum()).sum()
         return output
 
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        buffered = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)
-        if self.model.training and self._buffered_inputs is not buffered:
-            # TRL has shuffled them: the completions of a prompt come side by side again.
-            self._buffered_inputs = group_rows(
-                self._buffered_inputs, lambda batch, row: id(batch["rollouts"][row].prompt)
-            )
-            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
-        return inputs
+    def arrange_batches(self, batches: list[Batch]) -> list[Batch]:
+        """The completions of a prompt come side by side, so that a batch reads it once."""
+        return group_rows(batches, lambda batch, row: id(batch["rollouts"][row].prompt))
 
     def _encode_prompts(self, inputs: list[dict[str, Any]]) -> dict[_Key, _Prompt]:
         """What all completions of a prompt share."""
@@ -305,57 +290,58 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         target = load_image(row["target_image"])
-        masks: dict[str, Tensor | None] = {}
+        masks: dict[str, Tensor] = {}
         for column in ("gt_mask", IGNORE):
             try:
-                given = row.get(column)
-                masks[column] = None if given is None else torch.from_numpy(load_mask(given, target.size))
+                if (given := row.get(column)) is not None:
+                    masks[column] = torch.from_numpy(load_mask(given, target.size))
             except ValueError as error:
                 raise ValueError(f"{where}: {column}: {error}") from error
+        if "gt_mask" not in masks:
+            raise ValueError(f"{where}: gt_mask is None; give each row a mask, if only an empty one.")
         messages = prepare_multimodal_messages(row["prompt"], images=row["images"])
         text = self._mllm_processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         prepared = self.concept_processor.prepare_mllm(
             PreparedSample(prompt=row["problem"], mllm_images=tuple(row["images"]), mllm_text=text)
         )
-        check_prompt_length(where, len(prepared.input_ids), self._max_prompt_length)
-        return _Prompt(prepared, target, masks["gt_mask"], masks[IGNORE])
+        check_prompt_length(where, prepared, self._max_prompt_length)
+        return _Prompt(prepared, target, masks["gt_mask"], masks.get(IGNORE))
 
-    def _calculate_rewards(
-        self,
-        inputs: list[dict[str, Any]],
-        prompts: list[Any],
-        completions: list[Any],
-        completion_ids_list: list[list[int]],
-    ) -> Tensor:
+    def before_rewards(
+        self, inputs: Rows, completions: Sequence[Any], completion_ids: list[list[int]]
+    ) -> None:
+        """Adds `predicted_mask`: what SAM 3 decodes from the concept tokens of each completion."""
         parsed = [parse_completion(completion_text(completion)) for completion in completions]
         self._rollouts = [
-            _Rollout(self._prompts[_key(row)], completion.answer or row["problem"])
+            _Rollout(
+                self._prompts[_key(row)],
+                self.concept_model.config.sam_words(completion.answer, row["problem"]),
+            )
             for completion, row in zip(parsed, inputs, strict=True)
         ]
         with torch.no_grad(), self.accelerator.autocast():
-            concepts = self._translate(completion_ids_list)
-            logits = self._decode(self._rollouts, concepts)
-        ious = []
+            logits = self._decode(self._rollouts, self._translate(completion_ids))
         for row, rollout, row_logits in zip(inputs, self._rollouts, logits, strict=True):
             target = rollout.prompt.target
             mask, _ = self.concept_processor.post_process_mask(row_logits[0], Frame(target.size))
             row["predicted_mask"] = np.asarray(mask) > 0
+
+    def after_rewards(self, inputs: Rows, completions: Sequence[Any], rewards: Tensor) -> None:
+        """Logs how good boxes and masks are, and keeps examples for the pictures."""
+        parsed = [parse_completion(completion_text(completion)) for completion in completions]
+        ious = []
+        for row, rollout, completion in zip(inputs, self._rollouts, parsed, strict=True):
             prompt = rollout.prompt
             ignore = None if prompt.ignore is None else prompt.ignore.cpu().numpy()
             ious.append(foreground_iou(row["predicted_mask"], prompt.mask.cpu().numpy(), ignore))
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-
-        for row, completion, iou in zip(inputs, parsed, ious, strict=True):
-            self._log_metric("mask_iou", iou)
-            self._log_metric("box_iou", located(completion.bbox, row["gt_box"]))
+            self.log_rollout("mask_iou", ious[-1])
+            self.log_rollout("box_iou", located(completion.bbox, row["gt_box"]))
             if row["gt_check_box"] is not None:
-                self._log_metric("check_iou", located(completion.check, row["gt_check_box"]))
+                self.log_rollout("check_iou", located(completion.check, row["gt_check_box"]))
         if self.log_completions:
-            self._log_completion_extra("answer", [completion.answer for completion in parsed])
-            self._log_completion_extra("mask_iou", ious)
-        own = rewards[self.accelerator.process_index * len(inputs) :][: len(inputs)].tolist()
-        self._keep_examples(inputs, parsed, own)
-        return rewards
+            self.log_column("answer", [completion.answer for completion in parsed])
+            self.log_column("mask_iou", ious)
+        self._keep_examples(inputs, parsed, rewards.tolist())
 
     def _translate(self, completion_ids: list[list[int]]) -> Tensor:
         """(B, L2, D) concept tokens of the completions in `_rollouts`, by the policy as it is.
@@ -365,18 +351,23 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
         """
         ends = set(self.eos_token_ids)
         words = [[token for token in ids if token not in ends] for ids in completion_ids]
+        # Those tokens whose states the CTM reads.
+        read, counts = words, [False] * len(words)
+        if self.concept_model.config.end_of_turn_state:
+            counts = [not ends.isdisjoint(ids) for ids in completion_ids]
+            read = [_up_to_end(ids, ends) for ids in completion_ids]
         concepts: dict[int, Tensor] = {}
         tokens, states = self._generated
         if states is not None and not self.is_fsdp_enabled:
             known = states.shape[1]
             at_hand = [
                 row
-                for row, (ids, generated) in enumerate(zip(words, tokens, strict=True))
+                for row, (ids, generated) in enumerate(zip(read, tokens, strict=True))
                 if len(ids) <= known and generated[: len(ids)] == ids
             ]
             if at_hand:
                 device = self.accelerator.device
-                lengths = torch.tensor([len(words[row]) for row in at_hand], device=device)
+                lengths = torch.tensor([len(read[row]) for row in at_hand], device=device)
                 mask = torch.arange(known, device=device) < lengths[:, None]
                 embeds = self.concept_model.encode_concepts(states[at_hand].to(device), mask)
                 concepts = dict(zip(at_hand, embeds, strict=True))
@@ -389,6 +380,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
                 [self._rollouts[row].prompt.prepared for row in rows],
                 [words[row] for row in rows],
                 device=self.accelerator.device,
+                end_of_turn=[counts[row] for row in rows],
             )
             concepts |= zip(rows, self.model(**batch).concept_embeds, strict=True)
         return torch.stack([concepts[row] for row in range(len(words))])
@@ -431,35 +423,25 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
 
     # -- the loss --
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        completion_ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]
-        ends = torch.tensor(self.eos_token_ids, device=completion_ids.device)
-        words = completion_mask.bool() & ~torch.isin(completion_ids, ends)
-        concept_mask = torch.cat([torch.zeros_like(inputs["prompt_mask"], dtype=torch.bool), words], dim=1)
-        concepts: list[Tensor] = []
+    def forward_arguments(self, inputs: Batch) -> dict[str, Any]:
+        """The tokens that the CTM translates: those of the completion, its end left out unless the config says so."""
+        completion_ids = inputs["completion_ids"]
+        words = inputs["completion_mask"].bool()
+        if not self.concept_model.config.end_of_turn_state:
+            ends = torch.tensor(self.eos_token_ids, device=completion_ids.device)
+            words = words & ~torch.isin(completion_ids, ends)
+        prompts = torch.zeros_like(inputs["prompt_mask"], dtype=torch.bool)
+        return {"concept_mask": torch.cat([prompts, words], dim=1)}
 
-        def forward(**kwargs: Any) -> _ConceptLMOutput:
-            output = model(**kwargs, concept_mask=concept_mask)
-            concepts.append(output.concept_embeds)
-            return output
-
-        policy_loss = super()._compute_loss(forward, inputs)
-        (concept_embeds,) = concepts  # one forward pass for both losses
+    def add_to_loss(self, policy_loss: Tensor, output: Any, inputs: Batch, steps: int) -> Tensor:
+        """Adds L_seg (eq. 8), from the concept tokens of the same forward pass."""
         # A truncated completion that `mask_truncated_completions` leaves out has no tokens.
-        counts = completion_mask.any(dim=1).tolist()
-        dice, focal = self._segmentation_losses(inputs["rollouts"], concept_embeds, counts)
+        counts = inputs["completion_mask"].any(dim=1).tolist()
+        dice, focal = self._segmentation_losses(inputs["rollouts"], output.concept_embeds, counts)
         seg_loss = self.args.dice_weight * dice + self.args.focal_weight * focal
-
-        mode = "train" if self.model.training else "eval"
-        # TRL has divided the policy loss by this number already.
-        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
-        for name, value in {
-            "grpo": policy_loss * steps,
-            "seg": seg_loss,
-            "dice": dice,
-            "focal": focal,
-        }.items():
-            self._metrics[mode][f"loss/{name}"].append(self.accelerator.gather(value.detach()).mean().item())
+        parts = {"grpo": policy_loss * steps, "seg": seg_loss, "dice": dice, "focal": focal}
+        for name, value in parts.items():
+            self.log_mean(f"loss/{name}", value)
         loss = policy_loss + self.args.seg_loss_weight * seg_loss / steps
         self.check_loss(loss)
         return loss
@@ -488,7 +470,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
 
     # -- saving --
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # TRL's arguments are not the Trainer's
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,
@@ -498,7 +480,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
         if is_peft_model(self.model):
             super().create_model_card(model_name, dataset_name, tags)
         elif self.is_world_process_zero():
-            self._write_card(self.args.output_dir, tags, dataset_name)
+            self._write_card(run_folder(self.args), tags, dataset_name)
 
     def _write_card(
         self, folder: str, tags: str | list[str] | None = None, dataset_name: str | None = None
@@ -525,19 +507,12 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainer):
         if self._saves_everything:
             sam = {f"sam.{name}": weight for name, weight in self.concept_model.sam.state_dict().items()}
             state_dict = {**(self.concept_model.state_dict() if state_dict is None else state_dict), **sam}
-            self._write_card(output_dir or self.args.output_dir)
+            self._write_card(output_dir or run_folder(self.args))
         self.processing_class = self.concept_processor
         try:
             super()._save(output_dir, state_dict)
         finally:
             self.processing_class = self._mllm_processor
-
-
-@dataclass
-class _ConceptLMOutput(FusedCausalLMOutput):
-    """TRL's log-probabilities, and the concept tokens (B, L2, D) of the same forward pass."""
-
-    concept_embeds: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -567,53 +542,14 @@ class _Rollout:
     sam_text: str
 
 
-def _read_prompts_once(model: PreTrainedModel, vlm: PreTrainedModel) -> None:
-    """Lets `model(..., fused_lm_head=True, labels=labels)` read each prompt of a batch once.
-
-    Args:
-        model: A model with TRL's fused head.
-        vlm: The MLLM in it, or itself.
-    """
-    inner = model.forward
-
-    @functools.wraps(inner)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        labels = kwargs.get("labels")
-        if labels is None or not kwargs.get("fused_lm_head") or not (labels != -100).any():
-            return inner(*args, **kwargs)
-        length = int((labels != -100).any(dim=0).nonzero()[0])  # prompts are padded on the left
-        with shared_prompts.prompts_read_once(vlm, kwargs, length):
-            output = inner(*args, **kwargs)
-        mllm.forget_positions(vlm)
-        return output
-
-    model.forward = forward
+def _without_adapters(model: ConceptSegForSegmentation | PeftModel) -> nn.Module:
+    return cast("PeftModel", model).get_base_model() if is_peft_model(model) else model
 
 
-def _add_concept_head(model: ConceptSegForSegmentation, detach_hidden_states: bool) -> None:
-    """Lets `model(..., fused_lm_head=True, concept_mask=mask)` return concept tokens beside log-probabilities.
-
-    All that is trained must run inside the forward pass that DDP, DeepSpeed or FSDP has wrapped.
-    """
-    inner = model.forward
-
-    @functools.wraps(inner)
-    def forward(*args: Any, concept_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        if concept_mask is None:
-            return inner(*args, **kwargs)
-        states: list[Tensor] = []
-        handle = model.base_model.register_forward_hook(
-            lambda module, inputs, output: states.append(output.last_hidden_state)
-        )
-        try:
-            output = inner(*args, **kwargs)
-        finally:
-            handle.remove()
-        mllm.forget_positions(model.vlm)
-        concept_embeds = model.translate_completion(states[0], concept_mask, detach_hidden_states)
-        return _ConceptLMOutput(**output, concept_embeds=concept_embeds)
-
-    model.forward = forward
+def _up_to_end(ids: list[int], ends: set[int]) -> list[int]:
+    """The tokens up to the first that ends a completion, and with it."""
+    place = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: place + 1]
 
 
 def _texts(messages: Sequence[dict[str, Any]]) -> Iterable[str]:
@@ -629,8 +565,8 @@ def _key(row: dict[str, Any]) -> _Key:
     return row["sample_id"], row.get(INDEX)
 
 
-def _default_rewards(args: MetaGRPOConfig) -> list[Callable]:
-    rewards = {
+def _default_rewards(args: MetaGRPOConfig) -> list[Reward]:
+    rewards: dict[str, Reward] = {
         **REWARDS,
         "meta": functools.partial(REWARDS["meta"], without_proxy=args.meta_without_proxy),
     }
@@ -639,7 +575,7 @@ def _default_rewards(args: MetaGRPOConfig) -> list[Callable]:
 
 def _warn_of_inexact_resume(args: MetaGRPOConfig) -> None:
     """Completions of a batch that is not used up are not in a checkpoint: resumed, the run makes others."""
-    generation = args.steps_per_generation * args.num_iterations
+    generation = steps_per_generation(args) * args.num_iterations
     if (
         args.save_strategy == "steps"
         and args.save_steps >= 1

@@ -16,7 +16,7 @@ from conceptseg_hf.images import load_mask
 from conceptseg_hf.references import box_iou
 
 Box: TypeAlias = Sequence[float]
-Completions: TypeAlias = Sequence[str] | Sequence[Sequence[dict[str, Any]]]
+Completions: TypeAlias = Sequence[str | Sequence[dict[str, Any]]]
 
 WITHOUT_PROXY = ("none", "box", "square")
 
@@ -97,7 +97,8 @@ def meta_reward(
     Args:
         completions: Texts, or conversations of one assistant message.
         gt_box: The true box in text units; None where the concept is absent, whose right answer is an empty box.
-        gt_check_box: The withheld box of the proxy query in text units; None where there is none.
+        gt_check_box: The withheld box of the proxy query in text units, or several, of which the best counts; None
+            where there is none.
         without_proxy: What the reward is where there is no proxy query. `"none"`: no reward, as eq. 2 has none; TRL
             leaves these completions out of the mean. `"box"`: IoU(bbox, GT box). `"square"`: its square, as in the
             released code.
@@ -135,8 +136,8 @@ def box_reward(completions: Completions, gt_box: Sequence[Box | None], **columns
     ]
 
 
-def located(box: Box | None, truth: Box | None) -> float:
-    """IoU of a box with the true one, both in text units; a missing box scores 0.
+def located(box: Box | None, truth: Box | Sequence[Box] | None) -> float:
+    """IoU of a box with the true one, or the best with several, all in text units; a missing box scores 0.
 
     Where there is nothing to locate (`truth` is None), an empty box is right.
     """
@@ -144,7 +145,9 @@ def located(box: Box | None, truth: Box | None) -> float:
         return 0.0
     if truth is None:
         return float(box[0] == box[2] or box[1] == box[3])
-    return box_iou(box, truth)
+    if several := [one for one in truth if isinstance(one, Sequence)]:
+        return max(box_iou(box, one) for one in several)
+    return box_iou(box, [side for side in truth if not isinstance(side, Sequence)])
 
 
 def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
@@ -161,7 +164,9 @@ def _parse(completion: str | Sequence[dict[str, Any]], expect_check: bool | None
     return parse_completion(completion_text(completion), expect_check=expect_check)
 
 
-REWARDS: dict[str, Callable[..., list[float | None]]] = {
+Reward: TypeAlias = Callable[..., Sequence[float | None]]
+
+REWARDS: dict[str, Reward] = {
     "format": format_reward,
     "mask": mask_reward,
     "meta": meta_reward,

@@ -14,6 +14,7 @@ from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
 from conceptseg_hf.data import ConceptSample, FileBenchmark, UnreadableSampleError
 from conceptseg_hf.data.usable import has_usable_references, with_usable_references
 from conceptseg_hf.devices import is_offloaded
+from conceptseg_hf.processing_conceptseg import PreparedSample
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 TRIED = 32
 
 
-class ReadableSamples:
+class ReadableSamples(Sequence[ConceptSample]):
     """Samples, of which one that cannot be read or used gives way to the next that can.
 
     One broken file should not end a run of days. What stands in depends on the index alone, so that all processes, and
@@ -48,7 +49,7 @@ class ReadableSamples:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> ConceptSample:
+    def __getitem__(self, index: int) -> ConceptSample:  # type: ignore[override]
         index = range(len(self))[index]
         position = self.stand_ins.get(index, index)
         for step in range(len(self)):
@@ -115,7 +116,7 @@ def check_arguments(
     args: TrainingArguments,
     args_class: type[TrainingArguments],
     processor: Any,
-) -> None:
+) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
     """Checks what a trainer is given.
 
     Args:
@@ -124,6 +125,9 @@ def check_arguments(
         args: Its settings.
         args_class: What they must be.
         processor: Must be the model's processor.
+
+    Returns:
+        Model and processor.
 
     Raises:
         ValueError: If one of them cannot be used.
@@ -151,6 +155,7 @@ def check_arguments(
             f"{trainer}: one process sees {args.n_gpu} GPUs; start one process for each with accelerate launch or "
             "torchrun, or show it one with CUDA_VISIBLE_DEVICES."
         )
+    return model, processor
 
 
 def check_sample(sample: ConceptSample, size: tuple[int, int]) -> None:
@@ -176,17 +181,19 @@ def check_sample(sample: ConceptSample, size: tuple[int, int]) -> None:
         )
 
 
-def check_prompt_length(where: str, length: int, limit: int) -> None:
+def check_prompt_length(where: str, prepared: PreparedSample, limit: int) -> None:
     """Checks the tokens of a prompt, images included, before it is trained on.
 
     Args:
         where: Names the sample.
-        length: Its tokens.
+        prepared: The prompt, with the MLLM's tensors.
         limit: `max_prompt_length`.
 
     Raises:
         ValueError: If there are too many.
     """
+    assert prepared.input_ids is not None
+    length = len(prepared.input_ids)
     if length > limit:
         raise ValueError(
             f"{where} has a prompt of {length} tokens, more than max_prompt_length = {limit}; raise that, shorten the "

@@ -21,8 +21,8 @@ class ConceptSFTConfig(TrainingArguments):
         completion_source: Where the completions come from that the CTM reads. `"ground_truth"`: the sample's
             reasoning, rule, boxes and answer; of a sample that lacks one of these, the template. `"template"`: its
             boxes and answer (or prompt), with empty reasoning and rule. `"generated"`: the frozen MLLM's own, written
-            once and kept in `completion_dir`. `"released"`: what the released code does, boxes alone, and to SAM 3 the
-            word "visual" or "object" at random. The paper does not say.
+            once and kept in `completion_dir`. `"released"`: what the released code does, the target's box between
+            blank tags, and to SAM 3 the word "visual". The paper does not say.
         completion_dir: Folder of the generated completions; `<output_dir>/completions` by default. Runs of
             one model may share it, whatever their data.
         generation_batch_size: Prompts at a time while completions are generated.

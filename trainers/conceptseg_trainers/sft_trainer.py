@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +22,7 @@ from conceptseg_hf.processing_conceptseg import PreparedSample
 
 from .callbacks import EpochCallback, ExamplePicturesCallback, TrainingExample
 from .cards import as_list, write_training_card
+from .checkpoints import run_folder
 from .completions import (
     CompletionCache,
     TrainingCompletion,
@@ -68,6 +68,12 @@ class ConceptSFTTrainer(StoppingTrainer):
     # Each batch has a mean of its own, which the Trainer divides by the number of accumulated batches.
     loss_is_scaled_for_ga = False
 
+    args: ConceptSFTConfig
+    processing_class: ConceptSegProcessor
+    data_collator: ConceptSFTCollator
+    train_dataset: ReadableSamples
+    eval_dataset: ReadableSamples | None
+
     def __init__(
         self,
         model: ConceptSegForSegmentation,
@@ -78,12 +84,12 @@ class ConceptSFTTrainer(StoppingTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        _check_arguments(model, args, train_dataset, processing_class)
+        processor = _check_arguments(model, args, train_dataset, processing_class)
         settle_completion_source(train_dataset, args)
-        check = partial(check_words, processor=processing_class, source=args.completion_source)
+        check = partial(check_words, processor=processor, source=args.completion_source)
         train_dataset = ReadableSamples(train_dataset, check)
         eval_dataset = None if eval_dataset is None else ReadableSamples(eval_dataset, check)
-        collator = ConceptSFTCollator(processing_class, args)
+        collator = ConceptSFTCollator(processor, args, end_of_turn=model.config.end_of_turn_state)
         for samples in (train_dataset, eval_dataset or ()):
             _try_samples(samples, collator)
         self.concept_model = model.requires_grad_(False).eval()
@@ -102,7 +108,7 @@ class ConceptSFTTrainer(StoppingTrainer):
         )
         for name in set(vars(model.config)) - config_fields:  # the Trainer notes its own `use_cache` there
             delattr(model.config, name)
-        model.to(args.device)
+        model.to(args.device)  # type: ignore[arg-type]  # Transformers wraps `to` without its arguments
         self.examples: list[TrainingExample] = []
         self._metrics: list[Tensor] = []
         self._saves_everything = False
@@ -114,7 +120,7 @@ class ConceptSFTTrainer(StoppingTrainer):
             collator.cache = self._generated_completions()
 
     def _generated_completions(self) -> CompletionCache:
-        folder = Path(self.args.completion_dir or Path(self.args.output_dir) / "completions")
+        folder = Path(self.args.completion_dir or Path(run_folder(self.args)) / "completions")
         limit = self.args.max_completion_length
         cache = CompletionCache(folder, self.concept_model, self.processing_class, limit)
         for samples in (self.train_dataset, self.eval_dataset or ()):
@@ -221,6 +227,7 @@ class ConceptSFTTrainer(StoppingTrainer):
         language: str | None = None,
         license: str | None = None,
         tags: str | list[str] | None = None,
+        *args: Any,
         dataset: str | list[str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -230,12 +237,13 @@ class ConceptSFTTrainer(StoppingTrainer):
             language: Language of the prompts.
             license: Licence of the checkpoint; that of SAM 3, where its released weights are in it, goes before it.
             tags: Further tags.
+            *args: What else `Trainer.create_model_card` takes; not used.
             dataset: Hub ids of the data.
-            **kwargs: What else `Trainer.create_model_card` takes; not used.
+            **kwargs: As `args`.
         """
         if self.is_world_process_zero():
             self._write_card(
-                self.args.output_dir, tags, language=language, license=license, datasets=as_list(dataset)
+                run_folder(self.args), tags, language=language, license=license, datasets=as_list(dataset)
             )
 
     def _write_card(self, folder: str, tags: str | list[str] | None = None, **metadata: Any) -> None:
@@ -265,7 +273,7 @@ class ConceptSFTTrainer(StoppingTrainer):
         if not self._saves_everything:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            folder = output_dir or self.args.output_dir
+            folder = output_dir or run_folder(self.args)
             # A sharding engine hands the CTM's weights over; the model itself has only its share of them.
             trained = self.model.state_dict() if state_dict is None else state_dict
             self._write_card(folder)
@@ -307,6 +315,7 @@ class ConceptSFTCollator:
         cache: The generated completions, if they are what is trained on.
         shuffle: Whether references may be composed at random.
         epoch: The epoch.
+        end_of_turn: Whether the CTM reads the end-of-turn token's state; see `ConceptSegConfig.end_of_turn_state`.
     """
 
     processor: ConceptSegProcessor
@@ -314,6 +323,7 @@ class ConceptSFTCollator:
     cache: CompletionCache | None = None
     shuffle: bool = True
     epoch: int = 0
+    end_of_turn: bool = False
 
     def set_epoch(self, epoch: int) -> None:
         """Called before the batches of an epoch."""
@@ -328,8 +338,11 @@ class ConceptSFTCollator:
         """
         rows = [self.row(sample) for sample in samples]
         prepared, completions = zip(*rows, strict=True)
-        batch = dict(self.processor.collate(prepared, [completion.text for completion in completions]))
-        for sample, length in zip(samples, batch["completion_mask"].sum(1).tolist(), strict=True):
+        ends = [self.end_of_turn and not completion.is_cut for completion in completions]
+        texts = [completion.text for completion in completions]
+        batch = dict(self.processor.collate(prepared, texts, end_of_turn=ends))
+        lengths = batch["completion_mask"].sum(1) - torch.tensor(ends).long()
+        for sample, length in zip(samples, lengths.tolist(), strict=True):
             if length > self.args.max_completion_length:
                 raise ValueError(
                     f"sample {sample.sample_id!r} has a completion of {length} tokens, more than "
@@ -370,15 +383,21 @@ class ConceptSFTCollator:
         if self.shuffle and self.args.shuffle_references and self.args.completion_source != "generated":
             references = compose_references(references, self.args.grid, seeds, sample.sample_id)
         prepared = self.prepare(sample, references)
+        frame = prepared.frame
+        assert frame is not None  # only a failed sample has none
         match self.args.completion_source:
             case "ground_truth":
-                completion = ground_truth_completion(sample, prepared.frame, self.processor)
+                completion = ground_truth_completion(sample, frame, self.processor)
             case "template":
-                completion = template_completion(sample, prepared.frame, self.processor)
+                completion = template_completion(sample, frame, self.processor)
             case "released":
-                draw = zlib.crc32(f"{seeds} {sample.sample_id}".encode())
-                completion = released_completion(sample, prepared.frame, self.processor, draw)
+                completion = released_completion(sample, frame, self.processor)
             case "generated":
+                if self.cache is None:
+                    raise ValueError(
+                        "ConceptSFTCollator: completion_source is generated, but there is no cache; give the one that "
+                        "has the completions."
+                    )
                 completion = self.cache.completion(sample)
         return prepared, completion
 
@@ -390,9 +409,7 @@ class ConceptSFTCollator:
         """
         check_sample(sample, load_image(sample.image).size)
         prepared = self.processor.prepare(sample.image, sample.prompt, references)
-        check_prompt_length(
-            f"sample {sample.sample_id!r}", len(prepared.input_ids), self.args.max_prompt_length
-        )
+        check_prompt_length(f"sample {sample.sample_id!r}", prepared, self.args.max_prompt_length)
         return prepared
 
 
@@ -428,8 +445,8 @@ def _check_arguments(
     args: ConceptSFTConfig,
     train_dataset: Sequence[ConceptSample],
     processor: ConceptSegProcessor | None,
-) -> None:
-    check_arguments("ConceptSFTTrainer", model, args, ConceptSFTConfig, processor)
+) -> ConceptSegProcessor:
+    _, checked = check_arguments("ConceptSFTTrainer", model, args, ConceptSFTConfig, processor)
     if train_dataset is None or not len(train_dataset):
         raise ValueError("ConceptSFTTrainer: train_dataset has no samples; give some to train on.")
     if any(map(is_sharded, model.parameters())):
@@ -437,6 +454,7 @@ def _check_arguments(
             "ConceptSFTTrainer: ZeRO-3 has sharded the model while it was loaded, but stage I shards the CTM alone; "
             "load the model before the ConceptSFTConfig is made, or train with `conceptseg train sft`."
         )
+    return checked
 
 
 def _try_samples(samples: Sequence[ConceptSample], collator: ConceptSFTCollator) -> None:

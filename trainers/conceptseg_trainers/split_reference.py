@@ -18,6 +18,7 @@ import numpy as np
 from conceptseg_hf import ConceptSegProcessor, Reference, nano_checkpoint
 from conceptseg_hf.data import ConceptSample
 from conceptseg_hf.images import load_image
+from conceptseg_hf.processing_conceptseg import Frame
 
 from .samples import ReadableSamples, check_sample
 
@@ -62,7 +63,8 @@ def split_reference_dataset(
         target_image: the target as it is, for SAM 3;
         gt_mask: its mask, "L", of its size;
         gt_box: box of the target in text units (x1, y1, x2, y2), None where the concept is absent;
-        gt_check_box: box of the proxy query on the mosaic in text units, None where there is none;
+        gt_check_box: box of the proxy query on the mosaic in text units, None where there is none; where several count
+        (see `ConceptSegProcessor.check_iou`), a list of them;
         sample_id, problem (the user's words), sample_index;
         ignore_mask: "L", 255 where pixels do not count, None where all do (the one column that may be missing).
 
@@ -178,11 +180,17 @@ class SplitReferences:
             "gt_mask": sample.mask,
             IGNORE: sample.ignore,
             "gt_box": None if sample.box is None else list(self.processor.box_to_text(sample.box, frame)),
-            "gt_check_box": None if frame.proxy is None else list(self.processor.check_to_text(frame)),
+            "gt_check_box": self._check_box(frame),
             "sample_id": sample_id,
             "problem": sample.prompt,
             INDEX: index,
         }
+
+    def _check_box(self, frame: Frame) -> list[Any] | None:
+        boxes = [list(box) for box in self.processor.check_boxes_to_text(frame)]
+        if not boxes:
+            return None
+        return boxes if len(boxes) > 1 else boxes[0]
 
 
 def compose_references(
@@ -199,7 +207,7 @@ def compose_references(
         seeds: Numbers that, with the sample's id, decide what is drawn.
         sample_id: The sample's id.
     """
-    order = range(len(references))
-    if sum(reference.box is not None or reference.mask is not None for reference in references) > 1:
+    order: range | np.ndarray = range(len(references))
+    if sum(reference.is_marked for reference in references) > 1:
         order = np.random.default_rng([*seeds, zlib.crc32(sample_id.encode())]).permutation(len(references))
     return [replace(references[index], role="auto") for index in order[: grid**2]]

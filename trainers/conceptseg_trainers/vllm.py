@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
-from trl.generation.vllm_generation import VLLMGeneration
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from conceptseg_hf import ConceptSegForSegmentation, mllm
+from conceptseg_hf import ConceptSegForSegmentation
+
+from .trl_adapter import GRPOTrainerAdapter, VLLMGenerationAdapter, steps_per_generation
 
 if TYPE_CHECKING:
-    from .meta_grpo_trainer import MetaGRPOTrainer
+    from peft import PeftModel
 
 _MLLM = "vlm."
 # The engine has no list of forbidden tokens; the least bias it accepts makes one impossible in practice.
 _NEVER = -100.0
 
 
-class ConceptVLLMGeneration(VLLMGeneration):
+class ConceptVLLMGeneration(VLLMGenerationAdapter):
     """TRL's vLLM backend for the MLLM inside a `ConceptSegForSegmentation`.
 
     What differs from `VLLMGeneration`: the engine starts from the MLLM's own folder or id, receives only the MLLM's
     weights, and never samples the suppressed tokens.
 
     Args:
-        *args: As for `VLLMGeneration`; its model is the trainer's (a composite, or a PEFT model around one).
+        model: The trainer's: a composite, or a PEFT model around one.
+        accelerator: As for `VLLMGeneration`.
+        processing_class: As for `VLLMGeneration`.
         mllm_name_or_path: Folder or id of a Qwen2.5-VL of the same shape with its processor: what a colocated engine
             is built from. A server is started with it by hand.
         suppressed_tokens: Ids of tokens that stand for images; a completion must not hold any.
@@ -35,7 +40,10 @@ class ConceptVLLMGeneration(VLLMGeneration):
 
     def __init__(
         self,
-        *args: Any,
+        model: PreTrainedModel | PeftModel,
+        accelerator: Accelerator,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        *,
         mllm_name_or_path: str,
         suppressed_tokens: Sequence[int],
         generation_kwargs: Mapping[str, Any] | None = None,
@@ -43,19 +51,25 @@ class ConceptVLLMGeneration(VLLMGeneration):
     ) -> None:
         self.mllm_name_or_path = mllm_name_or_path
         super().__init__(
-            *args, generation_kwargs=suppress_tokens(generation_kwargs, suppressed_tokens), **kwargs
+            model,
+            accelerator,
+            processing_class,
+            generation_kwargs=suppress_tokens(generation_kwargs, suppressed_tokens),
+            **kwargs,
         )
 
     @classmethod
-    def from_trainer(cls, trainer: MetaGRPOTrainer, mllm_name_or_path: str) -> ConceptVLLMGeneration:
-        """The backend that a trainer's arguments describe; see `ConceptVLLMGeneration` for the folder or id."""
+    def from_trainer(
+        cls, trainer: GRPOTrainerAdapter, mllm_name_or_path: str, suppressed_tokens: Sequence[int]
+    ) -> ConceptVLLMGeneration:
+        """The backend that a trainer's arguments describe; see `ConceptVLLMGeneration` for the others."""
         args = trainer.args
         return cls(
             model=trainer.model,
             accelerator=trainer.accelerator,
             processing_class=trainer.processing_class,
             mllm_name_or_path=mllm_name_or_path,
-            suppressed_tokens=mllm.vision_token_ids(trainer.concept_model.config.vlm_config),
+            suppressed_tokens=suppressed_tokens,
             mode=args.vllm_mode,
             structured_outputs_regex=args.vllm_structured_outputs_regex,
             server_base_url=args.vllm_server_base_url,
@@ -68,7 +82,7 @@ class ConceptVLLMGeneration(VLLMGeneration):
             max_model_length=args.vllm_max_model_length,
             max_num_seqs=args.per_device_train_batch_size
             * args.vllm_tensor_parallel_size
-            * args.steps_per_generation,
+            * steps_per_generation(args),
             enable_sleep_mode=args.vllm_enable_sleep_mode,
             model_impl=args.vllm_model_impl,
             repetition_penalty=args.repetition_penalty,
@@ -77,26 +91,26 @@ class ConceptVLLMGeneration(VLLMGeneration):
             top_k=args.top_k,
             min_p=args.min_p,
             max_completion_length=args.max_completion_length,
-            generation_kwargs=args.generation_kwargs,
+            # GRPOConfig has read what was given as a string.
+            generation_kwargs=cast(dict[str, Any] | None, args.generation_kwargs),
         )
 
-    def _init_vllm(self) -> None:
-        # The engine is built from `model.name_or_path`, which names the composite's folder.
+    @contextmanager
+    def engine_context(self) -> Iterator[None]:
+        """The engine is built from `model.name_or_path`, which names the composite's folder."""
         composite = next(
             module for module in self.model.modules() if isinstance(module, ConceptSegForSegmentation)
         )
         own = composite.name_or_path
         composite.name_or_path = self.mllm_name_or_path
         try:
-            super()._init_vllm()
+            yield
         finally:
             composite.name_or_path = own
 
-    def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
-        # Every parameter is walked, even those left out: to gather one is a collective operation.
-        for name, parameter in super()._iter_named_params():
-            if name.startswith(_MLLM):
-                yield name.removeprefix(_MLLM), parameter
+    def engine_name(self, name: str) -> str | None:
+        """The MLLM's own name of a parameter; the engine gets no others."""
+        return name.removeprefix(_MLLM) if name.startswith(_MLLM) else None
 
 
 def suppress_tokens(generation_kwargs: Mapping[str, Any] | None, tokens: Sequence[int]) -> dict[str, Any]:

@@ -166,7 +166,7 @@ class ConceptShapes(Sequence[ConceptSample]):
         occurrence, which = divmod(number, len(families))
         stratum, family = families[which]
         options: dict[str, Any] = {"new": True} if self.split == _RULES_SPLIT else {}
-        seeds = (_FURTHER_SEEDS[group], number)
+        seeds: tuple[int, ...] = (_FURTHER_SEEDS[group], number)
         if family in VARIANTS:
             occurrence, variant = divmod(occurrence, VARIANTS[family])
             seeds, options = (*seeds[:1], which, occurrence), {"variant": variant}

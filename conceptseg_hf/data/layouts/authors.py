@@ -7,6 +7,7 @@ and `ref_box`. All paths are relative to the folder.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def index_files(root: Path, source: Source, split: str) -> Index:
     """Lists the samples of one data set of the tree; see `Index`."""
     path = required_file(root / METADATA, source.name)
     metadata = _read_metadata(path, path.stat().st_mtime_ns)
-    items, classes = [], set()
+    items: list[FileItem] = []
+    classes: set[str] = set()
     for concept, entries in metadata[split].items():
         for entry in entries:
             if entry["dataset_name"] == source.name:
@@ -39,6 +41,15 @@ def index_files(root: Path, source: Source, split: str) -> Index:
         for concept in classes
     }
     return Index(items, ClassPool(pool))
+
+
+def without_boxes(index: Index) -> Index:
+    """An index whose items' own references have no boxes: the released loader does not read `ref_box`."""
+    items = [
+        replace(item, references=tuple(replace(own, truth=None) for own in item.references))
+        for item in index.items
+    ]
+    return replace(index, items=items)
 
 
 def _item(

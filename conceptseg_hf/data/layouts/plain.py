@@ -144,7 +144,9 @@ def _item(root: Path, source: Source, where: str, row: dict[str, Any]) -> FileIt
         group=row.get("group") or GROUP,
         family=row.get("family") or source.name,
         references=_references(root, where, row.get("references") or []),
-        **{name: row.get(name) or None for name in ("think", "rule", "answer")},
+        think=row.get("think") or None,
+        rule=row.get("rule") or None,
+        answer=row.get("answer") or None,
     )
 
 

@@ -19,6 +19,8 @@ from ..truths import PolygonFile
 class ReasonSegItem(FileItem):
     """An item whose words stand in its annotation."""
 
+    truth: PolygonFile
+
     def read_fields(self) -> dict[str, Any]:
         """Those fields of the sample that need no pixels; reads the annotation."""
         annotation = self.truth.read_annotation()

@@ -41,6 +41,8 @@ class RowTruth(Truth):
 class RowItem(FileItem):
     """A row of a table."""
 
+    truth: RowTruth
+
     def read_fields(self) -> dict[str, Any]:
         """Those fields of the sample that need no pixels."""
         text = self.truth.table.select_columns(["text"])[self.truth.row]["text"]

@@ -6,7 +6,7 @@ image that serves many targets with the same mark is there once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -39,8 +39,8 @@ _STEP = 20  # samples between two reports of progress
 LOADING = "(samples)"
 """What a load holds, beside the fields that runs hold: two at once would add samples twice."""
 
-Mark: TypeAlias = tuple[str | None, tuple[float, ...] | None]
-"""What marks the concept on a reference: the file of its mask and its relative box, as far as there are."""
+Mark: TypeAlias = tuple[str | None, tuple[tuple[float, ...], ...]]
+"""What marks the concept on a reference: the file of its mask and its relative boxes, as far as there are."""
 
 
 def load_concept_benchmark(
@@ -50,7 +50,7 @@ def load_concept_benchmark(
     limit: int | None = None,
     dataset_name: str | None = None,
     seed: int = 42,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> fo.Dataset:
     """Loads a benchmark into FiftyOne; samples that are there already stay as they are.
 
@@ -224,11 +224,13 @@ class _Writer:
         )
 
     def _mark_of(self, reference: Reference, size: tuple[int, int], stem: str) -> Mark:
-        box, mask_path = reference.box, None
-        if box is None and reference.mask is not None:
+        boxes: Sequence[Sequence[float] | None] | None
+        boxes = reference.boxes if reference.box is None else [reference.box]
+        mask_path = None
+        if boxes is None and reference.mask is not None:
             mask = load_mask(reference.mask, size)
-            mask_path, box = self._write(mask_to_image(mask), "reference_masks", stem), mask_to_box(mask)
-        return mask_path, None if box is None else tuple(relative_box(box, size))
+            mask_path, boxes = self._write(mask_to_image(mask), "reference_masks", stem), [mask_to_box(mask)]
+        return mask_path, tuple(tuple(relative_box(box, size)) for box in boxes or () if box is not None)
 
     def _add_reference(
         self, path: str, size: tuple[int, int], mark: Mark, target: fo.Sample, **fields: str
@@ -243,12 +245,12 @@ class _Writer:
             **fields,
         )
         sample.metadata = fo.ImageMetadata(width=size[0], height=size[1])
-        mask_path, box = mark
+        mask_path, boxes = mark
         if mask_path is not None:
             sample[GROUND_TRUTH] = fo.Segmentation(mask_path=mask_path)
-        if box is not None:
+        if boxes:
             sample[REFERENCE_BOXES] = fo.Detections(
-                detections=[fo.Detection(label="reference", bounding_box=list(box))]
+                detections=[fo.Detection(label="reference", bounding_box=list(box)) for box in boxes]
             )
         self._dataset.add_sample(sample)
         return sample.id
@@ -280,7 +282,7 @@ def _shared_references(dataset: fo.Dataset) -> dict[tuple[str, Mark], str]:
         shared.values(f"{REFERENCE_BOXES}.detections.bounding_box"),
         shared.values("id"),
     )
-    return {(path, (mask, tuple(boxes[0]) if boxes else None)): id_ for path, mask, boxes, id_ in stored}
+    return {(path, (mask, tuple(map(tuple, boxes or ())))): id_ for path, mask, boxes, id_ in stored}
 
 
 def _is_image(path: Path) -> bool:

@@ -6,11 +6,11 @@ import gc
 import re
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from ...evaluation.loading import load_model_and_processor
+from ...loading import load_model_and_processor
 from ...outputs import ConceptSegmentation
 from ...pipelines import ConceptSegmentationPipeline
 
@@ -71,7 +71,7 @@ def segment_batch(
         settings: Further arguments of the pipeline.
     """
     try:
-        found = pipeline(items, batch_size=max(1, len(items)), **settings)
+        found = cast("list[dict[str, Any]]", pipeline(items, batch_size=max(1, len(items)), **settings))
     except Exception as error:  # out of memory, for example
         if len(items) > 1:
             return [result for item in items for result in segment_batch(pipeline, [item], settings)]

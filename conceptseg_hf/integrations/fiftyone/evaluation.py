@@ -16,7 +16,7 @@ import numpy as np
 
 from ...data.truths import resize
 from ...evaluation.metrics import LIBRARY_METRICS, METRICS, MaskMetrics
-from ...evaluation.tables import HEADINGS, LOWER_IS_BETTER
+from ...evaluation.reporting.tables import HEADINGS, LOWER_IS_BETTER
 from ...images import load_mask
 from ...mask_checks import is_similar_size
 from .evaluation_runs import COUNTS, left_out_of, replaced_since, report_of
@@ -49,7 +49,7 @@ class ConceptSegEvaluationConfig(foues.SegmentationEvaluationConfig):
     Args:
         pred_field: The predictions, `fo.Segmentation`.
         gt_field: The true masks, `fo.Segmentation`.
-        protocol: `"standard"` or `"paper"`; see `conceptseg_hf.evaluation.protocols`.
+        protocol: `"standard"`, `"paper"` or `"released"`; see `conceptseg_hf.evaluation.metrics.protocols`.
         metrics: Some of `METRICS` and `LIBRARY_METRICS`.
         ignore_field: Masks of pixels that do not count, or None; the default counts where the dataset has it.
         heatmap_field: Mask probabilities, which MAE, F_w and S-measure then see, or None.
@@ -263,7 +263,7 @@ def evaluate_concepts(
         pred_field: The predictions.
         gt_field: The true masks.
         eval_key: Key under which the run is kept and shown in the App; None keeps nothing.
-        protocol: `"standard"` or `"paper"`.
+        protocol: `"standard"`, `"paper"` or `"released"`.
         metrics: Some of `METRICS` and `LIBRARY_METRICS`.
         heatmap_field: Mask probabilities to score with, or None.
         ignore_field: Masks of pixels that do not count, or None; the default counts where the dataset has it.
@@ -280,7 +280,7 @@ def evaluate_concepts(
             does not exist, `eval_key` names something else or is being written by another evaluation, or one class of
             several has to be chosen.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "gt_field": gt_field,
         "protocol": protocol,
         "metrics": metrics,

@@ -11,7 +11,7 @@ from fiftyone import ViewField as F
 
 from ...evaluation.metrics import LIBRARY_METRICS
 from ...evaluation.records import REJECTION_THRESHOLD
-from ...evaluation.report import EvaluationReport
+from ...evaluation.reporting.report import EvaluationReport
 from .schema import REFERENCE, whole_dataset
 
 COUNTS = ("tp", "fp", "fn", "tn")
@@ -118,7 +118,7 @@ def _records(samples: Any, config: Any, eval_key: str, replaced: Collection[str]
         known.pop("present", None)
     columns = dict(zip(known, samples.values(list(known.values()))))
     for values in zip(*columns.values()):
-        value = dict.fromkeys(paths) | dict(zip(columns, values))
+        value: dict[str, Any] = dict.fromkeys(paths) | dict(zip(columns, values))
         if value["id"] in replaced:
             value |= dict.fromkeys(_OF_A_LABEL)
         presence = value["decode_presence"]

@@ -26,6 +26,7 @@ _KEPT = (
     "reference_label_field",
     "reference_label_ids",
     "proxy",
+    "boxes_together",
     "checkpoint",
     "router",
     "outputs",
@@ -48,6 +49,7 @@ class SegmentationJob:
             that marks the most of them; None: they are shown unmarked.
         reference_label_ids: Ids of the labels that mark the concept there, of `Detections`; all by default.
         proxy: Withhold the box of the first boxed reference sample, so that the rule is checked.
+        boxes_together: Make one reference of a reference sample with several boxes, instead of one for each box.
         checkpoint: `"nano"`, a folder or a hub id.
         router: `"adaptive"`, `"sam_only"` or `"full_reasoning"`.
         outputs: See `schema.OUTPUTS`.
@@ -75,6 +77,7 @@ class SegmentationJob:
     skip_existing: bool | None = None
     batch_size: int = 8
     folder: str | Path | None = None
+    boxes_together: bool = False
 
     def check(self, samples: fo.core.collections.SampleCollection) -> None:
         """Finds what cannot work before any work.
@@ -130,6 +133,7 @@ class SegmentationJob:
             self.label_field(samples._dataset),
             self.proxy,
             label_ids=self.reference_label_ids,
+            boxes_together=self.boxes_together,
         )
 
     def label_field(self, dataset: fo.Dataset) -> str | None:
@@ -148,6 +152,8 @@ class SegmentationJob:
         settings = {name: getattr(self, name) for name in _KEPT}
         settings |= {"outputs": sorted(self.outputs), "other_references": _digest_of(self.references)}
         settings |= {name: list(settings[name]) for name in ("reference_ids", "reference_label_ids")}
+        if not self.boxes_together:  # runs of before have no such setting
+            del settings["boxes_together"]
         if self.reference_ids or self.reference_ids_field is not None:  # what is likeliest may change
             settings["reference_label_field"] = self.label_field(dataset)
         return settings
@@ -175,7 +181,8 @@ def _digest_of(references: Sequence[Reference]) -> str | None:
     digest = hashlib.sha256()
     for reference in references:
         image = load_image(reference.image)
-        digest.update(f"{image.size} {reference.box} {reference.role}".encode())
+        boxes = reference.box if reference.boxes is None else reference.boxes
+        digest.update(f"{image.size} {boxes} {reference.role}".encode())
         digest.update(image.tobytes())
         if reference.mask is not None:
             digest.update(load_mask(reference.mask, image.size).tobytes())

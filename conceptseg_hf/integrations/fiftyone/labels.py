@@ -17,6 +17,7 @@ from PIL import ExifTags, Image
 from scipy.ndimage import find_objects
 from skimage.measure import label as number_regions
 
+from ...mosaic import Box
 from ...outputs import ConceptSegmentation
 from .files import probabilities_to_picture, write_picture
 from .schema import FOREGROUND, PREDICTION_ATTRIBUTES, REGION_ATTRIBUTES
@@ -68,7 +69,7 @@ def to_labels(
     segmentation = fo.Segmentation(**attributes)
     for output in outputs:
         if output == "segmentation":
-            if pixels is None:
+            if result.mask is None:
                 segmentation.mask = np.zeros(_size_of(image) or (1, 1), dtype=np.uint8)
             elif folder is not None:
                 segmentation.mask_path = write_picture(result.mask, folder / "masks", stem)
@@ -130,14 +131,15 @@ def predicted_mask(label: fo.Segmentation | None) -> Any:
     return None if label is None or getattr(label, "error", None) else mask_of(label)
 
 
-def pixel_box(bounding_box: Iterable[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+def pixel_box(bounding_box: Iterable[float], size: tuple[int, int]) -> Box:
     """A relative [x, y, width, height] box as pixels (x1, y1, x2, y2) of an image of (width, height).
 
     What was a whole pixel before it was divided is one again: the mosaic rounds coordinates down.
     """
     x, y, width, height = bounding_box
     box = (x * size[0], y * size[1], (x + width) * size[0], (y + height) * size[1])
-    return tuple(float(round(value)) if abs(value - round(value)) < _WHOLE else value for value in box)
+    x1, y1, x2, y2 = (float(round(value)) if abs(value - round(value)) < _WHOLE else value for value in box)
+    return x1, y1, x2, y2
 
 
 def relative_box(box: Iterable[float], size: tuple[int, int]) -> list[float]:

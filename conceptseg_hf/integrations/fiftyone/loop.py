@@ -200,9 +200,13 @@ class _ReferenceReader:
         return self._references(samples_by_id(self._dataset, ids)) if ids else []
 
     def _references(self, samples: Sequence[fo.Sample]) -> list[Reference]:
-        label_ids = self._job.reference_label_ids
         return references_from(
-            samples, self._label_field, self._job.proxy, unmarked=True, label_ids=label_ids
+            samples,
+            self._label_field,
+            self._job.proxy,
+            unmarked=True,
+            label_ids=self._job.reference_label_ids,
+            boxes_together=self._job.boxes_together,
         )
 
 
@@ -221,7 +225,7 @@ def _segment(
     references_of: _ReferenceReader,
 ) -> list[ConceptSegmentation]:
     """The results of a batch; whatever a sample is guilty of ends in its own result."""
-    results: list[ConceptSegmentation | None] = [None] * len(samples)
+    results: dict[int, ConceptSegmentation] = {}
     items = {}
     for index, (sample, prompt) in enumerate(zip(samples, prompts)):
         try:
@@ -233,4 +237,4 @@ def _segment(
     settings = {"router": job.router, "return_heatmap": "heatmap" in job.outputs}
     for index, result in zip(items, segment_batch(pipeline, list(items.values()), settings), strict=True):
         results[index] = result
-    return results
+    return [results[index] for index in range(len(samples))]

@@ -47,6 +47,7 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         prompt_field: The sample field that holds each sample's own words.
         reference_field: The sample field that lists the ids of each sample's own references.
         label: Class of the detections; each sample's prompt by default.
+        boxes_together: Make one reference of a sample with several boxes, instead of one for each box.
 
     Raises:
         ValueError: If the router, output or checkpoint is unknown, or a reference cannot be used.
@@ -73,6 +74,7 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         prompt_field: str | None = None,
         reference_field: str | None = None,
         label: str | None = None,
+        boxes_together: bool = False,
     ) -> None:
         super().__init__()
         output_fields("output", [output])
@@ -89,6 +91,7 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         )
         self.outputs, self.label = [output, "heatmap"] if heatmap else [output], label
         self.reference_label_field, self.proxy = reference_label_field, proxy
+        self.boxes_together = boxes_together
         self.pipeline = get_pipeline(checkpoint, device)
         self.config = None
         self._preprocess = False
@@ -158,7 +161,7 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
             A label each, or with `heatmap` a dict of labels.
         """
         samples = [None] * len(args) if samples is None else samples
-        results: list[ConceptSegmentation | None] = [None] * len(samples)
+        results: dict[int, ConceptSegmentation] = {}
         prompts, items = [], {}
         for index, (image, sample) in enumerate(zip(args, samples, strict=True)):
             prompts.append(self._prompt_of(sample))
@@ -177,7 +180,10 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         found = segment_batch(self.pipeline, list(items.values()), settings)
         for index, result in zip(items, found, strict=True):
             results[index] = result
-        return [self._label(*item) for item in zip(results, prompts, args, strict=True)]
+        return [
+            self._label(results[index], prompt, image)
+            for index, (prompt, image) in enumerate(zip(prompts, args, strict=True))
+        ]
 
     def _label(self, result: ConceptSegmentation, prompt: str, image: np.ndarray | str) -> Any:
         attributes = attributes_of(result, prompt, checkpoint=self.checkpoint, router=self.router)
@@ -197,4 +203,10 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         if not ids:
             return []
         label_field = resolve_label_field(sample.dataset, self.reference_label_field)
-        return references_from(samples_by_id(sample.dataset, ids), label_field, self.proxy, unmarked=True)
+        return references_from(
+            samples_by_id(sample.dataset, ids),
+            label_field,
+            self.proxy,
+            unmarked=True,
+            boxes_together=self.boxes_together,
+        )

@@ -12,7 +12,7 @@ import fiftyone as fo
 from bson import ObjectId
 
 from ...images import load_image
-from ...references import MAX_REFERENCES, Reference, resolve_references
+from ...references import MAX_REFERENCES, Box, Reference, Role, resolve_references
 from .labels import mask_of, pixel_box
 from .schema import (
     GROUND_TRUTH,
@@ -72,16 +72,18 @@ def references_from(
     proxy: bool = True,
     unmarked: bool = False,
     label_ids: Collection[str] = (),
+    boxes_together: bool = False,
 ) -> list[Reference]:
     """Samples as references.
 
     Args:
         samples: The samples, in order.
         label_field: The field of boxes (`Detections`, `Detection`) or masks (`Segmentation`) that mark the concept;
-            None: the images alone. A sample with several boxes gives several references.
+            None: the images alone. A sample with several boxes gives several references, but see `boxes_together`.
         proxy: Withhold the box of the first, so that the model checks its rule on it.
         unmarked: Show a sample without box or mask in that field as an image alone, rather than raise.
         label_ids: Ids of the `Detections` that count; all by default.
+        boxes_together: Make one reference of a sample with several boxes, which are all drawn in its picture.
 
     Raises:
         ValueError: If a sample cannot be a reference: it has no box or mask in that field (unless `unmarked`), a box
@@ -89,10 +91,10 @@ def references_from(
             that cannot be read; or if there are more than nine references.
     """
     references: list[Reference] = []
-    role = "auto" if proxy else "support"
+    role: Role = "auto" if proxy else "support"
     for sample in samples:
         try:
-            found = _marked(sample, label_field, role, label_ids)
+            found = _marked(sample, label_field, role, label_ids, boxes_together)
         except (ValueError, OSError) as error:
             raise ValueError(f"reference {sample.filename!r} cannot be used: {error}") from error
         if not found and (unmarked or label_field is None):
@@ -159,7 +161,7 @@ def view_with_references(samples: fo.core.collections.SampleCollection, ids: Seq
 
 
 def _marked(
-    sample: fo.Sample, label_field: str | None, role: str, label_ids: Collection[str]
+    sample: fo.Sample, label_field: str | None, role: Role, label_ids: Collection[str], boxes_together: bool
 ) -> list[Reference]:
     """What marks the concept in a sample; nothing, if it has no mark.
 
@@ -177,17 +179,16 @@ def _marked(
         return [Reference(sample.filepath, mask=mask_of(label), role=role)]
     detections = label.detections if isinstance(label, fo.Detections) else [label]
     counted = [detection for detection in detections if not label_ids or detection.id in label_ids]
-    references = []
-    for detection in counted[: MAX_REFERENCES + 1]:
-        box = _box_of(detection, label_field, image.size)
+    limit = None if boxes_together else MAX_REFERENCES + 1
+    boxes = [_box_of(detection, label_field, image.size) for detection in counted[:limit]]
+    for box in boxes:
         _check(Reference(image, box=box))
-        references.append(Reference(sample.filepath, box=box, role=role))
-    return references
+    if boxes_together and len(boxes) > 1:
+        return [Reference(sample.filepath, boxes=boxes, role=role)]
+    return [Reference(sample.filepath, box=box, role=role) for box in boxes]
 
 
-def _box_of(
-    detection: fo.Detection, label_field: str, size: tuple[int, int]
-) -> tuple[float, float, float, float]:
+def _box_of(detection: fo.Detection, label_field: str, size: tuple[int, int]) -> Box:
     """The box in pixels (x1, y1, x2, y2).
 
     Raises:

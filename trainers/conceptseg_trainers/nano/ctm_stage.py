@@ -23,7 +23,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from conceptseg_hf.completion import format_completion
-from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.data.concept_shapes.families import Task
 from conceptseg_hf.evaluation import foreground_iou
@@ -31,6 +30,7 @@ from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.losses import segmentation_loss
 from conceptseg_hf.mllm import last_hidden_states, model_inputs
 from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
+from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, Frame, PreparedSample
 from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.references import box_iou, mask_to_box

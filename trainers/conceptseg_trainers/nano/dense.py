@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.data.concept_shapes.rendering import COLOURS, GREY, SHAPES, TEXTURES
 from conceptseg_hf.data.concept_shapes.scenes import Look, Scene
+from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.references import mask_to_box
 
 GRID = 8  # image tokens per side

@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 
 from conceptseg_hf.completion import format_box, format_completion
-from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.data.concept_shapes.families import Task
 from conceptseg_hf.data.concept_shapes.rendering import COLOURS, SHAPES, TEXTURES
 from conceptseg_hf.data.concept_shapes.scenes import Box, Look, Scene, draw_scene, make_objects, random_look
+from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, Frame
 from conceptseg_hf.references import Reference, compose_mosaic, mask_to_box, resolve_references
 

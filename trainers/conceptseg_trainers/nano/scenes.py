@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from conceptseg_hf.configuration_conceptseg import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.data.concept_shapes.families import Task
 from conceptseg_hf.data.concept_shapes.rendering import GREY, turns_of
@@ -17,6 +16,7 @@ from conceptseg_hf.data.concept_shapes.scenes import (
     make_objects,
     random_look,
 )
+from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 
 # Of eight tasks, five are of Table 1's groups, two ask "which one", one has a hidden rule.
 _MIX = ("table", "which one", "table", "table", "hidden rule", "table", "which one", "table")

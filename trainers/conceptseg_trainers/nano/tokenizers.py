@@ -5,13 +5,13 @@ from __future__ import annotations
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Sam3ImageProcessor
 
-from conceptseg_hf.configuration_conceptseg import (
+from conceptseg_hf.data.concept_shapes.rendering import COLOURS, GREY, SHAPES, TEXTURES
+from conceptseg_hf.presets import (
     NANO_IMAGE_SIZE,
     NANO_MLLM_VOCABULARY_SIZE,
     NANO_SAM_TEXT_LENGTH,
     NANO_SAM_VOCABULARY_SIZE,
 )
-from conceptseg_hf.data.concept_shapes.rendering import COLOURS, GREY, SHAPES, TEXTURES
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
 from conceptseg_hf.prompt_template import PromptTemplate
 

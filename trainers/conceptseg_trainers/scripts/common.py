@@ -6,16 +6,16 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Dataset
 from transformers import AutoImageProcessor, AutoTokenizer, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -26,11 +26,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
 from conceptseg_hf.cli.outputs import find_fault
 from conceptseg_hf.data import SOURCES, BenchmarkGroup, ConceptSample, load_benchmarks
-from conceptseg_hf.evaluation.loading import find_checkpoint, load_config
-from conceptseg_hf.evaluation.processes import let_gloo_end
+from conceptseg_hf.data.files import LOADERS
+from conceptseg_hf.evaluation.distributed import let_gloo_end
+from conceptseg_hf.loading import find_checkpoint, load_config
+from conceptseg_hf.profiles import apply_profile, get_profile
 from conceptseg_hf.progress import hide_bars_in_pipes, print_line
 
-from ..checkpoints import PROCESSOR, TRAINER_STATE, complete_checkpoints, is_complete
+from ..callbacks import reported_to
+from ..checkpoints import PROCESSOR, TRAINER_STATE, complete_checkpoints, is_complete, run_folder
 from ..divergence import DivergedError
 from ..samples import warn_of_shared_images
 
@@ -54,6 +57,8 @@ class DataArguments:
         train_samples: Only the first samples of it, of each benchmark; all by default.
         eval_split: Split for evaluation.
         eval_samples: Only the first samples of it, of each benchmark.
+        benchmark_loader: How references are drawn and read: "default", or "released" as the released code does; see
+            `load_benchmark`.
     """
 
     benchmark: str = field(default="concept-shapes", metadata={"help": "Names of benchmarks, with commas."})
@@ -65,6 +70,10 @@ class DataArguments:
     train_samples: int | None = field(default=None, metadata={"help": "Only its first samples."})
     eval_split: str = field(default="val", metadata={"help": "Split for evaluation."})
     eval_samples: int | None = field(default=None, metadata={"help": "Only its first samples."})
+    benchmark_loader: str = field(
+        default="default",
+        metadata={"help": "How references are drawn: default or released.", "choices": list(LOADERS)},
+    )
 
     def __post_init__(self) -> None:
         for name in ("train_samples", "eval_samples"):
@@ -93,8 +102,14 @@ class DataArguments:
 
     def _load(self, split: str, limit: int | None) -> Sequence[ConceptSample]:
         root = _roots(self.benchmark_root)
-        samples = load_benchmarks(self.benchmark, root=root, split=split, limit=limit)
-        return ConcatDataset(samples.members.values()) if isinstance(samples, BenchmarkGroup) else samples
+        samples = load_benchmarks(
+            self.benchmark, root=root, split=split, limit=limit, loader=self.benchmark_loader
+        )
+        if not isinstance(samples, BenchmarkGroup):
+            return samples
+        # torch joins all that can be indexed, whatever its types say
+        members = cast(Iterable[Dataset[ConceptSample]], samples.members.values())
+        return cast(Sequence[ConceptSample], ConcatDataset(members))
 
 
 def _roots(given: str | None) -> str | dict[str, str] | None:
@@ -113,12 +128,15 @@ class ModelArguments:
         model_name_or_path: Folder or hub id of a ConceptSeg checkpoint; the embedded one by default.
         mllm_name_or_path: Folder or hub id of a Qwen2.5-VL, instead of a checkpoint.
         sam_name_or_path: Folder or hub id of a SAM 3, which goes with it.
-        num_concept_tokens: L2, the number of concept tokens of the fresh CTM (Table 7: 8; released code: 16).
+        num_concept_tokens: L2, the number of concept tokens of the fresh CTM (Table 7: 8, as in the released code; 16
+            in an early version of it).
         canvas_size: Side of mosaic and target, for backbones (Table 7: 600).
         coordinate_scale: What a canvas side measures in the text, for backbones: 1 for the paper's decimals,
             600 for the released code's pixels.
         dtype: Of the MLLM; the checkpoint's by default.
         attn_implementation: Of the MLLM.
+        profile: Gives model and processor the settings of a profile, "paper" or "released", which the trained model
+            keeps; by default they stay as they are.
     """
 
     model_name_or_path: str | None = field(
@@ -134,8 +152,13 @@ class ModelArguments:
         metadata={"help": "Of the MLLM.", "choices": ["auto", "float32", "bfloat16", "float16"]},
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the MLLM."})
+    profile: str | None = field(
+        default=None, metadata={"help": "Settings of model and processor: paper or released."}
+    )
 
     def __post_init__(self) -> None:
+        if self.profile is not None:
+            get_profile(self.profile)
         for name in ("model_name_or_path", "mllm_name_or_path", "sam_name_or_path"):
             _check_source(name, getattr(self, name))
         if (self.mllm_name_or_path is None) != (self.sam_name_or_path is None):
@@ -158,8 +181,13 @@ class ModelArguments:
             OSError: If a checkpoint cannot be found.
             ValueError: If it cannot be used.
         """
-        options = {"dtype": self.dtype, **self.load_kwargs(), **(options or {})}
-        if self.mllm_name_or_path is None:
+        model, processor = self._load({"dtype": self.dtype, **self.load_kwargs(), **(options or {})})
+        if self.profile is not None:
+            apply_profile(model, processor, self.profile)
+        return model, processor
+
+    def _load(self, options: dict[str, Any]) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
+        if self.mllm_name_or_path is None or self.sam_name_or_path is None:  # both or neither are given
             checkpoint = find_checkpoint(self.model_name_or_path)
             load_config(checkpoint)  # refuses what is no ConceptSeg checkpoint
             model = ConceptSegForSegmentation.from_pretrained(checkpoint, **options)
@@ -241,7 +269,7 @@ def _run(trainer: Trainer) -> None:
 
 
 def _tell_results(trainer: Trainer) -> None:
-    folder = Path(trainer.args.output_dir)
+    folder = Path(run_folder(trainer.args))
     what = "the adapters are" if is_peft_model(trainer.model) else "the trained model is"
     _tell(
         trainer,
@@ -257,7 +285,7 @@ def _tell_results(trainer: Trainer) -> None:
 
 def _how_to_go_on(trainer: Trainer) -> str:
     step, args = trainer.state.global_step, trainer.args
-    last = next(reversed(complete_checkpoints(args.output_dir)), None)
+    last = next(reversed(complete_checkpoints(run_folder(args))), None)
     if last is None:
         return f"stopped after step {step}; no checkpoint was saved yet, so the same command begins anew."
     auto = (
@@ -287,7 +315,7 @@ def _is_finished(args: TrainingArguments, checkpoint: str) -> bool:
 
 def _is_saved(args: TrainingArguments, checkpoint: str) -> bool:
     """Whether the complete model was saved after a checkpoint."""
-    saved = Path(args.output_dir) / PROCESSOR
+    saved = Path(run_folder(args)) / PROCESSOR
     return saved.is_file() and saved.stat().st_mtime >= (Path(checkpoint) / TRAINER_STATE).stat().st_mtime
 
 
@@ -335,14 +363,14 @@ def check_run(args: TrainingArguments) -> None:
 
 
 def _check_output_dir(args: TrainingArguments) -> None:
-    fault = find_fault(Path(args.output_dir))
+    fault = find_fault(Path(run_folder(args)))
     if fault is not None:
         raise ValueError(f"output_dir {args.output_dir!r} cannot be written: {fault}; give another folder.")
 
 
 def _check_report_to(args: TrainingArguments) -> None:
     available = {*get_available_reporting_integrations(), *_UNCOUNTED}
-    for name in args.report_to:
+    for name in reported_to(args):
         if name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(
                 f"report_to is {name!r}; use one of {', '.join(INTEGRATION_TO_CALLBACK)}, or all of them that are "
@@ -374,7 +402,7 @@ def find_resume_checkpoint(args: TrainingArguments) -> str | None:
                 'or "auto" for the last of output_dir.'
             )
         return wanted
-    last = next(reversed(complete_checkpoints(args.output_dir)), None)
+    last = next(reversed(complete_checkpoints(run_folder(args))), None)
     return None if last is None else str(last)
 
 

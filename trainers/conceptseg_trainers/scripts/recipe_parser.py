@@ -15,7 +15,9 @@ from conceptseg_hf.progress import is_terminal
 from conceptseg_hf.shipped import shipped_folder
 from conceptseg_hf.suggestions import did_you_mean
 
-FOLDER = shipped_folder("recipes", "conceptseg_trainers")
+_recipes = shipped_folder("recipes", "conceptseg_trainers")
+assert _recipes is not None  # the package is this one
+FOLDER = _recipes
 
 
 def recipe_names(stage: str = "") -> list[str]:
@@ -54,7 +56,7 @@ class RecipeParser(TrlParser):
     """
 
     def __init__(self, dataclass_types: Sequence[type], stage: str, **kwargs: Any) -> None:
-        super().__init__(dataclass_types, **kwargs)
+        super().__init__(dataclass_types, **kwargs)  # type: ignore[arg-type]  # a NewType of Any takes no class
         self.stage = stage
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:

@@ -150,7 +150,7 @@ def anomaly(rng: Rng, size: int, held_out: bool) -> Task:
                 min(max(y0, size * 0.05 - reach * min(dy, 0)), size * 0.95 - reach * max(dy, 0)),
             )
             coverage = stroke_coverage(size, x0, y0, x0 + reach * dx, y0 + reach * dy, max(2.5, size / 26))
-            value = np.float32(225 if rng.random() < 0.6 else 50)
+            value: FloatArray | np.float32 = np.float32(225 if rng.random() < 0.6 else 50)
         else:
             radius = random_radius(rng, size, 0.07, 0.15)
             (cx, cy), *_ = place(rng, size, [radius * 1.2])
@@ -201,12 +201,14 @@ def lesion(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def _with_region(
-    image: FloatArray, coverage: FloatArray, value: FloatArray, opacity: float, look: Look
+    image: FloatArray, coverage: FloatArray, value: FloatArray | np.float32, opacity: float, look: Look
 ) -> Scene:
     """A scene of one irregular region, (S, S) coverage, blended into an image."""
     image = image + (value - image) * (coverage * np.float32(opacity))[:, :, None]
     mask = coverage > 0.5
-    x1, y1, x2, y2 = mask_to_box(mask)
+    box = mask_to_box(mask)
+    assert box is not None  # the region is in the image
+    x1, y1, x2, y2 = box
     return Scene(
         to_uint8(image),
         (SceneObject(look, (x1 + x2) / 2, (y1 + y2) / 2, max(x2 - x1, y2 - y1) / 2, 0, mask),),

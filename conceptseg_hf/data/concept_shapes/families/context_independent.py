@@ -24,7 +24,7 @@ def attribute(rng: Rng, size: int, held_out: bool) -> Task:
     looks += distractors(rng, int(rng.integers(1, 5 - len(looks) + 1)), words)
     scene = draw_scene(rng, size, make_objects(rng, size, looks))
 
-    def reference(rng: Rng, size: int) -> tuple[Scene, Box]:
+    def reference(rng: Rng, size: int) -> tuple[Scene, Box | None]:
         twin = look_with(rng, words, held_out and len(words) > 1)
         objects = make_objects(rng, size, [twin, *distractors(rng, int(rng.integers(0, 3)), words)])
         return shows(draw_scene(rng, size, objects))

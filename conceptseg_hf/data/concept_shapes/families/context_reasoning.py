@@ -33,7 +33,7 @@ def common_attribute(rng: Rng, size: int, held_out: bool) -> Task:
         rng, size, make_objects(rng, size, [look, *distractors(rng, int(rng.integers(1, 4)), [word])])
     )
 
-    def reference(rng: Rng, size: int) -> tuple[Scene, Box]:
+    def reference(rng: Rng, size: int) -> tuple[Scene, Box | None]:
         objects = make_objects(
             rng, size, [look_with(rng, [word], False), *distractors(rng, int(rng.integers(0, 3)), [word])]
         )
@@ -151,7 +151,7 @@ def differs(rng: Rng, size: int, held_out: bool) -> Task:
     look = random_look(rng)
     odd = random_look(rng, held_out, shape=other_word(rng, SHAPES, look.shape))
 
-    def reference(rng: Rng, size: int) -> tuple[Scene, Box]:
+    def reference(rng: Rng, size: int) -> tuple[Scene, Box | None]:
         return shows(draw_scene(rng, size, make_objects(rng, size, [look] * int(rng.integers(1, 4)))))
 
     scene = draw_scene(rng, size, make_objects(rng, size, [odd, *[look] * int(rng.integers(2, 4))]))

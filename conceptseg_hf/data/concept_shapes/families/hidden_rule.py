@@ -130,27 +130,28 @@ def coexistence(rng: Rng, size: int, held_out: bool, variant: int = 0) -> Task:
     while True:
         first, second = (list(SELECTORS)[i] for i in rng.permutation(len(SELECTORS))[:2])
         objects = _spread(rng, size, [random_look(rng, held_out)] * int(rng.integers(2, 5)))
-        leaders = [_leader(objects, name, size) for name in (first, second)]
-        if None not in leaders and leaders[0] != leaders[1]:
+        found = (_leader(objects, name, size) for name in (first, second))
+        leaders = [leader for leader in found if leader is not None]
+        if len(set(leaders)) == 2:
             break
     target, other = leaders[variant], leaders[1 - variant]
     order = [target, *(i for i in range(len(objects)) if i != target)]
     drawn = draw_twins(rng, size, objects)
     scene = Scene(drawn.pixels, tuple(drawn.objects[i] for i in order))
     roles = ["target" if i == target else "other reading" if i == other else "sibling" for i in order]
-    rule, unmeant = (Rule(selector=name) for name in ((first, second), (second, first))[variant])
-    return _rule_task(rng, size, scene, roles, rule, unmeant)
+    selector, unmeant = ((first, second), (second, first))[variant]
+    return _rule_task(rng, size, scene, roles, Rule(selector=selector), unmeant)
 
 
 def _rule_task(
-    rng: Rng, size: int, scene: Scene, roles: list[str], rule: Rule, unmeant: Rule | None = None
+    rng: Rng, size: int, scene: Scene, roles: list[str], rule: Rule, unmeant: str | None = None
 ) -> Task:
-    """A task whose references obey a rule; with `unmeant`, all objects are twins and it picks another one."""
+    """A task whose references obey a rule; with the selector `unmeant`, all are twins and it picks another one."""
 
-    def reference(rng: Rng, size: int) -> tuple[Scene, Box]:
+    def reference(rng: Rng, size: int) -> tuple[Scene, Box | None]:
         while True:
             shown, _ = rule_scene(rng, size, rule, twins=unmeant is not None)
-            if unmeant is None or _leader(shown.objects, unmeant.selector, size) not in (0, None):
+            if unmeant is None or _leader(shown.objects, unmeant, size) not in (0, None):
                 return shown, shown.objects[0].box
 
     answer = scene.objects[0].look.shape
@@ -213,7 +214,7 @@ def _looks(rng: Rng, rule: Rule, held_out: bool, twins: bool) -> list[Look]:
         return [target, *partial, *others]
     if not fixed:
         return [target, *(random_look(rng) for _ in range(int(rng.integers(2, 4))))]
-    holders = [random_look(rng, **fixed) for _ in range(int(rng.integers(1, 3)))]
+    holders = [random_look(rng, False, **fixed) for _ in range(int(rng.integers(1, 3)))]
     others = [_without(rng, {}, fixed) for _ in range(int(rng.integers(1, 3)))]
     return [target, *holders, *others]
 
@@ -221,7 +222,7 @@ def _looks(rng: Rng, rule: Rule, held_out: bool, twins: bool) -> list[Look]:
 def _without(rng: Rng, wanted: dict[str, str], unwanted: dict[str, str]) -> Look:
     """A look with some attributes and without others."""
     while True:
-        look = random_look(rng, **wanted)
+        look = random_look(rng, False, **wanted)
         if not any(getattr(look, kind) == word for kind, word in unwanted.items()):
             return look
 

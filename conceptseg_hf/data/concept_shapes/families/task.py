@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,6 +118,6 @@ def look_with(rng: Rng, words: Sequence[str], held_out: bool) -> Look:
     return random_look(rng, held_out, **fixed)
 
 
-def other_word(rng: Rng, words: Sequence[str], word: str) -> str:
+def other_word(rng: Rng, words: Iterable[str], word: str) -> str:
     """One of the words, but not this one."""
     return pick(rng, [other for other in words if other != word])

@@ -41,7 +41,7 @@ def marked_kin(rng: Rng, size: int, held_out: bool) -> Task:
     kin = _kin(rng, look, int(rng.integers(2, 4)))
     scene = draw_scene(rng, size, make_objects(rng, size, [look, *kin]))
 
-    def reference(rng: Rng, size: int) -> tuple[Scene, Box]:
+    def reference(rng: Rng, size: int) -> tuple[Scene, Box | None]:
         others = _kin(rng, look, int(rng.integers(0, 3)))
         return shows(draw_scene(rng, size, make_objects(rng, size, [look, *others])))
 
@@ -140,7 +140,7 @@ def beside(rng: Rng, size: int, held_out: bool) -> Task:
         jitter = 0.05 * size * (2 * rng.random(2) - 1)
         dx, dy = SIDES[side]
         centres.append((middle[0] + 0.3 * size * dx + jitter[0], middle[1] + 0.3 * size * dy + jitter[1]))
-    anchor = SceneObject(anchor_look, *middle, random_radius(rng, size, 0.09, 0.13))
+    anchor = SceneObject(anchor_look, middle[0], middle[1], random_radius(rng, size, 0.09, 0.13))
     scene = draw_twins(rng, size, _twins(rng, look, radius, centres), [anchor])
     side = f"{sides[0]} of" if sides[0] in ("left", "right") else sides[0]
     return _place_task(scene, f"the object {side} the {_name(anchor_look)}", len(sides))

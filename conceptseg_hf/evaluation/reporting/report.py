@@ -1,0 +1,374 @@
+"""What an evaluation says: the paper's tables, and a table by level and group, made from the records."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...data import ConceptSample
+from ...writing import json_text, write_files
+from ..metrics import MaskMetrics, presence_auc
+from ..records.choice import TARGET
+from ..records.store import Record
+from . import paper_figures
+from .aggregate import Row, aggregate, levels_of
+from .bootstrap import resample
+from .choice_table import choice_table
+from .data_notes import data_notes, data_remarks
+from .decomposition import decompose
+from .gallery import write_gallery
+from .paper_tables import paper_value, remarks, table_1, table_2, table_8, table_10
+from .tables import (
+    csv_text,
+    heading_of,
+    interval_values,
+    markdown_table,
+    percent,
+    provenance,
+    provenance_line,
+    share,
+)
+
+_LISTED = 50  # errors in a report
+
+# Column, its heading, and what the column means.
+_COLUMNS = (
+    ("samples", "samples", "all samples of the row"),
+    (
+        "foreground_iou",
+        "fg IoU",
+        "mean foreground IoU of the samples that show their concept; a failed sample counts 0",
+    ),
+    ("foreground_iou_interval", "95 % interval", "of fg IoU, by bootstrap over the samples"),
+    (
+        "rejection_rate",
+        "rejected",
+        "share of the samples without their concept whose final presence is below 0.5",
+    ),
+    (
+        "presence_auc",
+        "presence AUC",
+        "does the final presence tell samples with their concept from those without",
+    ),
+    ("shortcut_share", "shortcut", "share of the samples that SAM 3 answered alone"),
+    (
+        "routing_regret",
+        "regret",
+        "mean of what the better of both routes would have added to the foreground IoU",
+    ),
+    ("regretted", "regretted", "share of the samples that the other route would have answered better"),
+    ("format_rate", "format", "share of the completions that follow the template"),
+    ("box_iou", "box IoU", "mean IoU of the completions' boxes with the true ones; a missing box counts 0"),
+    ("check_iou", "check IoU", "mean IoU of the check boxes with the withheld ones; a missing box counts 0"),
+    (
+        "chosen_right",
+        "right object",
+        "share of the samples whose mask overlaps the target more than any other object",
+    ),
+    ("sibling_fraction", "siblings masked", "mean fraction of the area of the wrong objects that is masked"),
+    ("failed", "failed", "samples that ended with an error"),
+)
+# Left out where no row has a value.
+_OPTIONAL = ("routing_regret", "regretted", "chosen_right", "sibling_fraction")
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """The outcome of `evaluate`.
+
+    Attributes:
+        records: One record per sample (see `records.make_record`), in the order of the benchmark.
+        settings: What was run: benchmark, split, protocol, router, model.
+    """
+
+    records: list[Record]
+    settings: dict[str, Any]
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The rows of the paper's tables: data sets, groups, levels, and the mean of the ten groups."""
+        return aggregate(self.records, self.settings["protocol"], self.settings["metrics"])
+
+    @cached_property
+    def table(self) -> list[dict[str, Any]]:
+        """Rows for each group, its strata if it has any, each level and all; sums leave out groups beside Table 1's.
+
+        `level` and `group` ("all" for sums) name a row; its numbers are means over samples, None where
+        nothing was counted; `masks` holds the metrics of masks over all samples of the row that have a
+        true mask, in percent.
+        """
+        rows = []
+        for level in self.levels:
+            records = [record for record in self.records if record["level"] == level]
+            groups = list(dict.fromkeys(record["group"] for record in records))
+            for group in groups:
+                members = [record for record in records if record["group"] == group]
+                strata = dict.fromkeys(stratum for record in members if (stratum := record.get("stratum")))
+                rows.append(self._row(level, group, members))
+                rows += [
+                    self._row(level, f"{group}: {name}", [r for r in members if r["stratum"] == name])
+                    for name in strata
+                ]
+            rows.append(self._row(level, "all", _summed(records)))
+        rows.append(self._row("all", "all", _summed(self.records)))
+        return rows
+
+    def _row(self, level: str, group: str, records: Sequence[Record]) -> dict[str, Any]:
+        masks = MaskMetrics(self.settings["protocol"], metrics=self.settings["metrics"])
+        masks.merge(record["scores"] for record in records if record["scores"] is not None)
+        values = masks.compute() if masks.scores else dict.fromkeys(self.settings["metrics"])
+        return _row(level, group, records) | {"masks": values}
+
+    @property
+    def failed(self) -> list[Record]:
+        """The records that end with an error."""
+        return [record for record in self.records if record["error"] is not None]
+
+    @property
+    def levels(self) -> list[str]:
+        """The levels that occur, in the order of the paper."""
+        return levels_of(self.records)
+
+    def summary(self) -> str:
+        """One line: the foreground IoU of each level and of all samples."""
+        rows = {row["level"]: row["foreground_iou"] for row in self.table if row["group"] == "all"}
+        return "foreground IoU: " + " | ".join(f"{level} {share(value)}" for level, value in rows.items())
+
+    def write(self, folder: str | os.PathLike, samples: Sequence[ConceptSample] | None = None) -> None:
+        """Writes report.md, report.json and report.csv, and gallery.html if there are samples.
+
+        Args:
+            folder: An existing folder.
+            samples: The samples of the records, in their order; those in the gallery are read again.
+        """
+        folder = Path(folder)
+        write_files(
+            {
+                folder / "report.md": self.to_markdown() + "\n\n" + self.summary() + "\n",
+                folder / "report.json": json_text(self.to_dict(), indent=2) + "\n",
+                folder / "report.csv": self.to_csv(),
+            }
+        )
+        if samples is not None:
+            write_gallery(folder / "gallery.html", self.records, self.settings, samples)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, and how they were made, as JSON values."""
+        return {
+            "settings": self.settings,
+            "provenance": provenance(self.settings, len(self.records)),
+            "remarks": remarks(self.rows, self.settings),
+            "samples": len(self.records),
+            "paper_layout": [_row_values(row, self.settings) for row in self.rows],
+            "table": self.table,
+            **(
+                {"outcomes": decompose(self.records, self.settings["prediction_threshold"])}
+                if "judgements" in self.settings
+                else {}
+            ),
+            **data_notes(self.records),
+            "errors": [
+                {"sample_id": record["sample_id"], "error": record["error"]} for record in self.failed
+            ],
+        }
+
+    def to_csv(self) -> str:
+        """One number a line, each with how it was made and with the paper's figures for the same, if these compare."""
+        lines = []
+        for row in self.rows:
+            stated = provenance(self.settings, row.samples)
+            # A row's own source says more than the name of the run.
+            stated["benchmark"] = "+".join(dict.fromkeys(name for name, _ in row.sources))
+            stated["split"] = "+".join(dict.fromkeys(split for _, split in row.sources))
+            for metric, value in (*row.values.items(), ("shortcut_share", row.shortcut_share)):
+                interval = row.intervals.get(metric)
+                printed = {
+                    method: paper_value(row, metric, method, self.settings)
+                    for method in paper_figures.METHODS
+                }
+                tables = {found[1] for found in printed.values() if found is not None}
+                lines.append(
+                    {"row": row.kind, "level": row.level, "group": row.group, "metric": metric}
+                    | {"value": value}
+                    | {end: getattr(interval, end, None) for end in ("low", "high")}
+                    | {f"paper {method}": found and found[0] for method, found in printed.items()}
+                    | {"paper table": next(iter(tables), None)}
+                    | stated
+                )
+        return csv_text(lines)
+
+    def to_markdown(self) -> str:
+        """The paper's tables and the table by level and group, with what was run and what columns mean."""
+        settings = self.settings
+        lines = [provenance_line(settings, len(self.records)), ""]
+        lines += [f"- {remark}" for remark in remarks(self.rows, settings)]
+        for title, make in (
+            ("By group, as Table 1", table_1),
+            ("By data set, as Table 8", table_8),
+            ("Routes, as Table 10", table_10),
+        ):
+            lines += ["", f"## {title}", "", *make(self.rows, settings)]
+        if classes := table_2(self.records, settings):
+            lines += ["", "## Cityscapes by class, as Table 2", "", *classes]
+        if "judgements" in settings:
+            lines += ["", "## Think, rule and prediction (appendix J)", "", *self._outcomes()]
+        lines += [
+            "",
+            "Here a data set's value is the mean over its images, a group's the mean over its data sets.",
+            "",
+            "## By sample",
+            "",
+            *self._sample_tables(),
+        ]
+        return "\n".join(lines)
+
+    def _outcomes(self) -> list[str]:
+        threshold = self.settings["prediction_threshold"]
+        words = {True: "right", False: "wrong", None: "not judged"}
+        rows = decompose(self.records, threshold)
+        table = [
+            [
+                *(words[row[part]] for part in ("think", "rule", "prediction")),
+                str(row["count"]),
+                "-" if row["share"] is None else f"{100 * row['share']:.1f}",
+            ]
+            for row in rows
+        ]
+        judged = sum(row["count"] for row in rows)
+        told = (
+            f"Think and rule as judged by {self.settings['judgements']}; a prediction is right from a foreground IoU "
+            f"of {threshold} on. {judged} of {len(self.records)} samples are judged."
+        )
+        return [*markdown_table(["think", "rule", "prediction", "samples", "%"], table), "", told]
+
+    def sample_tables(self) -> str:
+        """The tables by level and group alone, in Markdown, with what was run above."""
+        return "\n".join([provenance_line(self.settings, len(self.records)), "", *self._sample_tables()])
+
+    def _sample_tables(self) -> list[str]:
+        settings = self.settings
+        table = self.table
+        columns = [
+            column
+            for column in _COLUMNS
+            if (column[0] != "failed" or any(row["failed"] for row in table))
+            and (column[0] not in _OPTIONAL or any(row.get(column[0]) is not None for row in table))
+        ]
+        lines = markdown_table(
+            ["level", "group", *(heading for _, heading, _ in columns)],
+            [
+                [row["level"], row["group"], *(_cell(row.get(name)) for name, _, _ in columns)]
+                for row in table
+            ],
+        )
+        lines += ["", *(f"- {heading}: {meaning}." for _, heading, meaning in columns)]
+        lines += ["", "Masks of all samples, absent concepts included, in percent:", ""]
+        metrics = settings["metrics"]
+        lines += markdown_table(
+            ["level", "group", *map(heading_of, metrics)],
+            [
+                [row["level"], row["group"], *(percent(row["masks"][name]) for name in metrics)]
+                for row in table
+            ],
+        )
+        if chosen := choice_table(self.records):
+            lines += ["", "Which object the mask overlaps most, in percent:", "", *chosen]
+        without = sum(record["scores"] is None for record in self.records)
+        if without:
+            lines += ["", f"{without} samples have no mask to compare with and are in none of these metrics."]
+        lines += data_remarks(self.records)
+        if self.failed:
+            lines += ["", "Samples that ended with an error:", ""]
+            lines += [f"- {record['sample_id']}: {record['error']}" for record in self.failed[:_LISTED]]
+        if len(self.failed) > _LISTED:
+            lines.append(f"- and {len(self.failed) - _LISTED} more; records.jsonl has them all.")
+        return lines
+
+
+def _row_values(row: Row, settings: Mapping[str, Any]) -> dict[str, Any]:
+    printed: dict[str, dict[str, Any]] = {}
+    for method in paper_figures.METHODS:
+        found = {metric: paper_value(row, metric, method, settings) for metric in row.values}
+        values = {metric: {"value": pair[0], "table": pair[1]} for metric, pair in found.items() if pair}
+        if values:
+            printed[method] = values
+    return {
+        "row": row.kind,
+        "level": row.level,
+        "group": row.group,
+        "sources": [list(source) for source in row.sources],
+        "samples": row.samples,
+        "values": row.values,
+        "intervals": {metric: interval_values(found) for metric, found in row.intervals.items()},
+        "shortcut_share": row.shortcut_share,
+        "paper": printed,
+    }
+
+
+def _row(level: str, group: str, records: Sequence[Record]) -> dict[str, Any]:
+    judged = [record for record in records if record["decode_presence"] is not None]
+    counted = [
+        record["foreground_iou"]
+        for record in records
+        if record["present"] and record["foreground_iou"] is not None
+    ]
+    resampled = resample(counted, stream=f"{level}/{group}")
+    interval = None if resampled is None or resampled.smallest < 2 else resampled.interval()
+    regrets = [record["routing_regret"] for record in records if record.get("routing_regret") is not None]
+    return {
+        "level": level,
+        "group": group,
+        "samples": len(records),
+        "foreground_iou": _share(counted),
+        "foreground_iou_interval": None if interval is None else [interval.low, interval.high],
+        "rejection_rate": _mean(records, "rejected", lambda record: not record["present"]),
+        "presence_auc": presence_auc(
+            [record["decode_presence"] for record in judged], [record["present"] for record in judged]
+        ),
+        "shortcut_share": _share(
+            record["route"] == "shortcut" for record in records if record["route"] is not None
+        ),
+        "routing_regret": _share(regrets),
+        "regretted": _share(regret > 0 for regret in regrets),
+        "format_rate": _mean(records, "format_valid"),
+        "box_iou": _mean(records, "box_iou"),
+        "check_iou": _mean(records, "check_iou"),
+        "failed": sum(record["error"] is not None for record in records),
+        **_choice(records),
+    }
+
+
+def _choice(records: Sequence[Record]) -> dict[str, float | None]:
+    """What only rows of samples with candidates have; see `records.choice`."""
+    chosen = [record for record in records if "chosen" in record]
+    if not chosen:
+        return {}
+    fractions = [record["sibling_fraction"] for record in chosen]
+    return {
+        "chosen_right": _share(record["chosen"] == TARGET for record in chosen),
+        "sibling_fraction": _share(fraction for fraction in fractions if fraction is not None),
+    }
+
+
+def _summed(records: Sequence[Record]) -> Sequence[Record]:
+    """What sums go over: the groups of Table 1; all records where there are no others."""
+    return [record for record in records if "chosen" not in record] or records
+
+
+def _mean(
+    records: Iterable[Record], name: str, counts: Callable[[Record], bool] = lambda record: True
+) -> float | None:
+    return _share(record[name] for record in records if counts(record) and record[name] is not None)
+
+
+def _share(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def _cell(value: Any) -> str:
+    return f"{value[0]:.3f} to {value[1]:.3f}" if isinstance(value, list) else share(value)

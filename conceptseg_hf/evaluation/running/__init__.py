@@ -1,0 +1,1 @@
+"""Runs: a model over benchmarks (`evaluator`), and over the variants of an ablation (`ablation`)."""

@@ -1,0 +1,189 @@
+"""Configurations by size: the published backbones, and the embedded checkpoint's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _qwen2_5_vl(
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_key_value_heads: int,
+    vocab_size: int,
+    tie_word_embeddings: bool,
+) -> dict[str, Any]:
+    """The published configuration of Qwen2.5-VL at one size."""
+    return {
+        "model_type": "qwen2_5_vl",
+        "tie_word_embeddings": tie_word_embeddings,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "text_config": {
+            "model_type": "qwen2_5_vl_text",
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": num_key_value_heads,
+            "max_position_embeddings": 128000,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": tie_word_embeddings,
+            "bos_token_id": 151643,
+            "eos_token_id": 151645,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1000000.0,
+                "mrope_section": [16, 24, 24],
+            },
+        },
+        "vision_config": {
+            "model_type": "qwen2_5_vl",
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": hidden_size,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "tokens_per_second": 2,
+        },
+    }
+
+
+def _preset_3b() -> dict[str, Any]:
+    return {
+        "vlm_config": _qwen2_5_vl(2048, 11008, 36, 16, 2, 151936, tie_word_embeddings=True),
+        "ctm_config": {"hidden_size": 2048},
+    }
+
+
+def _preset_7b() -> dict[str, Any]:
+    return {
+        "vlm_config": _qwen2_5_vl(3584, 18944, 28, 28, 4, 152064, tie_word_embeddings=False),
+        "ctm_config": {"hidden_size": 3584},
+    }
+
+
+NANO_IMAGE_SIZE = 128
+NANO_MLLM_VOCABULARY_SIZE = 384
+NANO_SAM_VOCABULARY_SIZE = 176
+NANO_SAM_TEXT_LENGTH = 8
+
+
+def _preset_nano() -> dict[str, Any]:
+    """Small enough to train on a laptop; the classes and the data flow are those of the large models."""
+    width, sam_width = 128, 64
+    return {
+        "vlm_config": {
+            "model_type": "qwen2_5_vl",
+            "tie_word_embeddings": True,
+            # The first tokens of the nano tokenizer, in its order.
+            "vision_start_token_id": 3,
+            "vision_end_token_id": 4,
+            "image_token_id": 5,
+            "video_token_id": 6,
+            "text_config": {
+                "model_type": "qwen2_5_vl_text",
+                "vocab_size": NANO_MLLM_VOCABULARY_SIZE,
+                "hidden_size": width,
+                "intermediate_size": 384,
+                "num_hidden_layers": 6,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 1024,
+                "tie_word_embeddings": True,
+                "initializer_range": 0.04,
+                "pad_token_id": 0,
+                "bos_token_id": None,
+                "eos_token_id": 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [4, 6, 6]},
+            },
+            "vision_config": {
+                "model_type": "qwen2_5_vl",
+                "depth": 3,
+                "hidden_size": 64,
+                "intermediate_size": 192,
+                "num_heads": 4,
+                "out_hidden_size": width,
+                "patch_size": 8,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 1,
+                "window_size": NANO_IMAGE_SIZE,
+                "fullatt_block_indexes": [0, 1, 2],
+                "initializer_range": 0.04,
+            },
+        },
+        "sam_config": {
+            "vision_config": {
+                "backbone_config": {
+                    "model_type": "sam3_vit_model",
+                    "hidden_size": 128,
+                    "intermediate_size": 384,
+                    "num_hidden_layers": 4,
+                    "num_attention_heads": 4,
+                    "image_size": NANO_IMAGE_SIZE,
+                    "patch_size": 8,
+                    "window_size": 8,
+                    "global_attn_indexes": [1, 3],
+                    "pretrain_image_size": NANO_IMAGE_SIZE,
+                },
+                "fpn_hidden_size": sam_width,
+                "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+                "scale_factors": [2.0, 1.0, 0.5, 0.5],
+            },
+            "text_config": {
+                "model_type": "clip_text_model",
+                "vocab_size": NANO_SAM_VOCABULARY_SIZE,
+                "hidden_size": sam_width,
+                "intermediate_size": 128,
+                "projection_dim": sam_width,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "max_position_embeddings": NANO_SAM_TEXT_LENGTH,
+                "hidden_act": "gelu",
+                "pad_token_id": 0,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            },
+            "geometry_encoder_config": {
+                "hidden_size": sam_width,
+                "num_layers": 1,
+                "num_attention_heads": 4,
+                "intermediate_size": 128,
+                "dropout": 0.0,
+                "roi_size": 3,
+            },
+            "detr_encoder_config": {
+                "hidden_size": sam_width,
+                "num_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 192,
+                "dropout": 0.0,
+            },
+            "detr_decoder_config": {
+                "hidden_size": sam_width,
+                "num_layers": 2,
+                "num_queries": 8,
+                "num_attention_heads": 4,
+                "intermediate_size": 192,
+                "dropout": 0.0,
+            },
+            "mask_decoder_config": {
+                "hidden_size": sam_width,
+                "num_attention_heads": 4,
+                "num_upsampling_stages": 2,
+            },
+        },
+        "ctm_config": {"hidden_size": width, "num_attention_heads": 4, "sam_hidden_size": sam_width},
+    }
+
+
+PRESETS = {"3b": _preset_3b, "7b": _preset_7b, "nano": _preset_nano}

@@ -1,0 +1,68 @@
+"""Bootstrap intervals: where they lie, that they cover, and that they repeat."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conceptseg_hf.evaluation.reporting.bootstrap import average, resample
+
+
+def test_close_to_the_normal_interval():
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    interval = resample(values).interval()
+    half = 1.96 * values.std() / 20
+    assert interval.mean == pytest.approx(values.mean())
+    assert (interval.low, interval.high) == pytest.approx(
+        (values.mean() - half, values.mean() + half), abs=0.03
+    )
+    assert interval.samples == 400
+
+
+def test_it_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for trial in range(300):
+        interval = resample(rng.exponential(size=60), stream=str(trial), resamples=500).interval()
+        covered += interval.low <= 1 <= interval.high
+    assert 0.88 < covered / 300 < 0.98
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=40))
+def test_within_the_values_and_the_same_again(values):
+    first, again = resample(values, resamples=300), resample(values, resamples=300)
+    interval = first.interval()
+    assert min(values) - 1e-9 <= interval.low <= interval.high <= max(values) + 1e-9
+    assert np.array_equal(first.means, again.means)
+
+
+def test_the_blocks_do_not_change_the_number_of_resamples():
+    assert len(resample(np.arange(1_000_000), resamples=7).means) == 7
+
+
+def test_parts_count_alike_and_are_independent():
+    many, few = resample(np.zeros(1000), "a"), resample([1.0, 3.0], "b")
+    both = average([many, None, few])
+    assert both.mean == 1
+    assert (both.samples, both.smallest) == (1002, 2)
+    values = np.random.default_rng(2).random(50)
+    alone, twice = resample(values, "a"), average([resample(values, "a"), resample(values, "b")])
+    widths = [found.interval().high - found.interval().low for found in (alone, twice)]
+    assert widths[1] == pytest.approx(widths[0] / np.sqrt(2), rel=0.1)
+
+
+def test_nothing_and_one_value():
+    assert resample([]) is None
+    assert average([]) is None and average([None]) is None
+    interval = resample([0.5]).interval()
+    assert (interval.low, interval.high) == (0.5, 0.5)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="resamples is 0"):
+        resample([1.0], resamples=0)
+    with pytest.raises(ValueError, match="confidence is 95"):
+        resample([1.0]).interval(95)

@@ -1,0 +1,170 @@
+"""The gallery: which cases are on it, that it needs nothing else, and that text stays text."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conceptseg_hf import Reference
+from conceptseg_hf.data import ConceptSample, UnreadableSampleError, load_benchmark
+from conceptseg_hf.evaluation import evaluate
+from conceptseg_hf.evaluation.reporting.gallery import Section, prediction_picture, write_gallery, write_page
+
+SETTINGS = {"benchmark": "mine", "protocol": "standard", "router": "adaptive"}
+
+
+class Page(HTMLParser):
+    """Collects what a page asks for, and its headings."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.sources, self.alts = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        values = dict(attributes)
+        self.sources += [values[name] for name in ("src", "href") if name in values]
+        self.alts += [values["alt"]] if "alt" in values else []
+
+
+def a_sample(**changes) -> ConceptSample:
+    mask = np.zeros((20, 20), dtype=np.uint8)
+    mask[5:15, 5:15] = 255
+    values = {
+        "image": Image.new("RGB", (20, 20), (90, 90, 90)),
+        "mask": Image.fromarray(mask),
+        "prompt": "red circle",
+        "level": "CI",
+        "group": "diverse classes",
+        "family": "attribute",
+        "box": (5, 5, 15, 15),
+        "sample_id": "one",
+    }
+    return ConceptSample(**(values | changes))
+
+
+def test_worst_first_then_the_middle(record_like, tmp_path):
+    ious = [0.9, 0.1, 0.5, 1.0, 0.2, 0.6, 0.4, 0.8, 0.3, 0.7]
+    records = [record_like(iou, sample_id=f"id{iou}") for iou in ious]
+    write_gallery(tmp_path / "g.html", records, SETTINGS, [a_sample()] * 10, count=2)
+    text = (tmp_path / "g.html").read_text()
+    assert re.findall(r"id[\d.]+", text) == ["id0.1", "id0.2", "id0.5", "id0.6"]
+
+
+def test_few_samples_are_shown_once(record_like, tmp_path):
+    records = [record_like(0.5, sample_id=f"id{index}") for index in range(3)]
+    write_gallery(tmp_path / "g.html", records, SETTINGS, [a_sample()] * 3)
+    text = (tmp_path / "g.html").read_text()
+    assert re.findall(r"id\d", text) == ["id0", "id1", "id2"]
+    assert "None." in text
+
+
+def test_pictures_are_embedded_and_nothing_else_is_loaded(record_like, tmp_path):
+    references = [Reference(Image.new("RGB", (9, 9)), box=(1, 1, 5, 5))] * 2
+    record = record_like(0.5, box=[1, 2, 10, 12])
+    write_gallery(tmp_path / "g.html", [record], SETTINGS, [a_sample(references=references)])
+    page = Page((tmp_path / "g.html").read_text())
+    assert "script" not in page.tags and "link" not in page.tags
+    assert page.alts == ["references", "truth", "prediction and the MLLM's box"]
+    for source in page.sources:
+        head, _, data = source.partition(",")
+        assert head == "data:image/jpeg;base64"
+        assert Image.open(io.BytesIO(base64.b64decode(data))).height == 224
+
+
+def test_references_that_cannot_be_drawn_are_left_out(record_like, tmp_path):
+    references = [Reference(Image.new("RGB", (9, 9)), box=(20, 20, 30, 30))]
+    record = record_like(0.5, error="reference 0: box lies outside its image.")
+    write_gallery(tmp_path / "g.html", [record], SETTINGS, [a_sample(references=references)])
+    assert Page((tmp_path / "g.html").read_text()).alts == ["truth"]
+
+
+def test_the_check_box_is_drawn_in_the_mosaic(record_like, tmp_path):
+    references = [Reference(Image.new("RGB", (9, 9)), box=(1, 1, 5, 5))] * 2
+    brightest = {}
+    for check in (None, [1, 1, 7, 7]):
+        record = record_like(0.5, check=check, check_reference=None if check is None else 0)
+        write_gallery(tmp_path / "g.html", [record], SETTINGS, [a_sample(references=references)])
+        page = Page((tmp_path / "g.html").read_text())
+        mosaic = np.asarray(Image.open(io.BytesIO(base64.b64decode(page.sources[0].partition(",")[2]))))
+        brightest[page.alts[0]] = mosaic[:110, :110].max()  # the proxy query, whose own box is not shown
+    assert brightest["references"] < 60 < 120 < brightest["references and the check box"]
+
+
+def test_text_is_escaped(record_like, tmp_path):
+    evil = "<script>alert(1)</script>\"'&"
+    record = record_like(
+        0.5,
+        route="reasoning",
+        rule=evil,
+        answer=evil,
+        sample_id=evil,
+        group=evil,
+        prompt=evil,
+        true_answer=evil,
+    )
+    write_gallery(tmp_path / "g.html", [record], SETTINGS | {"benchmark": evil}, [a_sample()])
+    text = (tmp_path / "g.html").read_text()
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;alert(1)") == 7
+    assert Page(text).tags.count("article") == 1
+
+
+def test_the_prediction_is_that_of_the_record(record_like):
+    sample = a_sample()
+    found, missed = record_like(1.0), record_like(0.0)
+    whole, nothing = (
+        np.asarray(prediction_picture(sample, record)).astype(int) for record in (found, missed)
+    )
+    inside, outside = (slice(80, 140), slice(80, 140)), (slice(0, 40), slice(0, 40))
+    assert np.abs(whole[inside] - nothing[inside]).mean() > 20
+    assert np.abs(whole[outside] - nothing[outside]).mean() < 1
+
+
+def test_one_reference_where_the_run_showed_one(record_like, tmp_path):
+    references = [Reference(Image.new("RGB", (9, 9), colour), box=(1, 1, 5, 5)) for colour in ("red", "blue")]
+    sizes = {}
+    for limit in (None, 1):
+        path = tmp_path / f"{limit}.html"
+        write_gallery(
+            path, [record_like(0.5)], SETTINGS | {"max_references": limit}, [a_sample(references=references)]
+        )
+        data = Page(path.read_text()).sources[0].partition(",")[2]
+        mosaic = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        sizes[limit] = (mosaic[..., 2] > 200).any()
+    assert sizes == {None: True, 1: False}
+
+
+def test_failed_and_unreadable_samples_are_told(record_like, tmp_path):
+    class Samples:
+        def __getitem__(self, index):
+            raise UnreadableSampleError("gone.", {"sample_id": "one"})
+
+    records = [record_like(0.0, error="broken & sad.", route=None)]
+    write_gallery(tmp_path / "g.html", records, SETTINGS, Samples())
+    text = (tmp_path / "g.html").read_text()
+    assert "broken &amp; sad." in text and "<img" not in text
+
+
+def test_a_page_stays_small(tmp_path):
+    cases = (f"<article>{'x' * 1_000_000}</article>" for _ in range(8))
+    write_page(tmp_path / "g.html", "t", "s", [Section("h", "n.", cases)])
+    text = (tmp_path / "g.html").read_text()
+    assert len(text) < 5_000_000
+    assert "4 are left out" in text
+
+
+@pytest.mark.parametrize("router", ["sam_only", "full_reasoning"])
+def test_evaluate_writes_it(model, processor, tmp_path, router):
+    options = {"limit": 3, "router": router, "generation_config": {"max_new_tokens": 4}}
+    evaluate(model, load_benchmark("concept-shapes"), processor=processor, output_dir=tmp_path, **options)
+    text = (tmp_path / "gallery.html").read_text()
+    assert Page(text).tags.count("article") == 3
+    assert len(text) < 5_000_000

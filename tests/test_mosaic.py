@@ -1,0 +1,234 @@
+"""The mosaic as the released code lays it out, and several boxes of one reference; expected values by Pillow alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from conceptseg_hf import Reference
+from conceptseg_hf.mosaic import MosaicSettings, compose_mosaic, enclosing_box, make_layout
+from conceptseg_hf.references import resolve_references
+
+RED = (255, 0, 0)
+RELEASED = MosaicSettings(
+    grid=2,
+    resampling="bilinear",
+    boxes_from="cell",
+    corners="inclusive",
+    mark_single=False,
+    several_boxes="enclosing",
+)
+CELLS = [(0, 0), (300, 0), (0, 300), (300, 300)]  # left and top of each on the canvas of 600
+
+
+@pytest.fixture()
+def released(processor):
+    return processor.with_settings(canvas_size=600, coordinate_scale=600.0, mosaic=RELEASED)
+
+
+def picture(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 200, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def masked(seed: int, box: tuple[int, int, int, int], size: tuple[int, int] = (640, 480)) -> Reference:
+    mask = np.zeros((size[1], size[0]), dtype=np.uint8)
+    mask[box[1] : box[3], box[0] : box[2]] = 255
+    return Reference(picture(seed, size), mask=Image.fromarray(mask))
+
+
+def box_in_cell(reference: Reference, cell: int) -> list[int]:
+    """What the released code takes from a mask: first and last pixel that is not 0 of it at 300 x 300 (bilinear)."""
+    small = np.asarray(reference.mask.resize((300, 300), Image.Resampling.BILINEAR))
+    rows, columns = np.nonzero(small)
+    left, top = CELLS[cell]
+    return [
+        int(columns.min()) + left,
+        int(rows.min()) + top,
+        int(columns.max()) + left,
+        int(rows.max()) + top,
+    ]
+
+
+def listed_boxes(processor, frame, prompt="red circle") -> list[list[int]]:
+    """The list of Python in an instruction that holds nothing else between double brackets."""
+    template = dict.fromkeys(
+        ("with_proxy", "support_only", "single_reference", "no_reference"), "{problem} {reference_box_list}"
+    )
+    text = processor.with_settings(prompt_template={"system": "", **template}).instruction(prompt, frame)
+    (found,) = re.findall(r"\[\[.*\]\]|\[\]", text)
+    return json.loads(found)
+
+
+def test_four_masked_references_as_released(released):
+    references = [
+        masked(1, (100, 40, 333, 199)),
+        masked(2, (7, 11, 61, 471)),
+        masked(3, (500, 300, 640, 480)),
+        masked(4, (320, 240, 321, 241)),
+    ]
+    frame, (mosaic, _) = released.draw_pictures(picture(0), references)
+    boxes = [box_in_cell(reference, cell) for cell, reference in enumerate(references)]
+    assert listed_boxes(released, frame) == boxes[1:]
+    # 640 / 300 pixels of the mask for one of the cell, which is a mean of those up to 2.13 from its middle: the first
+    # and last that see any of 7.5 to 60.5 are 3 (its middle is 7.47) and 28 (60.8).
+    assert boxes[1][0] == 303 and boxes[1][2] == 328
+    assert released.check_to_text(frame) == pytest.approx(boxes[0])
+
+    wanted = Image.new("RGB", (600, 600))
+    for reference, corner in zip(references, CELLS, strict=True):
+        wanted.paste(reference.image.resize((300, 300), Image.Resampling.BILINEAR), corner)
+    for box in boxes[1:]:  # Pillow's rectangles have their corners in them
+        ImageDraw.Draw(wanted).rectangle(box, outline="red", width=2)
+    assert mosaic.tobytes() == wanted.tobytes()
+
+
+def test_more_than_four_references_lose_the_last(released):
+    references = [masked(seed, (100, 40, 333, 199)) for seed in range(1, 7)]
+    frame, (mosaic, _) = released.draw_pictures(picture(0), references)
+    assert frame.layout.grid == 2 and len(listed_boxes(released, frame)) == 3
+    four, (same, _) = released.draw_pictures(picture(0), references[:4])
+    assert mosaic.tobytes() == same.tobytes() and four.support_boxes == frame.support_boxes
+    usual = released.with_settings(mosaic=None)
+    frame, _ = usual.draw_pictures(picture(0), references)
+    assert frame.layout.grid == 3 and len(frame.support_boxes) == 5
+
+
+def test_one_that_is_not_shown_is_no_proxy_query(released):
+    references = [*(Reference(picture(seed)) for seed in range(4)), masked(9, (100, 40, 333, 199))]
+    frame, _ = released.draw_pictures(picture(0), references)
+    assert frame.proxy is None and frame.support_boxes == () and released.check_to_text(frame) is None
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_two_by_two_even_where_fewer_are_given(released, count):
+    references = [masked(seed, (100, 40, 333, 199)) for seed in range(count)]
+    frame, (mosaic, _) = released.draw_pictures(picture(0), references)
+    assert frame.layout.grid == 2
+    assert not np.asarray(mosaic)[300:, 300:].any(), "a cell without a reference is black"
+
+
+def test_a_single_boxed_reference_has_no_red_box_as_released(released):
+    reference = masked(1, (100, 40, 333, 199), (600, 600))
+    _, (mosaic, _) = released.draw_pictures(picture(0), [reference])
+    assert mosaic.tobytes() == reference.image.tobytes()
+    _, (marked, _) = released.with_settings(mosaic=None).draw_pictures(picture(0), [reference])
+    assert marked.getpixel((100, 40)) == RED and marked.getpixel((332, 198)) == RED
+
+
+def test_a_mask_too_small_for_its_cell_keeps_its_own_box():
+    mask = np.zeros((1000, 1000), dtype=np.uint8)
+    mask[500, 500] = 255  # in a cell of 30 x 30 its weight is .0009: 255 of it round to 0
+    references = [Reference(picture(seed, (1000, 1000)), mask=Image.fromarray(mask)) for seed in (1, 2)]
+    assert not np.asarray(references[0].mask.resize((30, 30), Image.Resampling.BILINEAR)).any()
+    resolved = resolve_references(references, 60, RELEASED)
+    assert resolved.boxes == ((500, 500, 501, 501),) * 2
+
+
+def test_corners_go_there_and_back(released):
+    frame, _ = released.draw_pictures(picture(0, (600, 600)), [])
+    assert released.box_to_text((10, 20, 30, 41), frame) == (10, 20, 29, 40)
+    assert released.text_box_to_image((10, 20, 29, 40), frame) == (10, 20, 30, 41)
+    assert released.text_box_to_image((0, 0, 0, 0), frame) == (0, 0, 0, 0)
+    usual = released.with_settings(mosaic=None)
+    assert usual.box_to_text((10, 20, 30, 41), frame) == (10, 20, 30, 41)
+
+
+def test_what_the_mllm_sees_by_default_is_as_before_there_were_settings(processor):
+    """Hash of the mosaic and the words that the version before made of the same references."""
+    size = (32, 32)  # of a cell: nothing is resampled
+    mask = np.zeros(size, dtype=np.uint8)
+    mask[3:20, 5:9] = 255
+    references = [
+        Reference(picture(1, size), box=(2, 3, 20, 30)),
+        Reference(picture(2, size), mask=Image.fromarray(mask)),
+        Reference(picture(3, size), box=(7.5, 1, 31, 9.25)),
+    ]
+    frame, (mosaic, _) = processor.draw_pictures(picture(0, (64, 64)), references)
+    words = processor.instruction("red circle", frame)
+    assert "provided at [58,5,64,31], [12,52,48,64]." in words
+    assert hashlib.sha256(mosaic.tobytes() + words.encode()).hexdigest()[:16] == "f30971e36fda177b"
+
+
+TWO = [(2.0, 3.0, 12.0, 13.0), (30.0, 20.0, 60.0, 44.0)]  # in pixels of a picture of 64 x 48
+
+
+def test_several_boxes_are_all_drawn_and_listed(processor):
+    processor = processor.with_settings(canvas_size=600, coordinate_scale=600.0)
+    references = [Reference(picture(1), box=(1, 1, 9, 9)), Reference(picture(2), boxes=TWO)]
+    frame, (mosaic, _) = processor.draw_pictures(picture(0), references)
+    # Cell 1 begins at x = 300; 300 / 64 canvas pixels a pixel across, 300 / 48 down.
+    wanted = [
+        [309, 19, 356, 81],
+        [441, 125, 581, 275],
+    ]
+    assert listed_boxes(processor, frame) == wanted
+    official = processor.instruction("red circle", frame)
+    assert "provided at [309,19,356,81], [441,125,581,275]." in official
+    for left, right, y in (
+        (309, 356, 50),
+        (440, 581, 200),
+    ):  # the pixels that hold 309.4, 356.2, 440.6 and 581.2
+        red = np.flatnonzero((np.asarray(mosaic)[y, 300:] == RED).all(axis=-1)) + 300
+        assert {left, left + 1, right - 1, right} <= set(red.tolist()) and (left + right) // 2 not in red
+
+
+def test_several_boxes_of_a_proxy_query_are_withheld_and_fit_best_or_all_at_once(processor):
+    references = [Reference(picture(1), boxes=TWO, role="proxy"), Reference(picture(2), box=(1, 1, 9, 9))]
+    processor = processor.with_settings(canvas_size=600, coordinate_scale=600.0)
+    frame, (mosaic, _) = processor.draw_pictures(picture(0), references)
+    assert len(listed_boxes(processor, frame)) == 1
+    assert not (np.asarray(mosaic)[:300, :300] == RED).all(axis=-1).any()
+    small = (2 * 300 / 64, 3 * 300 / 48, 12 * 300 / 64, 13 * 300 / 48)
+    large = (30 * 300 / 64, 20 * 300 / 48, 60 * 300 / 64, 44 * 300 / 48)
+    around = (*small[:2], *large[2:])
+    assert processor.check_iou(small, frame) == processor.check_iou(large, frame) == 1
+    area_small, area_large, area_around = (
+        (box[2] - box[0]) * (box[3] - box[1]) for box in (small, large, around)
+    )
+    assert processor.check_iou(around, frame) == pytest.approx(area_large / area_around)
+    assert processor.check_to_text(frame) == pytest.approx(large)
+    enclosing = processor.with_settings(mosaic={"several_boxes": "enclosing"})
+    assert enclosing.check_iou(around, frame) == 1
+    assert enclosing.check_iou(small, frame) == pytest.approx(area_small / area_around)
+    assert enclosing.check_to_text(frame) == pytest.approx(around)
+    assert enclosing_box(TWO) == (2, 3, 60, 44)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"boxes": []}, "reference 0: boxes is empty"),
+        ({"boxes": 3}, "reference 0: boxes is 3; give a list"),
+        ({"boxes": [(1, 1, 5, 5), (9, 9, 5, 9)]}, "reference 0: box 1 of 2: "),
+        ({"boxes": [(1, 1, 5, 5)], "box": (1, 1, 5, 5)}, "both box and boxes"),
+    ],
+)
+def test_boxes_that_cannot_be_used(fields, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_references([{"image": picture(0), **fields}])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"grid": 4}, "grid is 4; use 2 or 3"),
+        ({"corners": "round"}, "corners is 'round'; use 'exclusive' or 'inclusive'"),
+        ({"mark_single": "no"}, "mark_single is 'no'"),
+        ({"size": 3}, "the field 'size'; use some of grid"),
+    ],
+)
+def test_settings_that_cannot_be_used(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MosaicSettings.from_dict(fields)
+
+
+def test_settings_are_data():
+    assert MosaicSettings.from_dict(json.loads(json.dumps(RELEASED.to_dict()))) == RELEASED
+    layout = make_layout(1, 600, RELEASED)
+    assert layout.grid == 1 and compose_mosaic([picture(0)], [None], layout).size == (600, 600)
