@@ -175,8 +175,8 @@ def _complete(stage: CtmStage, split: ConceptShapes, indices: range) -> dict[str
 
 def true_completion(sample: ConceptSample, item: PreparedSample, processor: ConceptSegProcessor) -> str:
     """The ground-truth completion of a ConceptShapes sample."""
-    box = None if sample.box is None else processor.box_to_text(sample.box, item.frame)
-    check = processor.check_to_text(item.frame)
+    box = None if sample.box is None else item.coordinates.image_box_to_text(sample.box)
+    check = item.coordinates.check_box
     return format_completion(sample.think, sample.rule, check, box, sample.answer, processor.coordinate_scale)
 
 

@@ -28,7 +28,7 @@ from conceptseg_hf.data.concept_shapes.scenes import (
     random_look,
 )
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
-from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, Frame
+from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, CoordinateFrame
 from conceptseg_hf.references import Reference, compose_mosaic, mask_to_box, resolve_references
 
 from .tokenizers import COORDINATE_SCALE
@@ -168,7 +168,7 @@ class LessonWriter:
             instruction = self.processor.instruction(task.prompt, frame)
             pictures.insert(0, mosaic)
             dense.insert(0, dense_targets(shown))
-            check = self.processor.check_to_text(frame)
+            check = frame.check_box
             if check is not None:
                 check_tokens = box_tokens(check)
         else:
@@ -204,7 +204,7 @@ class LessonWriter:
         mosaic, shown, _ = self._mosaic(task)
         return self.naming_lesson(rng, mosaic, shown)
 
-    def _mosaic(self, task: Task) -> tuple[np.ndarray, list[Visible], Frame]:
+    def _mosaic(self, task: Task) -> tuple[np.ndarray, list[Visible], CoordinateFrame]:
         """The mosaic of a task's references, what it shows, and where its coordinates come from."""
         references = [Reference(Image.fromarray(scene.pixels), box=box) for scene, box in task.references]
         resolved = resolve_references(references)

@@ -245,13 +245,13 @@ class MllmStage:
                     generated.token_ids[row][generated.mask[row]], item
                 )
                 totals["format"].append(float(completion.is_valid))
-                check_iou = self.processor.check_iou(completion.check, item.frame)
+                check_iou = item.coordinates.check_iou(completion.check)
                 if check_iou is not None:
                     totals["check"].append(check_iou)
                 if sample.box is None:
                     continue
                 totals["answer"].append(float(completion.answer == sample.answer))
-                truth = self.processor.box_to_text(sample.box, item.frame)
+                truth = item.coordinates.image_box_to_text(sample.box)
                 by_level[sample.level].append(box_iou(completion.bbox, truth) if completion.bbox else 0.0)
         return {
             **seen,
