@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from .completion import Completion, format_box, format_box_list, parse_completio
 from .configuration_conceptseg import how_to_convert, is_authors_config
 from .coordinates import CoordinateFrame
 from .images import ImageInput, as_list, load_image
-from .inputs import SHARED_PIXELS, ConceptSegInputs, PreparedSample, known
+from .inputs import ConceptSegInputs, PreparedSample, known
 from .mosaic import RESAMPLING, MosaicSettings, make_layout
 from .prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
 from .references import (
@@ -40,6 +40,16 @@ _SAM_INPUT_NAMES = ("sam_pixel_values", "sam_input_ids", "sam_attention_mask")
 
 SWITCHES = {"mosaic": None, "shortcut_size": None, "sam_resampling": None, "mask_resampling": "bilinear"}
 """Settings of `ConceptSegProcessor` that are saved only where they are set, and their usual values."""
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What the prompts about one image share: its size, and what the MLLM and SAM 3 see of it."""
+
+    size: tuple[int, int]
+    canvas: Image.Image
+    sam_pixels: torch.Tensor
+    shortcut_pixels: torch.Tensor | None
 
 
 class ConceptSegProcessor(ProcessorMixin):
@@ -237,11 +247,13 @@ class ConceptSegProcessor(ProcessorMixin):
                 f"ConceptSegProcessor: got {len(images)} images, {len(prompts)} prompts and "
                 f"{len(references)} lists of references; give one prompt and one list per image."
             )
-        samples = [self.prepare(*item, lazy=True) for item in zip(images, prompts, references, strict=True)]
-        for name in SHARED_PIXELS:
-            first: dict[int, torch.Tensor | None] = {}
-            for image, sample in zip(images, samples, strict=True):
-                setattr(sample, name, first.setdefault(id(image), getattr(sample, name)))
+        targets: dict[int, _Target] = {}  # an image that several prompts are about is read once
+        samples = []
+        for image, prompt, shown in zip(images, prompts, references, strict=True):
+            self.check_prompt(prompt)
+            if id(image) not in targets:
+                targets[id(image)] = self._read_target(image)
+            samples.append(self._prepare(targets[id(image)], prompt, shown))
         return ConceptSegInputs(samples, self)
 
     def prepare(
@@ -265,19 +277,30 @@ class ConceptSegProcessor(ProcessorMixin):
             ValueError: If an input cannot be used; the message is one sentence.
         """
         self.check_prompt(prompt)
+        sample = self._prepare(self._read_target(image), prompt, references)
+        return sample if lazy else self.prepare_mllm(sample)
+
+    def _read_target(self, image: ImageInput) -> _Target:
         picture = load_image(image)
-        frame, pictures = self.draw_pictures(picture, references)
-        sample = PreparedSample(
-            prompt=prompt,
-            frame=frame,
-            sam_pixel_values=self.sam_pixels(picture),
-            mllm_images=pictures,
-            mllm_text=self.chat_text(self.instruction(prompt, frame), len(pictures)),
-        )
+        shortcut = None
         if self.shortcut_size is not None:
             size = (self.shortcut_size, self.shortcut_size)
-            sample.shortcut_pixel_values = self.sam_pixels(picture.resize(size, Image.Resampling.BICUBIC))
-        return sample if lazy else self.prepare_mllm(sample)
+            shortcut = self.sam_pixels(picture.resize(size, Image.Resampling.BICUBIC))
+        return _Target(picture.size, self._on_canvas(picture), self.sam_pixels(picture), shortcut)
+
+    def _prepare(
+        self, target: _Target, prompt: str, references: Sequence[Reference | Mapping[str, Any]] | None
+    ) -> PreparedSample:
+        frame, mosaic = self._draw_references(target.size, references)
+        pictures = (target.canvas,) if mosaic is None else (mosaic, target.canvas)
+        return PreparedSample(
+            prompt=prompt,
+            frame=frame,
+            sam_pixel_values=target.sam_pixels,
+            mllm_images=pictures,
+            mllm_text=self.chat_text(self.instruction(prompt, frame), len(pictures)),
+            shortcut_pixel_values=target.shortcut_pixels,
+        )
 
     def sam_pixels(self, picture: Image.Image) -> torch.Tensor:
         """SAM 3's input for an RGB image, (3, S, S)."""
@@ -298,16 +321,26 @@ class ConceptSegProcessor(ProcessorMixin):
         Returns:
             The sample's frame, and `PreparedSample.mllm_images`.
         """
+        frame, mosaic = self._draw_references(picture.size, references)
+        target = self._on_canvas(picture)
+        return frame, ((target,) if mosaic is None else (mosaic, target))
+
+    def _draw_references(
+        self, image_size: tuple[int, int], references: Sequence[Reference | Mapping[str, Any]] | None
+    ) -> tuple[CoordinateFrame, Image.Image | None]:
         settings = self.mosaic_settings
         resolved = resolve_references(
             references if references is not None else (), self.canvas_size, settings
         )
-        frame = self.make_frame(picture.size, resolved)
-        target = picture.resize((self.canvas_size, self.canvas_size), Image.Resampling.BICUBIC)
+        frame = self.make_frame(image_size, resolved)
         if frame.layout is None:
-            return frame, (target,)
-        mosaic = compose_mosaic(resolved.images, resolved.all_boxes, frame.layout, resolved.proxy, settings)
-        return frame, (mosaic, target)
+            return frame, None
+        return frame, compose_mosaic(
+            resolved.images, resolved.all_boxes, frame.layout, resolved.proxy, settings
+        )
+
+    def _on_canvas(self, picture: Image.Image) -> Image.Image:
+        return picture.resize((self.canvas_size, self.canvas_size), Image.Resampling.BICUBIC)
 
     def prepare_mllm(self, sample: PreparedSample) -> PreparedSample:
         """Fills the MLLM's tensors of a sample in place, once, and returns it."""

@@ -546,3 +546,26 @@ def test_sizes_must_be_positive(argument: str) -> None:
 def test_tokenizer_needs_an_image_token() -> None:
     with pytest.raises(ValueError, match="no image token"):
         ConceptSegProcessor(Qwen2VLImageProcessor(), sam_tokenizer(), Sam3ImageProcessor(), sam_tokenizer())
+
+
+@pytest.mark.parametrize("shortcut_size", [None, 48])
+def test_prompts_about_one_image_read_it_once(processor, monkeypatch, shortcut_size) -> None:
+    processor = processor.with_settings(shortcut_size=shortcut_size)
+    seen = []
+    sam_pixels = ConceptSegProcessor.sam_pixels
+    monkeypatch.setattr(
+        ConceptSegProcessor,
+        "sam_pixels",
+        lambda self, image: seen.append(image.size) or sam_pixels(self, image),
+    )
+    image, other = picture(1), picture(2)
+    prompts = ["red", "blue", "green"]
+    samples = processor(image, prompts)
+    paired = processor([image, other, image], prompts)
+    count = 1 if shortcut_size is None else 2
+    assert len(seen) == 3 * count  # one image, and two
+    assert samples[0].sam_pixel_values is samples[2].sam_pixel_values is not paired[1].sam_pixel_values
+    for sample, prompt in zip(samples, prompts):
+        alone = processor.prepare(image, prompt)
+        assert torch.equal(sample.sam_pixel_values, alone.sam_pixel_values)
+        assert sample.mllm_images == alone.mllm_images and sample.mllm_text == alone.mllm_text
