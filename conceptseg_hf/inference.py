@@ -206,7 +206,7 @@ class Segmenter:
     ) -> dict[int, _Decoded]:
         """Decodes the box of each completion, and nothing where there is none."""
         boxes = {
-            i: self.processor.text_box_to_sam(completion.bbox, samples[i].coordinates)
+            i: samples[i].coordinates.text_box_to_sam(completion.bbox)
             for i, completion in completions.items()
             if completion.bbox is not None
         }
@@ -253,10 +253,8 @@ class Segmenter:
         )
         frame = sample.coordinates
         if completion.bbox is not None:
-            result.box = self.processor.text_box_to_image(completion.bbox, frame)
+            result.box = frame.text_box_to_image(completion.bbox)
         if completion.check is not None:
-            result.check_reference, result.check = self.processor.text_box_to_reference(
-                completion.check, frame
-            )
-        result.check_iou = self.processor.check_iou(completion.check, frame)
+            result.check_reference, result.check = frame.text_box_to_reference(completion.check)
+        result.check_iou = frame.check_iou(completion.check)
         return result

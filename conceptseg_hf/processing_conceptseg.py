@@ -1,11 +1,6 @@
 """ConceptSegProcessor: from images, words and references to tensors, and back to pixels of the input images.
 
-It owns the "text" and "SAM" frames of ARCHITECTURE.md; `references.MosaicLayout` owns the "canvas" frame.
-With w, h the size of an image, S the canvas size and C the coordinate scale:
-
-    image -> canvas   x * S / w, y * S / h for the target; `MosaicLayout.image_to_canvas` for a reference
-    canvas -> text    * C / S
-    image <-> SAM     stretched to SAM 3's square; `post_process_mask` resizes its mask logits back
+Coordinates are the business of `coordinates.CoordinateFrame`, of which each sample has one.
 """
 
 from __future__ import annotations
@@ -14,10 +9,10 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,18 +22,16 @@ from transformers import BatchFeature, ProcessorMixin
 from . import hub, mllm
 from .completion import Completion, format_box, format_box_list, parse_completion
 from .configuration_conceptseg import how_to_convert, is_authors_config
+from .coordinates import CoordinateFrame
 from .images import ImageInput, as_list, load_image
+from .inputs import ConceptSegInputs, PreparedSample, known
 from .mosaic import RESAMPLING, MosaicSettings, make_layout
 from .prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
 from .references import (
-    Box,
-    MosaicLayout,
     Reference,
     ResolvedReferences,
     assign_cells,
-    box_iou,
     compose_mosaic,
-    enclosing_box,
     resolve_references,
 )
 
@@ -50,114 +43,13 @@ SWITCHES = {"mosaic": None, "shortcut_size": None, "sam_resampling": None, "mask
 
 
 @dataclass(frozen=True)
-class Frame:
-    """Where a sample's coordinates come from, so that answers can be brought back.
+class _Target:
+    """What the prompts about one image share: its size, and what the MLLM and SAM 3 see of it."""
 
-    Attributes:
-        image_size: (width, height) of the target image after EXIF rotation.
-        reference_sizes: (width, height) of each reference.
-        layout: The mosaic, or None without references.
-        cell_of_reference: The mosaic cell of each reference; one that the layout has not belongs to a reference that
-            is not shown.
-        proxy: Index of the proxy query among the references, or None.
-        proxy_box: The withheld box in pixels of that reference, or None when it is unknown; of several, the one that
-            encloses them.
-        support_boxes: The boxes shown, in text units of the mosaic, in the order of the references.
-        proxy_boxes: All of the withheld boxes.
-    """
-
-    image_size: tuple[int, int]
-    reference_sizes: tuple[tuple[int, int], ...] = ()
-    layout: MosaicLayout | None = None
-    cell_of_reference: tuple[int, ...] = ()
-    proxy: int | None = None
-    proxy_box: Box | None = None
-    support_boxes: tuple[Box, ...] = ()
-    proxy_boxes: tuple[Box, ...] = ()
-
-
-@dataclass(eq=False)
-class PreparedSample:
-    """One prompt, ready for the model. The MLLM's tensors are None until the processor's `prepare_mllm`.
-
-    Attributes:
-        prompt: The user's words.
-        frame: The sample's coordinate frames.
-        sam_pixel_values: SAM 3's input, (3, S, S).
-        mllm_images: What the MLLM sees, as pictures of canvas size: the mosaic (if there are references),
-            then the target.
-        mllm_text: The chat text, with one image token per picture.
-        input_ids: Token ids of the chat, image tokens expanded, (L,).
-        mm_token_type_ids: 1 at image tokens, else 0, (L,).
-        pixel_values: Patches of all pictures, (patches, d).
-        image_grid_thw: Patch grid of each picture, (pictures, 3).
-        error: None, or one sentence that says why this sample cannot be segmented; all tensors are None then.
-        shortcut_pixel_values: SAM 3's input on the shortcut, (3, S, S), where that is another one
-            (`shortcut_size`); else None.
-    """
-
-    prompt: str
-    frame: Frame | None = None
-    sam_pixel_values: torch.Tensor | None = None
-    mllm_images: tuple[Image.Image, ...] = ()
-    mllm_text: str = ""
-    input_ids: torch.Tensor | None = None
-    mm_token_type_ids: torch.Tensor | None = None
-    pixel_values: torch.Tensor | None = None
-    image_grid_thw: torch.Tensor | None = None
-    error: str | None = None
-    shortcut_pixel_values: torch.Tensor | None = None
-
-    @property
-    def coordinates(self) -> Frame:
-        """The sample's coordinate frames.
-
-        Raises:
-            ValueError: If the sample could not be prepared.
-        """
-        return _known(self.frame, "coordinate frames")
-
-    @classmethod
-    def failed(cls, prompt: str, error: str) -> PreparedSample:
-        """The stand-in for an item that could not be prepared."""
-        return cls(prompt=prompt, error=error)
-
-    def to(self, device: torch.device | str) -> PreparedSample:
-        """A copy whose tensors are on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **moved)
-
-
-@dataclass(eq=False)
-class ConceptSegInputs(Sequence):
-    """What a processor returns and `model.segment` takes: samples of any size, and that processor."""
-
-    samples: list[PreparedSample]
-    processor: ConceptSegProcessor = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int | slice) -> Any:
-        return replace(self, samples=self.samples[index]) if isinstance(index, slice) else self.samples[index]
-
-    def __iter__(self) -> Iterator[PreparedSample]:
-        return iter(self.samples)
-
-    def to(self, device: torch.device | str) -> ConceptSegInputs:
-        """A copy whose tensors are on `device`; samples that share SAM 3's input go on sharing it."""
-        samples = [sample.to(device) for sample in self.samples]
-        for name in _SAM_PIXELS:
-            shared: dict[int, torch.Tensor | None] = {}
-            for before, after in zip(self.samples, samples, strict=True):
-                setattr(after, name, shared.setdefault(id(getattr(before, name)), getattr(after, name)))
-        return replace(self, samples=samples)
-
-
-# What samples of one image share.
-_SAM_PIXELS = ("sam_pixel_values", "shortcut_pixel_values")
+    size: tuple[int, int]
+    canvas: Image.Image
+    sam_pixels: torch.Tensor
+    shortcut_pixels: torch.Tensor | None
 
 
 class ConceptSegProcessor(ProcessorMixin):
@@ -355,11 +247,13 @@ class ConceptSegProcessor(ProcessorMixin):
                 f"ConceptSegProcessor: got {len(images)} images, {len(prompts)} prompts and "
                 f"{len(references)} lists of references; give one prompt and one list per image."
             )
-        samples = [self.prepare(*item, lazy=True) for item in zip(images, prompts, references, strict=True)]
-        for name in _SAM_PIXELS:
-            first: dict[int, torch.Tensor | None] = {}
-            for image, sample in zip(images, samples, strict=True):
-                setattr(sample, name, first.setdefault(id(image), getattr(sample, name)))
+        targets: dict[int, _Target] = {}  # an image that several prompts are about is read once
+        samples = []
+        for image, prompt, shown in zip(images, prompts, references, strict=True):
+            self.check_prompt(prompt)
+            if id(image) not in targets:
+                targets[id(image)] = self._read_target(image)
+            samples.append(self._prepare(targets[id(image)], prompt, shown))
         return ConceptSegInputs(samples, self)
 
     def prepare(
@@ -383,19 +277,30 @@ class ConceptSegProcessor(ProcessorMixin):
             ValueError: If an input cannot be used; the message is one sentence.
         """
         self.check_prompt(prompt)
+        sample = self._prepare(self._read_target(image), prompt, references)
+        return sample if lazy else self.prepare_mllm(sample)
+
+    def _read_target(self, image: ImageInput) -> _Target:
         picture = load_image(image)
-        frame, pictures = self.draw_pictures(picture, references)
-        sample = PreparedSample(
-            prompt=prompt,
-            frame=frame,
-            sam_pixel_values=self.sam_pixels(picture),
-            mllm_images=pictures,
-            mllm_text=self.chat_text(self.instruction(prompt, frame), len(pictures)),
-        )
+        shortcut = None
         if self.shortcut_size is not None:
             size = (self.shortcut_size, self.shortcut_size)
-            sample.shortcut_pixel_values = self.sam_pixels(picture.resize(size, Image.Resampling.BICUBIC))
-        return sample if lazy else self.prepare_mllm(sample)
+            shortcut = self.sam_pixels(picture.resize(size, Image.Resampling.BICUBIC))
+        return _Target(picture.size, self._on_canvas(picture), self.sam_pixels(picture), shortcut)
+
+    def _prepare(
+        self, target: _Target, prompt: str, references: Sequence[Reference | Mapping[str, Any]] | None
+    ) -> PreparedSample:
+        frame, mosaic = self._draw_references(target.size, references)
+        pictures = (target.canvas,) if mosaic is None else (mosaic, target.canvas)
+        return PreparedSample(
+            prompt=prompt,
+            frame=frame,
+            sam_pixel_values=target.sam_pixels,
+            mllm_images=pictures,
+            mllm_text=self.chat_text(self.instruction(prompt, frame), len(pictures)),
+            shortcut_pixel_values=target.shortcut_pixels,
+        )
 
     def sam_pixels(self, picture: Image.Image) -> torch.Tensor:
         """SAM 3's input for an RGB image, (3, S, S)."""
@@ -406,7 +311,7 @@ class ConceptSegProcessor(ProcessorMixin):
 
     def draw_pictures(
         self, picture: Image.Image, references: Sequence[Reference | Mapping[str, Any]] | None
-    ) -> tuple[Frame, tuple[Image.Image, ...]]:
+    ) -> tuple[CoordinateFrame, tuple[Image.Image, ...]]:
         """Draws what the MLLM sees of a prompt.
 
         Args:
@@ -416,16 +321,26 @@ class ConceptSegProcessor(ProcessorMixin):
         Returns:
             The sample's frame, and `PreparedSample.mllm_images`.
         """
+        frame, mosaic = self._draw_references(picture.size, references)
+        target = self._on_canvas(picture)
+        return frame, ((target,) if mosaic is None else (mosaic, target))
+
+    def _draw_references(
+        self, image_size: tuple[int, int], references: Sequence[Reference | Mapping[str, Any]] | None
+    ) -> tuple[CoordinateFrame, Image.Image | None]:
         settings = self.mosaic_settings
         resolved = resolve_references(
             references if references is not None else (), self.canvas_size, settings
         )
-        frame = self.make_frame(picture.size, resolved)
-        target = picture.resize((self.canvas_size, self.canvas_size), Image.Resampling.BICUBIC)
+        frame = self.make_frame(image_size, resolved)
         if frame.layout is None:
-            return frame, (target,)
-        mosaic = compose_mosaic(resolved.images, resolved.all_boxes, frame.layout, resolved.proxy, settings)
-        return frame, (mosaic, target)
+            return frame, None
+        return frame, compose_mosaic(
+            resolved.images, resolved.all_boxes, frame.layout, resolved.proxy, settings
+        )
+
+    def _on_canvas(self, picture: Image.Image) -> Image.Image:
+        return picture.resize((self.canvas_size, self.canvas_size), Image.Resampling.BICUBIC)
 
     def prepare_mllm(self, sample: PreparedSample) -> PreparedSample:
         """Fills the MLLM's tensors of a sample in place, once, and returns it."""
@@ -490,7 +405,7 @@ class ConceptSegProcessor(ProcessorMixin):
             else [[]] * len(samples)
         )
         ends_count = [end_of_turn] * len(samples) if isinstance(end_of_turn, bool) else list(end_of_turn)
-        prompts = [_known(sample.input_ids, "input_ids") for sample in samples]
+        prompts = [known(sample.input_ids, "input_ids") for sample in samples]
         prompt_length = max(map(len, prompts))
         length = prompt_length + max(map(len, endings))
         pad = (
@@ -506,7 +421,7 @@ class ConceptSegProcessor(ProcessorMixin):
         ):
             prompt, end = slice(prompt_length - len(ids), prompt_length), prompt_length + len(ending)
             input_ids[row, prompt] = ids.cpu()
-            token_types[row, prompt] = _known(sample.mm_token_type_ids, "mm_token_type_ids").cpu()
+            token_types[row, prompt] = known(sample.mm_token_type_ids, "mm_token_type_ids").cpu()
             input_ids[row, prompt_length:end] = torch.tensor(ending, dtype=torch.long)
             attention_mask[row, prompt.start : end] = 1
             completion_mask[row, prompt_length : max(end - (not end_counts), prompt_length)] = True
@@ -514,9 +429,9 @@ class ConceptSegProcessor(ProcessorMixin):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "mm_token_type_ids": token_types,
-            "pixel_values": torch.cat([_known(sample.pixel_values, "pixel_values") for sample in samples]),
+            "pixel_values": torch.cat([known(sample.pixel_values, "pixel_values") for sample in samples]),
             "image_grid_thw": torch.cat(
-                [_known(sample.image_grid_thw, "image_grid_thw") for sample in samples]
+                [known(sample.image_grid_thw, "image_grid_thw") for sample in samples]
             ),
         }
         if completions is not None:
@@ -554,109 +469,9 @@ class ConceptSegProcessor(ProcessorMixin):
         expect_check = None if sample is None or sample.frame is None else sample.frame.proxy is not None
         return parse_completion(text, self.coordinate_scale, expect_check)
 
-    def box_to_text(self, box: Sequence[float], frame: Frame) -> Box:
-        """Maps a box from pixels of the target image to text units."""
-        scaled = _scaled(
-            box, self.coordinate_scale / frame.image_size[0], self.coordinate_scale / frame.image_size[1]
-        )
-        return self._with_text_corners(scaled)
-
-    def text_box_to_image(self, box: Sequence[float], frame: Frame) -> Box:
-        """Maps a box from text units to pixels of the target image, clipped to it; inverts `box_to_text`."""
-        width, height = frame.image_size
-        box = self._without_text_corners(box)
-        return _clipped(
-            _scaled(box, width / self.coordinate_scale, height / self.coordinate_scale), frame.image_size
-        )
-
-    def text_box_to_sam(self, box: Sequence[float], frame: Frame) -> Box:
-        """Maps a box from text units to SAM 3's prompt: (centre x, centre y, width, height), shares of the image."""
-        width, height = frame.image_size
-        x1, y1, x2, y2 = self.text_box_to_image(box, frame)
-        return (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height
-
-    def reference_box_to_text(self, box: Sequence[float], reference: int, frame: Frame) -> Box:
-        """Maps a box from pixels of a reference to text units of the mosaic."""
-        canvas = self._layout(frame).image_to_canvas(
-            box, frame.cell_of_reference[reference], frame.reference_sizes[reference]
-        )
-        return self._with_text_corners(_scaled(canvas, self.coordinate_scale / self.canvas_size))
-
-    def text_box_to_reference(
-        self, box: Sequence[float], frame: Frame
-    ) -> tuple[int, Box] | tuple[None, None]:
-        """Maps a mosaic box from text units to the reference that holds its centre.
-
-        Returns:
-            The reference's index and the box in its pixels, clipped to it; (None, None) if there are no
-            references or the cell is empty.
-        """
-        if frame.layout is None:
-            return None, None
-        canvas = _scaled(self._without_text_corners(box), self.canvas_size / self.coordinate_scale)
-        cell = frame.layout.cell_at(canvas)
-        if cell not in frame.cell_of_reference:
-            return None, None
-        reference = frame.cell_of_reference.index(cell)
-        size = frame.reference_sizes[reference]
-        return reference, _clipped(frame.layout.canvas_to_image(canvas, cell, size), size)
-
-    def check_to_text(self, frame: Frame) -> Box | None:
-        """What `<check>` should be: the proxy query's withheld box in text units; None if there is none.
-
-        Of several boxes it is the largest, or the one that encloses them (`MosaicSettings.several_boxes`).
-        """
-        boxes = self.check_boxes_to_text(frame)
-        return max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1])) if boxes else None
-
-    def check_iou(self, check: Sequence[float] | None, frame: Frame) -> float | None:
-        """IoU of a `<check>` box and the withheld box, both in text units.
-
-        Of several boxes the one that fits best counts, or the one that encloses them
-        (`MosaicSettings.several_boxes`).
-
-        Returns:
-            0 when no check was given, None when there is no withheld box to compare with.
-        """
-        truths = self.check_boxes_to_text(frame)
-        if not truths:
-            return None
-        return 0.0 if check is None else max(box_iou(check, truth) for truth in truths)
-
-    def check_boxes_to_text(self, frame: Frame) -> list[Box]:
-        """The proxy query's withheld boxes that a check may fit, in text units.
-
-        None without a proxy query with a box; several only where it has several boxes
-        (`MosaicSettings.several_boxes`).
-        """
-        if frame.proxy is None or frame.proxy_box is None:
-            return []
-        boxes = frame.proxy_boxes or (frame.proxy_box,)
-        if self.mosaic_settings.several_boxes == "enclosing":
-            around = enclosing_box(boxes)
-            boxes = () if around is None else (around,)
-        return [self.reference_box_to_text(box, frame.proxy, frame) for box in boxes]
-
-    @property
-    def _text_pixel(self) -> float:
-        """What a box in the text is short of, in text units: a canvas pixel where it ends on its last one."""
-        inclusive = self.mosaic_settings.corners == "inclusive"
-        return self.coordinate_scale / self.canvas_size if inclusive else 0.0
-
-    def _with_text_corners(self, box: Box) -> Box:
-        pixel = self._text_pixel
-        if not pixel:
-            return box
-        x1, y1, x2, y2 = box
-        return x1, y1, max(x1, x2 - pixel), max(y1, y2 - pixel)
-
-    def _without_text_corners(self, box: Sequence[float]) -> Box:
-        """Inverts `_with_text_corners`; the empty box [0, 0, 0, 0] stays empty."""
-        x1, y1, x2, y2 = box
-        pixel = self._text_pixel if any(box) else 0.0
-        return x1, y1, x2 + pixel, y2 + pixel
-
-    def post_process_mask(self, logits: torch.Tensor, frame: Frame) -> tuple[Image.Image, np.ndarray]:
+    def post_process_mask(
+        self, logits: torch.Tensor, frame: CoordinateFrame
+    ) -> tuple[Image.Image, np.ndarray]:
         """Brings SAM 3's mask logits to the pixels of the target image.
 
         Args:
@@ -737,33 +552,39 @@ class ConceptSegProcessor(ProcessorMixin):
             if token in text:
                 raise ValueError(f"{what} contains the reserved token {token!r}; leave it out.")
 
-    def make_frame(self, image_size: tuple[int, int], references: ResolvedReferences) -> Frame:
-        """Lays the references of a target image of (width, height) out on the mosaic."""
-        count = len(references.images)
-        if not count:
-            return Frame(image_size)
-        layout = make_layout(count, self.canvas_size, self.mosaic_settings)
-        proxy = references.proxy
-        frame = Frame(
+    def make_frame(
+        self, image_size: tuple[int, int], references: ResolvedReferences | None = None
+    ) -> CoordinateFrame:
+        """The coordinate frame of a target image of (width, height), with its references laid out on the mosaic."""
+        settings = self.mosaic_settings
+        frame = CoordinateFrame(
             image_size=image_size,
+            canvas_size=self.canvas_size,
+            coordinate_scale=self.coordinate_scale,
+            inclusive_corners=settings.corners == "inclusive",
+            encloses_boxes=settings.several_boxes == "enclosing",
+        )
+        if references is None or not references.images:
+            return frame
+        count, proxy = len(references.images), references.proxy
+        layout = make_layout(count, self.canvas_size, settings)
+        frame = replace(
+            frame,
             reference_sizes=tuple(image.size for image in references.images),
             layout=layout,
             cell_of_reference=assign_cells(count, proxy),
             proxy=proxy,
-            proxy_box=None if proxy is None else references.boxes[proxy],
             proxy_boxes=() if proxy is None else references.all_boxes[proxy],
         )
         shown = [
-            (index, box)
+            frame.reference_box_to_text(box, index)
             for index, boxes in enumerate(references.all_boxes)
             for box in boxes
             if index != proxy and frame.cell_of_reference[index] in layout
         ]
-        return replace(
-            frame, support_boxes=tuple(self.reference_box_to_text(box, index, frame) for index, box in shown)
-        )
+        return replace(frame, support_boxes=tuple(shown))
 
-    def instruction(self, prompt: str, frame: Frame) -> str:
+    def instruction(self, prompt: str, frame: CoordinateFrame) -> str:
         """The template's text for the user's words and the boxes that are shown."""
         if frame.layout is None:
             variant = "no_reference"
@@ -805,12 +626,6 @@ class ConceptSegProcessor(ProcessorMixin):
             )
         return [*ids, self.tokenizer.eos_token_id]
 
-    @staticmethod
-    def _layout(frame: Frame) -> MosaicLayout:
-        if frame.layout is None:
-            raise ValueError("this sample has no references, so there is no mosaic to map a box to.")
-        return frame.layout
-
 
 def _checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of `ConceptSegProcessor` as they are kept: plain data, so that they are saved.
@@ -843,32 +658,6 @@ def _checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-_T = TypeVar("_T")
+Frame = CoordinateFrame  # its name before
 
-
-def _known(value: _T | None, name: str) -> _T:
-    if value is None:
-        raise ValueError(
-            f"a sample has no {name}; give what the processor's `prepare` and `prepare_mllm` return."
-        )
-    return value
-
-
-def _scaled(box: Sequence[float], scale_x: float, scale_y: float | None = None) -> Box:
-    scale_y = scale_x if scale_y is None else scale_y
-    x1, y1, x2, y2 = box
-    return x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
-
-
-def _clipped(box: Box, size: tuple[int, int]) -> Box:
-    width, height = map(float, size)
-    x1, y1, x2, y2 = box
-    return (
-        min(max(x1, 0.0), width),
-        min(max(y1, 0.0), height),
-        min(max(x2, 0.0), width),
-        min(max(y2, 0.0), height),
-    )
-
-
-__all__ = ["ConceptSegInputs", "ConceptSegProcessor", "Frame", "PreparedSample"]
+__all__ = ["ConceptSegInputs", "ConceptSegProcessor", "CoordinateFrame", "Frame", "PreparedSample"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +227,33 @@ def record_like() -> Callable[..., dict[str, Any]]:
         return make_record(sample, result, "standard", metrics) | changes
 
     return make
+
+
+_LOST = ("gloo/transport", "EADDRINUSE", "Address already in use")
+
+
+@pytest.fixture(scope="session")
+def run_two_processes() -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a program in two processes of torchrun; see `run`."""
+
+    def run(*words: str, env: Mapping[str, str]) -> subprocess.CompletedProcess:
+        """Starts it again, once, where its processes did not find each other.
+
+        torchrun picks a port that is free, and binds it later: another test may have taken it in the meantime.
+        """
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            *words,
+        ]
+        for _ in range(2):
+            done = subprocess.run(command, env=env, capture_output=True, text=True)
+            if done.returncode == 0 or not any(fault in done.stderr for fault in _LOST):
+                break
+        return done
+
+    return run

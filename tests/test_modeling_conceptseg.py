@@ -605,7 +605,7 @@ def test_bad_items_do_not_stop_the_others(model, processor, inputs):
 
 def test_a_completion_is_brought_back_to_pixels(model, processor, inputs, references, monkeypatch):
     sample = inputs[1]  # two boxed references: the first is the proxy query
-    check = processor.check_to_text(sample.frame)
+    check = sample.frame.check_box
     text = format_completion("a star", "find red", check, (10, 20, 50, 80), "red circle", 100)
     script(monkeypatch, model, processor, [text, "the object is red", "<answer> star </answer>"])
     samples = [sample, inputs[2], inputs[0]]

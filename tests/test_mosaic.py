@@ -78,7 +78,7 @@ def test_four_masked_references_as_released(released):
     # 640 / 300 pixels of the mask for one of the cell, which is a mean of those up to 2.13 from its middle: the first
     # and last that see any of 7.5 to 60.5 are 3 (its middle is 7.47) and 28 (60.8).
     assert boxes[1][0] == 303 and boxes[1][2] == 328
-    assert released.check_to_text(frame) == pytest.approx(boxes[0])
+    assert frame.check_box == pytest.approx(boxes[0])
 
     wanted = Image.new("RGB", (600, 600))
     for reference, corner in zip(references, CELLS, strict=True):
@@ -102,7 +102,7 @@ def test_more_than_four_references_lose_the_last(released):
 def test_one_that_is_not_shown_is_no_proxy_query(released):
     references = [*(Reference(picture(seed)) for seed in range(4)), masked(9, (100, 40, 333, 199))]
     frame, _ = released.draw_pictures(picture(0), references)
-    assert frame.proxy is None and frame.support_boxes == () and released.check_to_text(frame) is None
+    assert frame.proxy is None and frame.support_boxes == () and frame.check_box is None
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -132,11 +132,11 @@ def test_a_mask_too_small_for_its_cell_keeps_its_own_box():
 
 def test_corners_go_there_and_back(released):
     frame, _ = released.draw_pictures(picture(0, (600, 600)), [])
-    assert released.box_to_text((10, 20, 30, 41), frame) == (10, 20, 29, 40)
-    assert released.text_box_to_image((10, 20, 29, 40), frame) == (10, 20, 30, 41)
-    assert released.text_box_to_image((0, 0, 0, 0), frame) == (0, 0, 0, 0)
-    usual = released.with_settings(mosaic=None)
-    assert usual.box_to_text((10, 20, 30, 41), frame) == (10, 20, 30, 41)
+    assert frame.image_box_to_text((10, 20, 30, 41)) == (10, 20, 29, 40)
+    assert frame.text_box_to_image((10, 20, 29, 40)) == (10, 20, 30, 41)
+    assert frame.text_box_to_image((0, 0, 0, 0)) == (0, 0, 0, 0)
+    usual, _ = released.with_settings(mosaic=None).draw_pictures(picture(0, (600, 600)), [])
+    assert usual.image_box_to_text((10, 20, 30, 41)) == (10, 20, 30, 41)
 
 
 def test_what_the_mllm_sees_by_default_is_as_before_there_were_settings(processor):
@@ -187,16 +187,17 @@ def test_several_boxes_of_a_proxy_query_are_withheld_and_fit_best_or_all_at_once
     small = (2 * 300 / 64, 3 * 300 / 48, 12 * 300 / 64, 13 * 300 / 48)
     large = (30 * 300 / 64, 20 * 300 / 48, 60 * 300 / 64, 44 * 300 / 48)
     around = (*small[:2], *large[2:])
-    assert processor.check_iou(small, frame) == processor.check_iou(large, frame) == 1
+    assert frame.check_iou(small) == frame.check_iou(large) == 1
     area_small, area_large, area_around = (
         (box[2] - box[0]) * (box[3] - box[1]) for box in (small, large, around)
     )
-    assert processor.check_iou(around, frame) == pytest.approx(area_large / area_around)
-    assert processor.check_to_text(frame) == pytest.approx(large)
+    assert frame.check_iou(around) == pytest.approx(area_large / area_around)
+    assert frame.check_box == pytest.approx(large)
     enclosing = processor.with_settings(mosaic={"several_boxes": "enclosing"})
-    assert enclosing.check_iou(around, frame) == 1
-    assert enclosing.check_iou(small, frame) == pytest.approx(area_small / area_around)
-    assert enclosing.check_to_text(frame) == pytest.approx(around)
+    frame, _ = enclosing.draw_pictures(picture(0), references)
+    assert frame.check_iou(around) == 1
+    assert frame.check_iou(small) == pytest.approx(area_small / area_around)
+    assert frame.check_box == pytest.approx(around)
     assert enclosing_box(TWO) == (2, 3, 60, 44)
 
 

@@ -10,16 +10,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoProcessor, PreTrainedTokenizerFast, Qwen2VLImageProcessor, Sam3ImageProcessor
 
-from conceptseg_hf import ConceptSegProcessor, Reference, format_completion, parse_completion
-from conceptseg_hf.processing_conceptseg import Frame, PreparedSample
+from conceptseg_hf import ConceptSegProcessor, Reference
+from conceptseg_hf.processing_conceptseg import CoordinateFrame, PreparedSample
 from conceptseg_hf.prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
-from conceptseg_hf.references import MosaicLayout, assign_cells, compose_mosaic
+from conceptseg_hf.references import MosaicLayout, compose_mosaic
 
 SPECIAL = [
     "<|endoftext|>",
@@ -161,8 +159,8 @@ def test_unboxed_proxy_is_checked_without_ground_truth(processor: ConceptSegProc
     sample = processor.prepare(picture(), "x", [Reference(picture(1)), Reference(picture(2), role="proxy")])
     assert "<check>" in sample.mllm_text and "provided at none." in sample.mllm_text
     assert sample.frame.proxy == 1 and sample.frame.cell_of_reference == (1, 0)
-    assert processor.check_to_text(sample.frame) is None
-    assert processor.check_iou((0, 0, 1, 1), sample.frame) is None
+    assert sample.frame.check_box is None
+    assert sample.frame.check_iou((0, 0, 1, 1)) is None
 
 
 def test_both_chat_forms_agree(processor: ConceptSegProcessor) -> None:
@@ -439,89 +437,26 @@ def test_sam_text_is_padded_or_cut(processor: ConceptSegProcessor) -> None:
 # Back to the input images
 
 
-@st.composite
-def boxes_in(draw: st.DrawFn, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    x = sorted(draw(st.lists(st.floats(0, size[0]), min_size=2, max_size=2)))
-    y = sorted(draw(st.lists(st.floats(0, size[1]), min_size=2, max_size=2)))
-    return x[0], y[0], x[1], y[1]
-
-
-sizes = st.tuples(st.integers(1, 4000), st.integers(1, 4000))
-scales = st.sampled_from([1.0, 64.0, 100.0, 600.0])
-
-
-@pytest.fixture(scope="module")
-def scaled_processors() -> dict[float, ConceptSegProcessor]:
-    return {scale: build(coordinate_scale=scale) for scale in (1.0, 64.0, 100.0, 600.0)}
-
-
-@settings(deadline=None, max_examples=200)
-@given(sizes, scales, st.data())
-def test_target_box_round_trip(
-    scaled_processors: dict, size: tuple[int, int], scale: float, data: st.DataObject
-) -> None:
-    processor, frame = scaled_processors[scale], Frame(size)
-    box = data.draw(boxes_in(size))
-    text_box = processor.box_to_text(box, frame)
-    assert min(text_box) >= 0 and max(text_box) <= scale * (1 + 1e-12)
-    np.testing.assert_allclose(processor.text_box_to_image(text_box, frame), box, rtol=1e-9, atol=1e-6)
-    cx, cy, width, height = processor.text_box_to_sam(text_box, frame)
-    corners = np.array([cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2])
-    np.testing.assert_allclose(corners * np.tile(frame.image_size, 2), box, atol=1e-6)
-    # Through the written completion: exact up to half a unit of the text.
-    completion = parse_completion(format_completion("", "", None, text_box, "x", scale), scale)
-    unit = 1 if scale > 1 else 0.001
-    back = processor.text_box_to_image(completion.bbox, frame)
-    for side in (0, 1):
-        np.testing.assert_allclose(back[side::2], box[side::2], atol=size[side] * unit / scale / 2 + 1e-6)
-
-
-@settings(deadline=None, max_examples=300)
-@given(st.integers(1, 9), scales, st.data())
-def test_reference_box_round_trip(
-    scaled_processors: dict, count: int, scale: float, data: st.DataObject
-) -> None:
-    processor = scaled_processors[scale]
-    proxy = data.draw(st.one_of(st.none(), st.integers(0, count - 1))) if count > 1 else None
-    grid = 1 if count == 1 else 2 if count <= 4 else 3
-    reference_sizes = tuple(data.draw(sizes) for _ in range(count))
-    frame = Frame(
-        SIZE, reference_sizes, MosaicLayout(grid, processor.canvas_size), assign_cells(count, proxy), proxy
-    )
-    index = data.draw(st.integers(0, count - 1))
-    width, height = reference_sizes[index]
-    box = data.draw(boxes_in((width, height)))
-    text_box = processor.reference_box_to_text(box, index, frame)
-    found, back = processor.text_box_to_reference(text_box, frame)
-    centre_on_edge = (box[0] + box[2]) / 2 > width * (1 - 1e-9) or (box[1] + box[3]) / 2 > height * (1 - 1e-9)
-    if not centre_on_edge:  # an empty box on the far edge belongs to the next cell as well
-        assert found == index
-        np.testing.assert_allclose(back, box, rtol=1e-9, atol=1e-6)
-
-
 def test_check_is_the_withheld_box(processor: ConceptSegProcessor) -> None:
     references = [boxed(1), boxed(2), Reference(picture(3, (40, 80)), box=(10, 20, 30, 60), role="proxy")]
     frame = processor.prepare(picture(), "red", references).frame
     assert (frame.proxy, frame.cell_of_reference, frame.proxy_box) == (2, (1, 2, 0), (10, 20, 30, 60))
-    assert processor.check_to_text(frame) == (12.5, 12.5, 37.5, 37.5)
-    assert processor.text_box_to_reference((12.5, 12.5, 37.5, 37.5), frame) == (2, (10, 20, 30, 60))
-    assert processor.check_iou((12.5, 12.5, 37.5, 37.5), frame) == 1
-    assert processor.check_iou((62.5, 12.5, 87.5, 37.5), frame) == 0
-    assert processor.check_iou(None, frame) == 0
+    assert frame.check_box == (12.5, 12.5, 37.5, 37.5)
+    assert frame.text_box_to_reference((12.5, 12.5, 37.5, 37.5)) == (2, (10, 20, 30, 60))
+    assert frame.check_iou((12.5, 12.5, 37.5, 37.5)) == 1
+    assert frame.check_iou((62.5, 12.5, 87.5, 37.5)) == 0
+    assert frame.check_iou(None) == 0
 
 
 def test_check_boxes_that_point_nowhere(processor: ConceptSegProcessor) -> None:
     frame = processor.prepare(picture(), "red", references_of("with_proxy")).frame
-    assert processor.text_box_to_reference((80, 80, 90, 90), frame) == (
-        None,
-        None,
-    )  # the fourth cell is empty
-    assert processor.text_box_to_reference((0, 0, 1, 1), Frame(SIZE)) == (None, None)
-    assert processor.check_to_text(Frame(SIZE)) is None
+    assert frame.text_box_to_reference((80, 80, 90, 90)) == (None, None)  # the fourth cell is empty
+    assert CoordinateFrame(SIZE).text_box_to_reference((0, 0, 1, 1)) == (None, None)
+    assert CoordinateFrame(SIZE).check_box is None
     # A box across two cells is cut at the reference that holds its centre.
-    assert processor.text_box_to_reference((0, 0, 60, 50), frame) == (0, (0, 0, 90, 60))
+    assert frame.text_box_to_reference((0, 0, 60, 50)) == (0, (0, 0, 90, 60))
     with pytest.raises(ValueError, match="has no references"):
-        processor.reference_box_to_text((0, 0, 1, 1), 0, Frame(SIZE))
+        CoordinateFrame(SIZE).reference_box_to_text((0, 0, 1, 1), 0)
 
 
 def test_decode_completion(processor: ConceptSegProcessor) -> None:
@@ -546,7 +481,7 @@ def test_post_process_mask(processor: ConceptSegProcessor) -> None:
     logits = torch.full((8, 8), -4.0)
     logits[:, 4:] = 4.0
     mask, probability = processor.post_process_mask(
-        logits.to(torch.bfloat16).requires_grad_(), Frame((90, 60))
+        logits.to(torch.bfloat16).requires_grad_(), CoordinateFrame((90, 60))
     )
     assert mask.mode == "L" and mask.size == (90, 60)
     values = np.asarray(mask)
@@ -557,7 +492,7 @@ def test_post_process_mask(processor: ConceptSegProcessor) -> None:
 
 
 def test_zero_logits_are_background(processor: ConceptSegProcessor) -> None:
-    mask, _ = processor.post_process_mask(torch.zeros(4, 4), Frame((5, 7)))
+    mask, _ = processor.post_process_mask(torch.zeros(4, 4), CoordinateFrame((5, 7)))
     assert not np.asarray(mask).any()
 
 
@@ -611,3 +546,26 @@ def test_sizes_must_be_positive(argument: str) -> None:
 def test_tokenizer_needs_an_image_token() -> None:
     with pytest.raises(ValueError, match="no image token"):
         ConceptSegProcessor(Qwen2VLImageProcessor(), sam_tokenizer(), Sam3ImageProcessor(), sam_tokenizer())
+
+
+@pytest.mark.parametrize("shortcut_size", [None, 48])
+def test_prompts_about_one_image_read_it_once(processor, monkeypatch, shortcut_size) -> None:
+    processor = processor.with_settings(shortcut_size=shortcut_size)
+    seen = []
+    sam_pixels = ConceptSegProcessor.sam_pixels
+    monkeypatch.setattr(
+        ConceptSegProcessor,
+        "sam_pixels",
+        lambda self, image: seen.append(image.size) or sam_pixels(self, image),
+    )
+    image, other = picture(1), picture(2)
+    prompts = ["red", "blue", "green"]
+    samples = processor(image, prompts)
+    paired = processor([image, other, image], prompts)
+    count = 1 if shortcut_size is None else 2
+    assert len(seen) == 3 * count  # one image, and two
+    assert samples[0].sam_pixel_values is samples[2].sam_pixel_values is not paired[1].sam_pixel_values
+    for sample, prompt in zip(samples, prompts):
+        alone = processor.prepare(image, prompt)
+        assert torch.equal(sample.sam_pixel_values, alone.sam_pixel_values)
+        assert sample.mllm_images == alone.mllm_images and sample.mllm_text == alone.mllm_text

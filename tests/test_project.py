@@ -25,7 +25,7 @@ ROWS = [
     {"evaluation", "pipelines", "conversion"},
     {"visualization", "data", "loading", "profiles"},
     {"modeling_conceptseg", "inference"},
-    {"processing_conceptseg", "generation", "hub"},
+    {"processing_conceptseg", "inputs", "generation", "hub"},
 ]
 
 NO_SOCKETS = """

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,22 +32,21 @@ def command(*options: str) -> list[str]:
     return [sys.executable, "-m", "conceptseg_hf.cli", "evaluate", *options]
 
 
-def run_two(folder: Path, *options: str) -> list[dict]:
+@pytest.fixture()
+def run_two(run_two_processes) -> Callable[..., list[dict]]:
     """Runs `conceptseg evaluate` in two processes; returns what each did."""
-    notes = folder / "notes"
-    notes.mkdir(parents=True)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [*launcher, str(SCRIPT), str(notes), *options],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.count("foreground IoU: ") == 1, "only the main process prints"
-    assert "\r" not in result.stderr, "a pipe has no bars"
-    return [json.loads((notes / f"{rank}.json").read_text()) for rank in range(2)]
+
+    def run(folder: Path, *options: str) -> list[dict]:
+        notes = folder / "notes"
+        notes.mkdir(parents=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        result = run_two_processes(str(SCRIPT), str(notes), *options, env=environment)
+        assert result.returncode == 0, result.stderr[-20000:]
+        assert result.stdout.count("foreground IoU: ") == 1, "only the main process prints"
+        assert "\r" not in result.stderr, "a pipe has no bars"
+        return [json.loads((notes / f"{rank}.json").read_text()) for rank in range(2)]
+
+    return run
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @needs_nano
 @pytest.mark.slow
-def test_two_processes_give_the_table_of_one_to_the_last_digit(tmp_path):
+def test_two_processes_give_the_table_of_one_to_the_last_digit(run_two, tmp_path):
     options = ("--limit", "29", "--batch-size", "4", "--metrics", "miou,giou,ciou,mae,ber,mdice")
     model, processor = load_model_and_processor(device="cpu")
     whole = tmp_path / "whole"

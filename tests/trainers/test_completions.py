@@ -47,7 +47,7 @@ def test_true_completions_hold_what_the_sample_says(samples, processor, prepared
         parsed = parse_completion(completion.text, processor.coordinate_scale, item.frame.proxy is not None)
         assert parsed.is_valid
         assert (parsed.think, parsed.rule, parsed.answer) == (sample.think, sample.rule, sample.answer)
-        assert parsed.bbox == pytest.approx(processor.box_to_text(sample.box, item.frame), abs=0.51)
+        assert parsed.bbox == pytest.approx(item.frame.image_box_to_text(sample.box), abs=0.51)
         assert (completion.sam_text, completion.rule) == (sample.answer, sample.rule)
 
 
@@ -68,7 +68,7 @@ def test_released_completions_are_a_box_between_blank_tags(samples, processor, p
     """Blank think, color and answer around the true box, a list of Python; SAM 3's word is always "visual"."""
     for sample in samples:
         frame = prepared(sample).frame
-        box = (0, 0, 0, 0) if sample.box is None else processor.box_to_text(sample.box, frame)
+        box = (0, 0, 0, 0) if sample.box is None else frame.image_box_to_text(sample.box)
         numbers = [math.floor(value + 0.5) for value in box]
         completion = released_completion(sample, frame, processor)
         assert (

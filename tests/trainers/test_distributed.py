@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,17 +20,17 @@ WORKER = Path(__file__).with_name("two_processes.py")
 LOGGED = ("loss", "kl", "loss/grpo", "loss/seg", "loss/dice", "loss/focal", "mask_iou", "box_iou", "reward")
 
 
-def run_two(kind: str, folder: Path) -> dict:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    result = subprocess.run(
-        [*command, str(WORKER), kind, str(folder)],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads((folder / "figures.json").read_text())
+@pytest.fixture(scope="module")
+def run_two(run_two_processes) -> Callable[[str, Path], dict]:
+    """Runs the worker, and reads its figures."""
+
+    def run(kind: str, folder: Path) -> dict:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+        result = run_two_processes(str(WORKER), kind, str(folder), env=environment)
+        assert result.returncode == 0, result.stderr[-20000:]
+        return json.loads((folder / "figures.json").read_text())
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def one_process(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ddp(tmp_path_factory) -> Path:
+def ddp(run_two, tmp_path_factory) -> Path:
     """The folder of the run with DDP."""
     folder = tmp_path_factory.mktemp("ddp")
     run_two("ddp", folder)
@@ -86,7 +85,7 @@ def test_two_processes_train_what_one_does(one_process, ddp) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_trains_what_ddp_does(ddp, tmp_path, stage) -> None:
+def test_zero_trains_what_ddp_does(run_two, ddp, tmp_path, stage) -> None:
     pytest.importorskip("deepspeed")
     run_two(f"zero{stage}", tmp_path)
     figures = compare(tmp_path, ddp, LOGGED)
@@ -104,7 +103,7 @@ def check_resumed(figures: dict) -> None:
 
 
 @pytest.mark.slow
-def test_fsdp2_generates_with_sharded_weights(tmp_path) -> None:
+def test_fsdp2_generates_with_sharded_weights(run_two, tmp_path) -> None:
     figures = run_two("fsdp2", tmp_path)
     assert figures == {"world_size": 2, "same": True, "fails_without": True}
 

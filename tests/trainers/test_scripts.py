@@ -329,22 +329,21 @@ def deepspeed_words(folder: Path, stage: int) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3"])
-def test_two_processes_are_one_with_twice_the_batches(kind, whole_runs, tmp_path, environment):
+def test_two_processes_are_one_with_twice_the_batches(
+    kind, whole_runs, tmp_path, environment, run_two_processes
+):
     whole_run = whole_runs("sft")
     words = sft_words(tmp_path, gradient_accumulation_steps=1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     if kind == "ddp":
-        command += ["-m", "conceptseg_trainers.scripts.sft", *words]
+        program = ["-m", "conceptseg_trainers.scripts.sft", *words]
     else:
         pytest.importorskip("deepspeed")
         worker = tmp_path / "worker.py"
         worker.write_text(WORKER)
-        command += [str(worker), *words, *deepspeed_words(tmp_path, int(kind[-1]))]
+        program = [str(worker), *words, *deepspeed_words(tmp_path, int(kind[-1]))]
 
     def train():
-        result = subprocess.run(
-            command, env={**environment, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True
-        )
+        result = run_two_processes(*program, env={**environment, "DS_ACCELERATOR": "cpu"})
         assert result.returncode == 0, result.stderr
 
     train()

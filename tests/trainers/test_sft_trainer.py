@@ -245,7 +245,7 @@ def test_references_are_composed_anew_in_each_epoch(make_trainer, samples):
     parsed = collator.processor.decode_completion(
         collator.processor.tokenizer(completion.text)["input_ids"], prepared
     )
-    assert collator.processor.check_iou(parsed.check, prepared.frame) > 0.5
+    assert prepared.frame.check_iou(parsed.check) > 0.5
 
 
 def test_the_epoch_reaches_the_collator_on_resuming(make_trainer):

@@ -17,7 +17,7 @@ from conceptseg_hf.data import ConceptSample, UnreadableSampleError
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.images import load_image
 from conceptseg_hf.loading import fingerprint
-from conceptseg_hf.processing_conceptseg import Frame
+from conceptseg_hf.processing_conceptseg import CoordinateFrame
 from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.references import resolve_references
 from conceptseg_hf.writing import json_text, not_written
@@ -51,7 +51,7 @@ class TrainingCompletion:
 
 
 def ground_truth_completion(
-    sample: ConceptSample, frame: Frame, processor: ConceptSegProcessor
+    sample: ConceptSample, frame: CoordinateFrame, processor: ConceptSegProcessor
 ) -> TrainingCompletion:
     """The sample's reasoning, rule, boxes and answer; where it lacks one of them, what `template_completion` makes."""
     texts = _true_texts(sample)
@@ -136,7 +136,7 @@ def _try_samples(samples: Sequence[ConceptSample]) -> Iterator[ConceptSample]:
 
 
 def template_completion(
-    sample: ConceptSample, frame: Frame, processor: ConceptSegProcessor
+    sample: ConceptSample, frame: CoordinateFrame, processor: ConceptSegProcessor
 ) -> TrainingCompletion:
     """The sample's boxes and its answer (else its prompt), with empty reasoning and rule."""
     answer = sample.answer or sample.prompt
@@ -144,21 +144,24 @@ def template_completion(
 
 
 def released_completion(
-    sample: ConceptSample, frame: Frame, processor: ConceptSegProcessor
+    sample: ConceptSample, frame: CoordinateFrame, processor: ConceptSegProcessor
 ) -> TrainingCompletion:
     """The target's box between blank tags, as a list of Python; SAM 3 gets the word "visual"."""
-    box = (0.0, 0.0, 0.0, 0.0) if sample.box is None else processor.box_to_text(sample.box, frame)
+    box = (0.0, 0.0, 0.0, 0.0) if sample.box is None else frame.image_box_to_text(sample.box)
     written = format_box_list([box], processor.coordinate_scale)[1:-1]
     return TrainingCompletion(_RELEASED_FORM.format(box=written), _RELEASED_WORD)
 
 
 def _write(
-    sample: ConceptSample, frame: Frame, processor: ConceptSegProcessor, think: str, rule: str, answer: str
+    sample: ConceptSample,
+    frame: CoordinateFrame,
+    processor: ConceptSegProcessor,
+    think: str,
+    rule: str,
+    answer: str,
 ) -> str:
-    box = None if sample.box is None else processor.box_to_text(sample.box, frame)
-    return format_completion(
-        think, rule, processor.check_to_text(frame), box, answer, processor.coordinate_scale
-    )
+    box = None if sample.box is None else frame.image_box_to_text(sample.box)
+    return format_completion(think, rule, frame.check_box, box, answer, processor.coordinate_scale)
 
 
 class CompletionCache:

@@ -30,7 +30,7 @@ from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.generation import StateRecorder
 from conceptseg_hf.images import load_image, load_mask
 from conceptseg_hf.losses import segmentation_loss
-from conceptseg_hf.processing_conceptseg import Frame, PreparedSample
+from conceptseg_hf.processing_conceptseg import CoordinateFrame, PreparedSample
 from conceptseg_hf.sam_prompt import ImageFeatures
 
 from .batches import best_and_worst, group_rows, select_rows
@@ -323,7 +323,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
             logits = self._decode(self._rollouts, self._translate(completion_ids))
         for row, rollout, row_logits in zip(inputs, self._rollouts, logits, strict=True):
             target = rollout.prompt.target
-            mask, _ = self.concept_processor.post_process_mask(row_logits[0], Frame(target.size))
+            mask, _ = self.concept_processor.post_process_mask(row_logits[0], CoordinateFrame(target.size))
             row["predicted_mask"] = np.asarray(mask) > 0
 
     def after_rewards(self, inputs: Rows, completions: Sequence[Any], rewards: Tensor) -> None:

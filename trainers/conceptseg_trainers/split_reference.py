@@ -18,7 +18,7 @@ import numpy as np
 from conceptseg_hf import ConceptSegProcessor, Reference, nano_checkpoint
 from conceptseg_hf.data import ConceptSample
 from conceptseg_hf.images import load_image
-from conceptseg_hf.processing_conceptseg import Frame
+from conceptseg_hf.processing_conceptseg import CoordinateFrame
 
 from .samples import ReadableSamples, check_sample
 
@@ -179,15 +179,15 @@ class SplitReferences:
             "target_image": image,
             "gt_mask": sample.mask,
             IGNORE: sample.ignore,
-            "gt_box": None if sample.box is None else list(self.processor.box_to_text(sample.box, frame)),
+            "gt_box": None if sample.box is None else list(frame.image_box_to_text(sample.box)),
             "gt_check_box": self._check_box(frame),
             "sample_id": sample_id,
             "problem": sample.prompt,
             INDEX: index,
         }
 
-    def _check_box(self, frame: Frame) -> list[Any] | None:
-        boxes = [list(box) for box in self.processor.check_boxes_to_text(frame)]
+    def _check_box(self, frame: CoordinateFrame) -> list[Any] | None:
+        boxes = [list(box) for box in frame.check_boxes]
         if not boxes:
             return None
         return boxes if len(boxes) > 1 else boxes[0]

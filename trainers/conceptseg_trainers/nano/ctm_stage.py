@@ -31,7 +31,7 @@ from conceptseg_hf.losses import segmentation_loss
 from conceptseg_hf.mllm import last_hidden_states, model_inputs
 from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
-from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, Frame, PreparedSample
+from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, CoordinateFrame, PreparedSample
 from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.references import box_iou, mask_to_box
 from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures, box_tokens, decode, encode_image, encode_text
@@ -400,7 +400,7 @@ class _Described:
 
     @classmethod
     def by_box(
-        cls, task: Task, frame: Frame, box: tuple[float, ...] | None, processor: ConceptSegProcessor
+        cls, task: Task, frame: CoordinateFrame, box: tuple[float, ...] | None, processor: ConceptSegProcessor
     ) -> _Described:
         """What a completion's box (in text units) is about: the target, failing that another object."""
         unknown = cls(task.mask, "", None, _UNKNOWN)
@@ -408,7 +408,7 @@ class _Described:
             return cls(task.mask, "", None, _TARGET)
         if box is None:
             return unknown
-        found = processor.text_box_to_image(box, frame)
+        found = frame.text_box_to_image(box)
         if box_iou(found, mask_to_box(task.mask)) >= 0.3:
             return cls(task.mask, "", None, _TARGET)
         ious = [box_iou(found, item.box) if item.box else 0.0 for item in task.scene.objects]
@@ -432,11 +432,11 @@ class _Described:
 
     def box(self, ready: PreparedSample, processor: ConceptSegProcessor) -> tuple[float, ...] | None:
         """In text units; None where nothing is there."""
-        return processor.box_to_text(mask_to_box(self.mask), ready.frame) if self.mask.any() else None
+        return ready.coordinates.image_box_to_text(mask_to_box(self.mask)) if self.mask.any() else None
 
     def completion(self, task: Task, ready: PreparedSample, processor: ConceptSegProcessor) -> str:
         think = task.think.removesuffix(task.answer) + self.answer
-        check = processor.check_to_text(ready.frame)
+        check = ready.coordinates.check_box
         box = self.box(ready, processor)
         return format_completion(think, task.rule, check, box, self.answer, processor.coordinate_scale)
 

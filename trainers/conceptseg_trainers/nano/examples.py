@@ -19,7 +19,7 @@ from conceptseg_hf.data.concept_shapes.families import Task
 from conceptseg_hf.data.concept_shapes.rendering import COLOURS, SHAPES, TEXTURES
 from conceptseg_hf.data.concept_shapes.scenes import Box, Look, Scene, draw_scene, make_objects, random_look
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
-from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, Frame
+from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, CoordinateFrame
 from conceptseg_hf.references import Reference, compose_mosaic, mask_to_box, resolve_references
 
 from .dense import GRID, Visible, dense_targets, tokens_of, visible_objects
@@ -213,7 +213,7 @@ class ExampleWriter:
             mosaic, shown, frame = self._mosaic(task)
             instruction = self.processor.instruction(task.prompt, frame)
             pictures.insert(0, (mosaic, shown))
-            check = self.processor.check_to_text(frame)
+            check = frame.check_box
             marked = [item for item in shown if item.marked]
         else:
             instruction = self.processor.template.fill("no_reference", task.prompt)
@@ -273,13 +273,13 @@ class ExampleWriter:
 
     # Parts
 
-    def _mosaic(self, task: Task) -> tuple[np.ndarray, list[Visible], Frame]:
+    def _mosaic(self, task: Task) -> tuple[np.ndarray, list[Visible], CoordinateFrame]:
         """The mosaic of a task's references, what it shows, and where its coordinates come from."""
         return self._picture_of(task.references)
 
     def _picture_of(
         self, references: Sequence[tuple[Scene, Box | None]], role: str = "auto"
-    ) -> tuple[np.ndarray, list[Visible], Frame]:
+    ) -> tuple[np.ndarray, list[Visible], CoordinateFrame]:
         given = [Reference(Image.fromarray(scene.pixels), box=box, role=role) for scene, box in references]
         resolved = resolve_references(given)
         frame = self.processor.make_frame((SIDE, SIDE), resolved)

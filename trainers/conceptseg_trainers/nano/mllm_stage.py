@@ -295,14 +295,14 @@ class MllmStage:
         )
         for row, (sample, item) in enumerate(zip(samples, prepared, strict=True)):
             completion = self.processor.decode_completion(generated.token_ids[row][generated.mask[row]], item)
-            check_iou = self.processor.check_iou(completion.check, item.frame)
+            check_iou = item.coordinates.check_iou(completion.check)
             if not name:
                 numbers.setdefault("format", []).append(float(completion.is_valid))
                 if check_iou is not None:
                     numbers.setdefault("check", []).append(check_iou)
             if sample.box is None:
                 continue
-            truth = self.processor.box_to_text(sample.box, item.frame)
+            truth = item.coordinates.image_box_to_text(sample.box)
             iou = box_iou(completion.bbox, truth) if completion.bbox else 0.0
             numbers.setdefault(f"box_{sample.stratum or name or sample.level}", []).append(iou)
             if not name:

@@ -1,0 +1,178 @@
+"""Coordinates of one sample: from pixels of its images to what stands in the text and in SAM 3's prompt, and back.
+
+With w, h the size of an image, S the canvas size and C the coordinate scale:
+
+    image -> canvas   x * S / w, y * S / h for the target; `MosaicLayout.image_to_canvas` for a reference
+    canvas -> text    * C / S; a box with inclusive corners ends on its last canvas pixel, one with exclusive corners
+                      behind it
+    image -> SAM      (center x, center y, width, height) as fractions of the image
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .mosaic import Box, MosaicLayout, enclosing_box
+from .references import box_iou
+
+
+@dataclass(frozen=True)
+class CoordinateFrame:
+    """Where a sample's coordinates come from, and the maps between them.
+
+    Attributes:
+        image_size: (width, height) of the target image after EXIF rotation.
+        reference_sizes: (width, height) of each reference.
+        layout: The mosaic, or None without references.
+        cell_of_reference: The mosaic cell of each reference; one that the layout does not have belongs to a reference
+            that is not shown.
+        proxy: Index of the proxy query among the references, or None.
+        proxy_boxes: Its withheld boxes, in pixels of that reference; empty when they are unknown.
+        support_boxes: The boxes shown, in text units of the mosaic, in the order of the references.
+        canvas_size: Side of the square that the MLLM sees, in pixels.
+        coordinate_scale: What one side of it measures in the text.
+        inclusive_corners: Whether boxes in the text end on their last canvas pixel; see `MosaicSettings.corners`.
+        encloses_boxes: Whether a check is compared with the box around several withheld ones, not with the one that
+            fits best; see `MosaicSettings.several_boxes`.
+    """
+
+    image_size: tuple[int, int]
+    reference_sizes: tuple[tuple[int, int], ...] = ()
+    layout: MosaicLayout | None = None
+    cell_of_reference: tuple[int, ...] = ()
+    proxy: int | None = None
+    proxy_boxes: tuple[Box, ...] = ()
+    support_boxes: tuple[Box, ...] = ()
+    canvas_size: int = 600
+    coordinate_scale: float = 1.0
+    inclusive_corners: bool = False
+    encloses_boxes: bool = False
+
+    @property
+    def proxy_box(self) -> Box | None:
+        """The withheld box; of several, the one around them; None if there is none."""
+        return enclosing_box(self.proxy_boxes)
+
+    # The target image
+
+    def image_box_to_text(self, box: Sequence[float]) -> Box:
+        """Maps a box from pixels of the target image to text units."""
+        width, height = self.image_size
+        scaled = _scaled(box, self.coordinate_scale / width, self.coordinate_scale / height)
+        return self._with_text_corners(scaled)
+
+    def text_box_to_image(self, box: Sequence[float]) -> Box:
+        """Maps a box from text units to pixels of the target image, clipped to it; inverts `image_box_to_text`."""
+        width, height = self.image_size
+        box = self._without_text_corners(box)
+        return _clipped(
+            _scaled(box, width / self.coordinate_scale, height / self.coordinate_scale), self.image_size
+        )
+
+    def text_box_to_sam(self, box: Sequence[float]) -> Box:
+        """Maps a box from text units to SAM 3's prompt: (center x, center y, width, height), fractions of the image."""
+        width, height = self.image_size
+        x1, y1, x2, y2 = self.text_box_to_image(box)
+        return (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height
+
+    # References
+
+    def reference_box_to_text(self, box: Sequence[float], reference: int) -> Box:
+        """Maps a box from pixels of a reference to text units of the mosaic.
+
+        Raises:
+            ValueError: If there are no references.
+        """
+        if self.layout is None:
+            raise ValueError("this sample has no references, so there is no mosaic to map a box to.")
+        canvas = self.layout.image_to_canvas(
+            box, self.cell_of_reference[reference], self.reference_sizes[reference]
+        )
+        return self._with_text_corners(_scaled(canvas, self.coordinate_scale / self.canvas_size))
+
+    def text_box_to_reference(self, box: Sequence[float]) -> tuple[int, Box] | tuple[None, None]:
+        """Maps a mosaic box from text units to the reference that holds its center.
+
+        Returns:
+            The reference's index and the box in its pixels, clipped to it; (None, None) if there are no
+            references or the cell is empty.
+        """
+        if self.layout is None:
+            return None, None
+        canvas = _scaled(self._without_text_corners(box), self.canvas_size / self.coordinate_scale)
+        cell = self.layout.cell_at(canvas)
+        if cell not in self.cell_of_reference:
+            return None, None
+        reference = self.cell_of_reference.index(cell)
+        size = self.reference_sizes[reference]
+        return reference, _clipped(self.layout.canvas_to_image(canvas, cell, size), size)
+
+    # The check
+
+    @property
+    def check_boxes(self) -> list[Box]:
+        """The proxy query's withheld boxes that a check may fit, in text units.
+
+        Empty without a proxy query with a box; several only where it has several and `encloses_boxes` is false.
+        """
+        if self.proxy is None or (around := self.proxy_box) is None:
+            return []
+        boxes = (around,) if self.encloses_boxes else self.proxy_boxes
+        return [self.reference_box_to_text(box, self.proxy) for box in boxes]
+
+    @property
+    def check_box(self) -> Box | None:
+        """What `<check>` should be, in text units: the largest of `check_boxes`; None if there is none."""
+        return max(self.check_boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]), default=None)
+
+    def check_iou(self, check: Sequence[float] | None) -> float | None:
+        """IoU of a `<check>` box and the one of `check_boxes` that it fits best, both in text units.
+
+        Returns:
+            0 when no check was given, None when there is no withheld box to compare with.
+        """
+        truths = self.check_boxes
+        if not truths:
+            return None
+        return 0.0 if check is None else max(box_iou(check, truth) for truth in truths)
+
+    # Corners
+
+    @property
+    def _text_pixel(self) -> float:
+        """What a box in the text is short of, in text units."""
+        return self.coordinate_scale / self.canvas_size if self.inclusive_corners else 0.0
+
+    def _with_text_corners(self, box: Box) -> Box:
+        pixel = self._text_pixel
+        if not pixel:
+            return box
+        x1, y1, x2, y2 = box
+        return x1, y1, max(x1, x2 - pixel), max(y1, y2 - pixel)
+
+    def _without_text_corners(self, box: Sequence[float]) -> Box:
+        """Inverts `_with_text_corners`; the empty box [0, 0, 0, 0] stays empty."""
+        x1, y1, x2, y2 = box
+        pixel = self._text_pixel if any(box) else 0.0
+        return x1, y1, x2 + pixel, y2 + pixel
+
+
+def _scaled(box: Sequence[float], scale_x: float, scale_y: float | None = None) -> Box:
+    scale_y = scale_x if scale_y is None else scale_y
+    x1, y1, x2, y2 = box
+    return x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
+
+
+def _clipped(box: Box, size: tuple[int, int]) -> Box:
+    width, height = map(float, size)
+    x1, y1, x2, y2 = box
+    return (
+        min(max(x1, 0.0), width),
+        min(max(y1, 0.0), height),
+        min(max(x2, 0.0), width),
+        min(max(y2, 0.0), height),
+    )
+
+
+__all__ = ["CoordinateFrame"]
