@@ -1,4 +1,4 @@
-"""ConceptSeg: an MLLM reasons, the Concept Translation Module translates, and a frozen SAM 3 segments."""
+"""ConceptSeg: a VLM reasons, the Concept Translation Module translates, and a frozen SAM 3 segments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import can_return_tuple
 
-from . import hub, mllm, sam_prompt
+from . import hub, vlm_backbone, sam_prompt
 from .concept_translation import ConceptTranslationModule
 from .configuration_conceptseg import ConceptSegConfig, ConceptTranslationConfig
 from .devices import (
@@ -37,7 +37,7 @@ from .finite import check_finite
 from .inference import Segmenter, SegmentSettings
 from .losses import segmentation_loss
 from .outputs import ConceptSegmentation, ConceptSegOutput
-from .quantization import spare_sam_and_ctm
+from .quantization import exclude_sam_and_ctm
 from .router import ShortcutRouter
 from .sam_prompt import ImageFeatures
 
@@ -53,14 +53,14 @@ _PARTS = ("vlm", "ctm", "sam")
 class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
     """Segments what a prompt means, directly or by reasoning over reference images.
 
-    Parts: `vlm` (the MLLM), `ctm` (Concept Translation Module) and `sam` (SAM 3: frozen, and in eval mode
+    Parts: `vlm` (the VLM), `ctm` (Concept Translation Module) and `sam` (SAM 3: frozen, and in eval mode
         whatever `train()` is called on).
     `forward` is the differentiable path of the trainers; `segment` is inference. Language-model methods act
-    on the MLLM.
+    on the VLM.
     """
 
     config: ConceptSegConfig
-    vlm: mllm.Mllm
+    vlm: vlm_backbone.Vlm
     ctm: ConceptTranslationModule
     sam: Sam3Model
     hf_device_map: Mapping[str, Any]
@@ -70,7 +70,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")  # type: ignore[assignment]  # as Transformers' own models have it
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ConceptTranslationModule", *sam_prompt.UNITS]  # noqa: RUF012 (the MLLM adds its own)
+    _no_split_modules = ["ConceptTranslationModule", *sam_prompt.UNITS]  # noqa: RUF012 (the VLM adds its own)
     # One dtype is all a config can say; without this a reload in bfloat16 would take SAM 3 and the CTM along.
     _keep_in_fp32_modules_strict = ["sam", "ctm"]  # noqa: RUF012 (the base class reads it so)
     _supports_sdpa = True
@@ -80,7 +80,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ConceptSegConfig) -> None:
         super().__init__(config)
-        mllm.check_supported(config.vlm_config)
+        vlm_backbone.check_supported(config.vlm_config)
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
         # In float32 from the start, whatever dtype is asked for: weights on disk are read as what they were made.
         with local_torch_dtype(torch.float32):
@@ -104,16 +104,16 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         sam_kwargs: Mapping[str, Any] | None = None,
         **config_kwargs: Any,
     ) -> ConceptSegForSegmentation:
-        """Joins a pretrained MLLM and a pretrained SAM 3 with a freshly initialised CTM, ready for stage I.
+        """Joins a pretrained VLM and a pretrained SAM 3 with a freshly initialised CTM, ready for stage I.
 
         Args:
-            vlm: Model id, folder, or the MLLM itself (used as it is).
+            vlm: Model id, folder, or the VLM itself (used as it is).
             sam: Model id, folder, or SAM 3 itself (used as it is).
             ctm_config: Fields of `ConceptTranslationConfig` to replace; the two widths follow from the
                 backbones.
-            dtype: Dtype of an MLLM given by name; SAM 3 and the CTM are float32.
+            dtype: Dtype of a VLM given by name; SAM 3 and the CTM are float32.
             attn_implementation: Attention implementation of backbones given by name.
-            vlm_kwargs: Further arguments of the MLLM's `from_pretrained`.
+            vlm_kwargs: Further arguments of the VLM's `from_pretrained`.
             sam_kwargs: Further arguments of SAM 3's `from_pretrained`.
             **config_kwargs: Fields of `ConceptSegConfig`.
         """
@@ -151,7 +151,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         config.vlm_config, config.sam_config = vlm.config, sam.config
         model.ctm = ConceptTranslationModule(config.ctm_config).to(execution_device(sam))
         model.ctm.apply(model._init_weights)
-        for part, given in (("MLLM", vlm), ("SAM 3", sam)):
+        for part, given in (("VLM", vlm), ("SAM 3", sam)):
             check_finite(given, f"The {part} {given.config.name_or_path!r}")
         model._freeze_sam()
         return model.eval()
@@ -194,18 +194,18 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             *model_args: As in `PreTrainedModel.from_pretrained`.
             init_ctm: Accept a checkpoint without (some) CTM weights and initialise them afresh.
             output_loading_info: Also return the dictionary of missing and unexpected keys.
-            **kwargs: As in `PreTrainedModel.from_pretrained`. A `quantization_config` is for the MLLM alone. A
+            **kwargs: As in `PreTrainedModel.from_pretrained`. A `quantization_config` is for the VLM alone. A
                 `device_map` may name some of `vlm`, `ctm` and `sam`; the others are on the device that computes.
 
         Raises:
-            ValueError: If weights of the CTM (without `init_ctm`), of the MLLM, or of SAM 3 (and
+            ValueError: If weights of the CTM (without `init_ctm`), of the VLM, or of SAM 3 (and
                 `config.sam_name_or_path` names no source for them) are missing, weights are not finite, or `device_map`
                 sends weights to the disk that are not in the checkpoint.
         """
         if kwargs.get("device_map") is not None:
             kwargs["device_map"] = complete_device_map(kwargs["device_map"], _PARTS)
         if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = spare_sam_and_ctm(
+            kwargs["quantization_config"] = exclude_sam_and_ctm(
                 kwargs["quantization_config"], kwargs.get("device_map")
             )
         loaded_pair: Any = super().from_pretrained(
@@ -218,7 +218,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         checkpoint = f"The checkpoint {str(pretrained_model_name_or_path)!r}"
         if missing["vlm"]:
             raise ValueError(
-                f"{checkpoint} lacks {len(missing['vlm'])} MLLM weights ({missing['vlm'][0]}, ...); "
+                f"{checkpoint} lacks {len(missing['vlm'])} VLM weights ({missing['vlm'][0]}, ...); "
                 "load a complete checkpoint, or join backbones with ConceptSegForSegmentation.from_backbones."
             )
         if missing["ctm"] and not init_ctm:
@@ -337,7 +337,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialises the CTM; the MLLM and SAM 3 initialise themselves."""
+        """Initialises the CTM; the VLM and SAM 3 initialise themselves."""
         std = self.config.ctm_config.initializer_range
         if isinstance(module, ConceptTranslationModule):
             init.normal_(module.queries, std=std)
@@ -356,7 +356,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             self.sam.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> ConceptSegForSegmentation:
-        """Sets the mode of the MLLM and the CTM; SAM 3 stays frozen and in eval mode."""
+        """Sets the mode of the VLM and the CTM; SAM 3 stays frozen and in eval mode."""
         super().train(mode)
         self._freeze_sam()
         return self
@@ -376,42 +376,42 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         """Where the model computes and its inputs belong, also while its weights are offloaded."""
         return execution_device(self)
 
-    # -- the MLLM's methods --
+    # -- the VLM's methods --
 
     @property
     def base_model(self) -> nn.Module:
-        """The MLLM without its language-model head: what TRL multiplies by the output embeddings."""
+        """The VLM without its language-model head: what TRL multiplies by the output embeddings."""
         return self.vlm.base_model if "vlm" in self._modules else self
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The MLLM's generation settings."""
+        """The VLM's generation settings."""
         return self.vlm.generation_config
 
     @generation_config.setter
     def generation_config(self, value: GenerationConfig) -> None:
-        if "vlm" in self._modules:  # the base class sets a default before the MLLM exists
+        if "vlm" in self._modules:  # the base class sets a default before the VLM exists
             self.vlm.generation_config = value
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generates text with the MLLM."""
+        """Generates text with the VLM."""
         with loaded(self):
             return self.vlm.generate(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The MLLM's."""
+        """The VLM's."""
         return self.vlm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Exchanges the MLLM's."""
+        """Exchanges the VLM's."""
         self.vlm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The MLLM's language-model head."""
+        """The VLM's language-model head."""
         return self.vlm.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Exchanges the MLLM's language-model head."""
+        """Exchanges the VLM's language-model head."""
         self.vlm.set_output_embeddings(new_embeddings)
 
     # -- the differentiable path --
@@ -521,7 +521,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, L) prompt and completion.
             attention_mask: (B, L) nonzero at tokens.
-            mm_token_type_ids: (B, L) token types of the MLLM's processor (1 at image tokens).
+            mm_token_type_ids: (B, L) token types of the VLM's processor (1 at image tokens).
             pixel_values: (patches, d) image patches of all rows.
             image_grid_thw: (images, 3) their grids.
             completion_mask: (B, L) true at the tokens of the completion, the end-of-sequence token excluded unless
@@ -533,12 +533,12 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             sam_attention_mask: (B, T) its mask.
             mask_labels: (B, H, W) masks of 0 and 1; with them the loss is computed, at their size.
             detach_hidden_states: Stop the gradient at the CTM's input (as the released code does).
-            output_logits: Also return the MLLM's next-token logits.
-            output_hidden_states: Also return the hidden states of all of the MLLM's layers; by default as the
+            output_logits: Also return the VLM's next-token logits.
+            output_hidden_states: Also return the hidden states of all of the VLM's layers; by default as the
                 config says.
-            output_attentions: Also return the MLLM's attention weights, which its "eager" attention alone has; by
+            output_attentions: Also return the VLM's attention weights, which its "eager" attention alone has; by
                 default as the config says.
-            use_cache: Also return the MLLM's key-value cache.
+            use_cache: Also return the VLM's key-value cache.
             return_dict: False for a tuple of what is present; by default as the config says.
 
         Raises:
@@ -548,7 +548,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             sam_pixel_values, sam_features, sam_input_ids, sam_attention_mask, mask_labels
         )
         config = self.config
-        mllm_output = mllm.full_pass(
+        vlm_output = vlm_backbone.full_pass(
             self.vlm,
             {
                 "input_ids": input_ids,
@@ -563,7 +563,7 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             output_attentions=config.output_attentions if output_attentions is None else output_attentions,
             use_cache=bool(use_cache),
         )
-        hidden_states = mllm_output.last_hidden_state
+        hidden_states = vlm_output.last_hidden_state
         logits = self.get_output_embeddings()(hidden_states) if output_logits else None
         concept_embeds = self.translate_completion(hidden_states, completion_mask, detach_hidden_states)
         if sam_pixel_values is not None:
@@ -583,9 +583,9 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             logits=logits,
             dice_loss=dice,
             focal_loss=focal,
-            past_key_values=mllm_output.past_key_values,
-            hidden_states=mllm_output.hidden_states,
-            attentions=mllm_output.attentions,
+            past_key_values=vlm_output.past_key_values,
+            hidden_states=vlm_output.hidden_states,
+            attentions=vlm_output.attentions,
         )
 
     # -- inference --
@@ -604,19 +604,19 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
     ) -> list[ConceptSegmentation]:
         """Segments a batch of prepared samples; each takes its own route.
 
-        Every image is encoded once by SAM 3, and only samples that do not take the shortcut reach the MLLM.
+        Every image is encoded once by SAM 3, and only samples that do not take the shortcut reach the VLM.
 
         Args:
             inputs: What the processor returns for images, prompts and references. Samples that carry an error
                 become failed results.
             router: A mode of `ShortcutRouter` (with the config's `router_base` and so on), or a router.
-            generation_config: How the MLLM writes (see `generate_with_states`); greedy by default.
+            generation_config: How the VLM writes (see `generate_with_states`); greedy by default.
             processor: The processor; by default the one that `inputs` carries.
             return_heatmap: Also return the mask probabilities.
             batch_size: At most so many samples at a time; None: all at once.
             sam_prompt: What of the reasoning SAM 3 is prompted with: `"concept+text"` is the method (eq. 4); the
                 others are for ablations (paper, Table 4): `"concept"` (the concept tokens Z alone), `"text"` (the
-                answer alone) and `"box"` (the MLLM's box alone; without one the mask is empty).
+                answer alone) and `"box"` (the VLM's box alone; without one the mask is empty).
             return_logits: Also return SAM 3's mask logits, at their own size.
 
         Returns:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
-from . import hub, mllm
+from . import hub, vlm_backbone
 from .completion import Completion, format_box, format_box_list, parse_completion
 from .configuration_conceptseg import how_to_convert, is_authors_config
 from .coordinates import CoordinateFrame
@@ -35,7 +35,7 @@ from .references import (
     resolve_references,
 )
 
-# SAM 3's share of the arguments of the model's `forward`; `mllm.INPUT_NAMES` are the MLLM's.
+# SAM 3's share of the arguments of the model's `forward`; `vlm_backbone.INPUT_NAMES` are the VLM's.
 _SAM_INPUT_NAMES = ("sam_pixel_values", "sam_input_ids", "sam_attention_mask")
 
 SWITCHES = {"mosaic": None, "shortcut_size": None, "sam_resampling": None, "mask_resampling": "bilinear"}
@@ -44,7 +44,7 @@ SWITCHES = {"mosaic": None, "shortcut_size": None, "sam_resampling": None, "mask
 
 @dataclass(frozen=True)
 class _Target:
-    """What the prompts about one image share: its size, and what the MLLM and SAM 3 see of it."""
+    """What the prompts about one image share: its size, and what the VLM and SAM 3 see of it."""
 
     size: tuple[int, int]
     canvas: Image.Image
@@ -56,13 +56,13 @@ class ConceptSegProcessor(ProcessorMixin):
     """Two tokenizers, two image processors, one prompt template, and every coordinate transform.
 
     Args:
-        image_processor: The MLLM's image processor (Qwen2-VL's or one with its interface).
-        tokenizer: The MLLM's tokenizer; its padding side is set to left, as generation in batches needs.
+        image_processor: The VLM's image processor (Qwen2-VL's or one with its interface).
+        tokenizer: The VLM's tokenizer; its padding side is set to left, as generation in batches needs.
         sam_image_processor: SAM 3's image processor.
         sam_tokenizer: SAM 3's tokenizer; padded right.
         chat_template: Jinja chat template; the tokenizer's own by default, and Qwen's form if that has none
             either.
-        canvas_size: Side of the square that the mosaic and the target are resized to before the MLLM's image
+        canvas_size: Side of the square that the mosaic and the target are resized to before the VLM's image
             processor sees them (paper: 600). That processor then only rounds it to a multiple of its patch
             and merge size (600 -> 588 for Qwen2.5-VL).
         coordinate_scale: What one canvas side measures in the text: 1 for decimals, `canvas_size` for whole
@@ -213,7 +213,7 @@ class ConceptSegProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """The names under which the model's `forward` takes what this processor makes."""
-        return [*mllm.INPUT_NAMES, *_SAM_INPUT_NAMES]
+        return [*vlm_backbone.INPUT_NAMES, *_SAM_INPUT_NAMES]
 
     # From inputs to tensors
 
@@ -269,7 +269,7 @@ class ConceptSegProcessor(ProcessorMixin):
             image: The target image; see `images.ImageInput`.
             prompt: The user's words.
             references: Up to nine references; see `Reference` for boxes, masks and roles.
-            lazy: Leaves the MLLM's tensors to `prepare_mllm`, which `collate` calls: a sample that takes the
+            lazy: Leaves the VLM's tensors to `prepare_vlm`, which `collate` calls: a sample that takes the
                 shortcut never pays for them.
 
         Raises:
@@ -278,7 +278,7 @@ class ConceptSegProcessor(ProcessorMixin):
         """
         self.check_prompt(prompt)
         sample = self._prepare(self._read_target(image), prompt, references)
-        return sample if lazy else self.prepare_mllm(sample)
+        return sample if lazy else self.prepare_vlm(sample)
 
     def _read_target(self, image: ImageInput) -> _Target:
         picture = load_image(image)
@@ -297,8 +297,8 @@ class ConceptSegProcessor(ProcessorMixin):
             prompt=prompt,
             frame=frame,
             sam_pixel_values=target.sam_pixels,
-            mllm_images=pictures,
-            mllm_text=self.chat_text(self.instruction(prompt, frame), len(pictures)),
+            vlm_images=pictures,
+            vlm_text=self.chat_text(self.instruction(prompt, frame), len(pictures)),
             shortcut_pixel_values=target.shortcut_pixels,
         )
 
@@ -309,17 +309,17 @@ class ConceptSegProcessor(ProcessorMixin):
             picture = picture.resize((size["width"], size["height"]), RESAMPLING[self.sam_resampling])
         return self.sam_image_processor(images=picture, return_tensors="pt")["pixel_values"][0]
 
-    def draw_pictures(
+    def draw_images(
         self, picture: Image.Image, references: Sequence[Reference | Mapping[str, Any]] | None
     ) -> tuple[CoordinateFrame, tuple[Image.Image, ...]]:
-        """Draws what the MLLM sees of a prompt.
+        """Draws what the VLM sees of a prompt.
 
         Args:
             picture: The target image, RGB.
             references: As in `prepare`.
 
         Returns:
-            The sample's frame, and `PreparedSample.mllm_images`.
+            The sample's frame, and `PreparedSample.vlm_images`.
         """
         frame, mosaic = self._draw_references(picture.size, references)
         target = self._on_canvas(picture)
@@ -342,15 +342,15 @@ class ConceptSegProcessor(ProcessorMixin):
     def _on_canvas(self, picture: Image.Image) -> Image.Image:
         return picture.resize((self.canvas_size, self.canvas_size), Image.Resampling.BICUBIC)
 
-    def prepare_mllm(self, sample: PreparedSample) -> PreparedSample:
-        """Fills the MLLM's tensors of a sample in place, once, and returns it."""
+    def prepare_vlm(self, sample: PreparedSample) -> PreparedSample:
+        """Fills the VLM's tensors of a sample in place, once, and returns it."""
         if sample.input_ids is not None or sample.error is not None:
             return sample
         encoded = self.image_processor(
-            images=list(sample.mllm_images), size=self._mllm_image_limits, return_tensors="pt"
+            images=list(sample.vlm_images), size=self._vlm_image_limits, return_tensors="pt"
         )
         counts = (encoded["image_grid_thw"].prod(dim=-1) // self.image_processor.merge_size**2).tolist()
-        pieces = sample.mllm_text.split(self.image_token)
+        pieces = sample.vlm_text.split(self.image_token)
         text = "".join(
             piece + self.image_token * count for piece, count in zip(pieces, [*counts, 0], strict=True)
         )
@@ -368,7 +368,7 @@ class ConceptSegProcessor(ProcessorMixin):
         device: torch.device | str | None = None,
         end_of_turn: bool | Sequence[bool] = False,
     ) -> BatchFeature:
-        """Batches the MLLM's inputs, prompts padded on the left.
+        """Batches the VLM's inputs, prompts padded on the left.
 
         Args:
             samples: Samples without errors.
@@ -387,7 +387,7 @@ class ConceptSegProcessor(ProcessorMixin):
         Raises:
             ValueError: If there are no samples, one has an error, or the numbers differ.
         """
-        samples = [self.prepare_mllm(sample) for sample in samples]
+        samples = [self.prepare_vlm(sample) for sample in samples]
         if not samples:
             raise ValueError("collate: there are no samples; give at least one.")
         for index, sample in enumerate(samples):
@@ -500,34 +500,34 @@ class ConceptSegProcessor(ProcessorMixin):
         tokenize: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Writes a chat with the MLLM, as text or as the MLLM's inputs.
+        """Writes a chat with the VLM, as text or as the VLM's inputs.
 
         Args:
             conversation: Messages, or a list of conversations; see the base class.
-            chat_template: Another template than the MLLM's.
+            chat_template: Another template than the VLM's.
             tokenize: Return token ids, or with `return_dict=True` all that `model.generate` takes.
             **kwargs: As in the base class.
         """
         chat_template = chat_template or self._chat_template
         if tokenize:  # this processor's own call is for images and prompts, not for chats
-            plain = self.mllm_processor()
+            plain = self.vlm_processor()
             return plain.apply_chat_template(
                 conversation, chat_template=chat_template, tokenize=True, **kwargs
             )
         return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
 
-    def mllm_processor(self) -> ProcessorMixin:
-        """The MLLM's plain processor, for trainers and engines that know nothing of SAM 3.
+    def vlm_processor(self) -> ProcessorMixin:
+        """The VLM's plain processor, for trainers and engines that know nothing of SAM 3.
 
-        Chats through it, with the pictures of `draw_pictures`, give the token ids and patches of
-        `prepare_mllm`.
+        Chats through it, with the pictures of `draw_images`, give the token ids and patches of
+        `prepare_vlm`.
         """
         image_processor = copy.deepcopy(self.image_processor)
-        image_processor.size = self._mllm_image_limits
-        return mllm.make_processor(image_processor, self.tokenizer, self._chat_template)
+        image_processor.size = self._vlm_image_limits
+        return vlm_backbone.make_processor(image_processor, self.tokenizer, self._chat_template)
 
     @property
-    def _mllm_image_limits(self) -> dict[str, int]:
+    def _vlm_image_limits(self) -> dict[str, int]:
         """Limits in pixels under which the canvas alone decides the size: only rounding to patches is left."""
         factor = self.image_processor.patch_size * self.image_processor.merge_size
         return {"shortest_edge": factor**2, "longest_edge": (self.canvas_size + factor) ** 2}
@@ -535,7 +535,7 @@ class ConceptSegProcessor(ProcessorMixin):
     @property
     def _chat_template(self) -> str:
         own: Any = self.chat_template  # of one name here, and so one text
-        return own or self.tokenizer.chat_template or mllm.chat_template(self.image_token)
+        return own or self.tokenizer.chat_template or vlm_backbone.chat_template(self.image_token)
 
     def check_prompt(self, prompt: str) -> None:
         """Raises a ValueError if a prompt cannot be used; the message is one sentence."""
@@ -544,7 +544,7 @@ class ConceptSegProcessor(ProcessorMixin):
         self.check_text(prompt, "prompt")
 
     def check_text(self, text: str, what: str) -> None:
-        """Raises a ValueError if a text, called `what` in the message, would not be read as words by the MLLM."""
+        """Raises a ValueError if a text, called `what` in the message, would not be read as words by the VLM."""
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"{what} {text!r} has half a character in it; mend its encoding.")
         for token in self._reserved_tokens:
@@ -599,7 +599,7 @@ class ConceptSegProcessor(ProcessorMixin):
         return self.template.fill(variant, prompt.strip(), boxes or "none", listed)
 
     def chat_text(self, instruction: str, num_images: int) -> str:
-        """The chat up to where the MLLM goes on: system message, pictures (one image token each), words."""
+        """The chat up to where the VLM goes on: system message, pictures (one image token each), words."""
         messages = [
             {"role": "system", "content": [{"type": "text", "text": self.template.system}]},
             {

@@ -173,7 +173,7 @@ def add_template_option(parser: argparse.ArgumentParser, default: str = "the che
     parser.add_argument(
         "--prompt-template",
         metavar="FILE",
-        help=f"instruction of the MLLM, as YAML or JSON (default: {default})",
+        help=f"instruction of the VLM, as YAML or JSON (default: {default})",
     )
 
 
@@ -210,7 +210,7 @@ def set_profile(
 
     if profile is not None:
         changes = apply_profile(model, processor, profile)
-        told = ", ".join(f"{name} {after}" for name, (_, after) in changes.items())
+        notified = ", ".join(f"{name} {after}" for name, (_, after) in changes.items())
         if tell:
             sys.stderr.write(f"profile {profile}: {told or 'nothing changes'}\n")
     if template is not None:
@@ -314,11 +314,11 @@ def load_model(arguments: argparse.Namespace) -> tuple[ConceptSegForSegmentation
         if arguments.model is not None and not _is(arguments.model, Path.exists):
             reason = f"model {arguments.model!r} is no folder here, and the hub did not give it: {reason}"
         raise BadInputError(reason) from error
-    spare_threads(model)
+    limit_threads(model)
     return model, processor
 
 
-def spare_threads(model: ConceptSegForSegmentation) -> None:
+def limit_threads(model: ConceptSegForSegmentation) -> None:
     """Leaves a small model on a CPU one thread.
 
     Its layers are over before threads have met; on a busy machine they wait for each other.

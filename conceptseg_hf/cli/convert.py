@@ -30,7 +30,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--out", metavar="DIR", help="the folder to make")
     parser.add_argument(
-        "--to-original", action="store_true", help="write the MLLM and the CTM in the authors' layout"
+        "--to-original", action="store_true", help="write the VLM and the CTM in the authors' layout"
     )
     parser.add_argument(
         "--allow-mismatch",

@@ -76,7 +76,7 @@ def _save(sample: ConceptSample, result: ConceptSegmentation, folder: Path, numb
     """Writes the picture of one sample and returns its record."""
     from conceptseg_hf.evaluation.records import make_record
     from conceptseg_hf.visualization import caption_of, panel
-    from conceptseg_hf.writing import picture_bytes, write_file
+    from conceptseg_hf.writing import image_bytes, write_file
 
     name = f"{number:02d}_{sample.level}_{sample.group.replace(' ', '-')}.png"
     record = {"picture": name} | make_record(sample, result)
@@ -88,10 +88,10 @@ def _save(sample: ConceptSample, result: ConceptSegmentation, folder: Path, numb
         references=sample.references,
         box=result.box,
         check=check,
-        truth=sample.mask,
+        ground_truth=sample.mask,
         caption=caption_of(result, sample.prompt, f"foreground IoU {record['foreground_iou']:.2f}"),
     )
-    as_bad_input(write_file, folder / name, picture_bytes(picture))
+    as_bad_input(write_file, folder / name, image_bytes(picture))
     return record
 
 

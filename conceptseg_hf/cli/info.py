@@ -88,7 +88,7 @@ def _describe(checkpoint: str) -> dict[str, str]:
 
 
 def _preset_of(config: Any) -> str | None:
-    """The preset whose MLLM has these sizes."""
+    """The preset whose VLM has these sizes."""
     from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
     from conceptseg_hf.presets import PRESETS
 

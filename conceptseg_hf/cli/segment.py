@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     from conceptseg_hf.images import load_image
     from conceptseg_hf.processing_conceptseg import ConceptSegInputs
     from conceptseg_hf.visualization import caption_of, panel
-    from conceptseg_hf.writing import json_text, picture_bytes, write_files
+    from conceptseg_hf.writing import json_text, image_bytes, write_files
 
     references = [Reference(item.image, mask=item.mask, box=item.box, boxes=item.boxes) for item in given]
     sample = as_bad_input(processor.prepare, image, arguments.prompt, references, lazy=True)
@@ -117,8 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
     # The JSON file first: it says whose the pictures are.
     contents = {
         json_path: json_text(record, indent=2) + "\n",
-        paths["mask"]: picture_bytes(result.mask),
-        paths["overlay"]: picture_bytes(picture),
+        paths["mask"]: image_bytes(result.mask),
+        paths["overlay"]: image_bytes(picture),
     }
     as_bad_input(write_files, contents)
 

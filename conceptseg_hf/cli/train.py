@@ -6,7 +6,7 @@ import argparse
 import importlib
 from typing import Any
 
-from .arguments import BadInputError, as_bad_input, hide_bars, spare_threads
+from .arguments import BadInputError, as_bad_input, hide_bars, limit_threads
 
 _SCRIPTS = {"sft": "sft", "meta-grpo": "meta_grpo"}
 # recipe_parser.recipe_names(), which cannot be imported without torch; a test holds the two together.
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     hide_bars()
     trainer = as_bad_input(script.prepare, arguments.options)
-    spare_threads(trainer.concept_model)
+    limit_threads(trainer.concept_model)
     try:
         as_bad_input(common.run, trainer)
     except common.DivergedError as error:

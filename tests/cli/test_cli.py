@@ -430,8 +430,8 @@ def test_metrics_may_have_spaces_between_them():
     assert parse_metrics(" all ")[-1] == "s_measure"
 
 
-def write_own_data(root, colour):
-    for folder, mode, value in (("images", "RGB", colour), ("masks", "L", 255)):
+def write_own_data(root, color):
+    for folder, mode, value in (("images", "RGB", color), ("masks", "L", 255)):
         (root / folder).mkdir(parents=True)
         Image.new(mode, (20, 20), value).save(root / folder / "one.png")
     (root / "prompt.txt").write_text("red square")
@@ -440,8 +440,8 @@ def write_own_data(root, colour):
 @pytest.mark.parametrize("verb", [("evaluate",), ("ablate", "--config", "mine.yaml")])
 def test_records_of_another_root_are_refused(files, checkpoint, capsys, verb):
     (files / "mine.yaml").write_text("variants: {plain: {router: sam_only}, other: {router: sam_only}}")
-    for root, colour in (("A", "red"), ("B", "blue")):
-        write_own_data(files / root, colour)
+    for root, color in (("A", "red"), ("B", "blue")):
+        write_own_data(files / root, color)
     options = ("--benchmark", "plain", "--model", checkpoint)
     assert command(*verb, *options, "--root", "A") == 0
     capsys.readouterr()

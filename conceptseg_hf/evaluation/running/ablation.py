@@ -39,7 +39,7 @@ from ..reporting.tables import (
     percent,
     provenance,
     provenance_line,
-    share,
+    fraction,
 )
 from .evaluator import evaluate
 
@@ -173,7 +173,7 @@ class VariantRow:
         by_level = {row["level"]: row for row in report.table if row["group"] == "all"}
         everything = by_level.pop("all")
         ends = everything["foreground_iou_interval"]
-        share = everything["shortcut_share"]
+        fraction = everything["shortcut_share"]
         row = cls(
             variant,
             provenance(report.settings, len(report.records)),
@@ -182,7 +182,7 @@ class VariantRow:
             if ends is None
             else Interval(everything["foreground_iou"], ends[0], ends[1], everything["samples"]),
             next((found.intervals.get("miou") for found in report.rows if found.kind == "mean"), None),
-            None if share is None else 100 * share,
+            None if fraction is None else 100 * fraction,
         )
         if comparison is None:
             return row
@@ -267,7 +267,7 @@ class AblationReport:
             [
                 row.variant,
                 str(row.stated["samples"]),
-                *(share(row.foreground_iou.get(level)) for level in first.levels),
+                *(fraction(row.foreground_iou.get(level)) for level in first.levels),
                 interval_text(row.total, 3),
                 interval_text(row.mean_miou),
                 percent(row.shortcut_share),

@@ -1,7 +1,7 @@
-"""Trains conceptseg-nano: `python -m conceptseg_trainers.nano [--stage sam|mllm|ctm|base|all]`.
+"""Trains conceptseg-nano: `python -m conceptseg_trainers.nano [--stage sam|vlm|ctm|base|all]`.
 
-The stages "sam" and "mllm" do not depend on each other; "all" runs them side by side in two processes, then "ctm",
-which needs both and writes the checkpoint. "base" trains another MLLM, which is not shown the true choice in some
+The stages "sam" and "vlm" do not depend on each other; "all" runs them side by side in two processes, then "ctm",
+which needs both and writes the checkpoint. "base" trains another VLM, which is not shown the true choice in some
 families: the start of reinforcement learning in `evidence`. Every stage resumes where it was stopped.
 """
 
@@ -18,12 +18,12 @@ import torch
 from .assemble import load_stage, write_checkpoint
 from .ctm_stage import CtmStage, CtmSteps
 from .loop import Schedule, train
-from .mllm_stage import UNTAUGHT_FAMILIES, MllmStage
+from .vlm_stage import UNTAUGHT_FAMILIES, VlmStage
 from .sam_stage import SamStage
 
-PRETRAINING = {"sam": 4000, "mllm": 5000}  # steps in which only the vision tower trains
-STEPS = {"sam": 11_000, "mllm": 12_000}
-HELD_OUT = {"sam": 180, "mllm": 132, "ctm": 240}
+PRETRAINING = {"sam": 4000, "vlm": 5000}  # steps in which only the vision tower trains
+STEPS = {"sam": 11_000, "vlm": 12_000}
+HELD_OUT = {"sam": 180, "vlm": 132, "ctm": 240}
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def _run() -> None:
     )
     parser.add_argument(
         "--stage",
-        choices=["sam", "mllm", "ctm", "base", "all"],
+        choices=["sam", "vlm", "ctm", "base", "all"],
         default="all",
         help="which stage to run (default: all, without base)",
     )
@@ -68,7 +68,7 @@ def _run() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.stage == "all":
-        _run_side_by_side(["sam", "mllm"], arguments)
+        _run_side_by_side(["sam", "vlm"], arguments)
         arguments.stage = "ctm"
     _run_stage(arguments)
 
@@ -110,17 +110,17 @@ def _run_stage(arguments: argparse.Namespace) -> None:
     if arguments.stage == "sam":
         stage = SamStage(pretraining["sam"], device=device, held_out=held_out["sam"], seed=seed)
         train(stage, _schedule(pretraining["sam"], steps["sam"], 1e-3), run_dir)
-    if arguments.stage in ("mllm", "base"):
-        stage = MllmStage(
-            pretraining["mllm"],
-            steps["mllm"],
+    if arguments.stage in ("vlm", "base"):
+        stage = VlmStage(
+            pretraining["vlm"],
+            steps["vlm"],
             untaught=UNTAUGHT_FAMILIES if arguments.stage == "base" else frozenset(),
             name=arguments.stage,
             device=device,
-            held_out=held_out["mllm"],
+            held_out=held_out["vlm"],
             seed=seed,
         )
-        train(stage, _schedule(pretraining["mllm"], steps["mllm"], 1.5e-3), run_dir)
+        train(stage, _schedule(pretraining["vlm"], steps["vlm"], 1.5e-3), run_dir)
     if arguments.stage == "ctm":
         model, processor = load_stage(run_dir)
         phases = CtmSteps()

@@ -28,7 +28,7 @@ from conceptseg_hf.data.concept_shapes.families import Task
 from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.losses import segmentation_loss
-from conceptseg_hf.mllm import last_hidden_states, model_inputs
+from conceptseg_hf.vlm_backbone import last_hidden_states, model_inputs
 from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, CoordinateFrame, PreparedSample
@@ -79,7 +79,7 @@ class CtmStage:
     """Trains the CTM.
 
     Args:
-        model: The MLLM and SAM 3 of the earlier stages with a fresh CTM.
+        model: The VLM and SAM 3 of the earlier stages with a fresh CTM.
         processor: The nano processor.
         run_dir: Where completions are kept.
         steps: Steps of the phases.
@@ -184,9 +184,9 @@ class CtmStage:
             tasks[i // 2].mask if index == _TARGET else tasks[i // 2].scene.objects[index].mask
             for i, index in enumerate(objects.tolist())
         ]
-        truth = torch.from_numpy(np.stack(masks)).to(self.device)
-        _, dice, focal = segmentation_loss(logits, truth)
-        present = truth.flatten(1).any(1).float()
+        ground_truth = torch.from_numpy(np.stack(masks)).to(self.device)
+        _, dice, focal = segmentation_loss(logits, ground_truth)
+        present = ground_truth.flatten(1).any(1).float()
         presence_loss = nn.functional.binary_cross_entropy_with_logits(presence[:, 0], present)
         total = dice + 10 * focal + 0.25 * presence_loss
         return total, {"dice": dice.item(), "focal": focal.item(), "presence": presence_loss.item()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from conceptseg_hf.data.concept_shapes.rendering import COLOURS, GREY, SHAPES, TEXTURES
+from conceptseg_hf.data.concept_shapes.rendering import COLORS, GREY, SHAPES, TEXTURES
 from conceptseg_hf.data.concept_shapes.scenes import Look, Scene
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.references import mask_to_box
@@ -17,7 +17,7 @@ GRID = 8  # image tokens per side
 KINDS = ("", "glass", "shadow", "hidden", "core", "scratch", "stain", "hole", "lesion")
 DENSE_CLASSES = {
     "shape": len(SHAPES) + 1,
-    "colour": len(COLOURS) + 2,
+    "color": len(COLORS) + 2,
     "texture": len(TEXTURES) + 1,
     "kind": len(KINDS) + 1,
     "marked": 3,
@@ -99,7 +99,7 @@ def look_classes(look: Look, marked: bool = False) -> tuple[int, int, int, int, 
     """Class indices of a look, in the order of `DENSE_CLASSES`."""
     return (
         SHAPES.index(look.shape) + 1,
-        (*COLOURS, GREY).index(look.colour) + 1,
+        (*COLORS, GREY).index(look.color) + 1,
         TEXTURES.index(look.texture) + 1,
         KINDS.index(look.kind) + 1,
         1 + marked,

@@ -1,4 +1,4 @@
-"""Training examples of the nano MLLM: pictures, a text to continue, and where it should look while it writes.
+"""Training examples of the nano VLM: pictures, a text to continue, and where it should look while it writes.
 
 Perception examples are short: they name, find, match and locate objects, with many boxes for little text. A task
 example is a whole task as the model will meet it, with mosaic, instruction and completion. Its pictures and prompts are
@@ -16,7 +16,7 @@ from PIL import Image
 
 from conceptseg_hf.completion import format_box, format_completion
 from conceptseg_hf.data.concept_shapes.families import Task
-from conceptseg_hf.data.concept_shapes.rendering import COLOURS, SHAPES, TEXTURES
+from conceptseg_hf.data.concept_shapes.rendering import COLORS, SHAPES, TEXTURES
 from conceptseg_hf.data.concept_shapes.scenes import Box, Look, Scene, draw_scene, make_objects, random_look
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, CoordinateFrame
@@ -25,7 +25,7 @@ from conceptseg_hf.references import Reference, compose_mosaic, mask_to_box, res
 from .dense import GRID, Visible, dense_targets, tokens_of, visible_objects
 from .tokenizers import COORDINATE_SCALE
 
-_NOISE = 0.15  # probability that a color or texture word is another one where the MLLM reads its own text
+_NOISE = 0.15  # probability that a color or texture word is another one where the VLM reads its own text
 _MIN_PIXELS = 12  # smaller things are not asked for
 
 
@@ -50,7 +50,7 @@ class TrainingExample:
         pictures: (SIDE, SIDE, 3) 8-bit pictures.
         prompt: Token ids up to the completion, image tokens expanded.
         completion: Token ids of the completion with its end token.
-        read: The completion as the MLLM reads it while it is trained: some words are replaced.
+        read: The completion as the VLM reads it while it is trained: some words are replaced.
         focus: Where to look, for some tokens of the completion.
         dense: Per picture, what each image token shows; see `dense_targets`.
     """
@@ -74,8 +74,8 @@ class ExampleWriter:
             name: vocabulary[name]
             for name in ("<check>", "<bbox>", "</think>", "<answer>", "</answer>", "<|im_end|>")
         }
-        self._kinds = [np.asarray([vocabulary[word] for word in words]) for words in (COLOURS, TEXTURES[1:])]
-        self._look_words = {vocabulary[word] for word in (*COLOURS, *TEXTURES[1:], *SHAPES)}
+        self._kinds = [np.asarray([vocabulary[word] for word in words]) for words in (COLORS, TEXTURES[1:])]
+        self._look_words = {vocabulary[word] for word in (*COLORS, *TEXTURES[1:], *SHAPES)}
 
     # Perception
 
@@ -164,7 +164,7 @@ class ExampleWriter:
             pictures: The pictures and what they show.
             entries: Phrases; masks (by picture) where the phrase is seen; picture and mask of the box.
             guided_from: The first word of a phrase that is determined.
-            noise: Replace some words where the MLLM reads them.
+            noise: Replace some words where the VLM reads them.
         """
         completion: list[int] = []
         focus: list[Focus] = []
@@ -266,7 +266,7 @@ class ExampleWriter:
         for end in (completion.index(self.ids["</think>"]), completion.index(self.ids["</answer>"])):
             focus += [Focus(i, places) for i in range(end - length, end)]
         for position, word in enumerate(think.split()[:-length], start=1):
-            is_look = word in COLOURS or word in SHAPES or word in TEXTURES[1:]
+            is_look = word in COLORS or word in SHAPES or word in TEXTURES[1:]
             if marked and is_look and all(item.look.answers_to([word]) for item in marked):
                 focus.append(Focus(position, shared))
         return focus
@@ -316,7 +316,7 @@ def _some_words(rng: np.random.Generator, look: Look) -> list[str]:
         keep = rng.random(3) < (0.5, 0.6, 0.7)
         words = [
             word
-            for word, kept in zip((look.texture, look.colour, look.shape), keep, strict=True)
+            for word, kept in zip((look.texture, look.color, look.shape), keep, strict=True)
             if kept and word != "plain"
         ]
         if words:

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 from conceptseg_hf.data import ConceptShapes
-from conceptseg_hf.data.concept_shapes.rendering import COLOURS, GREY, SHAPES, TEXTURES
+from conceptseg_hf.data.concept_shapes.rendering import COLORS, GREY, SHAPES, TEXTURES
 from conceptseg_hf.data.concept_shapes.scenes import Scene, SceneObject
 from conceptseg_hf.evaluation import foreground_iou, presence_auc
 from conceptseg_hf.losses import dice_loss
@@ -41,7 +41,7 @@ _SPECIAL_NOUNS = (
     "hidden square",
 )
 # Not names of anything: SAM 3 learns that it cannot tell whether such a concept is there, so that the router
-# asks the MLLM.
+# asks the VLM.
 _CONCEPT_PROMPTS = (
     "camouflaged object segmentation",
     "salient object segmentation",
@@ -85,10 +85,10 @@ def _words_of(rng: np.random.Generator, item: SceneObject) -> list[str]:
     if choice < 0.4:
         return full
     if choice < 0.65:
-        return [look.colour, look.shape]
+        return [look.color, look.shape]
     if choice < 0.85:
         return [look.shape]
-    return [look.colour, "object"] if choice < 0.95 or look.texture == "plain" else [look.texture, look.shape]
+    return [look.color, "object"] if choice < 0.95 or look.texture == "plain" else [look.texture, look.shape]
 
 
 def negative_question(rng: np.random.Generator, scene: Scene) -> Question:
@@ -98,7 +98,7 @@ def negative_question(rng: np.random.Generator, scene: Scene) -> Question:
         return Question(
             _CONCEPT_PROMPTS[int(rng.integers(len(_CONCEPT_PROMPTS)))], None, nothing, segment=False
         )
-    colours, shapes = list(COLOURS), list(SHAPES)
+    colors, shapes = list(COLORS), list(SHAPES)
     while True:
         item = scene.objects[int(rng.integers(len(scene.objects)))].look
         choice = rng.random()
@@ -108,8 +108,8 @@ def negative_question(rng: np.random.Generator, scene: Scene) -> Question:
             words = item.phrase.split()
             changed = int(rng.integers(len(words)))
             pool = (
-                colours
-                if words[changed] in COLOURS
+                colors
+                if words[changed] in COLORS
                 else shapes
                 if words[changed] in SHAPES
                 else list(TEXTURES[1:])
@@ -118,7 +118,7 @@ def negative_question(rng: np.random.Generator, scene: Scene) -> Question:
         else:
             words = [shapes[int(rng.integers(len(shapes)))]]
             if rng.random() < 0.7:
-                words.insert(0, colours[int(rng.integers(len(colours)))])
+                words.insert(0, colors[int(rng.integers(len(colors)))])
         if not any(other.look.answers_to(words) for other in scene.objects):
             return Question(" ".join(words), None, nothing)
 
@@ -134,7 +134,7 @@ def _jittered(rng: np.random.Generator, box: Sequence[float], size: int) -> tupl
 
 
 _HEAD_WORDS = (
-    (*COLOURS, GREY),
+    (*COLORS, GREY),
     SHAPES,
     TEXTURES,
     ("glass", "transparent", "hidden", "shadow", "core", "scratch", "stain", "hole", "lesion"),
@@ -265,8 +265,8 @@ class SamStage:
         ]
         right, guided = (torch.from_numpy(np.stack(arrays)).to(self.device) for arrays in zip(*guidance))
         focus = sum(_guided_attention(*pair, right, guided) for pair in zip(fusions, seen)) / len(fusions)
-        truth = torch.from_numpy(np.stack([question.mask for question in flat])).to(self.device).float()
-        present = truth.flatten(1).any(1)
+        ground_truth = torch.from_numpy(np.stack([question.mask for question in flat])).to(self.device).float()
+        present = ground_truth.flatten(1).any(1)
         shown = torch.from_numpy(np.stack([tokens_of(question.mask) for question in flat])).to(self.device)
         look = sum(
             _presence_attention(attention, kwargs, shown, present)
@@ -274,7 +274,7 @@ class SamStage:
         ) / len(looks)
         segment = torch.tensor([question.segment for question in flat], device=self.device)
         logits = output.semantic_seg[:, 0]
-        soft = nn.functional.adaptive_avg_pool2d(truth[:, None], logits.shape[-2:])[:, 0]
+        soft = nn.functional.adaptive_avg_pool2d(ground_truth[:, None], logits.shape[-2:])[:, 0]
         focal = _focal(logits, soft)
         dice = dice_loss(logits[present], soft[present])
         focal_loss = focal[segment].mean()
@@ -381,9 +381,9 @@ class SamStage:
                         scores.append(score)
                         present.append(sample.present)
                     if sample.present:
-                        name, truth = sample.stratum or sample.level, np.asarray(sample.mask) > 0
-                        ious.setdefault(f"text_{name}", []).append(foreground_iou(text_mask, truth))
-                        ious.setdefault(f"box_{name}", []).append(foreground_iou(box_mask, truth))
+                        name, ground_truth = sample.stratum or sample.level, np.asarray(sample.mask) > 0
+                        ious.setdefault(f"text_{name}", []).append(foreground_iou(text_mask, ground_truth))
+                        ious.setdefault(f"box_{name}", []).append(foreground_iou(box_mask, ground_truth))
         numbers |= {name: mean(values) for name, values in sorted(ious.items())}
         return numbers | {"presence_auc": presence_auc(scores, present) or 0.0}
 

@@ -68,7 +68,7 @@ def sheet_scene(rng: np.random.Generator) -> Scene:
         centre = [(i + 0.5) * cell + slack * (2 * rng.random() - 1) for i in divmod(place, rows)]
         look = random_look(rng)
         if rng.random() < 0.15:  # a shape without a color word: shapes are learned apart from colors
-            look = replace(look, colour=GREY)
+            look = replace(look, color=GREY)
         turns = turns_of(look.shape)
         objects.append(SceneObject(look, *centre, radius, turns[int(rng.integers(len(turns)))]))
     return draw_scene(rng, SIDE, objects)

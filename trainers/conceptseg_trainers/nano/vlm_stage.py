@@ -1,4 +1,4 @@
-"""Stage "mllm": Qwen2.5-VL learns to read pictures, then to reason about them in the completion's template.
+"""Stage "vlm": Qwen2.5-VL learns to read pictures, then to reason about them in the completion's template.
 
 What makes a small language model learn to read image tokens (else it stays blind for tens of thousands of them):
 - a vision tower that has learned to see before, shapes above all;
@@ -51,8 +51,8 @@ _BLOCK = 4  # steps that share one kind of example
 _FIRST_TASK = 200_000  # far from the tasks that the other stages use
 
 
-class MllmWithHeads(nn.Module):
-    """The MLLM and the dense heads that only training needs."""
+class VlmWithHeads(nn.Module):
+    """The VLM and the dense heads that only training needs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,8 +63,8 @@ class MllmWithHeads(nn.Module):
         self.dense_box = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4))
 
 
-class MllmStage:
-    """Trains all of the MLLM on examples.
+class VlmStage:
+    """Trains all of the VLM on examples.
 
     Args:
         pretraining: Steps in which only the vision tower trains, on the dense heads.
@@ -84,7 +84,7 @@ class MllmStage:
         steps: int,
         examples: int = 24,
         untaught: frozenset[str] = frozenset(),
-        name: str = "mllm",
+        name: str = "vlm",
         device: str = "cpu",
         held_out: int = 132,
         seed: int = 0,
@@ -95,7 +95,7 @@ class MllmStage:
         self.device, self.held_out, self.is_pretraining = device, held_out, False
         self.processor = build_processor()
         self.writer = ExampleWriter(self.processor)
-        self.module = MllmWithHeads().to(device)
+        self.module = VlmWithHeads().to(device)
         vocabulary = self.processor.tokenizer.get_vocab()
         self.numbers = torch.tensor([vocabulary[str(number)] for number in range(COORDINATE_SCALE + 1)])
         self.first_number = int(self.numbers[0])
@@ -302,8 +302,8 @@ class MllmStage:
                     numbers.setdefault("check", []).append(check_iou)
             if sample.box is None:
                 continue
-            truth = item.coordinates.image_box_to_text(sample.box)
-            iou = box_iou(completion.bbox, truth) if completion.bbox else 0.0
+            ground_truth = item.coordinates.image_box_to_text(sample.box)
+            iou = box_iou(completion.bbox, ground_truth) if completion.bbox else 0.0
             numbers.setdefault(f"box_{sample.stratum or name or sample.level}", []).append(iou)
             if not name:
                 numbers.setdefault("answer", []).append(float(completion.answer == sample.answer))
