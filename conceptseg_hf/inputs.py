@@ -14,9 +14,6 @@ from .coordinates import CoordinateFrame
 if TYPE_CHECKING:
     from .processing_conceptseg import ConceptSegProcessor
 
-SHARED_PIXELS = ("sam_pixel_values", "shortcut_pixel_values")
-"""Attributes of `PreparedSample` that samples of one image share."""
-
 _T = TypeVar("_T")
 
 
@@ -93,7 +90,7 @@ class ConceptSegInputs(Sequence):
     def to(self, device: torch.device | str) -> ConceptSegInputs:
         """A copy whose tensors are on `device`; samples that share SAM 3's input go on sharing it."""
         samples = [sample.to(device) for sample in self.samples]
-        for name in SHARED_PIXELS:
+        for name in ("sam_pixel_values", "shortcut_pixel_values"):
             shared: dict[int, torch.Tensor | None] = {}
             for before, after in zip(self.samples, samples, strict=True):
                 setattr(after, name, shared.setdefault(id(getattr(before, name)), getattr(after, name)))

@@ -16,7 +16,7 @@ from ..images import is_file, load_oriented_image, mask_to_image, read_header
 from ..mask_checks import describe_other_size, is_similar_size
 from ..references import Reference, mask_to_box
 from .paths import check_files
-from .pools import ClassPool, FileReference, ReferencePool, reference_count
+from .pools import ClassPool, FileReference, ReferencePool, draw_repeatedly, reference_count
 from .sample import ConceptSample, UnreadableSampleError
 from .truths import BoxTruth, Size, Truth, resize
 
@@ -220,11 +220,12 @@ class FileBenchmark(Sequence[ConceptSample]):
         if self._pool is None:
             return {}
         rng = random.Random(self.seed)
-        return {
-            item.sample_id: self._pool.draw_repeatedly(item.concept, rng, item.image)
-            for item in self.items
-            if not item.references
+        items = [item for item in self.items if not item.references]
+        classes = {
+            concept: list(self._pool.references(concept))
+            for concept in dict.fromkeys(item.concept for item in items)
         }
+        return {item.sample_id: draw_repeatedly(classes[item.concept], rng, item.image) for item in items}
 
     def read_references(self, item: FileItem) -> FoundReferences:
         """Reads the references of an item; others of its class take the places of those that cannot be used.

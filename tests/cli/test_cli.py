@@ -21,14 +21,6 @@ from conceptseg_hf.evaluation.running.ablation import ablation_names
 from conceptseg_hf.router import ROUTER_MODES
 
 
-@pytest.fixture(scope="session")
-def checkpoint(model, processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture()
 def files(tmp_path, monkeypatch):
     """A folder with a picture, a mask and a name full of colons; the working directory of the test."""

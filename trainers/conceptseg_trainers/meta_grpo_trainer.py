@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from trl.data_utils import prepare_multimodal_messages
 
 from conceptseg_hf import (
+    Completion,
     ConceptSegForSegmentation,
     ConceptSegProcessor,
     mllm,
@@ -315,6 +316,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         self._rollouts = [
             _Rollout(
                 self._prompts[_key(row)],
+                completion,
                 self.concept_model.config.sam_words(completion.answer, row["problem"]),
             )
             for completion, row in zip(parsed, inputs, strict=True)
@@ -328,10 +330,9 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
 
     def after_rewards(self, inputs: Rows, completions: Sequence[Any], rewards: Tensor) -> None:
         """Logs how good boxes and masks are, and keeps examples for the pictures."""
-        parsed = [parse_completion(completion_text(completion)) for completion in completions]
         ious = []
-        for row, rollout, completion in zip(inputs, self._rollouts, parsed, strict=True):
-            prompt = rollout.prompt
+        for row, rollout in zip(inputs, self._rollouts, strict=True):
+            prompt, completion = rollout.prompt, rollout.completion
             ignore = None if prompt.ignore is None else prompt.ignore.cpu().numpy()
             ious.append(foreground_iou(row["predicted_mask"], prompt.mask.cpu().numpy(), ignore))
             self.log_rollout("mask_iou", ious[-1])
@@ -339,9 +340,9 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
             if row["gt_check_box"] is not None:
                 self.log_rollout("check_iou", located(completion.check, row["gt_check_box"]))
         if self.log_completions:
-            self.log_column("answer", [completion.answer for completion in parsed])
+            self.log_column("answer", [rollout.completion.answer for rollout in self._rollouts])
             self.log_column("mask_iou", ious)
-        self._keep_examples(inputs, parsed, rewards.tolist())
+        self._keep_examples(inputs, rewards.tolist())
 
     def _translate(self, completion_ids: list[list[int]]) -> Tensor:
         """(B, L2, D) concept tokens of the completions in `_rollouts`, by the policy as it is.
@@ -400,14 +401,13 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         size = self.args.sam_decode_batch_size
         return (items[start : start + size] for start in range(0, len(items), size))
 
-    def _keep_examples(
-        self, inputs: list[dict[str, Any]], parsed: Sequence[Any], rewards: list[list[float]]
-    ) -> None:
+    def _keep_examples(self, inputs: Rows, rewards: list[list[float]]) -> None:
         """Keeps the first completion of some prompts for the pictures."""
         self.examples = []
         first_rows = {_key(row): number for number, row in reversed(list(enumerate(inputs)))}
         for number in sorted(first_rows.values())[: self.args.log_examples]:
-            row, prompt = inputs[number], self._rollouts[number].prompt
+            row, rollout = inputs[number], self._rollouts[number]
+            prompt, completion = rollout.prompt, rollout.completion
             named = zip(self.reward_func_names, rewards[number], strict=True)
             self.examples.append(
                 TrainingExample(
@@ -415,8 +415,8 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
                     gt_mask=prompt.mask.cpu().numpy(),
                     predicted_mask=row["predicted_mask"],
                     mosaic=row["images"][0] if len(row["images"]) > 1 else None,
-                    rule=parsed[number].rule,
-                    answer=parsed[number].answer,
+                    rule=completion.rule,
+                    answer=completion.answer,
                     rewards={name: value for name, value in named if value == value},
                 )
             )
@@ -536,9 +536,10 @@ class _Prompt:
 
 @dataclass(frozen=True, eq=False)
 class _Rollout:
-    """One completion: its prompt, and the words that SAM 3 gets."""
+    """One completion: its prompt, its parts, and the words that SAM 3 gets."""
 
     prompt: _Prompt
+    completion: Completion
     sam_text: str
 
 
