@@ -138,7 +138,7 @@ def processor() -> ConceptSegProcessor:
 
 
 @pytest.fixture(scope="session")
-def make_model() -> Callable[..., ConceptSegForSegmentation]:
+def make_model(processor) -> Callable[..., ConceptSegForSegmentation]:
     """Makes a random model of the nano preset, in eval mode."""
 
     def make(tied: bool = True, seed: int = 0, **overrides: Any) -> ConceptSegForSegmentation:
@@ -154,6 +154,7 @@ def make_model() -> Callable[..., ConceptSegForSegmentation]:
                 parameter.add_(0.2 * torch.randn_like(parameter)) if parameter.ndim == 1 else parameter.mul_(
                     4
                 )
+        model.processor = processor
         return model
 
     return make

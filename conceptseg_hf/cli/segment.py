@@ -82,7 +82,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     from conceptseg_hf import Reference
     from conceptseg_hf.images import load_image
-    from conceptseg_hf.processing_conceptseg import ConceptSegInputs
     from conceptseg_hf.visualization import caption_of, panel
     from conceptseg_hf.writing import json_text, picture_bytes, write_files
 
@@ -90,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     sample = as_bad_input(processor.prepare, image, arguments.prompt, references, lazy=True)
     generation = {"max_new_tokens": arguments.max_new_tokens} if arguments.max_new_tokens else None
     result = model.segment(
-        ConceptSegInputs([sample], processor), router=arguments.router, generation_config=generation
+        [sample], processor=processor, router=arguments.router, generation_config=generation
     )[0]
     if result.error is not None or result.mask is None:
         raise BadInputError(result.error)

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, BaseImageProcessor, CLIPTokenizer, PreTr
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..configuration_conceptseg import ConceptSegConfig
-from ..processing_conceptseg import SWITCHES, ConceptSegProcessor
+from ..processing_conceptseg import ConceptSegProcessor
+from ..processor_settings import SWITCHES
 from ..profiles import PROFILES
 from .errors import ConversionError
 from .sources import read_json
