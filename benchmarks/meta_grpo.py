@@ -2,10 +2,10 @@
 
     python benchmarks/meta_grpo.py          needs conceptseg-hf[train]
 
-There each completion has its prompt and pictures read by the MLLM in generation, in the loss and in the reference's
+There each completion has its prompt and pictures read by the VLM in generation, in the loss and in the reference's
 pass, and its image encoded by SAM 3 once, for its reward and for L_seg. Here all completions of a prompt share these.
 Both schemes run on the same model, data and seed, in turns, each in a process of its own; the ratios are what counts.
-Two models: the embedded one, whose SAM 3 sees 16 x 16 patches, and the same MLLM and CTM with a SAM 3 of the embedded
+Two models: the embedded one, whose SAM 3 sees 16 x 16 patches, and the same VLM and CTM with a SAM 3 of the embedded
 size that sees 72 x 72 patches, as many as the released one (its weights are random: only time is measured).
 """
 

@@ -38,7 +38,7 @@ def main() -> None:
     from conceptseg_hf.evaluation.metrics.weighted_f import weighted_f_measure
 
     y, x = np.mgrid[:SIDE, :SIDE]
-    truth = np.hypot(y - 300, x - 280) < 130
+    ground_truth = np.hypot(y - 300, x - 280) < 130
     distance = 120 - np.hypot(y - 290, x - 300)
     predictions = {
         "a mask": distance > 0,
@@ -49,11 +49,12 @@ def main() -> None:
     for name, prediction in predictions.items():
         library = WeightedFmeasure(beta=1)
         theirs, ours = seconds(
-            lambda: library.cal_wfm(prediction.astype(np.float64), truth),  # noqa: B023 (called at once)
-            lambda: weighted_f_measure(prediction, truth),  # noqa: B023
+            lambda: library.cal_wfm(prediction.astype(np.float64), ground_truth),  # noqa: B023 (called at once)
+            lambda: weighted_f_measure(prediction, ground_truth),  # noqa: B023
         )
         difference = abs(
-            library.cal_wfm(prediction.astype(np.float64), truth) - weighted_f_measure(prediction, truth)
+            library.cal_wfm(prediction.astype(np.float64), ground_truth)
+            - weighted_f_measure(prediction, ground_truth)
         )
         print(
             f"  {name:28} PySODMetrics {1e3 * theirs:6.1f}   here {1e3 * ours:6.1f}   "
@@ -61,7 +62,7 @@ def main() -> None:
         )
     print("scoring one image, milliseconds:")
     for label, metrics in (("the default metrics", METRICS), ("all metrics", (*METRICS, *LIBRARY_METRICS))):
-        (spent,) = seconds(lambda: MaskMetrics(metrics=metrics).update(predictions["a mask"], truth))  # noqa: B023
+        (spent,) = seconds(lambda: MaskMetrics(metrics=metrics).update(predictions["a mask"], ground_truth))  # noqa: B023
         print(f"  {label:28} {1e3 * spent:6.1f}")
 
 

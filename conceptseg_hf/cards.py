@@ -204,7 +204,7 @@ def _card_text(
         "",
         "| part | what it is |",
         "|---|---|",
-        f"| MLLM | {config.vlm_config.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size} |",
+        f"| VLM | {config.vlm_config.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size} |",
         f"| Concept Translation Module | {ctm.num_queries} concept queries, {ctm.num_layers} blocks |",
         f"| SAM 3 | frozen, images of {config.sam_config.vision_config.backbone_config.image_size} pixels |",
         "",

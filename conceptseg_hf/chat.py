@@ -1,4 +1,4 @@
-"""The words around a prompt: the instruction, the chat with the MLLM, and what a prompt must not contain."""
+"""The words around a prompt: the instruction, the chat with the VLM, and what a prompt must not contain."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-from . import mllm
+from . import vlm_backbone
 from .completion import format_box, format_box_list
 from .coordinates import CoordinateFrame
 from .prompt_template import PromptTemplate
 
 
 class ChatMixin(ProcessorMixin):
-    """How a `ConceptSegProcessor` writes to the MLLM."""
+    """How a `ConceptSegProcessor` writes to the VLM."""
 
     image_processor: Any
     tokenizer: Any
@@ -45,7 +45,7 @@ class ChatMixin(ProcessorMixin):
         return self.template.fill(variant, prompt.strip(), boxes or "none", listed)
 
     def chat_text(self, instruction: str, num_images: int) -> str:
-        """The chat up to where the MLLM goes on: system message, pictures (one image token each), words."""
+        """The chat up to where the VLM goes on: system message, pictures (one image token each), words."""
         messages = [
             {"role": "system", "content": [{"type": "text", "text": self.template.system}]},
             {
@@ -69,34 +69,34 @@ class ChatMixin(ProcessorMixin):
         tokenize: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Writes a chat with the MLLM, as text or as the MLLM's inputs.
+        """Writes a chat with the VLM, as text or as the VLM's inputs.
 
         Args:
             conversation: Messages, or a list of conversations; see the base class.
-            chat_template: Another template than the MLLM's.
+            chat_template: Another template than the VLM's.
             tokenize: Return token ids, or with `return_dict=True` all that `model.generate` takes.
             **kwargs: As in the base class.
         """
         chat_template = chat_template or self._chat_template
         if tokenize:  # this processor's own call is for images and prompts, not for chats
-            plain = self.mllm_processor()
+            plain = self.vlm_processor()
             return plain.apply_chat_template(
                 conversation, chat_template=chat_template, tokenize=True, **kwargs
             )
         return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
 
-    def mllm_processor(self) -> ProcessorMixin:
-        """The MLLM's plain processor, for trainers and engines that know nothing of SAM 3.
+    def vlm_processor(self) -> ProcessorMixin:
+        """The VLM's plain processor, for trainers and engines that know nothing of SAM 3.
 
-        Chats through it, with the pictures of `draw_pictures`, give the token ids and patches of
-        `prepare_mllm`.
+        Chats through it, with the pictures of `draw_images`, give the token ids and patches of
+        `prepare_vlm`.
         """
         image_processor = copy.deepcopy(self.image_processor)
-        image_processor.size = self._mllm_image_limits
-        return mllm.make_processor(image_processor, self.tokenizer, self._chat_template)
+        image_processor.size = self._vlm_image_limits
+        return vlm_backbone.make_processor(image_processor, self.tokenizer, self._chat_template)
 
     @property
-    def _mllm_image_limits(self) -> dict[str, int]:
+    def _vlm_image_limits(self) -> dict[str, int]:
         """Limits in pixels under which the canvas alone decides the size: only rounding to patches is left."""
         factor = self.image_processor.patch_size * self.image_processor.merge_size
         return {"shortest_edge": factor**2, "longest_edge": (self.canvas_size + factor) ** 2}
@@ -104,7 +104,7 @@ class ChatMixin(ProcessorMixin):
     @property
     def _chat_template(self) -> str:
         own: Any = self.chat_template  # of one name here, and so one text
-        return own or self.tokenizer.chat_template or mllm.chat_template(self.image_token)
+        return own or self.tokenizer.chat_template or vlm_backbone.chat_template(self.image_token)
 
     def check_prompt(self, prompt: str) -> None:
         """Raises a ValueError if a prompt cannot be used; the message is one sentence."""
@@ -113,7 +113,7 @@ class ChatMixin(ProcessorMixin):
         self.check_text(prompt, "prompt")
 
     def check_text(self, text: str, what: str) -> None:
-        """Raises a ValueError if a text, called `what` in the message, would not be read as words by the MLLM."""
+        """Raises a ValueError if a text, called `what` in the message, would not be read as words by the VLM."""
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"{what} {text!r} has half a character in it; mend its encoding.")
         for token in self._reserved_tokens:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Sam3Model
 
-from . import hub, mllm
+from . import hub, vlm_backbone
 from .concept_translation import ConceptTranslationModule
 from .configuration_conceptseg import ConceptSegConfig, ConceptTranslationConfig
 from .devices import complete_device_map, dispatch_part, execution_device, is_offloaded, stored_value
 from .finite import check_finite
 from .processing_conceptseg import ConceptSegProcessor
-from .quantization import spare_sam_and_ctm
+from .quantization import exclude_sam_and_ctm
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,7 +35,7 @@ class CheckpointMixin(PreTrainedModel):
     """How the model is built from backbones, loaded, saved and uploaded, and finds its processor."""
 
     config: ConceptSegConfig
-    vlm: mllm.Mllm
+    vlm: vlm_backbone.Vlm
     ctm: ConceptTranslationModule
     sam: Sam3Model
     hf_device_map: Mapping[str, Any]
@@ -55,16 +55,16 @@ class CheckpointMixin(PreTrainedModel):
         sam_kwargs: Mapping[str, Any] | None = None,
         **config_kwargs: Any,
     ) -> Self:
-        """Joins a pretrained MLLM and a pretrained SAM 3 with a freshly initialised CTM, ready for stage I.
+        """Joins a pretrained VLM and a pretrained SAM 3 with a freshly initialised CTM, ready for stage I.
 
         Args:
-            vlm: Model id, folder, or the MLLM itself (used as it is).
+            vlm: Model id, folder, or the VLM itself (used as it is).
             sam: Model id, folder, or SAM 3 itself (used as it is).
             ctm_config: Fields of `ConceptTranslationConfig` to replace; the two widths follow from the
                 backbones.
-            dtype: Dtype of an MLLM given by name; SAM 3 and the CTM are float32.
+            dtype: Dtype of a VLM given by name; SAM 3 and the CTM are float32.
             attn_implementation: Attention implementation of backbones given by name.
-            vlm_kwargs: Further arguments of the MLLM's `from_pretrained`.
+            vlm_kwargs: Further arguments of the VLM's `from_pretrained`.
             sam_kwargs: Further arguments of SAM 3's `from_pretrained`.
             **config_kwargs: Fields of `ConceptSegConfig`.
         """
@@ -102,7 +102,7 @@ class CheckpointMixin(PreTrainedModel):
         config.vlm_config, config.sam_config = vlm.config, sam.config
         model.ctm = ConceptTranslationModule(config.ctm_config).to(execution_device(sam))
         model.ctm.apply(model._init_weights)
-        for part, given in (("MLLM", vlm), ("SAM 3", sam)):
+        for part, given in (("VLM", vlm), ("SAM 3", sam)):
             check_finite(given, f"The {part} {given.config.name_or_path!r}")
         model._freeze_sam()
         return model.eval()
@@ -145,18 +145,18 @@ class CheckpointMixin(PreTrainedModel):
             *model_args: As in `PreTrainedModel.from_pretrained`.
             init_ctm: Accept a checkpoint without (some) CTM weights and initialise them afresh.
             output_loading_info: Also return the dictionary of missing and unexpected keys.
-            **kwargs: As in `PreTrainedModel.from_pretrained`. A `quantization_config` is for the MLLM alone. A
+            **kwargs: As in `PreTrainedModel.from_pretrained`. A `quantization_config` is for the VLM alone. A
                 `device_map` may name some of `vlm`, `ctm` and `sam`; the others are on the device that computes.
 
         Raises:
-            ValueError: If weights of the CTM (without `init_ctm`), of the MLLM, or of SAM 3 (and
+            ValueError: If weights of the CTM (without `init_ctm`), of the VLM, or of SAM 3 (and
                 `config.sam_name_or_path` names no source for them) are missing, weights are not finite, or `device_map`
                 sends weights to the disk that are not in the checkpoint.
         """
         if kwargs.get("device_map") is not None:
             kwargs["device_map"] = complete_device_map(kwargs["device_map"], _PARTS)
         if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = spare_sam_and_ctm(
+            kwargs["quantization_config"] = exclude_sam_and_ctm(
                 kwargs["quantization_config"], kwargs.get("device_map")
             )
         loaded_pair: Any = super().from_pretrained(
@@ -170,7 +170,7 @@ class CheckpointMixin(PreTrainedModel):
         checkpoint = f"The checkpoint {str(pretrained_model_name_or_path)!r}"
         if missing["vlm"]:
             raise ValueError(
-                f"{checkpoint} lacks {len(missing['vlm'])} MLLM weights ({missing['vlm'][0]}, ...); "
+                f"{checkpoint} lacks {len(missing['vlm'])} VLM weights ({missing['vlm'][0]}, ...); "
                 "load a complete checkpoint, or join backbones with ConceptSegForSegmentation.from_backbones."
             )
         if missing["ctm"] and not init_ctm:

@@ -1,4 +1,4 @@
-"""Batches of the MLLM's inputs."""
+"""Batches of the VLM's inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pad_batch(
     """Batches prompts, padded on the left, and completions, padded on the right.
 
     Args:
-        samples: Samples with the MLLM's tensors.
+        samples: Samples with the VLM's tensors.
         completions: Token ids of a completion per sample, each with the end-of-turn token; None for prompts alone.
         pad_token_id: The token that is padded with.
         end_of_turn: See `ConceptSegProcessor.collate`.

@@ -1,4 +1,4 @@
-"""What the MLLM writes: think, rule, [check], bbox and answer, each between its tags; reading and writing it.
+"""What the VLM writes: think, rule, [check], bbox and answer, each between its tags; reading and writing it.
 
 Boxes are in the "text" frame of ARCHITECTURE.md. The parser reads any string in linear time and evaluates
 nothing.

@@ -1,4 +1,4 @@
-"""The Concept Translation Module (CTM): from hidden states of the MLLM to concept tokens for SAM 3."""
+"""The Concept Translation Module (CTM): from hidden states of the VLM to concept tokens for SAM 3."""
 
 from __future__ import annotations
 

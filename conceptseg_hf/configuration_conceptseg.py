@@ -16,7 +16,7 @@ class ConceptTranslationConfig(PreTrainedConfig):
     """Configuration of the Concept Translation Module (section 3.3; structure of the released weights).
 
     Args:
-        hidden_size: Width C of the MLLM's hidden states and of the concept queries.
+        hidden_size: Width C of the VLM's hidden states and of the concept queries.
         num_queries: Number L2 of concept queries (Table 7: 8; 16 in an early version of the released code).
         num_layers: Number of pre-norm cross-attention blocks.
         num_attention_heads: Attention heads of each block; divides `hidden_size`.
@@ -50,13 +50,13 @@ class ConceptTranslationConfig(PreTrainedConfig):
 
 @strict
 class ConceptSegConfig(PreTrainedConfig):
-    """Configuration of `ConceptSegForSegmentation`: an MLLM, a Concept Translation Module and SAM 3.
+    """Configuration of `ConceptSegForSegmentation`: a VLM, a Concept Translation Module and SAM 3.
 
     Args:
-        vlm_config: Configuration of the MLLM; its `model_type` chooses the class (default Qwen2.5-VL).
+        vlm_config: Configuration of the VLM; its `model_type` chooses the class (default Qwen2.5-VL).
         sam_config: Configuration of SAM 3.
         ctm_config: Configuration of the Concept Translation Module; its widths follow from the others by default.
-        tie_word_embeddings: Follows the MLLM's own setting.
+        tie_word_embeddings: Follows the VLM's own setting.
         sam_geometry_cls: Ends the SAM prompt with the geometry encoder's CLS token, as Meta's SAM 3 always
             does.
         hidden_states_at: Which hidden state stands for a completion token: `"token"`, the state at the
@@ -124,7 +124,7 @@ class ConceptSegConfig(PreTrainedConfig):
         if self.ctm_config.hidden_size != self.hidden_size:
             raise ValueError(
                 f"ConceptSegConfig: ctm_config.hidden_size is {self.ctm_config.hidden_size}, but "
-                f"the MLLM's hidden states have width {self.hidden_size}; set ctm_config.hidden_size to that width."
+                f"the VLM's hidden states have width {self.hidden_size}; set ctm_config.hidden_size to that width."
             )
         prompt_size = self.sam_config.detr_encoder_config.hidden_size
         if self.ctm_config.sam_hidden_size != prompt_size:
@@ -169,16 +169,16 @@ class ConceptSegConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Width of the MLLM's hidden states."""
+        """Width of the VLM's hidden states."""
         return self.get_text_config().hidden_size
 
     @property
     def image_token_id(self) -> int:
-        """The MLLM's token that stands for an image."""
+        """The VLM's token that stands for an image."""
         return self.vlm_config.image_token_id
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The MLLM's language-model configuration."""
+        """The VLM's language-model configuration."""
         return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
 
     @classmethod

@@ -30,7 +30,7 @@ class CoordinateFrame:
         proxy: Index of the proxy query among the references, or None.
         proxy_boxes: Its withheld boxes, in pixels of that reference; empty when they are unknown.
         support_boxes: The boxes shown, in text units of the mosaic, in the order of the references.
-        canvas_size: Side of the square that the MLLM sees, in pixels.
+        canvas_size: Side of the square that the VLM sees, in pixels.
         coordinate_scale: What one side of it measures in the text.
         inclusive_corners: Whether boxes in the text end on their last canvas pixel; see `MosaicSettings.corners`.
         encloses_boxes: Whether a check is compared with the box around several withheld ones, not with the one that
@@ -132,10 +132,10 @@ class CoordinateFrame:
         Returns:
             0 when no check was given, None when there is no withheld box to compare with.
         """
-        truths = self.check_boxes
-        if not truths:
+        ground_truths = self.check_boxes
+        if not ground_truths:
             return None
-        return 0.0 if check is None else max(box_iou(check, truth) for truth in truths)
+        return 0.0 if check is None else max(box_iou(check, ground_truth) for ground_truth in ground_truths)
 
     # Corners
 

@@ -1,4 +1,4 @@
-"""One MLLM pass: the completion's tokens and their hidden states, taken while generating."""
+"""One VLM pass: the completion's tokens and their hidden states, taken while generating."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-from . import mllm
+from . import vlm_backbone
 from .devices import loaded, move_to_hooks
 
 MAX_NEW_TOKENS = 768  # Table 7
 _NO_TOKEN = -1  # the id of none
 
-# An MLLM keeps positions between the steps of a completion, and calls the hooks of all threads: they take turns.
+# A VLM keeps positions between the steps of a completion, and calls the hooks of all threads: they take turns.
 _turns: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
 
 
@@ -52,7 +52,7 @@ class GeneratedCompletions:
 
 @torch.no_grad()
 def generate_with_states(
-    vlm: mllm.Mllm,
+    vlm: vlm_backbone.Vlm,
     inputs: Mapping[str, Any],
     generation_config: GenerationConfig | Mapping[str, Any] | None = None,
     hidden_states_at: str = "token",
@@ -67,10 +67,10 @@ def generate_with_states(
     that share a model take turns.
 
     Args:
-        vlm: The MLLM.
+        vlm: The VLM.
         inputs: The left-padded batch of the processor's `collate`.
         generation_config: A `GenerationConfig`, or its fields as a mapping. What it leaves open is taken from
-            the MLLM's own `generation_config`, except that decoding is greedy and at most 768 tokens long
+            the VLM's own `generation_config`, except that decoding is greedy and at most 768 tokens long
             unless it says otherwise.
         hidden_states_at: `"token"`, or `"predict"` for the state that predicts the token.
         end_of_turn_state: Also keep the state of the end-of-sequence token of each completion that has one. A row
@@ -85,9 +85,9 @@ def generate_with_states(
     Raises:
         ValueError: If the configuration has a field that does not exist or cannot be used here, or the inputs are
             incomplete.
-        RuntimeError: If the MLLM is compiled in such a way that its states cannot be seen.
+        RuntimeError: If the VLM is compiled in such a way that its states cannot be seen.
     """
-    inputs = move_to_hooks(mllm.model_inputs(inputs), vlm)
+    inputs = move_to_hooks(vlm_backbone.model_inputs(inputs), vlm)
     config, limits = _prepare_config(vlm, generation_config, inputs, max_total_length)
     limit = config.max_new_tokens
     at_token = hidden_states_at == "token"
@@ -106,13 +106,13 @@ def generate_with_states(
                 loaded(vlm),
                 _without_device_warning(vlm),
                 _without_criteria_warning(late is not None),
-            ):  # generate calls parts of the MLLM past its forward
+            ):  # generate calls parts of the VLM past its forward
                 sequences = vlm.generate(
                     **inputs, generation_config=config, stopping_criteria=StoppingCriteriaList(criteria)
                 )
         finally:
             handle.remove()
-            mllm.forget_positions(vlm)
+            vlm_backbone.reset_rope_deltas(vlm)
 
     # Step t reads token t - 1 and predicts token t. Where every row ended with its first token, no token has
     # been read. Tokens past the end, which generate takes back on some devices, leave states behind theirs.
@@ -134,7 +134,7 @@ def generate_with_states(
 
 
 @contextmanager
-def _without_device_warning(vlm: mllm.Mllm) -> Iterator[None]:
+def _without_device_warning(vlm: vlm_backbone.Vlm) -> Iterator[None]:
     """Hides that `generate` asks for inputs on the device of the first parameter, which may be offloaded to nowhere."""
     with warnings.catch_warnings():
         if vlm.device.type == "meta":
@@ -161,7 +161,7 @@ def _without_criteria_warning(is_wanted: bool) -> Iterator[None]:
 
 
 def _prepare_config(
-    vlm: mllm.Mllm,
+    vlm: vlm_backbone.Vlm,
     given: GenerationConfig | Mapping[str, Any] | None,
     inputs: Mapping[str, Tensor],
     max_total_length: int | None,
@@ -207,11 +207,14 @@ def _prepare_config(
         config.pad_token_id, own.pad_token_id, text_config.pad_token_id, *eos_ids[:1], 0
     )
     config.suppress_tokens = sorted(
-        {*mllm.vision_token_ids(vlm.config), *(_first_set(config.suppress_tokens, own.suppress_tokens) or [])}
+        {
+            *vlm_backbone.vision_token_ids(vlm.config),
+            *(_first_set(config.suppress_tokens, own.suppress_tokens) or []),
+        }
     )
     config.return_dict_in_generate = False
     config.do_sample = bool(config.do_sample)
-    if not config.do_sample:  # sampling fields of the MLLM's own file would only cause warnings
+    if not config.do_sample:  # sampling fields of the VLM's own file would only cause warnings
         config.temperature, config.top_p, config.top_k = 1.0, 1.0, 50
     return config, limits
 
@@ -320,7 +323,7 @@ class StateRecorder(StoppingCriteria):
         """Keeps the last state seen; true for no row."""
         if self._last is None:
             raise RuntimeError(
-                "generate_with_states: the MLLM was compiled as a whole by an earlier call, and its graph hides the "
+                "generate_with_states: the VLM was compiled as a whole by an earlier call, and its graph hides the "
                 "hidden states; call torch.compiler.reset() before, or compile model.vlm.model.language_model alone."
             )
         self.states.append(self._last.clone())  # not a view, which would keep the states of the whole prompt

@@ -119,7 +119,7 @@ def load_mask(mask: ImageInput, size: tuple[int, int] | None = None, orientation
 
     A pixel is foreground when its value is not zero; in a mask whose largest value is 128 to 255, when it is at least
     128 (so that soft edges and JPEG noise stay background); in a float mask, when it is at least 0.5. Palette
-    masks are read by index, those of black and white by colour; colour masks by their brightest channel.
+    masks are read by index, those of black and white by color; color masks by their brightest channel.
 
     Args:
         mask: See `ImageInput`.
@@ -138,7 +138,7 @@ def load_mask(mask: ImageInput, size: tuple[int, int] | None = None, orientation
         foreground = _array_foreground(_checked_array(mask, "mask"))
     else:
         picture, own_orientation = open_oriented_mask(mask)
-        foreground = picture_foreground(picture)
+        foreground = image_foreground(picture)
     if size is not None:
         found = foreground.shape[::-1]
         name = f" {name_of(mask)}" if isinstance(mask, (str, os.PathLike)) else ""
@@ -165,7 +165,7 @@ def load_grey_mask(mask: ImageInput) -> Image.Image:
     else:
         picture = open_oriented_mask(mask)[0]
         grey = np.asarray(picture) if picture.mode == "L" else None
-        foreground = picture_foreground(picture)
+        foreground = image_foreground(picture)
     if grey is not None and grey.dtype.kind == "f":
         return Image.fromarray(np.rint(grey * 255.0).astype(np.uint8))
     # A mask without a value of 128 or more is one of labels: see `load_mask`.
@@ -371,7 +371,7 @@ def _array_to_image(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array, dtype=np.uint8))
 
 
-def picture_foreground(picture: Image.Image) -> np.ndarray:
+def image_foreground(picture: Image.Image) -> np.ndarray:
     """The foreground of a picture that `open_mask` returns, (H, W) bool; see `load_mask`."""
     mode = picture.mode
     if mode == "LA":
@@ -384,7 +384,7 @@ def picture_foreground(picture: Image.Image) -> np.ndarray:
 
 
 def _has_white(picture: Image.Image) -> bool:
-    """Whether a palette picture uses greys alone, and a bright one; classes have colours, or no palette at all."""
+    """Whether a palette picture uses greys alone, and a bright one; classes have colors, or no palette at all."""
     palette = np.reshape(picture.getpalette("RGB") or [], (-1, 3))
     used = palette[[index for index in np.unique(np.asarray(picture)) if index < len(palette)]]
     return bool((used == used[:, :1]).all() and used.max(initial=0) >= _MASK_LEVEL)
@@ -393,7 +393,7 @@ def _has_white(picture: Image.Image) -> bool:
 def _array_foreground(array: np.ndarray) -> np.ndarray:
     if array.ndim == 3:
         foreground = _array_foreground(array[..., :3].max(axis=-1))
-        # A transparent pixel is no foreground, whatever its colour.
+        # A transparent pixel is no foreground, whatever its color.
         return foreground & _array_foreground(array[..., 3]) if array.shape[-1] == 4 else foreground
     if array.dtype.kind == "b":
         return array.copy()

@@ -1,4 +1,4 @@
-"""Inference: prepared samples through router, MLLM, CTM and SAM 3. `ConceptSegForSegmentation.segment` runs it."""
+"""Inference: prepared samples through router, VLM, CTM and SAM 3. `ConceptSegForSegmentation.segment` runs it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class _Images:
 class Segmenter:
     """Segments batches of prepared samples with one model, processor and settings.
 
-    Every image is encoded once by SAM 3, and only samples that do not take the shortcut reach the MLLM.
+    Every image is encoded once by SAM 3, and only samples that do not take the shortcut reach the VLM.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Segmenter:
     def _reason(
         self, samples: Sequence[PreparedSample], indices: Sequence[int], images: _Images
     ) -> dict[int, _Decoded]:
-        """Lets the MLLM write about some samples, and SAM 3 decode what it says; by their index."""
+        """Lets the VLM write about some samples, and SAM 3 decode what it says; by their index."""
         completions, concepts = self._complete([samples[i] for i in indices])
         by_index = dict(zip(indices, completions))
         prompted_by = self.settings.prompted_by
@@ -174,7 +174,7 @@ class Segmenter:
         return decoded
 
     def _complete(self, samples: Sequence[PreparedSample]) -> tuple[list[Completion], Tensor]:
-        """What the MLLM writes, and (B, L2, D) concept tokens.
+        """What the VLM writes, and (B, L2, D) concept tokens.
 
         Raises:
             ValueError: If it is asked for several completions of a sample.

@@ -17,15 +17,15 @@ _T = TypeVar("_T")
 
 @dataclass(eq=False)
 class PreparedSample:
-    """One prompt, ready for the model. The MLLM's tensors are None until the processor's `prepare_mllm`.
+    """One prompt, ready for the model. The VLM's tensors are None until the processor's `prepare_vlm`.
 
     Attributes:
         prompt: The user's words.
         frame: The sample's coordinate frames.
         sam_pixel_values: SAM 3's input, (3, S, S).
-        mllm_images: What the MLLM sees, as images of canvas size: the mosaic (if there are references),
+        vlm_images: What the VLM sees, as images of canvas size: the mosaic (if there are references),
             then the target.
-        mllm_text: The chat text, with one image token per image.
+        vlm_text: The chat text, with one image token per image.
         input_ids: Token ids of the chat, image tokens expanded, (L,).
         mm_token_type_ids: 1 at image tokens, else 0, (L,).
         pixel_values: Patches of all images, (patches, d).
@@ -38,8 +38,8 @@ class PreparedSample:
     prompt: str
     frame: CoordinateFrame | None = None
     sam_pixel_values: torch.Tensor | None = None
-    mllm_images: tuple[Image.Image, ...] = ()
-    mllm_text: str = ""
+    vlm_images: tuple[Image.Image, ...] = ()
+    vlm_text: str = ""
     input_ids: torch.Tensor | None = None
     mm_token_type_ids: torch.Tensor | None = None
     pixel_values: torch.Tensor | None = None
@@ -68,8 +68,8 @@ class ConceptSegInputs(BatchFeature):
     Keys:
         prompts: The users' words, a list of B strings.
         frames: The B `CoordinateFrame`s.
-        input_ids, attention_mask, mm_token_type_ids: The MLLM's prompts, (B, L), padded on the left.
-        pixel_values: Patches of the MLLM's images of all prompts, (patches, d).
+        input_ids, attention_mask, mm_token_type_ids: The VLM's prompts, (B, L), padded on the left.
+        pixel_values: Patches of the VLM's images of all prompts, (patches, d).
         image_grid_thw: Their patch grids, (images, 3): for each prompt the mosaic (if there are references), then
             the target.
         sam_pixel_values: SAM 3's input for the N different target images, (N, 3, S, S).
@@ -156,6 +156,6 @@ def known(value: _T | None, name: str) -> _T:
     """
     if value is None:
         raise ValueError(
-            f"a sample has no {name}; give what the processor's `prepare` and `prepare_mllm` return."
+            f"a sample has no {name}; give what the processor's `prepare` and `prepare_vlm` return."
         )
     return value

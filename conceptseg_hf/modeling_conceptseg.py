@@ -1,4 +1,4 @@
-"""ConceptSeg: an MLLM reasons, the Concept Translation Module translates, and a frozen SAM 3 segments."""
+"""ConceptSeg: a VLM reasons, the Concept Translation Module translates, and a frozen SAM 3 segments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import can_return_tuple
 
-from . import mllm, sam_prompt
+from . import sam_prompt, vlm_backbone
 from .checkpointing import CheckpointMixin
 from .concept_translation import ConceptTranslationModule
 from .configuration_conceptseg import ConceptSegConfig
@@ -31,14 +31,14 @@ from .sam_prompt import ImageFeatures
 class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
     """Segments what a prompt means, directly or by reasoning over reference images.
 
-    Parts: `vlm` (the MLLM), `ctm` (Concept Translation Module) and `sam` (SAM 3: frozen, and in eval mode
+    Parts: `vlm` (the VLM), `ctm` (Concept Translation Module) and `sam` (SAM 3: frozen, and in eval mode
         whatever `train()` is called on).
     `forward` is the differentiable path of the trainers; `segment` is inference. Language-model methods act
-    on the MLLM.
+    on the VLM.
     """
 
     config: ConceptSegConfig
-    vlm: mllm.Mllm
+    vlm: vlm_backbone.Vlm
     ctm: ConceptTranslationModule
     sam: Sam3Model
     hf_device_map: Mapping[str, Any]
@@ -48,7 +48,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")  # type: ignore[assignment]  # as Transformers' own models have it
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ConceptTranslationModule", *sam_prompt.UNITS]  # noqa: RUF012 (the MLLM adds its own)
+    _no_split_modules = ["ConceptTranslationModule", *sam_prompt.UNITS]  # noqa: RUF012 (the VLM adds its own)
     # One dtype is all a config can say; without this a reload in bfloat16 would take SAM 3 and the CTM along.
     _keep_in_fp32_modules_strict = ["sam", "ctm"]  # noqa: RUF012 (the base class reads it so)
     _supports_sdpa = True
@@ -58,7 +58,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
 
     def __init__(self, config: ConceptSegConfig) -> None:
         super().__init__(config)
-        mllm.check_supported(config.vlm_config)
+        vlm_backbone.check_supported(config.vlm_config)
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
         # In float32 from the start, whatever dtype is asked for: weights on disk are read as what they were made.
         with local_torch_dtype(torch.float32):
@@ -69,7 +69,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialises the CTM; the MLLM and SAM 3 initialise themselves."""
+        """Initialises the CTM; the VLM and SAM 3 initialise themselves."""
         std = self.config.ctm_config.initializer_range
         if isinstance(module, ConceptTranslationModule):
             init.normal_(module.queries, std=std)
@@ -84,7 +84,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
     # -- SAM 3 stays frozen --
 
     def train(self, mode: bool = True) -> ConceptSegForSegmentation:
-        """Sets the mode of the MLLM and the CTM; SAM 3 stays frozen and in eval mode."""
+        """Sets the mode of the VLM and the CTM; SAM 3 stays frozen and in eval mode."""
         super().train(mode)
         self._freeze_sam()
         return self
@@ -104,42 +104,42 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         """Where the model computes and its inputs belong, also while its weights are offloaded."""
         return execution_device(self)
 
-    # -- the MLLM's methods --
+    # -- the VLM's methods --
 
     @property
     def base_model(self) -> nn.Module:
-        """The MLLM without its language-model head: what TRL multiplies by the output embeddings."""
+        """The VLM without its language-model head: what TRL multiplies by the output embeddings."""
         return self.vlm.base_model if "vlm" in self._modules else self
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The MLLM's generation settings."""
+        """The VLM's generation settings."""
         return self.vlm.generation_config
 
     @generation_config.setter
     def generation_config(self, value: GenerationConfig) -> None:
-        if "vlm" in self._modules:  # the base class sets a default before the MLLM exists
+        if "vlm" in self._modules:  # the base class sets a default before the VLM exists
             self.vlm.generation_config = value
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generates text with the MLLM."""
+        """Generates text with the VLM."""
         with loaded(self):
             return self.vlm.generate(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The MLLM's."""
+        """The VLM's."""
         return self.vlm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Exchanges the MLLM's."""
+        """Exchanges the VLM's."""
         self.vlm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The MLLM's language-model head."""
+        """The VLM's language-model head."""
         return self.vlm.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Exchanges the MLLM's language-model head."""
+        """Exchanges the VLM's language-model head."""
         self.vlm.set_output_embeddings(new_embeddings)
 
     # -- the differentiable path --
@@ -249,7 +249,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         Args:
             input_ids: (B, L) prompt and completion.
             attention_mask: (B, L) nonzero at tokens.
-            mm_token_type_ids: (B, L) token types of the MLLM's processor (1 at image tokens).
+            mm_token_type_ids: (B, L) token types of the VLM's processor (1 at image tokens).
             pixel_values: (patches, d) image patches of all rows.
             image_grid_thw: (images, 3) their grids.
             completion_mask: (B, L) true at the tokens of the completion, the end-of-sequence token excluded unless
@@ -261,12 +261,12 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
             sam_attention_mask: (B, T) its mask.
             mask_labels: (B, H, W) masks of 0 and 1; with them the loss is computed, at their size.
             detach_hidden_states: Stop the gradient at the CTM's input (as the released code does).
-            output_logits: Also return the MLLM's next-token logits.
-            output_hidden_states: Also return the hidden states of all of the MLLM's layers; by default as the
+            output_logits: Also return the VLM's next-token logits.
+            output_hidden_states: Also return the hidden states of all of the VLM's layers; by default as the
                 config says.
-            output_attentions: Also return the MLLM's attention weights, which its "eager" attention alone has; by
+            output_attentions: Also return the VLM's attention weights, which its "eager" attention alone has; by
                 default as the config says.
-            use_cache: Also return the MLLM's key-value cache.
+            use_cache: Also return the VLM's key-value cache.
             return_dict: False for a tuple of what is present; by default as the config says.
 
         Raises:
@@ -276,7 +276,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
             sam_pixel_values, sam_features, sam_input_ids, sam_attention_mask, mask_labels
         )
         config = self.config
-        mllm_output = mllm.full_pass(
+        vlm_output = vlm_backbone.full_pass(
             self.vlm,
             {
                 "input_ids": input_ids,
@@ -291,7 +291,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
             output_attentions=config.output_attentions if output_attentions is None else output_attentions,
             use_cache=bool(use_cache),
         )
-        hidden_states = mllm_output.last_hidden_state
+        hidden_states = vlm_output.last_hidden_state
         logits = self.get_output_embeddings()(hidden_states) if output_logits else None
         concept_embeds = self.translate_completion(hidden_states, completion_mask, detach_hidden_states)
         if sam_pixel_values is not None:
@@ -311,9 +311,9 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
             logits=logits,
             dice_loss=dice,
             focal_loss=focal,
-            past_key_values=mllm_output.past_key_values,
-            hidden_states=mllm_output.hidden_states,
-            attentions=mllm_output.attentions,
+            past_key_values=vlm_output.past_key_values,
+            hidden_states=vlm_output.hidden_states,
+            attentions=vlm_output.attentions,
         )
 
     # -- inference --
@@ -362,21 +362,21 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
     ) -> list[ConceptSegmentation] | SegmentationOutputs:
         """Segments a batch of prompts; each takes its own route.
 
-        Every image is encoded once by SAM 3, and only prompts that do not take the shortcut reach the MLLM.
+        Every image is encoded once by SAM 3, and only prompts that do not take the shortcut reach the VLM.
 
         Args:
             inputs: What the processor returns for images, prompts and references: `segment(inputs)` or
                 `segment(**inputs)`. Or samples of the processor's `prepare`; those that carry an error become failed
                 results.
             router: A mode of `ShortcutRouter` (with the config's `router_base` and so on), or a router.
-            generation_config: How the MLLM writes (see `generate_with_states`); greedy by default.
+            generation_config: How the VLM writes (see `generate_with_states`); greedy by default.
             processor: The processor, which then also post-processes the outputs. Without it the model uses its own
-                (`processor`) to read what the MLLM writes.
+                (`processor`) to read what the VLM writes.
             return_heatmap: Also return the mask probabilities.
             batch_size: At most so many samples at a time; None: all at once.
             sam_prompt: What of the reasoning SAM 3 is prompted with: `"concept+text"` is the method (eq. 4); the
                 others are for ablations (paper, Table 4): `"concept"` (the concept tokens Z alone), `"text"` (the
-                answer alone) and `"box"` (the MLLM's box alone; without one the mask is empty).
+                answer alone) and `"box"` (the VLM's box alone; without one the mask is empty).
             return_logits: Also return SAM 3's mask logits, at their own size.
             **tensors: The items of `ConceptSegInputs`, in the place of `inputs`.
 

@@ -1,4 +1,4 @@
-"""The K x K mosaic on which the MLLM sees references: its settings, its geometry, and how it is drawn.
+"""The K x K mosaic on which the VLM sees references: its settings, its geometry, and how it is drawn.
 
 `MosaicLayout` owns the "canvas" frame of ARCHITECTURE.md. Boxes are (x1, y1, x2, y2) with x2 and y2 exclusive,
 whatever `MosaicSettings.corners` says: that is about how boxes are written in the text.
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 Box: TypeAlias = tuple[float, float, float, float]
 
 MAX_REFERENCES = 9
-BOX_COLOUR = (255, 0, 0)
+BOX_COLOR = (255, 0, 0)
 _LINE_WIDTH_AT_600 = 2  # the released mosaic: lines of 2 pixels on a canvas of 600
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -250,7 +250,7 @@ def compose_mosaic(
             if settings.boxes_from == "cell":  # whole pixels, but for the rounding of the way there and back
                 x1, y1, x2, y2 = canvas_box
                 canvas_box = round(x1, 6), round(y1, 6), round(x2, 6), round(y2, 6)
-            draw.rectangle(_last_pixels(canvas_box), outline=BOX_COLOUR, width=width)
+            draw.rectangle(_last_pixels(canvas_box), outline=BOX_COLOR, width=width)
     return canvas
 
 

@@ -27,12 +27,12 @@ class ConceptSegOutput(ModelOutput):
             given.
         presence_logits: (B, 1) whether the concept is in the image; present with `mask_logits`.
         concept_embeds: (B, L2, D) concept tokens Z (eq. 3).
-        logits: (B, L, V) the MLLM's next-token logits; present when asked for.
+        logits: (B, L, V) the VLM's next-token logits; present when asked for.
         dice_loss: Scalar share of `loss`.
         focal_loss: Scalar share of `loss`.
-        past_key_values: The MLLM's key-value cache; present when asked for, as are the next two.
-        hidden_states: (B, L, C) of the MLLM's embeddings and of each of its layers; the last is post-norm.
-        attentions: (B, heads, L, L) of each of the MLLM's layers.
+        past_key_values: The VLM's key-value cache; present when asked for, as are the next two.
+        hidden_states: (B, L, C) of the VLM's embeddings and of each of its layers; the last is post-norm.
+        attentions: (B, heads, L, L) of each of the VLM's layers.
     """
 
     loss: Tensor | None = None
@@ -53,7 +53,7 @@ class ConceptSegmentation:
 
     Attributes:
         mask: "L" image of 0 and 255, of the input image's size; None when the item failed.
-        label: The MLLM's answer, or the prompt on the shortcut (and where the MLLM gave no answer).
+        label: The VLM's answer, or the prompt on the shortcut (and where the VLM gave no answer).
         score: In [0, 1]: presence of the final decode times the mean probability of the mask's pixels; 0 for
             an empty mask.
         route: "shortcut" or "reasoning"; None when the item failed.
@@ -62,7 +62,7 @@ class ConceptSegmentation:
         threshold: What `presence` had to reach for the shortcut (eq. 9).
         decode_presence: Presence, in [0, 1], of the decode that made the mask: low where the concept is not
             in the image.
-        think: The MLLM's reasoning; None on the shortcut or when missing.
+        think: The VLM's reasoning; None on the shortcut or when missing.
         rule: The rule it induced; None on the shortcut or when missing.
         answer: The noun phrase it answered; None on the shortcut or when missing.
         completion: All of its raw text; None on the shortcut.
@@ -120,7 +120,7 @@ class RawSegmentation:
         mask_logits: (h, w) SAM 3's mask logits of the final decode.
         decode_presence: Presence, in [0, 1], of the final decode.
         presence: Presence, in [0, 1], that SAM 3's first look assigns to the prompt; None when it was not asked.
-        completion: What the MLLM wrote; None on the shortcut.
+        completion: What the VLM wrote; None on the shortcut.
         error: None, or one sentence saying why this item failed.
     """
 

@@ -83,7 +83,7 @@ class ConceptSegmentationPipeline(Pipeline):
                 `prompt`: The concept in words, for inputs that bring none.
                 `references`: A list of `Reference`, for inputs that bring none.
                 `router`: `"adaptive"`, `"sam_only"`, `"full_reasoning"` or a `ShortcutRouter`.
-                `generation_config`: How the MLLM writes: a `GenerationConfig` or a dict of its fields.
+                `generation_config`: How the VLM writes: a `GenerationConfig` or a dict of its fields.
                 `return_heatmap`: Adds the mask probabilities to each result.
                 `batch_size`: Inputs per call of the model; 1 by default.
                 `num_workers`: Processes that prepare inputs; 0 by default. A stream gets at most one.

@@ -73,7 +73,7 @@ def _preset_7b() -> dict[str, Any]:
 
 
 NANO_IMAGE_SIZE = 128
-NANO_MLLM_VOCABULARY_SIZE = 384
+NANO_VLM_VOCABULARY_SIZE = 384
 NANO_SAM_VOCABULARY_SIZE = 160
 NANO_SAM_TEXT_LENGTH = 8
 
@@ -92,7 +92,7 @@ def _preset_nano() -> dict[str, Any]:
             "video_token_id": 6,
             "text_config": {
                 "model_type": "qwen2_5_vl_text",
-                "vocab_size": NANO_MLLM_VOCABULARY_SIZE,
+                "vocab_size": NANO_VLM_VOCABULARY_SIZE,
                 "hidden_size": width,
                 "intermediate_size": 384,
                 "num_hidden_layers": 4,

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 
-from . import hub, mllm
+from . import hub, vlm_backbone
 from .chat import ChatMixin
 from .collation import pad_batch
 from .completion import Completion, parse_completion
@@ -39,13 +39,13 @@ from .references import (
     resolve_references,
 )
 
-# SAM 3's share of the arguments of the model's `forward`; `mllm.INPUT_NAMES` are the MLLM's.
+# SAM 3's share of the arguments of the model's `forward`; `vlm_backbone.INPUT_NAMES` are the VLM's.
 _SAM_INPUT_NAMES = ("sam_pixel_values", "sam_input_ids", "sam_attention_mask")
 
 
 @dataclass(frozen=True)
 class _Target:
-    """What the prompts about one image share: its size, and what the MLLM and SAM 3 see of it."""
+    """What the prompts about one image share: its size, and what the VLM and SAM 3 see of it."""
 
     size: tuple[int, int]
     canvas: Image.Image
@@ -57,13 +57,13 @@ class ConceptSegProcessor(ChatMixin):
     """Two tokenizers, two image processors, one prompt template, and every coordinate transform.
 
     Args:
-        image_processor: The MLLM's image processor (Qwen2-VL's or one with its interface).
-        tokenizer: The MLLM's tokenizer; its padding side is set to left, as generation in batches needs.
+        image_processor: The VLM's image processor (Qwen2-VL's or one with its interface).
+        tokenizer: The VLM's tokenizer; its padding side is set to left, as generation in batches needs.
         sam_image_processor: SAM 3's image processor.
         sam_tokenizer: SAM 3's tokenizer; padded right.
         chat_template: Jinja chat template; the tokenizer's own by default, and Qwen's form if that has none
             either.
-        canvas_size: Side of the square that the mosaic and the target are resized to before the MLLM's image
+        canvas_size: Side of the square that the mosaic and the target are resized to before the VLM's image
             processor sees them (paper: 600). That processor then only rounds it to a multiple of its patch
             and merge size (600 -> 588 for Qwen2.5-VL).
         coordinate_scale: What one canvas side measures in the text: 1 for decimals, `canvas_size` for whole
@@ -209,7 +209,7 @@ class ConceptSegProcessor(ChatMixin):
     @property
     def model_input_names(self) -> list[str]:
         """The names under which the model's `forward` takes what this processor makes."""
-        return [*mllm.INPUT_NAMES, *_SAM_INPUT_NAMES]
+        return [*vlm_backbone.INPUT_NAMES, *_SAM_INPUT_NAMES]
 
     # From inputs to tensors
 
@@ -277,7 +277,7 @@ class ConceptSegProcessor(ChatMixin):
             image: The target image; see `images.ImageInput`.
             prompt: The user's words.
             references: Up to nine references; see `Reference` for boxes, masks and roles.
-            lazy: Leaves the MLLM's tensors to `prepare_mllm`, which `collate` calls: a sample that takes the
+            lazy: Leaves the VLM's tensors to `prepare_vlm`, which `collate` calls: a sample that takes the
                 shortcut never pays for them.
 
         Raises:
@@ -286,7 +286,7 @@ class ConceptSegProcessor(ChatMixin):
         """
         self.check_prompt(prompt)
         sample = self._prepare(self._read_target(image), prompt, references)
-        return sample if lazy else self.prepare_mllm(sample)
+        return sample if lazy else self.prepare_vlm(sample)
 
     def _read_target(self, image: ImageInput) -> _Target:
         picture = load_image(image)
@@ -305,8 +305,8 @@ class ConceptSegProcessor(ChatMixin):
             prompt=prompt,
             frame=frame,
             sam_pixel_values=target.sam_pixels,
-            mllm_images=pictures,
-            mllm_text=self.chat_text(self.instruction(prompt, frame), len(pictures)),
+            vlm_images=pictures,
+            vlm_text=self.chat_text(self.instruction(prompt, frame), len(pictures)),
             shortcut_pixel_values=target.shortcut_pixels,
         )
 
@@ -317,17 +317,17 @@ class ConceptSegProcessor(ChatMixin):
             picture = picture.resize((size["width"], size["height"]), RESAMPLING[self.sam_resampling])
         return self.sam_image_processor(images=picture, return_tensors="pt")["pixel_values"][0]
 
-    def draw_pictures(
+    def draw_images(
         self, picture: Image.Image, references: Sequence[Reference | Mapping[str, Any]] | None
     ) -> tuple[CoordinateFrame, tuple[Image.Image, ...]]:
-        """Draws what the MLLM sees of a prompt.
+        """Draws what the VLM sees of a prompt.
 
         Args:
             picture: The target image, RGB.
             references: As in `prepare`.
 
         Returns:
-            The sample's frame, and `PreparedSample.mllm_images`.
+            The sample's frame, and `PreparedSample.vlm_images`.
         """
         frame, mosaic = self._draw_references(picture.size, references)
         target = self._on_canvas(picture)
@@ -350,15 +350,15 @@ class ConceptSegProcessor(ChatMixin):
     def _on_canvas(self, picture: Image.Image) -> Image.Image:
         return picture.resize((self.canvas_size, self.canvas_size), Image.Resampling.BICUBIC)
 
-    def prepare_mllm(self, sample: PreparedSample) -> PreparedSample:
-        """Fills the MLLM's tensors of a sample in place, once, and returns it."""
+    def prepare_vlm(self, sample: PreparedSample) -> PreparedSample:
+        """Fills the VLM's tensors of a sample in place, once, and returns it."""
         if sample.input_ids is not None or sample.error is not None:
             return sample
         encoded = self.image_processor(
-            images=list(sample.mllm_images), size=self._mllm_image_limits, return_tensors="pt"
+            images=list(sample.vlm_images), size=self._vlm_image_limits, return_tensors="pt"
         )
         counts = (encoded["image_grid_thw"].prod(dim=-1) // self.image_processor.merge_size**2).tolist()
-        pieces = sample.mllm_text.split(self.image_token)
+        pieces = sample.vlm_text.split(self.image_token)
         text = "".join(
             piece + self.image_token * count for piece, count in zip(pieces, [*counts, 0], strict=True)
         )
@@ -376,7 +376,7 @@ class ConceptSegProcessor(ChatMixin):
         device: torch.device | str | None = None,
         end_of_turn: bool | Sequence[bool] = False,
     ) -> BatchFeature:
-        """Batches the MLLM's inputs, prompts padded on the left.
+        """Batches the VLM's inputs, prompts padded on the left.
 
         Args:
             samples: Samples without errors.
@@ -395,7 +395,7 @@ class ConceptSegProcessor(ChatMixin):
         Raises:
             ValueError: If there are no samples, one has an error, or the numbers differ.
         """
-        samples = [self.prepare_mllm(sample) for sample in samples]
+        samples = [self.prepare_vlm(sample) for sample in samples]
         endings = None if completions is None else [self._completion_ids(each) for each in completions]
         batch = pad_batch(samples, endings, self._pad_token_id, end_of_turn)
         return BatchFeature(

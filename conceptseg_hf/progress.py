@@ -103,9 +103,9 @@ class ProgressLines:
         rate = (self.n - self.initial) / seconds if seconds > 0 else 0.0
         left = f", {tqdm.format_interval((self.total - self.n) / rate)} left" if rate else ""
         what = f"{self.desc}: " if self.desc else ""
-        share = f" ({self.n / self.total:.0%})" if self.total else ""
+        fraction = f" ({self.n / self.total:.0%})" if self.total else ""
         done, total = (self._number(value) if self.unit == "B" else value for value in (self.n, self.total))
-        return f"{what}{done} of {total} {self.unit}{share}, {self._number(rate)} a second{left}"
+        return f"{what}{done} of {total} {self.unit}{fraction}, {self._number(rate)} a second{left}"
 
 
 def print_line(text: str, file: TextIO | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The instruction the MLLM gets, as data: saved in processor_config.json, where it can be replaced.
+"""The instruction the VLM gets, as data: saved in processor_config.json, where it can be replaced.
 
 A file of one (`load_prompt_template`, YAML or JSON) holds the fields of `PromptTemplate`, or frames and slots:
 

@@ -1,4 +1,4 @@
-"""Quantised loading: the MLLM only. SAM 3 and the CTM decide the mask, and are small beside it."""
+"""Quantised loading: the VLM only. SAM 3 and the CTM decide the mask, and are small beside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEPT_MODULES = ("sam", "ctm", "lm_head")
 _SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
-def spare_sam_and_ctm(quantization_config: Any, device_map: Any = None) -> Any:
+def exclude_sam_and_ctm(quantization_config: Any, device_map: Any = None) -> Any:
     """A quantisation that leaves SAM 3, the CTM and the language-model head as they are.
 
     Args:

@@ -41,7 +41,7 @@ class Reference:
         mask: Foreground mask of the same size; its extreme foreground pixels become the box. Ignored when
             `box` or `boxes` is given.
         box: (x1, y1, x2, y2) in pixels of `image` after EXIF rotation, x2 and y2 exclusive.
-        role: `"support"`: the boxes are shown. `"proxy"`: they are withheld and the MLLM must find them, which
+        role: `"support"`: the boxes are shown. `"proxy"`: they are withheld and the VLM must find them, which
             checks its rule. `"auto"`: with two or more boxed references and no explicit proxy, the first
             boxed "auto" reference is the proxy, all others are support.
         boxes: Several boxes instead of one, each as `box`.

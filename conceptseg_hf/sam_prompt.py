@@ -22,7 +22,7 @@ from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput, 
 from .devices import execution_device, loaded
 
 SAM_PROMPTS = ("concept+text", "concept", "text", "box")
-"""What of the MLLM's reasoning may prompt SAM 3: the method itself first, then its ablations."""
+"""What of the VLM's reasoning may prompt SAM 3: the method itself first, then its ablations."""
 
 UNITS = (
     "Sam3ViTEmbeddings",

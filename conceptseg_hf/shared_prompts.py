@@ -1,4 +1,4 @@
-"""Rows of a batch that share a prompt: the MLLM reads it once, and each row continues from its keys and values.
+"""Rows of a batch that share a prompt: the VLM reads it once, and each row continues from its keys and values.
 
 Sampling several completions of one prompt, and training on them, repeats the same prompt (with its images) in many
 rows. Tokens and hidden states equal those of the plain path to numerical noise; everything is differentiable.
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from . import mllm
+from . import vlm_backbone
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,14 @@ class SharedPrompts:
     row_of_prompt: list[int]
 
 
-def find_shared_prompts(vlm: mllm.Mllm, inputs: Mapping[str, Tensor], length: int) -> SharedPrompts | None:
+def find_shared_prompts(
+    vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], length: int
+) -> SharedPrompts | None:
     """Compares the first columns of the rows, and their images.
 
     Args:
-        vlm: The MLLM.
-        inputs: The MLLM's inputs (see `mllm.model_inputs`), prompts padded on the left.
+        vlm: The VLM.
+        inputs: The VLM's inputs (see `vlm_backbone.model_inputs`), prompts padded on the left.
         length: Columns of the prompts.
 
     Returns:
@@ -48,7 +50,7 @@ def find_shared_prompts(vlm: mllm.Mllm, inputs: Mapping[str, Tensor], length: in
     """
     if inputs["mm_token_type_ids"][:, length:].any():
         return None
-    patches = [part for _, part in mllm.patches_of_rows(vlm.config, inputs)]
+    patches = [part for _, part in vlm_backbone.patches_of_rows(vlm.config, inputs)]
     columns = [inputs[name][:, :length] for name in ("input_ids", "attention_mask")]
 
     def same(row: int, other: int) -> bool:
@@ -68,13 +70,13 @@ def find_shared_prompts(vlm: mllm.Mllm, inputs: Mapping[str, Tensor], length: in
 
 
 @contextmanager
-def prompts_read_once(vlm: mllm.Mllm, inputs: Mapping[str, Tensor], length: int) -> Iterator[None]:
-    """While it holds, passes of the MLLM's base model over `inputs` read each of their prompts once.
+def prompts_read_once(vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], length: int) -> Iterator[None]:
+    """While it holds, passes of the VLM's base model over `inputs` read each of their prompts once.
 
     With gradient checkpointing, which keeps no keys and values, only the images of a prompt are read once.
 
     Args:
-        vlm: The MLLM.
+        vlm: The VLM.
         inputs: What the base model is going to be called with: prompts, and what follows them.
         length: Columns of the prompts; at least one follows.
     """
@@ -97,7 +99,7 @@ def prompts_read_once(vlm: mllm.Mllm, inputs: Mapping[str, Tensor], length: int)
 
 
 def _read_prompts_once(
-    vlm: mllm.Mllm,
+    vlm: vlm_backbone.Vlm,
     forward: Callable[..., Any],
     shared: SharedPrompts,
     input_ids: Tensor,
@@ -109,7 +111,7 @@ def _read_prompts_once(
     output = _read_prompts(vlm, forward, inputs, shared)
     cache = output.past_key_values
     cache.batch_select_indices(torch.tensor(shared.prompt_of_row, device=input_ids.device))
-    positions = mllm.continue_positions(vlm, attention_mask, shared.prompt_of_row)
+    positions = vlm_backbone.continue_positions(vlm, attention_mask, shared.prompt_of_row)
     continued = forward(
         input_ids=input_ids[:, shared.length :],
         attention_mask=attention_mask,
@@ -122,26 +124,26 @@ def _read_prompts_once(
 
 
 def _read_images_once(
-    vlm: mllm.Mllm, forward: Callable[..., Any], shared: SharedPrompts, **inputs: Any
+    vlm: vlm_backbone.Vlm, forward: Callable[..., Any], shared: SharedPrompts, **inputs: Any
 ) -> Any:
     """In the place of the base model's forward, with the images of each prompt encoded once."""
-    images = [images for images, _ in mllm.patches_of_rows(vlm.config, inputs)]
-    prompts = mllm.select_rows(vlm.config, inputs, shared.row_of_prompt)
-    encoded = mllm.encode_images(vlm, prompts["pixel_values"], prompts["image_grid_thw"])
+    images = [images for images, _ in vlm_backbone.patches_of_rows(vlm.config, inputs)]
+    prompts = vlm_backbone.select_rows(vlm.config, inputs, shared.row_of_prompt)
+    encoded = vlm_backbone.encode_images(vlm, prompts["pixel_values"], prompts["image_grid_thw"])
     counts = [images[row].stop - images[row].start for row in shared.row_of_prompt]
     starts = [sum(counts[:number]) for number in range(len(counts))]
     tokens = [
         encoded[starts[number] + image] for number in shared.prompt_of_row for image in range(counts[number])
     ]
     del inputs["pixel_values"]
-    return forward(**inputs, **mllm.encoded_images(tokens))
+    return forward(**inputs, **vlm_backbone.encoded_images(tokens))
 
 
-def generate(vlm: mllm.Mllm, inputs: Mapping[str, Tensor], **kwargs: Any) -> Any:
+def generate(vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], **kwargs: Any) -> Any:
     """`vlm.generate`, with each prompt read once.
 
     Args:
-        vlm: The MLLM.
+        vlm: The VLM.
         inputs: Its inputs: whole prompts, padded on the left.
         **kwargs: Further arguments of `generate`.
 
@@ -155,18 +157,18 @@ def generate(vlm: mllm.Mllm, inputs: Mapping[str, Tensor], **kwargs: Any) -> Any
     with torch.no_grad():
         cache = _read_prompts(vlm, vlm.base_model, inputs, shared).past_key_values
     cache.batch_select_indices(torch.tensor(shared.prompt_of_row, device=inputs["input_ids"].device))
-    mllm.continue_positions(vlm, inputs["attention_mask"], shared.prompt_of_row)
+    vlm_backbone.continue_positions(vlm, inputs["attention_mask"], shared.prompt_of_row)
     rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
     return vlm.generate(**rest, past_key_values=cache, **kwargs)
 
 
 def _read_prompts(
-    vlm: mllm.Mllm, forward: Callable[..., Any], inputs: Mapping[str, Any], shared: SharedPrompts
+    vlm: vlm_backbone.Vlm, forward: Callable[..., Any], inputs: Mapping[str, Any], shared: SharedPrompts
 ) -> Any:
     """A forward pass over the different prompts: their hidden states, and their keys and values."""
-    prompts = mllm.select_rows(vlm.config, inputs, shared.row_of_prompt)
+    prompts = vlm_backbone.select_rows(vlm.config, inputs, shared.row_of_prompt)
     for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
         prompts[name] = prompts[name][:, : shared.length]
-    mllm.forget_positions(vlm)
+    vlm_backbone.reset_rope_deltas(vlm)
     cache = DynamicCache(config=vlm.config.get_text_config())
     return forward(**prompts, past_key_values=cache, use_cache=True)

@@ -15,13 +15,13 @@ from .references import Box, Reference, resolve_references
 if TYPE_CHECKING:
     from .outputs import ConceptSegmentation
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
-MASK_COLOUR: Colour = (30, 144, 255)
-BOX_COLOUR: Colour = (255, 191, 0)
-_PAPER: Colour = (255, 255, 255)
-_INK: Colour = (32, 32, 32)
-_FADED: Colour = (112, 112, 112)
+MASK_COLOR: Color = (30, 144, 255)
+BOX_COLOR: Color = (255, 191, 0)
+_PAPER: Color = (255, 255, 255)
+_INK: Color = (32, 32, 32)
+_FADED: Color = (112, 112, 112)
 _SHADE = 0.4
 _MARGIN = 10
 _LONGEST = 8  # a picture wider than so many heights is squeezed
@@ -31,17 +31,17 @@ _MAX_CAPTION_LINES = 12
 def overlay(
     image: Image.Image,
     mask: Image.Image | np.ndarray | None,
-    colour: Colour = MASK_COLOUR,
+    color: Color = MASK_COLOR,
     opacity: float = 0.45,
 ) -> Image.Image:
     """Tints the foreground of a mask, draws its outline and darkens everything else.
 
-    The darkening shows the mask also on objects of the tint's own colour.
+    The darkening shows the mask also on objects of the tint's own color.
 
     Args:
         image: Any mode.
         mask: "L" image (foreground from 128) or bool array of the image's size; None draws nothing.
-        colour: Of tint and outline.
+        color: Of tint and outline.
         opacity: Of the tint, 0 to 1.
 
     Returns:
@@ -62,11 +62,11 @@ def overlay(
             f"overlay: mask is {mask.size} pixels, its image {picture.size}; bring them to one size."
         )
     solid = mask.convert("L").point(lambda value: 255 * (value >= 128))
-    tint = Image.blend(picture, Image.new("RGB", picture.size, colour), opacity)
+    tint = Image.blend(picture, Image.new("RGB", picture.size, color), opacity)
     dark = Image.blend(picture, Image.new("RGB", picture.size), _SHADE)
     tinted = Image.composite(tint, dark, solid)
     outline = ImageChops.difference(_dilated(solid, max(1, max(picture.size) // 400)), solid)
-    return Image.composite(Image.new("RGB", picture.size, colour), tinted, outline)
+    return Image.composite(Image.new("RGB", picture.size, color), tinted, outline)
 
 
 def _dilated(mask: Image.Image, radius: int) -> Image.Image:
@@ -76,13 +76,13 @@ def _dilated(mask: Image.Image, radius: int) -> Image.Image:
     return mask
 
 
-def draw_box(image: Image.Image, box: Box, colour: Colour = BOX_COLOUR) -> Image.Image:
+def draw_box(image: Image.Image, box: Box, color: Color = BOX_COLOR) -> Image.Image:
     """A copy of an image with a box (x1, y1, x2, y2) in its pixels, x2 and y2 exclusive."""
     picture = image.convert("RGB").copy()
     x1, y1, x2, y2 = box
     left, top = round(min(x1, x2)), round(min(y1, y2))
     corners = (left, top, max(left, round(max(x1, x2)) - 1), max(top, round(max(y1, y2)) - 1))
-    ImageDraw.Draw(picture).rectangle(corners, outline=colour, width=max(1, max(picture.size) // 160))
+    ImageDraw.Draw(picture).rectangle(corners, outline=color, width=max(1, max(picture.size) // 160))
     return picture
 
 
@@ -92,7 +92,7 @@ def draw_mosaic(
     check: tuple[int, Box] | None = None,
     settings: MosaicSettings | None = None,
 ) -> Image.Image:
-    """The references as the MLLM sees them: support boxes in red, the proxy query top left without its box.
+    """The references as the VLM sees them: support boxes in red, the proxy query top left without its box.
 
     Args:
         references: One to nine references.
@@ -120,7 +120,7 @@ def panel(
     references: Sequence[Reference] = (),
     box: Box | None = None,
     check: tuple[int, Box] | None = None,
-    truth: Image.Image | np.ndarray | None = None,
+    ground_truth: Image.Image | np.ndarray | None = None,
     caption: str = "",
     height: int = 320,
     mosaic_settings: MosaicSettings | None = None,
@@ -133,7 +133,7 @@ def panel(
         references: Drawn as a mosaic, if there are any.
         box: The answer's box in pixels of the image.
         check: The check box: index of the reference it lies in, and the box in pixels of that reference.
-        truth: The true mask, where it is known.
+        ground_truth: The true mask, where it is known.
         caption: Lines of text; long ones are wrapped.
         height: Of the pictures, in pixels.
         mosaic_settings: How the processor lays the references out.
@@ -155,8 +155,8 @@ def panel(
         shown = draw_box(shown, (box[0] * across, box[1] * down, box[2] * across, box[3] * down))
     tiles.append(("image" if box is None else "image and box", shown))
     tiles.append(("mask", scaled_overlay(target, mask, height)))
-    if truth is not None:
-        tiles.append(("true mask", scaled_overlay(target, truth, height)))
+    if ground_truth is not None:
+        tiles.append(("true mask", scaled_overlay(target, ground_truth, height)))
     return side_by_side(tiles, caption, height)
 
 

@@ -117,7 +117,7 @@ def open_new(path: str | os.PathLike) -> Iterator[TextIO]:
             temporary.unlink()
 
 
-def picture_bytes(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def image_bytes(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     """A picture as the content of a file."""
     buffer = io.BytesIO()
     picture.save(buffer, format=kind, **options)

@@ -51,7 +51,7 @@ def main() -> None:
         references=references,
         box=result["box"],
         check=check,
-        truth=sample.mask,
+        ground_truth=sample.mask,
         caption=f"{sample.prompt}\nrule: {result['rule']}\nanswer: {result['answer']}",
     )
     picture.save(arguments.output)

@@ -78,7 +78,7 @@ class LoadConceptBenchmark(foo.Operator):
                 yield from forms.progress(ctx, done / max(total, 1), label, button, dataset_name)
         except Exception as error:
             remark = f"{done} of {total} samples were read and stay; load again for the rest." if done else ""
-            yield from forms.told(ctx, error, remark)
+            yield from forms.notified(ctx, error, remark)
         if ctx.delegated:
             return
         unread = []

@@ -166,7 +166,7 @@ def _first(fields: list[str], default: str) -> str:
 
 def _ask_class(inputs: types.Object, dataset: fo.Dataset, gt_field: str, gt_class: int | None) -> None:
     """Which pixels of the true masks are the concept: a class that the dataset names, or any value."""
-    from conceptseg_hf.integrations.fiftyone.true_masks import check_class, classes_of
+    from conceptseg_hf.integrations.fiftyone.gt_masks import check_class, classes_of
 
     label = "Concept in the true masks"
     classes = classes_of(dataset, gt_field)

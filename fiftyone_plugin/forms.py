@@ -99,7 +99,7 @@ def progress(
     yield ctx.ops.show_output(types.Property(outputs).to_json(), {"progress": fraction})
 
 
-def told(ctx: Any, error: Exception, remark: str = "") -> Iterator[Any]:
+def notified(ctx: Any, error: Exception, remark: str = "") -> Iterator[Any]:
     """Shows an error in the App, which keeps those of generators to itself, and raises it.
 
     It takes the place of the progress, whose dialog would go on looking like that of a run which is done.

@@ -98,7 +98,7 @@ class SegmentConcept(foo.Operator):
                 yield from forms.progress(ctx, progress.fraction, str(progress), button)
         except Exception as error:
             remark = "" if progress is None else f"{progress}; these stay, and the same run does the rest."
-            yield from forms.told(ctx, error, remark)
+            yield from forms.notified(ctx, error, remark)
         if ctx.delegated or progress is None:
             return
         yield ctx.ops.reload_dataset()

@@ -83,7 +83,7 @@ WORDS = (
 )
 
 
-def build_mllm_tokenizer() -> PreTrainedTokenizerFast:
+def build_vlm_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer: template tags, punctuation, numbers up to 100, and a few words."""
     vocabulary = {
         token: i for i, token in enumerate([*SPECIAL_TOKENS, "<|unk|>", *WORDS, *map(str, range(101))])
@@ -128,7 +128,7 @@ def processor() -> ConceptSegProcessor:
 
     return ConceptSegProcessor(
         image_processor=Qwen2VLImageProcessor(patch_size=8, merge_size=2, temporal_patch_size=1),
-        tokenizer=build_mllm_tokenizer(),
+        tokenizer=build_vlm_tokenizer(),
         sam_image_processor=Sam3ImageProcessor(size={"height": NANO_IMAGE_SIZE, "width": NANO_IMAGE_SIZE}),
         sam_tokenizer=build_sam_tokenizer(),
         canvas_size=64,
@@ -208,12 +208,12 @@ def record_like() -> Callable[..., dict[str, Any]]:
     from conceptseg_hf.evaluation.records import make_record
 
     def make(found: float = 1.0, metrics: tuple[str, ...] = METRICS, **changes: Any) -> dict[str, Any]:
-        truth, mask = np.zeros((20, 20), dtype=np.uint8), np.zeros((20, 20), dtype=np.uint8)
-        truth[5:15, 5:15] = 255
+        ground_truth, mask = np.zeros((20, 20), dtype=np.uint8), np.zeros((20, 20), dtype=np.uint8)
+        ground_truth[5:15, 5:15] = 255
         mask[5:15, 5 : 5 + round(10 * found)] = 255
         sample = ConceptSample(
             image=Image.new("RGB", (20, 20)),
-            mask=Image.fromarray(truth),
+            mask=Image.fromarray(ground_truth),
             prompt="red circle",
             level="CI",
             group="diverse classes",

@@ -205,12 +205,12 @@ def main() -> None:
     ways = {
         "cpu_offload": lambda: offloaded(accelerate.cpu_offload, ""),
         "cpu_offload of SAM 3": lambda: offloaded(accelerate.cpu_offload, "sam", "vlm", "ctm"),
-        "cpu_offload of the MLLM": lambda: offloaded(accelerate.cpu_offload, "vlm", "ctm", "sam"),
+        "cpu_offload of the VLM": lambda: offloaded(accelerate.cpu_offload, "vlm", "ctm", "sam"),
         "cpu_offload_with_hook": lambda: offloaded(accelerate.cpu_offload_with_hook, ""),
         "cpu_offload_with_hook of SAM 3": lambda: offloaded(
             accelerate.cpu_offload_with_hook, "sam", "vlm", "ctm"
         ),
-        "cpu_offload_with_hook of the MLLM": lambda: offloaded(
+        "cpu_offload_with_hook of the VLM": lambda: offloaded(
             accelerate.cpu_offload_with_hook, "vlm", "ctm", "sam"
         ),
         "sam on the CPU": lambda: load(device_map={"vlm": DEVICE, "ctm": DEVICE, "sam": "cpu"}),

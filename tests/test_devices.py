@@ -20,7 +20,7 @@ from conceptseg_hf.completion import format_completion
 from conceptseg_hf.devices import complete_device_map, execution_device, is_offloaded, stored_value
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.loading import fingerprint
-from conceptseg_hf.quantization import spare_sam_and_ctm
+from conceptseg_hf.quantization import exclude_sam_and_ctm
 from conceptseg_hf.sam_prompt import UNITS
 
 GREEDY = {"max_new_tokens": 6}
@@ -109,17 +109,17 @@ def size_of(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
-def test_little_memory(checkpoint, outcomes, whole, tmp_path, share):
+def test_little_memory(checkpoint, outcomes, whole, tmp_path, fraction):
     folder = checkpoint / "full"
     model = AutoModel.from_pretrained(
         folder,
         device_map="auto",
-        max_memory={"cpu": int(share * size_of(folder))},
+        max_memory={"cpu": int(fraction * size_of(folder))},
         offload_folder=tmp_path,
     )
     assert "disk" in model.hf_device_map.values() and is_offloaded(model)
     on_meta = sum(p.numel() for p in model.parameters() if p.is_meta) / model.num_parameters()
-    assert on_meta > 0.9 - share
+    assert on_meta > 0.9 - fraction
     assert_same(outcomes(model), whole)
 
 
@@ -141,7 +141,7 @@ def test_a_device_map(checkpoint, outcomes, whole, tmp_path, device_map):
 
 @pytest.mark.parametrize("device_map", [{"": "disk"}, "auto"])
 def test_sam_and_ctm_are_read_in_their_own_precision(checkpoint, outcomes, tmp_path, device_map):
-    """Transformers would read them from the disk in the dtype of the MLLM."""
+    """Transformers would read them from the disk in the dtype of the VLM."""
     folder, options = checkpoint / "full", {"dtype": torch.bfloat16}
     wanted = outcomes(AutoModel.from_pretrained(folder, **options))
     if device_map == "auto":
@@ -160,7 +160,7 @@ OFFLOADS = {
     ),
     "buffers": lambda model, folder: accelerate.cpu_offload(model, "cpu", offload_buffers=True),
     "SAM 3 alone": lambda model, folder: accelerate.cpu_offload(model.sam, "cpu"),
-    "the MLLM alone": lambda model, folder: accelerate.cpu_offload(model.vlm, "cpu"),
+    "the VLM alone": lambda model, folder: accelerate.cpu_offload(model.vlm, "cpu"),
     "the CTM alone": lambda model, folder: accelerate.cpu_offload(model.ctm, "cpu"),
     "SAM 3 at once": lambda model, folder: accelerate.cpu_offload(
         model, "cpu", preload_module_classes=["Sam3Model"]
@@ -312,8 +312,8 @@ def test_from_backbones_with_an_offloaded_sam(checkpoint, make_model):
         (None, False),
     ],
 )
-def test_sam_and_ctm_may_be_offloaded_beside_a_quantised_mllm(device_map, allowed):
-    spared = spare_sam_and_ctm(BitsAndBytesConfig(load_in_4bit=True), device_map)
+def test_sam_and_ctm_may_be_offloaded_beside_a_quantised_vlm(device_map, allowed):
+    spared = exclude_sam_and_ctm(BitsAndBytesConfig(load_in_4bit=True), device_map)
     assert spared.llm_int8_enable_fp32_cpu_offload is allowed
 
 

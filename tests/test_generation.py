@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from conceptseg_hf import Reference, mllm
+from conceptseg_hf import Reference, vlm_backbone
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.modeling_conceptseg import _completion_states
 
@@ -39,7 +39,7 @@ def teacher_forced(vlm, processor, samples, generated, hidden_states_at="token")
     completions = [ids[mask].tolist() for ids, mask in zip(generated.token_ids, generated.mask, strict=True)]
     batch = processor.collate(samples, completions=completions)
     with torch.no_grad():
-        states = mllm.last_hidden_states(vlm, mllm.model_inputs(batch))
+        states = vlm_backbone.last_hidden_states(vlm, vlm_backbone.model_inputs(batch))
     return _completion_states(states, batch["completion_mask"], hidden_states_at)
 
 
@@ -281,7 +281,7 @@ def test_the_end_of_turn_tokens_state_is_kept_where_it_is_asked_for(
     completions = [ids[mask].tolist() for ids, mask in zip(found.token_ids, found.state_mask, strict=True)]
     forced = processor.collate(samples, completions=completions)  # the end is one of their tokens
     with torch.no_grad():
-        states = mllm.last_hidden_states(vlm, mllm.model_inputs(forced))
+        states = vlm_backbone.last_hidden_states(vlm, vlm_backbone.model_inputs(forced))
     states, mask = _completion_states(states, forced["completion_mask"], hidden_states_at)
     assert torch.equal(mask, found.state_mask)
     assert (states - found.hidden_states)[mask].abs().max() < 1e-4

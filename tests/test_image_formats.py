@@ -72,9 +72,9 @@ def test_a_tiff_of_other_numbers_is_not_called_damaged(
     for read in (load_image, load_mask, read_header):
         with pytest.raises(
             ValueError, match=rf"scan\.tif' is a TIFF image {kind} that Pillow cannot read; conv"
-        ) as told:
+        ) as notified:
             read(path)
-        assert "damaged" not in str(told.value) and str(told.value).endswith("as an array.")
+        assert "damaged" not in str(notified.value) and str(notified.value).endswith("as an array.")
 
 
 def test_heic_names_the_package(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +112,9 @@ def test_heic_is_read_with_the_package() -> None:
 def test_what_only_looks_like_an_image_is_named(tmp_path: pathlib.Path, content: bytes, words: str) -> None:
     path = tmp_path / "picture.jpg"
     path.write_bytes(content)
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError) as notified:
         load_image(path)
-    message = str(told.value)
+    message = str(notified.value)
     assert (
         message.startswith(f"image {str(path)!r} {words}") and message.endswith(".") and "\n" not in message
     )

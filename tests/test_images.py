@@ -22,7 +22,7 @@ def grey_ramp() -> np.ndarray:
     return np.linspace(0, 255, SIZE[0] * SIZE[1]).round().astype(np.uint8).reshape(SIZE[1], SIZE[0])
 
 
-def colours() -> Image.Image:
+def colors() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8))
 
 
@@ -61,8 +61,8 @@ def test_failing_conversion_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         load_image(Image.new("CMYK", SIZE))
 
 
-def test_palette_colours_survive() -> None:
-    image = colours()
+def test_palette_colors_survive() -> None:
+    image = colors()
     quantised = image.quantize(256)
     np.testing.assert_array_equal(pixels(quantised), np.asarray(quantised.convert("RGB")))
 
@@ -112,7 +112,7 @@ def test_float_image_of_either_range() -> None:
 
 def test_path_bytes_and_file_object_agree(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "picture.png"
-    colours().save(path)
+    colors().save(path)
     for given in (
         path,
         str(path),
@@ -120,7 +120,7 @@ def test_path_bytes_and_file_object_agree(tmp_path: pathlib.Path) -> None:
         bytearray(path.read_bytes()),
         io.BytesIO(path.read_bytes()),
     ):
-        np.testing.assert_array_equal(pixels(given), np.asarray(colours()))
+        np.testing.assert_array_equal(pixels(given), np.asarray(colors()))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -128,7 +128,7 @@ def test_exif_rotation(tmp_path: pathlib.Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "rotated.png"
-    colours().save(path, exif=exif)
+    colors().save(path, exif=exif)
     loaded = load_image(path)
     assert loaded.size == (SIZE if orientation <= 4 else SIZE[::-1])
     turn = {
@@ -140,7 +140,7 @@ def test_exif_rotation(tmp_path: pathlib.Path, orientation: int) -> None:
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
     }.get(orientation)
-    expected = colours() if turn is None else colours().transpose(turn)
+    expected = colors() if turn is None else colors().transpose(turn)
     np.testing.assert_array_equal(np.asarray(loaded), np.asarray(expected))
     np.testing.assert_array_equal(pixels(loaded), np.asarray(expected))  # loading twice does not turn twice
 
@@ -150,14 +150,14 @@ def test_unreadable_exif_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None
         raise SyntaxError("not a TIFF file")
 
     monkeypatch.setattr(ImageOps, "exif_transpose", refuse)
-    np.testing.assert_array_equal(pixels(colours()), np.asarray(colours()))
+    np.testing.assert_array_equal(pixels(colors()), np.asarray(colors()))
 
 
 @pytest.fixture()
 def server():
     """A local web server that has one picture."""
     buffer = io.BytesIO()
-    colours().save(buffer, "PNG")
+    colors().save(buffer, "PNG")
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -180,7 +180,7 @@ def server():
 
 
 def test_url(server: str) -> None:
-    np.testing.assert_array_equal(pixels(f"{server}/picture.png"), np.asarray(colours()))
+    np.testing.assert_array_equal(pixels(f"{server}/picture.png"), np.asarray(colors()))
     with pytest.raises(ValueError, match=r"cannot be fetched: HTTP Error 404.*\.$"):
         load_image(f"{server}/other.png")
 
@@ -288,7 +288,7 @@ def test_mask_pictures(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["gif", "quantized", "classes"])
 def test_palette_masks(mode: str, tmp_path: pathlib.Path) -> None:
-    """Black and white in any order, by their colours; classes by their numbers."""
+    """Black and white in any order, by their colors; classes by their numbers."""
     source = Image.fromarray(FOREGROUND.astype(np.uint8) * 255)
     if mode == "gif":
         source.convert("RGB").save(tmp_path / "mask.gif")

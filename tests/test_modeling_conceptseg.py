@@ -105,7 +105,7 @@ class Calls:
 
 @pytest.fixture()
 def calls(model):
-    """Rows that reached SAM 3's image encoder, and prompts that reached the MLLM."""
+    """Rows that reached SAM 3's image encoder, and prompts that reached the VLM."""
     encoder, language_model = Calls(model.sam.vision_encoder), Calls(model.vlm.model)
     yield encoder.rows, language_model.rows
     encoder.handle.remove()
@@ -113,7 +113,7 @@ def calls(model):
 
 
 def script(monkeypatch, model, processor, texts):
-    """Replaces what the MLLM writes."""
+    """Replaces what the VLM writes."""
     ids = [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     length = max(map(len, ids))
 
@@ -130,17 +130,17 @@ def script(monkeypatch, model, processor, texts):
 
 
 @pytest.mark.parametrize(
-    ("preset", "width", "heads", "mllm", "tied"),
+    ("preset", "width", "heads", "vlm", "tied"),
     [("3b", 2048, 16, 3_754_622_976, True), ("7b", 3584, 16, 8_292_166_656, False)],
 )
-def test_presets_have_the_published_sizes(preset, width, heads, mllm, tied):
+def test_presets_have_the_published_sizes(preset, width, heads, vlm, tied):
     with torch.device("meta"):
         model = ConceptSegForSegmentation(ConceptSegConfig.from_preset(preset))
 
     def count(module):
         return sum(parameter.numel() for parameter in module.parameters())
 
-    assert count(model.vlm) == mllm
+    assert count(model.vlm) == vlm
     assert count(model.sam) == 840_376_374
     assert bool(model.all_tied_weights_keys) == tied
     block = {
@@ -176,7 +176,7 @@ def test_fresh_ctm_is_initialised_by_its_own_config():
     assert not ctm.blocks[1].mlp.fc1.bias.any() and (ctm.blocks[1].norm_states.weight == 1).all()
 
 
-def test_refuses_an_unknown_mllm():
+def test_refuses_an_unknown_vlm():
     with pytest.raises(ValueError, match="qwen2_5_vl"):
         ConceptSegForSegmentation(ConceptSegConfig.from_preset("nano", vlm_config=_small_qwen3_vl()))
 
@@ -195,7 +195,7 @@ def _small_qwen3_vl() -> dict:
     }
 
 
-def test_language_model_methods_act_on_the_mllm(model):
+def test_language_model_methods_act_on_the_vlm(model):
     assert model.base_model is model.vlm.model
     assert model.get_input_embeddings() is model.vlm.get_input_embeddings()
     assert model.get_output_embeddings() is model.vlm.lm_head
@@ -210,7 +210,7 @@ def test_language_model_methods_act_on_the_mllm(model):
     } <= set(model._no_split_modules)
 
 
-def test_generate_is_the_mllms(model, processor, inputs):
+def test_generate_is_the_vlms(model, processor, inputs):
     batch = processor.collate(list(inputs)[:2])
     settings = {"max_new_tokens": 3, "do_sample": False}
     assert torch.equal(model.generate(**batch, **settings), model.vlm.generate(**batch, **settings))
@@ -281,7 +281,7 @@ def test_forward_shapes_with_and_without_labels(model, training_batch, labels):
     assert torch.allclose(labelled.loss, labelled.dice_loss + labelled.focal_loss)
 
 
-def test_logits_are_the_mllms(model, training_batch):
+def test_logits_are_the_vlms(model, training_batch):
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
     with torch.no_grad():
         logits = model(**training_batch, output_logits=True).logits
@@ -443,7 +443,7 @@ def test_the_config_may_ask_for_tuples(eager, training_batch, monkeypatch):
 
 @pytest.mark.parametrize("by", ["argument", "config"])
 @torch.no_grad()
-def test_hidden_states_and_attentions_of_the_mllm(eager, training_batch, monkeypatch, by):
+def test_hidden_states_and_attentions_of_the_vlm(eager, training_batch, monkeypatch, by):
     plain = eager(**training_batch)
     assert plain.hidden_states is plain.attentions is plain.past_key_values is None
     names = ("output_hidden_states", "output_attentions")
@@ -548,10 +548,10 @@ def test_each_sample_takes_its_own_route(model, inputs, calls):
         0 <= result.score <= 1 and result.heatmap is None and result.error is None for result in results
     )
     assert encoded == [4]  # every image once, for both looks
-    assert set(read) == {3}  # the shortcut sample never reached the MLLM
+    assert set(read) == {3}  # the shortcut sample never reached the VLM
 
 
-def test_shortcuts_never_reach_the_mllm(model, inputs, calls):
+def test_shortcuts_never_reach_the_vlm(model, inputs, calls):
     encoded, read = calls
     results = model.segment(inputs, "sam_only")
     assert {result.route for result in results} == {"shortcut"}
@@ -845,7 +845,7 @@ def test_missing_ctm_is_refused_unless_asked_for(checkpoint):
     assert model.ctm.queries.std().item() == pytest.approx(0.02, rel=0.15)
 
 
-def test_missing_mllm_is_refused(checkpoint):
+def test_missing_vlm_is_refused(checkpoint):
     with pytest.raises(ValueError, match="from_backbones"):
         AutoModel.from_pretrained(checkpoint / "without_vlm")
 

@@ -72,7 +72,7 @@ def test_four_masked_references_as_released(released):
         masked(3, (500, 300, 640, 480)),
         masked(4, (320, 240, 321, 241)),
     ]
-    frame, (mosaic, _) = released.draw_pictures(picture(0), references)
+    frame, (mosaic, _) = released.draw_images(picture(0), references)
     boxes = [box_in_cell(reference, cell) for cell, reference in enumerate(references)]
     assert listed_boxes(released, frame) == boxes[1:]
     # 640 / 300 pixels of the mask for one of the cell, which is a mean of those up to 2.13 from its middle: the first
@@ -90,34 +90,34 @@ def test_four_masked_references_as_released(released):
 
 def test_more_than_four_references_lose_the_last(released):
     references = [masked(seed, (100, 40, 333, 199)) for seed in range(1, 7)]
-    frame, (mosaic, _) = released.draw_pictures(picture(0), references)
+    frame, (mosaic, _) = released.draw_images(picture(0), references)
     assert frame.layout.grid == 2 and len(listed_boxes(released, frame)) == 3
-    four, (same, _) = released.draw_pictures(picture(0), references[:4])
+    four, (same, _) = released.draw_images(picture(0), references[:4])
     assert mosaic.tobytes() == same.tobytes() and four.support_boxes == frame.support_boxes
     usual = released.with_settings(mosaic=None)
-    frame, _ = usual.draw_pictures(picture(0), references)
+    frame, _ = usual.draw_images(picture(0), references)
     assert frame.layout.grid == 3 and len(frame.support_boxes) == 5
 
 
 def test_one_that_is_not_shown_is_no_proxy_query(released):
     references = [*(Reference(picture(seed)) for seed in range(4)), masked(9, (100, 40, 333, 199))]
-    frame, _ = released.draw_pictures(picture(0), references)
+    frame, _ = released.draw_images(picture(0), references)
     assert frame.proxy is None and frame.support_boxes == () and frame.check_box is None
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_two_by_two_even_where_fewer_are_given(released, count):
     references = [masked(seed, (100, 40, 333, 199)) for seed in range(count)]
-    frame, (mosaic, _) = released.draw_pictures(picture(0), references)
+    frame, (mosaic, _) = released.draw_images(picture(0), references)
     assert frame.layout.grid == 2
     assert not np.asarray(mosaic)[300:, 300:].any(), "a cell without a reference is black"
 
 
 def test_a_single_boxed_reference_has_no_red_box_as_released(released):
     reference = masked(1, (100, 40, 333, 199), (600, 600))
-    _, (mosaic, _) = released.draw_pictures(picture(0), [reference])
+    _, (mosaic, _) = released.draw_images(picture(0), [reference])
     assert mosaic.tobytes() == reference.image.tobytes()
-    _, (marked, _) = released.with_settings(mosaic=None).draw_pictures(picture(0), [reference])
+    _, (marked, _) = released.with_settings(mosaic=None).draw_images(picture(0), [reference])
     assert marked.getpixel((100, 40)) == RED and marked.getpixel((332, 198)) == RED
 
 
@@ -131,15 +131,15 @@ def test_a_mask_too_small_for_its_cell_keeps_its_own_box():
 
 
 def test_corners_go_there_and_back(released):
-    frame, _ = released.draw_pictures(picture(0, (600, 600)), [])
+    frame, _ = released.draw_images(picture(0, (600, 600)), [])
     assert frame.image_box_to_text((10, 20, 30, 41)) == (10, 20, 29, 40)
     assert frame.text_box_to_image((10, 20, 29, 40)) == (10, 20, 30, 41)
     assert frame.text_box_to_image((0, 0, 0, 0)) == (0, 0, 0, 0)
-    usual, _ = released.with_settings(mosaic=None).draw_pictures(picture(0, (600, 600)), [])
+    usual, _ = released.with_settings(mosaic=None).draw_images(picture(0, (600, 600)), [])
     assert usual.image_box_to_text((10, 20, 30, 41)) == (10, 20, 30, 41)
 
 
-def test_what_the_mllm_sees_by_default_is_as_before_there_were_settings(processor):
+def test_what_the_vlm_sees_by_default_is_as_before_there_were_settings(processor):
     """Hash of the mosaic and the words that the version before made of the same references."""
     size = (32, 32)  # of a cell: nothing is resampled
     mask = np.zeros(size, dtype=np.uint8)
@@ -149,7 +149,7 @@ def test_what_the_mllm_sees_by_default_is_as_before_there_were_settings(processo
         Reference(picture(2, size), mask=Image.fromarray(mask)),
         Reference(picture(3, size), box=(7.5, 1, 31, 9.25)),
     ]
-    frame, (mosaic, _) = processor.draw_pictures(picture(0, (64, 64)), references)
+    frame, (mosaic, _) = processor.draw_images(picture(0, (64, 64)), references)
     words = processor.instruction("red circle", frame)
     assert "provided at [58,5,64,31], [12,52,48,64]." in words
     assert hashlib.sha256(mosaic.tobytes() + words.encode()).hexdigest()[:16] == "f30971e36fda177b"
@@ -161,7 +161,7 @@ TWO = [(2.0, 3.0, 12.0, 13.0), (30.0, 20.0, 60.0, 44.0)]  # in pixels of a pictu
 def test_several_boxes_are_all_drawn_and_listed(processor):
     processor = processor.with_settings(canvas_size=600, coordinate_scale=600.0)
     references = [Reference(picture(1), box=(1, 1, 9, 9)), Reference(picture(2), boxes=TWO)]
-    frame, (mosaic, _) = processor.draw_pictures(picture(0), references)
+    frame, (mosaic, _) = processor.draw_images(picture(0), references)
     # Cell 1 begins at x = 300; 300 / 64 canvas pixels a pixel across, 300 / 48 down.
     wanted = [
         [309, 19, 356, 81],
@@ -181,7 +181,7 @@ def test_several_boxes_are_all_drawn_and_listed(processor):
 def test_several_boxes_of_a_proxy_query_are_withheld_and_fit_best_or_all_at_once(processor):
     references = [Reference(picture(1), boxes=TWO, role="proxy"), Reference(picture(2), box=(1, 1, 9, 9))]
     processor = processor.with_settings(canvas_size=600, coordinate_scale=600.0)
-    frame, (mosaic, _) = processor.draw_pictures(picture(0), references)
+    frame, (mosaic, _) = processor.draw_images(picture(0), references)
     assert len(listed_boxes(processor, frame)) == 1
     assert not (np.asarray(mosaic)[:300, :300] == RED).all(axis=-1).any()
     small = (2 * 300 / 64, 3 * 300 / 48, 12 * 300 / 64, 13 * 300 / 48)
@@ -194,7 +194,7 @@ def test_several_boxes_of_a_proxy_query_are_withheld_and_fit_best_or_all_at_once
     assert frame.check_iou(around) == pytest.approx(area_large / area_around)
     assert frame.check_box == pytest.approx(large)
     enclosing = processor.with_settings(mosaic={"several_boxes": "enclosing"})
-    frame, _ = enclosing.draw_pictures(picture(0), references)
+    frame, _ = enclosing.draw_images(picture(0), references)
     assert frame.check_iou(around) == 1
     assert frame.check_iou(small) == pytest.approx(area_small / area_around)
     assert frame.check_box == pytest.approx(around)

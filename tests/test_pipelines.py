@@ -320,9 +320,9 @@ def test_unknown_keyword(pipe, picture, single: bool) -> None:
         TypeError, match=r"there is no parameter 'promt'; use prompt, references, router, .*num_workers\."
     ):
         pipe(picture(0) if single else [], promt="red")
-    with pytest.raises(TypeError, match="no parameter 'colour'"):
+    with pytest.raises(TypeError, match="no parameter 'color'"):
         transformers.pipeline(
-            "concept-segmentation", model=pipe.model, processor=pipe.processor, device="cpu", colour="red"
+            "concept-segmentation", model=pipe.model, processor=pipe.processor, device="cpu", color="red"
         )
 
 

@@ -148,14 +148,14 @@ def test_box_of_a_single_reference_is_drawn_but_not_listed(processor: ConceptSeg
     sample = processor.prepare(
         picture(), "red circle", [Reference(Image.new("RGB", SIZE, "blue"), box=(9, 6, 45, 30))]
     )
-    assert ((np.asarray(sample.mllm_images[0]) == (255, 0, 0)).all(-1)).any()
-    assert "[10,10,50,50]" not in sample.mllm_text
+    assert ((np.asarray(sample.vlm_images[0]) == (255, 0, 0)).all(-1)).any()
+    assert "[10,10,50,50]" not in sample.vlm_text
     assert sample.frame.layout.grid == 1 and sample.frame.support_boxes == ((10, 10, 50, 50),)
 
 
 def test_references_without_boxes(processor: ConceptSegProcessor) -> None:
     sample = processor.prepare(picture(), "what changed", [Reference(picture(1)), Reference(picture(2))])
-    assert sample.mllm_text.endswith(
+    assert sample.vlm_text.endswith(
         OFFICIAL_TEMPLATE.fill("single_reference", "what changed") + "<|im_end|>\n<|im_start|>assistant\n"
     )
     assert sample.frame.support_boxes == () and sample.frame.proxy is None
@@ -163,7 +163,7 @@ def test_references_without_boxes(processor: ConceptSegProcessor) -> None:
 
 def test_unboxed_proxy_is_checked_without_ground_truth(processor: ConceptSegProcessor) -> None:
     sample = processor.prepare(picture(), "x", [Reference(picture(1)), Reference(picture(2), role="proxy")])
-    assert "<check>" in sample.mllm_text and "provided at none." in sample.mllm_text
+    assert "<check>" in sample.vlm_text and "provided at none." in sample.vlm_text
     assert sample.frame.proxy == 1 and sample.frame.cell_of_reference == (1, 0)
     assert sample.frame.check_box is None
     assert sample.frame.check_iou((0, 0, 1, 1)) is None
@@ -173,13 +173,13 @@ def test_both_chat_forms_agree(processor: ConceptSegProcessor) -> None:
     plain = build(chat_template=None)
     for kind in KINDS:
         inputs = (picture(), "red circle", references_of(kind))
-        assert plain.prepare(*inputs).mllm_text == processor.prepare(*inputs).mllm_text
+        assert plain.prepare(*inputs).vlm_text == processor.prepare(*inputs).vlm_text
 
 
 def test_the_tokenizers_own_chat_template_is_used() -> None:
     processor = build(chat_template=None)
     processor.tokenizer.chat_template = CHAT_TEMPLATE.replace("assistant\n", "assistant: ")
-    assert processor.prepare(picture(), "red").mllm_text.endswith("<|im_start|>assistant: ")
+    assert processor.prepare(picture(), "red").vlm_text.endswith("<|im_start|>assistant: ")
 
 
 def test_a_chat_template_that_loses_images_is_refused() -> None:
@@ -190,8 +190,8 @@ def test_a_chat_template_that_loses_images_is_refused() -> None:
 
 def chat(processor: ConceptSegProcessor, sample) -> list[dict]:
     """The messages of a prepared sample, with its pictures in them."""
-    words = sample.mllm_text.split("<|vision_end|>")[-1].split("<|im_end|>")[0]
-    images = [{"type": "image", "image": image} for image in sample.mllm_images]
+    words = sample.vlm_text.split("<|vision_end|>")[-1].split("<|im_end|>")[0]
+    images = [{"type": "image", "image": image} for image in sample.vlm_images]
     return [
         {"role": "system", "content": [{"type": "text", "text": processor.template.system}]},
         {"role": "user", "content": [*images, {"type": "text", "text": words}]},
@@ -199,7 +199,7 @@ def chat(processor: ConceptSegProcessor, sample) -> list[dict]:
 
 
 @pytest.mark.parametrize("own_template", [True, False])
-def test_a_chat_becomes_the_mllms_inputs(own_template: bool) -> None:
+def test_a_chat_becomes_the_vlms_inputs(own_template: bool) -> None:
     processor = build() if own_template else build(chat_template=None)
     samples = [
         processor.prepare(picture(), "red circle", references_of(kind))
@@ -223,7 +223,7 @@ def test_a_chat_becomes_the_mllms_inputs(own_template: bool) -> None:
     text = processor.apply_chat_template(chats[1], add_generation_prompt=True)
     assert (
         text
-        == samples[1].mllm_text
+        == samples[1].vlm_text
         == processor.apply_chat_template(chats[1], CHAT_TEMPLATE, add_generation_prompt=True, tokenize=False)
     )
 
@@ -246,7 +246,7 @@ def test_own_template() -> None:
         assert processor.template == template
         assert (
             "p red [55,5,75,25], [5,55,25,75]<|im_end|>"
-            in processor.prepare(picture(), "red", references_of("with_proxy")).mllm_text
+            in processor.prepare(picture(), "red", references_of("with_proxy")).vlm_text
         )
 
 
@@ -280,16 +280,16 @@ def test_canvas_alone_decides_the_grid(canvas_size: int, patch_size: int, grid: 
     processor = build(patch_size, canvas_size=canvas_size)
     sample = processor.prepare(picture(size=(300, 20)), "red", [boxed(1)])
     assert sample.image_grid_thw.tolist() == [[1, grid, grid]] * 2
-    assert [image.size for image in sample.mllm_images] == [(canvas_size, canvas_size)] * 2
+    assert [image.size for image in sample.vlm_images] == [(canvas_size, canvas_size)] * 2
 
 
-def test_mllm_sees_the_target_stretched_to_the_canvas(processor: ConceptSegProcessor) -> None:
+def test_vlm_sees_the_target_stretched_to_the_canvas(processor: ConceptSegProcessor) -> None:
     target, references = picture(), references_of("with_proxy")
     sample = processor.prepare(target, "red", references)
     mosaic = compose_mosaic(
         [r.image for r in references], [r.box for r in references], MosaicLayout(2, 64), 0
     )
-    np.testing.assert_array_equal(np.asarray(sample.mllm_images[0]), np.asarray(mosaic))
+    np.testing.assert_array_equal(np.asarray(sample.vlm_images[0]), np.asarray(mosaic))
     stretched = target.resize((64, 64), Image.Resampling.BICUBIC)
     expected = Qwen2VLImageProcessor(patch_size=8, temporal_patch_size=1)(
         [mosaic, stretched], return_tensors="pt"
@@ -314,7 +314,7 @@ def test_lazy_and_eager_agree(processor: ConceptSegProcessor) -> None:
     inputs = (picture(), "red circle", references_of("with_proxy"))
     eager, lazy = processor.prepare(*inputs), processor.prepare(*inputs, lazy=True)
     assert lazy.input_ids is None and lazy.pixel_values is None
-    assert processor.prepare_mllm(lazy) is lazy
+    assert processor.prepare_vlm(lazy) is lazy
     for name in ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw", "sam_pixel_values"):
         assert torch.equal(getattr(eager, name), getattr(lazy, name))
 
@@ -442,9 +442,9 @@ def test_call_takes_arrays_and_series(processor: ConceptSegProcessor, tmp_path: 
 def test_samples_and_processor_can_be_pickled(processor: ConceptSegProcessor) -> None:
     for lazy in (True, False):
         sample = processor.prepare(picture(), "red", references_of("with_proxy"), lazy=lazy)
-        again = pickle.loads(pickle.dumps(processor)).prepare_mllm(pickle.loads(pickle.dumps(sample)))
+        again = pickle.loads(pickle.dumps(processor)).prepare_vlm(pickle.loads(pickle.dumps(sample)))
         assert again.frame == sample.frame
-        assert torch.equal(again.pixel_values, processor.prepare_mllm(sample).pixel_values)
+        assert torch.equal(again.pixel_values, processor.prepare_vlm(sample).pixel_values)
 
 
 def test_sam_text_is_padded_or_cut(processor: ConceptSegProcessor) -> None:

@@ -135,12 +135,12 @@ def test_what_differs_is_told(own):
     described = [model.config, own]
     assert describe_profile("released", *described, "released", "released") == "released"
     assert describe_profile("released", *described, "released", None) == "released"
-    told = describe_profile("released", *described, "standard", "default")
-    assert told == "released but protocol standard, loader default"
+    notified = describe_profile("released", *described, "standard", "default")
+    assert notified == "released but protocol standard, loader default"
     model.config.end_of_turn_state = False
     own.prompt_template = OFFICIAL_TEMPLATE.to_dict()
-    told = describe_profile("released", *described, "released", "released")
-    assert told == "released but end_of_turn_state False, prompt_template another"
+    notified = describe_profile("released", *described, "released", "released")
+    assert notified == "released but end_of_turn_state False, prompt_template another"
 
 
 @pytest.mark.parametrize(

@@ -8,21 +8,21 @@ from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig
 
 from conceptseg_hf import nano_checkpoint
 from conceptseg_hf.data import load_benchmark
-from conceptseg_hf.quantization import KEPT_MODULES, spare_sam_and_ctm
+from conceptseg_hf.quantization import KEPT_MODULES, exclude_sam_and_ctm
 
 
 def test_a_configuration_is_not_changed():
     given = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["visual"])
-    spared = spare_sam_and_ctm(given)
+    spared = exclude_sam_and_ctm(given)
     assert spared.llm_int8_skip_modules == ["visual", *KEPT_MODULES] and spared.load_in_8bit
     assert given.llm_int8_skip_modules == ["visual"]
-    assert spare_sam_and_ctm(spared).llm_int8_skip_modules == spared.llm_int8_skip_modules
-    assert spare_sam_and_ctm(given.to_dict()).llm_int8_skip_modules == spared.llm_int8_skip_modules
+    assert exclude_sam_and_ctm(spared).llm_int8_skip_modules == spared.llm_int8_skip_modules
+    assert exclude_sam_and_ctm(given.to_dict()).llm_int8_skip_modules == spared.llm_int8_skip_modules
 
 
 def test_others_are_refused():
     with pytest.raises(ValueError, match="cannot leave SAM 3 out"):
-        spare_sam_and_ctm(object())
+        exclude_sam_and_ctm(object())
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_others_are_refused():
         (4, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, torch.uint8),
     ],
 )
-def test_only_the_mllm_is_quantised(bits, options, kind):
+def test_only_the_vlm_is_quantised(bits, options, kind):
     pytest.importorskip("bitsandbytes")
     plain = AutoModel.from_pretrained(nano_checkpoint())
     model = AutoModel.from_pretrained(

@@ -222,8 +222,8 @@ def test_resolve_refuses(references: object, message: str) -> None:
     assert str(caught.value).endswith(".")
 
 
-def plain(colour: str) -> Image.Image:
-    return Image.new("RGB", (40, 30), colour)
+def plain(color: str) -> Image.Image:
+    return Image.new("RGB", (40, 30), color)
 
 
 def test_mosaic_places_references_and_draws_support_boxes_only() -> None:

@@ -1,4 +1,4 @@
-"""Rows that share a prompt: the MLLM reads it once."""
+"""Rows that share a prompt: the VLM reads it once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, mllm
+from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, vlm_backbone
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.shared_prompts import find_shared_prompts, generate, prompts_read_once
 
@@ -28,7 +28,7 @@ def samples(processor: ConceptSegProcessor) -> list:
 
 @pytest.fixture(scope="module")
 def prompts(processor: ConceptSegProcessor, samples: list) -> dict[str, Tensor]:
-    return mllm.model_inputs(processor.collate([samples[row] for row in ROWS]))
+    return vlm_backbone.model_inputs(processor.collate([samples[row] for row in ROWS]))
 
 
 def test_rows_with_equal_words_and_images_share(model: ConceptSegForSegmentation, prompts: dict) -> None:
@@ -39,7 +39,7 @@ def test_rows_with_equal_words_and_images_share(model: ConceptSegForSegmentation
 
 def test_one_other_pixel_is_another_prompt(model: ConceptSegForSegmentation, prompts: dict) -> None:
     pixels = prompts["pixel_values"].clone()
-    pixels[mllm.patches_of_rows(model.vlm.config, prompts)[3][1].start, 0] += 1
+    pixels[vlm_backbone.patches_of_rows(model.vlm.config, prompts)[3][1].start, 0] += 1
     shared = find_shared_prompts(
         model.vlm, {**prompts, "pixel_values": pixels}, prompts["input_ids"].shape[1]
     )
@@ -49,7 +49,7 @@ def test_one_other_pixel_is_another_prompt(model: ConceptSegForSegmentation, pro
 def test_nothing_is_shared_by_different_prompts(
     model: ConceptSegForSegmentation, processor: ConceptSegProcessor, samples: list
 ) -> None:
-    batch = mllm.model_inputs(processor.collate(samples))
+    batch = vlm_backbone.model_inputs(processor.collate(samples))
     assert find_shared_prompts(model.vlm, batch, batch["input_ids"].shape[1]) is None
 
 
@@ -60,14 +60,14 @@ def test_the_same_tokens_are_generated(
     settings = {"do_sample": do_sample, "max_new_tokens": 60}
     torch.manual_seed(3)
     plain = model.vlm.generate(**prompts, **settings)
-    mllm.forget_positions(model.vlm)
+    vlm_backbone.reset_rope_deltas(model.vlm)
     torch.manual_seed(3)
     assert torch.equal(generate(model.vlm, prompts, **settings), plain)
 
 
 def test_prompts_are_read_once(model: ConceptSegForSegmentation, prompts: dict) -> None:
     images: list[int] = []
-    handle = mllm.vision_tower(model.vlm).register_forward_hook(
+    handle = vlm_backbone.vision_tower(model.vlm).register_forward_hook(
         lambda module, args, kwargs, output: images.append(len(kwargs.get("grid_thw", args[-1]))),
         with_kwargs=True,
     )
@@ -88,19 +88,21 @@ def test_states_and_gradients_equal_those_of_the_plain_pass(
     texts = [COMPLETION, COMPLETION[:40], "red", COMPLETION, "star", COMPLETION[:60], COMPLETION]
     batch = processor.collate([samples[row] for row in ROWS], texts)
     completion = batch["completion_mask"].bool()
-    inputs = mllm.model_inputs(batch)
+    inputs = vlm_backbone.model_inputs(batch)
     length = int(completion.any(0).nonzero()[0])
     used = completion.clone()
     used[:, length - 1] = True  # the state that predicts the first token
     parameters = [p for p in model.vlm.parameters() if p.requires_grad]
     weights = torch.randn(used.sum(), model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     images: list[int] = []
-    mllm.vision_tower(model.vlm).register_forward_pre_hook(lambda module, args: images.append(len(args[0])))
+    vlm_backbone.vision_tower(model.vlm).register_forward_pre_hook(
+        lambda module, args: images.append(len(args[0]))
+    )
 
     found = []
     for context in (nullcontext(), prompts_read_once(model.vlm, inputs, length)):
         with context:
-            states = mllm.last_hidden_states(model.vlm, inputs)
+            states = vlm_backbone.last_hidden_states(model.vlm, inputs)
         gradients = torch.autograd.grad((states[used] * weights).sum(), parameters, allow_unused=True)
         found.append((states[used].detach(), gradients))
     (plain, plain_gradients), (states, gradients) = found

@@ -6,8 +6,8 @@ from PIL import Image, ImageFilter, ImageFont
 
 from conceptseg_hf import ConceptSegmentation, Reference
 from conceptseg_hf.visualization import (
-    BOX_COLOUR,
-    MASK_COLOUR,
+    BOX_COLOR,
+    MASK_COLOR,
     _dilated,
     _wrapped,
     caption_of,
@@ -29,9 +29,9 @@ def half_mask(size: tuple[int, int] = (40, 30)) -> np.ndarray:
 
 def test_overlay_tints_inside_and_darkens_outside():
     pixels = np.asarray(overlay(GREY, half_mask(), opacity=0.5)).astype(int)
-    assert pixels[15, 5].tolist() == pytest.approx([(100 + c) / 2 for c in MASK_COLOUR], abs=1)
+    assert pixels[15, 5].tolist() == pytest.approx([(100 + c) / 2 for c in MASK_COLOR], abs=1)
     assert (pixels[15, 35] < 100).all()
-    assert pixels[15, 20].tolist() == list(MASK_COLOUR), "the outline is drawn around the mask"
+    assert pixels[15, 20].tolist() == list(MASK_COLOR), "the outline is drawn around the mask"
 
 
 def test_overlay_takes_any_mask_and_leaves_its_inputs_alone():
@@ -52,7 +52,7 @@ def test_overlay_errors():
 
 def test_draw_box_covers_exactly_its_pixels():
     pixels = np.asarray(draw_box(GREY, (10, 5, 20, 15)))
-    drawn = (pixels == BOX_COLOUR).all(axis=-1)
+    drawn = (pixels == BOX_COLOR).all(axis=-1)
     assert (np.flatnonzero(drawn.any(axis=0))[[0, -1]] == (10, 19)).all()
     assert (np.flatnonzero(drawn.any(axis=1))[[0, -1]] == (5, 14)).all()
     assert not drawn[10, 15]
@@ -64,7 +64,7 @@ def test_mosaic_draws_supports_and_the_check_but_not_the_proxys_box():
     red = (pixels == (255, 0, 0)).all(axis=-1)
     assert not red[:, :40].any() and red[:40, 40:].any()
     checked = np.asarray(draw_mosaic(references, 80, check=(0, (4, 4, 30, 20))))
-    assert (checked == BOX_COLOUR).all(axis=-1)[:40, :40].any()
+    assert (checked == BOX_COLOR).all(axis=-1)[:40, :40].any()
 
 
 @pytest.mark.parametrize("size", [(40, 30), (30, 40), (1, 1), (900, 700)])
@@ -77,7 +77,7 @@ def test_panel_is_one_row_over_a_caption(size):
         half_mask(size),
         references=[Reference(GREY)],
         box=(0, 0, size[0], size[1]),
-        truth=half_mask(size),
+        ground_truth=half_mask(size),
         caption="a caption\nof two lines",
         height=64,
     )

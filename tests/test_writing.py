@@ -14,11 +14,11 @@ from PIL import Image
 from conceptseg_hf.writing import (
     NotWrittenError,
     encode_text,
+    image_bytes,
     is_full,
     json_text,
     not_written,
     open_new,
-    picture_bytes,
     write_file,
     write_files,
     write_json,
@@ -132,5 +132,5 @@ def test_the_reason_is_said_whatever_library_found_it(error, reason, full):
 
 
 def test_a_picture_is_what_pillow_would_write(tmp_path, picture):
-    write_file(tmp_path / "a.png", picture_bytes(picture(0)))
+    write_file(tmp_path / "a.png", image_bytes(picture(0)))
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(picture(0)))

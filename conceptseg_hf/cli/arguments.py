@@ -1,4 +1,4 @@
-"""What the verbs' arguments have in common: options, references, and how a model is found."""
+"""What the subcommands' arguments have in common: options, references, and how a model is found."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ReferenceArgument:
 
 
 def add_output_option(parser: argparse.ArgumentParser, default: str) -> None:
-    """Adds the option that says where a verb writes."""
+    """Adds the option that says where a subcommand writes."""
     parser.add_argument(
         "--output-dir", default=default, metavar="DIR", help="folder of the results (default: %(default)s)"
     )
@@ -173,7 +173,7 @@ def add_template_option(parser: argparse.ArgumentParser, default: str = "the che
     parser.add_argument(
         "--prompt-template",
         metavar="FILE",
-        help=f"instruction of the MLLM, as YAML or JSON (default: {default})",
+        help=f"instruction of the VLM, as YAML or JSON (default: {default})",
     )
 
 
@@ -210,9 +210,9 @@ def set_profile(
 
     if profile is not None:
         changes = apply_profile(model, processor, profile)
-        told = ", ".join(f"{name} {after}" for name, (_, after) in changes.items())
+        changed = ", ".join(f"{name} {after}" for name, (_, after) in changes.items())
         if tell:
-            sys.stderr.write(f"profile {profile}: {told or 'nothing changes'}\n")
+            sys.stderr.write(f"profile {profile}: {changed or 'nothing changes'}\n")
     if template is not None:
         processor.prompt_template = template.to_dict()
 
@@ -314,11 +314,11 @@ def load_model(arguments: argparse.Namespace) -> tuple[ConceptSegForSegmentation
         if arguments.model is not None and not _is(arguments.model, Path.exists):
             reason = f"model {arguments.model!r} is no folder here, and the hub did not give it: {reason}"
         raise BadInputError(reason) from error
-    spare_threads(model)
+    limit_threads(model)
     return model, processor
 
 
-def spare_threads(model: ConceptSegForSegmentation) -> None:
+def limit_threads(model: ConceptSegForSegmentation) -> None:
     """Leaves a small model on a CPU one thread.
 
     Its layers are over before threads have met; on a busy machine they wait for each other.

@@ -19,9 +19,9 @@ _SAMPLES = 12
 _BATCH = 4
 
 
-def add_parser(verbs: Any) -> None:
-    """Adds the verb to the command."""
-    parser = verbs.add_parser(
+def add_parser(subcommands: Any) -> None:
+    """Adds the subcommand to the command."""
+    parser = subcommands.add_parser(
         "demo",
         help="segment the first ConceptShapes test samples",
         description="Segments the first test samples of ConceptShapes, which go round all its groups, and "
@@ -40,7 +40,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the verb."""
+    """Runs the subcommand."""
     folder = check_output_dir(arguments.output_dir, "results.json")
     model, processor = load_model(arguments)
 
@@ -76,7 +76,7 @@ def _save(sample: ConceptSample, result: ConceptSegmentation, folder: Path, numb
     """Writes the picture of one sample and returns its record."""
     from conceptseg_hf.evaluation.records import make_record
     from conceptseg_hf.visualization import caption_of, panel
-    from conceptseg_hf.writing import picture_bytes, write_file
+    from conceptseg_hf.writing import image_bytes, write_file
 
     name = f"{number:02d}_{sample.level}_{sample.group.replace(' ', '-')}.png"
     record = {"picture": name} | make_record(sample, result)
@@ -88,10 +88,10 @@ def _save(sample: ConceptSample, result: ConceptSegmentation, folder: Path, numb
         references=sample.references,
         box=result.box,
         check=check,
-        truth=sample.mask,
+        ground_truth=sample.mask,
         caption=caption_of(result, sample.prompt, f"foreground IoU {record['foreground_iou']:.2f}"),
     )
-    as_bad_input(write_file, folder / name, picture_bytes(picture))
+    as_bad_input(write_file, folder / name, image_bytes(picture))
     return record
 
 

@@ -6,7 +6,7 @@ import argparse
 import importlib
 from typing import Any
 
-from .arguments import BadInputError, as_bad_input, hide_bars, spare_threads
+from .arguments import BadInputError, as_bad_input, hide_bars, limit_threads
 
 _SCRIPTS = {"sft": "sft", "meta-grpo": "meta_grpo"}
 # recipe_parser.recipe_names(), which cannot be imported without torch; a test holds the two together.
@@ -21,9 +21,9 @@ RECIPES = (
 )
 
 
-def add_parser(verbs: Any) -> None:
-    """Adds the verb to the command."""
-    parser = verbs.add_parser(
+def add_parser(subcommands: Any) -> None:
+    """Adds the subcommand to the command."""
+    parser = subcommands.add_parser(
         "train",
         help="train by a recipe: sft (stage I) or meta-grpo (stage II)",
         description="Trains the concept translation module (sft), or the whole policy by reinforcement (meta-grpo), "
@@ -42,7 +42,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the verb."""
+    """Runs the subcommand."""
     try:
         script = importlib.import_module(f"conceptseg_trainers.scripts.{_SCRIPTS[arguments.stage]}")
         common = importlib.import_module("conceptseg_trainers.scripts.common")
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     hide_bars()
     trainer = as_bad_input(script.prepare, arguments.options)
-    spare_threads(trainer.concept_model)
+    limit_threads(trainer.concept_model)
     try:
         as_bad_input(common.run, trainer)
     except common.DivergedError as error:

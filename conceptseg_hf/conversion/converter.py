@@ -70,7 +70,7 @@ def plan_conversion(checkpoint: str | os.PathLike, sam: str | os.PathLike) -> Co
     plan = make_plan(
         [(weights, _from_original), (sam_weights.source, _prefixed(sam_weights.rename))],
         expected,
-        # The MLLM as it was released; what is small and decides the mask, in full precision.
+        # The VLM as it was released; what is small and decides the mask, in full precision.
         lambda name, dtype: dtype if name.startswith("vlm.") else torch.float32,
         tied=tied,
     )
@@ -89,7 +89,7 @@ def convert(
 ) -> Path:
     """Writes a checkpoint of the authors and SAM 3 as one folder that `AutoModel` and `AutoProcessor` load.
 
-    The MLLM keeps its number format; the CTM and SAM 3 are float32. Weights stream: no more than one shard is
+    The VLM keeps its number format; the CTM and SAM 3 are float32. Weights stream: no more than one shard is
     in memory. The folder appears when it is complete. Config and processor in it have the settings of a profile.
 
     Args:
@@ -100,7 +100,7 @@ def convert(
         shard_bytes: Size of a shard.
         profile: `"released"` or `"paper"`; see `profiles`. None: the settings that `to_original` has kept in the
             checkpoint, else `"released"`.
-        prompt_template: The MLLM's instruction, instead of the profile's.
+        prompt_template: The VLM's instruction, instead of the profile's.
 
     Returns:
         The folder.
@@ -123,7 +123,7 @@ def convert(
         settings["prompt_template"] = prompt_template.to_dict()
     processor = processors.join_processors(folder, found.sam.path, config, settings)
     config.architectures = ["ConceptSegForSegmentation"]
-    config.dtype = _mllm_dtype(plan)
+    config.dtype = _vlm_dtype(plan)
     config.sam_name_or_path = os.fspath(sam) if hub.is_hub_id(os.fspath(sam)) else None
     with new_folder(out, plan.nbytes) as target:
         hashes = {
@@ -146,7 +146,7 @@ def to_original(
     allow_mismatch: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes the MLLM and the CTM of a checkpoint of ours in the authors' layout, for their code.
+    """Writes the VLM and the CTM of a checkpoint of ours in the authors' layout, for their code.
 
     SAM 3 is no part of that layout. What has no place in it (settings of our processor and router) is kept in
     config.json, where `convert` finds it; their code passes it by.
@@ -187,7 +187,7 @@ def to_original(
         hashes = {"checkpoint": _describe_source(checkpoint, folder, weights, plan)}
         files = write_shards(plan.steps, target, shard_bytes)
         settings = processors.save_original_processor(folder, target)
-        dtype = str(_mllm_dtype(plan, original_names=True)).removeprefix("torch.")
+        dtype = str(_vlm_dtype(plan, original_names=True)).removeprefix("torch.")
         write_json(target / "config.json", original.write_config(config, dtype, settings))
         _write_manifest(target, hashes, files, plan)
     return out
@@ -222,7 +222,7 @@ def _from_original(name: str) -> tuple[Piece, ...] | None:
 
 
 def _own_name(name: str) -> tuple[Piece, ...] | None:
-    """Our tensors by their names in `state_dict()`, however the MLLM's were saved."""
+    """Our tensors by their names in `state_dict()`, however the VLM's were saved."""
     if name.startswith("sam."):
         return ()
     theirs = names.to_original(name)
@@ -251,8 +251,8 @@ def _check(plan: Plan, fault: str, allow_mismatch: bool) -> None:
             )
 
 
-def _mllm_dtype(plan: Plan, original_names: bool = False) -> torch.dtype:
-    """The format of most of the MLLM's numbers."""
+def _vlm_dtype(plan: Plan, original_names: bool = False) -> torch.dtype:
+    """The format of most of the VLM's numbers."""
     sizes: dict[torch.dtype, int] = {}
     for step in plan.steps:
         if step.target.startswith("vlm.") or (original_names and step.piece.target.startswith("vlm.")):

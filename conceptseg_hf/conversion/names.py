@@ -1,4 +1,4 @@
-"""The authors' names of the MLLM's and the CTM's tensors, and ours.
+"""The authors' names of the VLM's and the CTM's tensors, and ours.
 
 The released checkpoint is Qwen2.5-VL in the layout that Transformers used before version 4.52, with three
 further parts: `learnable_query` and `connector` (the CTM) and `proj_to_sam` (its projection).
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
-# (authors', ours): prefixes of the MLLM, the most particular first.
-_MLLM_PREFIXES = (
+# (authors', ours): prefixes of the VLM, the most particular first.
+_VLM_PREFIXES = (
     ("model.visual.", "vlm.model.visual."),  # the present layout is read as well, but never written
     ("model.language_model.", "vlm.model.language_model."),
     ("visual.", "vlm.model.visual."),
@@ -34,7 +34,7 @@ def from_original(name: str) -> str | None:
         return f"ctm.blocks.{number}.{_CTM_BLOCK_PARTS.get(part, part)}.{rest}"
     if name.startswith("proj_to_sam."):
         return f"ctm.{name}"
-    for theirs, ours in _MLLM_PREFIXES:
+    for theirs, ours in _VLM_PREFIXES:
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
     return None
@@ -43,7 +43,7 @@ def from_original(name: str) -> str | None:
 def to_original(name: str) -> str | None:
     """The authors' name of one of our tensors, or None for SAM 3's, which their checkpoints do not hold.
 
-    A checkpoint of ours may also have been saved in the MLLM's original format (`vlm.model.layers...`).
+    A checkpoint of ours may also have been saved in the VLM's original format (`vlm.model.layers...`).
     """
     if name in _CTM_NAMES_BACK:
         return _CTM_NAMES_BACK[name]
@@ -54,7 +54,7 @@ def to_original(name: str) -> str | None:
         return name.removeprefix("ctm.")
     if name.startswith("vlm."):
         ours = from_original(name.removeprefix("vlm.")) or ""
-        for theirs, prefix in reversed(_MLLM_PREFIXES):
+        for theirs, prefix in reversed(_VLM_PREFIXES):
             if ours.startswith(prefix):
                 return theirs + ours.removeprefix(prefix)
     return None

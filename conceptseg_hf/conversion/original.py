@@ -26,8 +26,8 @@ RELEASED_HEADS = 16  # no tensor shows it
 EXTRA_KEY = "conceptseg_hf"
 """Key of config.json under which `to_original` keeps what the authors' layout has no place for."""
 
-# What is ours in a config, and of no use to the MLLM's own.
-_NOT_MLLM = ("model_type", "architectures", "auto_map", "num_of_query", "transformers_version", EXTRA_KEY)
+# What is ours in a config, and of no use to the VLM's own.
+_NOT_VLM = ("model_type", "architectures", "auto_map", "num_of_query", "transformers_version", EXTRA_KEY)
 _OUR_FIELDS = ("sam_geometry_cls", "hidden_states_at", "router_base")
 _RECORDED_CTM_FIELDS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 
@@ -54,7 +54,7 @@ def read_config(
     if QUERIES not in tensors:
         raise ConversionError(
             f"checkpoint {name!r} holds no concept queries ({QUERIES}); give a ConceptSeg-R1 checkpoint, or join "
-            "a plain MLLM and SAM 3 with ConceptSegForSegmentation.from_backbones."
+            "a plain VLM and SAM 3 with ConceptSegForSegmentation.from_backbones."
         )
     if any(re.search(r"visual\.blocks\.\d+\.mlp\.fc1\.", tensor) for tensor in tensors):
         raise ConversionError(
@@ -64,7 +64,7 @@ def read_config(
     extra = config.get(EXTRA_KEY) or {}
     try:
         return ConceptSegConfig(
-            vlm_config=_mllm_config(config, tensors),
+            vlm_config=_vlm_config(config, tensors),
             sam_config=sam_config,
             ctm_config=_ctm_config(tensors, extra.get("ctm") or {}, sam_config),
             **{key: extra[key] for key in (*_OUR_FIELDS, *SWITCHES) if key in extra},
@@ -83,7 +83,7 @@ def write_config(
 
     Args:
         config: Our configuration.
-        dtype: Number format of the MLLM, such as "bfloat16".
+        dtype: Number format of the VLM, such as "bfloat16".
         processor: Settings of our processor to keep.
     """
     content = _own_fields(config.vlm_config)
@@ -119,8 +119,8 @@ def _own_fields(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in common}
 
 
-def _mllm_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Qwen2_5_VLConfig:
-    fields = {key: value for key, value in config.items() if key not in _NOT_MLLM}
+def _vlm_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Qwen2_5_VLConfig:
+    fields = {key: value for key, value in config.items() if key not in _NOT_VLM}
     vision = {key: value for key, value in (fields.get("vision_config") or {}).items() if key != "model_type"}
     if config["model_type"] != _MODEL_TYPE:  # its vision fields mean other things: the tensors say the sizes
         vision.update(_vision_sizes(tensors))

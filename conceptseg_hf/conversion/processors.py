@@ -44,7 +44,7 @@ def released_settings(profile: str) -> dict[str, Any]:
 def join_processors(
     checkpoint: Path, sam: Path, config: ConceptSegConfig, settings: Mapping[str, Any]
 ) -> ConceptSegProcessor:
-    """Our processor from the files beside the MLLM's and SAM 3's weights.
+    """Our processor from the files beside the VLM's and SAM 3's weights.
 
     Args:
         checkpoint: Folder of the authors' checkpoint.
@@ -85,7 +85,7 @@ def join_processors(
 
 
 def save_original_processor(folder: Path, target: Path) -> dict[str, Any]:
-    """Saves the MLLM's part of our processor as the authors' code reads it.
+    """Saves the VLM's part of our processor as the authors' code reads it.
 
     Args:
         folder: A checkpoint of ours.
@@ -95,7 +95,7 @@ def save_original_processor(folder: Path, target: Path) -> dict[str, Any]:
         The settings of our processor that such a folder has no place for.
     """
     processor = ConceptSegProcessor.from_pretrained(folder)
-    plain = processor.mllm_processor()
+    plain = processor.vlm_processor()
     plain.tokenizer.save_pretrained(target)
     processor.image_processor.save_pretrained(target)
     _rewrite_for_older_releases(target, plain.chat_template)
@@ -128,7 +128,7 @@ def _rewrite_for_older_releases(folder: Path, chat_template: str | dict[str, str
 
 
 def copy_generation_config(folder: Path, target: Path) -> None:
-    """Copies the MLLM's generation settings, if there are any."""
+    """Copies the VLM's generation settings, if there are any."""
     if (folder / "generation_config.json").is_file():
         read_json(folder / "generation_config.json")
         shutil.copyfile(folder / "generation_config.json", target / "generation_config.json")

@@ -182,7 +182,7 @@ def from_transformers(name: str) -> tuple[Piece, ...] | None:
 
 
 def from_ours(name: str) -> tuple[Piece, ...] | None:
-    """The same for a checkpoint of ours, whose MLLM and CTM are left."""
+    """The same for a checkpoint of ours, whose VLM and CTM are left."""
     return (Piece(name.removeprefix("sam.")),) if name.startswith("sam.") else ()
 
 

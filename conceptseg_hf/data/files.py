@@ -15,10 +15,10 @@ from PIL import Image
 from ..images import is_file, load_oriented_image, mask_to_image, read_header
 from ..mask_checks import describe_other_size, is_similar_size
 from ..references import Reference, mask_to_box
+from .ground_truths import BoxGroundTruth, GroundTruth, Size, resize
 from .paths import check_files
 from .pools import ClassPool, FileReference, ReferencePool, draw_repeatedly, reference_count
 from .sample import ConceptSample, UnreadableSampleError
-from .truths import BoxTruth, Size, Truth, resize
 
 _NAMED = 3  # classes or samples that a message names
 
@@ -33,7 +33,7 @@ class FileItem:
     Attributes:
         sample_id: Unique within the benchmark and split.
         image: The target image.
-        truth: Its truth.
+        ground_truth: Its truth.
         prompt: The words.
         level: See `ConceptSample`, as `group`, `family`, `think`, `rule` and `answer`.
         concept: The class whose other images can serve as references.
@@ -42,7 +42,7 @@ class FileItem:
 
     sample_id: str
     image: Path
-    truth: Truth
+    ground_truth: GroundTruth
     prompt: str
     level: str
     group: str
@@ -103,7 +103,7 @@ class FoundReferences:
 
 
 @dataclass(frozen=True)
-class ReadTruth:
+class LoadedGroundTruth:
     """A truth beside its image, as fields of a `ConceptSample`.
 
     Attributes:
@@ -177,12 +177,12 @@ class FileBenchmark(Sequence[ConceptSample]):
             fields |= item.read_fields()
             image, orientation = item.read_image()
         except (OSError, ValueError) as error:
-            raise UnreadableSampleError(_because(item, error), fields, _truth_or_none(item)) from error
+            raise UnreadableSampleError(_because(item, error), fields, _ground_truth_or_none(item)) from error
         try:
-            truth = read_truth(item.truth, image.size, orientation)
-            soft_mask = item.truth.read_soft() if self.loader == "released" else None
+            ground_truth = read_ground_truth(item.ground_truth, image.size, orientation)
+            soft_mask = item.ground_truth.read_soft() if self.loader == "released" else None
         except (OSError, ValueError) as error:  # it may be that only its frame is the wrong one
-            raise UnreadableSampleError(_because(item, error), fields, _truth_or_none(item)) from error
+            raise UnreadableSampleError(_because(item, error), fields, _ground_truth_or_none(item)) from error
         found = self.read_references(item)
         sample = ConceptSample(
             image=image,
@@ -191,10 +191,12 @@ class FileBenchmark(Sequence[ConceptSample]):
             reference_faults=found.faults,
             references_lost=found.lost,
             **fields,
-            **truth.fitted,
+            **ground_truth.fitted,
         )
-        if truth.fault is not None:
-            raise UnreadableSampleError(_because(item, truth.fault), fields, truth.stored, sample)
+        if ground_truth.fault is not None:
+            raise UnreadableSampleError(
+                _because(item, ground_truth.fault), fields, ground_truth.stored, sample
+            )
         return sample
 
     def __iter__(self) -> Iterator[ConceptSample]:
@@ -265,9 +267,9 @@ class FileBenchmark(Sequence[ConceptSample]):
 
     def _warn_of(self, found: FoundReferences, item: FileItem) -> None:
         for fault in found.faults:
-            told = (fault, found.lost > 0)
-            if told not in self._told:
-                self._told.add(told)
+            notified = (fault, found.lost > 0)
+            if notified not in self._told:
+                self._told.add(notified)
                 warnings.warn(
                     f"{self.name}: a reference cannot be used, and others of its class take its place: {fault}"
                     if found.lost == 0
@@ -293,12 +295,12 @@ class FileBenchmark(Sequence[ConceptSample]):
 
     def _files_of(self, item: FileItem) -> Iterator[tuple[str, Path]]:
         yield "image", item.image
-        yield from (("mask", path) for path in item.truth.files)
+        yield from (("mask", path) for path in item.ground_truth.files)
         draws_freely = self._pool is None or not self._pool.reads_files
         for reference in self.references_of(item) if draws_freely else item.references:
             yield "reference image", reference.image
-            if reference.truth is not None:
-                yield from (("reference mask", path) for path in reference.truth.files)
+            if reference.ground_truth is not None:
+                yield from (("reference mask", path) for path in reference.ground_truth.files)
 
     def check(self) -> None:
         """Checks that samples and files are there; warns of samples that lack files and classes without references.
@@ -334,7 +336,7 @@ class FileBenchmark(Sequence[ConceptSample]):
             )
 
     def _warn_of_missing_files(self) -> None:
-        own = {item.sample_id: (item.image, *item.truth.files) for item in self.items}
+        own = {item.sample_id: (item.image, *item.ground_truth.files) for item in self.items}
         lacking = [name for name, paths in own.items() if not all(map(is_file, paths))]
         if len(lacking) == len(self):
             check_files(self.files(), self.name, self.root)
@@ -367,40 +369,46 @@ def _shown(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
 
 
-def read_truth(truth: Truth, size: Size, orientation: int = 1) -> ReadTruth:
+def read_ground_truth(ground_truth: GroundTruth, size: Size, orientation: int = 1) -> LoadedGroundTruth:
     """Reads a truth, and resizes it (nearest pixel) where its size is not the image's.
 
     Args:
-        truth: The truth.
+        ground_truth: The truth.
         size: (width, height) of the image.
         orientation: EXIF orientation of the image.
 
     Raises:
         OSError, ValueError: If it cannot be read.
     """
-    mask, ignore = truth.read(size, orientation)
+    mask, ignore = ground_truth.read(size, orientation)
     found = mask.shape[::-1]
-    stored = _truth_fields(truth, mask, ignore)
+    stored = _ground_truth_fields(ground_truth, mask, ignore)
     if found == size:
-        return ReadTruth(stored, stored)
-    fitted = _truth_fields(truth, resize(mask, size), None if ignore is None else resize(ignore, size))
+        return LoadedGroundTruth(stored, stored)
+    fitted = _ground_truth_fields(
+        ground_truth, resize(mask, size), None if ignore is None else resize(ignore, size)
+    )
     fitted["stored_mask"] = stored["mask"]
-    fault = None if is_similar_size(found, size) else describe_other_size(truth.name, found, size)
-    return ReadTruth(fitted, stored, fault)
+    fault = None if is_similar_size(found, size) else describe_other_size(ground_truth.name, found, size)
+    return LoadedGroundTruth(fitted, stored, fault)
 
 
-def _truth_fields(truth: Truth, mask: np.ndarray, ignore: np.ndarray | None) -> dict[str, Any]:
+def _ground_truth_fields(
+    ground_truth: GroundTruth, mask: np.ndarray, ignore: np.ndarray | None
+) -> dict[str, Any]:
     return {
         "mask": mask_to_image(mask),
-        "box": truth.box(mask.shape[::-1]) if isinstance(truth, BoxTruth) else mask_to_box(mask),
+        "box": ground_truth.box(mask.shape[::-1])
+        if isinstance(ground_truth, BoxGroundTruth)
+        else mask_to_box(mask),
         "ignore": None if ignore is None else mask_to_image(ignore),
-        "box_only": truth.box_only,
+        "box_only": ground_truth.box_only,
     }
 
 
-def _truth_or_none(item: FileItem) -> dict[str, Any] | None:
+def _ground_truth_or_none(item: FileItem) -> dict[str, Any] | None:
     try:
-        return _truth_fields(item.truth, *item.truth.read(None))
+        return _ground_truth_fields(item.ground_truth, *item.ground_truth.read(None))
     except (OSError, ValueError):
         return None
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from ..mask_checks import describe_other_size
 from ..progress import progress_bar
-from .files import FileBenchmark, FileItem, read_truth
+from .files import FileBenchmark, FileItem, read_ground_truth
+from .ground_truths import LabelFile, MaskFile
 from .pools import FileReference
-from .truths import LabelFile, MaskFile
 
 _NAMED = 5
 _BATCH = 1024  # files that are handed to the threads at once
@@ -95,7 +95,7 @@ def inspect_files(
         progress: What a progress bar is called; None: there is none.
     """
     items = _different(item for item in samples.items if item.image not in missing)
-    items = [item for item in items if not any(path in missing for path in item.truth.files)]
+    items = [item for item in items if not any(path in missing for path in item.ground_truth.files)]
     references = [
         reference
         for reference in samples.all_references()
@@ -134,8 +134,10 @@ def _different(items: Iterator[FileItem]) -> list[FileItem]:
     """Items with different files: the classes of one map of labels are read once."""
     seen: dict[tuple[object, ...], FileItem] = {}
     for item in items:
-        truth = item.truth.path if isinstance(item.truth, LabelFile) else item.truth
-        seen.setdefault((item.image, truth), item)
+        ground_truth = (
+            item.ground_truth.path if isinstance(item.ground_truth, LabelFile) else item.ground_truth
+        )
+        seen.setdefault((item.image, ground_truth), item)
     return list(seen.values())
 
 
@@ -143,16 +145,18 @@ def _inspect_item(item: FileItem) -> _Finding:
     try:
         item.read_fields()
         size, orientation = item.read_header()
-        truth = read_truth(item.truth, size, orientation)
+        ground_truth = read_ground_truth(item.ground_truth, size, orientation)
     except (OSError, ValueError) as error:
         return _Finding(fault=str(error))
-    rotated = str(item.image) if orientation != 1 and isinstance(item.truth, (MaskFile, LabelFile)) else None
-    if truth.fault is not None:
-        return _Finding(fault=truth.fault, rotated=rotated)
-    if truth.fitted is truth.stored:
+    rotated = (
+        str(item.image) if orientation != 1 and isinstance(item.ground_truth, (MaskFile, LabelFile)) else None
+    )
+    if ground_truth.fault is not None:
+        return _Finding(fault=ground_truth.fault, rotated=rotated)
+    if ground_truth.fitted is ground_truth.stored:
         return _Finding(rotated=rotated)
-    stored = truth.stored["mask"].size
-    return _Finding(resized=describe_other_size(item.truth.name, stored, size), rotated=rotated)
+    stored = ground_truth.stored["mask"].size
+    return _Finding(resized=describe_other_size(item.ground_truth.name, stored, size), rotated=rotated)
 
 
 def _inspect_reference(reference: FileReference) -> str | None:

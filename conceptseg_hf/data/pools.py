@@ -14,7 +14,7 @@ import numpy as np
 from ..images import load_oriented_image, mask_to_image, try_image
 from ..mask_checks import describe_other_size, is_similar_size
 from ..references import Reference, mask_to_box, no_foreground, read_reference
-from .truths import BoxTruth, MaskFile, PixelBox, Size, Truth, resize
+from .ground_truths import BoxGroundTruth, GroundTruth, MaskFile, PixelBox, Size, resize
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class FileReference:
     """A reference image, with its truth where there is one."""
 
     image: Path
-    truth: Truth | None = None
+    ground_truth: GroundTruth | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that it reads."""
-        return self.image, *(() if self.truth is None else self.truth.files)
+        return self.image, *(() if self.ground_truth is None else self.ground_truth.files)
 
     def read(self) -> Reference:
         """As the processor takes it; files that it can open itself stay paths.
@@ -37,33 +37,33 @@ class FileReference:
         Raises:
             OSError, ValueError: If image or truth cannot be used; the message names the file.
         """
-        if self.truth is None:
+        if self.ground_truth is None:
             try_image(self.image)
             return Reference(self.image)
-        if isinstance(self.truth, MaskFile):
+        if isinstance(self.ground_truth, MaskFile):
             size, orientation = try_image(self.image)
-            mask, fits = _read_mask(self.truth, size, orientation)
-            return Reference(self.image, mask=self.truth.path if fits else mask_to_image(mask))
+            mask, fits = _read_mask(self.ground_truth, size, orientation)
+            return Reference(self.image, mask=self.ground_truth.path if fits else mask_to_image(mask))
         image, orientation = load_oriented_image(self.image)
-        if isinstance(self.truth, (BoxTruth, PixelBox)):
-            reference = Reference(image, box=self.truth.box(image.size))
+        if isinstance(self.ground_truth, (BoxGroundTruth, PixelBox)):
+            reference = Reference(image, box=self.ground_truth.box(image.size))
             try:
                 read_reference(reference)
             except ValueError as error:
                 raise ValueError(f"reference {str(self.image)!r}: {error}") from error
             return reference
-        mask, _ = _read_mask(self.truth, image.size, orientation)
+        mask, _ = _read_mask(self.ground_truth, image.size, orientation)
         return Reference(image, box=mask_to_box(mask))
 
 
-def _read_mask(truth: Truth, size: Size, orientation: int) -> tuple[np.ndarray, bool]:
+def _read_mask(ground_truth: GroundTruth, size: Size, orientation: int) -> tuple[np.ndarray, bool]:
     """The mask, (H, W) bool, at the size of the image, and whether it is stored at that size."""
-    mask, _ = truth.read(size, orientation)
+    mask, _ = ground_truth.read(size, orientation)
     stored = mask.shape[::-1]
     if stored != size and not is_similar_size(stored, size):
-        raise ValueError(describe_other_size(truth.name, stored, size))
+        raise ValueError(describe_other_size(ground_truth.name, stored, size))
     if not mask.any():
-        raise ValueError(no_foreground(truth.files[0]))
+        raise ValueError(no_foreground(ground_truth.files[0]))
     return resize(mask, size), stored == size
 
 

@@ -103,13 +103,13 @@ class UnreadableSampleError(ValueError):
         self,
         message: str,
         fields: dict[str, Any] | None = None,
-        truth: dict[str, Any] | None = None,
+        ground_truth: dict[str, Any] | None = None,
         stretched: ConceptSample | None = None,
     ) -> None:
         super().__init__(message)
         self.fields = {"prompt": "", "level": "?", "group": "?", "family": "?"} | (fields or {})
-        self.truth = truth
+        self.ground_truth = ground_truth
         self.stretched = stretched
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.fields, self.truth, self.stretched)
+        return type(self), (str(self), self.fields, self.ground_truth, self.stretched)

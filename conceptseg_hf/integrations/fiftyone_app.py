@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"--plugin {str(options.plugin)!r} has no fiftyone.yml; give the folder fiftyone_plugin."
         )
     folder, port = options.folder.absolute(), options.port or free_port()
-    _heed_endings()
+    _handle_signals()
     try:
         settings = _prepare(folder, options.plugin.absolute())
         _load(options.samples)
@@ -117,7 +117,7 @@ def start_worker(log: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=file, stderr=file)
 
 
-def _heed_endings() -> None:
+def _handle_signals() -> None:
     """Lets other signals end the app as Ctrl-C does: by default they end Python at once, and MongoDB would stay."""
     for number in _ENDINGS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup

@@ -136,7 +136,7 @@ def test_standard_output_that_is_full_is_one_sentence(environment):
 # -- Ctrl-C --
 
 
-def heed_interrupts() -> None:
+def handle_interrupts() -> None:
     """Background processes of some shells ignore the signal."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -158,7 +158,7 @@ def test_an_evaluation_that_is_stopped_says_how_it_goes_on(files, checkpoint, en
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_interrupts,
+        preexec_fn=handle_interrupts,
     )
     records = Path("ev/records.jsonl")
     while not records.exists() or not records.stat().st_size:

@@ -77,7 +77,7 @@ def test_same_completion_concept_tokens_and_mask_as_the_parts(converted, parts, 
     prompt_length = inputs["input_ids"].shape[1]
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 
-    # By hand: the MLLM writes, reads its own words again, the formulas translate, SAM 3 decodes.
+    # By hand: the VLM writes, reads its own words again, the formulas translate, SAM 3 decodes.
     ids = parts.vlm.generate(**inputs, **options)
     token_types = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, ids.shape[1] - prompt_length))
     parts.vlm.model.rope_deltas = None

@@ -320,7 +320,7 @@ def test_a_hub_that_does_not_answer(parts, tmp_path):
         convert("owner/name", parts.sam_folder, tmp_path / "out")
 
 
-def test_a_plain_mllm_is_told_where_to_go(parts, checkpoint, tmp_path):
+def test_a_plain_vlm_is_told_where_to_go(parts, checkpoint, tmp_path):
     shutil.rmtree(checkpoint)
     parts.vlm.save_pretrained(checkpoint)
     with pytest.raises(ConversionError, match="from_backbones"):

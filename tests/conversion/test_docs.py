@@ -25,14 +25,14 @@ def test_memory_table(name):
         for path, module in model.vlm.named_modules()
         if isinstance(module, torch.nn.Linear) and path != "lm_head"
     )
-    mllm, rest = 2 * count(model.vlm), 4 * (count(model.ctm) + count(model.sam))
+    vlm, rest = 2 * count(model.vlm), 4 * (count(model.ctm) + count(model.sam))
     sizes = [
-        mllm,
+        vlm,
         4 * count(model.ctm),
         4 * count(model.sam),
-        mllm + rest,
-        mllm + rest - linear,  # one byte instead of two
-        mllm + rest - 2 * linear + linear * (1 / 2 + 4 / 64),  # a float32 scale for each block of 64
+        vlm + rest,
+        vlm + rest - linear,  # one byte instead of two
+        vlm + rest - 2 * linear + linear * (1 / 2 + 4 / 64),  # a float32 scale for each block of 64
     ]
     row = f"| {name.upper()} | {' | '.join(f'{size / 1e9:.1f}' for size in sizes)} |"
     assert row in DOCUMENT.read_text(encoding="utf-8").splitlines()

@@ -154,10 +154,10 @@ def sam_folder(tmp_path_factory):
 )
 def test_every_tensor_has_its_place(tmp_path, sam_folder, name, model_type, capsys):
     size = SIZES[name]
-    mllm, ctm = qwen_shapes(*size), ctm_shapes(size[0], 256, 8, 4)
-    assert 2 * sum(map(prod, mllm.values())) == PUBLISHED_BYTES[name]
+    vlm, ctm = qwen_shapes(*size), ctm_shapes(size[0], 256, 8, 4)
+    assert 2 * sum(map(prod, vlm.values())) == PUBLISHED_BYTES[name]
     (tmp_path / "config.json").write_text(json.dumps(published_config(*size, model_type)))
-    written = write_sharded(tmp_path, {**mllm, **ctm}, 5)
+    written = write_sharded(tmp_path, {**vlm, **ctm}, 5)
 
     found = plan_conversion(tmp_path, sam_folder)
     plan, config = found.plan, found.config
@@ -170,7 +170,7 @@ def test_every_tensor_has_its_place(tmp_path, sam_folder, name, model_type, caps
     def part(prefix):
         return [step for step in plan.steps if step.target.startswith(prefix)]
 
-    assert len(part("vlm.")) == len(mllm) and {step.dtype for step in part("vlm.")} == {torch.bfloat16}
+    assert len(part("vlm.")) == len(vlm) and {step.dtype for step in part("vlm.")} == {torch.bfloat16}
     assert sum(step.nbytes for step in part("vlm.")) == PUBLISHED_BYTES[name]
     assert len(part("ctm.")) == len(ctm) and {step.dtype for step in part("ctm.")} == {torch.float32}
     assert sum(step.nbytes for step in part("ctm.")) == 4 * sum(map(prod, ctm.values()))

@@ -74,7 +74,7 @@ def test_the_authors_layout(parts, tmp_path):
     assert "sam" not in json.loads((theirs / MANIFEST_NAME).read_text())["sources"]
 
 
-def test_transformers_reads_the_mllm_of_the_authors_layout(parts, tmp_path):
+def test_transformers_reads_the_vlm_of_the_authors_layout(parts, tmp_path):
     theirs = to_original(convert(parts.checkpoint, parts.sam_folder, tmp_path / "ours"), tmp_path / "theirs")
     vlm, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(theirs, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"]

@@ -96,9 +96,9 @@ def test_another_of_the_class_takes_the_place(fss_root, damage, words):
     assert sum("5.jpg" in drawn for drawn in healthy) == 3
     damage(root)
     samples = load_benchmark("fewshot1000", root, split="train")
-    with pytest.warns(UserWarning, match=words) as told:
+    with pytest.warns(UserWarning, match=words) as notified:
         found = read_all(samples)
-    assert len(told) == 1, "a bad reference is named once"
+    assert len(notified) == 1, "a bad reference is named once"
     # As a target an empty mask is a concept that is not there; everything else makes that one sample unreadable.
     assert [sample is None for sample in found] == [
         index == 5 and damage is not empty_mask for index in range(16)
@@ -144,12 +144,12 @@ def test_a_class_without_others_gives_fewer(fss_root):
     root = fss_root(size=4)
     for number in (1, 2):
         save_mask(root / f"fewshot1000/train/mask/{number}.png", box=(0, 0, 0, 0))
-    with pytest.warns(UserWarning, match="no other to take its place, so that sample .* has") as told:
+    with pytest.warns(UserWarning, match="no other to take its place, so that sample .* has") as notified:
         samples = read_all(load_benchmark("fewshot1000", root, split="train"))
     used = [set(names(sample.references)) for sample in samples]
     assert used == [{"3.jpg"}, {"0.jpg", "3.jpg"}, {"0.jpg", "3.jpg"}, {"0.jpg"}]
     assert [sample.references_lost for sample in samples] == [2, 1, 1, 2]
-    assert sorted("1.png" in str(warning.message) for warning in told) == [False, True], "each once"
+    assert sorted("1.png" in str(warning.message) for warning in notified) == [False, True], "each once"
 
 
 def test_own_references_are_dropped_one_by_one(tmp_path):
@@ -166,12 +166,12 @@ def test_own_references_are_dropped_one_by_one(tmp_path):
     ]
     row = {"image": "images/a.jpg", "mask": "masks/a.png", "prompt": "scratch", "references": references}
     (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.warns(UserWarning, match="sample 'images/a' has 4 fewer") as told:
+    with pytest.warns(UserWarning, match="sample 'images/a' has 4 fewer") as notified:
         (sample,) = load_benchmark("plain", tmp_path)
     assert names(sample.references) == ["c.jpg"] and sample.references_lost == 4
     for fault, words in zip(sample.reference_faults, ("broken.jpg", "missing.jpg", "b.jpg", "missing.png")):
         assert words in fault
-    assert "lies outside its image of 24 x 16 pixels" in sample.reference_faults[2] and len(told) == 4
+    assert "lies outside its image of 24 x 16 pixels" in sample.reference_faults[2] and len(notified) == 4
     (check,) = check_benchmark("plain", tmp_path)
     assert len(check.missing) == 2 and len(check.inspection.unusable_references) == 2 and not check.complete
 
@@ -188,10 +188,10 @@ def test_coco_references_behave_the_same(tmp_path):
     Image.fromarray(labels).save(root / f"annotations/train2014/{hidden}.png")
     (root / f"annotations/train2014/{broken}.png").write_bytes(b"no picture")
     samples = load_benchmark("coco20i", tmp_path)
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as notified:
         found = list(samples)
     for words in (f"{hidden}.png' has no foreground pixel", f"{broken}.png' cannot be read"):
-        assert sum(words in str(warning.message) for warning in told) == 1
+        assert sum(words in str(warning.message) for warning in notified) == 1
     for index, (sample, item) in enumerate(zip(found, samples.items, strict=True)):
         files = samples.read_references(item).files
         assert len(sample.references) == len(files) == 4 and None not in [r.box for r in sample.references]
@@ -206,7 +206,7 @@ def test_cityscapes_goes_on_without_a_broken_map(tmp_path):
     write_street(tmp_path, "val", "frankfurt", 0, label_map(ROAD, CAR))
     maps = [write_street(tmp_path, "train", "aachen", number, label_map(ROAD, CAR)) for number in range(6)]
     healthy = load_benchmark("cityscapes", tmp_path)
-    broken = healthy.references_of(healthy.items[0])[2].truth.path
+    broken = healthy.references_of(healthy.items[0])[2].ground_truth.path
     assert broken in maps
     broken.write_bytes(b"no picture")
     samples = load_benchmark("cityscapes", tmp_path)
@@ -214,7 +214,7 @@ def test_cityscapes_goes_on_without_a_broken_map(tmp_path):
         (road, car) = samples
     assert len(road.references) == len(car.references) == 4
     files = samples.read_references(samples.items[0]).files
-    assert all(file.truth.path != broken for file in files)
+    assert all(file.ground_truth.path != broken for file in files)
 
 
 def test_a_bad_reference_costs_no_sample(model, processor, polyp_root, tmp_path):
@@ -234,10 +234,10 @@ def test_a_bad_reference_costs_no_sample(model, processor, polyp_root, tmp_path)
     assert all(record.get("references_lost", 0) == 0 for record in report.records)
     count = sum(drawn)
     assert f"References that cannot be used: 1, drawn for {count} samples." in report.to_markdown()
-    told = json.loads((tmp_path / "out/report.json").read_text())["unusable_references"]
-    assert (told["samples"], told["samples_with_fewer"]) == (count, 0)
-    assert [fault["samples"] for fault in told["faults"]] == [count]
-    assert "train_4.png' is a photo" in told["faults"][0]["fault"]
+    notified = json.loads((tmp_path / "out/report.json").read_text())["unusable_references"]
+    assert (notified["samples"], notified["samples_with_fewer"]) == (count, 0)
+    assert [fault["samples"] for fault in notified["faults"]] == [count]
+    assert "train_4.png' is a photo" in notified["faults"][0]["fault"]
     assert "cannot be used" not in healthy.to_markdown() and "unusable_references" not in healthy.to_dict()
 
 

@@ -96,7 +96,7 @@ def test_missing_and_unreadable_maps(root):
     assert len(samples) == 3
     with pytest.raises(UnreadableSampleError, match="cannot be read") as raised:
         samples[2]
-    assert raised.value.truth is None
+    assert raised.value.ground_truth is None
     path.unlink()
     with pytest.raises(MissingFilesError, match=r"\(1 mask\): 'gtFine/val/munster"):
         load_benchmark("cityscapes", root)

@@ -109,23 +109,20 @@ def _pairs(sample_index: int, split: str) -> set[tuple[str, str]]:
     task = ConceptShapes(split).task(sample_index)
     scenes = [task.scene, *(scene for scene, _ in task.references)]
     return {
-        (item.look.colour, item.look.shape)
-        for scene in scenes
-        for item in scene.objects
-        if not item.look.kind
+        (item.look.color, item.look.shape) for scene in scenes for item in scene.objects if not item.look.kind
     }
 
 
 def test_held_out_pairs_are_drawn_only_in_the_compositional_split() -> None:
     for index in range(5 * ROUND):
         assert not _pairs(index, "train") & HELD_OUT_PAIRS
-    coloured = [
+    colored = [
         i
         for i in range(ROUND)
         if family_at(i)[2].__name__
         in ("attribute", "saliency", "common_attribute", "changed", "relation", "tracking")
     ]
-    assert all(_pairs(index, "test-compositional") & HELD_OUT_PAIRS for index in coloured)
+    assert all(_pairs(index, "test-compositional") & HELD_OUT_PAIRS for index in colored)
 
 
 def test_absent_phrases_name_nothing_in_the_scene() -> None:

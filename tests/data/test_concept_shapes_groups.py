@@ -134,7 +134,7 @@ def _obeying(scene: Scene, rule: Rule, size: int) -> list[int]:
         if all(getattr(item.look, kind) == word for kind, word in rule.attributes)
     ]
     if rule.selector == "only":
-        colors = [item.look.colour for item in scene.objects]
+        colors = [item.look.color for item in scene.objects]
         return [i for i in has if colors.count(colors[i]) == 1]
     if rule.selector is None:
         return has
@@ -190,7 +190,7 @@ def test_new_looks_appear_in_the_compositional_split_alone() -> None:
             for index in range(60)
             for scene in (source.task(index).scene, *(shown for shown, _ in source.task(index).references))
         ]
-        return {(item.look.colour, item.look.shape) for scene in scenes for item in scene.objects}
+        return {(item.look.color, item.look.shape) for scene in scenes for item in scene.objects}
 
     assert not pairs("train") & HELD_OUT_PAIRS
     assert pairs("test-compositional") & HELD_OUT_PAIRS

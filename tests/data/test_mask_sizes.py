@@ -115,8 +115,8 @@ def test_the_report_says_how_many(model, processor, authors_tree, tmp_path, prot
         f": {resized} resized to it, {failed} counted as failed (another aspect ratio)."
         in report.to_markdown()
     )
-    told = json.loads((tmp_path / "out/report.json").read_text())["true_masks_of_another_size"]
-    assert told == {"resized": resized, "failed": failed}
+    notified = json.loads((tmp_path / "out/report.json").read_text())["gt_masks_of_another_size"]
+    assert notified == {"resized": resized, "failed": failed}
     (row,) = [row for row in report.rows if row.kind == "data set"]
     assert row.samples == 3
     again = evaluate(model, "COD10K1024", root=root, output_dir=tmp_path / "out", **options)

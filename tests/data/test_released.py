@@ -74,8 +74,8 @@ def evaluate(checkpoint, root, out, *words):
 
 def test_the_papers_figures_stand_beside_released_rows_alone(checkpoint, root, tmp_path, capsys):
     assert evaluate(checkpoint, root, tmp_path / "out", "--profile", "released") == 0
-    told = capsys.readouterr()
-    assert "profile released: " in told.err and "mosaic.grid 2" in told.err
+    notified = capsys.readouterr()
+    assert "profile released: " in notified.err and "mosaic.grid 2" in notified.err
     text = (tmp_path / "out/report.md").read_text()
     first = text.splitlines()[0]
     assert "protocol released" in first and "profile released" in first

@@ -57,7 +57,7 @@ def test_a_file_of_ones_own(write):
         ("variants: [", "is not YAML"),
         ("- a", "has no variants"),
         ("variants: {one: {}}", "it has 1 variants"),
-        (TWO + "colour: red", "'colour' means nothing here"),
+        (TWO + "color: red", "'color' means nothing here"),
         (TWO + "baseline: three", "the baseline 'three' is no variant"),
         ("variants: {one: {learning_rate: 1}, two: {}}", "variant 'one'.*'learning_rate' cannot be set"),
         ("variants: {one: {seed: many}, two: {}}", "seed is 'many'; give a whole number"),

@@ -31,7 +31,7 @@ def a_record(number: int = 0, **changes) -> dict:
         "think": "it differs,\nsays the model; really",
         "rule": "the object unlike the others",
         "answer": "red star",
-        "true_rule": "the object unlike the others",
+        "gt_rule": "the object unlike the others",
         "foreground_iou": 0.7,
     } | changes
 
@@ -85,7 +85,7 @@ def test_exact_rule_compares_words_and_is_silent_about_the_think():
     assert exact_rule(a_record(rule="The object, unlike others!")) == {"think": None, "rule": True}
     assert exact_rule(a_record(rule="the object that stands out")) == {"think": None, "rule": False}
     assert exact_rule(a_record(rule=None)) == {"think": None, "rule": False}
-    assert exact_rule(a_record(true_rule=None)) is None
+    assert exact_rule(a_record(gt_rule=None)) is None
     (row,) = [row for row in decompose(judge_records([a_record()], exact_rule)) if row["count"]]
     assert (row["think"], row["rule"], row["prediction"]) == (None, True, True)
 

@@ -199,15 +199,15 @@ def contents(folder) -> dict[str, bytes]:
 def own_data(tmp_path):
     """Makes a data set of one's own: pictures of one size, with equal names whatever they show."""
 
-    def make(name, colours, squares=None):
+    def make(name, colors, squares=None):
         root = tmp_path / name
         for folder in ("images", "masks"):
             (root / folder).mkdir(parents=True)
-        for index, colour in enumerate(colours):
-            left = (squares or range(len(colours)))[index]
+        for index, color in enumerate(colors):
+            left = (squares or range(len(colors)))[index]
             mask = Image.new("L", (20, 20))
             mask.paste(255, (left, 5, left + 6, 15))
-            Image.new("RGB", (20, 20), colour).save(root / "images" / f"{index}.png")
+            Image.new("RGB", (20, 20), color).save(root / "images" / f"{index}.png")
             mask.save(root / "masks" / f"{index}.png")
         (root / "prompt.txt").write_text("square")
         return root
@@ -233,19 +233,19 @@ def counted(monkeypatch) -> list[list[str]]:
     return batches
 
 
-COLOURS = ("red", "blue", "lime")
+COLORS = ("red", "blue", "lime")
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        {"colours": ("red", "blue", "yellow")},
-        {"colours": COLOURS, "squares": (0, 9, 2)},
+        {"colors": ("red", "blue", "yellow")},
+        {"colors": COLORS, "squares": (0, 9, 2)},
     ],
     ids=["pictures", "masks"],
 )
 def test_records_of_other_pictures_of_the_same_names_are_refused(model, processor, own_data, tmp_path, other):
-    run_own(model, processor, own_data("a", COLOURS), tmp_path / "out")
+    run_own(model, processor, own_data("a", COLORS), tmp_path / "out")
     before = contents(tmp_path / "out")
     with pytest.raises(ValueError, match=r"records of another run \(other samples, such as '[12]'\)"):
         run_own(model, processor, own_data("b", **other), tmp_path / "out")
@@ -253,7 +253,7 @@ def test_records_of_other_pictures_of_the_same_names_are_refused(model, processo
 
 
 def test_other_words_are_other_samples(model, processor, own_data, tmp_path):
-    root = own_data("a", COLOURS)
+    root = own_data("a", COLORS)
     run_own(model, processor, root, tmp_path / "out")
     (root / "prompt.txt").write_text("circle")
     with pytest.raises(ValueError, match="other samples"):
@@ -261,10 +261,10 @@ def test_other_words_are_other_samples(model, processor, own_data, tmp_path):
 
 
 def test_a_data_set_may_move_and_its_old_records_are_taken(model, processor, own_data, tmp_path, monkeypatch):
-    run_own(model, processor, own_data("a", COLOURS), tmp_path / "out")
+    run_own(model, processor, own_data("a", COLORS), tmp_path / "out")
     before = contents(tmp_path / "out")
     batches = counted(monkeypatch)
-    copy_of_it = own_data("b", COLOURS)
+    copy_of_it = own_data("b", COLORS)
     run_own(model, processor, copy_of_it, tmp_path / "out")
     assert contents(tmp_path / "out") == before and batches == []
 
@@ -315,7 +315,7 @@ def test_of_samples_that_must_be_read_only_the_first_is_compared(model, processo
 
 
 def test_a_mended_file_is_tried_again_and_nothing_else(model, processor, own_data, tmp_path, monkeypatch):
-    root = own_data("a", COLOURS)
+    root = own_data("a", COLORS)
     run_own(model, processor, root, tmp_path / "whole")
     picture = root / "images" / "1.png"
     content = picture.read_bytes()
@@ -457,15 +457,15 @@ def test_judgements_enter_the_report_and_not_the_records(model, processor, tmp_p
 # -- the protocol "released" --
 
 
-def box_masks(size, true_box, found_box):
+def box_masks(size, gt_box, found_box):
     """A true and a found mask of a size, (width, height), each a box; and the pixels of both and of either."""
     masks = []
-    for x1, y1, x2, y2 in (true_box, found_box):
+    for x1, y1, x2, y2 in (gt_box, found_box):
         mask = np.zeros(size[::-1], dtype=bool)
         mask[y1:y2, x1:x2] = True
         masks.append(mask)
-    truth, found = masks
-    return truth, found, np.count_nonzero(truth & found), np.count_nonzero(truth | found)
+    ground_truth, found = masks
+    return ground_truth, found, np.count_nonzero(ground_truth & found), np.count_nonzero(ground_truth | found)
 
 
 def test_reasonseg_is_compared_at_the_images_own_size_as_released():
@@ -478,11 +478,11 @@ def test_reasonseg_is_compared_at_the_images_own_size_as_released():
     scored = {}
     for protocol, dataset in (("released", "reasonseg-hf"), ("paper", "reasonseg-hf"), ("released", "DUTS")):
         metrics = MaskMetrics(protocol, metrics=("ciou",))
-        for truth, found, _, _ in pairs:
+        for ground_truth, found, _, _ in pairs:
             picture = Image.fromarray(found.astype(np.uint8) * 255)
             sample = a_sample(
                 image=Image.new("RGB", picture.size),
-                mask=Image.fromarray(truth.astype(np.uint8) * 255),
+                mask=Image.fromarray(ground_truth.astype(np.uint8) * 255),
                 dataset=dataset,
             )
             result = ConceptSegmentation(
@@ -493,17 +493,17 @@ def test_reasonseg_is_compared_at_the_images_own_size_as_released():
     wanted = 100 * sum(pair[2] for pair in pairs) / sum(pair[3] for pair in pairs)
     assert scored["released", "reasonseg-hf"] == pytest.approx(wanted)
     # At one size each image counts by the share of it: .333 of 1, none of .25, .06 of .19.
-    shares = [np.array(pair[2:]) / pair[0].size for pair in pairs]
-    both, either = np.sum(shares, axis=0)
+    fractions = [np.array(pair[2:]) / pair[0].size for pair in pairs]
+    both, either = np.sum(fractions, axis=0)
     assert scored["paper", "reasonseg-hf"] == pytest.approx(100 * both / either, abs=0.5)
     assert scored["released", "DUTS"] == pytest.approx(100 * both / either, abs=0.5)
     assert wanted - 100 * both / either > 10
 
 
 def test_pixels_to_ignore_count_in_released_scores_but_of_reasonseg():
-    truth, found, _, _ = box_masks((20, 20), (5, 5, 15, 10), (5, 5, 15, 20))
+    ground_truth, found, _, _ = box_masks((20, 20), (5, 5, 15, 10), (5, 5, 15, 20))
     ignored = Image.fromarray(np.repeat(np.arange(20) >= 10, 20).reshape(20, 20).astype(np.uint8) * 255)
-    masks = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in (truth, found)]
+    masks = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in (ground_truth, found)]
     result = ConceptSegmentation(mask=masks[1], label="x", score=0.9, route="shortcut", decode_presence=0.9)
     found = {
         (dataset, protocol): make_record(
@@ -519,9 +519,9 @@ def test_pixels_to_ignore_count_in_released_scores_but_of_reasonseg():
 def test_reasonseg_is_resized_by_pillow_and_by_bicubic_logits_as_released(model, processor, monkeypatch):
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (90, 70, 3), dtype=np.uint8))
-    truth = Image.new("L", picture.size)
+    ground_truth = Image.new("L", picture.size)
     samples = [
-        a_sample(image=picture, mask=truth, dataset=name, sample_id=name, prompt="star")
+        a_sample(image=picture, mask=ground_truth, dataset=name, sample_id=name, prompt="star")
         for name in ("DUTS", "reasonseg-hf")
     ]
     seen = []

@@ -14,7 +14,7 @@ from PIL import Image
 from conceptseg_hf import Reference
 from conceptseg_hf.data import ConceptSample, UnreadableSampleError, load_benchmark
 from conceptseg_hf.evaluation import evaluate
-from conceptseg_hf.evaluation.reporting.gallery import Section, prediction_picture, write_gallery, write_page
+from conceptseg_hf.evaluation.reporting.gallery import Section, prediction_image, write_gallery, write_page
 
 SETTINGS = {"benchmark": "mine", "protocol": "standard", "router": "adaptive"}
 
@@ -72,7 +72,7 @@ def test_pictures_are_embedded_and_nothing_else_is_loaded(record_like, tmp_path)
     write_gallery(tmp_path / "g.html", [record], SETTINGS, [a_sample(references=references)])
     page = Page((tmp_path / "g.html").read_text())
     assert "script" not in page.tags and "link" not in page.tags
-    assert page.alts == ["references", "truth", "prediction and the MLLM's box"]
+    assert page.alts == ["references", "truth", "prediction and the VLM's box"]
     for source in page.sources:
         head, _, data = source.partition(",")
         assert head == "data:image/jpeg;base64"
@@ -108,7 +108,7 @@ def test_text_is_escaped(record_like, tmp_path):
         sample_id=evil,
         group=evil,
         prompt=evil,
-        true_answer=evil,
+        gt_answer=evil,
     )
     write_gallery(tmp_path / "g.html", [record], SETTINGS | {"benchmark": evil}, [a_sample()])
     text = (tmp_path / "g.html").read_text()
@@ -120,16 +120,14 @@ def test_text_is_escaped(record_like, tmp_path):
 def test_the_prediction_is_that_of_the_record(record_like):
     sample = a_sample()
     found, missed = record_like(1.0), record_like(0.0)
-    whole, nothing = (
-        np.asarray(prediction_picture(sample, record)).astype(int) for record in (found, missed)
-    )
+    whole, nothing = (np.asarray(prediction_image(sample, record)).astype(int) for record in (found, missed))
     inside, outside = (slice(80, 140), slice(80, 140)), (slice(0, 40), slice(0, 40))
     assert np.abs(whole[inside] - nothing[inside]).mean() > 20
     assert np.abs(whole[outside] - nothing[outside]).mean() < 1
 
 
 def test_one_reference_where_the_run_showed_one(record_like, tmp_path):
-    references = [Reference(Image.new("RGB", (9, 9), colour), box=(1, 1, 5, 5)) for colour in ("red", "blue")]
+    references = [Reference(Image.new("RGB", (9, 9), color), box=(1, 1, 5, 5)) for color in ("red", "blue")]
     sizes = {}
     for limit in (None, 1):
         path = tmp_path / f"{limit}.html"

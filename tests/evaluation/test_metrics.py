@@ -158,9 +158,9 @@ def test_accepts_generators_and_chosen_metrics():
         ([LEFT], [LEFT], {"metrics": ("iou",)}, "no metric is named 'iou'"),
     ],
 )
-def test_errors_are_one_sentence(predictions, truths, options, message):
+def test_errors_are_one_sentence(predictions, ground_truths, options, message):
     with pytest.raises(ValueError, match=message) as caught:
-        score_masks(predictions, truths, **options)
+        score_masks(predictions, ground_truths, **options)
     assert "\n" not in str(caught.value)
 
 
@@ -175,9 +175,9 @@ def test_a_missing_library_is_found_before_any_work(monkeypatch, metric, module)
 def test_s_measure_of_a_mask_is_that_of_its_probabilities():
     """From counts and by the library; among them centroids at the border, over which the library alone says NaN."""
     pytest.importorskip("py_sod_metrics", exc_type=ImportError)
-    for prediction, truth in pairs(300):
-        assert s_measure(prediction, truth) == pytest.approx(
-            s_measure(prediction.astype(float), truth), abs=1e-9
+    for prediction, ground_truth in pairs(300):
+        assert s_measure(prediction, ground_truth) == pytest.approx(
+            s_measure(prediction.astype(float), ground_truth), abs=1e-9
         )
 
 
@@ -230,9 +230,9 @@ def test_500_pairs_equal_pysodmetrics():
     sod = pytest.importorskip("py_sod_metrics", exc_type=ImportError)
     options = {"with_dynamic": False, "with_adaptive": False, "with_binary": True, "sample_based": True}
     empty_unions = missing_classes = empty_regions = 0
-    for prediction, truth in pairs(500):
+    for prediction, ground_truth in pairs(500):
         found = score_masks(
-            [prediction], [truth], metrics=("giou", "mdice", "ber", "mae", "f_w", "s_measure")
+            [prediction], [ground_truth], metrics=("giou", "mdice", "ber", "mae", "f_w", "s_measure")
         )
         handlers = {
             "giou": sod.IOUHandler(**options),
@@ -242,15 +242,15 @@ def test_500_pairs_equal_pysodmetrics():
         tables = sod.FmeasureV2(metric_handlers=handlers)
         others = {"f_w": sod.WeightedFmeasure(beta=1), "s_measure": sod.Smeasure(), "mae": sod.MAE()}
         for metric in (tables, *others.values()):
-            metric.step(pred=prediction.astype(np.float64), gt=truth, normalize=False)
+            metric.step(pred=prediction.astype(np.float64), gt=ground_truth, normalize=False)
         expected = {name: float(value["binary"]) for name, value in tables.get_results().items()}
         keys = {"f_w": "wfm", "s_measure": "sm", "mae": "mae"}
         expected |= {name: float(metric.get_results()[keys[name]]) for name, metric in others.items()}
-        if not (prediction | truth).any():
+        if not (prediction | ground_truth).any():
             empty_unions += 1
             assert (expected["giou"], expected["mdice"]) == (0, 0)
             expected |= {"giou": 1, "mdice": 1}
-        if truth.all() or not truth.any():
+        if ground_truth.all() or not ground_truth.any():
             missing_classes += 1
             # The library counts a class that does not occur as missed altogether; we leave it out.
             expected["ber"] = 2 * expected["ber"] - 1
@@ -271,25 +271,27 @@ def test_ciou_equals_torchmetrics():
 
     metric = torchmetrics.classification.BinaryJaccardIndex(ignore_index=255)
     rng = np.random.default_rng(1)
-    predictions, truths = [], []
-    for prediction, truth in pairs(120):
-        labels = truth.astype(np.uint8)
+    predictions, ground_truths = [], []
+    for prediction, ground_truth in pairs(120):
+        labels = ground_truth.astype(np.uint8)
         labels[rng.random(labels.shape) < 0.2] = 255
         if not (labels == 1).any():
             continue
         predictions.append(prediction)
-        truths.append(labels)
+        ground_truths.append(labels)
         metric.update(
             torch.from_numpy(prediction.astype(np.int64)), torch.from_numpy(labels.astype(np.int64))
         )
-    assert score_masks(predictions, truths)["ciou"] == pytest.approx(100 * float(metric.compute()), abs=1e-4)
+    assert score_masks(predictions, ground_truths)["ciou"] == pytest.approx(
+        100 * float(metric.compute()), abs=1e-4
+    )
 
 
 def test_giou_is_the_mean_of_the_images_and_one_where_the_union_is_empty():
     """The definition of LISA's evaluation, in its own order of operations."""
     total = 0.0
-    for prediction, truth in pairs(200):
-        intersection, union = (prediction & truth).sum(), (prediction | truth).sum()
+    for prediction, ground_truth in pairs(200):
+        intersection, union = (prediction & ground_truth).sum(), (prediction | ground_truth).sum()
         total += 1.0 if union == 0 else intersection / union
     assert score_masks(*zip(*pairs(200)))["giou"] == pytest.approx(100 * total / 200)
 
@@ -302,12 +304,12 @@ def test_order_and_processes_never_change_a_digit(chance: random.Random, process
     for pair in every:
         whole.update(*pair)
     chance.shuffle(every)
-    shares = [MaskMetrics() for _ in range(processes)]
+    fractions = [MaskMetrics() for _ in range(processes)]
     for pair in every:
-        chance.choice(shares).update(*pair)
-    merged = shares[0]
-    for share in shares[1:]:
-        merged.merge(share)
+        chance.choice(fractions).update(*pair)
+    merged = fractions[0]
+    for fraction in fractions[1:]:
+        merged.merge(fraction)
     assert merged.compute() == whole.compute()
 
 
@@ -321,17 +323,17 @@ def test_scores_can_travel():
 
 
 def test_the_papers_protocol_compares_at_600_pixels_with_thresholded_predictions():
-    truth = np.zeros((60, 40), dtype=bool)
-    truth[20:40, 10:30] = True
-    probability = np.where(truth, 0.9, 0.1)
-    paper = score_masks([probability], [truth], protocol="paper", metrics=("giou", "mae"))
+    ground_truth = np.zeros((60, 40), dtype=bool)
+    ground_truth[20:40, 10:30] = True
+    probability = np.where(ground_truth, 0.9, 0.1)
+    paper = score_masks([probability], [ground_truth], protocol="paper", metrics=("giou", "mae"))
     assert paper == {"giou": 100, "mae": 0}, "MAE sees the thresholded mask"
-    assert score_masks([probability], [truth])["mae"] == pytest.approx(10)
+    assert score_masks([probability], [ground_truth])["mae"] == pytest.approx(10)
     metrics = MaskMetrics("paper")
-    score = metrics.update(probability, truth)
+    score = metrics.update(probability, ground_truth)
     assert score["tp"] + score["tn"] == 600 * 600
     assert score["tp"] == pytest.approx(600 * 600 * 400 / 2400, rel=0.01)
-    labels = truth.astype(np.uint8)
+    labels = ground_truth.astype(np.uint8)
     labels[0] = 255
     ignoring = MaskMetrics("paper")
     score = ignoring.update(probability, labels)
@@ -362,22 +364,22 @@ def test_whole_number_errors_equal_pysodmetrics_fed_with_integers():
     assert weighted_f_measure(np.zeros_like(disk), disk, whole_numbers=True) < 0.3, (
         "a missed object is no hit"
     )
-    for prediction, truth in [*pairs(300), (np.zeros_like(disk), disk), (np.roll(disk, 9, 0), disk)]:
-        if truth.any():
-            expected = sod.WeightedFmeasure(beta=1).cal_wfm(prediction.astype(np.int64), truth)
-            found = weighted_f_measure(prediction, truth, whole_numbers=True)
+    for prediction, ground_truth in [*pairs(300), (np.zeros_like(disk), disk), (np.roll(disk, 9, 0), disk)]:
+        if ground_truth.any():
+            expected = sod.WeightedFmeasure(beta=1).cal_wfm(prediction.astype(np.int64), ground_truth)
+            found = weighted_f_measure(prediction, ground_truth, whole_numbers=True)
             assert found == pytest.approx(expected, abs=1e-6), prediction.shape
 
 
 def test_the_papers_protocol_scores_f_w_where_pixels_are_ignored_and_where_not():
     pytest.importorskip("scipy")
-    truth = np.hypot(*np.mgrid[-30:30, -30:30]) < 20
-    labels = truth.astype(np.uint8)
+    ground_truth = np.hypot(*np.mgrid[-30:30, -30:30]) < 20
+    labels = ground_truth.astype(np.uint8)
     labels[:9] = 255
-    for ground_truth in (truth, labels):
-        scores = score_masks([truth], [ground_truth], protocol="paper", metrics=("f_w", "giou"))
+    for target in (ground_truth, labels):
+        scores = score_masks([target], [target], protocol="paper", metrics=("f_w", "giou"))
         assert scores == pytest.approx({"f_w": 100, "giou": 100}, abs=1e-3)
-    assert score_masks([truth & False], [truth], protocol="paper", metrics=("f_w",))["f_w"] < 30
+    assert score_masks([target & False], [target], protocol="paper", metrics=("f_w",))["f_w"] < 30
 
 
 def test_every_metric_is_a_percentage():
@@ -395,43 +397,45 @@ def disk(size: int, radius: float) -> np.ndarray:
     return x**2 + y**2 < radius**2
 
 
-def s_measure_by_definition(prediction: np.ndarray, truth: np.ndarray) -> float:
+def s_measure_by_definition(prediction: np.ndarray, ground_truth: np.ndarray) -> float:
     """Fan et al. with epsilons of 1e-8, deviations of the population, and covariances of the sample."""
 
     def of_region(values: np.ndarray) -> float:
         return 2 * values.mean() / (values.mean() ** 2 + 1 + values.std() + 1e-8)
 
-    share = truth.mean()
-    objects = share * of_region(prediction[truth]) + (1 - share) * of_region(1 - prediction[~truth])
-    rows, columns = np.nonzero(truth)
+    fraction = ground_truth.mean()
+    objects = fraction * of_region(prediction[ground_truth]) + (1 - fraction) * of_region(
+        1 - prediction[~ground_truth]
+    )
+    rows, columns = np.nonzero(ground_truth)
     middle = round(rows.mean()) + 1, round(columns.mean()) + 1
     regions = 0.0
     for block in np.ndindex(2, 2):
         part = tuple(slice(None, m) if side == 0 else slice(m, None) for side, m in zip(block, middle))
-        x, y = prediction[part].astype(float), truth[part].astype(float)
+        x, y = prediction[part].astype(float), ground_truth[part].astype(float)
         covariance = ((x - x.mean()) * (y - y.mean())).sum() / (x.size - 1)
         numerator = 4 * x.mean() * y.mean() * covariance
         denominator = (x.mean() ** 2 + y.mean() ** 2) * (x.var() + y.var())
         similarity = numerator / (denominator + 1e-8) if numerator else float(denominator == 0)
-        regions += similarity * x.size / truth.size
+        regions += similarity * x.size / ground_truth.size
     return 0.5 * objects + 0.5 * regions
 
 
 @pytest.mark.parametrize("area", [0.0005, 0.002, 0.01, 0.2])
 @pytest.mark.parametrize("shift", [0, 2, 40])
 def test_released_s_measure_by_its_definition(area, shift):
-    truth = disk(600, 600 * (area / np.pi) ** 0.5)
+    ground_truth = disk(600, 600 * (area / np.pi) ** 0.5)
     prediction = np.roll(disk(600, 580 * (area / np.pi) ** 0.5), shift, axis=1)
-    wanted = s_measure_by_definition(prediction.astype(float), truth)
-    assert s_measure(prediction, truth, released=True) == pytest.approx(wanted, abs=1e-9)
+    wanted = s_measure_by_definition(prediction.astype(float), ground_truth)
+    assert s_measure(prediction, ground_truth, released=True) == pytest.approx(wanted, abs=1e-9)
 
 
 def test_released_s_measure_costs_small_objects():
     """At 0.2 % of the image; beside the authors' toolkit 0.836 against 0.941 was measured on another such pair."""
-    truth, prediction = disk(600, 15.139), disk(600, 13.7)
-    assert truth.mean() == pytest.approx(0.002, abs=2e-5)
-    assert s_measure(prediction, truth) == pytest.approx(0.9399, abs=1e-4)
-    assert s_measure(prediction, truth, released=True) == pytest.approx(0.8089, abs=1e-4)
+    ground_truth, prediction = disk(600, 15.139), disk(600, 13.7)
+    assert ground_truth.mean() == pytest.approx(0.002, abs=2e-5)
+    assert s_measure(prediction, ground_truth) == pytest.approx(0.9399, abs=1e-4)
+    assert s_measure(prediction, ground_truth, released=True) == pytest.approx(0.8089, abs=1e-4)
     large, smaller = disk(600, 200), disk(600, 198)
     assert s_measure(smaller, large, True) == pytest.approx(s_measure(smaller, large), abs=1e-4)
     assert s_measure(large, large, True) == pytest.approx(1, abs=1e-5)
@@ -449,12 +453,12 @@ def test_released_truths_are_resized_by_pillow_with_their_soft_edges():
     bilinear = torch.nn.functional.interpolate(
         torch.from_numpy(hard.astype(np.float32))[None, None], size=(600, 600), mode="bilinear"
     )[0, 0].numpy()
-    truths = {"soft": wanted, "hard": of_hard, "paper": bilinear > 0.5}
-    assert len({truth.tobytes() for truth in truths.values()}) == 3
-    for (name, truth), stored in zip(truths.items(), (soft, mask, mask), strict=True):
+    ground_truths = {"soft": wanted, "hard": of_hard, "paper": bilinear > 0.5}
+    assert len({ground_truth.tobytes() for ground_truth in ground_truths.values()}) == 3
+    for (name, ground_truth), stored in zip(ground_truths.items(), (soft, mask, mask), strict=True):
         protocol = "paper" if name == "paper" else "released"
-        score = MaskMetrics(protocol, metrics=("miou",)).update(truth, stored)
-        assert score["fp"] == score["fn"] == 0 and score["tp"] == np.count_nonzero(truth)
+        score = MaskMetrics(protocol, metrics=("miou",)).update(ground_truth, stored)
+        assert score["fp"] == score["fn"] == 0 and score["tp"] == np.count_nonzero(ground_truth)
 
 
 def test_released_ber_takes_an_absent_class_for_wrong():

@@ -27,9 +27,11 @@ def pairs(dataset):
     """Predictions and truths; no prediction is an empty mask."""
     found = []
     for sample in dataset.load_saved_view("targets"):
-        truth = load_mask(sample["ground_truth"].mask_path)
+        ground_truth = load_mask(sample["ground_truth"].mask_path)
         label = sample["concept"]
-        found.append((np.zeros_like(truth) if label is None else load_mask(label.mask_path), truth))
+        found.append(
+            (np.zeros_like(ground_truth) if label is None else load_mask(label.mask_path), ground_truth)
+        )
     return found
 
 
@@ -39,8 +41,8 @@ def test_numbers_are_the_packages(fo, segmented, protocol):
 
     names = ("miou", "giou", "ciou", "mae", "ber", "mdice", "f_w", "s_measure")
     results = evaluate_concepts(segmented, eval_key="run", protocol=protocol, metrics=names)
-    predictions, truths = zip(*pairs(segmented))
-    expected = score_masks(predictions, truths, protocol=protocol, metrics=names)
+    predictions, ground_truths = zip(*pairs(segmented))
+    expected = score_masks(predictions, ground_truths, protocol=protocol, metrics=names)
     values = {metric["key"]: metric["value"] for metric in results.custom_metrics.values()}
     assert values == pytest.approx(expected)
     assert {
@@ -56,8 +58,8 @@ def test_numbers_are_the_packages(fo, segmented, protocol):
         ious = segmented.load_saved_view("targets").values("run_iou")
         assert ious == pytest.approx([foreground_iou(*pair) for pair in pairs(segmented)])
         assert again.metrics()["recall"] == pytest.approx(
-            sum((prediction & truth).sum() for prediction, truth in pairs(segmented))
-            / sum(truth.sum() for truth in truths)
+            sum((prediction & ground_truth).sum() for prediction, ground_truth in pairs(segmented))
+            / sum(ground_truth.sum() for ground_truth in ground_truths)
         )
     assert segmented.load_saved_view("references").count("run_iou") == 0
     segmented.delete_evaluation("run")
@@ -228,7 +230,7 @@ def test_fields_of_other_people_are_not_a_benchmarks(segmented):
     assert {row["level"] for row in report_of(segmented, "run").table} == {"?", "all"}
 
 
-def test_true_masks_of_nearly_the_size_are_resized(segmented, tmp_path):
+def test_gt_masks_of_nearly_the_size_are_resized(segmented, tmp_path):
     """As in `conceptseg evaluate`: rounding and scale do no harm, another size only under "paper"."""
     import numpy as np
     from PIL import Image
@@ -251,9 +253,11 @@ def test_true_masks_of_nearly_the_size_are_resized(segmented, tmp_path):
     segmented.reload()
     assert segmented[doubled.id]["sized_iou"] == segmented[doubled.id]["before_iou"]
     columns, rows = (np.floor((np.arange(128) + 0.5) * n / 128).astype(int) for n in (129, 130))
-    truth = load_mask(grown)[rows][:, columns]
+    ground_truth = load_mask(grown)[rows][:, columns]
     mask = load_mask(segmented[padded.id]["concept"].mask_path)
-    union = (mask | truth).sum()
-    assert segmented[padded.id]["sized_iou"] == pytest.approx((mask & truth).sum() / union if union else 1.0)
+    union = (mask | ground_truth).sum()
+    assert segmented[padded.id]["sized_iou"] == pytest.approx(
+        (mask & ground_truth).sum() / union if union else 1.0
+    )
     assert not evaluate_concepts(segmented, eval_key="paper", protocol="paper").backend.unscored
     assert segmented.reload() is None and segmented[other.id]["paper_tp"] is not None

@@ -64,7 +64,7 @@ def running(process: psutil.Process) -> bool:
         return False
 
 
-def heed_interrupts() -> None:
+def handle_interrupts() -> None:
     """What a shell runs in the background ignores Ctrl-C, and so would what it starts."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -87,7 +87,7 @@ def test_one_command_opens_the_app_and_a_signal_ends_it(folder, tmp_path, ending
         stdout=subprocess.PIPE,
         text=True,
         env=audited(kept, tmp_path / "hosts"),
-        preexec_fn=heed_interrupts,
+        preexec_fn=handle_interrupts,
     )
     children = []
     try:
@@ -98,10 +98,10 @@ def test_one_command_opens_the_app_and_a_signal_ends_it(folder, tmp_path, ending
         children = process.children(recursive=True)
         assert {"mongod"} < {child.name() for child in children}
         assert listening(process) == {"127.0.0.1"} == reached(process)
-        told = [app.stdout.readline() for _ in range(3)]
-        assert "Scheduled runs are done by a worker" in told[0] and "in a second terminal" in told[1]
+        notified = [app.stdout.readline() for _ in range(3)]
+        assert "Scheduled runs are done by a worker" in notified[0] and "in a second terminal" in notified[1]
         if ending == signal.SIGTERM:
-            shell = [told[2].strip(), shlex.join([sys.executable, "-c", SCHEDULE])]
+            shell = [notified[2].strip(), shlex.join([sys.executable, "-c", SCHEDULE])]
             done = subprocess.run("\n".join(shell), shell=True, capture_output=True, text=True, env=kept)
             assert done.stdout == "completed 3\n", done.stderr
         children = process.children(recursive=True)
@@ -156,14 +156,14 @@ def test_a_second_signal_does_not_cut_the_end_off_and_nohup_counts():
     code = """if True:
         import os, signal
         from conceptseg_hf.integrations import fiftyone_app
-        fiftyone_app._heed_endings()
+        fiftyone_app._handle_signals()
         try:
             os.kill(os.getpid(), signal.SIGHUP)
         except KeyboardInterrupt:
             print("closed")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        fiftyone_app._heed_endings()
+        fiftyone_app._handle_signals()
         os.kill(os.getpid(), signal.SIGHUP)
         try:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -14,26 +14,26 @@ def grey(value: int) -> Image.Image:
 
 
 def test_a_file_is_written_once(fo, tmp_path):
-    from conceptseg_hf.integrations.fiftyone.files import write_picture
+    from conceptseg_hf.integrations.fiftyone.files import write_image
 
-    first = write_picture(grey(1), tmp_path / "masks", "a")
+    first = write_image(grey(1), tmp_path / "masks", "a")
     written = Path(first).stat().st_mtime_ns
-    assert write_picture(grey(1), tmp_path / "masks", "a") == first
+    assert write_image(grey(1), tmp_path / "masks", "a") == first
     assert Path(first).stat().st_mtime_ns == written
-    assert write_picture(grey(2), tmp_path / "masks", "a") != first
+    assert write_image(grey(2), tmp_path / "masks", "a") != first
 
 
 def test_an_edited_file_stays_and_is_not_taken_for_what_it_was(fo, tmp_path):
-    from conceptseg_hf.integrations.fiftyone.files import write_picture
+    from conceptseg_hf.integrations.fiftyone.files import write_image
 
-    first = write_picture(grey(1), tmp_path, "a")
+    first = write_image(grey(1), tmp_path, "a")
     grey(9).save(first)
-    second = write_picture(grey(1), tmp_path, "a")
-    assert second != first == write_picture(grey(1), tmp_path, "b").replace("b-", "a-")
+    second = write_image(grey(1), tmp_path, "a")
+    assert second != first == write_image(grey(1), tmp_path, "b").replace("b-", "a-")
     assert np.asarray(Image.open(first)).max() == 9 and np.asarray(Image.open(second)).max() == 1
-    assert write_picture(grey(1), tmp_path, "a") == second
+    assert write_image(grey(1), tmp_path, "a") == second
     Path(second).write_bytes(b"half")
-    third = write_picture(grey(1), tmp_path, "a")
+    third = write_image(grey(1), tmp_path, "a")
     assert third not in (first, second) and np.asarray(Image.open(third)).max() == 1
     assert len(list(tmp_path.iterdir())) == 4  # nothing temporary
 

@@ -156,7 +156,7 @@ def test_fields_are_those_that_runs_wrote(fo, make_dataset):
     run("defect")
     assert len(targets.exists("defect_detections")) == 3
 
-    truths = targets.values("ground_truth.id")
+    ground_truths = targets.values("ground_truth.id")
     dataset.clone_sample_field("defect", "corrected")
     declare_prediction_fields(dataset, "ground_truth")
     for field in ("corrected", "ground_truth"):
@@ -165,7 +165,7 @@ def test_fields_are_those_that_runs_wrote(fo, make_dataset):
                 ValueError, match=f"field '{field}' holds labels that ConceptSeg did not make there"
             ):
                 run(field, samples)
-    assert targets.values("ground_truth.id") == truths
+    assert targets.values("ground_truth.id") == ground_truths
 
     made = targets.values("defect.id")
     hidden = targets.exclude_fields("defect")
@@ -182,7 +182,9 @@ def test_labels_in_other_slices_are_seen(fo, make_dataset):
         dataset.add_group_field("group", default="left")
         group = fo.Group()
         left = fo.Sample(filepath=path, group=group.element("left"))
-        right = fo.Sample(filepath=path, group=group.element("right"), truth=fo.Segmentation(mask_path=path))
+        right = fo.Sample(
+            filepath=path, group=group.element("right"), ground_truth=fo.Segmentation(mask_path=path)
+        )
         dataset.add_samples([left, right])
         with pytest.raises(ValueError, match="field 'truth' holds labels"):
             SegmentationJob("truth", prompt="star").check(dataset.select_group_slices("left"))

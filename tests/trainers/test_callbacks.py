@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conceptseg_trainers.callbacks import (
     EpochCallback,
-    ExamplePicturesCallback,
+    ExampleImagesCallback,
     FormatOnlyWarning,
     TrainingExample,
 )
@@ -19,12 +19,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 @pytest.fixture()
 def example():
-    truth, found = np.zeros((2, 24, 32), dtype=bool)
-    truth[4:20, 4:12] = True
+    ground_truth, found = np.zeros((2, 24, 32), dtype=bool)
+    ground_truth[4:20, 4:12] = True
     found[4:20, 20:28] = True
     return TrainingExample(
         target=Image.new("RGB", (32, 24), (200, 200, 200)),
-        gt_mask=truth,
+        gt_mask=ground_truth,
         predicted_mask=found,
         mosaic=Image.new("RGB", (64, 64), (0, 255, 0)),
         rule="the red ones",
@@ -42,7 +42,7 @@ def test_an_example_shows_mosaic_truth_and_prediction(example):
     assert example.caption == "rule: the red ones\nanswer: red star\nformat 1.00; mask 0.25"
     picture = np.asarray(example.draw(height=96)).astype(int)
     # Tiles of 96, 128 and 128 pixels between margins of 10, under a title; masks are tinted blue.
-    mosaic, truth, prediction = (
+    mosaic, ground_truth, prediction = (
         picture[30 + 10 : 30 + 86, left : left + width] for left, width in ((10, 96), (116, 128), (254, 128))
     )
     assert (mosaic[..., 1] > mosaic[..., 0] + 200).all()
@@ -51,7 +51,7 @@ def test_an_example_shows_mosaic_truth_and_prediction(example):
         part = tile[10:60, left * 4 : right * 4]
         return (part[..., 2] > part[..., 0] + 30).mean()
 
-    assert blue(truth, 5, 11) == 1 and blue(truth, 21, 27) == 0
+    assert blue(ground_truth, 5, 11) == 1 and blue(ground_truth, 21, 27) == 0
     assert blue(prediction, 5, 11) == 0 and blue(prediction, 21, 27) == 1
 
 
@@ -63,7 +63,7 @@ def test_an_example_without_words_or_mosaic(example):
 
 def test_pictures_are_drawn_once_and_by_the_main_process(example, args, tmp_path):
     trainer = SimpleNamespace(examples=[example] * 3, callback_handler=SimpleNamespace(callbacks=[]))
-    callback = ExamplePicturesCallback(trainer, every=5, count=2)
+    callback = ExampleImagesCallback(trainer, every=5, count=2)
     state, control = TrainerState(), TrainerControl()
 
     def names():
@@ -97,7 +97,7 @@ def test_pictures_reach_tensorboard(example, args, tmp_path):
     )
     state = TrainerState()
     state.global_step = 4
-    ExamplePicturesCallback(trainer, every=4, count=1).on_step_end(args, state, TrainerControl())
+    ExampleImagesCallback(trainer, every=4, count=1).on_step_end(args, state, TrainerControl())
     writer.close()
     events = EventAccumulator(str(tmp_path / "events"))
     events.Reload()

@@ -196,7 +196,7 @@ def test_another_policy_writes_anew(nano, samples, tmp_path):
 
 
 def changed_inputs(sample, other):
-    """The sample under its own name with something else that the MLLM reads."""
+    """The sample under its own name with something else that the VLM reads."""
     shown = sample.references[-1]
     shown_elsewhere = replace(shown, box=tuple(value + 1 for value in shown.box))
     return {
@@ -210,14 +210,14 @@ def changed_inputs(sample, other):
     }
 
 
-def test_a_completion_belongs_to_what_the_mllm_read(nano, samples, tmp_path):
+def test_a_completion_belongs_to_what_the_vlm_read(nano, samples, tmp_path):
     """Two data sets whose samples have the same names may share a folder."""
     sample, other = (sample for sample in samples if len(sample.references) > 2)
     cache = CompletionCache(tmp_path, *nano, LENGTH)
     cache.generate(nano[0], [sample])
     for name, changed in changed_inputs(sample, other).items():
         assert changed not in cache, name
-    assert replace(sample, dataset="another", think="of what the MLLM does not read") in cache
+    assert replace(sample, dataset="another", think="of what the VLM does not read") in cache
 
     cache.generate(nano[0], [replace(other, sample_id=sample.sample_id)])
     alone = CompletionCache(tmp_path / "alone", *nano, LENGTH)

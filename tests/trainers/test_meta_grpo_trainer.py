@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from conceptseg_hf import ConceptSegForSegmentation, nano_checkpoint
 from conceptseg_hf.evaluation import foreground_iou
-from conceptseg_hf.mllm import vision_token_ids
+from conceptseg_hf.vlm_backbone import vision_token_ids
 
 pytest.importorskip("trl", "1.16")
 from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
@@ -63,7 +63,7 @@ def test_with_the_switch_it_reaches_the_ctm_alone(make_meta_grpo) -> None:
     }
 
 
-def test_training_changes_mllm_and_ctm_and_not_sam(make_meta_grpo, weight_hash) -> None:
+def test_training_changes_vlm_and_ctm_and_not_sam(make_meta_grpo, weight_hash) -> None:
     trainer = make_meta_grpo(max_steps=3, learning_rate=1e-4)
     before = {name: weight.clone() for name, weight in trainer.concept_model.state_dict().items()}
     sam = weight_hash(trainer.concept_model.sam)
@@ -330,7 +330,7 @@ def test_a_checkpoint_brings_its_processor(shapes, tmp_path) -> None:
     assert trainer.concept_model.vlm.dtype == torch.float32  # the checkpoint's
 
 
-def test_a_quantisation_is_for_the_mllm(make_meta_grpo) -> None:
+def test_a_quantisation_is_for_the_vlm(make_meta_grpo) -> None:
     pytest.importorskip("bitsandbytes")
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
@@ -438,14 +438,14 @@ def test_other_ways_to_train(make_meta_grpo, settings) -> None:
     assert 0 < log[0]["loss/seg"] < 2 and log[0]["grad_norm"] > 0
 
 
-def test_with_vllm_the_engine_gets_the_mllm(make_meta_grpo, monkeypatch) -> None:
+def test_with_vllm_the_engine_gets_the_vlm(make_meta_grpo, monkeypatch) -> None:
     """The engine itself needs a GPU; all up to its start does not."""
     from conceptseg_trainers.vllm import ConceptVLLMGeneration
     from trl.generation import vllm_generation
 
     monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
     monkeypatch.setattr(vllm_generation.VLLMGeneration, "_init_vllm", lambda self: None)
-    trainer = make_meta_grpo(use_vllm=True, vllm_mllm_name_or_path="an/mllm")
+    trainer = make_meta_grpo(use_vllm=True, vllm_vlm_name_or_path="an/vlm")
     assert trainer.use_vllm and trainer.args.use_vllm
     assert isinstance(trainer.vllm_generation, ConceptVLLMGeneration)
     names = {name for name, _ in trainer.vllm_generation._iter_named_params()}
@@ -566,7 +566,7 @@ BAD_SETTINGS = {
         r"remove_unused_columns is true, but SAM 3 and the rewards need",
     ),
     "workers": ({"dataloader_persistent_workers": True}, r"go on with its mosaics; leave it out"),
-    "vllm": ({"use_vllm": True}, r"use_vllm is true without vllm_mllm_name_or_path"),
+    "vllm": ({"use_vllm": True}, r"use_vllm is true without vllm_vlm_name_or_path"),
 }
 
 

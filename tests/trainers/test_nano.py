@@ -21,9 +21,9 @@ from conceptseg_trainers.nano.lessons import (
     visible_things,
 )
 from conceptseg_trainers.nano.loop import Schedule, train
-from conceptseg_trainers.nano.mllm_stage import patches, positions
 from conceptseg_trainers.nano.sam_stage import negative_question, positive_question
-from conceptseg_trainers.nano.tokenizers import build_mllm_tokenizer, build_processor, build_sam_tokenizer
+from conceptseg_trainers.nano.tokenizers import build_processor, build_sam_tokenizer, build_vlm_tokenizer
+from conceptseg_trainers.nano.vlm_stage import patches, positions
 from torch import nn
 
 from conceptseg_hf import parse_completion
@@ -123,7 +123,7 @@ def test_sheets_show_only_pairs_that_training_may_see() -> None:
     for seed in range(6):
         scene = sheet_scene(np.random.default_rng(seed))
         assert len(scene.objects) in (4, 9, 16) and all(item.mask.any() for item in scene.objects)
-        assert not HELD_OUT_PAIRS & {(item.look.colour, item.look.shape) for item in scene.objects}
+        assert not HELD_OUT_PAIRS & {(item.look.color, item.look.shape) for item in scene.objects}
 
 
 def test_dense_heads_are_judged_by_what_each_place_shows() -> None:
@@ -147,18 +147,18 @@ def test_questions_to_sam_are_true() -> None:
 
 
 def test_tokenizers_know_every_word() -> None:
-    mllm, sam = build_mllm_tokenizer(), build_sam_tokenizer()
+    vlm, sam = build_vlm_tokenizer(), build_sam_tokenizer()
     split = ConceptShapes("train")
     for index in range(10 * len(GROUPS)):
         task = split.task(index)
         for text in (task.prompt, task.think, task.rule, task.answer):
-            assert mllm.unk_token_id not in mllm(text)["input_ids"], text
+            assert vlm.unk_token_id not in vlm(text)["input_ids"], text
         assert sam.unk_token_id not in sam(task.answer)["input_ids"]
     text = (
         "<think>the red circle</think><rule>find it</rule>"
         "<check>[1,2,30,100]</check><bbox>[0,6,7,8]</bbox><answer>red circle</answer>"
     )
-    assert mllm.decode(mllm(text)["input_ids"]) == text
+    assert vlm.decode(vlm(text)["input_ids"]) == text
 
 
 class _Regression:

@@ -12,7 +12,7 @@ pytest.importorskip("trl")
 from conceptseg_trainers import box_reward, format_reward, mask_reward, meta_reward, split_reference_dataset
 
 
-def write(bbox="[0,0,10,10]", check="[0,0,4,4]", answer="star", rule="same colour", think="look"):
+def write(bbox="[0,0,10,10]", check="[0,0,4,4]", answer="star", rule="same color", think="look"):
     parts = {"think": think, "rule": rule, "check": check, "bbox": bbox, "answer": answer}
     return "".join(f"<{tag}>{text}</{tag}>" for tag, text in parts.items() if text is not None)
 
@@ -87,8 +87,8 @@ def mask(*rows: str) -> np.ndarray:
         (mask("x.", ".."), mask("..", ".."), 0.0),
     ],
 )
-def test_mask_by_hand(predicted, truth, reward) -> None:
-    picture = Image.fromarray(truth.astype(np.uint8) * 255)
+def test_mask_by_hand(predicted, ground_truth, reward) -> None:
+    picture = Image.fromarray(ground_truth.astype(np.uint8) * 255)
     assert mask_reward(["any"], predicted_mask=[predicted], gt_mask=[picture]) == [reward]
 
 
@@ -121,7 +121,7 @@ def test_in_a_plain_grpo_trainer(nano_processor, shapes, tmp_path) -> None:
             disable_tqdm=True,
         ),
         split_reference_dataset(shapes, processor=nano_processor),
-        processing_class=nano_processor.mllm_processor(),
+        processing_class=nano_processor.vlm_processor(),
     )
     trainer.train()
     log = trainer.state.log_history[0]

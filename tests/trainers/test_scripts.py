@@ -372,7 +372,7 @@ def test_two_processes_are_one_with_twice_the_batches(
             assert torch.equal(value, final[name]), name
 
 
-def test_adapters_train_on_a_4_bit_mllm(tmp_path):
+def test_adapters_train_on_a_4_bit_vlm(tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     words = [*meta_grpo_words(tmp_path), "--use_peft", "true", "--load_in_4bit", "true"]
     trainer = meta_grpo.prepare([*words, "--max_steps", "2", "--learning_rate", "1e-2"])
@@ -404,7 +404,7 @@ BAD_WORDS = {
     "unknown option": (["--learning_rat", "1", "--bogus", "2"], "unrecognized arguments: --bogus;"),
     "checkpointing of what is frozen": (
         ["--gradient_checkpointing", "true"],
-        "the MLLM is frozen and keeps no",
+        "the VLM is frozen and keeps no",
     ),
     "misspelled option": (["--completion_sorce", "x"], "(did you mean '--completion_source'?)"),
     "misspelled choice": (["--completion_source", "groundtruth"], "(did you mean 'ground_truth'?)"),
@@ -418,7 +418,7 @@ BAD_WORDS = {
     "unknown benchmark": (["--benchmark", "nothing"], "no benchmark is named 'nothing'"),
     "no samples": (["--train_samples", "0"], "train_samples is 0"),
     "no such model": (["--model_name_or_path", "/nowhere"], "/nowhere"),
-    "half of the backbones": (["--mllm_name_or_path", "a/b"], "belong together"),
+    "half of the backbones": (["--vlm_name_or_path", "a/b"], "belong together"),
     "unknown tracker": (["--report_to", "paper"], "report_to is 'paper'; use one of"),
     "no checkpoint": (["--resume_from_checkpoint", "/nowhere"], "no complete checkpoint"),
 }
@@ -579,14 +579,14 @@ def test_resuming_from_the_last_complete_checkpoint(tmp_path):
 
 
 def test_backbones_are_joined(model, processor, tmp_path):
-    model.vlm.save_pretrained(tmp_path / "mllm")
-    processor.tokenizer.save_pretrained(tmp_path / "mllm")
-    processor.image_processor.save_pretrained(tmp_path / "mllm")
+    model.vlm.save_pretrained(tmp_path / "vlm")
+    processor.tokenizer.save_pretrained(tmp_path / "vlm")
+    processor.image_processor.save_pretrained(tmp_path / "vlm")
     model.sam.save_pretrained(tmp_path / "sam")
     processor.sam_tokenizer.save_pretrained(tmp_path / "sam")
     processor.sam_image_processor.save_pretrained(tmp_path / "sam")
     arguments = ModelArguments(
-        mllm_name_or_path=str(tmp_path / "mllm"),
+        vlm_name_or_path=str(tmp_path / "vlm"),
         sam_name_or_path=str(tmp_path / "sam"),
         num_concept_tokens=3,
         canvas_size=64,

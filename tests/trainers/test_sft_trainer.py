@@ -97,8 +97,8 @@ def test_the_released_loss_is_a_setting(make_trainer, samples):
         **{key: batch[key] for key in batch if key not in ("shown", "mask_labels", "ignored")}
     )
     full = torch.nn.functional.interpolate(logits.mask_logits, size=(48, 48), mode="bilinear")[:, 0]
-    truth = torch.stack(batch["mask_labels"]).float()
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(full, truth)
+    ground_truth = torch.stack(batch["mask_labels"]).float()
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(full, ground_truth)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     assert all(np.array_equal(mask, row.detach().numpy() > 0) for mask, row in zip(masks, full))
 
@@ -209,7 +209,7 @@ def test_generated_completions_are_trained_on_and_kept(make_trainer, samples, di
     with pytest.raises(ValueError, match="completion_source is generated, but there is no cache"):
         replace(trainer.data_collator, cache=None).row(samples[0])
     trainer.train()
-    # The CTM has changed, the MLLM has not: nothing is generated again.
+    # The CTM has changed, the VLM has not: nothing is generated again.
     resumed = make_trainer(evaluation=samples[:2], **settings)
     resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-2"))
     assert digest(resumed) == digest(trainer)
@@ -234,7 +234,7 @@ def test_references_are_composed_anew_in_each_epoch(make_trainer, samples):
     def mosaic(epoch):
         collator.set_epoch(epoch)
         prepared, _ = collator.row(sample)
-        return prepared.mllm_images[0].tobytes()
+        return prepared.vlm_images[0].tobytes()
 
     mosaics = [mosaic(epoch) for epoch in range(8)]
     assert len(set(mosaics)) > 1
@@ -278,8 +278,10 @@ def test_evaluation_measures_masks_and_leaves_pictures(make_trainer, samples):
             trainer.model.eval(), trainer.get_eval_dataloader().collate_fn([samples[index]]), True
         )[1]
     ]
-    truths = [np.asarray(sample.mask) >= 128 for sample in samples]
-    expected = np.mean([foreground_iou(mask, truth) for mask, truth in zip(masks, truths)])
+    ground_truths = [np.asarray(sample.mask) >= 128 for sample in samples]
+    expected = np.mean(
+        [foreground_iou(mask, ground_truth) for mask, ground_truth in zip(masks, ground_truths)]
+    )
     assert metrics["eval_mask_iou"] == pytest.approx(expected, abs=1e-6)
     assert trainer.data_collator.shuffle is shuffle
     assert len(list((Path(trainer.args.output_dir) / "examples").glob("*.png"))) == 2

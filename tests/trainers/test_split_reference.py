@@ -80,8 +80,8 @@ def test_the_proxy_box_is_neither_drawn_nor_told(dataset, shapes) -> None:
             reference.image.resize((CELL, CELL), Image.Resampling.BICUBIC) for reference in sample.references
         ]
         assert cell.tobytes() in [image.tobytes() for image in bare]
-        told = ",".join(str(int(np.floor(value + 0.5))) for value in row["gt_check_box"])
-        assert f"[{told}]" not in row["prompt"][1]["content"]
+        notified = ",".join(str(int(np.floor(value + 0.5))) for value in row["gt_check_box"])
+        assert f"[{notified}]" not in row["prompt"][1]["content"]
 
 
 def test_deterministic_in_seed_epoch_and_sample(shapes, nano_processor, dataset) -> None:
@@ -138,11 +138,11 @@ def test_without_references_the_target_alone(shapes, nano_processor) -> None:
     assert row["gt_check_box"] is None and len(row["images"]) == 1
 
 
-def test_the_mllm_processor_makes_what_inference_makes(dataset, nano_processor, processor) -> None:
+def test_the_vlm_processor_makes_what_inference_makes(dataset, nano_processor, processor) -> None:
     for each in (nano_processor, processor):  # with a chat template of its own, and without
         find_composer(dataset).processor = each
         row = dataset[1]
-        plain = each.mllm_processor()
+        plain = each.vlm_processor()
         messages = [
             {"role": "system", "content": [{"type": "text", "text": row["prompt"][0]["content"]}]},
             {
@@ -156,7 +156,7 @@ def test_the_mllm_processor_makes_what_inference_makes(dataset, nano_processor, 
         encoded = plain.apply_chat_template(
             [messages], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        prepared = each.prepare_mllm(_prepared(each, row))
+        prepared = each.prepare_vlm(_prepared(each, row))
         assert torch.equal(encoded["input_ids"][0], prepared.input_ids)
         assert torch.equal(encoded["mm_token_type_ids"][0], prepared.mm_token_type_ids)
         torch.testing.assert_close(encoded["pixel_values"], prepared.pixel_values)
@@ -168,8 +168,8 @@ def _prepared(processor: ConceptSegProcessor, row):
 
     return PreparedSample(
         row["problem"],
-        mllm_images=tuple(row["images"]),
-        mllm_text=processor.chat_text(row["prompt"][1]["content"], len(row["images"])),
+        vlm_images=tuple(row["images"]),
+        vlm_text=processor.chat_text(row["prompt"][1]["content"], len(row["images"])),
     )
 
 

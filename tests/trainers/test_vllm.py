@@ -25,7 +25,7 @@ def build(monkeypatch, tmp_path):
             model,
             Accelerator(cpu=True),
             None,
-            mllm_name_or_path="an/mllm",
+            vlm_name_or_path="an/vlm",
             suppressed_tokens=[7, 9],
             **kwargs,
         )
@@ -34,13 +34,13 @@ def build(monkeypatch, tmp_path):
     return make
 
 
-def test_only_the_mllm_is_sent_under_its_own_names(build, model) -> None:
+def test_only_the_vlm_is_sent_under_its_own_names(build, model) -> None:
     backend, started_from = build(model)
     sent = dict(backend._iter_named_params())
     own = dict(model.vlm.named_parameters())
     assert sent.keys() == own.keys()
     assert all(torch.equal(sent[name], own[name]) for name in own)
-    assert started_from == ["an/mllm"] and model.name_or_path != "an/mllm"
+    assert started_from == ["an/vlm"] and model.name_or_path != "an/vlm"
 
 
 def test_adapters_are_sent_merged(build, make_model) -> None:
@@ -62,7 +62,7 @@ def test_adapters_are_sent_merged(build, make_model) -> None:
     assert changed == {
         name for name in expected if "language_model" in name and name.endswith("q_proj.weight")
     }
-    assert started_from == ["an/mllm"]
+    assert started_from == ["an/vlm"]
 
 
 def test_image_tokens_cannot_be_sampled_and_other_biases_stay(build, model) -> None:
@@ -74,5 +74,5 @@ def test_image_tokens_cannot_be_sampled_and_other_biases_stay(build, model) -> N
 def test_without_vllm_one_sentence_says_so(model) -> None:
     with pytest.raises(ImportError, match="vLLM"):
         ConceptVLLMGeneration(
-            model, Accelerator(cpu=True), None, mllm_name_or_path="an/mllm", suppressed_tokens=[]
+            model, Accelerator(cpu=True), None, vlm_name_or_path="an/vlm", suppressed_tokens=[]
         )

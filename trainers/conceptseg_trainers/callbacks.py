@@ -17,7 +17,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
 
 from conceptseg_hf.visualization import scaled_overlay, side_by_side
-from conceptseg_hf.writing import picture_bytes, write_file
+from conceptseg_hf.writing import image_bytes, write_file
 
 from .checkpoints import run_folder
 
@@ -34,7 +34,7 @@ class TrainingExample:
         target: The target image.
         gt_mask: (H, W) bool, of the target's size; None shows none.
         predicted_mask: (H, W) bool, likewise.
-        mosaic: The references as the MLLM saw them, if there were any.
+        mosaic: The references as the VLM saw them, if there were any.
         rule: The rule of the completion; None when it is missing.
         answer: The noun phrase of the completion; None when it is missing.
         rewards: Numbers to print below, by name, such as the parts of the reward.
@@ -76,7 +76,7 @@ def reported_to(args: TrainingArguments) -> list[str]:
     return cast(list[str], args.report_to)
 
 
-class ExamplePicturesCallback(TrainerCallback):
+class ExampleImagesCallback(TrainerCallback):
     """Draws `trainer.examples` every some steps and after each evaluation, each example once.
 
     The pictures go to `<output_dir>/examples/step_<step>_<number>.png`, and to TensorBoard, trackio and
@@ -115,7 +115,7 @@ class ExamplePicturesCallback(TrainerCallback):
             picture = example.draw()
             path = folder / f"step_{state.global_step:06d}_{number}.png"
             try:
-                write_file(path, picture_bytes(picture))
+                write_file(path, image_bytes(picture))
             except OSError as error:  # no reason to end a training
                 logger.warning("%s", error)
             self._report(f"examples/{number}", picture, example.caption, args, state.global_step)

@@ -1,4 +1,4 @@
-"""What the CTM reads in stage I: true completions, templated ones, or the frozen MLLM's own, kept on disk."""
+"""What the CTM reads in stage I: true completions, templated ones, or the frozen VLM's own, kept on disk."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def ground_truth_completion(
     sample: ConceptSample, frame: CoordinateFrame, processor: ConceptSegProcessor
 ) -> TrainingCompletion:
     """The sample's reasoning, rule, boxes and answer; where it lacks one of them, what `template_completion` makes."""
-    texts = _true_texts(sample)
+    texts = _gt_texts(sample)
     if texts is None:
         return template_completion(sample, frame, processor)
     _, rule, answer = texts
@@ -63,10 +63,10 @@ def ground_truth_completion(
 
 def has_reasoning(sample: ConceptSample) -> bool:
     """Whether a sample has true reasoning, rule and answer."""
-    return _true_texts(sample) is not None
+    return _gt_texts(sample) is not None
 
 
-def _true_texts(sample: ConceptSample) -> tuple[str, str, str] | None:
+def _gt_texts(sample: ConceptSample) -> tuple[str, str, str] | None:
     """Reasoning, rule and answer of a sample that has all of them."""
     think, rule, answer = sample.think, sample.rule, sample.answer
     return None if think is None or rule is None or answer is None else (think, rule, answer)
@@ -99,7 +99,7 @@ def check_words(sample: ConceptSample, processor: ConceptSegProcessor, source: s
 
 
 def settle_completion_source(
-    samples: Sequence[ConceptSample], args: ConceptSFTConfig, tell_of_some: bool = True
+    samples: Sequence[ConceptSample], args: ConceptSFTConfig, list_some: bool = True
 ) -> None:
     """Goes over to templated completions where samples have no reasoning, rule and answer of their own, and says so.
 
@@ -108,7 +108,7 @@ def settle_completion_source(
     Args:
         samples: The samples to train on.
         args: `completion_source` may change from `"ground_truth"` to `"template"`.
-        tell_of_some: Whether to speak of it, too, if only some lack them.
+        list_some: Whether to speak of it, too, if only some lack them.
     """
     if args.completion_source != "ground_truth":
         return
@@ -118,7 +118,7 @@ def settle_completion_source(
     if lacking and len(lacking) == len(tried):
         args.completion_source = "template"
         logger.warning("the samples have no think, rule and answer: %s (completion_source template).", made)
-    elif lacking and tell_of_some:
+    elif lacking and list_some:
         logger.warning(
             "%d of %d samples that were tried, such as %r, have no think, rule and answer: %s.",
             len(lacking),
@@ -165,16 +165,16 @@ def _write(
 
 
 class CompletionCache:
-    """Completions of one frozen MLLM in a folder, a JSON line each: generated once, whoever asks how often.
+    """Completions of one frozen VLM in a folder, a JSON line each: generated once, whoever asks how often.
 
     Every process writes a file of its own and reads all of them, so a run that was killed goes on where it
-    was, with any number of processes. A line belongs to what the MLLM read (prompt, picture, references), whatever
-    the name of the sample, so that data sets may share a folder. Lines of another MLLM, template, canvas or length
+    was, with any number of processes. A line belongs to what the VLM read (prompt, picture, references), whatever
+    the name of the sample, so that data sets may share a folder. Lines of another VLM, template, canvas or length
     limit are passed over.
 
     Args:
         folder: Created if missing.
-        model: Its MLLM is the one that writes.
+        model: Its VLM is the one that writes.
         processor: Writes the prompts.
         max_new_tokens: Limit of a completion.
     """
@@ -229,7 +229,7 @@ class CompletionCache:
         process: int = 0,
         processes: int = 1,
     ) -> None:
-        """Lets the MLLM complete, greedily, those of every `processes`-th sample that are missing.
+        """Lets the VLM complete, greedily, those of every `processes`-th sample that are missing.
 
         Args:
             model: The one that the cache was made for.
@@ -302,7 +302,7 @@ class CompletionCache:
 
 
 def _digest(sample: ConceptSample, processor: ConceptSegProcessor) -> str:
-    """A hash of all that the MLLM reads of a sample: the words, the picture, the references as they are shown."""
+    """A hash of all that the VLM reads of a sample: the words, the picture, the references as they are shown."""
     references = resolve_references(sample.references, processor.canvas_size, processor.mosaic_settings)
     has_several = any(len(boxes) > 1 for boxes in references.all_boxes)
     boxes = references.all_boxes if has_several else references.boxes
@@ -315,7 +315,7 @@ def _digest(sample: ConceptSample, processor: ConceptSegProcessor) -> str:
 
 
 def _policy(model: ConceptSegForSegmentation, processor: ConceptSegProcessor, max_new_tokens: int) -> str:
-    """A hash of everything but the sample that decides what the MLLM writes."""
+    """A hash of everything but the sample that decides what the VLM writes."""
     settings = {
         "weights": fingerprint(model.vlm)["weights"],
         "prompt_template": processor.prompt_template,

@@ -14,8 +14,8 @@ from .rewards import REWARDS, WITHOUT_PROXY
 
 _UNSUPPORTED = {
     "sync_ref_model": "the reference policy of Meta-GRPO is fixed",
-    "cast_lm_head_to_fp32": "TRL looks for the head on the model itself, not on its MLLM",
-    "remove_unused_columns": "SAM 3 and the rewards need columns that the MLLM does not",
+    "cast_lm_head_to_fp32": "TRL looks for the head on the model itself, not on its VLM",
+    "remove_unused_columns": "SAM 3 and the rewards need columns that the VLM does not",
     "dataloader_persistent_workers": "workers that outlive an epoch would go on with its mosaics",
 }
 
@@ -30,7 +30,7 @@ def without_renaming_warnings() -> Iterator[None]:
 
 @dataclass
 class MetaGRPOConfig(GRPOConfig):
-    """Stage II of the paper: Meta-GRPO on the MLLM and the CTM (eq. 6, 7 and 8).
+    """Stage II of the paper: Meta-GRPO on the VLM and the CTM (eq. 6, 7 and 8).
 
     The fields of `trl.GRPOConfig`, with the defaults of Table 7 (2 epochs at 1e-6, linear, AdamW, seed 42; G 8; beta
     0.04; 768 completion tokens; batch 64, which is 8 completions on each of 8 GPUs) and the loss of GRPO's own paper
@@ -53,7 +53,7 @@ class MetaGRPOConfig(GRPOConfig):
 
         seg_loss_weight: Weight of L_seg in eq. 8: 1 in the paper, 0.01 in the released code.
         detach_hidden_states: Stop the gradient of L_seg at the CTM's input, as the released code does; in the paper
-            it reaches the MLLM.
+            it reaches the VLM.
         dice_weight: Weight of the dice loss in L_seg (eq. 5).
         focal_weight: Weight of the focal loss in L_seg.
         focal_alpha: Its weight of foreground pixels; negative: none.
@@ -66,10 +66,10 @@ class MetaGRPOConfig(GRPOConfig):
 
     > Parameters that control the models
 
-        ref_model_name_or_path: A ConceptSeg checkpoint whose MLLM is the reference policy; by default the model as
+        ref_model_name_or_path: A ConceptSeg checkpoint whose VLM is the reference policy; by default the model as
             it is given to the trainer. Needed when a run goes on with a model that was trained before.
-        freeze_vision_tower: Leave the MLLM's vision tower as it is; the paper trains all of the MLLM.
-        vllm_mllm_name_or_path: With `use_vllm`, the folder or id of the plain MLLM that a colocated engine starts
+        freeze_vision_tower: Leave the VLM's vision tower as it is; the paper trains all of the VLM.
+        vllm_vlm_name_or_path: With `use_vllm`, the folder or id of the plain VLM that a colocated engine starts
             from.
 
     > Parameters that control the example pictures
@@ -114,8 +114,12 @@ class MetaGRPOConfig(GRPOConfig):
         default=None, metadata={"help": "Checkpoint of the reference policy."}
     )
     freeze_vision_tower: bool = field(default=False, metadata={"help": "Do not train the vision tower."})
-    vllm_mllm_name_or_path: str | None = field(
-        default=None, metadata={"help": "Plain MLLM that a vLLM engine starts from."}
+    vllm_vlm_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Plain VLM that a vLLM engine starts from.",
+            "aliases": ["--vllm_mllm_name_or_path"],  # its name before
+        },
     )
     log_examples: int = field(default=4, metadata={"help": "Example pictures at a time; 0 for none."})
     log_examples_steps: int = field(default=50, metadata={"help": "Steps between example pictures."})
@@ -183,8 +187,8 @@ class MetaGRPOConfig(GRPOConfig):
         for name, reason in _UNSUPPORTED.items():
             if getattr(self, name):
                 raise ValueError(f"MetaGRPOConfig: {name} is true, but {reason}; leave it out.")
-        if self.use_vllm and not self.vllm_mllm_name_or_path:
+        if self.use_vllm and not self.vllm_vlm_name_or_path:
             raise ValueError(
-                "MetaGRPOConfig: use_vllm is true without vllm_mllm_name_or_path; name the plain MLLM that the engine "
+                "MetaGRPOConfig: use_vllm is true without vllm_vlm_name_or_path; name the plain VLM that the engine "
                 "starts from."
             )

@@ -23,9 +23,9 @@ from conceptseg_hf import (
     Completion,
     ConceptSegForSegmentation,
     ConceptSegProcessor,
-    mllm,
     parse_completion,
     shared_prompts,
+    vlm_backbone,
 )
 from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.generation import StateRecorder
@@ -35,14 +35,14 @@ from conceptseg_hf.processing_conceptseg import CoordinateFrame, PreparedSample
 from conceptseg_hf.sam_prompt import ImageFeatures
 
 from .batches import best_and_worst, group_rows, select_rows
-from .callbacks import EpochCallback, ExamplePicturesCallback, FormatOnlyWarning, TrainingExample
+from .callbacks import EpochCallback, ExampleImagesCallback, FormatOnlyWarning, TrainingExample
 from .cards import as_list, write_training_card
 from .checkpoints import run_folder
 from .distributed import clone_whole, make_generate_gather, materialize
 from .divergence import FiniteLogs, StoppingTrainer
 from .loading import load_model, load_processor
 from .meta_grpo_config import MetaGRPOConfig, without_renaming_warnings
-from .rewards import REWARDS, Reward, completion_text, located
+from .rewards import REWARDS, Reward, box_iou_or_zero, completion_text
 from .samples import TRIED, check_arguments, check_prompt_length, spread_indices
 from .split_reference import COLUMNS, IGNORE, INDEX, find_composer, set_epoch
 from .trl_adapter import (
@@ -64,7 +64,7 @@ _Key: TypeAlias = tuple[str, int | None]
 
 
 class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
-    """GRPOTrainer for the MLLM and the CTM of a ConceptSeg model.
+    """GRPOTrainer for the VLM and the CTM of a ConceptSeg model.
 
     The only changes with respect to GRPOTrainer are that each completion is also translated to concept tokens, from
     which SAM 3 decodes the mask that its reward is about, and that L_seg (eq. 8) is added to the policy loss, on the
@@ -72,7 +72,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
 
     SAM 3 is frozen and taken out of the module tree, so that nothing trains, shards or wraps it; it encodes the image
     of a prompt once for all of its completions. Checkpoints of a run go without it; `save_model()` writes the
-    complete model (an adapter alone with PEFT) and its processor. The reference policy is a copy of the MLLM as it
+    complete model (an adapter alone with PEFT) and its processor. The reference policy is a copy of the VLM as it
     is given to the constructor: to resume a run, construct the trainer with the model that the run began with.
 
     Logged beside what GRPOTrainer logs: `loss/grpo`, `loss/seg`, `loss/dice`, `loss/focal`, `mask_iou`, `box_iou` and
@@ -88,13 +88,13 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         train_dataset: Rows as `split_reference_dataset` makes them.
         eval_dataset: The same for evaluation, or several by name.
         processing_class: The model's processor; by default that of the checkpoint `model` names.
-        ref_model: The reference policy, a ConceptSeg model or its MLLM, instead of a copy.
+        ref_model: The reference policy, a ConceptSeg model or its VLM, instead of a copy.
         **kwargs: Further arguments of GRPOTrainer, such as `peft_config` and `callbacks`.
 
     Attributes:
         concept_model: The model, without any wrapper.
-        concept_processor: Its processor. `processing_class` is the MLLM's plain one.
-        examples: What `ExamplePicturesCallback` draws next.
+        concept_processor: Its processor. `processing_class` is the VLM's plain one.
+        examples: What `ExampleImagesCallback` draws next.
 
     Raises:
         ValueError: If model, processor or data cannot be used.
@@ -127,14 +127,14 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
             "MetaGRPOTrainer", _without_adapters(model), args, MetaGRPOConfig, processing_class
         )
 
-        self._mllm_processor = self.concept_processor.mllm_processor()
+        self._vlm_processor = self.concept_processor.vlm_processor()
         self._max_prompt_length = args.max_prompt_length
         for name, dataset in {"train_dataset": train_dataset, **_by_name(eval_dataset)}.items():
             self._check_dataset(dataset, name)
 
         sam: nn.Module = materialize(self.concept_model.detach_sam())
         if args.freeze_vision_tower:
-            mllm.vision_tower(self.concept_model.vlm).requires_grad_(False)
+            vlm_backbone.vision_tower(self.concept_model.vlm).requires_grad_(False)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         # They have been used; TRL would warn that they are ignored.
         used = (
@@ -150,7 +150,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
                 ignored_settings=used,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=self._mllm_processor,
+                processing_class=self._vlm_processor,
                 **kwargs,
             )
         sam.to(self.accelerator.device)
@@ -172,7 +172,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         self.add_callback(FormatOnlyWarning())
         self.add_callback(FiniteLogs())
         if args.log_examples:
-            self.add_callback(ExamplePicturesCallback(self, args.log_examples_steps, args.log_examples))
+            self.add_callback(ExampleImagesCallback(self, args.log_examples_steps, args.log_examples))
 
     # -- construction --
 
@@ -200,7 +200,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
     def _suppress_image_tokens(self) -> None:
         """No completion may hold a token that stands for an image: the next forward pass would miss the image."""
         given = self.generation_kwargs.get("suppress_tokens") or ()
-        tokens = sorted({*given, *mllm.vision_token_ids(self.concept_model.config.vlm_config)})
+        tokens = sorted({*given, *vlm_backbone.vision_token_ids(self.concept_model.config.vlm_config)})
         self.generation_kwargs["suppress_tokens"] = tokens
         self.generation_config.suppress_tokens = tokens
         # A policy that diverged gives no probabilities to sample from; the loss, which comes next, says so.
@@ -209,8 +209,8 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
     def _start_vllm(self) -> None:
         from .vllm import ConceptVLLMGeneration
 
-        tokens = mllm.vision_token_ids(self.concept_model.config.vlm_config)
-        name = self.args.vllm_mllm_name_or_path
+        tokens = vlm_backbone.vision_token_ids(self.concept_model.config.vlm_config)
+        name = self.args.vllm_vlm_name_or_path
         assert name is not None  # MetaGRPOConfig asks for it
         self.set_engine(ConceptVLLMGeneration.from_trainer(self, name, tokens))
 
@@ -226,7 +226,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         self._prompts, self._rollouts, self._generated = {}, [], ([], None)
 
     def _generate_recorded(self, **arguments: Any) -> Tensor:
-        inputs = {name: arguments.pop(name) for name in mllm.INPUT_NAMES}
+        inputs = {name: arguments.pop(name) for name in vlm_backbone.INPUT_NAMES}
         recorder = StateRecorder()
         handle = self.concept_model.get_output_embeddings().register_forward_pre_hook(recorder.see)
         try:
@@ -235,7 +235,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
             )
         finally:
             handle.remove()
-            mllm.forget_positions(self.concept_model.vlm)
+            vlm_backbone.reset_rope_deltas(self.concept_model.vlm)
         tokens = sequences[:, inputs["input_ids"].shape[1] :].tolist()
         self._generated = tokens, recorder.stacked(self.concept_model.config.hidden_states_at)
         return sequences
@@ -301,9 +301,9 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         if "gt_mask" not in masks:
             raise ValueError(f"{where}: gt_mask is None; give each row a mask, if only an empty one.")
         messages = prepare_multimodal_messages(row["prompt"], images=row["images"])
-        text = self._mllm_processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        prepared = self.concept_processor.prepare_mllm(
-            PreparedSample(prompt=row["problem"], mllm_images=tuple(row["images"]), mllm_text=text)
+        text = self._vlm_processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prepared = self.concept_processor.prepare_vlm(
+            PreparedSample(prompt=row["problem"], vlm_images=tuple(row["images"]), vlm_text=text)
         )
         check_prompt_length(where, prepared, self._max_prompt_length)
         return _Prompt(prepared, target, masks["gt_mask"], masks.get(IGNORE))
@@ -336,9 +336,9 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
             ignore = None if prompt.ignore is None else prompt.ignore.cpu().numpy()
             ious.append(foreground_iou(row["predicted_mask"], prompt.mask.cpu().numpy(), ignore))
             self.log_rollout("mask_iou", ious[-1])
-            self.log_rollout("box_iou", located(completion.bbox, row["gt_box"]))
+            self.log_rollout("box_iou", box_iou_or_zero(completion.bbox, row["gt_box"]))
             if row["gt_check_box"] is not None:
-                self.log_rollout("check_iou", located(completion.check, row["gt_check_box"]))
+                self.log_rollout("check_iou", box_iou_or_zero(completion.check, row["gt_check_box"]))
         if self.log_completions:
             self.log_column("answer", [rollout.completion.answer for rollout in self._rollouts])
             self.log_column("mask_iou", ious)
@@ -488,7 +488,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         write_training_card(
             folder,
             self.concept_model.config,
-            f"Stage II, {self._name}: reinforcement learning of the MLLM and the Concept Translation Module with TRL's "
+            f"Stage II, {self._name}: reinforcement learning of the VLM and the Concept Translation Module with TRL's "
             "GRPOTrainer.",
             [*self._tag_names, *as_list(tags)],
             datasets=as_list(dataset_name) or None,
@@ -512,7 +512,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         try:
             super()._save(output_dir, state_dict)
         finally:
-            self.processing_class = self._mllm_processor
+            self.processing_class = self._vlm_processor
 
 
 @dataclass(frozen=True, eq=False)
@@ -520,7 +520,7 @@ class _Prompt:
     """What the completions of a prompt share.
 
     Attributes:
-        prepared: The MLLM's input.
+        prepared: The VLM's input.
         target: The target image.
         mask: (H, W) bool, its true mask.
         ignore: (H, W) bool, the pixels that do not count; None when all do.

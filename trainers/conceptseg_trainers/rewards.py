@@ -75,10 +75,12 @@ def mask_reward(
     return [
         foreground_iou(
             np.asarray(prediction, dtype=bool),
-            load_mask(truth),
+            load_mask(ground_truth),
             None if ignore is None else load_mask(ignore),
         )
-        for _, prediction, truth, ignore in zip(completions, predicted_mask, gt_mask, ignored, strict=True)
+        for _, prediction, ground_truth, ignore in zip(
+            completions, predicted_mask, gt_mask, ignored, strict=True
+        )
     ]
 
 
@@ -115,9 +117,9 @@ def meta_reward(
     rewards: list[float | None] = []
     for completion, box, check in zip(completions, gt_box, checks, strict=True):
         parsed = _parse(completion)
-        iou = located(parsed.bbox, box)
+        iou = box_iou_or_zero(parsed.bbox, box)
         if check is not None:
-            rewards.append(iou * located(parsed.check, check))
+            rewards.append(iou * box_iou_or_zero(parsed.check, check))
         else:
             rewards.append({"none": None, "box": iou, "square": iou**2}[without_proxy])
     return rewards
@@ -132,22 +134,23 @@ def box_reward(completions: Completions, gt_box: Sequence[Box | None], **columns
         **columns: Ignored.
     """
     return [
-        located(_parse(completion).bbox, box) for completion, box in zip(completions, gt_box, strict=True)
+        box_iou_or_zero(_parse(completion).bbox, box)
+        for completion, box in zip(completions, gt_box, strict=True)
     ]
 
 
-def located(box: Box | None, truth: Box | Sequence[Box] | None) -> float:
+def box_iou_or_zero(box: Box | None, ground_truth: Box | Sequence[Box] | None) -> float:
     """IoU of a box with the true one, or the best with several, all in text units; a missing box scores 0.
 
     Where there is nothing to locate (`truth` is None), an empty box is right.
     """
     if box is None:
         return 0.0
-    if truth is None:
+    if ground_truth is None:
         return float(box[0] == box[2] or box[1] == box[3])
-    if several := [one for one in truth if isinstance(one, Sequence)]:
+    if several := [one for one in ground_truth if isinstance(one, Sequence)]:
         return max(box_iou(box, one) for one in several)
-    return box_iou(box, [side for side in truth if not isinstance(side, Sequence)])
+    return box_iou(box, [side for side in ground_truth if not isinstance(side, Sequence)])
 
 
 def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:

@@ -186,7 +186,7 @@ def check_prompt_length(where: str, prepared: PreparedSample, limit: int) -> Non
 
     Args:
         where: Names the sample.
-        prepared: The prompt, with the MLLM's tensors.
+        prepared: The prompt, with the VLM's tensors.
         limit: `max_prompt_length`.
 
     Raises:

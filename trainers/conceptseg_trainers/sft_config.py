@@ -20,7 +20,7 @@ class ConceptSFTConfig(TrainingArguments):
 
         completion_source: Where the completions come from that the CTM reads. `"ground_truth"`: the sample's
             reasoning, rule, boxes and answer; of a sample that lacks one of these, the template. `"template"`: its
-            boxes and answer (or prompt), with empty reasoning and rule. `"generated"`: the frozen MLLM's own, written
+            boxes and answer (or prompt), with empty reasoning and rule. `"generated"`: the frozen VLM's own, written
             once and kept in `completion_dir`. `"released"`: what the released code does, the target's box between
             blank tags, and to SAM 3 the word "visual". The paper does not say.
         completion_dir: Folder of the generated completions; `<output_dir>/completions` by default. Runs of
@@ -97,7 +97,7 @@ class ConceptSFTConfig(TrainingArguments):
             raise ValueError(f"ConceptSFTConfig: grid is {self.grid}; use 1, 2 or 3 cells per side.")
         if self.gradient_checkpointing:
             raise ValueError(
-                "ConceptSFTConfig: gradient_checkpointing is true, but the MLLM is frozen and keeps no activations; "
+                "ConceptSFTConfig: gradient_checkpointing is true, but the VLM is frozen and keeps no activations; "
                 "leave it out."
             )
         if self.remove_unused_columns:

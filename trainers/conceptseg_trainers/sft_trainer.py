@@ -1,4 +1,4 @@
-"""Stage I: the MLLM and SAM 3 are frozen, the Concept Translation Module learns to speak to SAM 3 (eq. 5)."""
+"""Stage I: the VLM and SAM 3 are frozen, the Concept Translation Module learns to speak to SAM 3 (eq. 5)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from conceptseg_hf.images import load_image, load_mask
 from conceptseg_hf.losses import segmentation_loss
 from conceptseg_hf.processing_conceptseg import PreparedSample
 
-from .callbacks import EpochCallback, ExamplePicturesCallback, TrainingExample
+from .callbacks import EpochCallback, ExampleImagesCallback, TrainingExample
 from .cards import as_list, write_training_card
 from .checkpoints import run_folder
 from .completions import (
@@ -48,7 +48,7 @@ class ConceptSFTTrainer(StoppingTrainer):
     diverges ends with a `DivergedError`.
 
     Args:
-        model: The model; every process holds its MLLM and SAM 3 whole.
+        model: The model; every process holds its VLM and SAM 3 whole.
         args: The settings.
         train_dataset: Samples that can be indexed, such as `load_benchmark` gives; one that cannot be read gives way
             to the next.
@@ -59,7 +59,7 @@ class ConceptSFTTrainer(StoppingTrainer):
 
     Attributes:
         concept_model: The model.
-        examples: What `ExamplePicturesCallback` draws next.
+        examples: What `ExampleImagesCallback` draws next.
 
     Raises:
         ValueError: If model, processor or data cannot be used.
@@ -113,7 +113,7 @@ class ConceptSFTTrainer(StoppingTrainer):
         self._metrics: list[Tensor] = []
         self._saves_everything = False
         if args.log_examples:
-            self.add_callback(ExamplePicturesCallback(self, args.log_examples_steps, args.log_examples))
+            self.add_callback(ExampleImagesCallback(self, args.log_examples_steps, args.log_examples))
         self.add_callback(EpochCallback(collator.set_epoch))
         self.add_callback(FiniteLogs())
         if args.completion_source == "generated":
@@ -190,10 +190,10 @@ class ConceptSFTTrainer(StoppingTrainer):
             loss, masks = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
-        truth = inputs["mask_labels"], inputs["ignored"]
-        examples = _examples(inputs["shown"], masks, *truth)
+        ground_truth = inputs["mask_labels"], inputs["ignored"]
+        examples = _examples(inputs["shown"], masks, *ground_truth)
         self.examples += examples[: self.args.log_examples - len(self.examples)]
-        ious = torch.tensor(_ious(masks, *truth), device=loss.device)
+        ious = torch.tensor(_ious(masks, *ground_truth), device=loss.device)
         return loss.detach(), ious, ious
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -250,7 +250,7 @@ class ConceptSFTTrainer(StoppingTrainer):
         write_training_card(
             folder,
             self.concept_model.config,
-            "Stage I: supervised fine-tuning of the Concept Translation Module; the MLLM and SAM 3 are frozen.",
+            "Stage I: supervised fine-tuning of the Concept Translation Module; the VLM and SAM 3 are frozen.",
             as_list(tags),
             **metadata,
         )
@@ -287,7 +287,7 @@ class _TrainedPart(nn.Module):
     """The model as the Trainer sees it: its forward pass is whole, its parameters are the CTM's.
 
     DDP, DeepSpeed and FSDP therefore move, shard and save the CTM only, as `ctm.*`; SAM 3 could not be
-    sharded, and the MLLM stays in eval mode.
+    sharded, and the VLM stays in eval mode.
     """
 
     accepts_loss_kwargs = False
@@ -365,7 +365,7 @@ class ConceptSFTCollator:
             "shown": [
                 TrainingExample(
                     target=sample.image,
-                    mosaic=item.mllm_images[0] if len(item.mllm_images) > 1 else None,
+                    mosaic=item.vlm_images[0] if len(item.vlm_images) > 1 else None,
                     rule=completion.rule,
                     answer=completion.sam_text,
                 )

@@ -59,7 +59,7 @@ def split_reference_dataset(
     Returns:
         A data set with the columns
         prompt: messages, text only (TRL inserts the images);
-        images: what the MLLM sees, of canvas size: the mosaic (if there are references), then the target;
+        images: what the VLM sees, of canvas size: the mosaic (if there are references), then the target;
         target_image: the target as it is, for SAM 3;
         gt_mask: its mask, "L", of its size;
         gt_box: box of the target in text units (x1, y1, x2, y2), None where the concept is absent;
@@ -169,7 +169,7 @@ class SplitReferences:
         image = load_image(sample.image)
         check_sample(replace(sample, sample_id=sample_id), image.size)
         references = compose_references(sample.references, self.grid, [self.seed, self.epoch], sample_id)
-        frame, pictures = self.processor.draw_pictures(image, references)
+        frame, pictures = self.processor.draw_images(image, references)
         return {
             "prompt": [
                 {"role": "system", "content": self.processor.template.system},

@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer, __version__
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
-from conceptseg_hf import ConceptSegForSegmentation, mllm, shared_prompts
+from conceptseg_hf import ConceptSegForSegmentation, shared_prompts, vlm_backbone
 
 from .loading import changed_settings
 
@@ -136,7 +136,7 @@ class GRPOTrainerAdapter(GRPOTrainer):
     # For subclasses
 
     def set_reference(self, reference: PreTrainedModel) -> None:
-        """Makes a frozen MLLM the reference policy."""
+        """Makes a frozen VLM the reference policy."""
         add_fused_lm_head(reference, temperature=self.temperature)
         read_prompts_once(reference, reference)
         if self.is_deepspeed_enabled:
@@ -245,7 +245,7 @@ def read_prompts_once(model: PreTrainedModel, vlm: PreTrainedModel) -> None:
 
     Args:
         model: A model with TRL's fused head.
-        vlm: The MLLM in it, or itself.
+        vlm: The VLM in it, or itself.
     """
     inner = model.forward
 
@@ -257,7 +257,7 @@ def read_prompts_once(model: PreTrainedModel, vlm: PreTrainedModel) -> None:
         length = int((labels != -100).any(dim=0).nonzero()[0])  # prompts are padded on the left
         with shared_prompts.prompts_read_once(vlm, kwargs, length):
             output = inner(*args, **kwargs)
-        mllm.forget_positions(vlm)
+        vlm_backbone.reset_rope_deltas(vlm)
         return output
 
     model.forward = forward
@@ -286,7 +286,7 @@ def add_concept_head(model: ConceptSegForSegmentation, detach_hidden_states: boo
             output = inner(*args, **kwargs)
         finally:
             handle.remove()
-        mllm.forget_positions(model.vlm)
+        vlm_backbone.reset_rope_deltas(model.vlm)
         concept_embeds = model.translate_completion(states[0], concept_mask, detach_hidden_states)
         return ConceptLMOutput(**output, concept_embeds=concept_embeds)
 

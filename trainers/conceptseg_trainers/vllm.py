@@ -1,4 +1,4 @@
-"""Rollouts with vLLM: the MLLM alone goes to the engine, under its own names; CTM and SAM 3 stay with the trainer."""
+"""Rollouts with vLLM: the VLM alone goes to the engine, under its own names; CTM and SAM 3 stay with the trainer."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from .trl_adapter import GRPOTrainerAdapter, VLLMGenerationAdapter, steps_per_ge
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_MLLM = "vlm."
+_VLM = "vlm."
 # The engine has no list of forbidden tokens; the least bias it accepts makes one impossible in practice.
 _NEVER = -100.0
 
 
 class ConceptVLLMGeneration(VLLMGenerationAdapter):
-    """TRL's vLLM backend for the MLLM inside a `ConceptSegForSegmentation`.
+    """TRL's vLLM backend for the VLM inside a `ConceptSegForSegmentation`.
 
-    What differs from `VLLMGeneration`: the engine starts from the MLLM's own folder or id, receives only the MLLM's
+    What differs from `VLLMGeneration`: the engine starts from the VLM's own folder or id, receives only the VLM's
     weights, and never samples the suppressed tokens.
 
     Args:
         model: The trainer's: a composite, or a PEFT model around one.
         accelerator: As for `VLLMGeneration`.
         processing_class: As for `VLLMGeneration`.
-        mllm_name_or_path: Folder or id of a Qwen2.5-VL of the same shape with its processor: what a colocated engine
+        vlm_name_or_path: Folder or id of a Qwen2.5-VL of the same shape with its processor: what a colocated engine
             is built from. A server is started with it by hand.
         suppressed_tokens: Ids of tokens that stand for images; a completion must not hold any.
         generation_kwargs: Further sampling parameters of vLLM.
@@ -44,12 +44,12 @@ class ConceptVLLMGeneration(VLLMGenerationAdapter):
         accelerator: Accelerator,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin,
         *,
-        mllm_name_or_path: str,
+        vlm_name_or_path: str,
         suppressed_tokens: Sequence[int],
         generation_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.mllm_name_or_path = mllm_name_or_path
+        self.vlm_name_or_path = vlm_name_or_path
         super().__init__(
             model,
             accelerator,
@@ -60,7 +60,7 @@ class ConceptVLLMGeneration(VLLMGenerationAdapter):
 
     @classmethod
     def from_trainer(
-        cls, trainer: GRPOTrainerAdapter, mllm_name_or_path: str, suppressed_tokens: Sequence[int]
+        cls, trainer: GRPOTrainerAdapter, vlm_name_or_path: str, suppressed_tokens: Sequence[int]
     ) -> ConceptVLLMGeneration:
         """The backend that a trainer's arguments describe; see `ConceptVLLMGeneration` for the others."""
         args = trainer.args
@@ -68,7 +68,7 @@ class ConceptVLLMGeneration(VLLMGenerationAdapter):
             model=trainer.model,
             accelerator=trainer.accelerator,
             processing_class=trainer.processing_class,
-            mllm_name_or_path=mllm_name_or_path,
+            vlm_name_or_path=vlm_name_or_path,
             suppressed_tokens=suppressed_tokens,
             mode=args.vllm_mode,
             structured_outputs_regex=args.vllm_structured_outputs_regex,
@@ -102,15 +102,15 @@ class ConceptVLLMGeneration(VLLMGenerationAdapter):
             module for module in self.model.modules() if isinstance(module, ConceptSegForSegmentation)
         )
         own = composite.name_or_path
-        composite.name_or_path = self.mllm_name_or_path
+        composite.name_or_path = self.vlm_name_or_path
         try:
             yield
         finally:
             composite.name_or_path = own
 
     def engine_name(self, name: str) -> str | None:
-        """The MLLM's own name of a parameter; the engine gets no others."""
-        return name.removeprefix(_MLLM) if name.startswith(_MLLM) else None
+        """The VLM's own name of a parameter; the engine gets no others."""
+        return name.removeprefix(_VLM) if name.startswith(_VLM) else None
 
 
 def suppress_tokens(generation_kwargs: Mapping[str, Any] | None, tokens: Sequence[int]) -> dict[str, Any]:

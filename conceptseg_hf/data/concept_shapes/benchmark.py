@@ -12,7 +12,7 @@ from PIL import Image
 from ...images import mask_to_image
 from ...references import Reference, mask_to_box
 from ...suggestions import did_you_mean
-from ...writing import json_text, open_new, picture_bytes, write_file
+from ...writing import image_bytes, json_text, open_new, write_file
 from ..sample import ConceptSample
 from .families import FURTHER_GROUPS, GROUPS, TABLE_1_GROUPS, VARIANTS, Family, Task, TaskRng
 
@@ -58,8 +58,8 @@ class ConceptShapes(Sequence[ConceptSample]):
     """Scenes of shapes with one concept to segment in each; identical on every machine.
 
     Samples go round the groups of the paper's Table 1, so any prefix of a split is balanced. In the split
-    `test-compositional` the concept always joins a colour and a shape that no other split ever draws
-    together, wherever the family has a coloured target.
+    `test-compositional` the concept always joins a color and a shape that no other split ever draws
+    together, wherever the family has a colored target.
 
     Args:
         split: `"train"`, `"val"`, `"test"`, `"test-compositional"`, or `"test-rules"`: the group "hidden rule"
@@ -214,11 +214,11 @@ class ConceptShapes(Sequence[ConceptSample]):
                     },
                     "references": [],
                 }
-                write_file(folder / row["image"], picture_bytes(sample.image))
-                write_file(folder / row["mask"], picture_bytes(sample.mask))
+                write_file(folder / row["image"], image_bytes(sample.image))
+                write_file(folder / row["mask"], image_bytes(sample.mask))
                 for number, reference in enumerate(sample.references):
                     path = f"references/{sample.sample_id}-{number}.png"
-                    write_file(folder / path, picture_bytes(reference.image))
+                    write_file(folder / path, image_bytes(reference.image))
                     row["references"].append({"image": path, "box": reference.box})
                 index_file.write(json_text(row) + "\n")
         return index_path

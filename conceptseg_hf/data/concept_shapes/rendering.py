@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 44),
     "green": (44, 168, 62),
     "blue": (44, 78, 220),
@@ -111,12 +111,12 @@ class Patch:
     u: FloatArray
     v: FloatArray
 
-    def paste(self, image: FloatArray, colour: FloatArray, opacity: float = 1.0) -> None:
-        """Blends a colour, (3,) or (h, w, 3), into the image, (S, S, 3), in place."""
+    def paste(self, image: FloatArray, color: FloatArray, opacity: float = 1.0) -> None:
+        """Blends a color, (3,) or (h, w, 3), into the image, (S, S, 3), in place."""
         h, w = self.coverage.shape
         region = image[self.y : self.y + h, self.x : self.x + w]
         alpha = (self.coverage * np.float32(opacity))[:, :, None]
-        region += (colour - region) * alpha
+        region += (color - region) * alpha
 
     def mask(self, size: int) -> BoolArray:
         """The pixels more than half covered, (size, size)."""
@@ -145,10 +145,10 @@ def draw_shape(size: int, shape: str, cx: float, cy: float, radius: float, turn:
     return Patch(x0, y0, coverage, u * np.float32(radius), v * np.float32(radius))
 
 
-def texture_colour(patch: Patch, texture: str, colour: FloatArray, period: float) -> FloatArray:
-    """The colours of a textured object: (3,) when plain, else (h, w, 3) of the colour and a darker tone."""
+def texture_color(patch: Patch, texture: str, color: FloatArray, period: float) -> FloatArray:
+    """The colors of a textured object: (3,) when plain, else (h, w, 3) of the color and a darker tone."""
     if texture == "plain":
-        return colour
+        return color
     u, v = np.floor(patch.u / np.float32(period / 2)), np.floor(patch.v / np.float32(period / 2))
     if texture == "striped":
         dark = u % 2 == 0
@@ -158,7 +158,7 @@ def texture_colour(patch: Patch, texture: str, colour: FloatArray, period: float
         du = patch.u - np.float32(period) * np.floor(patch.u / np.float32(period) + np.float32(0.5))
         dv = patch.v - np.float32(period) * np.floor(patch.v / np.float32(period) + np.float32(0.5))
         dark = du * du + dv * dv < np.float32((0.33 * period) ** 2)
-    return np.where(dark[:, :, None], colour * np.float32(0.28), colour)
+    return np.where(dark[:, :, None], color * np.float32(0.28), color)
 
 
 def smooth_noise(rng: np.random.Generator, size: int, cells: int, amplitude: int) -> FloatArray:

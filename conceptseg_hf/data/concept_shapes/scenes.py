@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ...references import mask_to_box
 from .rendering import (
-    COLOURS,
+    COLORS,
     GREY,
     SHAPES,
     TEXTURES,
@@ -24,19 +24,16 @@ from .rendering import (
     draw_background,
     draw_shape,
     smooth_noise,
-    texture_colour,
+    texture_color,
     to_uint8,
     turns_of,
 )
 
 Box = tuple[int, int, int, int]
 
-# Every eighth pair of colour and shape is never drawn outside the split "test-compositional".
+# Every eighth pair of color and shape is never drawn outside the split "test-compositional".
 HELD_OUT_PAIRS = frozenset(
-    (colour, shape)
-    for i, colour in enumerate(COLOURS)
-    for j, shape in enumerate(SHAPES)
-    if (3 * i + j) % 8 == 5
+    (color, shape) for i, color in enumerate(COLORS) for j, shape in enumerate(SHAPES) if (3 * i + j) % 8 == 5
 )
 
 
@@ -45,7 +42,7 @@ class Look:
     """The attributes of an object; a `kind` ("shadow", "scratch") stands in its name for the others."""
 
     shape: str
-    colour: str = GREY
+    color: str = GREY
     texture: str = "plain"
     kind: str = ""
 
@@ -53,18 +50,18 @@ class Look:
     def phrase(self) -> str:
         """The noun phrase, 1 to 3 words, that names an object of this look."""
         if self.kind in ("hidden", "glass", "core"):
-            return {"core": f"{self.colour} core"}.get(self.kind, f"{self.kind} {self.shape}")
+            return {"core": f"{self.color} core"}.get(self.kind, f"{self.kind} {self.shape}")
         if self.kind:
             return self.kind
         texture = "" if self.texture == "plain" else f"{self.texture} "
-        return f"{texture}{self.colour} {self.shape}"
+        return f"{texture}{self.color} {self.shape}"
 
     def answers_to(self, words: Sequence[str]) -> bool:
-        """Whether every word describes this look; "object" describes all that has a shape and a colour."""
+        """Whether every word describes this look; "object" describes all that has a shape and a color."""
         if self.kind:
             own = {self.kind, *self.phrase.split(), *(("transparent",) if self.kind == "glass" else ())}
         else:
-            own = {self.shape, self.colour, self.texture, "object"}
+            own = {self.shape, self.color, self.texture, "object"}
         return all(word in own for word in words)
 
 
@@ -111,7 +108,7 @@ def random_look(rng: np.random.Generator, held_out: bool = False, **fixed: str) 
 
     Args:
         rng: Source of randomness.
-        held_out: Whether the pair of colour and shape must be one that is held out from training; otherwise
+        held_out: Whether the pair of color and shape must be one that is held out from training; otherwise
             it never is.
         **fixed: Attributes that are given.
 
@@ -119,18 +116,18 @@ def random_look(rng: np.random.Generator, held_out: bool = False, **fixed: str) 
         ValueError: If the fixed attributes leave no permitted pair.
     """
     pairs = [
-        (colour, shape)
-        for colour in ([fixed["colour"]] if "colour" in fixed else COLOURS)
+        (color, shape)
+        for color in ([fixed["color"]] if "color" in fixed else COLORS)
         for shape in ([fixed["shape"]] if "shape" in fixed else SHAPES)
-        if ((colour, shape) in HELD_OUT_PAIRS) == held_out
+        if ((color, shape) in HELD_OUT_PAIRS) == held_out
     ]
     if not pairs:
         raise ValueError(
-            f"random_look: no permitted pair of colour and shape has {fixed}; fix at most one of the two."
+            f"random_look: no permitted pair of color and shape has {fixed}; fix at most one of the two."
         )
-    colour, shape = pairs[int(rng.integers(len(pairs)))]
+    color, shape = pairs[int(rng.integers(len(pairs)))]
     texture = fixed.get("texture") or (pick(rng, TEXTURES[1:]) if rng.random() < 0.5 else "plain")
-    return Look(shape, colour, texture)
+    return Look(shape, color, texture)
 
 
 def place(
@@ -179,13 +176,13 @@ def make_objects(
     ]
 
 
-def colour_value(rng: np.random.Generator, colour: str) -> FloatArray:
-    """The RGB value of a colour word, varied a little; "grey" is any grey."""
-    if colour == GREY:
+def color_value(rng: np.random.Generator, color: str) -> FloatArray:
+    """The RGB value of a color word, varied a little; "grey" is any grey."""
+    if color == GREY:
         return np.full(3, int(rng.integers(60, 200)), dtype=np.float32) + rng.integers(-6, 7, 3).astype(
             np.float32
         )
-    return np.asarray(COLOURS[colour], dtype=np.float32) + rng.integers(-14, 15, 3).astype(np.float32)
+    return np.asarray(COLORS[color], dtype=np.float32) + rng.integers(-14, 15, 3).astype(np.float32)
 
 
 def draw_object(
@@ -216,9 +213,7 @@ def draw_object(
         patch.paste(image, twin + np.float32(int(rng.integers(10, 17)) * (1 if rng.random() < 0.5 else -1)))
     else:
         period = max(4.0, item.radius * 0.5)
-        patch.paste(
-            image, texture_colour(patch, item.look.texture, colour_value(rng, item.look.colour), period)
-        )
+        patch.paste(image, texture_color(patch, item.look.texture, color_value(rng, item.look.color), period))
     for i, other in enumerate(earlier):
         if (other.mask & mask).any():
             earlier[i] = replace(other, mask=other.mask & ~mask)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import ClassPool, FileItem, FileReference, Index
+from ..ground_truths import BoxGroundTruth, MaskFile
 from ..paths import inside, read_json, required_file
 from ..suite import CLASS_NAME, Source
-from ..truths import BoxTruth, MaskFile
 
 METADATA = "all_meta.json"
 _FIELDS = ("img_path", "mask_path", "cls_name", "dataset_name")
@@ -46,7 +46,7 @@ def index_files(root: Path, source: Source, split: str) -> Index:
 def without_boxes(index: Index) -> Index:
     """An index whose items' own references have no boxes: the released loader does not read `ref_box`."""
     items = [
-        replace(item, references=tuple(replace(own, truth=None) for own in item.references))
+        replace(item, references=tuple(replace(own, ground_truth=None) for own in item.references))
         for item in index.items
     ]
     return replace(index, items=items)
@@ -69,7 +69,7 @@ def _item(
     return FileItem(
         sample_id=f"{number:06d}-{target.stem}",
         image=target,
-        truth=MaskFile(inside(root, entry["mask_path"])),
+        ground_truth=MaskFile(inside(root, entry["mask_path"])),
         prompt=problem,
         level=source.level,
         group=group,
@@ -87,7 +87,9 @@ def _own_references(images: list[Path], entry: dict[str, Any], split: str) -> tu
     boxes = entry.get("ref_box") if split == "train" else None
     if not isinstance(boxes, list) or len(boxes) != len(images):
         return tuple(FileReference(image) for image in images)
-    return tuple(FileReference(image, BoxTruth(tuple(map(float, box)))) for image, box in zip(images, boxes))
+    return tuple(
+        FileReference(image, BoxGroundTruth(tuple(map(float, box)))) for image, box in zip(images, boxes)
+    )
 
 
 @lru_cache(maxsize=2)

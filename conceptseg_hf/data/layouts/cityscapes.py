@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from ..files import FileItem, FileReference, Index, ReferencePool, reference_count
+from ..ground_truths import LabelFile, read_labels
 from ..paths import MissingFilesError, check_files, is_hidden
 from ..suite import Source
-from ..truths import LabelFile, read_labels
 
 # Label ids of the 19 classes that are evaluated, in the order of their training ids.
 CLASSES = {
@@ -106,7 +106,7 @@ def index_files(root: Path, source: Source, split: str) -> Index:
                     FileItem(
                         sample_id=f"{image.name.removesuffix(_IMAGE)}-{concept.replace(' ', '_')}",
                         image=image,
-                        truth=LabelFile(labels, label, _IGNORED),
+                        ground_truth=LabelFile(labels, label, _IGNORED),
                         prompt=concept,
                         level=source.level,
                         group=source.group,

@@ -18,9 +18,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ..files import FileItem, FileReference, Index, ReferencePool, reference_count
+from ..ground_truths import LabelFile
 from ..paths import inside, read_json, required_file
 from ..suite import Source
-from ..truths import LabelFile
 
 FOLDS = 4
 
@@ -80,12 +80,12 @@ def index_files(root: Path, source: Source, split: str) -> Index:
         for label in sorted(present):
             if fold and (label - 1) % FOLDS != int(fold):
                 continue
-            image, truth = _paths(root, split, name, label)
+            image, ground_truth = _paths(root, split, name, label)
             items.append(
                 FileItem(
                     sample_id=f"{Path(name).stem}-{label:02d}",
                     image=image,
-                    truth=truth,
+                    ground_truth=ground_truth,
                     prompt=concepts[label],
                     level=source.level,
                     group=source.group,

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import FileItem, FileReference, Index
+from ..ground_truths import BoxGroundTruth
 from ..paths import inside, read_json, required_file
 from ..suite import Source
-from ..truths import BoxTruth
 from .grounding import below, named_image, without_markup
 
 _BOX = re.compile(r"<\|box_start\|>\(\s*([\d.]+),\s*([\d.]+)\),\s*\(([\d.]+),\s*([\d.]+)\)")
@@ -57,7 +57,7 @@ def _items(root: Path, source: Source, number: int, entry: Any) -> list[FileItem
             FileItem(
                 sample_id=f"{number:06d}-{place}",
                 image=images[target],
-                truth=BoxTruth(tuple(float(value) / _FULL_SCALE for value in boxes[0])),
+                ground_truth=BoxGroundTruth(tuple(float(value) / _FULL_SCALE for value in boxes[0])),
                 prompt=question,
                 level=source.level,
                 group="difference" if "diff" in kind.lower() else "consistency",

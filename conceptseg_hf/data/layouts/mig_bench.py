@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import FileItem, FileReference, Index
+from ..ground_truths import BoxGroundTruth
 from ..paths import inside, read_json, required_file
 from ..suite import Source
-from ..truths import BoxTruth
 from .grounding import below, without_markup
 
 # Group of the paper's Table 1.
@@ -60,7 +60,7 @@ def _item(root: Path, source: Source, number: int, entry: Any) -> FileItem:
     return FileItem(
         sample_id=f"{number:06d}-{task}",
         image=target,
-        truth=BoxTruth((x1, y1, x2, y2)),
+        ground_truth=BoxGroundTruth((x1, y1, x2, y2)),
         prompt=question,
         level=source.level,
         group=GROUPS.get(task, task),

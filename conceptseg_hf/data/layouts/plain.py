@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import FileItem, FileReference, Index
+from ..ground_truths import MaskFile, PixelBox
 from ..paths import MissingFilesError, composed, inside, is_hidden, read_text
 from ..suite import Source
-from ..truths import MaskFile, PixelBox
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _RARE_IMAGES = (
@@ -138,7 +138,7 @@ def _item(root: Path, source: Source, where: str, row: dict[str, Any]) -> FileIt
     return FileItem(
         sample_id=str(row.get("sample_id") or row.get("id") or Path(row["image"]).with_suffix("").as_posix()),
         image=image,
-        truth=MaskFile(inside(root, row["mask"])),
+        ground_truth=MaskFile(inside(root, row["mask"])),
         prompt=row["prompt"],
         level=row.get("level") or LEVEL,
         group=row.get("group") or GROUP,
@@ -218,7 +218,7 @@ def _folder_items(root: Path, source: Source) -> list[FileItem]:
         FileItem(
             sample_id=(images.get(stem) or masks[stem]).stem,
             image=images.get(stem, root / "images" / f"{stem}.*"),
-            truth=MaskFile(masks.get(stem, root / "masks" / f"{stem}.png")),
+            ground_truth=MaskFile(masks.get(stem, root / "masks" / f"{stem}.png")),
             prompt=prompt,
             level=LEVEL,
             group=GROUP,

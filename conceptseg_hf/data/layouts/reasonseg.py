@@ -10,25 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from ..files import FileItem, Index
+from ..ground_truths import PolygonFile
 from ..paths import MissingFilesError, composed, inside, is_hidden
 from ..suite import Source
-from ..truths import PolygonFile
 
 
 @dataclass(frozen=True)
 class ReasonSegItem(FileItem):
     """An item whose words stand in its annotation."""
 
-    truth: PolygonFile
+    ground_truth: PolygonFile
 
     def read_fields(self) -> dict[str, Any]:
         """Those fields of the sample that need no pixels; reads the annotation."""
-        annotation = self.truth.read_annotation()
+        annotation = self.ground_truth.read_annotation()
         texts = annotation.get("text")
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not texts or not isinstance(texts[0], str) or not texts[0].strip():
             raise ValueError(
-                f"{str(self.truth.path)!r} has no text; give ReasonSeg's JSON as it is published."
+                f"{str(self.ground_truth.path)!r} has no text; give ReasonSeg's JSON as it is published."
             )
         family = "sentence" if annotation.get("is_sentence") else "phrase"
         return super().read_fields() | {"prompt": texts[0].strip(), "family": family}
@@ -50,7 +50,7 @@ def index_files(root: Path, source: Source, split: str) -> Index:
             ReasonSegItem(
                 sample_id=stem,
                 image=inside(folder, f"{stem}.jpg"),
-                truth=PolygonFile(inside(folder, f"{stem}.json")),
+                ground_truth=PolygonFile(inside(folder, f"{stem}.json")),
                 prompt="",
                 level=source.level,
                 group=source.group,

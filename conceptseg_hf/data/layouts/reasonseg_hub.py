@@ -14,9 +14,9 @@ from PIL import Image
 
 from ...images import load_mask, load_oriented_image
 from ..files import FileItem, Index
+from ..ground_truths import GroundTruth, Size
 from ..paths import MissingFilesError, is_hidden
 from ..suite import Source
-from ..truths import Size, Truth
 
 if TYPE_CHECKING:
     import datasets
@@ -25,7 +25,7 @@ _COLUMNS = ("image", "text", "mask")
 
 
 @dataclass(frozen=True)
-class RowTruth(Truth):
+class RowGroundTruth(GroundTruth):
     """The mask of a row of a table."""
 
     table: datasets.Dataset
@@ -41,21 +41,23 @@ class RowTruth(Truth):
 class RowItem(FileItem):
     """A row of a table."""
 
-    truth: RowTruth
+    ground_truth: RowGroundTruth
 
     def read_fields(self) -> dict[str, Any]:
         """Those fields of the sample that need no pixels."""
-        text = self.truth.table.select_columns(["text"])[self.truth.row]["text"]
+        text = self.ground_truth.table.select_columns(["text"])[self.ground_truth.row]["text"]
         text = text[0] if isinstance(text, list) and text else text
         if not isinstance(text, str) or not text.strip():
             raise ValueError(
-                f"row {self.truth.row} of {str(self.image)!r} has no text; fetch the file again."
+                f"row {self.ground_truth.row} of {str(self.image)!r} has no text; fetch the file again."
             )
         return super().read_fields() | {"prompt": text.strip()}
 
     def read_image(self) -> tuple[Image.Image, int]:
         """See `FileItem.read_image`."""
-        return load_oriented_image(self.truth.table.select_columns(["image"])[self.truth.row]["image"])
+        return load_oriented_image(
+            self.ground_truth.table.select_columns(["image"])[self.ground_truth.row]["image"]
+        )
 
     def read_header(self) -> tuple[Size, int]:
         """See `FileItem.read_header`."""
@@ -97,7 +99,7 @@ def index_files(root: Path, source: Source, split: str) -> Index:
             RowItem(
                 sample_id=f"{row:06d}",
                 image=files[0],
-                truth=RowTruth(table, row),
+                ground_truth=RowGroundTruth(table, row),
                 prompt="",
                 level=source.level,
                 group=source.group,

@@ -28,26 +28,28 @@ METRICS = ("miou", "giou", "ciou", "mae", "ber", "mdice")
 LIBRARY_METRICS = ("f_w", "s_measure")
 
 
-def foreground_iou(prediction: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None = None) -> float:
+def foreground_iou(
+    prediction: np.ndarray, ground_truth: np.ndarray, ignore: np.ndarray | None = None
+) -> float:
     """Intersection over union of two masks; 1 when both are empty.
 
     Args:
         prediction: (H, W) bool.
-        truth: (H, W) bool.
+        ground_truth: (H, W) bool.
         ignore: (H, W) bool, pixels that do not count.
 
     Raises:
         ValueError: If the shapes differ.
     """
-    if prediction.shape != truth.shape:
+    if prediction.shape != ground_truth.shape:
         raise ValueError(
-            f"foreground_iou: the shapes {prediction.shape} and {truth.shape} differ; bring the masks to "
+            f"foreground_iou: the shapes {prediction.shape} and {ground_truth.shape} differ; bring the masks to "
             "one size."
         )
     if ignore is not None:
-        prediction, truth = prediction & ~ignore, truth & ~ignore
-    union = np.count_nonzero(prediction | truth)
-    return np.count_nonzero(prediction & truth) / union if union else 1.0
+        prediction, ground_truth = prediction & ~ignore, ground_truth & ~ignore
+    union = np.count_nonzero(prediction | ground_truth)
+    return np.count_nonzero(prediction & ground_truth) / union if union else 1.0
 
 
 def presence_auc(scores: Sequence[float], present: Sequence[bool]) -> float | None:
@@ -126,43 +128,45 @@ class MaskMetrics:
             What it adds to `scores`.
         """
         index = len(self.scores)
-        truth, counted = _as_truth(ground_truth, self.ignore_index, index)
+        ground_truth, counted = _as_ground_truth(ground_truth, self.ignore_index, index)
         if ignore is not None:
             ignored = _as_probability(ignore, index)
-            if ignored.shape != truth.shape:
+            if ignored.shape != ground_truth.shape:
                 raise ValueError(
                     f"score_masks: the ignore mask of image {index} has shape {ignored.shape}, its truth "
-                    f"{truth.shape}; bring it to the truth's size."
+                    f"{ground_truth.shape}; bring it to the truth's size."
                 )
             counted = counted & ~(ignored > 0.5)
         keep_size = own_size or ignore is not None or not counted.all()
         probability = _as_probability(prediction, index)
         are_resized = not keep_size and self.protocol.size is not None
-        if probability.shape != truth.shape and not are_resized:
+        if probability.shape != ground_truth.shape and not are_resized:
             raise ValueError(
-                f"score_masks: prediction {index} has shape {probability.shape}, its truth {truth.shape}; "
+                f"score_masks: prediction {index} has shape {probability.shape}, its truth {ground_truth.shape}; "
                 "bring them to the truth's size."
             )
-        is_soft = self.protocol.bicubic_truths and are_resized and isinstance(ground_truth, Image.Image)
-        soft_truth = load_grey_mask(ground_truth) if is_soft else None
-        probability, truth, counted = self.protocol.prepare(
-            probability, truth, counted, keep_size, soft_truth
+        is_soft = (
+            self.protocol.bicubic_ground_truths and are_resized and isinstance(ground_truth, Image.Image)
+        )
+        soft_ground_truth = load_grey_mask(ground_truth) if is_soft else None
+        probability, ground_truth, counted = self.protocol.prepare(
+            probability, ground_truth, counted, keep_size, soft_ground_truth
         )
         if not counted.all():
-            probability, truth = probability * counted, truth & counted
+            probability, ground_truth = probability * counted, ground_truth & counted
         mask = probability if probability.dtype == bool else probability > 0.5
         pixels = int(np.count_nonzero(counted))
-        tp = np.count_nonzero(mask & truth)
-        fp, fn = np.count_nonzero(mask) - tp, np.count_nonzero(truth) - tp
+        tp = np.count_nonzero(mask & ground_truth)
+        fp, fn = np.count_nonzero(mask) - tp, np.count_nonzero(ground_truth) - tp
         score = {"tp": float(tp), "fp": float(fp), "fn": float(fn), "tn": float(pixels - tp - fp - fn)}
         if mask is probability:
             score["mae"] = (fp + fn) / max(pixels, 1)
         else:
-            score["mae"] = float(np.abs(probability.astype(np.float64) - truth).sum() / max(pixels, 1))
+            score["mae"] = float(np.abs(probability.astype(np.float64) - ground_truth).sum() / max(pixels, 1))
         if "f_w" in self.metrics:
-            score["f_w"] = weighted_f_measure(probability, truth, self.protocol.whole_number_errors)
+            score["f_w"] = weighted_f_measure(probability, ground_truth, self.protocol.whole_number_errors)
         if "s_measure" in self.metrics:
-            score["s_measure"] = s_measure(probability, truth, self.protocol.released_measures)
+            score["s_measure"] = s_measure(probability, ground_truth, self.protocol.released_measures)
         self.scores.append(score)
         return score
 
@@ -239,8 +243,8 @@ def score_masks(
         ImportError: If a metric needs a package that is missing.
     """
     accumulated = MaskMetrics(protocol, ignore_index, metrics)
-    for prediction, truth in _pairs(predictions, ground_truths):
-        accumulated.update(prediction, truth)
+    for prediction, ground_truth in _pairs(predictions, ground_truths):
+        accumulated.update(prediction, ground_truth)
     return accumulated.compute()
 
 
@@ -255,12 +259,14 @@ def _pairs(predictions: Iterable[Any], ground_truths: Iterable[Any]) -> Iterable
         ) from error
 
 
-def _as_truth(truth: Any, ignore_index: int | None, index: int) -> tuple[np.ndarray, np.ndarray]:
+def _as_ground_truth(
+    ground_truth: Any, ignore_index: int | None, index: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The true mask, and where it counts."""
-    if isinstance(truth, Image.Image):
-        mask = load_mask(truth)
+    if isinstance(ground_truth, Image.Image):
+        mask = load_mask(ground_truth)
         return mask, np.ones_like(mask)
-    labels = _as_plane(truth, f"truth {index}")
+    labels = _as_plane(ground_truth, f"truth {index}")
     if labels.dtype == bool:
         return labels, np.ones_like(labels)
     counted = np.ones(labels.shape, dtype=bool) if ignore_index is None else labels != ignore_index

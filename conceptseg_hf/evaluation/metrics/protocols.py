@@ -38,7 +38,7 @@ class Protocol:
         size: Side of the square to which masks are resized, or None.
         binary: Whether predictions are thresholded before all metrics.
         whole_number_errors: See `weighted_f_measure`.
-        bicubic_truths: Whether truths are resized by Pillow (bicubic), with the grey values of soft ones.
+        bicubic_ground_truths: Whether truths are resized by Pillow (bicubic), with the grey values of soft ones.
         released_measures: Whether S-measure and BER are those of the released code.
         own_size: Data sets that are compared at the image's own size, and whose images SAM 3 gets from Pillow.
         ignores: Whether pixels to ignore do not count in other sets.
@@ -48,7 +48,7 @@ class Protocol:
     size: int | None = None
     binary: bool = False
     whole_number_errors: bool = False
-    bicubic_truths: bool = False
+    bicubic_ground_truths: bool = False
     released_measures: bool = False
     own_size: frozenset[str] = frozenset()
     ignores: bool = True
@@ -56,37 +56,43 @@ class Protocol:
     def prepare(
         self,
         prediction: np.ndarray,
-        truth: np.ndarray,
+        ground_truth: np.ndarray,
         counted: np.ndarray,
         keep_size: bool,
-        soft_truth: Image.Image | None = None,
+        soft_ground_truth: Image.Image | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Brings a prediction, its truth, and where it counts, all (H, W), to the size of comparison.
 
         Args:
             prediction: Probabilities or bool; it may have the size of comparison already.
-            truth: Bool.
+            ground_truth: Bool.
             counted: Bool.
             keep_size: Compare at the truth's size.
-            soft_truth: The truth with its soft edges, "L", where there is one.
+            soft_ground_truth: The truth with its soft edges, "L", where there is one.
         """
         if self.size is not None and not keep_size:
             prediction = _resize(prediction, self.size) > 0.5
-            truth = self._resize_truth(truth, soft_truth, self.size)
-            counted = np.ones_like(truth)
+            ground_truth = self._resize_ground_truth(ground_truth, soft_ground_truth, self.size)
+            counted = np.ones_like(ground_truth)
         if self.binary and prediction.dtype != bool:
             prediction = prediction > 0.5
-        return prediction, truth, counted
+        return prediction, ground_truth, counted
 
     def threshold(self, logits: np.ndarray) -> np.ndarray:
         """The mask of (h, w) logits at the size of comparison, bool."""
         assert self.size is not None  # the others compare at the truth's size
         return _resize(logits, self.size) > 0
 
-    def _resize_truth(self, truth: np.ndarray, soft_truth: Image.Image | None, side: int) -> np.ndarray:
-        if not self.bicubic_truths:
-            return _resize(truth, side) > 0.5
-        picture = Image.fromarray(truth.astype(np.uint8) * 255) if soft_truth is None else soft_truth
+    def _resize_ground_truth(
+        self, ground_truth: np.ndarray, soft_ground_truth: Image.Image | None, side: int
+    ) -> np.ndarray:
+        if not self.bicubic_ground_truths:
+            return _resize(ground_truth, side) > 0.5
+        picture = (
+            Image.fromarray(ground_truth.astype(np.uint8) * 255)
+            if soft_ground_truth is None
+            else soft_ground_truth
+        )
         return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC)) > 127
 
 
@@ -100,7 +106,7 @@ PROTOCOLS = {
             size=600,
             binary=True,
             whole_number_errors=True,
-            bicubic_truths=True,
+            bicubic_ground_truths=True,
             released_measures=True,
             own_size=frozenset({"reasonseg", "reasonseg-hf"}),
             ignores=False,

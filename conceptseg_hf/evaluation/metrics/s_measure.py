@@ -17,12 +17,12 @@ _EPS = np.spacing(1)
 _RELEASED_EPS = 1e-8
 
 
-def s_measure(prediction: np.ndarray, truth: np.ndarray, released: bool = False) -> float:
+def s_measure(prediction: np.ndarray, ground_truth: np.ndarray, released: bool = False) -> float:
     """Scores one image.
 
     Args:
         prediction: (H, W) probabilities from 0 to 1, or bool.
-        truth: (H, W) bool.
+        ground_truth: (H, W) bool.
         released: Compute it as the released code does: deviations and variances are those of a population, covariances
             those of a sample, epsilons are 1e-8, and a negative sum is not cut at 0. In the blocks of a small object
             that epsilon is no small number. For bool predictions only. (Where the centroid of the foreground is in
@@ -41,17 +41,21 @@ def s_measure(prediction: np.ndarray, truth: np.ndarray, released: bool = False)
         )
     if prediction.dtype != bool:
         metric = load_library()()
-        metric.step(pred=prediction.astype(np.float64), gt=truth, normalize=False)
+        metric.step(pred=prediction.astype(np.float64), gt=ground_truth, normalize=False)
         return float(metric.get_results()["sm"])
-    size, predicted, true = truth.size, int(np.count_nonzero(prediction)), int(np.count_nonzero(truth))
+    size, predicted, true = (
+        ground_truth.size,
+        int(np.count_nonzero(prediction)),
+        int(np.count_nonzero(ground_truth)),
+    )
     if true in (0, size):
-        share = predicted / size
-        return share if true else 1 - share
-    hits = int(np.count_nonzero(prediction & truth))
+        fraction = predicted / size
+        return fraction if true else 1 - fraction
+    hits = int(np.count_nonzero(prediction & ground_truth))
     correct_outside = size - true - (predicted - hits)
     of_object = partial(_object, released=released)
     objects = true * of_object(hits, true) + (size - true) * of_object(correct_outside, size - true)
-    regions = _regions(prediction, truth, true, _released_similarity if released else _similarity)
+    regions = _regions(prediction, ground_truth, true, _released_similarity if released else _similarity)
     total = 0.5 * objects / size + 0.5 * regions
     return total if released else max(0.0, total)
 
@@ -66,19 +70,19 @@ def _object(ones: int, pixels: int, released: bool = False) -> float:
 
 def _regions(
     prediction: np.ndarray,
-    truth: np.ndarray,
+    ground_truth: np.ndarray,
     true: int,
     similarity: Callable[[int, int, int, int], float],
 ) -> float:
     """Structural similarity of the four blocks that meet at the truth's centroid, weighted by their size."""
-    height, width = truth.shape
+    height, width = ground_truth.shape
     # No pixel outside of the frame of both is counted: only its rows and columns are looked at.
-    either = prediction | truth
+    either = prediction | ground_truth
     rows, columns = (np.flatnonzero(either.any(axis=axis)) for axis in (1, 0))
     top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-    prediction, truth = prediction[top:bottom, left:right], truth[top:bottom, left:right]
-    y = round(top + int(np.arange(bottom - top) @ truth.sum(axis=1)) / true) + 1
-    x = round(left + int(np.arange(right - left) @ truth.sum(axis=0)) / true) + 1
+    prediction, ground_truth = prediction[top:bottom, left:right], ground_truth[top:bottom, left:right]
+    y = round(top + int(np.arange(bottom - top) @ ground_truth.sum(axis=1)) / true) + 1
+    x = round(left + int(np.arange(right - left) @ ground_truth.sum(axis=0)) / true) + 1
     score = 0.0
     for rows_of, block_height in ((slice(0, max(0, y - top)), y), (slice(max(0, y - top), None), height - y)):
         for columns_of, block_width in (
@@ -87,8 +91,8 @@ def _regions(
         ):
             pixels = block_height * block_width
             if pixels:
-                block, true_block = prediction[rows_of, columns_of], truth[rows_of, columns_of]
-                counts = (np.count_nonzero(each) for each in (block, true_block, block & true_block))
+                block, gt_block = prediction[rows_of, columns_of], ground_truth[rows_of, columns_of]
+                counts = (np.count_nonzero(each) for each in (block, gt_block, block & gt_block))
                 score += pixels * similarity(pixels, *map(int, counts))
     return score / (height * width)
 

@@ -15,7 +15,9 @@ _RADIUS, _SIGMA = 3, 5.0  # of the Gaussian over which errors inside the foregro
 _EPS = np.spacing(1)
 
 
-def weighted_f_measure(prediction: np.ndarray, truth: np.ndarray, whole_numbers: bool = False) -> float:
+def weighted_f_measure(
+    prediction: np.ndarray, ground_truth: np.ndarray, whole_numbers: bool = False
+) -> float:
     """Scores one image.
 
     Errors inside the foreground are smoothed, since a miss beside hits weighs less; errors outside weigh more the
@@ -23,7 +25,7 @@ def weighted_f_measure(prediction: np.ndarray, truth: np.ndarray, whole_numbers:
 
     Args:
         prediction: (H, W) probabilities from 0 to 1, or bool.
-        truth: (H, W) bool.
+        ground_truth: (H, W) bool.
         whole_numbers: Smooth errors as integers, as code that is fed integer masks does: smoothed errors below one
             are cut to zero, so that misses cost nothing unless all pixels within three of them are missed too. For bool
             predictions only.
@@ -35,34 +37,38 @@ def weighted_f_measure(prediction: np.ndarray, truth: np.ndarray, whole_numbers:
         ValueError: If the shapes differ, or `whole_numbers` is asked for probabilities.
         ImportError: If SciPy is missing.
     """
-    if prediction.shape != truth.shape:
+    if prediction.shape != ground_truth.shape:
         raise ValueError(
-            f"weighted_f_measure: the shapes {prediction.shape} and {truth.shape} differ; bring the masks to one size."
+            f"weighted_f_measure: the shapes {prediction.shape} and {ground_truth.shape} differ; bring the masks "
+            "to one size."
         )
     if whole_numbers and prediction.dtype != bool:
         raise ValueError(
             f"weighted_f_measure: whole_numbers needs a bool prediction, not {prediction.dtype}; threshold it first."
         )
-    if not truth.any():
+    if not ground_truth.any():
         return 0.0
     ndimage = load_ndimage()
-    region = _region(truth | (prediction > 0))
-    truth, error = truth[region], np.abs(prediction[region].astype(np.float64) - truth[region])
-    outside = ~truth
+    region = _region(ground_truth | (prediction > 0))
+    ground_truth, error = (
+        ground_truth[region],
+        np.abs(prediction[region].astype(np.float64) - ground_truth[region]),
+    )
+    outside = ~ground_truth
     rows, columns = ndimage.distance_transform_edt(outside, return_distances=False, return_indices=True)
     # Outside, the error of the nearest foreground pixel: what lies beyond the border must not soften it.
-    nearest = np.where(truth, error, error[rows, columns])
+    nearest = np.where(ground_truth, error, error[rows, columns])
     if whole_numbers:
         # Cut to whole numbers, a mean of zeros and ones is one where the whole window is ones.
         smooth = ndimage.minimum_filter(nearest, size=2 * _RADIUS + 1, mode="constant")
     else:
         smooth = ndimage.convolve1d(nearest, _gaussian(), axis=0, mode="constant")
         smooth = ndimage.convolve1d(smooth, _gaussian(), axis=1, mode="constant")
-    missed = np.minimum(error, smooth)[truth]
+    missed = np.minimum(error, smooth)[ground_truth]
     y, x = np.nonzero(outside & (error > 0))
     distance = np.hypot(y - rows[y, x], x - columns[y, x])
     false_positives = (error[y, x] * (2 - np.exp(np.log(0.5) / 5 * distance))).sum()
-    true_positives = truth.sum() - missed.sum()
+    true_positives = ground_truth.sum() - missed.sum()
     recall = 1 - missed.mean()
     precision = true_positives / (true_positives + false_positives + _EPS)
     return float(2 * recall * precision / (recall + precision + _EPS))

@@ -3,7 +3,7 @@
 A record holds JSON values only:
 
 - `sample_id`, `dataset`, `split`, `level`, `group`, `family`, `prompt`: the sample's, as in `ConceptSample`.
-- `present`, `true_box`, `true_answer`, `true_rule`, `true_think`: its truth; `present` is None where it is unreadable.
+- `present`, `gt_box`, `gt_answer`, `gt_rule`, `gt_think`: its truth; `present` is None where it is unreadable.
 - `route`, `presence`, `threshold`, `decode_presence`, `score`, `label`, `completion`, `think`, `rule`, `answer`, `box`,
   `check`, `check_reference`, `check_iou`, `error`: the result's, as in `ConceptSegmentation`.
 - `mask`: the predicted mask, encoded by `rle.encode_mask`, at the size of the image; None where the sample failed.
@@ -51,8 +51,8 @@ RECORD_FORMAT = 2
 RECORD_FIELDS = frozenset(
     """
     sample_id dataset split level group family prompt present route presence threshold decode_presence rejected
-    foreground_iou scores score label answer true_answer think true_think rule true_rule completion format_valid box
-    true_box box_iou check check_reference check_iou route_ious routing_regret error mask
+    foreground_iou scores score label answer gt_answer think gt_think rule gt_rule completion format_valid box
+    gt_box box_iou check check_reference check_iou route_ious routing_regret error mask
     """.split()
 )
 """The fields that every record has."""
@@ -202,15 +202,15 @@ def make_record(
         "score": result.score,
         "label": result.label,
         "answer": result.answer,
-        "true_answer": sample.answer,
+        "gt_answer": sample.answer,
         "think": result.think,
-        "true_think": sample.think,
+        "gt_think": sample.think,
         "rule": result.rule,
-        "true_rule": sample.rule,
+        "gt_rule": sample.rule,
         "completion": result.completion,
         "format_valid": parse_completion(result.completion or "").is_valid if reasoned else None,
         "box": None if result.box is None else list(result.box),
-        "true_box": None if sample.box is None else list(sample.box),
+        "gt_box": None if sample.box is None else list(sample.box),
         "box_iou": found_box,
         "check": None if result.check is None else list(result.check),
         "check_reference": result.check_reference,
@@ -238,14 +238,14 @@ def make_error_record(
         protocol: See `protocols`.
         metrics: See `MaskMetrics`.
     """
-    truth = error.truth or {"mask": Image.new("L", (1, 1)), "box": None, "box_only": True}
-    sample = ConceptSample(image=Image.new("RGB", truth["mask"].size), **error.fields, **truth)
+    ground_truth = error.ground_truth or {"mask": Image.new("L", (1, 1)), "box": None, "box_only": True}
+    sample = ConceptSample(image=Image.new("RGB", ground_truth["mask"].size), **error.fields, **ground_truth)
     result = ConceptSegmentation.failed(str(error), sample.prompt)
     record = make_record(sample, result, protocol, metrics)
     if error.stretched is not None:
         notes = _notes(error.stretched)
         record |= notes | {"mask_refused": notes.pop("mask_resized_from")}
-    return record if error.truth is not None else record | {"present": None, "rejected": None}
+    return record if error.ground_truth is not None else record | {"present": None, "rejected": None}
 
 
 def _notes(sample: ConceptSample) -> dict[str, Any]:
@@ -267,13 +267,13 @@ def _score(
     own_size = sample.dataset in rule.own_size
     ignore = sample.ignore if rule.ignores or own_size else None
     mask: Image.Image | np.ndarray = Image.new("L", sample.mask.size) if result.mask is None else result.mask
-    truth = sample.mask
+    ground_truth = sample.mask
     if ignore is None and not own_size and rule.size is not None:
         if result.mask_logits is not None:
             mask = rule.threshold(result.mask_logits)
-            truth = sample.stored_mask or sample.mask  # resized once only, as a mask of any size is
-        if rule.bicubic_truths:
-            truth = sample.soft_mask or sample.stored_mask or sample.mask
-    scores = MaskMetrics(protocol, metrics=metrics).update(mask, truth, ignore, own_size)
+            ground_truth = sample.stored_mask or sample.mask  # resized once only, as a mask of any size is
+        if rule.bicubic_ground_truths:
+            ground_truth = sample.soft_mask or sample.stored_mask or sample.mask
+    scores = MaskMetrics(protocol, metrics=metrics).update(mask, ground_truth, ignore, own_size)
     union = scores["tp"] + scores["fp"] + scores["fn"]
     return scores, scores["tp"] / union if union else 1.0

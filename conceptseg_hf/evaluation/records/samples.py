@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset
 
 from ...data import ConceptSample, ConceptShapes, FileBenchmark, UnreadableSampleError
 from ...data.files import FileItem
-from ...data.truths import Truth
+from ...data.ground_truths import GroundTruth
 from ...data.usable import has_usable_references, with_usable_references
 from ..metrics import get_protocol
 
@@ -91,7 +91,7 @@ def identify_sample(samples: Sequence[ConceptSample] | Dataset[ConceptSample], i
     if isinstance(sample, UnreadableSampleError):
         return {}
     box = None if sample.box is None else list(sample.box)
-    return {"sample_id": sample.sample_id, "prompt": sample.prompt, "true_box": box}
+    return {"sample_id": sample.sample_id, "prompt": sample.prompt, "gt_box": box}
 
 
 def _identify_item(item: FileItem, root: Path) -> dict[str, Any]:
@@ -104,12 +104,12 @@ def _identify_item(item: FileItem, root: Path) -> dict[str, Any]:
 def _describe_item(item: FileItem, root: Path) -> Iterator[Any]:
     for name in ("sample_id", "prompt", "level", "group", "family", "think", "rule", "answer"):
         yield getattr(item, name)
-    pictures = [(item.image, item.truth), *((own.image, own.truth) for own in item.references)]
-    for image, truth in pictures:
+    pictures = [(item.image, item.ground_truth), *((own.image, own.ground_truth) for own in item.references)]
+    for image, ground_truth in pictures:
         yield _describe_file(image, root)
-        if truth is not None:
-            yield [_describe_file(path, root) for path in truth.files]
-            yield _describe_values(truth)
+        if ground_truth is not None:
+            yield [_describe_file(path, root) for path in ground_truth.files]
+            yield _describe_values(ground_truth)
 
 
 def _describe_file(path: Path, root: Path) -> tuple[Any, ...]:
@@ -124,6 +124,6 @@ def _describe_file(path: Path, root: Path) -> tuple[Any, ...]:
         return (name,)
 
 
-def _describe_values(truth: Truth) -> list[Any]:
+def _describe_values(ground_truth: GroundTruth) -> list[Any]:
     """What a truth knows besides its file: a label, a box, a row."""
-    return [value for value in vars(truth).values() if isinstance(value, (int, float, str, tuple))]
+    return [value for value in vars(ground_truth).values() if isinstance(value, (int, float, str, tuple))]

@@ -133,8 +133,8 @@ def _data_set(
         name: resample([value[name] for value in each], stream="/".join((*key, name))) for name in wanted
     }
     routes = [record["route"] for record in records if record["route"] is not None]
-    share = 100 * routes.count("shortcut") / len(routes) if routes else None
-    return _part(("data set", level, group, ((dataset, split),), len(records)), values, resamples, share)
+    fraction = 100 * routes.count("shortcut") / len(routes) if routes else None
+    return _part(("data set", level, group, ((dataset, split),), len(records)), values, resamples, fraction)
 
 
 def _mean(kind: str, level: str, group: str, of: Sequence[_Part], metrics: Sequence[str]) -> _Part:
@@ -148,8 +148,8 @@ def _mean(kind: str, level: str, group: str, of: Sequence[_Part], metrics: Seque
     resamples = {name: average([part.resamples[name] for part in of]) for name in names}
     sources = tuple(source for row in rows for source in row.sources)
     samples = sum(row.samples for row in rows)
-    share = mean(row.shortcut_share for row in rows)
-    return _part((kind, level, group, sources, samples), values, resamples, share)
+    fraction = mean(row.shortcut_share for row in rows)
+    return _part((kind, level, group, sources, samples), values, resamples, fraction)
 
 
 def _part(

@@ -21,10 +21,10 @@ from .gallery import (
     Section,
     case_html,
     case_title,
-    prediction_picture,
+    ground_truth_images,
+    prediction_image,
     read_sample,
     result_facts,
-    truth_pictures,
     write_page,
 )
 from .tables import csv_text, interval_text, interval_values, markdown_table, provenance, provenance_line
@@ -278,11 +278,11 @@ class Comparison:
         sample = read_sample(samples, pair.index)
         pictures = []
         if not isinstance(sample, str):
-            pictures = truth_pictures(sample, mosaic=self.settings[0].get("mosaic"))
+            pictures = ground_truth_images(sample, mosaic=self.settings[0].get("mosaic"))
             for letter, record in zip("AB", (pair.first, pair.second), strict=True):
                 if record["error"] is None:
-                    pictures.append((letter, prediction_picture(sample, record)))
-        facts = {"prompt": pair.first["prompt"], "true answer": pair.first.get("true_answer")}
+                    pictures.append((letter, prediction_image(sample, record)))
+        facts = {"prompt": pair.first["prompt"], "true answer": pair.first.get("gt_answer")}
         for letter, record in zip("AB", (pair.first, pair.second), strict=True):
             facts |= {f"{letter}: {name}": value for name, value in result_facts(record).items()}
         return case_html(f"{case_title(pair.first)} ({pair.difference:+.3f})", pictures, facts)
@@ -305,9 +305,9 @@ def compare(
     folders = Path(first), Path(second)
     runs = read_runs(folders[0]), read_runs(folders[1])
     if set(runs[0]) != set(runs[1]):
-        told = [", ".join("/".join(filter(None, source)) for source in sorted(run)) for run in runs]
+        names = [", ".join("/".join(filter(None, source)) for source in sorted(run)) for run in runs]
         raise ValueError(
-            f"compare: {str(first)!r} is of {told[0]} and {str(second)!r} of {told[1]}; compare evaluations of the "
+            f"compare: {str(first)!r} is of {names[0]} and {str(second)!r} of {names[1]}; compare evaluations of the "
             "same benchmarks and splits."
         )
     pairs: list[Pair] = []
@@ -349,7 +349,7 @@ def _pairs(source: tuple[str, str], first: Run, second: Run) -> tuple[list[Pair]
         common += 1
         if record["foreground_iou"] is None or other["foreground_iou"] is None:
             continue
-        if _truth(record) != _truth(other):
+        if _ground_truth(record) != _ground_truth(other):
             raise ValueError(
                 f"compare: the truth of sample {record['sample_id']!r} is not the same in both evaluations; "
                 "evaluate both on the same files."
@@ -362,7 +362,7 @@ def _sample(record: Record) -> tuple[str, str, str]:
     return record.get("dataset", ""), record.get("split", ""), record["sample_id"]
 
 
-def _truth(record: Record) -> tuple[float, float]:
+def _ground_truth(record: Record) -> tuple[float, float]:
     """The pixels of the true foreground, and of the image."""
     scores = record["scores"]
     foreground = scores["tp"] + scores["fn"]

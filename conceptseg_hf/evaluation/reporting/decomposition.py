@@ -39,7 +39,7 @@ _WORDS = {
     "": None,
 }
 _KEYS = ("dataset", "split", "sample_id")
-_SHEET = (*_KEYS, "prompt", "think_text", "rule_text", "answer", "true_rule", "iou", "think", "rule")
+_SHEET = (*_KEYS, "prompt", "think_text", "rule_text", "answer", "gt_rule", "iou", "think", "rule")
 
 
 def exact_rule(record: Record) -> Judgement | None:
@@ -54,9 +54,9 @@ def exact_rule(record: Record) -> Judgement | None:
     Returns:
         The judgement; None without a true rule.
     """
-    if record["true_rule"] is None:
+    if record["gt_rule"] is None:
         return None
-    return {"think": None, "rule": _normalise(record["rule"]) == _normalise(record["true_rule"])}
+    return {"think": None, "rule": _normalise(record["rule"]) == _normalise(record["gt_rule"])}
 
 
 JUDGES: dict[str, Judge] = {"exact-rule": exact_rule}
@@ -158,7 +158,7 @@ def write_annotation_sheet(records: Sequence[Record], path: str | os.PathLike) -
     writer.writeheader()
     for record in reasoned:
         iou = record["foreground_iou"]
-        values = {name: record[name] for name in (*_KEYS, "prompt", "answer", "true_rule")}
+        values = {name: record[name] for name in (*_KEYS, "prompt", "answer", "gt_rule")}
         texts = {f"{part}_text": record[part] for part in _PARTS}
         writer.writerow(values | texts | {"iou": "" if iou is None else f"{iou:.3f}"})
     write_file(path, "\ufeff" + sheet.getvalue())  # the byte order mark tells spreadsheets that it is UTF-8

@@ -21,7 +21,7 @@ from ...writing import write_file
 from ..records import shown_references
 from ..records.rle import decode_mask
 from ..records.store import Record
-from .tables import provenance_line, share
+from .tables import fraction, provenance_line
 
 CASES = 12
 """Cases of each kind on a page."""
@@ -147,13 +147,13 @@ def case_html(title: str, pictures: Sequence[tuple[str, Image.Image]], facts: Ma
     )
 
 
-def truth_pictures(
+def ground_truth_images(
     sample: ConceptSample,
     limit: int | None = None,
     record: Record | None = None,
     mosaic: Mapping[str, Any] | None = None,
 ) -> list[tuple[str, Image.Image]]:
-    """The references, as the MLLM sees them, and the target with its true mask.
+    """The references, as the VLM sees them, and the target with its true mask.
 
     Args:
         sample: The sample.
@@ -171,12 +171,12 @@ def truth_pictures(
         with suppress(OSError, ValueError):  # a reference that cannot be drawn: the record says what is wrong
             drawn = draw_mosaic(references, _HEIGHT, check, MosaicSettings.from_dict(mosaic or {}))
             pictures.append((caption, drawn))
-    truth = "truth" if sample.present else "target; the concept is absent"
-    pictures.append((truth, _overlaid(sample, sample.mask)))
+    ground_truth = "truth" if sample.present else "target; the concept is absent"
+    pictures.append((ground_truth, _overlaid(sample, sample.mask)))
     return pictures
 
 
-def prediction_picture(sample: ConceptSample, record: Record) -> Image.Image:
+def prediction_image(sample: ConceptSample, record: Record) -> Image.Image:
     """The target with the mask and the box of a record."""
     mask = record.get("mask")
     target = load_image(sample.image)
@@ -197,13 +197,13 @@ def result_facts(record: Record) -> dict[str, Any]:
         route += f"; SAM 3's first look {record['presence']:.2f}, threshold {record['threshold']:.2f}"
     reasoned = record["route"] == "reasoning"
     return {
-        "foreground IoU": share(record["foreground_iou"]),
+        "foreground IoU": fraction(record["foreground_iou"]),
         "route": route,
         "rule": (record["rule"] or "none given") if reasoned else None,
         "answer": (record["answer"] or "none given") if reasoned else None,
-        "presence": share(record["decode_presence"]),
-        "box IoU": None if record["box_iou"] is None else share(record["box_iou"]),
-        "check IoU": None if record["check_iou"] is None else share(record["check_iou"]),
+        "presence": fraction(record["decode_presence"]),
+        "box IoU": None if record["box_iou"] is None else fraction(record["box_iou"]),
+        "check IoU": None if record["check_iou"] is None else fraction(record["check_iou"]),
     }
 
 
@@ -227,11 +227,11 @@ def _case(record: Record, samples: Sequence[ConceptSample], index: int, settings
     sample = read_sample(samples, index)
     pictures = []
     if not isinstance(sample, str):
-        pictures = truth_pictures(sample, settings.get("max_references"), record, settings.get("mosaic"))
+        pictures = ground_truth_images(sample, settings.get("max_references"), record, settings.get("mosaic"))
         if record["error"] is None:
-            caption = "prediction" if record["box"] is None else "prediction and the MLLM's box"
-            pictures.append((caption, prediction_picture(sample, record)))
-    facts = {"prompt": record["prompt"], "true answer": record.get("true_answer")} | result_facts(record)
+            caption = "prediction" if record["box"] is None else "prediction and the VLM's box"
+            pictures.append((caption, prediction_image(sample, record)))
+    facts = {"prompt": record["prompt"], "true answer": record.get("gt_answer")} | result_facts(record)
     return case_html(case_title(record), pictures, facts)
 
 

@@ -63,11 +63,11 @@ def remarks(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]:
         return [f"The paper prints no figures for {names}: its layout, this run's numbers alone."]
     if not compares(settings):
         made = f"profile {settings.get('profile') or 'paper'} and protocol {settings['protocol']}"
-        told = (
+        notified = (
             f"The paper's figures were made under profile {_RELEASED} and protocol {_RELEASED}, this run under {made}: "
             "they do not compare, and are left out."
         )
-        return [told]
+        return [notified]
     lines = [
         "Rows with the number of a table are the paper's print (arXiv:2605.20385), of the authors' own checkpoints."
     ]
@@ -145,8 +145,8 @@ def table_10(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]:
         lines.append([_set_title(row), str(row.samples), percent(row.shortcut_share), *scores])
         if beside:
             found = printed.get(row.dataset, {})
-            share = found.get("share") if mode == "adaptive" else None  # printed of this mode alone
-            lines[-1] += [percent(share), *(percent(value, 2) for value in found.get(mode, (None, None)))]
+            fraction = found.get("share") if mode == "adaptive" else None  # printed of this mode alone
+            lines[-1] += [percent(fraction), *(percent(value, 2) for value in found.get(mode, (None, None)))]
     return [*markdown_table(heading, lines), "", provenance_line(settings, _samples(rows))]
 
 

@@ -24,13 +24,13 @@ from .gallery import write_gallery
 from .paper_tables import paper_value, remarks, table_1, table_2, table_8, table_10
 from .tables import (
     csv_text,
+    fraction,
     heading_of,
     interval_values,
     markdown_table,
     percent,
     provenance,
     provenance_line,
-    share,
 )
 
 _LISTED = 50  # errors in a report
@@ -136,7 +136,7 @@ class EvaluationReport:
     def summary(self) -> str:
         """One line: the foreground IoU of each level and of all samples."""
         rows = {row["level"]: row["foreground_iou"] for row in self.table if row["group"] == "all"}
-        return "foreground IoU: " + " | ".join(f"{level} {share(value)}" for level, value in rows.items())
+        return "foreground IoU: " + " | ".join(f"{level} {fraction(value)}" for level, value in rows.items())
 
     def write(self, folder: str | os.PathLike, samples: Sequence[ConceptSample] | None = None) -> None:
         """Writes report.md, report.json and report.csv, and gallery.html if there are samples.
@@ -239,11 +239,11 @@ class EvaluationReport:
             for row in rows
         ]
         judged = sum(row["count"] for row in rows)
-        told = (
+        notified = (
             f"Think and rule as judged by {self.settings['judgements']}; a prediction is right from a foreground IoU "
             f"of {threshold} on. {judged} of {len(self.records)} samples are judged."
         )
-        return [*markdown_table(["think", "rule", "prediction", "samples", "%"], table), "", told]
+        return [*markdown_table(["think", "rule", "prediction", "samples", "%"], table), "", notified]
 
     def sample_tables(self) -> str:
         """The tables by level and group alone, in Markdown, with what was run above."""
@@ -323,17 +323,17 @@ def _row(level: str, group: str, records: Sequence[Record]) -> dict[str, Any]:
         "level": level,
         "group": group,
         "samples": len(records),
-        "foreground_iou": _share(counted),
+        "foreground_iou": _fraction(counted),
         "foreground_iou_interval": None if interval is None else [interval.low, interval.high],
         "rejection_rate": _mean(records, "rejected", lambda record: not record["present"]),
         "presence_auc": presence_auc(
             [record["decode_presence"] for record in judged], [record["present"] for record in judged]
         ),
-        "shortcut_share": _share(
+        "shortcut_share": _fraction(
             record["route"] == "shortcut" for record in records if record["route"] is not None
         ),
-        "routing_regret": _share(regrets),
-        "regretted": _share(regret > 0 for regret in regrets),
+        "routing_regret": _fraction(regrets),
+        "regretted": _fraction(regret > 0 for regret in regrets),
         "format_rate": _mean(records, "format_valid"),
         "box_iou": _mean(records, "box_iou"),
         "check_iou": _mean(records, "check_iou"),
@@ -349,8 +349,8 @@ def _choice(records: Sequence[Record]) -> dict[str, float | None]:
         return {}
     fractions = [record["sibling_fraction"] for record in chosen]
     return {
-        "chosen_right": _share(record["chosen"] == TARGET for record in chosen),
-        "sibling_fraction": _share(fraction for fraction in fractions if fraction is not None),
+        "chosen_right": _fraction(record["chosen"] == TARGET for record in chosen),
+        "sibling_fraction": _fraction(fraction for fraction in fractions if fraction is not None),
     }
 
 
@@ -362,13 +362,13 @@ def _summed(records: Sequence[Record]) -> Sequence[Record]:
 def _mean(
     records: Iterable[Record], name: str, counts: Callable[[Record], bool] = lambda record: True
 ) -> float | None:
-    return _share(record[name] for record in records if counts(record) and record[name] is not None)
+    return _fraction(record[name] for record in records if counts(record) and record[name] is not None)
 
 
-def _share(values: Iterable[float]) -> float | None:
+def _fraction(values: Iterable[float]) -> float | None:
     values = list(values)
     return sum(values) / len(values) if values else None
 
 
 def _cell(value: Any) -> str:
-    return f"{value[0]:.3f} to {value[1]:.3f}" if isinstance(value, list) else share(value)
+    return f"{value[0]:.3f} to {value[1]:.3f}" if isinstance(value, list) else fraction(value)

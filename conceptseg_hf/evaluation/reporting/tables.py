@@ -50,7 +50,7 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def share(value: float | None) -> str:
+def fraction(value: float | None) -> str:
     """A number in [0, 1], or a count."""
     if value is None:
         return "-"

@@ -32,6 +32,7 @@ from ..reporting.report import EvaluationReport
 from ..reporting.tables import (
     checkpoint_name,
     csv_text,
+    fraction,
     heading_of,
     interval_text,
     interval_values,
@@ -39,7 +40,6 @@ from ..reporting.tables import (
     percent,
     provenance,
     provenance_line,
-    share,
 )
 from .evaluator import evaluate
 
@@ -173,7 +173,7 @@ class VariantRow:
         by_level = {row["level"]: row for row in report.table if row["group"] == "all"}
         everything = by_level.pop("all")
         ends = everything["foreground_iou_interval"]
-        share = everything["shortcut_share"]
+        fraction = everything["shortcut_share"]
         row = cls(
             variant,
             provenance(report.settings, len(report.records)),
@@ -182,7 +182,7 @@ class VariantRow:
             if ends is None
             else Interval(everything["foreground_iou"], ends[0], ends[1], everything["samples"]),
             next((found.intervals.get("miou") for found in report.rows if found.kind == "mean"), None),
-            None if share is None else 100 * share,
+            None if fraction is None else 100 * fraction,
         )
         if comparison is None:
             return row
@@ -267,7 +267,7 @@ class AblationReport:
             [
                 row.variant,
                 str(row.stated["samples"]),
-                *(share(row.foreground_iou.get(level)) for level in first.levels),
+                *(fraction(row.foreground_iou.get(level)) for level in first.levels),
                 interval_text(row.total, 3),
                 interval_text(row.mean_miou),
                 percent(row.shortcut_share),
@@ -421,7 +421,7 @@ def ablate(
             generation_config=settings.get("generation"),
         )
     processes = join_processes()
-    processes.wait()  # until the main process has merged the last records
+    processes.barrier()  # until the main process has merged the last records
     baseline = folder / _folder_name(ablation.baseline)
     comparisons = {
         name: compare(baseline, folder / _folder_name(name), (ablation.baseline, name))

@@ -92,7 +92,7 @@ def evaluate(
             failed are run. Needed where there are several processes.
         split: Split of benchmarks given by their own names.
         processor: The processor of a model given as such.
-        generation_config: How the MLLM writes; see `ConceptSegForSegmentation.segment`.
+        generation_config: How the VLM writes; see `ConceptSegForSegmentation.segment`.
         progress: Show a progress bar (in the main process).
         root: Folder of the files of benchmarks given by name; see `load_benchmarks`.
         seed: Seed of their references; see `load_benchmark`.
@@ -235,7 +235,7 @@ class _Run:
             waiting = [rest for batch in batches if (rest := _rest_of(batch, records))]
             bar.skip(total - sum(map(len, waiting)))
             left = sum(map(len, waiting))
-            for batch in waiting[self.processes.index :: self.processes.count]:
+            for batch in waiting[self.processes.rank :: self.processes.world_size]:
                 found = self._evaluate_batch(
                     {index: read_sample(samples, index, self.protocol) for index in batch}
                 )
@@ -309,9 +309,9 @@ class _Run:
         if self.profile is None:
             return {}
         loader = getattr(samples, "loader", None)
-        told = describe_profile(self.profile, self.model.config, self.processor, self.protocol, loader)
+        notified = describe_profile(self.profile, self.model.config, self.processor, self.protocol, loader)
         own_words = self.processor.template == released_template()
-        return {"profile": told, **({"prompt_words": "paper"} if own_words else {})}
+        return {"profile": notified, **({"prompt_words": "paper"} if own_words else {})}
 
 
 def _length(name: str, samples: Sequence[ConceptSample], limit: int | None) -> int:

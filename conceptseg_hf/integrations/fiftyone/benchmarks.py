@@ -22,7 +22,7 @@ from ...data.files import FileReference
 from ...images import load_image, load_mask, mask_to_image
 from ...references import Reference, mask_to_box
 from .field_locks import Lock, locked
-from .files import default_folder, write_picture
+from .files import default_folder, write_image
 from .labels import relative_box
 from .schema import (
     GROUND_TRUTH,
@@ -171,8 +171,8 @@ class _Writer:
             split=self._split,
             episode=episode,
             present=sample.present,
-            true_rule=sample.rule,
-            true_answer=sample.answer,
+            gt_rule=sample.rule,
+            gt_answer=sample.answer,
             **fields,
         )
         target.metadata = fo.ImageMetadata(width=sample.image.width, height=sample.image.height)
@@ -202,7 +202,7 @@ class _Writer:
         return str(path) if path is not None and _is_image(path) else self._write(image, kind, stem)
 
     def _write(self, image: Image.Image, kind: str, stem: str) -> str:
-        return write_picture(image, self._folder / kind, stem.replace("/", "_"))
+        return write_image(image, self._folder / kind, stem.replace("/", "_"))
 
     def _shared_reference(self, file: FileReference, reference: Reference, target: fo.Sample) -> str:
         """The id of a file's reference, added unless its picture is there with the same mark."""

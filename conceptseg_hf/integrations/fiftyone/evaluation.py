@@ -14,16 +14,16 @@ import fiftyone as fo
 import fiftyone.utils.eval.segmentation as foues
 import numpy as np
 
-from ...data.truths import resize
+from ...data.ground_truths import resize
 from ...evaluation.metrics import LIBRARY_METRICS, METRICS, MaskMetrics
 from ...evaluation.reporting.tables import HEADINGS, LOWER_IS_BETTER
 from ...images import load_mask
 from ...mask_checks import is_similar_size
 from .evaluation_runs import COUNTS, left_out_of, replaced_since, report_of
 from .field_locks import locked
+from .gt_masks import check_class, load_gt_mask, load_probabilities
 from .labels import mask_of, predicted_mask
 from .schema import GROUND_TRUTH, IGNORE, fields_of_type
-from .true_masks import check_class, load_probabilities, load_true_mask
 
 BACKEND = "conceptseg"
 CLASSES = ["background", "concept"]
@@ -143,7 +143,7 @@ class ConceptSegEvaluation(foues.SegmentationEvaluation):
                 continue
             matches += _matches(score, sample[config.gt_field], sample[config.pred_field])
             for name, field in names.items():
-                sample[field] = _share_of(name, score)
+                sample[field] = _fraction_of(name, score)
         scores = scorer.total.scores
         sums = {name: int(sum(score[name] for score in scores)) for name in COUNTS}
         return foues.SegmentationResults(
@@ -206,9 +206,9 @@ class _Scorer:
             OSError: If a file is lost.
         """
         config = self._config
-        truth, ignore = load_true_mask(sample[config.gt_field], config.gt_class)
+        ground_truth, ignore = load_gt_mask(sample[config.gt_field], config.gt_class)
         prediction = predicted_mask(sample[config.pred_field])
-        mask = np.zeros_like(truth) if prediction is None else load_mask(prediction)
+        mask = np.zeros_like(ground_truth) if prediction is None else load_mask(prediction)
         size = (mask.shape[1], mask.shape[0])
         if config.heatmap_field and prediction is not None and sample[config.heatmap_field] is not None:
             mask = load_probabilities(sample[config.heatmap_field], mask)
@@ -219,8 +219,8 @@ class _Scorer:
             pixels = _fit(load_mask(ignored), size, "the mask of pixels that do not count")
             ignore = pixels if ignore is None else ignore | pixels
         if ignore is not None or self.total.protocol.size is None:
-            truth = _fit(truth, size, "the true mask")
-        return self.total.update(mask, truth, ignore)
+            ground_truth = _fit(ground_truth, size, "the true mask")
+        return self.total.update(mask, ground_truth, ignore)
 
 
 def _fit(mask: np.ndarray, size: tuple[int, int], what: str) -> np.ndarray:
@@ -355,7 +355,7 @@ def _check_field(samples: Any, name: str, label_type: type) -> None:
 
 
 def _matches(
-    score: dict[str, float], truth: fo.Segmentation, prediction: fo.Segmentation | None
+    score: dict[str, float], ground_truth: fo.Segmentation, prediction: fo.Segmentation | None
 ) -> Iterator[tuple[Any, ...]]:
     """What FiftyOne keeps of a sample; at least one, of weight 0 if no pixel counts, as it says what was scored."""
     background, concept = CLASSES
@@ -363,10 +363,10 @@ def _matches(
     for (true, predicted), name in zip(pairs, COUNTS):
         if score[name] or name == "tn":
             prediction_id = None if prediction is None else prediction.id
-            yield true, predicted, int(score[name]), truth.id, prediction_id
+            yield true, predicted, int(score[name]), ground_truth.id, prediction_id
 
 
-def _share_of(name: str, score: dict[str, float]) -> float:
+def _fraction_of(name: str, score: dict[str, float]) -> float:
     if name == "iou":
         union = score["tp"] + score["fp"] + score["fn"]
         return score["tp"] / union if union else 1.0

@@ -80,7 +80,7 @@ class Lock:
         Raises:
             InUseError: If another run holds one of them.
         """
-        _forget_deleted_datasets()
+        _drop_deleted_datasets()
         check_free(
             self._dataset, self._names, self._subject
         )  # before what an interrupted run has left is replaced
@@ -250,7 +250,7 @@ def _holder(document: dict[str, Any]) -> Holder:
     return Holder(**{name: document[name] for name in names})
 
 
-def _forget_deleted_datasets() -> None:
+def _drop_deleted_datasets() -> None:
     """Deletes what was left of runs into datasets that are gone; never what a new run has just written."""
     database = odm.get_db_conn()
     gone = {"dataset": {"$nin": database["datasets"].distinct("_id")}}

@@ -10,7 +10,7 @@ import fiftyone as fo
 import numpy as np
 from PIL import Image
 
-from ...writing import picture_bytes, write_file
+from ...writing import image_bytes, write_file
 
 
 def default_folder(dataset_name: str, *parts: str) -> Path:
@@ -24,7 +24,7 @@ def _folder_name(name: str) -> str:
     return name if name.strip(".") else name.replace(".", "_")
 
 
-def write_picture(image: Image.Image, folder: Path, stem: str) -> str:
+def write_image(image: Image.Image, folder: Path, stem: str) -> str:
     """Writes a PNG whose name ends in a hash of its content.
 
     A name thus stands for one content: a file is complete or not there, other datasets and the browser's cache may hold
@@ -34,7 +34,7 @@ def write_picture(image: Image.Image, folder: Path, stem: str) -> str:
     Returns:
         The absolute path.
     """
-    content = picture_bytes(image)
+    content = image_bytes(image)
     name = f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}"
     path, copies = folder / f"{name}.png", 1
     while path.exists() and path.read_bytes() != content:  # somebody edited it
@@ -45,6 +45,6 @@ def write_picture(image: Image.Image, folder: Path, stem: str) -> str:
     return str(path.absolute())
 
 
-def probabilities_to_picture(probabilities: np.ndarray) -> Image.Image:
+def probabilities_to_image(probabilities: np.ndarray) -> Image.Image:
     """(H, W) probabilities as an 8-bit picture, 255 for 1."""
     return Image.fromarray(np.rint(np.clip(probabilities, 0, 1) * 255).astype(np.uint8))

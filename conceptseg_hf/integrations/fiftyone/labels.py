@@ -19,7 +19,7 @@ from skimage.measure import label as number_regions
 
 from ...mosaic import Box
 from ...outputs import ConceptSegmentation
-from .files import probabilities_to_picture, write_picture
+from .files import probabilities_to_image, write_image
 from .schema import FOREGROUND, PREDICTION_ATTRIBUTES, REGION_ATTRIBUTES
 
 _WHOLE = 1e-3  # pixels; coordinates this near to a whole number were one before they were divided
@@ -72,7 +72,7 @@ def to_labels(
             if result.mask is None:
                 segmentation.mask = np.zeros(_size_of(image) or (1, 1), dtype=np.uint8)
             elif folder is not None:
-                segmentation.mask_path = write_picture(result.mask, folder / "masks", stem)
+                segmentation.mask_path = write_image(result.mask, folder / "masks", stem)
             else:
                 segmentation.mask = pixels
             labels[output] = segmentation
@@ -83,8 +83,8 @@ def to_labels(
             if folder is None:
                 heatmap.map = result.heatmap
             else:
-                picture = probabilities_to_picture(result.heatmap)
-                heatmap = fo.Heatmap(map_path=write_picture(picture, folder / "heatmaps", stem))
+                picture = probabilities_to_image(result.heatmap)
+                heatmap = fo.Heatmap(map_path=write_image(picture, folder / "heatmaps", stem))
             labels[output] = heatmap
     return labels
 
@@ -154,19 +154,19 @@ def relative_box(box: Iterable[float], size: tuple[int, int]) -> list[float]:
 
 def _relative_span(start: float, end: float, length: int) -> tuple[float, float]:
     """Start and extent as shares of a length."""
-    first, last = _share(start, length), _share(end, length)
+    first, last = _fraction(start, length), _fraction(end, length)
     extent = last - first
     while first + extent < last:
         extent = math.nextafter(extent, math.inf)
     return first, extent
 
 
-def _share(value: float, length: int) -> float:
+def _fraction(value: float, length: int) -> float:
     """The smallest number near value / length of which the length makes no less than the value."""
-    share = value / length
-    while share * length < value:
-        share = math.nextafter(share, math.inf)
-    return share
+    fraction = value / length
+    while fraction * length < value:
+        fraction = math.nextafter(fraction, math.inf)
+    return fraction
 
 
 def _size_of(image: np.ndarray | str | None) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ from bson import ObjectId
 
 from ...images import load_image
 from ...references import MAX_REFERENCES, Box, Reference, Role, resolve_references
+from .gt_masks import load_gt_mask
 from .labels import mask_of, pixel_box
 from .schema import (
     GROUND_TRUTH,
@@ -22,7 +23,6 @@ from .schema import (
     prediction_fields,
     whole_dataset,
 )
-from .true_masks import load_true_mask
 
 BOX_TYPES = (fo.Detections, fo.Detection, fo.Segmentation)
 """Labels that can mark the concept in a reference."""
@@ -174,7 +174,7 @@ def _marked(
         return []
     label = sample[label_field]
     if isinstance(label, fo.Segmentation):
-        load_true_mask(label)  # several classes would teach the wrong concept
+        load_gt_mask(label)  # several classes would teach the wrong concept
         _check(Reference(image, mask=mask_of(label)))
         return [Reference(sample.filepath, mask=mask_of(label), role=role)]
     detections = label.detections if isinstance(label, fo.Detections) else [label]

@@ -54,8 +54,8 @@ BENCHMARK_FIELDS = {
     "split": fo.StringField,
     "episode": fo.StringField,
     "present": fo.BooleanField,
-    "true_rule": fo.StringField,
-    "true_answer": fo.StringField,
+    "gt_rule": fo.StringField,
+    "gt_answer": fo.StringField,
     "load_error": fo.StringField,
 }
 """Text and flags of a benchmark sample; `episode` joins a target with the references that are its own."""

@@ -35,7 +35,7 @@ def zoo_form(ctx: Any) -> types.Property:
     fault = _fault_of(ctx, params)
     if fault is not None:
         inputs.view("fault", types.Warning(label=fault), invalid=True, error_message=fault)
-    _tell_of_overwriting(inputs, ctx.dataset, ctx.params.get("label_field"))
+    _warn_of_overwriting(inputs, ctx.dataset, ctx.params.get("label_field"))
     _ask_prompt(inputs, ctx, params)
     _ask_references(inputs, ctx.dataset, params)
     _ask_choice(inputs, "router", ROUTERS, "adaptive", "Router")
@@ -61,7 +61,7 @@ def zoo_arguments(ctx: Any, params: dict[str, Any]) -> None:
         samples.match(F(f"{field}.error") != None).clear_sample_field(field)  # noqa: E711 (an expression of FiftyOne)
 
 
-def _tell_of_overwriting(inputs: types.Object, dataset: fo.Dataset, field: str | None) -> None:
+def _warn_of_overwriting(inputs: types.Object, dataset: fo.Dataset, field: str | None) -> None:
     """The operator proposes every label field of the dataset, so the true masks are easily chosen."""
     if not field or not dataset.has_field(field) or field in prediction_fields(dataset):
         return

@@ -1,6 +1,6 @@
-"""Trains conceptseg-nano: `python -m conceptseg_trainers.nano [--stage sam|mllm|ctm|all]`.
+"""Trains conceptseg-nano: `python -m conceptseg_trainers.nano [--stage sam|vlm|ctm|all]`.
 
-The stages "sam" and "mllm" do not depend on each other and may run side by side in two processes; "ctm"
+The stages "sam" and "vlm" do not depend on each other and may run side by side in two processes; "ctm"
 needs both and writes the checkpoint. Every stage resumes where it was stopped.
 """
 
@@ -15,12 +15,12 @@ import torch
 from .assemble import load_stage, write_checkpoint
 from .ctm_stage import CtmStage
 from .loop import Schedule, train
-from .mllm_stage import MllmStage
 from .sam_stage import SamStage
+from .vlm_stage import VlmStage
 
-SIGHT = {"sam": 3600, "mllm": 5000}  # steps in which only the vision tower trains
-STEPS = {"sam": 3400, "mllm": 3200, "ctm": 300}
-HELD_OUT = {"sam": 180, "mllm": 132, "ctm": 240}
+SIGHT = {"sam": 3600, "vlm": 5000}  # steps in which only the vision tower trains
+STEPS = {"sam": 3400, "vlm": 3200, "ctm": 300}
+HELD_OUT = {"sam": 180, "vlm": 132, "ctm": 240}
 
 
 def main() -> None:
@@ -74,11 +74,11 @@ def _run() -> None:
             ),
             run_dir,
         )
-    if arguments.stage in ("mllm", "all"):
+    if arguments.stage in ("vlm", "all"):
         train(
-            MllmStage(sight["mllm"], steps["mllm"], device=device, held_out=held_out["mllm"]),
+            VlmStage(sight["vlm"], steps["vlm"], device=device, held_out=held_out["vlm"]),
             Schedule(
-                sight["mllm"] + steps["mllm"], learning_rate=1.5e-3, restart=sight["mllm"], evaluate_every=300
+                sight["vlm"] + steps["vlm"], learning_rate=1.5e-3, restart=sight["vlm"], evaluate_every=300
             ),
             run_dir,
         )

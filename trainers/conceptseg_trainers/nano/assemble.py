@@ -16,14 +16,14 @@ from .tokenizers import build_processor
 
 
 def load_stage(run_dir: Path) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
-    """The model with the averaged weights of the stages "sam" and "mllm" and a fresh CTM, and its processor.
+    """The model with the averaged weights of the stages "sam" and "vlm" and a fresh CTM, and its processor.
 
     Raises:
         FileNotFoundError: If one of the two stages has not been run.
     """
     torch.manual_seed(0)
     model = ConceptSegForSegmentation(ConceptSegConfig.from_preset("nano"))
-    for part, stage, prefix in ((model.sam, "sam", "sam."), (model.vlm, "mllm", "vlm.")):
+    for part, stage, prefix in ((model.sam, "sam", "sam."), (model.vlm, "vlm", "vlm.")):
         path = run_dir / stage / "state.safetensors"
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing; run the stage {stage!r} first.")

@@ -21,11 +21,11 @@ from conceptseg_hf.data.sample import ConceptSample
 from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.losses import segmentation_loss
-from conceptseg_hf.mllm import last_hidden_states, model_inputs
 from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, PreparedSample
 from conceptseg_hf.progress import progress_bar
+from conceptseg_hf.vlm_backbone import last_hidden_states, model_inputs
 
 from .loop import mean, write_tensors
 from .sam_stage import scenes_to_pixels, to_masks
@@ -39,7 +39,7 @@ class CtmStage:
     """Trains the CTM on dice + focal (eq. 5), and a little on presence: the final decode may say "not there".
 
     Args:
-        model: The MLLM and SAM 3 of the earlier stages with a fresh CTM.
+        model: The VLM and SAM 3 of the earlier stages with a fresh CTM.
         processor: The nano processor.
         run_dir: Where the policy's completions are kept.
         completions: How many tasks of the training split are used, over and over.
@@ -84,9 +84,9 @@ class CtmStage:
         kinds = ["own" if rng.random() < 0.6 else "true" for _ in rows]
         tasks = [self.train_split.task(_FIRST_TRAIN_INDEX + int(row)) for row in rows]
         logits, presence = self._decode(self.table, rows, kinds, [task.scene.pixels for task in tasks])
-        truth = torch.from_numpy(np.stack([task.mask for task in tasks])).to(self.device)
-        _, dice, focal = segmentation_loss(logits, truth)
-        present = truth.flatten(1).any(1).float()
+        ground_truth = torch.from_numpy(np.stack([task.mask for task in tasks])).to(self.device)
+        _, dice, focal = segmentation_loss(logits, ground_truth)
+        present = ground_truth.flatten(1).any(1).float()
         presence_loss = nn.functional.binary_cross_entropy_with_logits(presence[:, 0], present)
         total = dice + 10 * focal + 0.25 * presence_loss
         return total, {"dice": dice.item(), "focal": focal.item(), "presence": presence_loss.item()}

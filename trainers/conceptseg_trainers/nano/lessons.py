@@ -1,4 +1,4 @@
-"""What the nano MLLM is taught: pictures, a text to continue, and where it should look while it writes.
+"""What the nano VLM is taught: pictures, a text to continue, and where it should look while it writes.
 
 Two kinds of lesson: `naming_lesson` lists the things in one picture with their boxes, many box targets for
 little text; `task_lesson` is a whole task as the model will meet it, with mosaic, instruction and
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from conceptseg_hf.completion import format_box, format_completion
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.data.concept_shapes.families.task import Task, words_for
-from conceptseg_hf.data.concept_shapes.rendering import COLOURS, GREY, SHAPES, TEXTURES, turns_of
+from conceptseg_hf.data.concept_shapes.rendering import COLORS, GREY, SHAPES, TEXTURES, turns_of
 from conceptseg_hf.data.concept_shapes.scenes import (
     Look,
     Scene,
@@ -37,7 +37,7 @@ GRID = 8  # image tokens per side
 KINDS = ("", "glass", "shadow", "hidden", "core", "scratch", "stain", "hole", "lesion")
 DENSE_CLASSES = {
     "shape": len(SHAPES) + 1,
-    "colour": len(COLOURS) + 2,
+    "color": len(COLORS) + 2,
     "texture": len(TEXTURES) + 1,
     "kind": len(KINDS) + 1,
 }
@@ -329,7 +329,7 @@ def look_classes(look: Look) -> tuple[int, int, int, int]:
     """Class indices of a look, in the order of `DENSE_CLASSES`; 0 is left for nothing."""
     return (
         SHAPES.index(look.shape) + 1,
-        (*COLOURS, GREY).index(look.colour) + 1,
+        (*COLORS, GREY).index(look.color) + 1,
         TEXTURES.index(look.texture) + 1,
         KINDS.index(look.kind) + 1,
     )

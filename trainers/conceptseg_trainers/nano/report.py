@@ -33,16 +33,16 @@ ConceptShapes, a procedural benchmark of drawn scenes.
 ## Training
 
 `make nano` (see `trainers/conceptseg_trainers/nano`), three stages, each with held-out numbers in its log: SAM 3 on
-noun phrases and boxes, with presence; the MLLM from naming and finding things to whole tasks; the CTM on completions of
-the MLLM with the rest frozen. The vision towers of SAM 3 and the MLLM first learn to see, on sheets of shapes. Dense
-heads and guided attention help SAM 3 and the MLLM to learn and are thrown away. SAM 3 is
+noun phrases and boxes, with presence; the VLM from naming and finding things to whole tasks; the CTM on completions of
+the VLM with the rest frozen. The vision towers of SAM 3 and the VLM first learn to see, on sheets of shapes. Dense
+heads and guided attention help SAM 3 and the VLM to learn and are thrown away. SAM 3 is
 also taught that the three-word names of the CD tasks ("camouflaged object segmentation") are no names of things:
-presence 0, no mask loss. The MLLM was not trained by reinforcement learning.
+presence 0, no mask loss. The VLM was not trained by reinforcement learning.
 {notes}
 ## Held-out results
 
 {limit} samples per split, in the order of the split; drawn with seeds that training never uses. `test-compositional`
-joins colours and shapes that training never drew together.
+joins colors and shapes that training never drew together.
 
 {tables}
 """

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 from conceptseg_hf.data import ConceptShapes
-from conceptseg_hf.data.concept_shapes.rendering import COLOURS, GREY, SHAPES, TEXTURES
+from conceptseg_hf.data.concept_shapes.rendering import COLORS, GREY, SHAPES, TEXTURES
 from conceptseg_hf.data.concept_shapes.scenes import Scene, SceneObject
 from conceptseg_hf.evaluation import foreground_iou, presence_auc
 from conceptseg_hf.losses import dice_loss
@@ -51,7 +51,7 @@ _SPECIAL_NOUNS = (
     "hidden square",
 )
 # Not names of anything: SAM 3 learns that it cannot tell whether such a concept is there, so that the router
-# asks the MLLM.
+# asks the VLM.
 _CONCEPT_PROMPTS = (
     "camouflaged object segmentation",
     "salient object segmentation",
@@ -92,10 +92,10 @@ def _words_of(rng: np.random.Generator, item: SceneObject) -> list[str]:
     if choice < 0.4:
         return full
     if choice < 0.65:
-        return [look.colour, look.shape]
+        return [look.color, look.shape]
     if choice < 0.85:
         return [look.shape]
-    return [look.colour, "object"] if choice < 0.95 or look.texture == "plain" else [look.texture, look.shape]
+    return [look.color, "object"] if choice < 0.95 or look.texture == "plain" else [look.texture, look.shape]
 
 
 def negative_question(rng: np.random.Generator, scene: Scene) -> Question:
@@ -105,7 +105,7 @@ def negative_question(rng: np.random.Generator, scene: Scene) -> Question:
         return Question(
             _CONCEPT_PROMPTS[int(rng.integers(len(_CONCEPT_PROMPTS)))], None, nothing, segment=False
         )
-    colours, shapes = list(COLOURS), list(SHAPES)
+    colors, shapes = list(COLORS), list(SHAPES)
     while True:
         item = scene.objects[int(rng.integers(len(scene.objects)))].look
         choice = rng.random()
@@ -115,8 +115,8 @@ def negative_question(rng: np.random.Generator, scene: Scene) -> Question:
             words = item.phrase.split()
             changed = int(rng.integers(len(words)))
             pool = (
-                colours
-                if words[changed] in COLOURS
+                colors
+                if words[changed] in COLORS
                 else shapes
                 if words[changed] in SHAPES
                 else list(TEXTURES[1:])
@@ -125,7 +125,7 @@ def negative_question(rng: np.random.Generator, scene: Scene) -> Question:
         else:
             words = [shapes[int(rng.integers(len(shapes)))]]
             if rng.random() < 0.7:
-                words.insert(0, colours[int(rng.integers(len(colours)))])
+                words.insert(0, colors[int(rng.integers(len(colors)))])
         if not any(other.look.answers_to(words) for other in scene.objects):
             return Question(" ".join(words), None, nothing)
 
@@ -141,7 +141,7 @@ def _jittered(rng: np.random.Generator, box: Sequence[float], size: int) -> tupl
 
 
 _HEAD_WORDS = (
-    (*COLOURS, GREY),
+    (*COLORS, GREY),
     SHAPES,
     TEXTURES,
     ("glass", "transparent", "hidden", "shadow", "core", "scratch", "stain", "hole", "lesion"),
@@ -151,7 +151,7 @@ _HEAD_WORDS = (
 def guidance_targets(scene: Scene, question: Question, prompt_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Where each head of SAM 3's fusion should look, so that it learns to compare words with what it sees.
 
-    Each of the four heads is given one kind of word: colours, shapes, textures, names of special things. Image tokens
+    Each of the four heads is given one kind of word: colors, shapes, textures, names of special things. Image tokens
     that show something to which the word applies should attend to the word, the others to anything else.
 
     Returns:
@@ -267,8 +267,10 @@ class SamStage:
         ]
         right, guided = (torch.from_numpy(np.stack(arrays)).to(self.device) for arrays in zip(*guidance))
         focus = sum(_guided_attention(*pair, right, guided) for pair in zip(fusions, seen)) / len(fusions)
-        truth = torch.from_numpy(np.stack([question.mask for question in flat])).to(self.device).float()
-        present = truth.flatten(1).any(1)
+        ground_truth = (
+            torch.from_numpy(np.stack([question.mask for question in flat])).to(self.device).float()
+        )
+        present = ground_truth.flatten(1).any(1)
         shown = torch.from_numpy(np.stack([tokens_of(question.mask) for question in flat])).to(self.device)
         look = sum(
             _presence_attention(attention, kwargs, shown, present)
@@ -276,7 +278,7 @@ class SamStage:
         ) / len(looks)
         segment = torch.tensor([question.segment for question in flat], device=self.device)
         logits = output.semantic_seg[:, 0]
-        soft = nn.functional.adaptive_avg_pool2d(truth[:, None], logits.shape[-2:])[:, 0]
+        soft = nn.functional.adaptive_avg_pool2d(ground_truth[:, None], logits.shape[-2:])[:, 0]
         focal = _focal(logits, soft)
         dice = dice_loss(logits[present], soft[present])
         focal_loss = focal[segment].mean()
@@ -304,7 +306,7 @@ class SamStage:
         return loss, {"dense": loss.item()}
 
     def _dense_loss(self, scenes: Sequence[Scene], levels: Sequence[Tensor]) -> Tensor:
-        """Cross-entropy of shape, colour, texture and kind at every place of the feature maps SAM 3 uses."""
+        """Cross-entropy of shape, color, texture and kind at every place of the feature maps SAM 3 uses."""
         places = self._places(scenes, levels)
         return sum(dense_class_loss(logits, classes) for logits, classes in places) / len(places)
 

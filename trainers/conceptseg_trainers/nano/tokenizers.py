@@ -5,12 +5,12 @@ from __future__ import annotations
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Sam3ImageProcessor
 
-from conceptseg_hf.data.concept_shapes.rendering import COLOURS, GREY, SHAPES, TEXTURES
+from conceptseg_hf.data.concept_shapes.rendering import COLORS, GREY, SHAPES, TEXTURES
 from conceptseg_hf.presets import (
     NANO_IMAGE_SIZE,
-    NANO_MLLM_VOCABULARY_SIZE,
     NANO_SAM_TEXT_LENGTH,
     NANO_SAM_VOCABULARY_SIZE,
+    NANO_VLM_VOCABULARY_SIZE,
 )
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
 from conceptseg_hf.prompt_template import PromptTemplate
@@ -20,7 +20,7 @@ TAGS = ("think", "rule", "check", "bbox", "answer")
 
 # Names of things come first: these are the words a phrase for SAM 3 is made of.
 NOUN_WORDS = (
-    *(*COLOURS, GREY, *SHAPES, *TEXTURES),
+    *(*COLORS, GREY, *SHAPES, *TEXTURES),
     *"object glass transparent hidden shadow core scratch stain hole lesion visual".split(),
 )
 OTHER_WORDS = tuple(
@@ -61,8 +61,8 @@ def _word_level(vocabulary: list[str], size: int, name: str) -> Tokenizer:
     return tokenizer
 
 
-def build_mllm_tokenizer() -> PreTrainedTokenizerFast:
-    """The MLLM's tokenizer: words, tags, punctuation, and the numbers 0 to 100 as one token each."""
+def build_vlm_tokenizer() -> PreTrainedTokenizerFast:
+    """The VLM's tokenizer: words, tags, punctuation, and the numbers 0 to 100 as one token each."""
     special = [
         "<|endoftext|>",
         "<|im_start|>",
@@ -78,7 +78,7 @@ def build_mllm_tokenizer() -> PreTrainedTokenizerFast:
     words = list(dict.fromkeys([*NOUN_WORDS, *OTHER_WORDS]))
     numbers = [str(number) for number in range(COORDINATE_SCALE + 1)]
     tokenizer = _word_level(
-        [*special, *tags, *punctuation, *words, *numbers], NANO_MLLM_VOCABULARY_SIZE, "the MLLM tokenizer"
+        [*special, *tags, *punctuation, *words, *numbers], NANO_VLM_VOCABULARY_SIZE, "the VLM tokenizer"
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -140,7 +140,7 @@ def build_processor() -> ConceptSegProcessor:
     )
     return ConceptSegProcessor(
         image_processor=image_processor,
-        tokenizer=build_mllm_tokenizer(),
+        tokenizer=build_vlm_tokenizer(),
         sam_image_processor=Sam3ImageProcessor(size=side),
         sam_tokenizer=build_sam_tokenizer(),
         canvas_size=NANO_IMAGE_SIZE,

@@ -126,15 +126,15 @@ class ModelArguments:
 
     Attributes:
         model_name_or_path: Folder or hub id of a ConceptSeg checkpoint; the embedded one by default.
-        mllm_name_or_path: Folder or hub id of a Qwen2.5-VL, instead of a checkpoint.
+        vlm_name_or_path: Folder or hub id of a Qwen2.5-VL, instead of a checkpoint.
         sam_name_or_path: Folder or hub id of a SAM 3, which goes with it.
         num_concept_tokens: L2, the number of concept tokens of the fresh CTM (Table 7: 8, as in the released code; 16
             in an early version of it).
         canvas_size: Side of mosaic and target, for backbones (Table 7: 600).
         coordinate_scale: What a canvas side measures in the text, for backbones: 1 for the paper's decimals,
             600 for the released code's pixels.
-        dtype: Of the MLLM; the checkpoint's by default.
-        attn_implementation: Of the MLLM.
+        dtype: Of the VLM; the checkpoint's by default.
+        attn_implementation: Of the VLM.
         profile: Gives model and processor the settings of a profile, "paper" or "released", which the trained model
             keeps; by default they stay as they are.
     """
@@ -142,16 +142,22 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "ConceptSeg checkpoint (default: the embedded nano checkpoint)."}
     )
-    mllm_name_or_path: str | None = field(default=None, metadata={"help": "MLLM to begin from instead."})
+    vlm_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "VLM to begin from instead.",
+            "aliases": ["--mllm_name_or_path"],
+        },  # its name before
+    )
     sam_name_or_path: str | None = field(default=None, metadata={"help": "SAM 3 that goes with it."})
     num_concept_tokens: int = field(default=8, metadata={"help": "L2 of the fresh CTM."})
     canvas_size: int = field(default=600, metadata={"help": "Side of mosaic and target, for backbones."})
     coordinate_scale: float = field(default=1.0, metadata={"help": "Text units of a canvas side."})
     dtype: str = field(
         default="auto",
-        metadata={"help": "Of the MLLM.", "choices": ["auto", "float32", "bfloat16", "float16"]},
+        metadata={"help": "Of the VLM.", "choices": ["auto", "float32", "bfloat16", "float16"]},
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the MLLM."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the VLM."})
     profile: str | None = field(
         default=None, metadata={"help": "Settings of model and processor: paper or released."}
     )
@@ -159,13 +165,13 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.profile is not None:
             get_profile(self.profile)
-        for name in ("model_name_or_path", "mllm_name_or_path", "sam_name_or_path"):
+        for name in ("model_name_or_path", "vlm_name_or_path", "sam_name_or_path"):
             _check_source(name, getattr(self, name))
-        if (self.mllm_name_or_path is None) != (self.sam_name_or_path is None):
-            raise ValueError("mllm_name_or_path and sam_name_or_path belong together; give both or neither.")
-        if self.mllm_name_or_path and self.model_name_or_path:
+        if (self.vlm_name_or_path is None) != (self.sam_name_or_path is None):
+            raise ValueError("vlm_name_or_path and sam_name_or_path belong together; give both or neither.")
+        if self.vlm_name_or_path and self.model_name_or_path:
             raise ValueError(
-                "both model_name_or_path and mllm_name_or_path are given; begin from a checkpoint or from "
+                "both model_name_or_path and vlm_name_or_path are given; begin from a checkpoint or from "
                 "backbones."
             )
 
@@ -175,7 +181,7 @@ class ModelArguments:
         """The model and its processor.
 
         Args:
-            options: Further arguments of `from_pretrained`, for the checkpoint or the MLLM; they go before the fields.
+            options: Further arguments of `from_pretrained`, for the checkpoint or the VLM; they go before the fields.
 
         Raises:
             OSError: If a checkpoint cannot be found.
@@ -187,21 +193,21 @@ class ModelArguments:
         return model, processor
 
     def _load(self, options: dict[str, Any]) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
-        if self.mllm_name_or_path is None or self.sam_name_or_path is None:  # both or neither are given
+        if self.vlm_name_or_path is None or self.sam_name_or_path is None:  # both or neither are given
             checkpoint = find_checkpoint(self.model_name_or_path)
             load_config(checkpoint)  # refuses what is no ConceptSeg checkpoint
             model = ConceptSegForSegmentation.from_pretrained(checkpoint, **options)
             return model, ConceptSegProcessor.from_pretrained(checkpoint)
         model = ConceptSegForSegmentation.from_backbones(
-            self.mllm_name_or_path,
+            self.vlm_name_or_path,
             self.sam_name_or_path,
             ctm_config={"num_queries": self.num_concept_tokens},
             dtype=options.pop("dtype"),
             vlm_kwargs=options,
         )
         processor = ConceptSegProcessor(
-            image_processor=AutoImageProcessor.from_pretrained(self.mllm_name_or_path),
-            tokenizer=AutoTokenizer.from_pretrained(self.mllm_name_or_path),
+            image_processor=AutoImageProcessor.from_pretrained(self.vlm_name_or_path),
+            tokenizer=AutoTokenizer.from_pretrained(self.vlm_name_or_path),
             sam_image_processor=AutoImageProcessor.from_pretrained(self.sam_name_or_path),
             sam_tokenizer=AutoTokenizer.from_pretrained(self.sam_name_or_path),
             canvas_size=self.canvas_size,
@@ -210,7 +216,7 @@ class ModelArguments:
         return model, processor
 
     def load_kwargs(self) -> dict[str, Any]:
-        """Further arguments of `from_pretrained`, for the checkpoint or the MLLM."""
+        """Further arguments of `from_pretrained`, for the checkpoint or the VLM."""
         return {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
 
 
@@ -250,7 +256,7 @@ def _run(trainer: Trainer) -> None:
     if checkpoint is None or not _is_finished(trainer.args, checkpoint):
         _warn_of_another_rate(trainer, checkpoint)
         if checkpoint is not None:
-            _tell(
+            _notify(
                 trainer, f"resuming from {checkpoint!r}, after step {_state_of(checkpoint)['global_step']}."
             )
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -265,20 +271,20 @@ def _run(trainer: Trainer) -> None:
             f"the run of {checkpoint!r} is finished, so nothing was trained; give another --output_dir for a new one, "
             "or a larger --max_steps or --num_train_epochs to go on.",
         )
-    _tell_results(trainer)
+    _report_results(trainer)
 
 
-def _tell_results(trainer: Trainer) -> None:
+def _report_results(trainer: Trainer) -> None:
     folder = Path(run_folder(trainer.args))
     what = "the adapters are" if is_peft_model(trainer.model) else "the trained model is"
-    _tell(
+    _notify(
         trainer,
         f"{what} in {str(folder)!r}, checkpoints of the run in its folders {PREFIX_CHECKPOINT_DIR}-*.",
     )
     if (folder / "examples").is_dir():
-        _tell(trainer, f"example pictures are in {str(folder / 'examples')!r}.")
+        _notify(trainer, f"example pictures are in {str(folder / 'examples')!r}.")
     if not is_peft_model(trainer.model):
-        _tell(
+        _notify(
             trainer, f"try it with: conceptseg segment IMAGE --prompt TEXT --model {shlex.quote(str(folder))}"
         )
 
@@ -296,7 +302,7 @@ def _how_to_go_on(trainer: Trainer) -> str:
     return f"stopped after step {step}; {auto} on from {str(last)!r}."
 
 
-def _tell(trainer: Trainer, message: str) -> None:
+def _notify(trainer: Trainer, message: str) -> None:
     if trainer.is_world_process_zero():
         print_line(message, sys.stdout)
 

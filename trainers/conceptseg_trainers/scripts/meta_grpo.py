@@ -34,16 +34,16 @@ class SplitReferenceArguments(DataArguments):
 
 @dataclass
 class PolicyArguments(ModelArguments):
-    """The model, and whether all of its MLLM trains or adapters (LoRA) beside the CTM.
+    """The model, and whether all of its VLM trains or adapters (LoRA) beside the CTM.
 
     Attributes:
-        use_peft: Train LoRA adapters of the MLLM, and the CTM.
+        use_peft: Train LoRA adapters of the VLM, and the CTM.
         lora_r: Rank of the adapters.
         lora_alpha: Their scale, times the rank.
         lora_dropout: Their dropout.
         lora_target_modules: A regular expression over module names; the attention projections of the language
             model by default.
-        load_in_4bit: Keep the frozen MLLM under the adapters in 4 bits (needs bitsandbytes).
+        load_in_4bit: Keep the frozen VLM under the adapters in 4 bits (needs bitsandbytes).
     """
 
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters and the CTM."})
@@ -51,7 +51,7 @@ class PolicyArguments(ModelArguments):
     lora_alpha: int = field(default=32, metadata={"help": "Their scale, times the rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Their dropout."})
     lora_target_modules: str = field(default=_LORA_TARGETS, metadata={"help": "What gets adapters (regex)."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Frozen MLLM in 4 bits; needs use_peft."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Frozen VLM in 4 bits; needs use_peft."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,9 +33,9 @@ def prepare(argv: Sequence[str]) -> ConceptSFTTrainer:
     check_run(args)
     train, evaluation = data.load(args)
     settle_completion_source(
-        train, args, tell_of_some=False
+        train, args, list_some=False
     )  # before the model is loaded; the trainer tells the rest
-    with without_zero_init():  # every process needs MLLM and SAM 3 whole
+    with without_zero_init():  # every process needs VLM and SAM 3 whole
         model, processor = model_arguments.load()
     return ConceptSFTTrainer(model, args, train, evaluation, processor)
 

@@ -15,7 +15,7 @@ from .task import Rng, Task, distractors, draw_references, look_with, shows, wor
 
 
 def attribute(rng: Rng, size: int, held_out: bool) -> Task:
-    """All objects that answer to a shape, colour or texture; one in five scenes has two of them."""
+    """All objects that answer to a shape, color or texture; one in five scenes has two of them."""
     look = random_look(rng, held_out)
     words = words_for(rng, look)
     looks = [look]
@@ -51,7 +51,7 @@ def absent(rng: Rng, size: int, held_out: bool) -> Task:
         look = random_look(rng, held_out)
         words = words_for(rng, look)
         near = any(
-            set(words) & {item.look.shape, item.look.colour, item.look.texture} for item in scene.objects
+            set(words) & {item.look.shape, item.look.color, item.look.texture} for item in scene.objects
         )
         if (
             near == hard

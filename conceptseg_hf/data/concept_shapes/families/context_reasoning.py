@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..rendering import COLOURS, SHAPES, FloatArray, draw_background
+from ..rendering import COLORS, SHAPES, FloatArray, draw_background
 from ..scenes import (
     HELD_OUT_PAIRS,
     Box,
@@ -26,9 +26,9 @@ from .task import Rng, Task, distractors, draw_references, look_with, other_word
 
 
 def common_attribute(rng: Rng, size: int, held_out: bool) -> Task:
-    """The marked objects share a colour or a shape and nothing else; find the object that has it too."""
+    """The marked objects share a color or a shape and nothing else; find the object that has it too."""
     look = random_look(rng, held_out)
-    word = look.colour if rng.random() < 0.5 else look.shape
+    word = look.color if rng.random() < 0.5 else look.shape
     scene = draw_scene(
         rng, size, make_objects(rng, size, [look, *distractors(rng, int(rng.integers(1, 4)), [word])])
     )
@@ -40,7 +40,7 @@ def common_attribute(rng: Rng, size: int, held_out: bool) -> Task:
         return shows(draw_scene(rng, size, objects))
 
     prompt = "the object with what the marked objects share"
-    thing = f"{word} object" if word in COLOURS else word
+    thing = f"{word} object" if word in COLORS else word
     references = draw_references(rng, size, reference, int(rng.choice([2, 3, 4, 4, 4])))
     think = f"the marked objects are each a {thing} and here it is the {look.phrase}"
     return Task(scene, scene.objects[0].mask, prompt, references, think, f"find the {thing}", look.phrase)
@@ -52,24 +52,20 @@ def same_object(rng: Rng, size: int, held_out: bool) -> Task:
     twins = [
         replace(
             look,
-            colour=pick(
-                rng, [c for c in COLOURS if c != look.colour and (c, look.shape) not in HELD_OUT_PAIRS]
-            ),
+            color=pick(rng, [c for c in COLORS if c != look.color and (c, look.shape) not in HELD_OUT_PAIRS]),
         ),
         replace(
             look,
-            shape=pick(
-                rng, [s for s in SHAPES if s != look.shape and (look.colour, s) not in HELD_OUT_PAIRS]
-            ),
+            shape=pick(rng, [s for s in SHAPES if s != look.shape and (look.color, s) not in HELD_OUT_PAIRS]),
         ),
     ]
 
     def draw(rng: Rng, size: int, count: int) -> Scene:
-        extra = distractors(rng, count, [look.colour, look.shape])
+        extra = distractors(rng, count, [look.color, look.shape])
         return draw_scene(rng, size, make_objects(rng, size, [look, *extra]))
 
     scene = draw_scene(
-        rng, size, make_objects(rng, size, [look, *twins, *distractors(rng, 1, [look.colour, look.shape])])
+        rng, size, make_objects(rng, size, [look, *twins, *distractors(rng, 1, [look.color, look.shape])])
     )
     references = draw_references(rng, size, lambda rng, size: shows(draw(rng, size, int(rng.integers(0, 3)))))
     think = f"the marked object is the {look.phrase}"
@@ -85,7 +81,7 @@ def same_object(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def same_part(rng: Rng, size: int, held_out: bool) -> Task:
-    """Objects have a core of another colour; the references mark the core of one kind of object."""
+    """Objects have a core of another color; the references mark the core of one kind of object."""
     shape = pick(rng, ("circle", "square", "triangle", "diamond"))
 
     def draw(rng: Rng, size: int) -> Scene:
@@ -101,7 +97,7 @@ def same_part(rng: Rng, size: int, held_out: bool) -> Task:
         )
         objects: list[SceneObject] = []
         for body in bodies:
-            core = Look("circle", other_word(rng, COLOURS, body.look.colour), kind="core")
+            core = Look("circle", other_word(rng, COLORS, body.look.color), kind="core")
             objects += [body, SceneObject(core, body.cx, body.cy, body.radius * 0.46)]
         return draw_scene(rng, size, objects)
 
@@ -192,13 +188,13 @@ def relation(rng: Rng, size: int, held_out: bool) -> Task:
     other = names[(names.index(name) + 1 + int(rng.integers(3))) % 4]
     ox, oy = RELATIONS[other]
     decoy = SceneObject(looks[1], cx + reach * ox + jitter[2], cy + reach * oy + jitter[3], radii[2])
-    if decoy.look.answers_to([anchor_look.colour, anchor_look.shape]) or target.look.answers_to(
-        [anchor_look.colour, anchor_look.shape]
+    if decoy.look.answers_to([anchor_look.color, anchor_look.shape]) or target.look.answers_to(
+        [anchor_look.color, anchor_look.shape]
     ):
         return relation(rng, size, held_out)
     scene = draw_scene(rng, size, [anchor, decoy, target])
     side = f"{name} of" if dx else name
-    anchor_name = f"{anchor_look.colour} {anchor_look.shape}"
+    anchor_name = f"{anchor_look.color} {anchor_look.shape}"
     prompt = f"the object {side} the {anchor_name}"
     answer = looks[0].phrase
     return Task(
@@ -213,13 +209,13 @@ def relation(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def odd_one_out(rng: Rng, size: int, held_out: bool) -> Task:
-    """Several equal objects and one that differs in colour or shape."""
+    """Several equal objects and one that differs in color or shape."""
 
     def draw(rng: Rng, size: int, held_out: bool = False) -> tuple[Scene, Look]:
         while True:
             look, odd = random_look(rng), random_look(rng, held_out)
             odd = replace(odd, texture=look.texture)
-            if look.colour != odd.colour or look.shape != odd.shape:
+            if look.color != odd.color or look.shape != odd.shape:
                 break
         return draw_scene(
             rng, size, make_objects(rng, size, [odd, *[look] * int(rng.integers(3, 5))], 0.09, 0.15)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ...sample import Candidate
-from ..rendering import COLOURS, SHAPES, TEXTURES
+from ..rendering import COLORS, SHAPES, TEXTURES
 from ..scenes import (
     HELD_OUT_PAIRS,
     Box,
@@ -49,7 +49,7 @@ SELECTORS: dict[str, tuple[Callable[[SceneObject, int], float], float]] = {
     "lowest": (lambda item, size: item.cy / size, 0.1),
 }
 ALONE = "only"  # counted, not measured: the one object whose color no other has
-KINDS = ("colour", "shape", "texture")
+KINDS = ("color", "shape", "texture")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Rule:
         if self.selector == ALONE:
             return "the only object of its color"
         fixed = dict(self.attributes)
-        adjectives = [fixed[kind] for kind in ("texture", "colour") if kind in fixed]
+        adjectives = [fixed[kind] for kind in ("texture", "color") if kind in fixed]
         parts = [self.selector] if self.selector else []
         return " ".join(["the", *parts, *adjectives, fixed.get("shape", "object")])
 
@@ -94,14 +94,14 @@ def random_rule(rng: Rng, new: bool = False) -> Rule:
         if form < 0.1:
             return Rule(selector=ALONE)
         kinds = [KINDS[i] for i in rng.permutation(3)]
-        words = {"colour": list(COLOURS), "shape": list(SHAPES), "texture": list(TEXTURES[1:])}
+        words = {"color": list(COLORS), "shape": list(SHAPES), "texture": list(TEXTURES[1:])}
         selector = list(SELECTORS)[int(rng.integers(len(SELECTORS)))]
         attributes = tuple((kind, pick(rng, words[kind])) for kind in kinds)
         if form < 0.25:
             return Rule(attributes[:1])
         if form < 0.45:
             pair = dict(attributes[:2])
-            if (pair.get("colour"), pair.get("shape")) in HELD_OUT_PAIRS:
+            if (pair.get("color"), pair.get("shape")) in HELD_OUT_PAIRS:
                 continue
             return Rule(attributes[:2])
         if form < 0.65:
@@ -198,12 +198,12 @@ def _looks(rng: Rng, rule: Rule, held_out: bool, twins: bool) -> list[Look]:
     fixed = dict(rule.attributes)
     if rule.selector == ALONE:
         target = random_look(rng, held_out)
-        rest = [c for c in COLOURS if c != target.colour]
-        colours = [rest[i] for i in rng.permutation(len(rest))[: int(rng.integers(1, 3))]]
-        return [target, *(random_look(rng, colour=colour) for colour in colours for _ in range(2))]
+        rest = [c for c in COLORS if c != target.color]
+        colors = [rest[i] for i in rng.permutation(len(rest))[: int(rng.integers(1, 3))]]
+        return [target, *(random_look(rng, color=color) for color in colors for _ in range(2))]
     if twins:
         return [random_look(rng)] * int(rng.integers(3, 5))
-    free = "colour" not in fixed or "shape" not in fixed
+    free = "color" not in fixed or "shape" not in fixed
     target = random_look(rng, held_out and free, **fixed)
     if rule.selector is None:
         partial = [

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...sample import Candidate
-from ..rendering import COLOURS, SHAPES, BoolArray
+from ..rendering import COLORS, SHAPES, BoolArray
 from ..scenes import (
     Box,
     Look,
@@ -100,20 +100,20 @@ def distractors(rng: Rng, count: int, avoid: Sequence[str]) -> list[Look]:
 
 
 def words_for(rng: Rng, look: Look) -> list[str]:
-    """Words for a look: its shape, with its colour, its texture, or both."""
+    """Words for a look: its shape, with its color, its texture, or both."""
     choice = rng.random()
     if choice < 0.25:
         return [look.shape]
     if choice < 0.75 or look.texture == "plain":
-        return [look.colour, look.shape]
-    return [look.texture, look.shape] if choice < 0.85 else [look.texture, look.colour, look.shape]
+        return [look.color, look.shape]
+    return [look.texture, look.shape] if choice < 0.85 else [look.texture, look.color, look.shape]
 
 
 def look_with(rng: Rng, words: Sequence[str], held_out: bool) -> Look:
     """A random look that answers to attribute words."""
     fixed: dict[str, str] = {}
     for word in words:
-        kind = "colour" if word in COLOURS else "shape" if word in SHAPES else "texture"
+        kind = "color" if word in COLORS else "shape" if word in SHAPES else "texture"
         fixed[kind] = word
     return random_look(rng, held_out, **fixed)
 

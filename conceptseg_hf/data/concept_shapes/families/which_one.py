@@ -1,4 +1,4 @@
-"""Which one: siblings that a noun cannot tell apart. The answer is a class noun, as an MLLM gives it for photographs.
+"""Which one: siblings that a noun cannot tell apart. The answer is a class noun, as a VLM gives it for photographs.
 
 Two strata. Siblings that share the noun differ in their looks, which the noun leaves out. Siblings of one look are
 told apart by their place alone.
@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from ...sample import Candidate
-from ..rendering import COLOURS, SHAPES, TEXTURES, FloatArray, draw_background, to_uint8, turns_of
+from ..rendering import COLORS, SHAPES, TEXTURES, FloatArray, draw_background, to_uint8, turns_of
 from ..scenes import (
     HELD_OUT_PAIRS,
     Box,
@@ -59,13 +59,13 @@ def marked_kin(rng: Rng, size: int, held_out: bool) -> Task:
 
 def named_kin(rng: Rng, size: int, held_out: bool) -> Task:
     """The prompt gives a color or texture among objects of one shape."""
-    by_colour = bool(rng.random() < 0.6)
-    look = random_look(rng, held_out, **({} if by_colour else {"texture": pick(rng, TEXTURES[1:])}))
-    word = look.colour if by_colour else look.texture
+    by_color = bool(rng.random() < 0.6)
+    look = random_look(rng, held_out, **({} if by_color else {"texture": pick(rng, TEXTURES[1:])}))
+    word = look.color if by_color else look.texture
     kin: list[Look] = []
     while len(kin) < 2 + int(look.texture != "plain"):
         other = _kin(rng, look, 1)[0]
-        if word not in (other.colour, other.texture):
+        if word not in (other.color, other.texture):
             kin.append(other)
     scene = draw_scene(rng, size, make_objects(rng, size, [look, *kin]))
     return _first_object_task(
@@ -225,8 +225,8 @@ def inside_ring(rng: Rng, size: int, held_out: bool) -> Task:
     """The twin inside a ring, or the one outside of it."""
     look = random_look(rng, held_out, shape=pick(rng, [s for s in SHAPES if s != "ring"]))
     ring_radius = random_radius(rng, size, 0.27, 0.31)
-    colours = [c for c in COLOURS if c != look.colour and (c, "ring") not in HELD_OUT_PAIRS]
-    ring_look = Look("ring", pick(rng, colours))
+    colors = [c for c in COLORS if c != look.color and (c, "ring") not in HELD_OUT_PAIRS]
+    ring_look = Look("ring", pick(rng, colors))
     radius = random_radius(rng, size, 0.075, 0.095)
     is_inside = bool(rng.random() < 0.5)
     ring = SceneObject(ring_look, *place(rng, size, [ring_radius])[0], ring_radius)
@@ -270,10 +270,10 @@ def _candidates(
 def _kin(rng: Rng, look: Look, count: int) -> list[Look]:
     """Different looks of the same shape."""
     kin: list[Look] = []
-    colours = [c for c in COLOURS if (c, look.shape) not in HELD_OUT_PAIRS]
+    colors = [c for c in COLORS if (c, look.shape) not in HELD_OUT_PAIRS]
     while len(kin) < count:
-        other = random_look(rng, shape=look.shape, colour=pick(rng, colours))
-        if other.colour != look.colour or other.texture != look.texture:
+        other = random_look(rng, shape=look.shape, color=pick(rng, colors))
+        if other.color != look.color or other.texture != look.texture:
             kin.append(other)
     return kin
 
@@ -281,12 +281,12 @@ def _kin(rng: Rng, look: Look, count: int) -> list[Look]:
 def _unlike(rng: Rng, look: Look) -> Look:
     """A plain look of another shape and color."""
     shape = other_word(rng, SHAPES, look.shape)
-    colours = [c for c in COLOURS if c != look.colour and (c, shape) not in HELD_OUT_PAIRS]
-    return Look(shape, pick(rng, colours))
+    colors = [c for c in COLORS if c != look.color and (c, shape) not in HELD_OUT_PAIRS]
+    return Look(shape, pick(rng, colors))
 
 
 def _name(look: Look) -> str:
-    return f"{look.colour} {look.shape}"
+    return f"{look.color} {look.shape}"
 
 
 def _twins(rng: Rng, look: Look, radius: float, centres: Sequence[tuple[float, float]]) -> list[SceneObject]:

@@ -33,11 +33,11 @@ def make_dataset_of(fo, request):
 @pytest.fixture()
 def pair(fo, make_dataset_of):
     """A dataset of two samples: half of each true mask is found."""
-    truth, found = np.zeros((2, 4, 4), np.uint8)
-    truth[:2], found[:1] = 255, 255
+    ground_truth, found = np.zeros((2, 4, 4), np.uint8)
+    ground_truth[:2], found[:1] = 255, 255
 
     def make(**fields):
-        labels = {"ground_truth": truth, "concept": found}
+        labels = {"ground_truth": ground_truth, "concept": found}
         labels = {name: [fo.Segmentation(mask=mask) for _ in range(2)] for name, mask in labels.items()}
         return make_dataset_of(**labels, **fields)
 
@@ -77,15 +77,15 @@ def voc(border=True):
         np.repeat(voc(border=False)[..., None], 3, axis=2),
         np.stack([voc(border=False), voc(border=False), np.zeros((8, 8), np.uint8)], axis=2),
     ],
-    ids=["border", "classes", "all", "int", "grey", "colours"],
+    ids=["border", "classes", "all", "int", "grey", "colors"],
 )
-def test_several_classes_are_never_one(fo, make_dataset_of, truth):
+def test_several_classes_are_never_one(fo, make_dataset_of, ground_truth):
     from conceptseg_hf.integrations.fiftyone import evaluate_concepts
 
     plain = np.where(voc() == 15, 255, 0).astype(np.uint8)
-    truths = [fo.Segmentation(mask=mask) for mask in (truth, plain)]
+    ground_truths = [fo.Segmentation(mask=mask) for mask in (ground_truth, plain)]
     dataset = make_dataset_of(
-        ground_truth=truths, concept=[fo.Segmentation(mask=plain), fo.Segmentation(mask=plain)]
+        ground_truth=ground_truths, concept=[fo.Segmentation(mask=plain), fo.Segmentation(mask=plain)]
     )
     results = evaluate_concepts(dataset, eval_key="run")
     [(sample_id, fault)] = results.backend.unscored.items()
@@ -104,8 +104,10 @@ def test_one_class_is_scored(fo, make_dataset_of, tmp_path, on_disk):
     picture.putpalette([(37 * value) % 256 for value in range(768)])
     picture.putdata(voc().ravel().tolist())
     picture.save(tmp_path / "voc.png")
-    truth = {"mask_path": str(tmp_path / "voc.png")} if on_disk else {"mask": voc()}
-    dataset = make_dataset_of(ground_truth=[fo.Segmentation(**truth)], concept=[fo.Segmentation(mask=found)])
+    ground_truth = {"mask_path": str(tmp_path / "voc.png")} if on_disk else {"mask": voc()}
+    dataset = make_dataset_of(
+        ground_truth=[fo.Segmentation(**ground_truth)], concept=[fo.Segmentation(mask=found)]
+    )
     assert giou(evaluate_concepts(dataset, gt_class=15)) == 100
     assert giou(evaluate_concepts(dataset, gt_class=9)) == 0
     theirs = dataset.evaluate_segmentations(
@@ -118,7 +120,7 @@ def test_one_class_is_scored(fo, make_dataset_of, tmp_path, on_disk):
 
 
 def test_one_foreground_is_no_class(fo, make_dataset_of, tmp_path):
-    """Soft edges, 0 and 1, true and false, greys as colours or in a palette."""
+    """Soft edges, 0 and 1, true and false, greys as colors or in a palette."""
     from conceptseg_hf.integrations.fiftyone import evaluate_concepts
 
     found = np.zeros((16, 16), np.uint8)
@@ -126,12 +128,12 @@ def test_one_foreground_is_no_class(fo, make_dataset_of, tmp_path):
     soft = found.copy()
     soft[7], soft[8] = np.arange(140, 156), np.arange(10, 26)
     Image.fromarray(soft).convert("RGB").quantize(16).save(tmp_path / "soft.gif")  # indices of greys
-    truths = [soft, found // 255, found > 0, np.repeat(found[..., None], 3, axis=2)]
-    truths = [fo.Segmentation(mask=mask) for mask in truths]
-    truths.append(fo.Segmentation(mask_path=str(tmp_path / "soft.gif")))
+    ground_truths = [soft, found // 255, found > 0, np.repeat(found[..., None], 3, axis=2)]
+    ground_truths = [fo.Segmentation(mask=mask) for mask in ground_truths]
+    ground_truths.append(fo.Segmentation(mask_path=str(tmp_path / "soft.gif")))
     dataset = make_dataset_of(
-        ground_truth=truths,
-        concept=[fo.Segmentation(mask=found) for _ in truths],
+        ground_truth=ground_truths,
+        concept=[fo.Segmentation(mask=found) for _ in ground_truths],
     )
     results = evaluate_concepts(dataset)
     assert giou(results) == 100 and not results.backend.unscored
@@ -254,7 +256,7 @@ def test_an_interrupt_leaves_no_half_run(pair, monkeypatch):
         raise KeyboardInterrupt
 
     dataset = pair()
-    monkeypatch.setattr(evaluation, "_share_of", interrupted)
+    monkeypatch.setattr(evaluation, "_fraction_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate_concepts(dataset, eval_key="run")
     assert dataset.list_evaluations() == [] and not dataset.has_field("run_iou")
@@ -292,7 +294,7 @@ def test_a_run_that_is_not_finished_is_said(fo, pair, explore, monkeypatch):
     dataset = pair()
     declare_prediction_fields(dataset, "concept")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(evaluation, "_share_of", killed)
+        patch.setattr(evaluation, "_fraction_of", killed)
         dataset.evaluate_segmentations(
             "concept", gt_field="ground_truth", eval_key="run", method="conceptseg"
         )

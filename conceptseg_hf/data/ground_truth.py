@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..images import load_grey_mask, open_oriented_mask, picture_foreground
+from ..images import image_foreground, load_grey_mask, open_oriented_mask
 from ..mask_checks import check_mask_frame, looks_like_photo
 from ..references import Box
 from .paths import read_json
@@ -19,7 +19,7 @@ from .paths import read_json
 Size = tuple[int, int]
 
 
-class Truth(ABC):
+class GroundTruth(ABC):
     """The truth of one sample, read only when it is needed."""
 
     box_only = False
@@ -61,7 +61,7 @@ class Truth(ABC):
 
 
 @dataclass(frozen=True)
-class MaskFile(Truth):
+class MaskFile(GroundTruth):
     """A mask of its own file; see `images.load_mask` for what counts as foreground."""
 
     path: Path
@@ -76,7 +76,7 @@ class MaskFile(Truth):
             )
         if size is not None:
             check_mask_frame(self.name, picture.size, own_orientation, size, orientation)
-        return picture_foreground(picture), None
+        return image_foreground(picture), None
 
     def read_soft(self) -> Image.Image | None:
         """See `Truth.read_soft`."""
@@ -86,7 +86,7 @@ class MaskFile(Truth):
 
 
 @dataclass(frozen=True)
-class LabelFile(Truth):
+class LabelFile(GroundTruth):
     """One value of a map of labels (one channel, whole numbers).
 
     Attributes:
@@ -108,7 +108,7 @@ class LabelFile(Truth):
 
 
 @dataclass(frozen=True)
-class PolygonFile(Truth):
+class PolygonFile(GroundTruth):
     """ReasonSeg's JSON: `shapes` of `label` and `points` in pixels.
 
     Shapes labelled "flag" are skipped; larger ones are painted first; those whose label contains "ignore" do not count.
@@ -150,7 +150,7 @@ class PolygonFile(Truth):
 
 
 @dataclass(frozen=True)
-class BoxTruth(Truth):
+class BoxGroundTruth(GroundTruth):
     """A box and no mask: x1, y1, x2, y2 as fractions of the image's sides."""
 
     fractions: tuple[float, ...]
@@ -169,7 +169,7 @@ class BoxTruth(Truth):
 
 
 @dataclass(frozen=True)
-class PixelBox(Truth):
+class PixelBox(GroundTruth):
     """A box and no mask: x1, y1, x2, y2 in pixels, x2 and y2 exclusive."""
 
     pixels: Box

@@ -1,4 +1,4 @@
-"""Stage "mllm": Qwen2.5-VL learns to read pictures, then to reason about them in the completion's template.
+"""Stage "vlm": Qwen2.5-VL learns to read pictures, then to reason about them in the completion's template.
 
 What makes a small language model learn to read image tokens (else it stays blind for tens of thousands of them):
 - a vision tower that has learned to see before, shapes above all;
@@ -50,8 +50,8 @@ _SHEETS = 16  # pictures per step while the vision tower trains alone
 _BLOCK = 4  # steps that share one kind of lesson
 
 
-class MllmWithHeads(nn.Module):
-    """The MLLM and the dense heads that only training needs."""
+class VlmWithHeads(nn.Module):
+    """The VLM and the dense heads that only training needs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,8 +62,8 @@ class MllmWithHeads(nn.Module):
         self.dense_box = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4))
 
 
-class MllmStage:
-    """Trains all of the MLLM on lessons.
+class VlmStage:
+    """Trains all of the VLM on lessons.
 
     Args:
         sight: Steps in which only the vision tower trains, on the dense heads.
@@ -73,7 +73,7 @@ class MllmStage:
         held_out: Samples of the split "val" that an evaluation takes.
     """
 
-    name = "mllm"
+    name = "vlm"
 
     def __init__(
         self, sight: int, steps: int, lessons: int = 24, device: str = "cpu", held_out: int = 132
@@ -83,7 +83,7 @@ class MllmStage:
         self.device, self.held_out, self.seeing = device, held_out, False
         self.processor = build_processor()
         self.writer = LessonWriter(self.processor)
-        self.module = MllmWithHeads().to(device)
+        self.module = VlmWithHeads().to(device)
         vocabulary = self.processor.tokenizer.get_vocab()
         self.numbers = torch.tensor([vocabulary[str(number)] for number in range(COORDINATE_SCALE + 1)])
         self.first_number = int(self.numbers[0])
@@ -251,8 +251,10 @@ class MllmStage:
                 if sample.box is None:
                     continue
                 totals["answer"].append(float(completion.answer == sample.answer))
-                truth = item.coordinates.image_box_to_text(sample.box)
-                by_level[sample.level].append(box_iou(completion.bbox, truth) if completion.bbox else 0.0)
+                ground_truth = item.coordinates.image_box_to_text(sample.box)
+                by_level[sample.level].append(
+                    box_iou(completion.bbox, ground_truth) if completion.bbox else 0.0
+                )
         return {
             **seen,
             **{key: mean(v) for key, v in totals.items()},

@@ -4,27 +4,27 @@ import pytest
 import torch
 from transformers import CLIPConfig
 
-from conceptseg_hf import mllm
+from conceptseg_hf import vlm_backbone
 
 
 def test_vision_tokens_of_the_presets(model):
-    assert {3, 4, 5, 6} <= set(mllm.vision_token_ids(model.config.vlm_config))
+    assert {3, 4, 5, 6} <= set(vlm_backbone.vision_token_ids(model.config.vlm_config))
 
 
 def test_refuses_an_unknown_family():
     with pytest.raises(ValueError, match="'clip'"):
-        mllm.check_supported(CLIPConfig())
+        vlm_backbone.check_supported(CLIPConfig())
 
 
 def test_model_inputs_names_what_is_missing():
     with pytest.raises(ValueError, match="mm_token_type_ids, pixel_values, image_grid_thw"):
-        mllm.model_inputs({"input_ids": 1, "attention_mask": 1, "mm_token_type_ids": None})
+        vlm_backbone.model_inputs({"input_ids": 1, "attention_mask": 1, "mm_token_type_ids": None})
 
 
 def test_last_hidden_states_are_post_norm_and_leave_no_positions_behind(model, processor, picture):
     batch = processor.collate([processor.prepare(picture(0), "red circle")])
     with torch.no_grad():
-        states = mllm.last_hidden_states(model.vlm, mllm.model_inputs(batch))
+        states = vlm_backbone.last_hidden_states(model.vlm, vlm_backbone.model_inputs(batch))
         assert model.vlm.model.rope_deltas is None
         reference = model.vlm(**batch, output_hidden_states=True).hidden_states[-1]
     assert torch.equal(states, reference)

@@ -33,9 +33,7 @@ def check_class(samples: Any, gt_field: str, gt_class: int | None) -> None:
         )
 
 
-def load_true_mask(
-    label: fo.Segmentation, gt_class: int | None = None
-) -> tuple[np.ndarray, np.ndarray | None]:
+def load_gt_mask(label: fo.Segmentation, gt_class: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
     """Foreground, and the void pixels beside a class, or None.
 
     Raises:
@@ -73,7 +71,7 @@ def _grey(values: np.ndarray) -> np.ndarray:
         return values
     if values.shape[-1] >= 3 and (values[..., 1:3] != values[..., :1]).any():
         raise ValueError(
-            "mask tells classes by colours; make it one of class indices "
+            "mask tells classes by colors; make it one of class indices "
             "(fiftyone.utils.labels.transform_segmentations) and give one of them as gt_class."
         )
     return values[..., 0]

@@ -1,4 +1,4 @@
-"""What is particular to one MLLM family. Everything else in the package sees an MLLM through these functions.
+"""What is particular to one VLM family. Everything else in the package sees a VLM through these functions.
 
 Known family: Qwen2.5-VL. A further one (Qwen3-VL) is added here.
 """
@@ -18,10 +18,10 @@ from .devices import loaded, move_to_hooks
 
 SUPPORTED_MODEL_TYPES = ("qwen2_5_vl",)
 
-Mllm: TypeAlias = Any
+Vlm: TypeAlias = Any
 """A PreTrainedModel of a known family that generates; the stubs of `generate` fit no model class."""
 
-# What the MLLM reads. Without `mm_token_type_ids` the positions of image tokens are silently wrong.
+# What the VLM reads. Without `mm_token_type_ids` the positions of image tokens are silently wrong.
 INPUT_NAMES = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
 
 _VISION_TOKEN_NAMES = (
@@ -34,10 +34,10 @@ _VISION_TOKEN_NAMES = (
 
 
 def check_supported(config: PreTrainedConfig) -> None:
-    """Raises a ValueError if the family of this MLLM configuration is not known."""
+    """Raises a ValueError if the family of this VLM configuration is not known."""
     if config.model_type not in SUPPORTED_MODEL_TYPES:
         raise ValueError(
-            f"The MLLM's model_type is {config.model_type!r}, which ConceptSeg does not know; use one of "
+            f"The VLM's model_type is {config.model_type!r}, which ConceptSeg does not know; use one of "
             f"{', '.join(map(repr, SUPPORTED_MODEL_TYPES))}."
         )
 
@@ -50,7 +50,7 @@ def vision_token_ids(config: PreTrainedConfig) -> list[int]:
 
 
 def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Picks the MLLM's tensors out of a batch.
+    """Picks the VLM's tensors out of a batch.
 
     Raises:
         ValueError: If one is missing.
@@ -58,7 +58,7 @@ def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     missing = [name for name in INPUT_NAMES if inputs.get(name) is None]
     if missing:
         raise ValueError(
-            f"The MLLM's inputs lack {', '.join(missing)}; pass all that the processor's `collate` returns."
+            f"The VLM's inputs lack {', '.join(missing)}; pass all that the processor's `collate` returns."
         )
     return {name: inputs[name] for name in INPUT_NAMES}
 
@@ -93,11 +93,11 @@ def select_rows(
     return selected
 
 
-def continue_positions(vlm: Mllm, attention_mask: Tensor, rows: Sequence[int]) -> Tensor:
-    """Positions of rows that continue prompts which the MLLM has just read; `generate` then goes on from these.
+def continue_positions(vlm: Vlm, attention_mask: Tensor, rows: Sequence[int]) -> Tensor:
+    """Positions of rows that continue prompts which the VLM has just read; `generate` then goes on from these.
 
     Args:
-        vlm: The MLLM.
+        vlm: The VLM.
         attention_mask: (B, L) of prompts and what follows them.
         rows: (B,) which of the prompts each row continues.
 
@@ -109,23 +109,23 @@ def continue_positions(vlm: Mllm, attention_mask: Tensor, rows: Sequence[int]) -
     return (positions + vlm.model.rope_deltas)[None].expand(3, -1, -1)
 
 
-def encode_images(vlm: Mllm, pixel_values: Tensor, image_grid_thw: Tensor) -> list[Tensor]:
+def encode_images(vlm: Vlm, pixel_values: Tensor, image_grid_thw: Tensor) -> list[Tensor]:
     """The image tokens (tokens, C) of each image."""
     return list(vlm.model.get_image_features(pixel_values, image_grid_thw).pooler_output)
 
 
 def encoded_images(tokens: Sequence[Tensor]) -> dict[str, Any]:
-    """What the MLLM takes in the place of `pixel_values`: the image tokens of all images of a batch, in their order."""
-    # A tuple, as the MLLM's own `get_image_features` returns it.
+    """What the VLM takes in the place of `pixel_values`: the image tokens of all images of a batch, in their order."""
+    # A tuple, as the VLM's own `get_image_features` returns it.
     image = BaseModelOutputWithPooling(pooler_output=tuple(tokens))  # type: ignore[arg-type]
     return {"mm_encoder_outputs": {"image": image}}
 
 
-def full_pass(vlm: Mllm, inputs: Mapping[str, Tensor], **options: Any) -> Any:
+def full_pass(vlm: Vlm, inputs: Mapping[str, Tensor], **options: Any) -> Any:
     """One full forward pass over `model_inputs`, without the language-model head.
 
     Args:
-        vlm: The MLLM.
+        vlm: The VLM.
         inputs: See `model_inputs`.
         **options: What else to return: `output_hidden_states`, `output_attentions`, `use_cache`.
 
@@ -135,21 +135,21 @@ def full_pass(vlm: Mllm, inputs: Mapping[str, Tensor], **options: Any) -> Any:
     """
     with loaded(vlm):
         output = vlm.base_model(**move_to_hooks(inputs, vlm), **options, return_dict=True)
-    forget_positions(vlm)
+    reset_rope_deltas(vlm)
     return output
 
 
-def last_hidden_states(vlm: Mllm, inputs: Mapping[str, Tensor]) -> Tensor:
+def last_hidden_states(vlm: Vlm, inputs: Mapping[str, Tensor]) -> Tensor:
     """(B, L, C) last-layer, post-norm hidden states of one full forward pass over `model_inputs`."""
     return full_pass(vlm, inputs, use_cache=False).last_hidden_state
 
 
-def forget_positions(vlm: Mllm) -> None:
+def reset_rope_deltas(vlm: Vlm) -> None:
     """Drops the position offsets that Qwen keeps on the module, so that no call depends on an earlier one."""
     vlm.model.rope_deltas = None
 
 
-def vision_tower(vlm: Mllm) -> nn.Module:
+def vision_tower(vlm: Vlm) -> nn.Module:
     """The module that encodes pictures."""
     return vlm.model.visual
 
