@@ -23,7 +23,7 @@ from statistics import fmean
 import psutil
 
 from conceptseg_hf.data.concept_shapes import ConceptShapes
-from conceptseg_hf.integrations.mongodb import start_mongod
+from conceptseg_hf.integrations.fiftyone_app.mongodb import start_mongod
 
 SIZE, BATCH = 112, 8
 TURN = 2 * BATCH  # short, so that what else the machine does meets both

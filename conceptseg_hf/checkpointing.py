@@ -17,6 +17,7 @@ from . import hub, vlm_backbone
 from .concept_translation import ConceptTranslationModule
 from .configuration_conceptseg import ConceptSegConfig, ConceptTranslationConfig
 from .devices import complete_device_map, dispatch_part, execution_device, is_offloaded, stored_value
+from .errors import first_line
 from .finite import check_finite
 from .processing_conceptseg import ConceptSegProcessor
 from .quantization import exclude_sam_and_ctm
@@ -278,7 +279,7 @@ class CheckpointMixin(PreTrainedModel):
             if not is_offloaded(self.sam):
                 self.sam.load_state_dict(sam.state_dict())
         except (OSError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise ValueError(
                 f"{fault}, and they could not be taken from {source!r} (its sam_name_or_path): {reason}"
             ) from error
@@ -304,7 +305,7 @@ class CheckpointMixin(PreTrainedModel):
             try:
                 self._processor = ConceptSegProcessor.from_pretrained(source, **self._processor_arguments)
             except (OSError, ValueError) as error:
-                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                reason = first_line(error)
                 raise ValueError(
                     f"segment: {source!r} has no processor that loads ({reason}); {remedy}."
                 ) from error

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoProcessor,
     BatchFeature,
@@ -19,21 +19,14 @@ from transformers import (
     Qwen2VLImageProcessor,
     Sam3ImageProcessor,
 )
+from vocabulary import QWEN_SPECIAL_TOKENS, sam_frame
 
 from conceptseg_hf import ConceptSegProcessor, Reference
 from conceptseg_hf.processing_conceptseg import CoordinateFrame, PreparedSample
 from conceptseg_hf.prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
 from conceptseg_hf.references import MosaicLayout, compose_mosaic
 
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+SPECIAL = ["<|endoftext|>", *QWEN_SPECIAL_TOKENS]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
@@ -66,9 +59,7 @@ def sam_tokenizer() -> PreTrainedTokenizerFast:
         )
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
-    )
+    tokenizer.post_processor = sam_frame()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )

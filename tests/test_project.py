@@ -101,7 +101,7 @@ APPENDING = {
     "evaluation/records/store.py",
     "completions.py",
     "nano/loop.py",
-    "integrations/fiftyone_app.py",
+    "integrations/fiftyone_app/app.py",
     "cli/outputs.py",
 }
 HASHED = {"loading.py", "completions.py", "integrations/fiftyone/runs.py"}  # JSON that is no file

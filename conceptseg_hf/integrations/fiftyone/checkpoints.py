@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import re
 import threading
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from ...cards import is_hub_id
 from ...loading import load_model_and_processor
 from ...outputs import ConceptSegmentation
 from ...pipelines import ConceptSegmentationPipeline
@@ -17,7 +17,6 @@ from ...pipelines import ConceptSegmentationPipeline
 NANO = "nano"
 """Name of the embedded checkpoint."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _lock = threading.Lock()
 _kept: dict[tuple[str, str | None], ConceptSegmentationPipeline] = {}
 
@@ -31,7 +30,7 @@ def fault_of(checkpoint: str) -> str | None:
         if (folder / "config.json").is_file():
             return None
         return f"checkpoint {checkpoint!r} is a folder without config.json; give the folder that holds it."
-    if _HUB_ID.fullmatch(checkpoint) and not checkpoint.startswith("."):
+    if is_hub_id(checkpoint):
         return None
     return f"checkpoint {checkpoint!r} was not found; give 'nano', a folder, or a hub id such as owner/name."
 
