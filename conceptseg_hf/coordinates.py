@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .mosaic import Box, MosaicLayout, MosaicSettings, enclosing_box, make_layout
-from .references import ResolvedReferences, assign_cells, box_iou
+from .boxes import Box, box_iou, enclosing_box
+from .mosaic import MosaicLayout, MosaicSettings, assign_cells, make_layout
+from .references import ResolvedReferences
 
 
 @dataclass(frozen=True)

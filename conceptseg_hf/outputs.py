@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import Cache
 from transformers.utils import ModelOutput
 
+from .boxes import Box
 from .completion import Completion
 from .coordinates import CoordinateFrame
-from .mosaic import Box
 
 
 @dataclass

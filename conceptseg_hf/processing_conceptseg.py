@@ -27,17 +27,12 @@ from .configuration_conceptseg import how_to_convert, is_authors_config
 from .coordinates import CoordinateFrame, make_frame
 from .images import ImageInput, as_list, load_image
 from .inputs import ConceptSegInputs, PreparedSample, index_images, known
-from .mosaic import RESAMPLING, MosaicSettings
+from .mosaic import RESAMPLING, MosaicSettings, compose_mosaic
 from .outputs import ConceptSegmentation, RawSegmentation, SegmentationOutputs
 from .postprocessing import post_process, post_process_mask
 from .processor_settings import SWITCHES, checked_settings
 from .prompt_template import PromptTemplate
-from .references import (
-    Reference,
-    ResolvedReferences,
-    compose_mosaic,
-    resolve_references,
-)
+from .references import Reference, ResolvedReferences, resolve_references
 
 # SAM 3's share of the arguments of the model's `forward`; `vlm_backbone.INPUT_NAMES` are the VLM's.
 _SAM_INPUT_NAMES = ("sam_pixel_values", "sam_input_ids", "sam_attention_mask")

@@ -22,9 +22,9 @@ from transformers import (
 from vocabulary import QWEN_SPECIAL_TOKENS, sam_frame
 
 from conceptseg_hf import ConceptSegProcessor, Reference
+from conceptseg_hf.mosaic import MosaicLayout, compose_mosaic
 from conceptseg_hf.processing_conceptseg import CoordinateFrame, PreparedSample
 from conceptseg_hf.prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
-from conceptseg_hf.references import MosaicLayout, compose_mosaic
 
 SPECIAL = ["<|endoftext|>", *QWEN_SPECIAL_TOKENS]
 CHAT_TEMPLATE = (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
-    from conceptseg_hf.mosaic import Box
+    from conceptseg_hf.boxes import Box
 
 # conceptseg_hf.router.ROUTER_MODES, which cannot be imported without torch; a test holds the two together.
 ROUTERS = ("adaptive", "sam_only", "full_reasoning")

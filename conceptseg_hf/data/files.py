@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..boxes import mask_to_box
 from ..images import is_file, load_oriented_image, mask_to_image, read_header
 from ..mask_checks import describe_other_size, is_similar_size
-from ..references import Reference, mask_to_box
+from ..references import Reference
 from .ground_truths import BoxGroundTruth, GroundTruth, Size, resize
 from .paths import check_files
 from .pools import ClassPool, FileReference, ReferencePool, draw_repeatedly, reference_count

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..boxes import mask_to_box
 from ..images import load_oriented_image, mask_to_image, try_image
 from ..mask_checks import describe_other_size, is_similar_size
-from ..references import Reference, mask_to_box, no_foreground, read_reference
+from ..references import Reference, no_foreground, read_reference
 from .ground_truths import BoxGroundTruth, GroundTruth, MaskFile, PixelBox, Size, resize
 
 

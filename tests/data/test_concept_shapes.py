@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conceptseg_hf.boxes import mask_to_box
 from conceptseg_hf.data import ConceptSample, ConceptShapes, load_benchmark
 from conceptseg_hf.data.concept_shapes.benchmark import SPLITS, family_at
 from conceptseg_hf.data.concept_shapes.families import GROUPS
 from conceptseg_hf.data.concept_shapes.scenes import HELD_OUT_PAIRS
-from conceptseg_hf.references import mask_to_box
 
 ROUND = len(GROUPS) * 3  # every family at least once
 

@@ -27,10 +27,10 @@ from conceptseg_trainers.nano.vlm_stage import patches, positions
 from torch import nn
 
 from conceptseg_hf import parse_completion
+from conceptseg_hf.boxes import mask_to_box
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.data.concept_shapes.families import GROUPS
 from conceptseg_hf.data.concept_shapes.scenes import HELD_OUT_PAIRS
-from conceptseg_hf.references import mask_to_box
 
 TASKS = range(2 * len(GROUPS))
 

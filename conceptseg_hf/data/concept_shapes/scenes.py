@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ...references import mask_to_box
+from ...boxes import Box, mask_to_box
 from .rendering import (
     COLORS,
     GREY,
@@ -28,8 +28,6 @@ from .rendering import (
     to_uint8,
     turns_of,
 )
-
-Box = tuple[int, int, int, int]
 
 # Every eighth pair of color and shape is never drawn outside the split "test-compositional".
 HELD_OUT_PAIRS = frozenset(

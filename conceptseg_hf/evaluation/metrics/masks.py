@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...boxes import box_iou
 from ...images import load_grey_mask, load_mask
-from ...references import box_iou
 from ...suggestions import did_you_mean
 from .protocols import get_protocol
 from .s_measure import load_library, s_measure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -67,15 +67,15 @@ def segment_batch(
     Args:
         pipeline: The model.
         items: Inputs of the pipeline, with `prompt`.
-        settings: Further arguments of the pipeline.
+        settings: Further arguments of `ConceptSegForSegmentation.segment`.
     """
     try:
-        found = cast("list[dict[str, Any]]", pipeline(items, batch_size=max(1, len(items)), **settings))
+        samples = [pipeline.preprocess(item) for item in items]
+        return pipeline.model.segment(samples, processor=pipeline.processor, **settings)
     except Exception as error:  # out of memory, for example
         if len(items) > 1:
             return [result for item in items for result in segment_batch(pipeline, [item], settings)]
         return [ConceptSegmentation.failed(f"the model failed: {error}", items[0]["prompt"])]
-    return [ConceptSegmentation(**result) for result in found]
 
 
 def release_models() -> int:

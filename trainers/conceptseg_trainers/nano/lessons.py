@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
+from conceptseg_hf.boxes import mask_to_box
 from conceptseg_hf.completion import format_box, format_completion
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.data.concept_shapes.families.task import Task, words_for
@@ -27,9 +28,10 @@ from conceptseg_hf.data.concept_shapes.scenes import (
     make_objects,
     random_look,
 )
+from conceptseg_hf.mosaic import compose_mosaic
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, CoordinateFrame
-from conceptseg_hf.references import Reference, compose_mosaic, mask_to_box, resolve_references
+from conceptseg_hf.references import Reference, resolve_references
 
 from .tokenizers import COORDINATE_SCALE
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Sam3Model
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from conceptseg_hf.boxes import mask_to_box
 from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.data.concept_shapes.rendering import COLORS, GREY, SHAPES, TEXTURES
@@ -22,7 +23,6 @@ from conceptseg_hf.data.concept_shapes.scenes import Scene, SceneObject
 from conceptseg_hf.evaluation import foreground_iou, presence_auc
 from conceptseg_hf.losses import dice_loss
 from conceptseg_hf.presets import NANO_IMAGE_SIZE
-from conceptseg_hf.references import mask_to_box
 from conceptseg_hf.sam_prompt import decode, encode_image, encode_text
 
 from .lessons import (

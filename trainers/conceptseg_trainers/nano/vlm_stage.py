@@ -21,11 +21,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
+from conceptseg_hf.boxes import box_iou
 from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
-from conceptseg_hf.references import box_iou
 
 from .lessons import (
     DENSE_CLASSES,
