@@ -23,7 +23,7 @@ from statistics import fmean
 import psutil
 
 from conceptseg_hf.data.concept_shapes import ConceptShapes
-from conceptseg_hf.integrations.mongodb import start_mongod
+from conceptseg_hf.integrations.fiftyone_app.mongodb import start_mongod
 
 SIZE, BATCH = 112, 8
 TURN = 2 * BATCH  # short, so that what else the machine does meets both
@@ -74,7 +74,6 @@ def measure(folder: Path, count: int, router: str) -> tuple[float, float, float,
     import torch
 
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, get_pipeline, segment_collection
-    from conceptseg_hf.processing_conceptseg import ConceptSegInputs
 
     torch.set_num_threads(1)
     paths = []
@@ -93,7 +92,7 @@ def measure(folder: Path, count: int, router: str) -> tuple[float, float, float,
         for start in range(0, len(chosen), BATCH):
             batch = [processor.prepare(path, prompt, lazy=True) for path in chosen[start : start + BATCH]]
             ready = time.process_time()
-            model.segment(ConceptSegInputs(batch, processor), router=router)
+            model.segment(batch, processor=processor, router=router)
             spent["segmenting"] += time.process_time() - ready
         spent["bare"] += time.process_time() - begun
 

@@ -53,7 +53,8 @@ def main() -> None:
             lambda: weighted_f_measure(prediction, ground_truth),  # noqa: B023
         )
         difference = abs(
-            library.cal_wfm(prediction.astype(np.float64), ground_truth) - weighted_f_measure(prediction, ground_truth)
+            library.cal_wfm(prediction.astype(np.float64), ground_truth)
+            - weighted_f_measure(prediction, ground_truth)
         )
         print(
             f"  {name:28} PySODMetrics {1e3 * theirs:6.1f}   here {1e3 * ours:6.1f}   "

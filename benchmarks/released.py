@@ -11,14 +11,13 @@ import argparse
 import os
 import random
 import statistics
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from conceptseg_trainers.loading import changed_settings
 from PIL import Image, ImageDraw, ImageFilter
 
 from conceptseg_hf import Reference, nano_checkpoint
@@ -41,19 +40,6 @@ PROCESSOR = {
     "shortcut_size": {"shortcut_size": 600},
     "sam_resampling, mask_resampling": {"sam_resampling": "bicubic", "mask_resampling": "bicubic"},
 }
-
-
-@contextmanager
-def changed(config: Any, fields: Mapping[str, Any]) -> Iterator[None]:
-    """A config with other fields for a while."""
-    before = {name: getattr(config, name) for name in fields}
-    for name, value in fields.items():
-        setattr(config, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
 
 
 def measure_nano(samples: int) -> None:
@@ -79,7 +65,7 @@ def measure_nano(samples: int) -> None:
         print(f"  {name}: {found - usual:+.3f}; masks {masks}, completions {texts}, routes {routes} differ")
 
     for name, fields in CONFIG.items():
-        with changed(model.config, fields):
+        with changed_settings(model.config, fields):
             tell(name, *run())
     for name, settings in PROCESSOR.items():
         tell(name, *run(processor=processor.with_settings(**settings)))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .writing import write_file
 
@@ -190,7 +191,11 @@ def _holds_released_sam(config: ConceptSegConfig, bases: Sequence[str]) -> bool:
 
 def is_hub_id(name: str) -> bool:
     """Whether a name can only be a repository of the Hub: `owner/name`, and nothing on this disk."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not Path(name).exists()
 
 
 def _card_text(

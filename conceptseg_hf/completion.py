@@ -10,9 +10,8 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
-Box: TypeAlias = tuple[float, float, float, float]
+from .boxes import Box
 
 TAGS = ("think", "rule", "check", "bbox", "answer")
 _BOX_TAGS = ("check", "bbox")

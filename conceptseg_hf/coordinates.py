@@ -11,10 +11,11 @@ With w, h the size of an image, S the canvas size and C the coordinate scale:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .mosaic import Box, MosaicLayout, enclosing_box
-from .references import box_iou
+from .boxes import Box, box_iou, enclosing_box
+from .mosaic import MosaicLayout, MosaicSettings, assign_cells, make_layout
+from .references import ResolvedReferences
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,50 @@ class CoordinateFrame:
         return x1, y1, x2 + pixel, y2 + pixel
 
 
+def make_frame(
+    image_size: tuple[int, int],
+    references: ResolvedReferences | None,
+    settings: MosaicSettings,
+    canvas_size: int,
+    coordinate_scale: float,
+) -> CoordinateFrame:
+    """The coordinate frame of a target image, with its references laid out on the mosaic.
+
+    Args:
+        image_size: (width, height) of the target.
+        references: Its references, or None.
+        settings: How they are laid out, and how their boxes are written.
+        canvas_size: See `CoordinateFrame`.
+        coordinate_scale: See `CoordinateFrame`.
+    """
+    frame = CoordinateFrame(
+        image_size=image_size,
+        canvas_size=canvas_size,
+        coordinate_scale=coordinate_scale,
+        inclusive_corners=settings.corners == "inclusive",
+        encloses_boxes=settings.several_boxes == "enclosing",
+    )
+    if references is None or not references.images:
+        return frame
+    count, proxy = len(references.images), references.proxy
+    layout = make_layout(count, canvas_size, settings)
+    frame = replace(
+        frame,
+        reference_sizes=tuple(image.size for image in references.images),
+        layout=layout,
+        cell_of_reference=assign_cells(count, proxy),
+        proxy=proxy,
+        proxy_boxes=() if proxy is None else references.all_boxes[proxy],
+    )
+    shown = [
+        frame.reference_box_to_text(box, index)
+        for index, boxes in enumerate(references.all_boxes)
+        for box in boxes
+        if index != proxy and frame.cell_of_reference[index] in layout
+    ]
+    return replace(frame, support_boxes=tuple(shown))
+
+
 def _scaled(box: Sequence[float], scale_x: float, scale_y: float | None = None) -> Box:
     scale_y = scale_x if scale_y is None else scale_y
     x1, y1, x2, y2 = box
@@ -175,4 +220,4 @@ def _clipped(box: Box, size: tuple[int, int]) -> Box:
     )
 
 
-__all__ = ["CoordinateFrame"]
+__all__ = ["CoordinateFrame", "make_frame"]

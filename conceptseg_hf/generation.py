@@ -207,7 +207,10 @@ def _prepare_config(
         config.pad_token_id, own.pad_token_id, text_config.pad_token_id, *eos_ids[:1], 0
     )
     config.suppress_tokens = sorted(
-        {*vlm_backbone.vision_token_ids(vlm.config), *(_first_set(config.suppress_tokens, own.suppress_tokens) or [])}
+        {
+            *vlm_backbone.vision_token_ids(vlm.config),
+            *(_first_set(config.suppress_tokens, own.suppress_tokens) or []),
+        }
     )
     config.return_dict_in_generate = False
     config.do_sample = bool(config.do_sample)

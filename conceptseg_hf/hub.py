@@ -16,6 +16,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from .cards import CARD_NAME, is_hub_id, merge_cards, model_card, save_model_card
+from .errors import first_line
 from .writing import write_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ def _card_of_repository(api: HfApi, repo_id: str, revision: str | None) -> str |
         path = api.hf_hub_download(repo_id, CARD_NAME, revision=revision)
         return Path(path).read_text(encoding="utf-8")
     except (OSError, HfHubHTTPError, UnicodeDecodeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         logger.warning("the model card of %r cannot be read (%s); it is left as it is.", repo_id, reason)
         return _UNREADABLE
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,21 +12,17 @@ from transformers import GenerationConfig
 
 from .completion import Completion
 from .devices import execution_device
-from .finite import is_finite
 from .generation import generate_with_states
-from .outputs import ConceptSegmentation
-from .processing_conceptseg import ConceptSegProcessor, PreparedSample
+from .inputs import PreparedSample
+from .outputs import RawSegmentation
+from .processing_conceptseg import ConceptSegProcessor
 from .router import ShortcutRouter
 from .sam_prompt import BOX_TEXT, SAM_PROMPTS, ImageFeatures
 
 if TYPE_CHECKING:
     from .modeling_conceptseg import ConceptSegForSegmentation
 
-_NOTHING = -100.0  # a mask logit whose probability is 0
-_NOT_FINITE = (
-    "the model's output for this sample is not finite (NaN); load the checkpoint in float32 or bfloat16, or use one "
-    "whose training did not diverge."
-)
+_EMPTY = -100.0  # a mask logit whose probability is 0
 
 
 @dataclass(frozen=True)
@@ -41,8 +36,6 @@ class SegmentSettings:
     router: ShortcutRouter
     generation_config: GenerationConfig | Mapping[str, Any] | None = None
     prompted_by: str = "concept+text"
-    return_heatmap: bool = False
-    return_logits: bool = False
 
     def __post_init__(self) -> None:
         if self.prompted_by not in SAM_PROMPTS:
@@ -58,11 +51,6 @@ class _Decoded:
     mask_logits: Tensor
     presence: float
     completion: Completion | None = None
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether there is a mask in it at all."""
-        return math.isfinite(self.presence) and is_finite(self.mask_logits)
 
 
 @dataclass(frozen=True)
@@ -88,17 +76,25 @@ class Segmenter:
     ) -> None:
         self.model, self.processor, self.settings = model, processor, settings
 
-    def segment(self, samples: Sequence[PreparedSample]) -> list[ConceptSegmentation]:
-        """One result per sample, in their order; samples that carry an error become failed results."""
+    def segment(
+        self, samples: Sequence[PreparedSample], image_index: Sequence[int] | None = None
+    ) -> list[RawSegmentation]:
+        """One output per sample, in their order; samples that carry an error become failed ones.
+
+        Args:
+            samples: The samples.
+            image_index: Which image each of them is about; by default every sample has one of its own.
+        """
         router = self.settings.router
+        image_of = range(len(samples)) if image_index is None else image_index
         usable = [i for i, sample in enumerate(samples) if sample.error is None]
         asked = [i for i in usable if router.asks_sam(samples[i].prompt)]
         images = None
         if usable and all(samples[i].shortcut_pixel_values is None for i in usable):
-            images = self._encode(samples, usable)  # both routes see the same pixels
+            images = self._encode(samples, usable, image_of)  # both routes see the same pixels
         first_look: dict[int, _Decoded] = {}
         if asked:
-            seen = images or self._encode(samples, asked, on_shortcut=True)
+            seen = images or self._encode(samples, asked, image_of, on_shortcut=True)
             texts = [router.sam_text(samples[i].prompt) for i in asked]
             first_look = self._decode(seen, asked, texts)
         decoded = {
@@ -106,13 +102,17 @@ class Segmenter:
         }
         reasoned = [i for i in usable if i not in decoded]
         if reasoned:
-            decoded |= self._reason(samples, reasoned, images or self._encode(samples, reasoned))
-        return [self._result(sample, decoded.get(i), first_look.get(i)) for i, sample in enumerate(samples)]
+            decoded |= self._reason(samples, reasoned, images or self._encode(samples, reasoned, image_of))
+        return [self._output(sample, decoded.get(i), first_look.get(i)) for i, sample in enumerate(samples)]
 
     def _encode(
-        self, samples: Sequence[PreparedSample], indices: Sequence[int], on_shortcut: bool = False
+        self,
+        samples: Sequence[PreparedSample],
+        indices: Sequence[int],
+        image_of: Sequence[int],
+        on_shortcut: bool = False,
     ) -> _Images:
-        """Encodes the images of some samples; an image that samples share, once."""
+        """Encodes the images of some samples, each image once."""
         rows: dict[int, int] = {}
         pixels: list[Tensor] = []
         row_of: dict[int, int] = {}
@@ -123,10 +123,10 @@ class Segmenter:
                 raise ValueError(
                     "segment: a sample has no sam_pixel_values; give what the processor returned."
                 )
-            if id(tensor) not in rows:
-                rows[id(tensor)] = len(pixels)
+            if image_of[i] not in rows:
+                rows[image_of[i]] = len(pixels)
                 pixels.append(tensor)
-            row_of[i] = rows[id(tensor)]
+            row_of[i] = rows[image_of[i]]
         device = execution_device(self.model.sam)
         return _Images(self.model.encode_image(torch.stack([tensor.to(device) for tensor in pixels])), row_of)
 
@@ -211,50 +211,23 @@ class Segmenter:
             if completion.bbox is not None
         }
         boxes = {i: box for i, box in boxes.items() if box[2] > 0 and box[3] > 0}
-        decoded = {i: _Decoded(torch.full((1, 1), _NOTHING), 0.0) for i in completions}
+        decoded = {i: _Decoded(torch.full((1, 1), _EMPTY), 0.0) for i in completions}
         if boxes:
             centers = torch.tensor(list(boxes.values()))[:, None]
             decoded |= self._decode(images, list(boxes), [BOX_TEXT] * len(boxes), boxes=centers)
         return decoded
 
-    def _result(
+    def _output(
         self, sample: PreparedSample, decoded: _Decoded | None, first_look: _Decoded | None
-    ) -> ConceptSegmentation:
-        """Brings a decode back to the frames of the input images."""
+    ) -> RawSegmentation:
         if decoded is None:
-            return ConceptSegmentation.failed(sample.error or "", sample.prompt)
-        if not decoded.is_finite:
-            return ConceptSegmentation.failed(_NOT_FINITE, sample.prompt)
-        mask, probability = self.processor.post_process_mask(decoded.mask_logits, sample.coordinates)
-        foreground = probability[probability > 0.5]
-        completion = decoded.completion
-        result = ConceptSegmentation(
-            mask=mask,
-            label=sample.prompt,
-            score=decoded.presence * float(foreground.mean()) if foreground.size else 0.0,
-            route="shortcut" if completion is None else "reasoning",
-            presence=None if first_look is None else first_look.presence,
+            return RawSegmentation(sample.prompt, error=sample.error or "")
+        return RawSegmentation(
+            prompt=sample.prompt,
             threshold=self.settings.router.threshold(sample.prompt),
+            frame=sample.coordinates,
+            mask_logits=decoded.mask_logits,
             decode_presence=decoded.presence,
-            heatmap=probability if self.settings.return_heatmap else None,
-            mask_logits=decoded.mask_logits.cpu().numpy() if self.settings.return_logits else None,
+            presence=None if first_look is None else first_look.presence,
+            completion=decoded.completion,
         )
-        return result if completion is None else self._with_completion(result, completion, sample)
-
-    def _with_completion(
-        self, result: ConceptSegmentation, completion: Completion, sample: PreparedSample
-    ) -> ConceptSegmentation:
-        result.label = completion.answer or sample.prompt
-        result.think, result.rule, result.answer, result.completion = (
-            completion.think,
-            completion.rule,
-            completion.answer,
-            completion.text,
-        )
-        frame = sample.coordinates
-        if completion.bbox is not None:
-            result.box = frame.text_box_to_image(completion.bbox)
-        if completion.check is not None:
-            result.check_reference, result.check = frame.text_box_to_reference(completion.check)
-        result.check_iou = frame.check_iou(completion.check)
-        return result

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from PIL import Image
+from transformers import BatchFeature
 
 from .coordinates import CoordinateFrame
-
-if TYPE_CHECKING:
-    from .processing_conceptseg import ConceptSegProcessor
-
-SHARED_PIXELS = ("sam_pixel_values", "shortcut_pixel_values")
-"""Attributes of `PreparedSample` that samples of one image share."""
 
 _T = TypeVar("_T")
 
@@ -28,16 +23,16 @@ class PreparedSample:
         prompt: The user's words.
         frame: The sample's coordinate frames.
         sam_pixel_values: SAM 3's input, (3, S, S).
-        vlm_images: What the VLM sees, as pictures of canvas size: the mosaic (if there are references),
+        vlm_images: What the VLM sees, as images of canvas size: the mosaic (if there are references),
             then the target.
-        vlm_text: The chat text, with one image token per picture.
+        vlm_text: The chat text, with one image token per image.
         input_ids: Token ids of the chat, image tokens expanded, (L,).
         mm_token_type_ids: 1 at image tokens, else 0, (L,).
-        pixel_values: Patches of all pictures, (patches, d).
-        image_grid_thw: Patch grid of each picture, (pictures, 3).
+        pixel_values: Patches of all images, (patches, d).
+        image_grid_thw: Patch grid of each image, (images, 3).
         error: None, or one sentence that says why this sample cannot be segmented; all tensors are None then.
-        shortcut_pixel_values: SAM 3's input on the shortcut, (3, S, S), where that is another one
-            (`shortcut_size`); else None.
+        shortcut_pixel_values: SAM 3's input on the shortcut, (3, S, S), where it differs (`shortcut_size`); else
+            None.
     """
 
     prompt: str
@@ -66,38 +61,91 @@ class PreparedSample:
         """The stand-in for an item that could not be prepared."""
         return cls(prompt=prompt, error=error)
 
-    def to(self, device: torch.device | str) -> PreparedSample:
-        """A copy whose tensors are on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **moved)
+
+class ConceptSegInputs(BatchFeature):
+    """A batch of B prompts: what a processor returns, for `model.segment(**inputs)`.
+
+    Keys:
+        prompts: The users' words, a list of B strings.
+        frames: The B `CoordinateFrame`s.
+        input_ids, attention_mask, mm_token_type_ids: The VLM's prompts, (B, L), padded on the left.
+        pixel_values: Patches of the VLM's images of all prompts, (patches, d).
+        image_grid_thw: Their patch grids, (images, 3): for each prompt the mosaic (if there are references), then
+            the target.
+        sam_pixel_values: SAM 3's input for the N different target images, (N, 3, S, S).
+        image_index: Which of the N images each prompt is about, (B,).
+        shortcut_pixel_values: SAM 3's input on the shortcut, (N, 3, S, S), where it differs (`shortcut_size`).
+    """
+
+    REQUIRED = (
+        "prompts",
+        "frames",
+        "input_ids",
+        "attention_mask",
+        "mm_token_type_ids",
+        "pixel_values",
+        "image_grid_thw",
+        "sam_pixel_values",
+        "image_index",
+    )
+    OPTIONAL = ("shortcut_pixel_values",)
+
+    @property
+    def samples(self) -> list[PreparedSample]:
+        """The prompts one by one, without padding; their tensors are views of the batch's.
+
+        Raises:
+            ValueError: If a key is missing or unknown.
+        """
+        if missing := [name for name in self.REQUIRED if name not in self]:
+            raise ValueError(
+                f"segment: the inputs lack {', '.join(missing)}; pass all that the processor returned."
+            )
+        if unknown := [name for name in self if name not in (*self.REQUIRED, *self.OPTIONAL)]:
+            raise ValueError(
+                f"segment: there is no argument {unknown[0]!r}; pass what the processor returned, or an argument of "
+                "`segment`."
+            )
+        samples = []
+        grids, patches = self["image_grid_thw"], self["pixel_values"]
+        for row, (prompt, frame) in enumerate(zip(self["prompts"], self["frames"], strict=True)):
+            tokens = self["attention_mask"][row].bool()
+            images = 1 if frame.layout is None else 2
+            own_grids, grids = grids[:images], grids[images:]
+            count = int(own_grids.prod(dim=-1).sum())
+            own_patches, patches = patches[:count], patches[count:]
+            image = int(self["image_index"][row])
+            shortcut = self.get("shortcut_pixel_values")
+            samples.append(
+                PreparedSample(
+                    prompt=prompt,
+                    frame=frame,
+                    sam_pixel_values=self["sam_pixel_values"][image],
+                    input_ids=self["input_ids"][row][tokens],
+                    mm_token_type_ids=self["mm_token_type_ids"][row][tokens],
+                    pixel_values=own_patches,
+                    image_grid_thw=own_grids,
+                    shortcut_pixel_values=None if shortcut is None else shortcut[image],
+                )
+            )
+        return samples
 
 
-@dataclass(eq=False)
-class ConceptSegInputs(Sequence):
-    """What a processor returns and `model.segment` takes: samples of any size, and that processor."""
+def index_images(images: Sequence[object]) -> tuple[list[object], list[int]]:
+    """The different ones of some images, and the index of each image among them.
 
-    samples: list[PreparedSample]
-    processor: ConceptSegProcessor = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int | slice) -> Any:
-        return replace(self, samples=self.samples[index]) if isinstance(index, slice) else self.samples[index]
-
-    def __iter__(self) -> Iterator[PreparedSample]:
-        return iter(self.samples)
-
-    def to(self, device: torch.device | str) -> ConceptSegInputs:
-        """A copy whose tensors are on `device`; samples that share SAM 3's input go on sharing it."""
-        samples = [sample.to(device) for sample in self.samples]
-        for name in SHARED_PIXELS:
-            shared: dict[int, torch.Tensor | None] = {}
-            for before, after in zip(self.samples, samples, strict=True):
-                setattr(after, name, shared.setdefault(id(getattr(before, name)), getattr(after, name)))
-        return replace(self, samples=samples)
+    Two images are the same if they are one object, or equal paths.
+    """
+    different: list[object] = []
+    index_of: dict[object, int] = {}
+    indices = []
+    for image in images:
+        key = image if isinstance(image, str) else id(image)  # the list keeps the objects alive
+        if key not in index_of:
+            index_of[key] = len(different)
+            different.append(image)
+        indices.append(index_of[key])
+    return different, indices
 
 
 def known(value: _T | None, name: str) -> _T:

@@ -2,55 +2,33 @@
 
 from __future__ import annotations
 
-import copy
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-    Sam3Model,
-)
+from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, Sam3Model
 from transformers import initialization as init
 from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import can_return_tuple
 
-from . import hub, vlm_backbone, sam_prompt
+from . import sam_prompt, vlm_backbone
+from .checkpointing import CheckpointMixin
 from .concept_translation import ConceptTranslationModule
-from .configuration_conceptseg import ConceptSegConfig, ConceptTranslationConfig
-from .devices import (
-    complete_device_map,
-    dispatch_part,
-    execution_device,
-    is_offloaded,
-    loaded,
-    stored_value,
-)
-from .finite import check_finite
+from .configuration_conceptseg import ConceptSegConfig
+from .devices import execution_device, loaded
 from .inference import Segmenter, SegmentSettings
+from .inputs import ConceptSegInputs, PreparedSample
 from .losses import segmentation_loss
-from .outputs import ConceptSegmentation, ConceptSegOutput
-from .quantization import exclude_sam_and_ctm
+from .outputs import ConceptSegmentation, ConceptSegOutput, SegmentationOutputs
+from .processing_conceptseg import ConceptSegProcessor
 from .router import ShortcutRouter
 from .sam_prompt import ImageFeatures
 
-if TYPE_CHECKING:
-    from .processing_conceptseg import ConceptSegInputs, ConceptSegProcessor, PreparedSample
 
-# Arguments of `from_pretrained` that say where files come from; they serve every part of a model alike.
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "use_safetensors")
-
-_PARTS = ("vlm", "ctm", "sam")
-
-
-class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
+class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
     """Segments what a prompt means, directly or by reasoning over reference images.
 
     Parts: `vlm` (the VLM), `ctm` (Concept Translation Module) and `sam` (SAM 3: frozen, and in eval mode
@@ -89,252 +67,6 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         self.post_init()
         self._freeze_sam()
 
-    # -- building, loading, saving --
-
-    @classmethod
-    def from_backbones(
-        cls,
-        vlm: str | os.PathLike | PreTrainedModel,
-        sam: str | os.PathLike | Sam3Model,
-        *,
-        ctm_config: Mapping[str, Any] | None = None,
-        dtype: str | torch.dtype = "auto",
-        attn_implementation: str | None = None,
-        vlm_kwargs: Mapping[str, Any] | None = None,
-        sam_kwargs: Mapping[str, Any] | None = None,
-        **config_kwargs: Any,
-    ) -> ConceptSegForSegmentation:
-        """Joins a pretrained VLM and a pretrained SAM 3 with a freshly initialised CTM, ready for stage I.
-
-        Args:
-            vlm: Model id, folder, or the VLM itself (used as it is).
-            sam: Model id, folder, or SAM 3 itself (used as it is).
-            ctm_config: Fields of `ConceptTranslationConfig` to replace; the two widths follow from the
-                backbones.
-            dtype: Dtype of a VLM given by name; SAM 3 and the CTM are float32.
-            attn_implementation: Attention implementation of backbones given by name.
-            vlm_kwargs: Further arguments of the VLM's `from_pretrained`.
-            sam_kwargs: Further arguments of SAM 3's `from_pretrained`.
-            **config_kwargs: Fields of `ConceptSegConfig`.
-        """
-        sam_name = config_kwargs.pop("sam_name_or_path", None)
-        attention: dict[str, Any] = (
-            {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        )
-        if not isinstance(vlm, PreTrainedModel):
-            vlm = AutoModelForImageTextToText.from_pretrained(
-                vlm, dtype=dtype, **attention, **(vlm_kwargs or {})
-            )
-        if not isinstance(sam, PreTrainedModel):
-            sam_name = sam_name or os.fspath(sam)
-            sam = Sam3Model.from_pretrained(sam, dtype=torch.float32, **attention, **(sam_kwargs or {}))
-        sam_width = cast("Any", sam.config).detr_encoder_config.hidden_size
-        # A new config resets the attention implementation of the configs it is given: it gets copies until
-        # the model stands.
-        options: dict[str, Any] = {"attn_implementation": vlm.config._attn_implementation, **config_kwargs}
-        config = ConceptSegConfig(
-            vlm_config=copy.deepcopy(vlm.config),
-            sam_config=copy.deepcopy(sam.config),
-            ctm_config=ConceptTranslationConfig(
-                **{
-                    **(ctm_config or {}),
-                    "hidden_size": vlm.config.get_text_config().hidden_size,
-                    "sam_hidden_size": sam_width,
-                }
-            ),
-            sam_name_or_path=sam_name or sam.config.name_or_path or None,
-            **options,
-        )
-        with torch.device("meta"):
-            model = cls(config)
-        model.vlm, model.sam = vlm, sam
-        config.vlm_config, config.sam_config = vlm.config, sam.config
-        model.ctm = ConceptTranslationModule(config.ctm_config).to(execution_device(sam))
-        model.ctm.apply(model._init_weights)
-        for part, given in (("VLM", vlm), ("SAM 3", sam)):
-            check_finite(given, f"The {part} {given.config.name_or_path!r}")
-        model._freeze_sam()
-        return model.eval()
-
-    @overload
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        *model_args: Any,
-        init_ctm: bool = ...,
-        output_loading_info: Literal[False] = ...,
-        **kwargs: Any,
-    ) -> ConceptSegForSegmentation: ...
-
-    @overload
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        *model_args: Any,
-        init_ctm: bool = ...,
-        output_loading_info: Literal[True],
-        **kwargs: Any,
-    ) -> tuple[ConceptSegForSegmentation, dict[str, Any]]: ...
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        *model_args: Any,
-        init_ctm: bool = False,
-        output_loading_info: bool = False,
-        **kwargs: Any,
-    ) -> ConceptSegForSegmentation | tuple[ConceptSegForSegmentation, dict[str, Any]]:
-        """Loads a checkpoint like any Transformers model, and refuses to go on with random weights.
-
-        Args:
-            pretrained_model_name_or_path: Model id or folder.
-            *model_args: As in `PreTrainedModel.from_pretrained`.
-            init_ctm: Accept a checkpoint without (some) CTM weights and initialise them afresh.
-            output_loading_info: Also return the dictionary of missing and unexpected keys.
-            **kwargs: As in `PreTrainedModel.from_pretrained`. A `quantization_config` is for the VLM alone. A
-                `device_map` may name some of `vlm`, `ctm` and `sam`; the others are on the device that computes.
-
-        Raises:
-            ValueError: If weights of the CTM (without `init_ctm`), of the VLM, or of SAM 3 (and
-                `config.sam_name_or_path` names no source for them) are missing, weights are not finite, or `device_map`
-                sends weights to the disk that are not in the checkpoint.
-        """
-        if kwargs.get("device_map") is not None:
-            kwargs["device_map"] = complete_device_map(kwargs["device_map"], _PARTS)
-        if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = exclude_sam_and_ctm(
-                kwargs["quantization_config"], kwargs.get("device_map")
-            )
-        loaded_pair: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        model, info = loaded_pair
-        missing = {
-            part: sorted(key for key in info["missing_keys"] if key.startswith(f"{part}.")) for part in _PARTS
-        }
-        checkpoint = f"The checkpoint {str(pretrained_model_name_or_path)!r}"
-        if missing["vlm"]:
-            raise ValueError(
-                f"{checkpoint} lacks {len(missing['vlm'])} VLM weights ({missing['vlm'][0]}, ...); "
-                "load a complete checkpoint, or join backbones with ConceptSegForSegmentation.from_backbones."
-            )
-        if missing["ctm"] and not init_ctm:
-            raise ValueError(
-                f"{checkpoint} lacks {len(missing['ctm'])} weights of the Concept Translation Module "
-                f"({missing['ctm'][0]}, ...), which would be random; pass init_ctm=True to train a fresh one."
-            )
-        for name in missing["ctm"]:
-            try:
-                stored_value(model, name)
-            except ValueError as error:
-                raise ValueError(
-                    f"{checkpoint} lacks the weight {name}, which device_map sends to the disk, where no new one is "
-                    "written; send 'ctm' elsewhere."
-                ) from error
-        if missing["sam"]:
-            hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-            fault = f"{checkpoint} lacks {len(missing['sam'])} SAM 3 weights"
-            model._refill_sam(fault, hub_arguments, kwargs.get("offload_folder"))
-            info["missing_keys"] = type(info["missing_keys"])(set(info["missing_keys"]) - set(missing["sam"]))
-        check_finite(model, checkpoint)
-        model._freeze_sam()
-        return (model, info) if output_loading_info else model
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        *args: Any,
-        save_original_format: bool = False,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Saves the model, by default under the names of `state_dict()`: the ones a trainer resumes from.
-
-        A model card is written beside it where there is none (see `cards.save_model_card`).
-
-        Args:
-            save_directory: The folder.
-            *args: As in the base class.
-            save_original_format: Use the names of the backbones' own files.
-            push_to_hub: Upload the folder as well.
-            **kwargs: As in the base class; with `push_to_hub` also `repo_id` (by default the folder's name) and the
-                arguments of `hub.upload`.
-        """
-        if push_to_hub:
-            upload, kwargs = hub.split_upload_arguments(save_directory, kwargs)
-        if is_offloaded(self) and not hasattr(self, "hf_device_map") and len(args) < 2:
-            kwargs.setdefault("state_dict", self._stored_state_dict())  # the base class saves others itself
-        kwargs["save_original_format"] = save_original_format
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if Path(save_directory).is_dir():  # other processes than the main one may have no folder
-            hub.keep_remote_stub(save_directory)
-            hub.save_model_card(save_directory, self.config, tags=self.model_tags or ())
-        if push_to_hub:
-            hub.upload(save_directory, **upload)
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        report: Any = None,
-        max_shard_size: int | str = "5GB",
-        **kwargs: Any,
-    ) -> Any:
-        """Uploads the model with its card.
-
-        A card that somebody has written in the repository is kept, unless there is a report; see `cards.merge_cards`.
-
-        Args:
-            repo_id: The repository, made if it does not exist.
-            report: An evaluation for the card; see `cards.save_model_card`.
-            max_shard_size: Size of the weight files.
-            **kwargs: Further arguments of `hub.upload`.
-
-        Returns:
-            What the Hub says of the commit.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-            if report is not None:
-                hub.save_model_card(
-                    folder, self.config, report=report, overwrite=True, tags=self.model_tags or ()
-                )
-            return hub.upload(folder, repo_id, keep_card=report is None, **kwargs)
-
-    def _stored_state_dict(self) -> dict[str, Tensor]:
-        """The state dict with the values of what is offloaded; tied weights are in it once."""
-        return {
-            name: stored_value(self, name) if value.is_meta else value
-            for name, value in self.state_dict().items()
-            if name not in self.all_tied_weights_keys
-        }
-
-    def _refill_sam(
-        self, fault: str, hub_arguments: Mapping[str, Any], offload_folder: str | os.PathLike | None
-    ) -> None:
-        source = self.config.sam_name_or_path
-        if source is None:
-            raise ValueError(
-                f"{fault}, and its config names no source for them; set sam_name_or_path in config.json to a "
-                "SAM 3 model id or folder."
-            )
-        try:
-            sam = Sam3Model.from_pretrained(source, dtype=torch.float32, **hub_arguments)
-            if not is_offloaded(self.sam):
-                self.sam.load_state_dict(sam.state_dict())
-        except (OSError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"{fault}, and they could not be taken from {source!r} (its sam_name_or_path): {reason}"
-            ) from error
-        if is_offloaded(self.sam):  # its hooks know no weights: SAM 3 gets new ones
-            device = execution_device(self.sam)
-            self.sam = sam
-            dispatch_part(sam, "sam", self.hf_device_map, device, offload_folder)
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialises the CTM; the VLM and SAM 3 initialise themselves."""
@@ -350,10 +82,6 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             init.zeros_(module.bias)
 
     # -- SAM 3 stays frozen --
-
-    def _freeze_sam(self) -> None:
-        if "sam" in self._modules:  # else it is detached, and as it was
-            self.sam.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> ConceptSegForSegmentation:
         """Sets the mode of the VLM and the CTM; SAM 3 stays frozen and in eval mode."""
@@ -590,10 +318,39 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
 
     # -- inference --
 
+    @overload
+    def segment(
+        self,
+        inputs: ConceptSegInputs | Sequence[PreparedSample] | None = ...,
+        router: str | ShortcutRouter = ...,
+        generation_config: GenerationConfig | Mapping[str, Any] | None = ...,
+        processor: None = ...,
+        return_heatmap: bool = ...,
+        batch_size: int | None = ...,
+        sam_prompt: str = ...,
+        return_logits: bool = ...,
+        **tensors: Any,
+    ) -> SegmentationOutputs: ...
+
+    @overload
+    def segment(
+        self,
+        inputs: ConceptSegInputs | Sequence[PreparedSample] | None = ...,
+        router: str | ShortcutRouter = ...,
+        generation_config: GenerationConfig | Mapping[str, Any] | None = ...,
+        *,
+        processor: ConceptSegProcessor,
+        return_heatmap: bool = ...,
+        batch_size: int | None = ...,
+        sam_prompt: str = ...,
+        return_logits: bool = ...,
+        **tensors: Any,
+    ) -> list[ConceptSegmentation]: ...
+
     @torch.no_grad()
     def segment(
         self,
-        inputs: ConceptSegInputs | Sequence[PreparedSample],
+        inputs: ConceptSegInputs | Sequence[PreparedSample] | None = None,
         router: str | ShortcutRouter = "adaptive",
         generation_config: GenerationConfig | Mapping[str, Any] | None = None,
         processor: ConceptSegProcessor | None = None,
@@ -601,35 +358,45 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
         batch_size: int | None = None,
         sam_prompt: str = "concept+text",
         return_logits: bool = False,
-    ) -> list[ConceptSegmentation]:
-        """Segments a batch of prepared samples; each takes its own route.
+        **tensors: Any,
+    ) -> list[ConceptSegmentation] | SegmentationOutputs:
+        """Segments a batch of prompts; each takes its own route.
 
-        Every image is encoded once by SAM 3, and only samples that do not take the shortcut reach the VLM.
+        Every image is encoded once by SAM 3, and only prompts that do not take the shortcut reach the VLM.
 
         Args:
-            inputs: What the processor returns for images, prompts and references. Samples that carry an error
-                become failed results.
+            inputs: What the processor returns for images, prompts and references: `segment(inputs)` or
+                `segment(**inputs)`. Or samples of the processor's `prepare`; those that carry an error become failed
+                results.
             router: A mode of `ShortcutRouter` (with the config's `router_base` and so on), or a router.
             generation_config: How the VLM writes (see `generate_with_states`); greedy by default.
-            processor: The processor; by default the one that `inputs` carries.
+            processor: The processor, which then also post-processes the outputs. Without it the model uses its own
+                (`processor`) to read what the VLM writes.
             return_heatmap: Also return the mask probabilities.
             batch_size: At most so many samples at a time; None: all at once.
             sam_prompt: What of the reasoning SAM 3 is prompted with: `"concept+text"` is the method (eq. 4); the
                 others are for ablations (paper, Table 4): `"concept"` (the concept tokens Z alone), `"text"` (the
                 answer alone) and `"box"` (the VLM's box alone; without one the mask is empty).
             return_logits: Also return SAM 3's mask logits, at their own size.
+            **tensors: The items of `ConceptSegInputs`, in the place of `inputs`.
 
         Returns:
-            One result per sample, in their order.
+            One result per prompt, in their order; without `processor` a sequence of them that also holds the outputs
+            for the processor's `post_process_concept_segmentation`.
 
         Raises:
-            ValueError: If there is no processor, or the router or generation settings are invalid.
+            ValueError: If the inputs are incomplete, there is no processor, or the router or generation settings are
+                invalid.
         """
-        processor = processor if processor is not None else getattr(inputs, "processor", None)
-        if processor is None:
+        if (inputs is None) == (not tensors):
             raise ValueError(
-                "segment: there is no processor; pass processor=..., or the inputs that a processor returned."
+                "segment: give either the inputs that a processor returned or its items as keywords, one of the two."
             )
+        batch = ConceptSegInputs(tensors) if inputs is None else inputs
+        samples, image_index = list(batch), None
+        if isinstance(batch, Mapping):
+            batch = ConceptSegInputs(dict(batch))
+            samples, image_index = batch.samples, batch["image_index"].tolist()
         if isinstance(router, str):
             config = self.config
             router = ShortcutRouter(
@@ -639,22 +406,33 @@ class ConceptSegForSegmentation(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"segment: batch_size is {batch_size}; use at least 1, or None for all samples at once."
             )
-        settings = SegmentSettings(router, generation_config, sam_prompt, return_heatmap, return_logits)
-        segmenter = Segmenter(self, processor, settings)
-        samples = list(inputs)
-        size = batch_size or max(len(samples), 1)
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            with loaded(self):
-                return [
-                    result
-                    for start in range(0, len(samples), size)
-                    for result in segmenter.segment(samples[start : start + size])
-                ]
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        own = self.processor if processor is None else processor
+        segmenter = Segmenter(self, own, SegmentSettings(router, generation_config, sam_prompt))
+        raw = []
+        with evaluating(self), loaded(self):
+            size = batch_size or max(len(samples), 1)
+            for part in (slice(start, start + size) for start in range(0, len(samples), size)):
+                raw += segmenter.segment(samples[part], None if image_index is None else image_index[part])
+        if processor is not None:
+            return processor.post_process_concept_segmentation(
+                raw, return_heatmap=return_heatmap, return_logits=return_logits
+            )
+        post_process = partial(
+            own.post_process_concept_segmentation, return_heatmap=return_heatmap, return_logits=return_logits
+        )
+        return SegmentationOutputs(raw, lambda output: post_process([output])[0])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode, and afterwards every module into the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _check_forward_arguments(

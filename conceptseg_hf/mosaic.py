@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-Box: TypeAlias = tuple[float, float, float, float]
+from .boxes import Box, mask_to_box
 
 MAX_REFERENCES = 9
 BOX_COLOR = (255, 0, 0)
@@ -175,23 +175,6 @@ def assign_cells(count: int, proxy: int | None) -> tuple[int, ...]:
     if proxy is None:
         return tuple(range(count))
     return tuple(0 if index == proxy else index + (index < proxy) for index in range(count))
-
-
-def enclosing_box(boxes: Sequence[Sequence[float]]) -> Box | None:
-    """The smallest box around all of some boxes; None if there are none."""
-    if not boxes:
-        return None
-    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
-    return min(lefts), min(tops), max(rights), max(bottoms)
-
-
-def mask_to_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """The box of a mask's (H, W) extreme foreground pixels, x2 and y2 exclusive; None if it is empty."""
-    foreground = np.asarray(mask) != 0
-    columns, rows = np.flatnonzero(foreground.any(axis=0)), np.flatnonzero(foreground.any(axis=1))
-    if not len(columns):
-        return None
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def mask_to_cell_box(mask: Image.Image, cell: tuple[int, int, int, int]) -> Box | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image
@@ -11,7 +12,9 @@ from torch import Tensor
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-from .mosaic import Box
+from .boxes import Box
+from .completion import Completion
+from .coordinates import CoordinateFrame
 
 
 @dataclass
@@ -103,3 +106,66 @@ class ConceptSegmentation:
         if self.mask_logits is None:
             del values["mask_logits"]
         return values
+
+
+@dataclass
+class RawSegmentation:
+    """The model's output for one prompt, before the processor's `post_process_concept_segmentation`.
+
+    Attributes:
+        prompt: The user's words.
+        threshold: What `presence` had to reach for the shortcut (eq. 9); None when the item failed, as are the next
+            three.
+        frame: The sample's coordinate frames.
+        mask_logits: (h, w) SAM 3's mask logits of the final decode.
+        decode_presence: Presence, in [0, 1], of the final decode.
+        presence: Presence, in [0, 1], that SAM 3's first look assigns to the prompt; None when it was not asked.
+        completion: What the VLM wrote; None on the shortcut.
+        error: None, or one sentence saying why this item failed.
+    """
+
+    prompt: str
+    threshold: float | None = None
+    frame: CoordinateFrame | None = None
+    mask_logits: Tensor | None = None
+    decode_presence: float | None = None
+    presence: float | None = None
+    completion: Completion | None = None
+    error: str | None = None
+
+
+class SegmentationOutputs(Sequence[ConceptSegmentation]):
+    """What `ConceptSegForSegmentation.segment` returns without a processor.
+
+    A sequence of results, each post-processed when it is read, as the processor's `post_process_concept_segmentation`
+    does by default.
+
+    Attributes:
+        raw: One `RawSegmentation` per prompt.
+    """
+
+    def __init__(
+        self, raw: Sequence[RawSegmentation], post_process: Callable[[RawSegmentation], ConceptSegmentation]
+    ) -> None:
+        self.raw = list(raw)
+        self._post_process = post_process
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    @overload
+    def __getitem__(self, index: int) -> ConceptSegmentation: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> SegmentationOutputs: ...
+
+    def __getitem__(self, index: int | slice) -> ConceptSegmentation | SegmentationOutputs:
+        if isinstance(index, slice):
+            return SegmentationOutputs(self.raw[index], self._post_process)
+        return self._post_process(self.raw[index])
+
+    def __iter__(self) -> Iterator[ConceptSegmentation]:
+        return map(self._post_process, self.raw)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.raw!r})"

@@ -23,9 +23,10 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from . import hub
 from .devices import is_offloaded
 from .images import as_list
+from .inputs import PreparedSample
 from .modeling_conceptseg import ConceptSegForSegmentation
 from .outputs import ConceptSegmentation
-from .processing_conceptseg import ConceptSegInputs, ConceptSegProcessor, PreparedSample
+from .processing_conceptseg import ConceptSegProcessor
 from .references import Reference
 from .router import ShortcutRouter
 
@@ -127,7 +128,8 @@ class ConceptSegmentationPipeline(Pipeline):
         return_heatmap: bool = False,
     ) -> list[ConceptSegmentation]:
         return self.model.segment(
-            ConceptSegInputs(samples, self.processor),
+            samples,
+            processor=self.processor,
             router=router,
             generation_config=generation_config,
             return_heatmap=return_heatmap,

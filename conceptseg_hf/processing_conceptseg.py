@@ -10,36 +10,32 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature
 
 from . import hub, vlm_backbone
-from .completion import Completion, format_box, format_box_list, parse_completion
+from .chat import ChatMixin
+from .collation import pad_batch
+from .completion import Completion, parse_completion
 from .configuration_conceptseg import how_to_convert, is_authors_config
-from .coordinates import CoordinateFrame
+from .coordinates import CoordinateFrame, make_frame
 from .images import ImageInput, as_list, load_image
-from .inputs import ConceptSegInputs, PreparedSample, known
-from .mosaic import RESAMPLING, MosaicSettings, make_layout
-from .prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
-from .references import (
-    Reference,
-    ResolvedReferences,
-    assign_cells,
-    compose_mosaic,
-    resolve_references,
-)
+from .inputs import ConceptSegInputs, PreparedSample, index_images, known
+from .mosaic import RESAMPLING, MosaicSettings, compose_mosaic
+from .outputs import ConceptSegmentation, RawSegmentation, SegmentationOutputs
+from .postprocessing import post_process, post_process_mask
+from .processor_settings import SWITCHES, checked_settings
+from .prompt_template import PromptTemplate
+from .references import Reference, ResolvedReferences, resolve_references
 
 # SAM 3's share of the arguments of the model's `forward`; `vlm_backbone.INPUT_NAMES` are the VLM's.
 _SAM_INPUT_NAMES = ("sam_pixel_values", "sam_input_ids", "sam_attention_mask")
-
-SWITCHES = {"mosaic": None, "shortcut_size": None, "sam_resampling": None, "mask_resampling": "bilinear"}
-"""Settings of `ConceptSegProcessor` that are saved only where they are set, and their usual values."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class _Target:
     shortcut_pixels: torch.Tensor | None
 
 
-class ConceptSegProcessor(ProcessorMixin):
+class ConceptSegProcessor(ChatMixin):
     """Two tokenizers, two image processors, one prompt template, and every coordinate transform.
 
     Args:
@@ -122,7 +118,7 @@ class ConceptSegProcessor(ProcessorMixin):
             "sam_resampling": sam_resampling,
             "mask_resampling": mask_resampling,
         }
-        settings = _checked_settings(settings)
+        settings = checked_settings(settings)
         super().__init__(
             image_processor, tokenizer, sam_image_processor, sam_tokenizer, chat_template=chat_template
         )
@@ -196,14 +192,9 @@ class ConceptSegProcessor(ProcessorMixin):
             ValueError: If there is no such setting, or a value cannot be used.
         """
         changed = copy.copy(self)
-        for name, value in _checked_settings(changes).items():
+        for name, value in checked_settings(changes).items():
             setattr(changed, name, value)
         return changed
-
-    @property
-    def template(self) -> PromptTemplate:
-        """The prompt template."""
-        return PromptTemplate.from_dict(self.prompt_template)
 
     @property
     def mosaic_settings(self) -> MosaicSettings:
@@ -223,7 +214,7 @@ class ConceptSegProcessor(ProcessorMixin):
         prompts: str | Sequence[str],
         references: Sequence[Reference] | Sequence[Sequence[Reference]] | None = None,
     ) -> ConceptSegInputs:
-        """Prepares one prompt or a batch of prompts.
+        """Prepares one prompt or a batch of prompts for `model.segment(**inputs)`.
 
         Args:
             images: One image (see `images.ImageInput`) or a list of them; also an array or a pandas Series of
@@ -247,14 +238,26 @@ class ConceptSegProcessor(ProcessorMixin):
                 f"ConceptSegProcessor: got {len(images)} images, {len(prompts)} prompts and "
                 f"{len(references)} lists of references; give one prompt and one list per image."
             )
-        targets: dict[int, _Target] = {}  # an image that several prompts are about is read once
-        samples = []
-        for image, prompt, shown in zip(images, prompts, references, strict=True):
+        if not images:
+            raise ValueError("ConceptSegProcessor: there are no images; give at least one.")
+        for prompt in prompts:
             self.check_prompt(prompt)
-            if id(image) not in targets:
-                targets[id(image)] = self._read_target(image)
-            samples.append(self._prepare(targets[id(image)], prompt, shown))
-        return ConceptSegInputs(samples, self)
+        different, image_index = index_images(images)
+        targets = [self._read_target(image) for image in different]
+        samples = [
+            self._prepare(targets[index], prompt, shown)
+            for index, prompt, shown in zip(image_index, prompts, references, strict=True)
+        ]
+        inputs = ConceptSegInputs(dict(self.collate(samples)))
+        inputs["prompts"] = prompts
+        inputs["frames"] = [sample.coordinates for sample in samples]
+        inputs["sam_pixel_values"] = torch.stack([target.sam_pixels for target in targets])
+        inputs["image_index"] = torch.tensor(image_index)
+        if self.shortcut_size is not None:
+            inputs["shortcut_pixel_values"] = torch.stack(
+                [known(target.shortcut_pixels, "shortcut_pixel_values") for target in targets]
+            )
+        return inputs
 
     def prepare(
         self,
@@ -388,57 +391,16 @@ class ConceptSegProcessor(ProcessorMixin):
             ValueError: If there are no samples, one has an error, or the numbers differ.
         """
         samples = [self.prepare_vlm(sample) for sample in samples]
-        if not samples:
-            raise ValueError("collate: there are no samples; give at least one.")
-        for index, sample in enumerate(samples):
-            if sample.error is not None:
-                raise ValueError(
-                    f"collate: sample {index} could not be prepared ({sample.error}); leave it out."
-                )
-        if completions is not None and len(completions) != len(samples):
-            raise ValueError(
-                f"collate: got {len(completions)} completions for {len(samples)} samples; give one each."
-            )
-        endings = (
-            [self._completion_ids(completion) for completion in completions]
-            if completions is not None
-            else [[]] * len(samples)
-        )
-        ends_count = [end_of_turn] * len(samples) if isinstance(end_of_turn, bool) else list(end_of_turn)
-        prompts = [known(sample.input_ids, "input_ids") for sample in samples]
-        prompt_length = max(map(len, prompts))
-        length = prompt_length + max(map(len, endings))
-        pad = (
-            self.tokenizer.pad_token_id
-            if self.tokenizer.pad_token_id is not None
-            else self.tokenizer.eos_token_id
-        )
-        input_ids = torch.full((len(samples), length), pad, dtype=torch.long)
-        attention_mask, token_types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-        completion_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        for row, (sample, ids, ending, end_counts) in enumerate(
-            zip(samples, prompts, endings, ends_count, strict=True)
-        ):
-            prompt, end = slice(prompt_length - len(ids), prompt_length), prompt_length + len(ending)
-            input_ids[row, prompt] = ids.cpu()
-            token_types[row, prompt] = known(sample.mm_token_type_ids, "mm_token_type_ids").cpu()
-            input_ids[row, prompt_length:end] = torch.tensor(ending, dtype=torch.long)
-            attention_mask[row, prompt.start : end] = 1
-            completion_mask[row, prompt_length : max(end - (not end_counts), prompt_length)] = True
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "mm_token_type_ids": token_types,
-            "pixel_values": torch.cat([known(sample.pixel_values, "pixel_values") for sample in samples]),
-            "image_grid_thw": torch.cat(
-                [known(sample.image_grid_thw, "image_grid_thw") for sample in samples]
-            ),
-        }
-        if completions is not None:
-            batch["completion_mask"] = completion_mask
+        endings = None if completions is None else [self._completion_ids(each) for each in completions]
+        batch = pad_batch(samples, endings, self._pad_token_id, end_of_turn)
         return BatchFeature(
             batch if device is None else {name: tensor.to(device) for name, tensor in batch.items()}
         )
+
+    @property
+    def _pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
 
     def sam_text(
         self, texts: Sequence[str], device: torch.device | str | None = None
@@ -482,138 +444,47 @@ class ConceptSegProcessor(ProcessorMixin):
             The mask, an "L" image of 0 and 255 (logits > 0 after resizing, see `mask_resampling`), and the
             probabilities, float32 (H, W).
         """
-        width, height = frame.image_size
-        logits = logits.detach().float()[None, None]
-        logits = torch.nn.functional.interpolate(
-            logits, size=(height, width), mode=self.mask_resampling, align_corners=False
-        )[0, 0]
-        mask = (logits > 0).to(torch.uint8).mul_(255).cpu().numpy()
-        return Image.fromarray(mask), logits.sigmoid().cpu().numpy()
+        return post_process_mask(logits, frame.image_size, self.mask_resampling)
 
-    # Parts
-
-    def apply_chat_template(  # type: ignore[override]
+    def post_process_concept_segmentation(
         self,
-        conversation: list[Any],
-        chat_template: str | None = None,
-        *,
-        tokenize: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Writes a chat with the VLM, as text or as the VLM's inputs.
+        outputs: SegmentationOutputs | Sequence[RawSegmentation],
+        threshold: float = 0.5,
+        return_heatmap: bool = False,
+        return_logits: bool = False,
+    ) -> list[ConceptSegmentation]:
+        """Turns the model's outputs into results in pixels of the input images.
 
         Args:
-            conversation: Messages, or a list of conversations; see the base class.
-            chat_template: Another template than the VLM's.
-            tokenize: Return token ids, or with `return_dict=True` all that `model.generate` takes.
-            **kwargs: As in the base class.
+            outputs: What `model.segment(**inputs)` returns without a processor.
+            threshold: The probability, above 0 and below 1, that a pixel of the mask exceeds.
+            return_heatmap: Also return the mask probabilities.
+            return_logits: Also return SAM 3's mask logits, at their own size.
+
+        Returns:
+            One result per output, in their order.
+
+        Raises:
+            ValueError: If the threshold is not between 0 and 1.
         """
-        chat_template = chat_template or self._chat_template
-        if tokenize:  # this processor's own call is for images and prompts, not for chats
-            plain = self.vlm_processor()
-            return plain.apply_chat_template(
-                conversation, chat_template=chat_template, tokenize=True, **kwargs
+        if not 0 < threshold < 1:
+            raise ValueError(
+                f"post_process_concept_segmentation: threshold is {threshold}; give a probability between 0 and 1."
             )
-        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+        raw = outputs.raw if isinstance(outputs, SegmentationOutputs) else outputs
+        return [
+            post_process(each, self.mask_resampling, threshold, return_heatmap, return_logits) for each in raw
+        ]
 
-    def vlm_processor(self) -> ProcessorMixin:
-        """The VLM's plain processor, for trainers and engines that know nothing of SAM 3.
-
-        Chats through it, with the pictures of `draw_images`, give the token ids and patches of
-        `prepare_vlm`.
-        """
-        image_processor = copy.deepcopy(self.image_processor)
-        image_processor.size = self._vlm_image_limits
-        return vlm_backbone.make_processor(image_processor, self.tokenizer, self._chat_template)
-
-    @property
-    def _vlm_image_limits(self) -> dict[str, int]:
-        """Limits in pixels under which the canvas alone decides the size: only rounding to patches is left."""
-        factor = self.image_processor.patch_size * self.image_processor.merge_size
-        return {"shortest_edge": factor**2, "longest_edge": (self.canvas_size + factor) ** 2}
-
-    @property
-    def _chat_template(self) -> str:
-        own: Any = self.chat_template  # of one name here, and so one text
-        return own or self.tokenizer.chat_template or vlm_backbone.chat_template(self.image_token)
-
-    def check_prompt(self, prompt: str) -> None:
-        """Raises a ValueError if a prompt cannot be used; the message is one sentence."""
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"prompt is {prompt!r}; give the concept in words.")
-        self.check_text(prompt, "prompt")
-
-    def check_text(self, text: str, what: str) -> None:
-        """Raises a ValueError if a text, called `what` in the message, would not be read as words by the VLM."""
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"{what} {text!r} has half a character in it; mend its encoding.")
-        for token in self._reserved_tokens:
-            # Else the user's words could end the turn or claim to be an image.
-            if token in text:
-                raise ValueError(f"{what} contains the reserved token {token!r}; leave it out.")
+    # Parts
 
     def make_frame(
         self, image_size: tuple[int, int], references: ResolvedReferences | None = None
     ) -> CoordinateFrame:
         """The coordinate frame of a target image of (width, height), with its references laid out on the mosaic."""
-        settings = self.mosaic_settings
-        frame = CoordinateFrame(
-            image_size=image_size,
-            canvas_size=self.canvas_size,
-            coordinate_scale=self.coordinate_scale,
-            inclusive_corners=settings.corners == "inclusive",
-            encloses_boxes=settings.several_boxes == "enclosing",
+        return make_frame(
+            image_size, references, self.mosaic_settings, self.canvas_size, self.coordinate_scale
         )
-        if references is None or not references.images:
-            return frame
-        count, proxy = len(references.images), references.proxy
-        layout = make_layout(count, self.canvas_size, settings)
-        frame = replace(
-            frame,
-            reference_sizes=tuple(image.size for image in references.images),
-            layout=layout,
-            cell_of_reference=assign_cells(count, proxy),
-            proxy=proxy,
-            proxy_boxes=() if proxy is None else references.all_boxes[proxy],
-        )
-        shown = [
-            frame.reference_box_to_text(box, index)
-            for index, boxes in enumerate(references.all_boxes)
-            for box in boxes
-            if index != proxy and frame.cell_of_reference[index] in layout
-        ]
-        return replace(frame, support_boxes=tuple(shown))
-
-    def instruction(self, prompt: str, frame: CoordinateFrame) -> str:
-        """The template's text for the user's words and the boxes that are shown."""
-        if frame.layout is None:
-            variant = "no_reference"
-        elif frame.proxy is not None:
-            variant = "with_proxy"
-        elif len(frame.reference_sizes) > 1 and frame.support_boxes:
-            variant = "support_only"
-        else:
-            variant = "single_reference"
-        boxes = ", ".join(format_box(box, self.coordinate_scale) for box in frame.support_boxes)
-        listed = format_box_list(frame.support_boxes, self.coordinate_scale)
-        return self.template.fill(variant, prompt.strip(), boxes or "none", listed)
-
-    def chat_text(self, instruction: str, num_images: int) -> str:
-        """The chat up to where the VLM goes on: system message, pictures (one image token each), words."""
-        messages = [
-            {"role": "system", "content": [{"type": "text", "text": self.template.system}]},
-            {
-                "role": "user",
-                "content": [{"type": "image"}] * num_images + [{"type": "text", "text": instruction}],
-            },
-        ]
-        chat = self.apply_chat_template(messages, add_generation_prompt=True)
-        if chat.count(self.image_token) != num_images:
-            raise ValueError(
-                f"ConceptSegProcessor: the chat template wrote {chat.count(self.image_token)} image tokens "
-                f"for {num_images} images; give a template that writes one {self.image_token} per image."
-            )
-        return chat
 
     def _completion_ids(self, completion: str | Sequence[int]) -> list[int]:
         if isinstance(completion, str):
@@ -625,37 +496,6 @@ class ConceptSegProcessor(ProcessorMixin):
                 "collate: a completion contains an image token, which only prompts may; leave it out."
             )
         return [*ids, self.tokenizer.eos_token_id]
-
-
-def _checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `ConceptSegProcessor` as they are kept: plain data, so that they are saved.
-
-    Raises:
-        ValueError: If a name or value cannot be used.
-    """
-    checked = dict(settings)
-    for name, value in settings.items():
-        if name in ("canvas_size", "coordinate_scale", "sam_text_length", "shortcut_size"):
-            if not (name == "shortcut_size" and value is None) and not value > 0:
-                raise ValueError(f"ConceptSegProcessor: {name} is {value}; give a positive number.")
-            if value is not None:
-                checked[name] = float(value) if name == "coordinate_scale" else int(value)
-        elif name == "prompt_template":
-            template = OFFICIAL_TEMPLATE if value is None else value
-            if not isinstance(template, PromptTemplate):
-                template = PromptTemplate.from_dict(template)
-            checked[name] = template.to_dict()
-        elif name == "mosaic":
-            mosaic = value if isinstance(value, MosaicSettings) else MosaicSettings.from_dict(value or {})
-            checked[name] = None if mosaic == MosaicSettings() else mosaic.to_dict()
-        elif name in ("sam_resampling", "mask_resampling"):
-            if value not in RESAMPLING and not (name == "sam_resampling" and value is None):
-                raise ValueError(
-                    f"ConceptSegProcessor: {name} is {value!r}; use {' or '.join(map(repr, RESAMPLING))}."
-                )
-        else:
-            raise ValueError(f"ConceptSegProcessor: there is no setting {name!r} that is plain data.")
-    return checked
 
 
 Frame = CoordinateFrame  # its name before

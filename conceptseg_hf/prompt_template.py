@@ -20,6 +20,8 @@ from typing import Any
 
 import yaml
 
+from .errors import one_line
+
 _PLACEHOLDER = re.compile(r"\{(problem|reference_boxes|reference_box_list)\}")
 _SLOT = re.compile(r"\{([A-Za-z_]\w*)\}")
 _FRAME_KEYS = ("system", "frame", "frames", "slots")
@@ -128,7 +130,7 @@ def load_prompt_template(path: str | os.PathLike) -> PromptTemplate:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"prompt template {str(path)!r} is neither YAML nor JSON: {reason}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"prompt template {str(path)!r} holds no fields; give those of PromptTemplate.")

@@ -14,18 +14,13 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from PIL import Image
 
+from .boxes import Box, enclosing_box, mask_to_box
 from .images import ImageInput, as_list, load_grey_mask, load_mask, load_oriented_image, name_of
 from .mosaic import (
-    MAX_REFERENCES,
-    Box,
     MosaicLayout,
     MosaicSettings,
     assign_cells,
-    compose_mosaic,
-    enclosing_box,
-    grid_size,
     make_layout,
-    mask_to_box,
     mask_to_cell_box,
 )
 
@@ -80,17 +75,6 @@ class ResolvedReferences:
     boxes: tuple[Box | None, ...]
     proxy: int | None
     all_boxes: tuple[tuple[Box, ...], ...] = ()
-
-
-def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
-    """Intersection over union of two boxes of one frame; 0 when both are empty."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    intersection = max(width, 0.0) * max(height, 0.0)
-    union = (
-        sum(max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0) for box in (first, second)) - intersection
-    )
-    return intersection / union if union > 0 else 0.0
 
 
 def resolve_references(
@@ -295,21 +279,10 @@ def _checked_box(box: Sequence[float], image_size: tuple[int, int]) -> Box:
 
 
 __all__ = [
-    "MAX_REFERENCES",
-    "Box",
-    "MosaicLayout",
-    "MosaicSettings",
     "Reference",
     "ResolvedReferences",
     "Role",
-    "assign_cells",
-    "box_iou",
-    "compose_mosaic",
-    "enclosing_box",
     "find_proxy",
-    "grid_size",
-    "make_layout",
-    "mask_to_box",
     "no_foreground",
     "read_reference",
     "resolve_references",

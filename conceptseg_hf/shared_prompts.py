@@ -35,7 +35,9 @@ class SharedPrompts:
     row_of_prompt: list[int]
 
 
-def find_shared_prompts(vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], length: int) -> SharedPrompts | None:
+def find_shared_prompts(
+    vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], length: int
+) -> SharedPrompts | None:
     """Compares the first columns of the rows, and their images.
 
     Args:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
+from .boxes import Box
 from .images import mask_to_image
 from .mosaic import MosaicSettings, assign_cells, compose_mosaic, make_layout
-from .references import Box, Reference, resolve_references
+from .references import Reference, resolve_references
 
 if TYPE_CHECKING:
     from .outputs import ConceptSegmentation

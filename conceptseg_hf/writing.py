@@ -20,6 +20,8 @@ from typing import Any, TextIO
 
 from PIL import Image
 
+from .errors import one_line
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -38,7 +40,7 @@ def not_written(path: str | os.PathLike, error: Exception, remedy: str | None = 
     if isinstance(error, NotWrittenError):
         return error
     code = _code(error)
-    reason = " ".join(str(error).split()) or type(error).__name__ if code is None else os.strerror(code)
+    reason = one_line(error) if code is None else os.strerror(code)
     remedy = remedy or ("make room, or give another folder" if code in _FULL else "give another folder")
     return NotWrittenError(f"{os.fspath(path)!r} cannot be written: {reason.rstrip('.')}; {remedy}.")
 

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from vocabulary import QWEN_SPECIAL_TOKENS, sam_frame
 
 import conceptseg_hf
 from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation, ConceptSegProcessor
@@ -25,16 +26,7 @@ from conceptseg_hf.presets import NANO_IMAGE_SIZE, NANO_SAM_TEXT_LENGTH
 
 torch.set_num_threads(1)
 
-# In the order that the nano preset's token ids expect.
-SPECIAL_TOKENS = [
-    "<|pad|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+SPECIAL_TOKENS = ["<|pad|>", *QWEN_SPECIAL_TOKENS]
 WORDS = (
     *(
         "<think>",
@@ -111,9 +103,7 @@ def build_sam_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
-    )
+    tokenizer.post_processor = sam_frame()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
@@ -138,7 +128,7 @@ def processor() -> ConceptSegProcessor:
 
 
 @pytest.fixture(scope="session")
-def make_model() -> Callable[..., ConceptSegForSegmentation]:
+def make_model(processor) -> Callable[..., ConceptSegForSegmentation]:
     """Makes a random model of the nano preset, in eval mode."""
 
     def make(tied: bool = True, seed: int = 0, **overrides: Any) -> ConceptSegForSegmentation:
@@ -154,6 +144,7 @@ def make_model() -> Callable[..., ConceptSegForSegmentation]:
                 parameter.add_(0.2 * torch.randn_like(parameter)) if parameter.ndim == 1 else parameter.mul_(
                     4
                 )
+        model.processor = processor
         return model
 
     return make

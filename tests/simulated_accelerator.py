@@ -169,7 +169,7 @@ def main() -> None:
     samples = load_benchmark("concept-shapes", split="test")
     sample = next(samples[i] for i in range(100, len(samples)) if samples[i].references)
     inputs = processor([sample.image], [sample.prompt], [sample.references])
-    batch = processor.collate(list(inputs), ["<answer> star </answer>"])
+    batch = processor.collate(inputs.samples, ["<answer> star </answer>"])
     sam_input_ids, sam_attention_mask = processor.sam_text(["star"])
 
     def run(model: Any) -> list[Any]:
@@ -180,7 +180,7 @@ def main() -> None:
                 found += [result.completion, torch.from_numpy(result.mask_logits)]
             output = model(
                 **batch,
-                sam_pixel_values=inputs[0].sam_pixel_values[None],
+                sam_pixel_values=inputs.sam_pixel_values,
                 sam_input_ids=sam_input_ids,
                 sam_attention_mask=sam_attention_mask,
             )

@@ -47,17 +47,17 @@ def outcomes(processor) -> Callable[[nn.Module], list[Any]]:
     references = [Reference(noise[2], box=(2, 2, 20, 20)), Reference(noise[3], box=(5, 5, 40, 30))]
     inputs = processor(list(noise[:2]), ["circle", "the odd one out in the image"], [[], references])
     text = format_completion("a red circle is large", "find red", None, (10, 20, 60, 70), "red circle", 100)
-    batch = processor.collate(list(inputs), [text, "<answer> star </answer>"])
+    batch = processor.collate(inputs.samples, [text, "<answer> star </answer>"])
     sam_input_ids, sam_attention_mask = processor.sam_text(["red circle", "star"])
     arguments = dict(
         batch,
-        sam_pixel_values=torch.stack([sample.sam_pixel_values for sample in inputs]),
+        sam_pixel_values=inputs.sam_pixel_values,
         sam_input_ids=sam_input_ids,
         sam_attention_mask=sam_attention_mask,
         mask_labels=torch.ones(2, 50, 60),
         output_logits=True,
     )
-    prompts = processor.collate(list(inputs))
+    prompts = processor.collate(inputs.samples)
 
     def run(model: nn.Module) -> list[Any]:
         found: list[Any] = []

@@ -17,7 +17,7 @@ from conceptseg_hf import (
 )
 from conceptseg_hf.completion import format_completion
 from conceptseg_hf.generation import GeneratedCompletions
-from conceptseg_hf.outputs import ConceptSegOutput
+from conceptseg_hf.outputs import ConceptSegOutput, SegmentationOutputs
 from conceptseg_hf.processing_conceptseg import PreparedSample
 
 SAMPLED = {"max_new_tokens": 6, "do_sample": True}
@@ -46,11 +46,10 @@ def references(picture):
 @pytest.fixture()
 def inputs(processor, picture, references):
     """Mixed prompts, image sizes and reference counts."""
-    return processor(
-        [picture(0), picture(1, (70, 30)), picture(2), picture(3, (33, 90))],
-        ["circle", "the odd one out in the image", "large red square left", "find the same object"],
-        [[], references[:2], references, references[:1]],
-    )
+    images = [picture(0), picture(1, (70, 30)), picture(2), picture(3, (33, 90))]
+    prompts = ["circle", "the odd one out in the image", "large red square left", "find the same object"]
+    shown = [[], references[:2], references, references[:1]]
+    return [processor.prepare(*parts, lazy=True) for parts in zip(images, prompts, shown)]
 
 
 @pytest.fixture()
@@ -570,16 +569,54 @@ def test_full_reasoning_takes_no_first_look(model, inputs):
     assert all(result.presence is None and result.threshold == 1.0 for result in results)
 
 
-def test_samples_that_share_their_pixels_are_encoded_once(model, inputs, calls):
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_an_image_is_encoded_once_for_all_its_prompts(model, processor, picture, inputs, calls, batch_size):
     encoded, _ = calls
-    sample = inputs[0]
-    other = PreparedSample(prompt="star", frame=sample.frame, sam_pixel_values=sample.sam_pixel_values)
-    results = model.segment(
-        [sample, other, inputs[1]], "sam_only", processor=inputs.processor, return_heatmap=True
-    )
-    assert encoded == [2]
-    assert results[0].presence != results[1].presence
-    assert_same_result(results[2], model.segment(inputs[1:2], "sam_only", return_heatmap=True)[0])
+    first = picture(0)
+    batch = processor([first, picture(1, (70, 30)), first], ["circle", "star", "star"])
+    assert batch["image_index"].tolist() == [0, 1, 0] and len(batch["sam_pixel_values"]) == 2
+    results = list(model.segment(batch, "sam_only", return_heatmap=True, batch_size=batch_size))
+    assert encoded == ([2] if batch_size is None else [2, 1])
+    assert results[0].presence != results[2].presence
+    assert_same_result(results[0], model.segment(inputs[:1], "sam_only", return_heatmap=True)[0])
+
+
+@pytest.mark.parametrize("router", ["sam_only", "full_reasoning"])
+def test_the_idiom_of_transformers(model, processor, picture, references, router):
+    """`segment(**inputs)` and post-processing, `segment(inputs)`, and `segment` with a processor are one."""
+    images, shown = [picture(0), picture(1, (70, 30))], [[], references]
+    inputs = processor(images=images, prompts=["circle", "the odd one out"], references=shown)
+    outputs = model.segment(**inputs, router=router, generation_config=GREEDY)
+    assert isinstance(outputs, SegmentationOutputs) and len(outputs) == 2 and len(outputs[1:]) == 1
+    options = {"router": router, "generation_config": GREEDY}
+    prepared = [processor.prepare(*parts) for parts in zip(images, inputs["prompts"], shown)]
+    wanted = model.segment(prepared, processor=processor, **options, return_heatmap=True)
+    assert isinstance(wanted, list)
+    results = processor.post_process_concept_segmentation(outputs, return_heatmap=True)
+    for result, other in zip(results, wanted, strict=True):
+        assert_same_result(result, other)
+    for given in (inputs, dict(inputs), inputs.to("cpu")):
+        found = model.segment(given, **options, return_heatmap=True)
+        assert_same_result(found[1], wanted[1])
+    assert outputs[0].heatmap is None and outputs[0].mask.tobytes() == wanted[0].mask.tobytes()
+    strict = processor.post_process_concept_segmentation(outputs, threshold=0.9)
+    for result, heatmap in zip(strict, (each.heatmap for each in wanted)):
+        assert np.array_equal(np.asarray(result.mask) > 0, heatmap > 0.9)
+
+
+def test_a_model_finds_the_processor_beside_its_weights(tmp_path, processor, picture, make_model):
+    inputs = processor([picture(0)], "the odd one out")
+    make_model().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = ConceptSegForSegmentation.from_pretrained(tmp_path)
+    assert loaded.segment(**inputs, generation_config=GREEDY)[0].error is None
+    bare = make_model()
+    bare.processor = None
+    with pytest.raises(ValueError, match="not loaded from a checkpoint with a processor; pass processor"):
+        bare.segment(**inputs)
+    bare.config.name_or_path = "/nowhere"
+    with pytest.raises(ValueError, match="'/nowhere' has no processor that loads"):
+        bare.segment(**inputs)
 
 
 def test_bad_items_do_not_stop_the_others(model, processor, inputs):
@@ -732,9 +769,16 @@ def test_segment_restores_the_mode_of_each_part(make_model, inputs):
     assert {name: module.training for name, module in model.named_modules()} == before
 
 
-def test_segment_refusals(model, inputs):
-    with pytest.raises(ValueError, match="no processor"):
-        model.segment(list(inputs))
+def test_segment_refusals(model, processor, picture, inputs):
+    batch = processor([picture(0)], "circle")
+    with pytest.raises(ValueError, match="give either the inputs"):
+        model.segment()
+    with pytest.raises(ValueError, match="give either the inputs"):
+        model.segment(inputs, **batch)
+    with pytest.raises(ValueError, match="the inputs lack prompts, frames"):
+        model.segment(**{name: batch[name] for name in batch if name not in ("prompts", "frames")})
+    with pytest.raises(ValueError, match="there is no argument 'routre'"):
+        model.segment(**batch, routre="sam_only")
     with pytest.raises(ValueError, match="'sometimes'"):
         model.segment(inputs, router="sometimes")
     with pytest.raises(ValueError, match="batch_size is 0"):

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from conceptseg_hf import Reference
-from conceptseg_hf.mosaic import MosaicSettings, compose_mosaic, enclosing_box, make_layout
+from conceptseg_hf.boxes import enclosing_box
+from conceptseg_hf.mosaic import MosaicSettings, compose_mosaic, make_layout
 from conceptseg_hf.references import resolve_references
 
 RED = (255, 0, 0)

@@ -11,23 +11,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoProcessor, PreTrainedTokenizerFast, Qwen2VLImageProcessor, Sam3ImageProcessor
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoProcessor,
+    BatchFeature,
+    PreTrainedTokenizerFast,
+    Qwen2VLImageProcessor,
+    Sam3ImageProcessor,
+)
+from vocabulary import QWEN_SPECIAL_TOKENS, sam_frame
 
 from conceptseg_hf import ConceptSegProcessor, Reference
+from conceptseg_hf.mosaic import MosaicLayout, compose_mosaic
 from conceptseg_hf.processing_conceptseg import CoordinateFrame, PreparedSample
 from conceptseg_hf.prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
-from conceptseg_hf.references import MosaicLayout, compose_mosaic
 
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+SPECIAL = ["<|endoftext|>", *QWEN_SPECIAL_TOKENS]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
@@ -60,9 +59,7 @@ def sam_tokenizer() -> PreTrainedTokenizerFast:
         )
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
-    )
+    tokenizer.post_processor = sam_frame()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
@@ -381,14 +378,34 @@ def test_collate_refuses(processor: ConceptSegProcessor) -> None:
         processor.collate([sample], ["<|image_pad|>"])
 
 
+def assert_same_sample(one: PreparedSample, other: PreparedSample) -> None:
+    assert (one.prompt, one.frame) == (other.prompt, other.frame)
+    for name in ("sam_pixel_values", "input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_a_batch_holds_its_samples(processor: ConceptSegProcessor) -> None:
+    """Without padding, and each with its own images: `samples` inverts the batching."""
+    images, prompts = [picture(0, (90, 40)), picture(1)], ["red", "the object that is not like the others"]
+    shown = [references_of("with_proxy"), []]
+    inputs = processor(images, prompts, shown)
+    assert isinstance(inputs, BatchFeature) and inputs["input_ids"].shape == inputs.attention_mask.shape
+    assert inputs["pixel_values"].shape[0] == inputs["image_grid_thw"].prod(-1).sum()
+    for sample, *parts in zip(inputs.samples, images, prompts, shown, strict=True):
+        assert_same_sample(sample, processor.prepare(*parts))
+    assert "processor" not in inputs and pickle.loads(pickle.dumps(inputs))["frames"] == inputs["frames"]
+    assert inputs.to("meta")["sam_pixel_values"].device.type == "meta"
+
+
 def test_call_takes_one_or_many(processor: ConceptSegProcessor) -> None:
     image = picture()
-    assert [sample.prompt for sample in processor(image, "red")] == ["red"]
+    assert processor(image, "red")["prompts"] == ["red"]
     inputs = processor([image, picture(1)], ["red", "red circle"], [[boxed(1)], []])
-    assert [sample.frame.layout is None for sample in inputs] == [False, True]
+    assert [frame.layout is None for frame in inputs["frames"]] == [False, True]
     shared = processor([image, picture(1)], "red", references_of("with_proxy"))
-    assert [sample.frame.proxy for sample in shared] == [0, 0]
-    assert len(shared[:1]) == 1 and shared[:1].processor is processor
+    assert [frame.proxy for frame in shared["frames"]] == [0, 0]
+    with pytest.raises(ValueError, match="there are no images"):
+        processor([], "red")
     with pytest.raises(ValueError, match="got 2 images, 3 prompts and 2 lists of references"):
         processor([image, image], ["a", "b", "c"])
 
@@ -403,20 +420,14 @@ def test_call_takes_arrays_and_series(processor: ConceptSegProcessor, tmp_path: 
     references = pd.Series([[boxed(1)], []], index=[4, 2])
     for images, prompts in ((frame["image"], frame["prompt"]), (np.array(paths), np.array(["red", "blue"]))):
         found = processor(images, prompts, references)
-        for one, other in zip(found, expected, strict=True):
-            assert one.vlm_text == other.vlm_text and one.frame == other.frame
-            assert torch.equal(one.sam_pixel_values, other.sam_pixel_values)
+        for one, other in zip(found.samples, expected.samples, strict=True):
+            assert_same_sample(one, other)
     shared = processor(paths, "red", np.array([boxed(1)], dtype=object))
-    assert [sample.frame.reference_sizes for sample in shared] == [expected[0].frame.reference_sizes] * 2
-    assert [len(s.frame.reference_sizes) for s in processor(paths, "red", [None, [boxed(1)]])] == [0, 1]
-
-
-def test_prompts_of_one_image_share_its_pixels(processor: ConceptSegProcessor) -> None:
-    inputs = processor(picture(), ["red", "red circle"])
-    assert inputs[0].sam_pixel_values is inputs[1].sam_pixel_values
-    moved = inputs.to("meta")
-    assert moved[0].sam_pixel_values is moved[1].sam_pixel_values
-    assert moved[0].sam_pixel_values.device.type == "meta" and inputs[0].sam_pixel_values.device.type == "cpu"
+    assert [frame.reference_sizes for frame in shared["frames"]] == [
+        expected["frames"][0].reference_sizes
+    ] * 2
+    frames = processor(paths, "red", [None, [boxed(1)]])["frames"]
+    assert [len(frame.reference_sizes) for frame in frames] == [0, 1]
 
 
 def test_samples_and_processor_can_be_pickled(processor: ConceptSegProcessor) -> None:
@@ -560,12 +571,10 @@ def test_prompts_about_one_image_read_it_once(processor, monkeypatch, shortcut_s
     )
     image, other = picture(1), picture(2)
     prompts = ["red", "blue", "green"]
-    samples = processor(image, prompts)
+    inputs = processor(image, prompts)
     paired = processor([image, other, image], prompts)
     count = 1 if shortcut_size is None else 2
     assert len(seen) == 3 * count  # one image, and two
-    assert samples[0].sam_pixel_values is samples[2].sam_pixel_values is not paired[1].sam_pixel_values
-    for sample, prompt in zip(samples, prompts):
-        alone = processor.prepare(image, prompt)
-        assert torch.equal(sample.sam_pixel_values, alone.sam_pixel_values)
-        assert sample.vlm_images == alone.vlm_images and sample.vlm_text == alone.vlm_text
+    assert inputs["image_index"].tolist() == [0, 0, 0] and paired["image_index"].tolist() == [0, 1, 0]
+    for sample, prompt in zip(inputs.samples, prompts, strict=True):
+        assert_same_sample(sample, processor.prepare(image, prompt))

@@ -101,7 +101,7 @@ APPENDING = {
     "evaluation/records/store.py",
     "completions.py",
     "nano/loop.py",
-    "integrations/fiftyone_app.py",
+    "integrations/fiftyone_app/app.py",
     "cli/outputs.py",
 }
 HASHED = {"loading.py", "completions.py", "integrations/fiftyone/runs.py"}  # JSON that is no file
@@ -152,13 +152,19 @@ LAUNCH_LIGHTLY = (
 
 
 @pytest.mark.parametrize(
-    "verb",
-    [(), *((verb,) for verb in "demo segment evaluate compare ablate train convert data info".split())],
+    "subcommand",
+    [
+        (),
+        *(
+            (subcommand,)
+            for subcommand in "demo segment evaluate compare ablate train convert data info".split()
+        ),
+    ],
     ids=" ".join,
 )
-def test_help_loads_little_and_opens_no_socket(verb):
+def test_help_loads_little_and_opens_no_socket(subcommand):
     """The standard library's argparse and what it needs; how long it takes is in `make bench`."""
-    done = run_python(LAUNCH_LIGHTLY, str(PACKAGE / "cli" / "launcher.py"), *verb, "--help")
+    done = run_python(LAUNCH_LIGHTLY, str(PACKAGE / "cli" / "launcher.py"), *subcommand, "--help")
     assert done.returncode == 0, done.stderr
     assert "usage: conceptseg" in done.stdout
     assert int(done.stdout.splitlines()[-1]) < 250, "modules"
@@ -177,7 +183,7 @@ def test_importing_opens_no_socket_and_nothing_heavy():
 
 
 def test_verbs_load_nothing_twice():
-    """Verbs run under the launcher's name for the package; what they import is the package itself."""
+    """Subcommands run under the launcher's name for the package; what they import is the package itself."""
     code = LAUNCH + (
         "code = launch()\n"
         "names = sorted(name for name in sys.modules if name.startswith('conceptseg_cli'))\n"

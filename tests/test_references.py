@@ -8,17 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conceptseg_hf.references import (
-    MosaicLayout,
-    Reference,
-    assign_cells,
-    box_iou,
-    compose_mosaic,
-    find_proxy,
-    grid_size,
-    mask_to_box,
-    resolve_references,
-)
+from conceptseg_hf.boxes import box_iou, mask_to_box
+from conceptseg_hf.mosaic import MosaicLayout, assign_cells, compose_mosaic, grid_size
+from conceptseg_hf.references import Reference, find_proxy, resolve_references
 
 RED = (255, 0, 0)
 IMAGE = Image.new("RGB", (40, 30), "blue")

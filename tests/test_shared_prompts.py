@@ -95,7 +95,9 @@ def test_states_and_gradients_equal_those_of_the_plain_pass(
     parameters = [p for p in model.vlm.parameters() if p.requires_grad]
     weights = torch.randn(used.sum(), model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     images: list[int] = []
-    vlm_backbone.vision_tower(model.vlm).register_forward_pre_hook(lambda module, args: images.append(len(args[0])))
+    vlm_backbone.vision_tower(model.vlm).register_forward_pre_hook(
+        lambda module, args: images.append(len(args[0]))
+    )
 
     found = []
     for context in (nullcontext(), prompts_read_once(model.vlm, inputs, length)):

@@ -133,7 +133,8 @@ def test_the_installed_app_has_its_plugin(installed):
     pytest.importorskip("fiftyone")
     done = installed("python", "-m", "conceptseg_hf.integrations.fiftyone_app", "--samples", "0")
     assert done.returncode == 2 and "--samples is 0; use at least 1." in done.stderr
-    code = "from conceptseg_hf.integrations.fiftyone_app import _PLUGIN; print((_PLUGIN / 'fiftyone.yml').is_file())"
+    code = "from conceptseg_hf.integrations.fiftyone_app.app import _PLUGIN as plugin; "
+    code += "print((plugin / 'fiftyone.yml').is_file())"
     assert installed("python", "-c", code).stdout == "True\n"
 
 

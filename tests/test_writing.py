@@ -14,11 +14,11 @@ from PIL import Image
 from conceptseg_hf.writing import (
     NotWrittenError,
     encode_text,
+    image_bytes,
     is_full,
     json_text,
     not_written,
     open_new,
-    image_bytes,
     write_file,
     write_files,
     write_json,

@@ -1,7 +1,7 @@
 """The `conceptseg` command.
 
-Nothing here imports the rest of the package before a verb runs (see launcher.py), so inside verbs imports are
-absolute.
+Nothing here imports the rest of the package before a subcommand runs (see launcher.py), so inside subcommands imports
+are absolute.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .arguments import BadInputError, installed_version, os_error_sentence
 from .outputs import make_printable
 from .suggestions import suggest, unknown_option
 
-_VERBS = (demo, segment, evaluate, compare, ablate, train, convert, data, info)
+_SUBCOMMANDS = (demo, segment, evaluate, compare, ablate, train, convert, data, info)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,15 +46,17 @@ class _Version(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command; each verb adds its own."""
+    """The parser of the whole command; each subcommand adds its own."""
     parser = _Parser(
         prog="conceptseg",
         description="Segment what a prompt means, by words or by reasoning over reference images.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
-    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
-    for verb in _VERBS:
-        verb.add_parser(verbs)
+    subcommands = parser.add_subparsers(
+        title="subcommands", dest="subcommand", metavar="SUBCOMMAND", required=True
+    )
+    for subcommand in _SUBCOMMANDS:
+        subcommand.add_parser(subcommands)
     return parser
 
 
@@ -83,13 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         reason = os_error_sentence(error)
     except KeyboardInterrupt as error:
-        print(f"conceptseg {arguments.verb}: {str(error) or 'stopped.'}", file=sys.stderr)
+        print(f"conceptseg {arguments.subcommand}: {str(error) or 'stopped.'}", file=sys.stderr)
         return 130
     try:
         _flush()
     except (OSError, BadInputError):
         _leave_stdout()
-    print(f"conceptseg {arguments.verb}: {reason}", file=sys.stderr)
+    print(f"conceptseg {arguments.subcommand}: {reason}", file=sys.stderr)
     return 2
 
 

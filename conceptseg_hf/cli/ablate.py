@@ -24,9 +24,9 @@ CONFIGS = ("router", "prompt", "references", "reference_seeds", "concept_queries
 FILES = ("ablation.md", "ablation.json", "ablation.csv")
 
 
-def add_parser(verbs: Any) -> None:
-    """Adds the verb to the command."""
-    parser = verbs.add_parser(
+def add_parser(subcommands: Any) -> None:
+    """Adds the subcommand to the command."""
+    parser = subcommands.add_parser(
         "ablate",
         help="evaluate a checkpoint under several settings and compare them",
         description="Evaluates every variant of an ablation, each in a folder of its own, and writes ablation.md, "
@@ -58,7 +58,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the verb."""
+    """Runs the subcommand."""
     check_model(arguments.model)
     models = dict(_variant_model(text) for text in arguments.variant_model)
     from conceptseg_hf.data import load_benchmarks

@@ -1,4 +1,4 @@
-"""What the verbs' arguments have in common: options, references, and how a model is found."""
+"""What the subcommands' arguments have in common: options, references, and how a model is found."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
-    from conceptseg_hf.mosaic import Box
+    from conceptseg_hf.boxes import Box
 
 # conceptseg_hf.router.ROUTER_MODES, which cannot be imported without torch; a test holds the two together.
 ROUTERS = ("adaptive", "sam_only", "full_reasoning")
@@ -43,7 +43,7 @@ class ReferenceArgument:
 
 
 def add_output_option(parser: argparse.ArgumentParser, default: str) -> None:
-    """Adds the option that says where a verb writes."""
+    """Adds the option that says where a subcommand writes."""
     parser.add_argument(
         "--output-dir", default=default, metavar="DIR", help="folder of the results (default: %(default)s)"
     )
@@ -210,9 +210,9 @@ def set_profile(
 
     if profile is not None:
         changes = apply_profile(model, processor, profile)
-        notified = ", ".join(f"{name} {after}" for name, (_, after) in changes.items())
+        changed = ", ".join(f"{name} {after}" for name, (_, after) in changes.items())
         if tell:
-            sys.stderr.write(f"profile {profile}: {told or 'nothing changes'}\n")
+            sys.stderr.write(f"profile {profile}: {changed or 'nothing changes'}\n")
     if template is not None:
         processor.prompt_template = template.to_dict()
 

@@ -12,9 +12,9 @@ from .outputs import check_output_dir
 FILES = ("comparison.md", "comparison.json", "comparison.csv", "gallery.html")
 
 
-def add_parser(verbs: Any) -> None:
-    """Adds the verb to the command."""
-    parser = verbs.add_parser(
+def add_parser(subcommands: Any) -> None:
+    """Adds the subcommand to the command."""
+    parser = subcommands.add_parser(
         "compare",
         help="compare two evaluations sample by sample",
         description="Writes comparison.md, comparison.json, comparison.csv (a sample a line) and gallery.html (the "
@@ -30,7 +30,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the verb."""
+    """Runs the subcommand."""
     for folder in (arguments.first, arguments.second):
         if not Path(folder).is_dir():
             raise BadInputError(f"{folder!r} is no folder; give an output folder of conceptseg evaluate.")

@@ -9,9 +9,9 @@ from .arguments import PROFILES, BadInputError, add_template_option, as_bad_inpu
 from .outputs import check_output_dir
 
 
-def add_parser(verbs: Any) -> None:
-    """Adds the verb to the command."""
-    parser = verbs.add_parser(
+def add_parser(subcommands: Any) -> None:
+    """Adds the subcommand to the command."""
+    parser = subcommands.add_parser(
         "convert",
         help="make one checkpoint of published weights, or bring one back to the authors' layout",
         description="Joins a ConceptSeg-R1 checkpoint in the authors' layout and SAM 3 in one folder that "
@@ -49,7 +49,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the verb."""
+    """Runs the subcommand."""
     if arguments.to_original and arguments.sam is not None:
         raise BadInputError(
             "--sam has no use with --to-original: the authors' layout holds no SAM 3; leave it out."

@@ -8,9 +8,9 @@ from typing import Any
 from .arguments import add_root_option, as_bad_input, parse_roots
 
 
-def add_parser(verbs: Any) -> None:
-    """Adds the verb to the command."""
-    parser = verbs.add_parser(
+def add_parser(subcommands: Any) -> None:
+    """Adds the subcommand to the command."""
+    parser = subcommands.add_parser(
         "data",
         help="list the benchmarks, and check their files",
         description="Lists the benchmarks of the suite, or says what of them is there.",

@@ -19,9 +19,9 @@ _SAMPLES = 12
 _BATCH = 4
 
 
-def add_parser(verbs: Any) -> None:
-    """Adds the verb to the command."""
-    parser = verbs.add_parser(
+def add_parser(subcommands: Any) -> None:
+    """Adds the subcommand to the command."""
+    parser = subcommands.add_parser(
         "demo",
         help="segment the first ConceptShapes test samples",
         description="Segments the first test samples of ConceptShapes, which go round all its groups, and "
@@ -40,7 +40,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the verb."""
+    """Runs the subcommand."""
     folder = check_output_dir(arguments.output_dir, "results.json")
     model, processor = load_model(arguments)
 

@@ -26,9 +26,9 @@ from .outputs import check_output_dir, check_output_file, folder_name, says_how_
 FILES = ("records.jsonl", "settings.json", "report.md", "report.json", "report.csv", "gallery.html")
 
 
-def add_parser(verbs: Any) -> None:
-    """Adds the verb to the command."""
-    parser = verbs.add_parser(
+def add_parser(subcommands: Any) -> None:
+    """Adds the subcommand to the command."""
+    parser = subcommands.add_parser(
         "evaluate",
         help="score a checkpoint on benchmarks",
         description="Writes records.jsonl and the report. A run that was stopped goes on where it stopped. Several "
@@ -76,7 +76,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the verb."""
+    """Runs the subcommand."""
     check_model(arguments.model)
     sheet = arguments.annotation_sheet
     if sheet is not None:

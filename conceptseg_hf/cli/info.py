@@ -16,9 +16,9 @@ _SHIPPED = {
 _PACKAGES = ("conceptseg-hf", "torch", "torchvision", "transformers", "accelerate", "numpy", "pillow")
 
 
-def add_parser(verbs: Any) -> None:
-    """Adds the verb to the command."""
-    parser = verbs.add_parser("info", help="show versions, devices and what a checkpoint holds")
+def add_parser(subcommands: Any) -> None:
+    """Adds the subcommand to the command."""
+    parser = subcommands.add_parser("info", help="show versions, devices and what a checkpoint holds")
     named = "checkpoint folder or hub id (default: the embedded nano checkpoint)"
     parser.add_argument("folder", nargs="?", metavar="PATH_OR_ID", help=named)
     parser.add_argument("--model", metavar="PATH_OR_ID", help="the same")
@@ -31,7 +31,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the verb."""
+    """Runs the subcommand."""
     import platform
 
     if arguments.folder is not None and arguments.model is not None:

@@ -1,4 +1,4 @@
-"""Where verbs write: what cannot be written is refused before anything is loaded."""
+"""Where subcommands write: what cannot be written is refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PROBE = b"\0" * 4096
 
 
 def check_output_dir(path: str | Path, *files: str, option: str = "--output-dir") -> Path:
-    """Finds out whether a folder can be made and written; makes nothing, as the verb may still be refused.
+    """Finds out whether a folder can be made and written; makes nothing, as the subcommand may still be refused.
 
     Args:
         path: The folder, which need not be there yet.

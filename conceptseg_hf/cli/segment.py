@@ -31,9 +31,9 @@ _ENDINGS = (".json", "_mask.png", "_overlay.png")
 _RESERVED = len("-9999_overlay.png")
 
 
-def add_parser(verbs: Any) -> None:
-    """Adds the verb to the command."""
-    parser = verbs.add_parser(
+def add_parser(subcommands: Any) -> None:
+    """Adds the subcommand to the command."""
+    parser = subcommands.add_parser(
         "segment",
         help="segment what a prompt means in one image",
         description="Writes NAME_mask.png, NAME_overlay.png (references | image with the answer's box | "
@@ -66,7 +66,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the verb."""
+    """Runs the subcommand."""
     image = check_image(arguments.image)
     given = [parse_reference(text) for text in arguments.reference]
     if not arguments.prompt.strip():
@@ -82,15 +82,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     from conceptseg_hf import Reference
     from conceptseg_hf.images import load_image
-    from conceptseg_hf.processing_conceptseg import ConceptSegInputs
     from conceptseg_hf.visualization import caption_of, panel
-    from conceptseg_hf.writing import json_text, image_bytes, write_files
+    from conceptseg_hf.writing import image_bytes, json_text, write_files
 
     references = [Reference(item.image, mask=item.mask, box=item.box, boxes=item.boxes) for item in given]
     sample = as_bad_input(processor.prepare, image, arguments.prompt, references, lazy=True)
     generation = {"max_new_tokens": arguments.max_new_tokens} if arguments.max_new_tokens else None
     result = model.segment(
-        ConceptSegInputs([sample], processor), router=arguments.router, generation_config=generation
+        [sample], processor=processor, router=arguments.router, generation_config=generation
     )[0]
     if result.error is not None or result.mask is None:
         raise BadInputError(result.error)

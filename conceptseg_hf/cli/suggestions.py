@@ -20,7 +20,7 @@ def suggest(message: str, parser: argparse.ArgumentParser) -> str:
 
 
 def unknown_option(words: Sequence[str], parser: argparse.ArgumentParser) -> str | None:
-    """The first word that looks like an option and is none of the parser's; those of verbs are theirs to know."""
+    """The first word that looks like an option and is none of the parser's; those of subcommands are theirs to know."""
     passes_on = any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in parser._actions)
     ends = (lambda word: not word.startswith("-")) if passes_on else (lambda word: word == "--")
     options = parser._option_string_actions

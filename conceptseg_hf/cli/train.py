@@ -21,9 +21,9 @@ RECIPES = (
 )
 
 
-def add_parser(verbs: Any) -> None:
-    """Adds the verb to the command."""
-    parser = verbs.add_parser(
+def add_parser(subcommands: Any) -> None:
+    """Adds the subcommand to the command."""
+    parser = subcommands.add_parser(
         "train",
         help="train by a recipe: sft (stage I) or meta-grpo (stage II)",
         description="Trains the concept translation module (sft), or the whole policy by reinforcement (meta-grpo), "
@@ -42,10 +42,10 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the verb."""
+    """Runs the subcommand."""
     try:
         script = importlib.import_module(f"conceptseg_trainers.scripts.{_SCRIPTS[arguments.stage]}")
-        common = importlib.import_module("conceptseg_trainers.scripts.common")
+        running = importlib.import_module("conceptseg_trainers.scripts.running")
     except ModuleNotFoundError as error:
         raise BadInputError(
             f"training needs a package that is missing ({error.name}); install all with: "
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     trainer = as_bad_input(script.prepare, arguments.options)
     limit_threads(trainer.concept_model)
     try:
-        as_bad_input(common.run, trainer)
-    except common.DivergedError as error:
+        as_bad_input(running.run, trainer)
+    except running.DivergedError as error:
         raise BadInputError(str(error)) from error
     return 0

@@ -15,6 +15,7 @@ from ..configuration_conceptseg import (
     ConceptSegConfig,
     ConceptTranslationConfig,
 )
+from ..errors import one_line
 from .errors import ConversionError
 from .names import QUERIES
 from .sources import TensorInfo
@@ -70,7 +71,7 @@ def read_config(
             **{key: extra[key] for key in (*_OUR_FIELDS, *SWITCHES) if key in extra},
         )
     except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConversionError(
             f"the config.json of checkpoint {name!r} does not describe a model ({reason[:300]}); download it again."
         ) from error

@@ -12,7 +12,9 @@ from transformers import AutoTokenizer, BaseImageProcessor, CLIPTokenizer, PreTr
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..configuration_conceptseg import ConceptSegConfig
-from ..processing_conceptseg import SWITCHES, ConceptSegProcessor
+from ..errors import one_line
+from ..processing_conceptseg import ConceptSegProcessor
+from ..processor_settings import SWITCHES
 from ..profiles import PROFILES
 from .errors import ConversionError
 from .sources import read_json
@@ -76,7 +78,7 @@ def join_processors(
     except ConversionError:
         raise
     except (ValueError, TypeError, KeyError, OSError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise ConversionError(
             f"the tokenizers and image processors of {str(checkpoint)!r} and {str(sam)!r} do not make a processor "
             f"({reason}); download those folders again."

@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from ..errors import first_line, one_line
 from ..progress import progress_bar
 from .errors import ConversionError
 
@@ -177,7 +178,7 @@ def find_folder(name: str | os.PathLike, role: str) -> Path:
     try:
         return Path(snapshot_download(text, allow_patterns=list(HUB_PATTERNS)))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ConversionError(
             f"{role} {text!r} is no folder here, and the hub did not give it ({reason[:160]}); log in with `hf "
             "auth login` if it is gated, or give a folder."
@@ -272,7 +273,7 @@ def _load_torch_file(file: Path) -> Any:
             "could run code; get it from its publisher, or use the safetensors files."
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ConversionError(
             f"weight file {str(file)!r} is damaged or cut short ({reason[:160]}); download it again."
         ) from error

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..boxes import mask_to_box
 from ..images import is_file, load_oriented_image, mask_to_image, read_header
 from ..mask_checks import describe_other_size, is_similar_size
-from ..references import Reference, mask_to_box
+from ..references import Reference
+from .ground_truths import BoxGroundTruth, GroundTruth, Size, resize
 from .paths import check_files
-from .pools import ClassPool, FileReference, ReferencePool, reference_count
+from .pools import ClassPool, FileReference, ReferencePool, draw_repeatedly, reference_count
 from .sample import ConceptSample, UnreadableSampleError
-from .ground_truths import BoxGroundTruth, Size, GroundTruth, resize
 
 _NAMED = 3  # classes or samples that a message names
 
@@ -194,7 +195,9 @@ class FileBenchmark(Sequence[ConceptSample]):
             **ground_truth.fitted,
         )
         if ground_truth.fault is not None:
-            raise UnreadableSampleError(_because(item, ground_truth.fault), fields, ground_truth.stored, sample)
+            raise UnreadableSampleError(
+                _because(item, ground_truth.fault), fields, ground_truth.stored, sample
+            )
         return sample
 
     def __iter__(self) -> Iterator[ConceptSample]:
@@ -220,11 +223,12 @@ class FileBenchmark(Sequence[ConceptSample]):
         if self._pool is None:
             return {}
         rng = random.Random(self.seed)
-        return {
-            item.sample_id: self._pool.draw_repeatedly(item.concept, rng, item.image)
-            for item in self.items
-            if not item.references
+        items = [item for item in self.items if not item.references]
+        classes = {
+            concept: list(self._pool.references(concept))
+            for concept in dict.fromkeys(item.concept for item in items)
         }
+        return {item.sample_id: draw_repeatedly(classes[item.concept], rng, item.image) for item in items}
 
     def read_references(self, item: FileItem) -> FoundReferences:
         """Reads the references of an item; others of its class take the places of those that cannot be used.
@@ -382,16 +386,22 @@ def read_ground_truth(ground_truth: GroundTruth, size: Size, orientation: int = 
     stored = _ground_truth_fields(ground_truth, mask, ignore)
     if found == size:
         return LoadedGroundTruth(stored, stored)
-    fitted = _ground_truth_fields(ground_truth, resize(mask, size), None if ignore is None else resize(ignore, size))
+    fitted = _ground_truth_fields(
+        ground_truth, resize(mask, size), None if ignore is None else resize(ignore, size)
+    )
     fitted["stored_mask"] = stored["mask"]
     fault = None if is_similar_size(found, size) else describe_other_size(ground_truth.name, found, size)
     return LoadedGroundTruth(fitted, stored, fault)
 
 
-def _ground_truth_fields(ground_truth: GroundTruth, mask: np.ndarray, ignore: np.ndarray | None) -> dict[str, Any]:
+def _ground_truth_fields(
+    ground_truth: GroundTruth, mask: np.ndarray, ignore: np.ndarray | None
+) -> dict[str, Any]:
     return {
         "mask": mask_to_image(mask),
-        "box": ground_truth.box(mask.shape[::-1]) if isinstance(ground_truth, BoxGroundTruth) else mask_to_box(mask),
+        "box": ground_truth.box(mask.shape[::-1])
+        if isinstance(ground_truth, BoxGroundTruth)
+        else mask_to_box(mask),
         "ignore": None if ignore is None else mask_to_image(ignore),
         "box_only": ground_truth.box_only,
     }

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..images import load_grey_mask, open_oriented_mask, image_foreground
+from ..boxes import Box
+from ..images import image_foreground, load_grey_mask, open_oriented_mask
 from ..mask_checks import check_mask_frame, looks_like_photo
-from ..references import Box
 from .paths import read_json
 
 Size = tuple[int, int]

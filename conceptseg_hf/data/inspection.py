@@ -14,8 +14,8 @@ from pathlib import Path
 from ..mask_checks import describe_other_size
 from ..progress import progress_bar
 from .files import FileBenchmark, FileItem, read_ground_truth
-from .pools import FileReference
 from .ground_truths import LabelFile, MaskFile
+from .pools import FileReference
 
 _NAMED = 5
 _BATCH = 1024  # files that are handed to the threads at once
@@ -134,7 +134,9 @@ def _different(items: Iterator[FileItem]) -> list[FileItem]:
     """Items with different files: the classes of one map of labels are read once."""
     seen: dict[tuple[object, ...], FileItem] = {}
     for item in items:
-        ground_truth = item.ground_truth.path if isinstance(item.ground_truth, LabelFile) else item.ground_truth
+        ground_truth = (
+            item.ground_truth.path if isinstance(item.ground_truth, LabelFile) else item.ground_truth
+        )
         seen.setdefault((item.image, ground_truth), item)
     return list(seen.values())
 
@@ -146,7 +148,9 @@ def _inspect_item(item: FileItem) -> _Finding:
         ground_truth = read_ground_truth(item.ground_truth, size, orientation)
     except (OSError, ValueError) as error:
         return _Finding(fault=str(error))
-    rotated = str(item.image) if orientation != 1 and isinstance(item.ground_truth, (MaskFile, LabelFile)) else None
+    rotated = (
+        str(item.image) if orientation != 1 and isinstance(item.ground_truth, (MaskFile, LabelFile)) else None
+    )
     if ground_truth.fault is not None:
         return _Finding(fault=ground_truth.fault, rotated=rotated)
     if ground_truth.fitted is ground_truth.stored:

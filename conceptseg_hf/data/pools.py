@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..boxes import mask_to_box
 from ..images import load_oriented_image, mask_to_image, try_image
 from ..mask_checks import describe_other_size, is_similar_size
-from ..references import Reference, mask_to_box, no_foreground, read_reference
-from .ground_truths import BoxGroundTruth, MaskFile, PixelBox, Size, GroundTruth, resize
+from ..references import Reference, no_foreground, read_reference
+from .ground_truths import BoxGroundTruth, GroundTruth, MaskFile, PixelBox, Size, resize
 
 
 @dataclass(frozen=True)
@@ -83,35 +84,6 @@ class ReferencePool(ABC):
             exclude: The target, which is never its own reference.
         """
 
-    def draw_repeatedly(self, concept: str, rng: random.Random, exclude: Path) -> list[FileReference]:
-        """Draws references of a class with replacement, as the released code: 1 if the class has 2 images, else 4.
-
-        Each is drawn until it is not the target, so that a class with a single other image gives it four times; a class
-        with none gives none.
-
-        Args:
-            concept: The class.
-            rng: Source of chance; the released code has one for all samples, in their order.
-            exclude: The target, which is never its own reference.
-        """
-        everything = self._listed(concept)
-        if all(reference.image == exclude for reference in everything):
-            return []
-        drawn = []
-        for _ in range(reference_count(len(everything))):
-            reference = rng.choice(everything)
-            while reference.image == exclude:
-                reference = rng.choice(everything)
-            drawn.append(reference)
-        return drawn
-
-    def _listed(self, concept: str) -> list[FileReference]:
-        """`references`, kept: with replacement, one class is asked for again and again."""
-        kept: dict[str, list[FileReference]] = self.__dict__.setdefault("_kept", {})
-        if concept not in kept:
-            kept[concept] = list(self.references(concept))
-        return kept[concept]
-
     @abstractmethod
     def spares(
         self, concept: str, rng: random.Random, exclude: Path, drawn: Collection[FileReference]
@@ -137,6 +109,30 @@ class ReferencePool(ABC):
 def reference_count(class_size: int) -> int:
     """How many references a class of this size gives (as the paper's data loader): 1 of 2 images, else 4."""
     return 1 if class_size == 2 else 4
+
+
+def draw_repeatedly(
+    everything: Sequence[FileReference], rng: random.Random, exclude: Path
+) -> list[FileReference]:
+    """Draws references of a class with replacement, as the released code: 1 if the class has 2 images, else 4.
+
+    Each is drawn until it is not the target, so that a class with a single other image gives it four times; a class
+    with none gives none.
+
+    Args:
+        everything: All images of the class.
+        rng: Source of chance; the released code has one for all samples, in their order.
+        exclude: The target, which is never its own reference.
+    """
+    if all(reference.image == exclude for reference in everything):
+        return []
+    drawn = []
+    for _ in range(reference_count(len(everything))):
+        reference = rng.choice(everything)
+        while reference.image == exclude:
+            reference = rng.choice(everything)
+        drawn.append(reference)
+    return drawn
 
 
 class ClassPool(ReferencePool):

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..references import Box, Reference
+from ..boxes import Box
+from ..references import Reference
 
 
 @dataclass(frozen=True)

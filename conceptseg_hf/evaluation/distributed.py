@@ -20,21 +20,21 @@ class Processes:
     """The processes that were launched together.
 
     Attributes:
-        index: The number of this one, from 0.
-        count: How many there are.
+        rank: The number of this one, from 0.
+        world_size: How many there are.
         state: accelerate's `PartialState`, None for a process that is alone.
     """
 
-    index: int = 0
-    count: int = 1
+    rank: int = 0
+    world_size: int = 1
     state: Any = None
 
     @property
     def is_main(self) -> bool:
         """Whether this is the process that prints, merges and writes reports."""
-        return self.index == 0
+        return self.rank == 0
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Returns when all have called it."""
         if self.state is not None:
             self.state.wait_for_everyone()
@@ -42,7 +42,7 @@ class Processes:
     def leave(self) -> None:
         """Ends what joins them; the last call of a program, without which its exit may be aborted."""
         if self.state is not None:
-            self.wait()
+            self.barrier()
             self.state.destroy_process_group()
             let_gloo_end()
 

@@ -21,14 +21,6 @@ from conceptseg_hf.evaluation.running.ablation import ablation_names
 from conceptseg_hf.router import ROUTER_MODES
 
 
-@pytest.fixture(scope="session")
-def checkpoint(model, processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture()
 def files(tmp_path, monkeypatch):
     """A folder with a picture, a mask and a name full of colons; the working directory of the test."""
@@ -311,7 +303,7 @@ def test_segment_with_several_boxes_and_a_profile(files, checkpoint, capsys, mon
             "in pixels",
         ),
         (("other",), "'other'"),
-        ((), "VERB"),
+        ((), "SUBCOMMAND"),
     ],
 )
 def test_bad_input_exits_with_2_and_one_sentence(files, checkpoint, capsys, words, message):
@@ -356,8 +348,8 @@ def test_what_cannot_be_written_is_refused_before_anything_is_loaded(
     def never(*_, **__):
         raise AssertionError("something was loaded")
 
-    for verb in ("segment", "demo", "evaluate", "ablate"):
-        monkeypatch.setattr(f"conceptseg_hf.cli.{verb}.load_model", never)
+    for subcommand in ("segment", "demo", "evaluate", "ablate"):
+        monkeypatch.setattr(f"conceptseg_hf.cli.{subcommand}.load_model", never)
     monkeypatch.setattr("conceptseg_hf.data.load_benchmarks", never)
     monkeypatch.setattr("conceptseg_hf.evaluation.reporting.comparison.compare", never)
     monkeypatch.setattr("conceptseg_hf.conversion.convert", never)
@@ -437,15 +429,15 @@ def write_own_data(root, color):
     (root / "prompt.txt").write_text("red square")
 
 
-@pytest.mark.parametrize("verb", [("evaluate",), ("ablate", "--config", "mine.yaml")])
-def test_records_of_another_root_are_refused(files, checkpoint, capsys, verb):
+@pytest.mark.parametrize("subcommand", [("evaluate",), ("ablate", "--config", "mine.yaml")])
+def test_records_of_another_root_are_refused(files, checkpoint, capsys, subcommand):
     (files / "mine.yaml").write_text("variants: {plain: {router: sam_only}, other: {router: sam_only}}")
     for root, color in (("A", "red"), ("B", "blue")):
         write_own_data(files / root, color)
     options = ("--benchmark", "plain", "--model", checkpoint)
-    assert command(*verb, *options, "--root", "A") == 0
+    assert command(*subcommand, *options, "--root", "A") == 0
     capsys.readouterr()
-    assert command(*verb, *options, "--root", "B") == 2
+    assert command(*subcommand, *options, "--root", "B") == 2
     assert "holds the records of another run (other samples, such as 'one')" in capsys.readouterr().err
 
 

@@ -22,14 +22,6 @@ from conceptseg_hf.cli.train import RECIPES
 ROOT = Path(conceptseg_hf.__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(model, processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture()
 def files(tmp_path, monkeypatch):
     """A picture of noise, in the working directory."""

@@ -155,7 +155,7 @@ def sam_folder(tmp_path_factory):
 def test_every_tensor_has_its_place(tmp_path, sam_folder, name, model_type, capsys):
     size = SIZES[name]
     vlm, ctm = qwen_shapes(*size), ctm_shapes(size[0], 256, 8, 4)
-    assert 2 * sum(map(prod, vlm_backbone.values())) == PUBLISHED_BYTES[name]
+    assert 2 * sum(map(prod, vlm.values())) == PUBLISHED_BYTES[name]
     (tmp_path / "config.json").write_text(json.dumps(published_config(*size, model_type)))
     written = write_sharded(tmp_path, {**vlm, **ctm}, 5)
 

@@ -17,6 +17,7 @@ from transformers import (
     Sam3ImageProcessor,
     Sam3Processor,
 )
+from vocabulary import QWEN_SPECIAL_TOKENS
 
 from conceptseg_hf import ConceptSegProcessor
 from conceptseg_hf.conversion import ConversionError, convert
@@ -24,21 +25,13 @@ from conceptseg_hf.conversion.processors import BPE_NAME, read_bpe
 
 CHAT = "{% for message in messages %}{{ message['role'] }}{% for part in message['content'] %}"
 CHAT += "{% if part['type'] == 'image' %}<|image_pad|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
-SPECIAL = [
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
     letters = [chr(i) for i in range(ord("!"), ord("~") + 1)] + ["Ġ", "Ċ"]
     vocabulary = {token: i for i, token in enumerate([*letters, "re", "red"])}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[("r", "e"), ("re", "d")])
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(QWEN_SPECIAL_TOKENS)})
     tokenizer.eos_token = "<|im_end|>"
     return tokenizer
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conceptseg_hf.boxes import mask_to_box
 from conceptseg_hf.data import ConceptSample, ConceptShapes, load_benchmark
 from conceptseg_hf.data.concept_shapes.benchmark import SPLITS, family_at
 from conceptseg_hf.data.concept_shapes.families import GROUPS
 from conceptseg_hf.data.concept_shapes.scenes import HELD_OUT_PAIRS
-from conceptseg_hf.references import mask_to_box
 
 ROUND = len(GROUPS) * 3  # every family at least once
 
@@ -109,10 +109,7 @@ def _pairs(sample_index: int, split: str) -> set[tuple[str, str]]:
     task = ConceptShapes(split).task(sample_index)
     scenes = [task.scene, *(scene for scene, _ in task.references)]
     return {
-        (item.look.color, item.look.shape)
-        for scene in scenes
-        for item in scene.objects
-        if not item.look.kind
+        (item.look.color, item.look.shape) for scene in scenes for item in scene.objects if not item.look.kind
     }
 
 

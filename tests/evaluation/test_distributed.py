@@ -235,6 +235,6 @@ def test_a_process_that_nobody_launched_is_alone(monkeypatch):
     for name in ("LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     processes = join_processes()
-    assert (processes.index, processes.count, processes.is_main) == (0, 1, True)
-    processes.wait()
+    assert (processes.rank, processes.world_size, processes.is_main) == (0, 1, True)
+    processes.barrier()
     processes.leave()

@@ -120,9 +120,7 @@ def test_text_is_escaped(record_like, tmp_path):
 def test_the_prediction_is_that_of_the_record(record_like):
     sample = a_sample()
     found, missed = record_like(1.0), record_like(0.0)
-    whole, nothing = (
-        np.asarray(prediction_image(sample, record)).astype(int) for record in (found, missed)
-    )
+    whole, nothing = (np.asarray(prediction_image(sample, record)).astype(int) for record in (found, missed))
     inside, outside = (slice(80, 140), slice(80, 140)), (slice(0, 40), slice(0, 40))
     assert np.abs(whole[inside] - nothing[inside]).mean() > 20
     assert np.abs(whole[outside] - nothing[outside]).mean() < 1

@@ -282,7 +282,9 @@ def test_ciou_equals_torchmetrics():
         metric.update(
             torch.from_numpy(prediction.astype(np.int64)), torch.from_numpy(labels.astype(np.int64))
         )
-    assert score_masks(predictions, ground_truths)["ciou"] == pytest.approx(100 * float(metric.compute()), abs=1e-4)
+    assert score_masks(predictions, ground_truths)["ciou"] == pytest.approx(
+        100 * float(metric.compute()), abs=1e-4
+    )
 
 
 def test_giou_is_the_mean_of_the_images_and_one_where_the_union_is_empty():
@@ -374,10 +376,10 @@ def test_the_papers_protocol_scores_f_w_where_pixels_are_ignored_and_where_not()
     ground_truth = np.hypot(*np.mgrid[-30:30, -30:30]) < 20
     labels = ground_truth.astype(np.uint8)
     labels[:9] = 255
-    for ground_truth in (ground_truth, labels):
-        scores = score_masks([ground_truth], [ground_truth], protocol="paper", metrics=("f_w", "giou"))
+    for target in (ground_truth, labels):
+        scores = score_masks([target], [target], protocol="paper", metrics=("f_w", "giou"))
         assert scores == pytest.approx({"f_w": 100, "giou": 100}, abs=1e-3)
-    assert score_masks([ground_truth & False], [ground_truth], protocol="paper", metrics=("f_w",))["f_w"] < 30
+    assert score_masks([target & False], [target], protocol="paper", metrics=("f_w",))["f_w"] < 30
 
 
 def test_every_metric_is_a_percentage():
@@ -402,7 +404,9 @@ def s_measure_by_definition(prediction: np.ndarray, ground_truth: np.ndarray) ->
         return 2 * values.mean() / (values.mean() ** 2 + 1 + values.std() + 1e-8)
 
     fraction = ground_truth.mean()
-    objects = fraction * of_region(prediction[ground_truth]) + (1 - fraction) * of_region(1 - prediction[~ground_truth])
+    objects = fraction * of_region(prediction[ground_truth]) + (1 - fraction) * of_region(
+        1 - prediction[~ground_truth]
+    )
     rows, columns = np.nonzero(ground_truth)
     middle = round(rows.mean()) + 1, round(columns.mean()) + 1
     regions = 0.0

@@ -18,8 +18,8 @@ from unittest import mock
 import pytest
 from reached_hosts import audited, hosts_in
 
-from conceptseg_hf.integrations.fiftyone_app import start_server
-from conceptseg_hf.integrations.mongodb import find_mongod, free_port, start_mongod
+from conceptseg_hf.integrations.fiftyone_app.app import start_server
+from conceptseg_hf.integrations.fiftyone_app.mongodb import find_mongod, free_port, start_mongod
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = "@conceptseg/conceptseg"
@@ -37,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
         pytest.skip("FiftyOne is not installed: pip install -e '.[fiftyone]'")
     if find_mongod() is None:
         pytest.skip(
-            "there is no MongoDB: see conceptseg_hf/integrations/mongodb.py for where it is looked for"
+            "there is no MongoDB: see conceptseg_hf/integrations/fiftyone_app/mongodb.py for where it is looked for"
         )
     folder = tmp_path_factory.mktemp("fiftyone")
     (folder / "plugins").mkdir()

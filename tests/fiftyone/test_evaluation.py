@@ -29,7 +29,9 @@ def pairs(dataset):
     for sample in dataset.load_saved_view("targets"):
         ground_truth = load_mask(sample["ground_truth"].mask_path)
         label = sample["concept"]
-        found.append((np.zeros_like(ground_truth) if label is None else load_mask(label.mask_path), ground_truth))
+        found.append(
+            (np.zeros_like(ground_truth) if label is None else load_mask(label.mask_path), ground_truth)
+        )
     return found
 
 
@@ -228,7 +230,7 @@ def test_fields_of_other_people_are_not_a_benchmarks(segmented):
     assert {row["level"] for row in report_of(segmented, "run").table} == {"?", "all"}
 
 
-def test_true_masks_of_nearly_the_size_are_resized(segmented, tmp_path):
+def test_gt_masks_of_nearly_the_size_are_resized(segmented, tmp_path):
     """As in `conceptseg evaluate`: rounding and scale do no harm, another size only under "paper"."""
     import numpy as np
     from PIL import Image
@@ -254,6 +256,8 @@ def test_true_masks_of_nearly_the_size_are_resized(segmented, tmp_path):
     ground_truth = load_mask(grown)[rows][:, columns]
     mask = load_mask(segmented[padded.id]["concept"].mask_path)
     union = (mask | ground_truth).sum()
-    assert segmented[padded.id]["sized_iou"] == pytest.approx((mask & ground_truth).sum() / union if union else 1.0)
+    assert segmented[padded.id]["sized_iou"] == pytest.approx(
+        (mask & ground_truth).sum() / union if union else 1.0
+    )
     assert not evaluate_concepts(segmented, eval_key="paper", protocol="paper").backend.unscored
     assert segmented.reload() is None and segmented[other.id]["paper_tp"] is not None

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from reached_hosts import audited, hosts_in
 
-from conceptseg_hf.integrations import fiftyone_app
-from conceptseg_hf.integrations.mongodb import find_mongod, start_mongod
+from conceptseg_hf.integrations.fiftyone_app import app as fiftyone_app
+from conceptseg_hf.integrations.fiftyone_app.mongodb import find_mongod, start_mongod
 
 
 def listening(process: psutil.Process) -> set[str]:
@@ -155,7 +155,7 @@ def test_bad_words_end_with_one_sentence(words, message, capsys):
 def test_a_second_signal_does_not_cut_the_end_off_and_nohup_counts():
     code = """if True:
         import os, signal
-        from conceptseg_hf.integrations import fiftyone_app
+        from conceptseg_hf.integrations.fiftyone_app import app as fiftyone_app
         fiftyone_app._handle_signals()
         try:
             os.kill(os.getpid(), signal.SIGHUP)

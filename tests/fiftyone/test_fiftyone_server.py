@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from reached_hosts import audited, hosts_in
 
-from conceptseg_hf.integrations.fiftyone_server import POLICY, confined
+from conceptseg_hf.integrations.fiftyone_app.server import POLICY, confined
 
 # What a plugin's code could try, from the page and from a worker; each promise says how it ended.
 ATTEMPTS = """async () => {

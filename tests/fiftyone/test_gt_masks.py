@@ -105,7 +105,9 @@ def test_one_class_is_scored(fo, make_dataset_of, tmp_path, on_disk):
     picture.putdata(voc().ravel().tolist())
     picture.save(tmp_path / "voc.png")
     ground_truth = {"mask_path": str(tmp_path / "voc.png")} if on_disk else {"mask": voc()}
-    dataset = make_dataset_of(ground_truth=[fo.Segmentation(**ground_truth)], concept=[fo.Segmentation(mask=found)])
+    dataset = make_dataset_of(
+        ground_truth=[fo.Segmentation(**ground_truth)], concept=[fo.Segmentation(mask=found)]
+    )
     assert giou(evaluate_concepts(dataset, gt_class=15)) == 100
     assert giou(evaluate_concepts(dataset, gt_class=9)) == 0
     theirs = dataset.evaluate_segmentations(

@@ -182,7 +182,9 @@ def test_labels_in_other_slices_are_seen(fo, make_dataset):
         dataset.add_group_field("group", default="left")
         group = fo.Group()
         left = fo.Sample(filepath=path, group=group.element("left"))
-        right = fo.Sample(filepath=path, group=group.element("right"), ground_truth=fo.Segmentation(mask_path=path))
+        right = fo.Sample(
+            filepath=path, group=group.element("right"), ground_truth=fo.Segmentation(mask_path=path)
+        )
         dataset.add_samples([left, right])
         with pytest.raises(ValueError, match="field 'truth' holds labels"):
             SegmentationJob("truth", prompt="star").check(dataset.select_group_slices("left"))

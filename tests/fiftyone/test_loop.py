@@ -152,9 +152,7 @@ def test_a_mask_that_cannot_be_written_ends_no_run(fo, make_dataset, tmp_path):
 
     targets = make_dataset(3).load_saved_view("targets")
     unlucky = targets.first()
-    name = write_image(
-        Image.new("L", Image.open(unlucky.filepath).size, 255), tmp_path / "masks", unlucky.id
-    )
+    name = write_image(Image.new("L", Image.open(unlucky.filepath).size, 255), tmp_path / "masks", unlucky.id)
     Path(name).unlink()
     Path(name).mkdir()  # nothing can be written there
     job = SegmentationJob(prompt="star", router="sam_only", folder=tmp_path)

@@ -27,7 +27,7 @@ LIMITED = """
 import json, resource, sys
 from transformers import TrainerCallback
 from conceptseg_hf import cli
-from conceptseg_trainers.scripts import common
+from conceptseg_trainers.scripts import running
 
 class Fill(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
@@ -37,8 +37,8 @@ class Fill(TrainerCallback):
         if int(sys.argv[2]) < 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
 
-run = common.run
-common.run = lambda trainer: trainer.add_callback(Fill()) or run(trainer)
+run = running.run
+running.run = lambda trainer: trainer.add_callback(Fill()) or run(trainer)
 code = cli.main(json.loads(sys.argv[3]))
 sys.exit(code)
 """

@@ -21,16 +21,16 @@ from conceptseg_trainers.nano.lessons import (
     visible_things,
 )
 from conceptseg_trainers.nano.loop import Schedule, train
-from conceptseg_trainers.nano.vlm_stage import patches, positions
 from conceptseg_trainers.nano.sam_stage import negative_question, positive_question
-from conceptseg_trainers.nano.tokenizers import build_vlm_tokenizer, build_processor, build_sam_tokenizer
+from conceptseg_trainers.nano.tokenizers import build_processor, build_sam_tokenizer, build_vlm_tokenizer
+from conceptseg_trainers.nano.vlm_stage import patches, positions
 from torch import nn
 
 from conceptseg_hf import parse_completion
+from conceptseg_hf.boxes import mask_to_box
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.data.concept_shapes.families import GROUPS
 from conceptseg_hf.data.concept_shapes.scenes import HELD_OUT_PAIRS
-from conceptseg_hf.references import mask_to_box
 
 TASKS = range(2 * len(GROUPS))
 
@@ -152,13 +152,13 @@ def test_tokenizers_know_every_word() -> None:
     for index in range(10 * len(GROUPS)):
         task = split.task(index)
         for text in (task.prompt, task.think, task.rule, task.answer):
-            assert vlm_backbone.unk_token_id not in vlm(text)["input_ids"], text
+            assert vlm.unk_token_id not in vlm(text)["input_ids"], text
         assert sam.unk_token_id not in sam(task.answer)["input_ids"]
     text = (
         "<think>the red circle</think><rule>find it</rule>"
         "<check>[1,2,30,100]</check><bbox>[0,6,7,8]</bbox><answer>red circle</answer>"
     )
-    assert vlm_backbone.decode(vlm(text)["input_ids"]) == text
+    assert vlm.decode(vlm(text)["input_ids"]) == text
 
 
 class _Regression:

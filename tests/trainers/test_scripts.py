@@ -25,9 +25,10 @@ from conceptseg_hf.profiles import profile_changes
 
 pytest.importorskip("trl", "1.16")
 
-from conceptseg_trainers.scripts import common, meta_grpo, sft
-from conceptseg_trainers.scripts.common import DataArguments, ModelArguments, find_resume_checkpoint, run
+from conceptseg_trainers.scripts import meta_grpo, running, sft
+from conceptseg_trainers.scripts.arguments import DataArguments, ModelArguments
 from conceptseg_trainers.scripts.recipe_parser import find_recipe
+from conceptseg_trainers.scripts.running import find_resume_checkpoint, run
 from conceptseg_trainers.sft_config import ConceptSFTConfig
 from two_processes import deepspeed_config
 
@@ -316,7 +317,7 @@ import sys
 import deepspeed.ops
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 from conceptseg_trainers.scripts import meta_grpo, sft
-from conceptseg_trainers.scripts.common import main
+from conceptseg_trainers.scripts.running import main
 sys.exit(main(sft.prepare))
 """
 
@@ -540,7 +541,7 @@ def test_a_missing_tracker_is_named_before_the_model_is_loaded(stage, tmp_path, 
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(ModelArguments, "load", never)
-    monkeypatch.setattr(common, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(running, "get_available_reporting_integrations", lambda: ["tensorboard"])
     words = [*STAGES[stage][1](tmp_path), "--report_to", "wandb"]
     assert cli.main(["train", stage.replace("_", "-"), *words]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1] == (

@@ -279,7 +279,9 @@ def test_evaluation_measures_masks_and_leaves_pictures(make_trainer, samples):
         )[1]
     ]
     ground_truths = [np.asarray(sample.mask) >= 128 for sample in samples]
-    expected = np.mean([foreground_iou(mask, ground_truth) for mask, ground_truth in zip(masks, ground_truths)])
+    expected = np.mean(
+        [foreground_iou(mask, ground_truth) for mask, ground_truth in zip(masks, ground_truths)]
+    )
     assert metrics["eval_mask_iou"] == pytest.approx(expected, abs=1e-6)
     assert trainer.data_collator.shuffle is shuffle
     assert len(list((Path(trainer.args.output_dir) / "examples").glob("*.png"))) == 2

@@ -17,7 +17,7 @@ from conceptseg_trainers import split_reference_dataset
 from conceptseg_trainers.completions import check_words, settle_completion_source
 from conceptseg_trainers.samples import ReadableSamples
 from conceptseg_trainers.scripts import sft
-from conceptseg_trainers.scripts.common import ModelArguments
+from conceptseg_trainers.scripts.arguments import ModelArguments
 from conceptseg_trainers.sft_config import ConceptSFTConfig
 from conceptseg_trainers.sft_trainer import ConceptSFTTrainer
 from conceptseg_trainers.split_reference import find_composer

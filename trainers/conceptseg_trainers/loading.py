@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,16 +56,16 @@ def _options(args: TrainingArguments) -> dict[str, Any]:
 
 
 @contextmanager
-def changed_settings(args: TrainingArguments, values: dict[str, Any]) -> Iterator[None]:
-    """Settings have other values inside."""
-    before = {name: getattr(args, name) for name in values}
+def changed_settings(settings: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """Attributes of an object (arguments, a config) have other values inside."""
+    before = {name: getattr(settings, name) for name in values}
     for name, value in values.items():
-        setattr(args, name, value)
+        setattr(settings, name, value)
     try:
         yield
     finally:
         for name, value in before.items():
-            setattr(args, name, value)
+            setattr(settings, name, value)
 
 
 __all__ = ["changed_settings", "load_model", "load_processor"]

@@ -115,7 +115,11 @@ class MetaGRPOConfig(GRPOConfig):
     )
     freeze_vision_tower: bool = field(default=False, metadata={"help": "Do not train the vision tower."})
     vllm_vlm_name_or_path: str | None = field(
-        default=None, metadata={"help": "Plain VLM that a vLLM engine starts from."}
+        default=None,
+        metadata={
+            "help": "Plain VLM that a vLLM engine starts from.",
+            "aliases": ["--vllm_mllm_name_or_path"],  # its name before
+        },
     )
     log_examples: int = field(default=4, metadata={"help": "Example pictures at a time; 0 for none."})
     log_examples_steps: int = field(default=50, metadata={"help": "Steps between example pictures."})

@@ -7,30 +7,27 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
-from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl.data_utils import prepare_multimodal_messages
 
 from conceptseg_hf import (
     ConceptSegForSegmentation,
     ConceptSegProcessor,
-    vlm,
     parse_completion,
     shared_prompts,
+    vlm_backbone,
 )
 from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.generation import StateRecorder
-from conceptseg_hf.images import load_image, load_mask
 from conceptseg_hf.losses import segmentation_loss
-from conceptseg_hf.processing_conceptseg import CoordinateFrame, PreparedSample
+from conceptseg_hf.processing_conceptseg import CoordinateFrame
 from conceptseg_hf.sam_prompt import ImageFeatures
 
 from .batches import best_and_worst, group_rows, select_rows
@@ -41,9 +38,10 @@ from .distributed import clone_whole, make_generate_gather, materialize
 from .divergence import FiniteLogs, StoppingTrainer
 from .loading import load_model, load_processor
 from .meta_grpo_config import MetaGRPOConfig, without_renaming_warnings
-from .rewards import REWARDS, Reward, completion_text, box_iou_or_zero
-from .samples import TRIED, check_arguments, check_prompt_length, spread_indices
-from .split_reference import COLUMNS, IGNORE, INDEX, find_composer, set_epoch
+from .rewards import REWARDS, Reward, box_iou_or_zero, completion_text
+from .rollouts import Key, Prompt, PromptReader, Rollout, key_of, up_to_end
+from .samples import by_name, check_arguments, check_sample_ids, rows_to_try
+from .split_reference import COLUMNS, find_composer, set_epoch
 from .trl_adapter import (
     Batch,
     GRPOTrainerAdapter,
@@ -58,8 +56,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.getLogger(__name__)
-
-_Key: TypeAlias = tuple[str, int | None]
 
 
 class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
@@ -127,8 +123,8 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         )
 
         self._vlm_processor = self.concept_processor.vlm_processor()
-        self._max_prompt_length = args.max_prompt_length
-        for name, dataset in {"train_dataset": train_dataset, **_by_name(eval_dataset)}.items():
+        self._reader = PromptReader(self.concept_processor, self._vlm_processor, args.max_prompt_length)
+        for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
             self._check_dataset(dataset, name)
 
         sam: nn.Module = materialize(self.concept_model.detach_sam())
@@ -163,8 +159,8 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
 
         _warn_of_inexact_resume(args)
         self.examples: list[TrainingExample] = []
-        self._prompts: dict[_Key, _Prompt] = {}
-        self._rollouts: list[_Rollout] = []
+        self._prompts: dict[Key, Prompt] = {}
+        self._rollouts: list[Rollout] = []
         self._generated: tuple[list[list[int]], Tensor | None] = [], None
         self._saves_everything = False
         self.add_callback(EpochCallback(functools.partial(set_epoch, self.train_dataset)))
@@ -179,16 +175,16 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         """Puts this model's processor to work in a split-reference data set, and tries some rows."""
         if (composer := find_composer(dataset)) is not None:
             composer.processor = self.concept_processor
-        for number, row in enumerate(_some_rows(dataset)):
+        for number, row in enumerate(rows_to_try(dataset)):
             missing = [column for column in COLUMNS if column not in row]
             if missing:
                 raise ValueError(
                     f"{name} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; make it with "
                     "split_reference_dataset, or add them."
                 )
-            self._read_prompt(row)
+            self._reader.read(row)
             if number == 0 and composer is None:
-                _check_sample_ids(dataset, name)
+                check_sample_ids(dataset, name)
 
     def _load_reference(self, model: PreTrainedModel | None) -> PreTrainedModel:
         if model is None and self.args.ref_model_name_or_path is not None:
@@ -255,10 +251,10 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         """The completions of a prompt come side by side, so that a batch reads it once."""
         return group_rows(batches, lambda batch, row: id(batch["rollouts"][row].prompt))
 
-    def _encode_prompts(self, inputs: list[dict[str, Any]]) -> dict[_Key, _Prompt]:
+    def _encode_prompts(self, inputs: list[dict[str, Any]]) -> dict[Key, Prompt]:
         """What all completions of a prompt share."""
-        rows = {_key(row): row for row in inputs}
-        prompts = {key: self._read_prompt(row) for key, row in rows.items()}
+        rows = {key_of(row): row for row in inputs}
+        prompts = {key: self._reader.read(row) for key, row in rows.items()}
         features: list[ImageFeatures] = []
         with torch.no_grad():
             for part in self._chunks([prompt.target for prompt in prompts.values()]):
@@ -276,45 +272,15 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
             for (key, prompt), feature in zip(prompts.items(), features, strict=True)
         }
 
-    def _read_prompt(self, row: dict[str, Any]) -> _Prompt:
-        """Reads a row; SAM 3 has not seen the image yet.
-
-        Raises:
-            ValueError: If the prompt cannot be used or is too long, or the mask is not of the image's size.
-        """
-        where = f"sample {row['sample_id']!r}"
-        try:
-            self.concept_processor.check_prompt(row["problem"])
-            for text in _texts(row["prompt"]):
-                self.concept_processor.check_text(text, "prompt")
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        target = load_image(row["target_image"])
-        masks: dict[str, Tensor] = {}
-        for column in ("gt_mask", IGNORE):
-            try:
-                if (given := row.get(column)) is not None:
-                    masks[column] = torch.from_numpy(load_mask(given, target.size))
-            except ValueError as error:
-                raise ValueError(f"{where}: {column}: {error}") from error
-        if "gt_mask" not in masks:
-            raise ValueError(f"{where}: gt_mask is None; give each row a mask, if only an empty one.")
-        messages = prepare_multimodal_messages(row["prompt"], images=row["images"])
-        text = self._vlm_processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        prepared = self.concept_processor.prepare_vlm(
-            PreparedSample(prompt=row["problem"], vlm_images=tuple(row["images"]), vlm_text=text)
-        )
-        check_prompt_length(where, prepared, self._max_prompt_length)
-        return _Prompt(prepared, target, masks["gt_mask"], masks.get(IGNORE))
-
     def before_rewards(
         self, inputs: Rows, completions: Sequence[Any], completion_ids: list[list[int]]
     ) -> None:
         """Adds `predicted_mask`: what SAM 3 decodes from the concept tokens of each completion."""
         parsed = [parse_completion(completion_text(completion)) for completion in completions]
         self._rollouts = [
-            _Rollout(
-                self._prompts[_key(row)],
+            Rollout(
+                self._prompts[key_of(row)],
+                completion,
                 self.concept_model.config.sam_words(completion.answer, row["problem"]),
             )
             for completion, row in zip(parsed, inputs, strict=True)
@@ -328,10 +294,9 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
 
     def after_rewards(self, inputs: Rows, completions: Sequence[Any], rewards: Tensor) -> None:
         """Logs how good boxes and masks are, and keeps examples for the pictures."""
-        parsed = [parse_completion(completion_text(completion)) for completion in completions]
         ious = []
-        for row, rollout, completion in zip(inputs, self._rollouts, parsed, strict=True):
-            prompt = rollout.prompt
+        for row, rollout in zip(inputs, self._rollouts, strict=True):
+            prompt, completion = rollout.prompt, rollout.completion
             ignore = None if prompt.ignore is None else prompt.ignore.cpu().numpy()
             ious.append(foreground_iou(row["predicted_mask"], prompt.mask.cpu().numpy(), ignore))
             self.log_rollout("mask_iou", ious[-1])
@@ -339,9 +304,9 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
             if row["gt_check_box"] is not None:
                 self.log_rollout("check_iou", box_iou_or_zero(completion.check, row["gt_check_box"]))
         if self.log_completions:
-            self.log_column("answer", [completion.answer for completion in parsed])
+            self.log_column("answer", [rollout.completion.answer for rollout in self._rollouts])
             self.log_column("mask_iou", ious)
-        self._keep_examples(inputs, parsed, rewards.tolist())
+        self._keep_examples(inputs, rewards.tolist())
 
     def _translate(self, completion_ids: list[list[int]]) -> Tensor:
         """(B, L2, D) concept tokens of the completions in `_rollouts`, by the policy as it is.
@@ -355,7 +320,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         read, counts = words, [False] * len(words)
         if self.concept_model.config.end_of_turn_state:
             counts = [not ends.isdisjoint(ids) for ids in completion_ids]
-            read = [_up_to_end(ids, ends) for ids in completion_ids]
+            read = [up_to_end(ids, ends) for ids in completion_ids]
         concepts: dict[int, Tensor] = {}
         tokens, states = self._generated
         if states is not None and not self.is_fsdp_enabled:
@@ -385,7 +350,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
             concepts |= zip(rows, self.model(**batch).concept_embeds, strict=True)
         return torch.stack([concepts[row] for row in range(len(words))])
 
-    def _decode(self, rollouts: Sequence[_Rollout], concept_embeds: Tensor) -> Tensor:
+    def _decode(self, rollouts: Sequence[Rollout], concept_embeds: Tensor) -> Tensor:
         """(B, 1, h, w) mask logits of the prompts [Z; E_text(answer)] (eq. 4), differentiable in Z."""
         logits = []
         for part in self._chunks(list(zip(rollouts, concept_embeds, strict=True))):
@@ -400,14 +365,13 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         size = self.args.sam_decode_batch_size
         return (items[start : start + size] for start in range(0, len(items), size))
 
-    def _keep_examples(
-        self, inputs: list[dict[str, Any]], parsed: Sequence[Any], rewards: list[list[float]]
-    ) -> None:
+    def _keep_examples(self, inputs: Rows, rewards: list[list[float]]) -> None:
         """Keeps the first completion of some prompts for the pictures."""
         self.examples = []
-        first_rows = {_key(row): number for number, row in reversed(list(enumerate(inputs)))}
+        first_rows = {key_of(row): number for number, row in reversed(list(enumerate(inputs)))}
         for number in sorted(first_rows.values())[: self.args.log_examples]:
-            row, prompt = inputs[number], self._rollouts[number].prompt
+            row, rollout = inputs[number], self._rollouts[number]
+            prompt, completion = rollout.prompt, rollout.completion
             named = zip(self.reward_func_names, rewards[number], strict=True)
             self.examples.append(
                 TrainingExample(
@@ -415,8 +379,8 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
                     gt_mask=prompt.mask.cpu().numpy(),
                     predicted_mask=row["predicted_mask"],
                     mosaic=row["images"][0] if len(row["images"]) > 1 else None,
-                    rule=parsed[number].rule,
-                    answer=parsed[number].answer,
+                    rule=completion.rule,
+                    answer=completion.answer,
                     rewards={name: value for name, value in named if value == value},
                 )
             )
@@ -447,7 +411,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         return loss
 
     def _segmentation_losses(
-        self, rollouts: Sequence[_Rollout], concept_embeds: Tensor, counts: Sequence[bool]
+        self, rollouts: Sequence[Rollout], concept_embeds: Tensor, counts: Sequence[bool]
     ) -> tuple[Tensor, Tensor]:
         """Dice and focal loss (eq. 5): means over the rows that count, at the size of their images."""
         logits = self._decode(rollouts, concept_embeds)
@@ -515,54 +479,8 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
             self.processing_class = self._vlm_processor
 
 
-@dataclass(frozen=True, eq=False)
-class _Prompt:
-    """What the completions of a prompt share.
-
-    Attributes:
-        prepared: The VLM's input.
-        target: The target image.
-        mask: (H, W) bool, its true mask.
-        ignore: (H, W) bool, the pixels that do not count; None when all do.
-        features: What SAM 3 sees in it, a batch of one.
-    """
-
-    prepared: PreparedSample
-    target: Image.Image
-    mask: Tensor
-    ignore: Tensor | None = None
-    features: ImageFeatures | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Rollout:
-    """One completion: its prompt, and the words that SAM 3 gets."""
-
-    prompt: _Prompt
-    sam_text: str
-
-
 def _without_adapters(model: ConceptSegForSegmentation | PeftModel) -> nn.Module:
     return cast("PeftModel", model).get_base_model() if is_peft_model(model) else model
-
-
-def _up_to_end(ids: list[int], ends: set[int]) -> list[int]:
-    """The tokens up to the first that ends a completion, and with it."""
-    place = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    return ids[: place + 1]
-
-
-def _texts(messages: Sequence[dict[str, Any]]) -> Iterable[str]:
-    """The words of a prompt, before images are put between them."""
-    for message in messages:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        yield from (part["text"] for part in parts if part["type"] == "text")
-
-
-def _key(row: dict[str, Any]) -> _Key:
-    """What the copies of a row share, and no other row has."""
-    return row["sample_id"], row.get(INDEX)
 
 
 def _default_rewards(args: MetaGRPOConfig) -> list[Reward]:
@@ -587,32 +505,6 @@ def _warn_of_inexact_resume(args: MetaGRPOConfig) -> None:
             args.save_steps,
             generation,
         )
-
-
-def _by_name(eval_dataset: Any) -> dict[str, Any]:
-    """Evaluation data sets, one or several, under names for messages."""
-    if isinstance(eval_dataset, dict):
-        return {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
-    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
-
-
-def _some_rows(dataset: Any) -> Iterable[dict[str, Any]]:
-    if isinstance(dataset, datasets.IterableDataset):
-        yield from dataset.take(TRIED)
-    elif isinstance(dataset, datasets.Dataset):
-        if not len(dataset):
-            raise ValueError("MetaGRPOTrainer: a data set has no rows; give some to train on.")
-        yield from (dataset[number] for number in spread_indices(len(dataset)))
-    else:
-        raise ValueError(
-            f"MetaGRPOTrainer: a data set is a {type(dataset).__name__}; give what split_reference_dataset returns."
-        )
-
-
-def _check_sample_ids(dataset: Any, name: str) -> None:
-    """Completions find their prompt by its sample_id."""
-    if isinstance(dataset, datasets.Dataset) and len(set(dataset["sample_id"])) < len(dataset):
-        raise ValueError(f"{name} has rows that share a sample_id; give each row its own.")
 
 
 __all__ = ["MetaGRPOTrainer"]

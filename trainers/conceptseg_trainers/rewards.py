@@ -11,18 +11,17 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from conceptseg_hf import Completion, parse_completion
+from conceptseg_hf.boxes import box_iou
 from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.images import load_mask
-from conceptseg_hf.references import box_iou
 
-Box: TypeAlias = Sequence[float]
 Completions: TypeAlias = Sequence[str | Sequence[dict[str, Any]]]
 
 WITHOUT_PROXY = ("none", "box", "square")
 
 
 def format_reward(
-    completions: Completions, gt_check_box: Sequence[Box | None] | None = None, **columns: Any
+    completions: Completions, gt_check_box: Sequence[Sequence[float] | None] | None = None, **columns: Any
 ) -> list[float]:
     """R_format of eq. 6: 1 if the completion has the form of the template, else 0.
 
@@ -78,14 +77,16 @@ def mask_reward(
             load_mask(ground_truth),
             None if ignore is None else load_mask(ignore),
         )
-        for _, prediction, ground_truth, ignore in zip(completions, predicted_mask, gt_mask, ignored, strict=True)
+        for _, prediction, ground_truth, ignore in zip(
+            completions, predicted_mask, gt_mask, ignored, strict=True
+        )
     ]
 
 
 def meta_reward(
     completions: Completions,
-    gt_box: Sequence[Box | None],
-    gt_check_box: Sequence[Box | None] | None = None,
+    gt_box: Sequence[Sequence[float] | None],
+    gt_check_box: Sequence[Sequence[float] | None] | None = None,
     without_proxy: str = "none",
     **columns: Any,
 ) -> list[float | None]:
@@ -123,7 +124,9 @@ def meta_reward(
     return rewards
 
 
-def box_reward(completions: Completions, gt_box: Sequence[Box | None], **columns: Any) -> list[float]:
+def box_reward(
+    completions: Completions, gt_box: Sequence[Sequence[float] | None], **columns: Any
+) -> list[float]:
     """IoU(bbox, GT box) alone: what stands in for R_meta in the ablation without meta reward.
 
     Args:
@@ -132,11 +135,14 @@ def box_reward(completions: Completions, gt_box: Sequence[Box | None], **columns
         **columns: Ignored.
     """
     return [
-        box_iou_or_zero(_parse(completion).bbox, box) for completion, box in zip(completions, gt_box, strict=True)
+        box_iou_or_zero(_parse(completion).bbox, box)
+        for completion, box in zip(completions, gt_box, strict=True)
     ]
 
 
-def box_iou_or_zero(box: Box | None, ground_truth: Box | Sequence[Box] | None) -> float:
+def box_iou_or_zero(
+    box: Sequence[float] | None, ground_truth: Sequence[float] | Sequence[Sequence[float]] | None
+) -> float:
     """IoU of a box with the true one, or the best with several, all in text units; a missing box scores 0.
 
     Where there is nothing to locate (`truth` is None), an empty box is right.

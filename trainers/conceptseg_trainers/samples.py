@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from transformers import TrainingArguments
 
@@ -199,3 +200,38 @@ def check_prompt_length(where: str, prepared: PreparedSample, limit: int) -> Non
             f"{where} has a prompt of {length} tokens, more than max_prompt_length = {limit}; raise that, shorten the "
             "prompt, or give the processor a smaller canvas_size."
         )
+
+
+def by_name(eval_dataset: Any) -> dict[str, Any]:
+    """Evaluation data sets, one or several, under names for messages."""
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
+
+
+def rows_to_try(dataset: Any) -> Iterable[dict[str, Any]]:
+    """Some rows of a data set, which are checked before training.
+
+    Raises:
+        ValueError: If it is no data set, or has no rows.
+    """
+    if isinstance(dataset, datasets.IterableDataset):
+        yield from dataset.take(TRIED)
+    elif isinstance(dataset, datasets.Dataset):
+        if not len(dataset):
+            raise ValueError("MetaGRPOTrainer: a data set has no rows; give some to train on.")
+        yield from (dataset[number] for number in spread_indices(len(dataset)))
+    else:
+        raise ValueError(
+            f"MetaGRPOTrainer: a data set is a {type(dataset).__name__}; give what split_reference_dataset returns."
+        )
+
+
+def check_sample_ids(dataset: Any, name: str) -> None:
+    """Completions find their prompt by its sample_id.
+
+    Raises:
+        ValueError: If rows share one.
+    """
+    if isinstance(dataset, datasets.Dataset) and len(set(dataset["sample_id"])) < len(dataset):
+        raise ValueError(f"{name} has rows that share a sample_id; give each row its own.")

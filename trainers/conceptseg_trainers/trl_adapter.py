@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer, __version__
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
-from conceptseg_hf import ConceptSegForSegmentation, vlm_backbone, shared_prompts
+from conceptseg_hf import ConceptSegForSegmentation, shared_prompts, vlm_backbone
 
 from .loading import changed_settings
 

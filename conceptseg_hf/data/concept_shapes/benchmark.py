@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from ...boxes import mask_to_box
 from ...images import mask_to_image
-from ...references import Reference, mask_to_box
+from ...references import Reference
 from ...suggestions import did_you_mean
-from ...writing import json_text, open_new, image_bytes, write_file
+from ...writing import image_bytes, json_text, open_new, write_file
 from ..sample import ConceptSample
 from .families import FURTHER_GROUPS, GROUPS, TABLE_1_GROUPS, VARIANTS, Family, Task, TaskRng
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ...references import mask_to_box
+from ...boxes import Box, mask_to_box
 from .rendering import (
     COLORS,
     GREY,
@@ -29,14 +29,9 @@ from .rendering import (
     turns_of,
 )
 
-Box = tuple[int, int, int, int]
-
 # Every eighth pair of color and shape is never drawn outside the split "test-compositional".
 HELD_OUT_PAIRS = frozenset(
-    (color, shape)
-    for i, color in enumerate(COLORS)
-    for j, shape in enumerate(SHAPES)
-    if (3 * i + j) % 8 == 5
+    (color, shape) for i, color in enumerate(COLORS) for j, shape in enumerate(SHAPES) if (3 * i + j) % 8 == 5
 )
 
 
@@ -216,9 +211,7 @@ def draw_object(
         patch.paste(image, twin + np.float32(int(rng.integers(10, 17)) * (1 if rng.random() < 0.5 else -1)))
     else:
         period = max(4.0, item.radius * 0.5)
-        patch.paste(
-            image, texture_color(patch, item.look.texture, color_value(rng, item.look.color), period)
-        )
+        patch.paste(image, texture_color(patch, item.look.texture, color_value(rng, item.look.color), period))
     for i, other in enumerate(earlier):
         if (other.mask & mask).any():
             earlier[i] = replace(other, mask=other.mask & ~mask)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import ClassPool, FileItem, FileReference, Index
+from ..ground_truths import BoxGroundTruth, MaskFile
 from ..paths import inside, read_json, required_file
 from ..suite import CLASS_NAME, Source
-from ..ground_truths import BoxGroundTruth, MaskFile
 
 METADATA = "all_meta.json"
 _FIELDS = ("img_path", "mask_path", "cls_name", "dataset_name")
@@ -87,7 +87,9 @@ def _own_references(images: list[Path], entry: dict[str, Any], split: str) -> tu
     boxes = entry.get("ref_box") if split == "train" else None
     if not isinstance(boxes, list) or len(boxes) != len(images):
         return tuple(FileReference(image) for image in images)
-    return tuple(FileReference(image, BoxGroundTruth(tuple(map(float, box)))) for image, box in zip(images, boxes))
+    return tuple(
+        FileReference(image, BoxGroundTruth(tuple(map(float, box)))) for image, box in zip(images, boxes)
+    )
 
 
 @lru_cache(maxsize=2)

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from ..files import FileItem, FileReference, Index, ReferencePool, reference_count
+from ..ground_truths import LabelFile, read_labels
 from ..paths import MissingFilesError, check_files, is_hidden
 from ..suite import Source
-from ..ground_truths import LabelFile, read_labels
 
 # Label ids of the 19 classes that are evaluated, in the order of their training ids.
 CLASSES = {

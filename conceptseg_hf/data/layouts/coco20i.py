@@ -18,9 +18,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ..files import FileItem, FileReference, Index, ReferencePool, reference_count
+from ..ground_truths import LabelFile
 from ..paths import inside, read_json, required_file
 from ..suite import Source
-from ..ground_truths import LabelFile
 
 FOLDS = 4
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import FileItem, FileReference, Index
+from ..ground_truths import BoxGroundTruth
 from ..paths import inside, read_json, required_file
 from ..suite import Source
-from ..ground_truths import BoxGroundTruth
 from .grounding import below, named_image, without_markup
 
 _BOX = re.compile(r"<\|box_start\|>\(\s*([\d.]+),\s*([\d.]+)\),\s*\(([\d.]+),\s*([\d.]+)\)")

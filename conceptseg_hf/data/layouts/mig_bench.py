@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import FileItem, FileReference, Index
+from ..ground_truths import BoxGroundTruth
 from ..paths import inside, read_json, required_file
 from ..suite import Source
-from ..ground_truths import BoxGroundTruth
 from .grounding import below, without_markup
 
 # Group of the paper's Table 1.

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import FileItem, FileReference, Index
+from ..ground_truths import MaskFile, PixelBox
 from ..paths import MissingFilesError, composed, inside, is_hidden, read_text
 from ..suite import Source
-from ..ground_truths import MaskFile, PixelBox
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _RARE_IMAGES = (

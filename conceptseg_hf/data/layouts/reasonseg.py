@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import FileItem, Index
+from ..ground_truths import PolygonFile
 from ..paths import MissingFilesError, composed, inside, is_hidden
 from ..suite import Source
-from ..ground_truths import PolygonFile
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from PIL import Image
 
 from ...images import load_mask, load_oriented_image
 from ..files import FileItem, Index
+from ..ground_truths import GroundTruth, Size
 from ..paths import MissingFilesError, is_hidden
 from ..suite import Source
-from ..ground_truths import Size, GroundTruth
 
 if TYPE_CHECKING:
     import datasets
@@ -55,7 +55,9 @@ class RowItem(FileItem):
 
     def read_image(self) -> tuple[Image.Image, int]:
         """See `FileItem.read_image`."""
-        return load_oriented_image(self.ground_truth.table.select_columns(["image"])[self.ground_truth.row]["image"])
+        return load_oriented_image(
+            self.ground_truth.table.select_columns(["image"])[self.ground_truth.row]["image"]
+        )
 
     def read_header(self) -> tuple[Size, int]:
         """See `FileItem.read_header`."""

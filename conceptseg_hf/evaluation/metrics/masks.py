@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...boxes import box_iou
 from ...images import load_grey_mask, load_mask
-from ...references import box_iou
 from ...suggestions import did_you_mean
 from .protocols import get_protocol
 from .s_measure import load_library, s_measure
@@ -28,7 +28,9 @@ METRICS = ("miou", "giou", "ciou", "mae", "ber", "mdice")
 LIBRARY_METRICS = ("f_w", "s_measure")
 
 
-def foreground_iou(prediction: np.ndarray, ground_truth: np.ndarray, ignore: np.ndarray | None = None) -> float:
+def foreground_iou(
+    prediction: np.ndarray, ground_truth: np.ndarray, ignore: np.ndarray | None = None
+) -> float:
     """Intersection over union of two masks; 1 when both are empty.
 
     Args:
@@ -143,7 +145,9 @@ class MaskMetrics:
                 f"score_masks: prediction {index} has shape {probability.shape}, its truth {ground_truth.shape}; "
                 "bring them to the truth's size."
             )
-        is_soft = self.protocol.bicubic_ground_truths and are_resized and isinstance(ground_truth, Image.Image)
+        is_soft = (
+            self.protocol.bicubic_ground_truths and are_resized and isinstance(ground_truth, Image.Image)
+        )
         soft_ground_truth = load_grey_mask(ground_truth) if is_soft else None
         probability, ground_truth, counted = self.protocol.prepare(
             probability, ground_truth, counted, keep_size, soft_ground_truth
@@ -255,7 +259,9 @@ def _pairs(predictions: Iterable[Any], ground_truths: Iterable[Any]) -> Iterable
         ) from error
 
 
-def _as_ground_truth(ground_truth: Any, ignore_index: int | None, index: int) -> tuple[np.ndarray, np.ndarray]:
+def _as_ground_truth(
+    ground_truth: Any, ignore_index: int | None, index: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The true mask, and where it counts."""
     if isinstance(ground_truth, Image.Image):
         mask = load_mask(ground_truth)

@@ -83,10 +83,16 @@ class Protocol:
         assert self.size is not None  # the others compare at the truth's size
         return _resize(logits, self.size) > 0
 
-    def _resize_ground_truth(self, ground_truth: np.ndarray, soft_ground_truth: Image.Image | None, side: int) -> np.ndarray:
+    def _resize_ground_truth(
+        self, ground_truth: np.ndarray, soft_ground_truth: Image.Image | None, side: int
+    ) -> np.ndarray:
         if not self.bicubic_ground_truths:
             return _resize(ground_truth, side) > 0.5
-        picture = Image.fromarray(ground_truth.astype(np.uint8) * 255) if soft_ground_truth is None else soft_ground_truth
+        picture = (
+            Image.fromarray(ground_truth.astype(np.uint8) * 255)
+            if soft_ground_truth is None
+            else soft_ground_truth
+        )
         return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC)) > 127
 
 

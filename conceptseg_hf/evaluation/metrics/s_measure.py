@@ -43,7 +43,11 @@ def s_measure(prediction: np.ndarray, ground_truth: np.ndarray, released: bool =
         metric = load_library()()
         metric.step(pred=prediction.astype(np.float64), gt=ground_truth, normalize=False)
         return float(metric.get_results()["sm"])
-    size, predicted, true = ground_truth.size, int(np.count_nonzero(prediction)), int(np.count_nonzero(ground_truth))
+    size, predicted, true = (
+        ground_truth.size,
+        int(np.count_nonzero(prediction)),
+        int(np.count_nonzero(ground_truth)),
+    )
     if true in (0, size):
         fraction = predicted / size
         return fraction if true else 1 - fraction

@@ -15,7 +15,9 @@ _RADIUS, _SIGMA = 3, 5.0  # of the Gaussian over which errors inside the foregro
 _EPS = np.spacing(1)
 
 
-def weighted_f_measure(prediction: np.ndarray, ground_truth: np.ndarray, whole_numbers: bool = False) -> float:
+def weighted_f_measure(
+    prediction: np.ndarray, ground_truth: np.ndarray, whole_numbers: bool = False
+) -> float:
     """Scores one image.
 
     Errors inside the foreground are smoothed, since a miss beside hits weighs less; errors outside weigh more the
@@ -37,7 +39,8 @@ def weighted_f_measure(prediction: np.ndarray, ground_truth: np.ndarray, whole_n
     """
     if prediction.shape != ground_truth.shape:
         raise ValueError(
-            f"weighted_f_measure: the shapes {prediction.shape} and {ground_truth.shape} differ; bring the masks to one size."
+            f"weighted_f_measure: the shapes {prediction.shape} and {ground_truth.shape} differ; bring the masks "
+            "to one size."
         )
     if whole_numbers and prediction.dtype != bool:
         raise ValueError(
@@ -47,7 +50,10 @@ def weighted_f_measure(prediction: np.ndarray, ground_truth: np.ndarray, whole_n
         return 0.0
     ndimage = load_ndimage()
     region = _region(ground_truth | (prediction > 0))
-    ground_truth, error = ground_truth[region], np.abs(prediction[region].astype(np.float64) - ground_truth[region])
+    ground_truth, error = (
+        ground_truth[region],
+        np.abs(prediction[region].astype(np.float64) - ground_truth[region]),
+    )
     outside = ~ground_truth
     rows, columns = ndimage.distance_transform_edt(outside, return_distances=False, return_indices=True)
     # Outside, the error of the nearest foreground pixel: what lies beyond the border must not soften it.

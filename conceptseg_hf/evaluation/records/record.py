@@ -32,9 +32,10 @@ from PIL import Image
 
 from ...completion import parse_completion
 from ...data import ConceptSample, UnreadableSampleError
+from ...inputs import PreparedSample
 from ...modeling_conceptseg import ConceptSegForSegmentation
 from ...outputs import ConceptSegmentation
-from ...processing_conceptseg import ConceptSegInputs, ConceptSegProcessor, PreparedSample
+from ...processing_conceptseg import ConceptSegProcessor
 from ...references import Reference
 from ...router import ShortcutRouter
 from ..metrics import METRICS, MaskMetrics, box_iou, get_protocol
@@ -113,7 +114,8 @@ def segment_samples(
         except (ValueError, OSError) as error:
             prepared.append(PreparedSample.failed(sample.prompt, str(error)))
     return model.segment(
-        ConceptSegInputs(prepared, processor),
+        prepared,
+        processor=processor,
         router=router,
         generation_config=generation_config,
         sam_prompt=sam_prompt,

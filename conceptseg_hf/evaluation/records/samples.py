@@ -44,6 +44,12 @@ def read_sample(
     return sample if has_usable_references(samples) else with_usable_references(sample)
 
 
+def sample_to_show(samples: Sequence[ConceptSample], index: int) -> ConceptSample | UnreadableSampleError:
+    """A sample for a page: its mask stretched to the image if need be; or why it cannot be read."""
+    sample = _read(samples, index)
+    return sample.stretched or sample if isinstance(sample, UnreadableSampleError) else sample
+
+
 def _read(
     samples: Sequence[ConceptSample] | Dataset[ConceptSample], index: int
 ) -> ConceptSample | UnreadableSampleError:

@@ -53,7 +53,7 @@ class RecordStore:
         self._file: io.FileIO | None = None
         self._seen: dict[Path, int] = {}
         if self._folder is None:
-            if processes.count > 1:
+            if processes.world_size > 1:
                 raise ValueError(
                     "evaluate: several processes share their records in files; give output_dir, a folder that all "
                     "of them reach."
@@ -66,11 +66,11 @@ class RecordStore:
         self._check_settings(settings)
         self._records = self._read()
         self._check_records(total, identify)
-        processes.wait()  # until all have read: then files may change
+        processes.barrier()  # until all have read: then files may change
         if processes.is_main:
             write_json(self._folder / "settings.json", settings)
             self._merge()
-        processes.wait()
+        processes.barrier()
         # Without a buffer, so that what could not be written is not tried once more when the file is closed.
         self._file = self._own_path.open("ab", buffering=0)
 
@@ -117,10 +117,10 @@ class RecordStore:
         if self._file is None:
             return
         self._file.close()
-        self._processes.wait()
-        if self._processes.count > 1:
+        self._processes.barrier()
+        if self._processes.world_size > 1:
             self._records = self._read()
-        self._processes.wait()  # until all have read
+        self._processes.barrier()  # until all have read
         if self._processes.is_main:
             self._merge()
 
@@ -131,7 +131,7 @@ class RecordStore:
 
     @property
     def _own_path(self) -> Path:
-        name = "records.jsonl" if self._processes.count == 1 else f"records.{self._processes.index}.jsonl"
+        name = "records.jsonl" if self._processes.world_size == 1 else f"records.{self._processes.rank}.jsonl"
         return self._place / name
 
     def _parts(self) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Any
 from ...data import ConceptSample
 from ...writing import json_text, write_files
 from ..records.runs import Run, read_runs
+from ..records.samples import sample_to_show
 from ..records.store import Record
 from . import paper_figures
 from .aggregate import levels_of, sample_values
@@ -21,10 +22,9 @@ from .gallery import (
     Section,
     case_html,
     case_title,
-    prediction_image,
-    read_sample,
-    result_facts,
     ground_truth_images,
+    prediction_image,
+    result_facts,
     write_page,
 )
 from .tables import csv_text, interval_text, interval_values, markdown_table, provenance, provenance_line
@@ -275,9 +275,9 @@ class Comparison:
         write_page(path, f"A: {self.names[0]}, B: {self.names[1]}", " ".join(self.remarks), sections)
 
     def _case(self, pair: Pair, samples: Sequence[ConceptSample]) -> str:
-        sample = read_sample(samples, pair.index)
+        sample = sample_to_show(samples, pair.index)
         pictures = []
-        if not isinstance(sample, str):
+        if isinstance(sample, ConceptSample):
             pictures = ground_truth_images(sample, mosaic=self.settings[0].get("mosaic"))
             for letter, record in zip("AB", (pair.first, pair.second), strict=True):
                 if record["error"] is None:
@@ -305,10 +305,10 @@ def compare(
     folders = Path(first), Path(second)
     runs = read_runs(folders[0]), read_runs(folders[1])
     if set(runs[0]) != set(runs[1]):
-        notified = [", ".join("/".join(filter(None, source)) for source in sorted(run)) for run in runs]
+        sources = [", ".join("/".join(filter(None, source)) for source in sorted(run)) for run in runs]
         raise ValueError(
-            f"compare: {str(first)!r} is of {notified[0]} and {str(second)!r} of {notified[1]}; compare evaluations of the "
-            "same benchmarks and splits."
+            f"compare: {str(first)!r} is of {sources[0]} and {str(second)!r} of {sources[1]}; compare evaluations of "
+            "the same benchmarks and splits."
         )
     pairs: list[Pair] = []
     unpaired = (0, 0)

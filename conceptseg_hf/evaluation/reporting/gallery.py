@@ -13,15 +13,16 @@ from typing import Any
 
 from PIL import Image
 
-from ...data import ConceptSample, UnreadableSampleError
+from ...data import ConceptSample
 from ...images import load_image
 from ...mosaic import MosaicSettings
 from ...visualization import draw_box, draw_mosaic, scaled_overlay
 from ...writing import write_file
 from ..records import shown_references
 from ..records.rle import decode_mask
+from ..records.samples import sample_to_show
 from ..records.store import Record
-from .tables import provenance_line, fraction
+from .tables import fraction, provenance_line
 
 CASES = 12
 """Cases of each kind on a page."""
@@ -207,16 +208,6 @@ def result_facts(record: Record) -> dict[str, Any]:
     }
 
 
-def read_sample(samples: Sequence[ConceptSample], index: int) -> ConceptSample | str:
-    """A sample, its mask stretched to the image if need be, or why it cannot be read."""
-    try:
-        return samples[index]
-    except UnreadableSampleError as error:
-        return error.stretched or str(error)
-    except (OSError, ValueError) as error:
-        return str(error)
-
-
 def case_title(record: Record) -> str:
     """Where a case comes from."""
     names = (record["level"], record["group"], record.get("dataset"), record["sample_id"])
@@ -224,9 +215,9 @@ def case_title(record: Record) -> str:
 
 
 def _case(record: Record, samples: Sequence[ConceptSample], index: int, settings: Mapping[str, Any]) -> str:
-    sample = read_sample(samples, index)
+    sample = sample_to_show(samples, index)
     pictures = []
-    if not isinstance(sample, str):
+    if isinstance(sample, ConceptSample):
         pictures = ground_truth_images(sample, settings.get("max_references"), record, settings.get("mosaic"))
         if record["error"] is None:
             caption = "prediction" if record["box"] is None else "prediction and the VLM's box"

@@ -24,13 +24,13 @@ from .gallery import write_gallery
 from .paper_tables import paper_value, remarks, table_1, table_2, table_8, table_10
 from .tables import (
     csv_text,
+    fraction,
     heading_of,
     interval_values,
     markdown_table,
     percent,
     provenance,
     provenance_line,
-    fraction,
 )
 
 _LISTED = 50  # errors in a report

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from ...data import load_benchmarks
+from ...errors import one_line
 from ...loading import load_model_and_processor
 from ...modeling_conceptseg import ConceptSegForSegmentation
 from ...processing_conceptseg import ConceptSegProcessor
@@ -32,6 +33,7 @@ from ..reporting.report import EvaluationReport
 from ..reporting.tables import (
     checkpoint_name,
     csv_text,
+    fraction,
     heading_of,
     interval_text,
     interval_values,
@@ -39,7 +41,6 @@ from ..reporting.tables import (
     percent,
     provenance,
     provenance_line,
-    fraction,
 )
 from .evaluator import evaluate
 
@@ -105,7 +106,7 @@ def load_ablation(name: str | os.PathLike) -> Ablation:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"ablation {str(path)!r} is not YAML: {_one_line(error)}.") from error
+        raise ValueError(f"ablation {str(path)!r} is not YAML: {one_line(error)}.") from error
     where = f"ablation {path.name!r}"
     if not isinstance(content, dict) or not isinstance(content.get("variants"), dict):
         raise ValueError(f"{where}: it has no variants; list them by name, each with its settings.")
@@ -421,7 +422,7 @@ def ablate(
             generation_config=settings.get("generation"),
         )
     processes = join_processes()
-    processes.wait()  # until the main process has merged the last records
+    processes.barrier()  # until the main process has merged the last records
     baseline = folder / _folder_name(ablation.baseline)
     comparisons = {
         name: compare(baseline, folder / _folder_name(name), (ablation.baseline, name))
@@ -461,7 +462,3 @@ def _deviation(found: tuple[float, float] | None) -> str:
 
 def _folder_name(variant: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", variant).strip("-.") or "variant"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

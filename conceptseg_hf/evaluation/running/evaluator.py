@@ -235,7 +235,7 @@ class _Run:
             waiting = [rest for batch in batches if (rest := _rest_of(batch, records))]
             bar.skip(total - sum(map(len, waiting)))
             left = sum(map(len, waiting))
-            for batch in waiting[self.processes.index :: self.processes.count]:
+            for batch in waiting[self.processes.rank :: self.processes.world_size]:
                 found = self._evaluate_batch(
                     {index: read_sample(samples, index, self.protocol) for index in batch}
                 )

@@ -17,10 +17,11 @@ import fiftyone.core.utils as fou
 from fiftyone import ViewField as F
 from PIL import Image
 
+from ...boxes import mask_to_box
 from ...data import ConceptSample, FileBenchmark, UnreadableSampleError, load_benchmark
 from ...data.files import FileReference
 from ...images import load_image, load_mask, mask_to_image
-from ...references import Reference, mask_to_box
+from ...references import Reference
 from .field_locks import Lock, locked
 from .files import default_folder, write_image
 from .labels import relative_box

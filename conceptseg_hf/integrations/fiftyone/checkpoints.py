@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import re
 import threading
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
+from ...cards import is_hub_id
 from ...loading import load_model_and_processor
 from ...outputs import ConceptSegmentation
 from ...pipelines import ConceptSegmentationPipeline
@@ -17,7 +17,6 @@ from ...pipelines import ConceptSegmentationPipeline
 NANO = "nano"
 """Name of the embedded checkpoint."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _lock = threading.Lock()
 _kept: dict[tuple[str, str | None], ConceptSegmentationPipeline] = {}
 
@@ -31,7 +30,7 @@ def fault_of(checkpoint: str) -> str | None:
         if (folder / "config.json").is_file():
             return None
         return f"checkpoint {checkpoint!r} is a folder without config.json; give the folder that holds it."
-    if _HUB_ID.fullmatch(checkpoint) and not checkpoint.startswith("."):
+    if is_hub_id(checkpoint):
         return None
     return f"checkpoint {checkpoint!r} was not found; give 'nano', a folder, or a hub id such as owner/name."
 
@@ -68,15 +67,15 @@ def segment_batch(
     Args:
         pipeline: The model.
         items: Inputs of the pipeline, with `prompt`.
-        settings: Further arguments of the pipeline.
+        settings: Further arguments of `ConceptSegForSegmentation.segment`.
     """
     try:
-        found = cast("list[dict[str, Any]]", pipeline(items, batch_size=max(1, len(items)), **settings))
+        samples = [pipeline.preprocess(item) for item in items]
+        return pipeline.model.segment(samples, processor=pipeline.processor, **settings)
     except Exception as error:  # out of memory, for example
         if len(items) > 1:
             return [result for item in items for result in segment_batch(pipeline, [item], settings)]
         return [ConceptSegmentation.failed(f"the model failed: {error}", items[0]["prompt"])]
-    return [ConceptSegmentation(**result) for result in found]
 
 
 def release_models() -> int:

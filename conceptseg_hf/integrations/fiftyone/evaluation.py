@@ -21,9 +21,9 @@ from ...images import load_mask
 from ...mask_checks import is_similar_size
 from .evaluation_runs import COUNTS, left_out_of, replaced_since, report_of
 from .field_locks import locked
+from .gt_masks import check_class, load_gt_mask, load_probabilities
 from .labels import mask_of, predicted_mask
 from .schema import GROUND_TRUTH, IGNORE, fields_of_type
-from .gt_masks import check_class, load_probabilities, load_gt_mask
 
 BACKEND = "conceptseg"
 CLASSES = ["background", "concept"]

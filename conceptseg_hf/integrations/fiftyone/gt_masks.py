@@ -33,9 +33,7 @@ def check_class(samples: Any, gt_field: str, gt_class: int | None) -> None:
         )
 
 
-def load_gt_mask(
-    label: fo.Segmentation, gt_class: int | None = None
-) -> tuple[np.ndarray, np.ndarray | None]:
+def load_gt_mask(label: fo.Segmentation, gt_class: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
     """Foreground, and the void pixels beside a class, or None.
 
     Raises:

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 from scipy.ndimage import find_objects
 from skimage.measure import label as number_regions
 
-from ...mosaic import Box
+from ...boxes import Box
 from ...outputs import ConceptSegmentation
 from .files import probabilities_to_image, write_image
 from .schema import FOREGROUND, PREDICTION_ATTRIBUTES, REGION_ATTRIBUTES

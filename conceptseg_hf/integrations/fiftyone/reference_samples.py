@@ -11,8 +11,11 @@ from pathlib import Path
 import fiftyone as fo
 from bson import ObjectId
 
+from ...boxes import Box
 from ...images import load_image
-from ...references import MAX_REFERENCES, Box, Reference, Role, resolve_references
+from ...mosaic import MAX_REFERENCES
+from ...references import Reference, Role, resolve_references
+from .gt_masks import load_gt_mask
 from .labels import mask_of, pixel_box
 from .schema import (
     GROUND_TRUTH,
@@ -22,7 +25,6 @@ from .schema import (
     prediction_fields,
     whole_dataset,
 )
-from .gt_masks import load_gt_mask
 
 BOX_TYPES = (fo.Detections, fo.Detection, fo.Segmentation)
 """Labels that can mark the concept in a reference."""

@@ -14,8 +14,9 @@ from transformers import BitsAndBytesConfig
 from ..meta_grpo_config import MetaGRPOConfig
 from ..meta_grpo_trainer import MetaGRPOTrainer
 from ..split_reference import split_reference_dataset
-from .common import DataArguments, ModelArguments, check_run, main
+from .arguments import DataArguments, ModelArguments
 from .recipe_parser import RecipeParser
+from .running import check_run, main
 
 # All attention projections of the language model; the vision tower stays as it is.
 _LORA_TARGETS = r"vlm\.model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj)"

@@ -11,6 +11,7 @@ import yaml
 from trl import TrlParser
 
 from conceptseg_hf.cli.suggestions import suggest, unknown_option
+from conceptseg_hf.errors import one_line
 from conceptseg_hf.progress import is_terminal
 from conceptseg_hf.shipped import shipped_folder
 from conceptseg_hf.suggestions import did_you_mean
@@ -89,7 +90,7 @@ class RecipeParser(TrlParser):
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise ValueError(f"the recipe {str(path)!r} is not valid YAML ({reason}); correct it.") from error
         if not isinstance(content, dict):
             raise ValueError(

@@ -9,8 +9,9 @@ from ..completions import settle_completion_source
 from ..distributed import without_zero_init
 from ..sft_config import ConceptSFTConfig
 from ..sft_trainer import ConceptSFTTrainer
-from .common import DataArguments, ModelArguments, check_run, main
+from .arguments import DataArguments, ModelArguments
 from .recipe_parser import RecipeParser
+from .running import check_run, main
 
 
 def make_parser() -> RecipeParser:

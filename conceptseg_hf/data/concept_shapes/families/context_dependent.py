@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ....references import mask_to_box
+from ....boxes import mask_to_box
 from ..rendering import GREY, SHAPES, TEXTURES, FloatArray, to_uint8
 from ..scenes import (
     Look,

@@ -52,15 +52,11 @@ def same_object(rng: Rng, size: int, held_out: bool) -> Task:
     twins = [
         replace(
             look,
-            color=pick(
-                rng, [c for c in COLORS if c != look.color and (c, look.shape) not in HELD_OUT_PAIRS]
-            ),
+            color=pick(rng, [c for c in COLORS if c != look.color and (c, look.shape) not in HELD_OUT_PAIRS]),
         ),
         replace(
             look,
-            shape=pick(
-                rng, [s for s in SHAPES if s != look.shape and (look.color, s) not in HELD_OUT_PAIRS]
-            ),
+            shape=pick(rng, [s for s in SHAPES if s != look.shape and (look.color, s) not in HELD_OUT_PAIRS]),
         ),
     ]
 

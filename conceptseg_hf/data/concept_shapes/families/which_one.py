@@ -68,15 +68,12 @@ def named_kin(rng: Rng, size: int, held_out: bool) -> Task:
         if word not in (other.color, other.texture):
             kin.append(other)
     scene = draw_scene(rng, size, make_objects(rng, size, [look, *kin]))
-    return Task(
+    return _first_object_task(
         scene,
-        scene.objects[0].mask,
         f"find the object that is {word}",
-        (),
         f"the {word} object is the {look.shape}",
         f"the {word} object",
-        look.shape,
-        candidates=_candidates(scene, 0, range(1, len(scene.objects))),
+        len(scene.objects),
     )
 
 
@@ -88,15 +85,12 @@ def extreme_kin(rng: Rng, size: int, held_out: bool) -> Task:
     low, high = ((0.19, 0.23), (0.09, 0.13)) if largest else ((0.07, 0.09), (0.14, 0.18))
     scene = draw_scene(rng, size, _with_first_radius(rng, size, looks, low, high))
     word = "largest" if largest else "smallest"
-    return Task(
+    return _first_object_task(
         scene,
-        scene.objects[0].mask,
         f"find the {word} object in the image",
-        (),
         f"the {word} object is the {look.shape}",
         f"the {word} object",
-        look.shape,
-        candidates=_candidates(scene, 0, range(1, len(scene.objects))),
+        len(scene.objects),
     )
 
 
@@ -249,15 +243,20 @@ def _place_task(scene: Scene, phrase: str, twins: int) -> Task:
     """A task without references whose target is the first of the twins, which come first among the objects."""
     answer = scene.objects[0].look.shape
     rule = phrase.removeprefix("find ")
+    return _first_object_task(scene, phrase, f"{rule} there is the {answer}", rule, twins)
+
+
+def _first_object_task(scene: Scene, prompt: str, think: str, rule: str, siblings: int) -> Task:
+    """A task without references: the target is the first object, which so many siblings begin with; then anchors."""
     return Task(
         scene,
         scene.objects[0].mask,
-        phrase,
+        prompt,
         (),
-        f"{rule} there is the {answer}",
+        think,
         rule,
-        answer,
-        candidates=_candidates(scene, 0, range(1, twins), range(twins, len(scene.objects))),
+        scene.objects[0].look.shape,
+        candidates=_candidates(scene, 0, range(1, siblings), range(siblings, len(scene.objects))),
     )
 
 

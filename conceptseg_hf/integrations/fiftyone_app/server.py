@@ -1,6 +1,6 @@
 """FiftyOne's App server on loopback, whose page asks nobody else for anything.
 
-    python -m conceptseg_hf.integrations.fiftyone_server --port 5151
+    python -m conceptseg_hf.integrations.fiftyone_app.server --port 5151
 
 FiftyOne's page wants fonts from Google, and parts of it want code and maps from elsewhere. Every answer of this server
 tells the browser to refuse that.
@@ -41,7 +41,7 @@ def confined(app: ASGIApp) -> ASGIApp:
 def main(arguments: list[str] | None = None) -> None:
     """Serves until it is interrupted; FiftyOne's settings are those of the environment."""
     parser = argparse.ArgumentParser(
-        prog="python -m conceptseg_hf.integrations.fiftyone_server",
+        prog="python -m conceptseg_hf.integrations.fiftyone_app.server",
         description="FiftyOne's App server on 127.0.0.1; its page reaches no other server. Ctrl-C ends it.",
     )
     parser.add_argument("--port", type=int, required=True)

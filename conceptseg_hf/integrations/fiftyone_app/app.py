@@ -24,12 +24,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..shipped import shipped_folder
+from ...shipped import shipped_folder
 from .mongodb import free_port, start_mongod
 
 DATASET = "concept-shapes"
 _PLUGIN = shipped_folder("fiftyone_plugin")
-_SERVER = Path(__file__).with_name("fiftyone_server.py")
+_SERVER = Path(__file__).with_name("server.py")
 # Not `-m`, which would import `conceptseg_hf`, and torch, before the server answers; nor the file by its path, which
 # would put its folder before site-packages, and the `fiftyone` in it before FiftyOne.
 _RUN = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
@@ -131,7 +131,7 @@ def _interrupt_once(*_: Any) -> None:
 
 
 def start_server(port: int, log: Path) -> subprocess.Popen:
-    """Starts the App server of `fiftyone_server.py` and waits until it answers.
+    """Starts the App server of `server.py` and waits until it answers.
 
     FiftyOne's settings are taken from this process's environment.
 
@@ -204,8 +204,8 @@ def _prepare(folder: Path, plugin: Path) -> dict[str, str]:
 
 
 def _load(samples: int) -> None:
-    from ..progress import progress_bar
-    from .fiftyone import install_zoo_models, load_concept_benchmark
+    from ...progress import progress_bar
+    from ..fiftyone import install_zoo_models, load_concept_benchmark
 
     install_zoo_models()
     with progress_bar(samples, "samples", DATASET) as bar:
@@ -215,7 +215,3 @@ def _load(samples: int) -> None:
             dataset_name=DATASET,
             progress=lambda done, _: bar.update(int(done - bar.n)),
         )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

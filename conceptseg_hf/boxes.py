@@ -1,0 +1,38 @@
+"""Boxes: (x1, y1, x2, y2) of one coordinate frame, x2 and y2 exclusive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+Box: TypeAlias = tuple[float, float, float, float]
+
+
+def enclosing_box(boxes: Sequence[Sequence[float]]) -> Box | None:
+    """The smallest box around all of some boxes; None if there are none."""
+    if not boxes:
+        return None
+    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
+    return min(lefts), min(tops), max(rights), max(bottoms)
+
+
+def mask_to_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+    """The box of a mask's (H, W) extreme foreground pixels, x2 and y2 exclusive; None if it is empty."""
+    foreground = np.asarray(mask) != 0
+    columns, rows = np.flatnonzero(foreground.any(axis=0)), np.flatnonzero(foreground.any(axis=1))
+    if not len(columns):
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
+    """Intersection over union of two boxes of one frame; 0 when both are empty."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    intersection = max(width, 0.0) * max(height, 0.0)
+    union = (
+        sum(max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0) for box in (first, second)) - intersection
+    )
+    return intersection / union if union > 0 else 0.0

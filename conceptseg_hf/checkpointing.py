@@ -1,0 +1,320 @@
+"""Building, loading and saving `ConceptSegForSegmentation`."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, PreTrainedModel, Sam3Model
+
+from . import hub, vlm_backbone
+from .concept_translation import ConceptTranslationModule
+from .configuration_conceptseg import ConceptSegConfig, ConceptTranslationConfig
+from .devices import complete_device_map, dispatch_part, execution_device, is_offloaded, stored_value
+from .errors import first_line
+from .finite import check_finite
+from .processing_conceptseg import ConceptSegProcessor
+from .quantization import exclude_sam_and_ctm
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Arguments of `from_pretrained` that say where files come from; they serve every part of a model alike.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "use_safetensors")
+_PROCESSOR_ARGUMENTS = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
+
+_PARTS = ("vlm", "ctm", "sam")
+
+
+class CheckpointMixin(PreTrainedModel):
+    """How the model is built from backbones, loaded, saved and uploaded, and finds its processor."""
+
+    config: ConceptSegConfig
+    vlm: vlm_backbone.Vlm
+    ctm: ConceptTranslationModule
+    sam: Sam3Model
+    hf_device_map: Mapping[str, Any]
+    _processor: ConceptSegProcessor | None = None
+    _processor_arguments: Mapping[str, Any] = {}
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vlm: str | os.PathLike | PreTrainedModel,
+        sam: str | os.PathLike | Sam3Model,
+        *,
+        ctm_config: Mapping[str, Any] | None = None,
+        dtype: str | torch.dtype = "auto",
+        attn_implementation: str | None = None,
+        vlm_kwargs: Mapping[str, Any] | None = None,
+        sam_kwargs: Mapping[str, Any] | None = None,
+        **config_kwargs: Any,
+    ) -> Self:
+        """Joins a pretrained VLM and a pretrained SAM 3 with a freshly initialised CTM, ready for stage I.
+
+        Args:
+            vlm: Model id, folder, or the VLM itself (used as it is).
+            sam: Model id, folder, or SAM 3 itself (used as it is).
+            ctm_config: Fields of `ConceptTranslationConfig` to replace; the two widths follow from the
+                backbones.
+            dtype: Dtype of a VLM given by name; SAM 3 and the CTM are float32.
+            attn_implementation: Attention implementation of backbones given by name.
+            vlm_kwargs: Further arguments of the VLM's `from_pretrained`.
+            sam_kwargs: Further arguments of SAM 3's `from_pretrained`.
+            **config_kwargs: Fields of `ConceptSegConfig`.
+        """
+        sam_name = config_kwargs.pop("sam_name_or_path", None)
+        attention: dict[str, Any] = (
+            {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        )
+        if not isinstance(vlm, PreTrainedModel):
+            vlm = AutoModelForImageTextToText.from_pretrained(
+                vlm, dtype=dtype, **attention, **(vlm_kwargs or {})
+            )
+        if not isinstance(sam, PreTrainedModel):
+            sam_name = sam_name or os.fspath(sam)
+            sam = Sam3Model.from_pretrained(sam, dtype=torch.float32, **attention, **(sam_kwargs or {}))
+        sam_width = cast("Any", sam.config).detr_encoder_config.hidden_size
+        # A new config resets the attention implementation of the configs it is given: it gets copies until
+        # the model stands.
+        options: dict[str, Any] = {"attn_implementation": vlm.config._attn_implementation, **config_kwargs}
+        config = ConceptSegConfig(
+            vlm_config=copy.deepcopy(vlm.config),
+            sam_config=copy.deepcopy(sam.config),
+            ctm_config=ConceptTranslationConfig(
+                **{
+                    **(ctm_config or {}),
+                    "hidden_size": vlm.config.get_text_config().hidden_size,
+                    "sam_hidden_size": sam_width,
+                }
+            ),
+            sam_name_or_path=sam_name or sam.config.name_or_path or None,
+            **options,
+        )
+        with torch.device("meta"):
+            model = cls(config)
+        model.vlm, model.sam = vlm, sam
+        config.vlm_config, config.sam_config = vlm.config, sam.config
+        model.ctm = ConceptTranslationModule(config.ctm_config).to(execution_device(sam))
+        model.ctm.apply(model._init_weights)
+        for part, given in (("VLM", vlm), ("SAM 3", sam)):
+            check_finite(given, f"The {part} {given.config.name_or_path!r}")
+        model._freeze_sam()
+        return model.eval()
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        init_ctm: bool = ...,
+        output_loading_info: Literal[False] = ...,
+        **kwargs: Any,
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        init_ctm: bool = ...,
+        output_loading_info: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[Self, dict[str, Any]]: ...
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        init_ctm: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """Loads a checkpoint like any Transformers model, and refuses to go on with random weights.
+
+        Args:
+            pretrained_model_name_or_path: Model id or folder.
+            *model_args: As in `PreTrainedModel.from_pretrained`.
+            init_ctm: Accept a checkpoint without (some) CTM weights and initialise them afresh.
+            output_loading_info: Also return the dictionary of missing and unexpected keys.
+            **kwargs: As in `PreTrainedModel.from_pretrained`. A `quantization_config` is for the VLM alone. A
+                `device_map` may name some of `vlm`, `ctm` and `sam`; the others are on the device that computes.
+
+        Raises:
+            ValueError: If weights of the CTM (without `init_ctm`), of the VLM, or of SAM 3 (and
+                `config.sam_name_or_path` names no source for them) are missing, weights are not finite, or `device_map`
+                sends weights to the disk that are not in the checkpoint.
+        """
+        if kwargs.get("device_map") is not None:
+            kwargs["device_map"] = complete_device_map(kwargs["device_map"], _PARTS)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = exclude_sam_and_ctm(
+                kwargs["quantization_config"], kwargs.get("device_map")
+            )
+        loaded_pair: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        model, info = loaded_pair
+        model._processor_arguments = {name: kwargs[name] for name in _PROCESSOR_ARGUMENTS if name in kwargs}
+        missing = {
+            part: sorted(key for key in info["missing_keys"] if key.startswith(f"{part}.")) for part in _PARTS
+        }
+        checkpoint = f"The checkpoint {str(pretrained_model_name_or_path)!r}"
+        if missing["vlm"]:
+            raise ValueError(
+                f"{checkpoint} lacks {len(missing['vlm'])} VLM weights ({missing['vlm'][0]}, ...); "
+                "load a complete checkpoint, or join backbones with ConceptSegForSegmentation.from_backbones."
+            )
+        if missing["ctm"] and not init_ctm:
+            raise ValueError(
+                f"{checkpoint} lacks {len(missing['ctm'])} weights of the Concept Translation Module "
+                f"({missing['ctm'][0]}, ...), which would be random; pass init_ctm=True to train a fresh one."
+            )
+        for name in missing["ctm"]:
+            try:
+                stored_value(model, name)
+            except ValueError as error:
+                raise ValueError(
+                    f"{checkpoint} lacks the weight {name}, which device_map sends to the disk, where no new one is "
+                    "written; send 'ctm' elsewhere."
+                ) from error
+        if missing["sam"]:
+            hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            fault = f"{checkpoint} lacks {len(missing['sam'])} SAM 3 weights"
+            model._refill_sam(fault, hub_arguments, kwargs.get("offload_folder"))
+            info["missing_keys"] = type(info["missing_keys"])(set(info["missing_keys"]) - set(missing["sam"]))
+        check_finite(model, checkpoint)
+        model._freeze_sam()
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *args: Any,
+        save_original_format: bool = False,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Saves the model, by default under the names of `state_dict()`: the ones a trainer resumes from.
+
+        A model card is written beside it where there is none (see `cards.save_model_card`).
+
+        Args:
+            save_directory: The folder.
+            *args: As in the base class.
+            save_original_format: Use the names of the backbones' own files.
+            push_to_hub: Upload the folder as well.
+            **kwargs: As in the base class; with `push_to_hub` also `repo_id` (by default the folder's name) and the
+                arguments of `hub.upload`.
+        """
+        if push_to_hub:
+            upload, kwargs = hub.split_upload_arguments(save_directory, kwargs)
+        if is_offloaded(self) and not hasattr(self, "hf_device_map") and len(args) < 2:
+            kwargs.setdefault("state_dict", self._stored_state_dict())  # the base class saves others itself
+        kwargs["save_original_format"] = save_original_format
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if Path(save_directory).is_dir():  # other processes than the main one may have no folder
+            hub.keep_remote_stub(save_directory)
+            hub.save_model_card(save_directory, self.config, tags=self.model_tags or ())
+        if push_to_hub:
+            hub.upload(save_directory, **upload)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        report: Any = None,
+        max_shard_size: int | str = "5GB",
+        **kwargs: Any,
+    ) -> Any:
+        """Uploads the model with its card.
+
+        A card that somebody has written in the repository is kept, unless there is a report; see `cards.merge_cards`.
+
+        Args:
+            repo_id: The repository, made if it does not exist.
+            report: An evaluation for the card; see `cards.save_model_card`.
+            max_shard_size: Size of the weight files.
+            **kwargs: Further arguments of `hub.upload`.
+
+        Returns:
+            What the Hub says of the commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            if report is not None:
+                hub.save_model_card(
+                    folder, self.config, report=report, overwrite=True, tags=self.model_tags or ()
+                )
+            return hub.upload(folder, repo_id, keep_card=report is None, **kwargs)
+
+    def _stored_state_dict(self) -> dict[str, Tensor]:
+        """The state dict with the values of what is offloaded; tied weights are in it once."""
+        return {
+            name: stored_value(self, name) if value.is_meta else value
+            for name, value in self.state_dict().items()
+            if name not in self.all_tied_weights_keys
+        }
+
+    def _refill_sam(
+        self, fault: str, hub_arguments: Mapping[str, Any], offload_folder: str | os.PathLike | None
+    ) -> None:
+        source = self.config.sam_name_or_path
+        if source is None:
+            raise ValueError(
+                f"{fault}, and its config names no source for them; set sam_name_or_path in config.json to a "
+                "SAM 3 model id or folder."
+            )
+        try:
+            sam = Sam3Model.from_pretrained(source, dtype=torch.float32, **hub_arguments)
+            if not is_offloaded(self.sam):
+                self.sam.load_state_dict(sam.state_dict())
+        except (OSError, RuntimeError) as error:
+            reason = first_line(error)
+            raise ValueError(
+                f"{fault}, and they could not be taken from {source!r} (its sam_name_or_path): {reason}"
+            ) from error
+        if is_offloaded(self.sam):  # its hooks know no weights: SAM 3 gets new ones
+            device = execution_device(self.sam)
+            self.sam = sam
+            dispatch_part(sam, "sam", self.hf_device_map, device, offload_folder)
+
+    @property
+    def processor(self) -> ConceptSegProcessor:
+        """The processor saved beside the weights that this model was loaded from, read at its first use; may be set.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if self._processor is None:
+            source = self.config.name_or_path
+            remedy = "pass processor=..., or save one beside the model"
+            if not source:
+                raise ValueError(
+                    f"segment: this model was not loaded from a checkpoint with a processor; {remedy}."
+                )
+            try:
+                self._processor = ConceptSegProcessor.from_pretrained(source, **self._processor_arguments)
+            except (OSError, ValueError) as error:
+                reason = first_line(error)
+                raise ValueError(
+                    f"segment: {source!r} has no processor that loads ({reason}); {remedy}."
+                ) from error
+        return self._processor
+
+    @processor.setter
+    def processor(self, value: ConceptSegProcessor | None) -> None:
+        self._processor = value
+
+    def _freeze_sam(self) -> None:
+        if "sam" in self._modules:  # else it is detached, and as it was
+            self.sam.eval().requires_grad_(False)

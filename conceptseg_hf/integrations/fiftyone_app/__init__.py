@@ -1,0 +1,1 @@
+"""FiftyOne's App on loopback: the command, the App server and MongoDB. Nothing here imports FiftyOne by itself."""

@@ -1,0 +1,85 @@
+"""From what the model computes to the pixels of the input images."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .coordinates import CoordinateFrame
+from .finite import is_finite
+from .inputs import known
+from .outputs import ConceptSegmentation, RawSegmentation
+
+_NOT_FINITE = (
+    "the model's output for this sample is not finite (NaN); load the checkpoint in float32 or bfloat16, or use one "
+    "whose training did not diverge."
+)
+
+
+def post_process_mask(
+    logits: torch.Tensor, size: tuple[int, int], resampling: str = "bilinear", threshold: float = 0.5
+) -> tuple[Image.Image, np.ndarray]:
+    """Brings mask logits to the size of an image.
+
+    Args:
+        logits: Semantic mask logits, (h, w).
+        size: (width, height) of the image.
+        resampling: `"bilinear"` or `"bicubic"`.
+        threshold: The probability that a pixel of the mask exceeds.
+
+    Returns:
+        The mask, an "L" image of 0 and 255, and the probabilities, float32 (H, W).
+    """
+    width, height = size
+    logits = torch.nn.functional.interpolate(
+        logits.detach().float()[None, None], size=(height, width), mode=resampling, align_corners=False
+    )[0, 0]
+    mask = (logits > math.log(threshold / (1 - threshold))).to(torch.uint8).mul_(255).cpu().numpy()
+    return Image.fromarray(mask), logits.sigmoid().cpu().numpy()
+
+
+def post_process(
+    raw: RawSegmentation,
+    resampling: str = "bilinear",
+    threshold: float = 0.5,
+    return_heatmap: bool = False,
+    return_logits: bool = False,
+) -> ConceptSegmentation:
+    """Brings one output of the model to the frames of its images; see the processor's method of the same name."""
+    if raw.error is not None:
+        return ConceptSegmentation.failed(raw.error, raw.prompt)
+    frame = known(raw.frame, "coordinate frames")
+    logits, presence = known(raw.mask_logits, "mask logits"), known(raw.decode_presence, "presence")
+    if not (math.isfinite(presence) and is_finite(logits)):
+        return ConceptSegmentation.failed(_NOT_FINITE, raw.prompt)
+    mask, probability = post_process_mask(logits, frame.image_size, resampling, threshold)
+    foreground = probability[probability > threshold]
+    result = ConceptSegmentation(
+        mask=mask,
+        label=raw.prompt,
+        score=presence * float(foreground.mean()) if foreground.size else 0.0,
+        route="shortcut" if raw.completion is None else "reasoning",
+        presence=raw.presence,
+        threshold=raw.threshold,
+        decode_presence=presence,
+        heatmap=probability if return_heatmap else None,
+        mask_logits=logits.cpu().numpy() if return_logits else None,
+    )
+    if raw.completion is not None:
+        _add_completion(result, raw, frame)
+    return result
+
+
+def _add_completion(result: ConceptSegmentation, raw: RawSegmentation, frame: CoordinateFrame) -> None:
+    completion = known(raw.completion, "completion")
+    result.label = completion.answer or raw.prompt
+    result.think, result.rule, result.answer = completion.think, completion.rule, completion.answer
+    result.completion = completion.text
+    if completion.bbox is not None:
+        result.box = frame.text_box_to_image(completion.bbox)
+    if completion.check is not None:
+        result.check_reference, result.check = frame.text_box_to_reference(completion.check)
+    result.check_iou = frame.check_iou(completion.check)

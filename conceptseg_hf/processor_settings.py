@@ -1,0 +1,43 @@
+"""The settings of `ConceptSegProcessor`: plain data, saved in processor_config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .mosaic import RESAMPLING, MosaicSettings
+from .prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
+
+SWITCHES = {"mosaic": None, "shortcut_size": None, "sam_resampling": None, "mask_resampling": "bilinear"}
+"""Settings of `ConceptSegProcessor` that are saved only where they are set, and their usual values."""
+
+
+def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `ConceptSegProcessor` as they are kept: plain data, so that they are saved.
+
+    Raises:
+        ValueError: If a name or value cannot be used.
+    """
+    checked = dict(settings)
+    for name, value in settings.items():
+        if name in ("canvas_size", "coordinate_scale", "sam_text_length", "shortcut_size"):
+            if not (name == "shortcut_size" and value is None) and not value > 0:
+                raise ValueError(f"ConceptSegProcessor: {name} is {value}; give a positive number.")
+            if value is not None:
+                checked[name] = float(value) if name == "coordinate_scale" else int(value)
+        elif name == "prompt_template":
+            template = OFFICIAL_TEMPLATE if value is None else value
+            if not isinstance(template, PromptTemplate):
+                template = PromptTemplate.from_dict(template)
+            checked[name] = template.to_dict()
+        elif name == "mosaic":
+            mosaic = value if isinstance(value, MosaicSettings) else MosaicSettings.from_dict(value or {})
+            checked[name] = None if mosaic == MosaicSettings() else mosaic.to_dict()
+        elif name in ("sam_resampling", "mask_resampling"):
+            if value not in RESAMPLING and not (name == "sam_resampling" and value is None):
+                raise ValueError(
+                    f"ConceptSegProcessor: {name} is {value!r}; use {' or '.join(map(repr, RESAMPLING))}."
+                )
+        else:
+            raise ValueError(f"ConceptSegProcessor: there is no setting {name!r} that is plain data.")
+    return checked
