@@ -1,4 +1,4 @@
-"""The training of the embedded checkpoint: its lessons, its questions, its loop, its recipe."""
+"""The training of the embedded checkpoint: examples, questions, loop and recipe."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conceptseg_trainers.nano.lessons import (
+from conceptseg_trainers.nano.dense import (
     DENSE_CLASSES,
     GRID,
-    LessonWriter,
     dense_class_loss,
     dense_targets,
     shape_accuracy,
-    sheet_scene,
-    visible_things,
+    tokens_of,
+    visible_objects,
 )
+from conceptseg_trainers.nano.examples import ExampleWriter
 from conceptseg_trainers.nano.loop import Schedule, train
-from conceptseg_trainers.nano.sam_stage import negative_question, positive_question
+from conceptseg_trainers.nano.sam_stage import guidance_targets, negative_question, positive_question
+from conceptseg_trainers.nano.scenes import TaskMix, sheet_scene
 from conceptseg_trainers.nano.tokenizers import build_processor, build_sam_tokenizer, build_vlm_tokenizer
-from conceptseg_trainers.nano.vlm_stage import patches, positions
+from conceptseg_trainers.nano.vlm_stage import UNTAUGHT_FAMILIES, VlmStage, patches, positions
 from torch import nn
 
 from conceptseg_hf import parse_completion
@@ -32,24 +33,42 @@ from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.data.concept_shapes.families import GROUPS
 from conceptseg_hf.data.concept_shapes.scenes import HELD_OUT_PAIRS
 
-TASKS = range(2 * len(GROUPS))
+SIZE = 128
+MIX = range(200_000, 200_024)  # tasks of all groups
 
 
 @pytest.fixture(scope="module")
-def writer() -> LessonWriter:
-    return LessonWriter(build_processor())
+def writer() -> ExampleWriter:
+    return ExampleWriter(build_processor())
 
 
-def test_lessons_are_what_the_processor_makes(writer: LessonWriter) -> None:
-    split = ConceptShapes("val")
-    for index in TASKS:
-        lesson, sample = writer.task_lesson(split.task(index)), split[index]
-        prepared = writer.processor.prepare(sample.image, sample.prompt, sample.references)
-        assert lesson.prompt == prepared.input_ids.tolist()
-        torch.testing.assert_close(patches(lesson.pictures, "cpu"), prepared.pixel_values, rtol=0, atol=1e-5)
+@pytest.fixture(scope="module")
+def mix() -> TaskMix:
+    return TaskMix()
 
 
-def test_positions_are_those_of_the_model(writer: LessonWriter) -> None:
+def sources() -> list[tuple[ConceptShapes, range]]:
+    """Benchmarks whose tasks cover every family, and the indices of these tasks."""
+    groups = [ConceptShapes("val", size=SIZE, groups=[name]) for name in ("which one", "hidden rule")]
+    return [
+        (ConceptShapes("val", size=SIZE), range(2 * len(GROUPS))),
+        *((group, range(8)) for group in groups),
+    ]
+
+
+def test_task_examples_equal_the_processors_inputs(writer: ExampleWriter) -> None:
+    for split, indices in sources():
+        for index in indices:
+            example = writer.task(np.random.default_rng(0), split.task(index))
+            sample = split[index]
+            prepared = writer.processor.prepare(sample.image, sample.prompt, sample.references)
+            assert example.prompt == prepared.input_ids.tolist()
+            torch.testing.assert_close(
+                patches(example.pictures, "cpu"), prepared.pixel_values, rtol=0, atol=1e-5
+            )
+
+
+def test_positions_are_those_of_the_model(writer: ExampleWriter) -> None:
     from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation
 
     model = ConceptSegForSegmentation(ConceptSegConfig.from_preset("nano"))
@@ -70,45 +89,114 @@ def test_positions_are_those_of_the_model(writer: LessonWriter) -> None:
         )
 
 
-def test_ground_truth_completions_hold_the_template(writer: LessonWriter) -> None:
-    split = ConceptShapes("val")
-    for index in TASKS:
-        task = split.task(index)
-        text = writer.tokenizer.decode(writer.task_lesson(task).completion, skip_special_tokens=True)
-        completion = parse_completion(text, 100)
-        assert completion.is_valid, text
-        assert (completion.think, completion.rule, completion.answer) == (task.think, task.rule, task.answer)
+def test_ground_truth_completions_follow_the_template(writer: ExampleWriter) -> None:
+    for split, indices in sources():
+        for index in indices:
+            task = split.task(index)
+            example = writer.task(np.random.default_rng(0), task)
+            completion = parse_completion(
+                writer.tokenizer.decode(example.completion, skip_special_tokens=True), 100
+            )
+            assert completion.is_valid, completion.text
+            assert (completion.think, completion.rule, completion.answer) == (
+                task.think,
+                task.rule,
+                task.answer,
+            )
 
 
-def test_focus_points_at_numbers_and_names(writer: LessonWriter) -> None:
-    split = ConceptShapes("val")
-    for index in TASKS:
-        task = split.task(index)
-        lesson = writer.task_lesson(task)
-        words = writer.tokenizer.convert_ids_to_tokens(lesson.completion)
-        for focus in lesson.focus:
-            assert focus.tokens.shape == (GRID * GRID,) and focus.tokens.any()
-            assert words[focus.position].isdigit() or words[focus.position] in task.answer.split()
+def test_noise_changes_only_what_the_vlm_reads(writer: ExampleWriter, mix: TaskMix) -> None:
+    changed = 0
+    for number in MIX:
+        example = writer.task(np.random.default_rng(number), mix.task(number))
+        assert len(example.read) == len(example.completion)
+        changed += sum(a != b for a, b in zip(example.read, example.completion))
+    assert changed
+
+
+def test_a_random_choice_describes_another_object_and_keeps_rule_and_check(
+    writer: ExampleWriter, mix: TaskMix
+) -> None:
+    differ = 0
+    for number in MIX:
+        task = mix.task(number)
+        others = [
+            i
+            for i, item in enumerate(task.scene.objects)
+            if item.mask.any() and not np.array_equal(item.mask, task.mask)
+        ]
+        if not others:
+            continue
+        texts = [
+            writer.tokenizer.decode(
+                writer.task(np.random.default_rng(0), task, chosen).completion, skip_special_tokens=True
+            )
+            for chosen in (None, others[0])
+        ]
+        right, other = (parse_completion(text, 100) for text in texts)
+        assert (right.rule, right.check) == (other.rule, other.check) and other.is_valid
+        box = np.asarray(mask_to_box(task.scene.objects[others[0]].mask)) * 100 / SIZE
+        assert np.abs(np.asarray(other.bbox) - box).max() <= 0.5
+        differ += right.bbox != other.bbox
+    assert differ > 5
+
+
+def test_untaught_families_get_the_true_choice_as_often_as_chance() -> None:
+    stage = VlmStage(1, 10, untaught=UNTAUGHT_FAMILIES, held_out=1)
+    taught = VlmStage(1, 10, held_out=1)
+    numbers = [n for n in range(400) if stage.tasks.family(200_000 + n) in UNTAUGHT_FAMILIES][:40]
+    others = [n for n in range(400) if stage.tasks.family(200_000 + n) not in UNTAUGHT_FAMILIES][:8]
+    assert all(stage._task(n).completion == taught._task(n).completion for n in others)
+    same = [stage._task(n).completion == taught._task(n).completion for n in numbers]
+    assert 0 < sum(same) < 0.6 * len(same)
+
+
+def test_short_completions_have_neither_rule_nor_check(writer: ExampleWriter, mix: TaskMix) -> None:
+    for number in MIX:
+        task, sample = mix.task(number), None
+        example = writer.task(np.random.default_rng(0), task, short=True)
+        text = writer.tokenizer.decode(example.completion, skip_special_tokens=True)
+        completion = parse_completion(text, 100, expect_check=False, expect_rule=False)
+        assert completion.is_valid and completion.answer == task.answer
+        source, index = mix.place(number)
+        sample = source[index]
+        prepared = writer.short_processor.prepare(sample.image, sample.prompt, sample.references)
+        assert example.prompt == prepared.input_ids.tolist()
+    full = writer.task(np.random.default_rng(0), task)
+    assert full.prompt != example.prompt and len(full.completion) > len(example.completion)
+
+
+def test_focus_points_at_image_tokens(writer: ExampleWriter, mix: TaskMix) -> None:
+    for number in MIX:
+        task = mix.task(number)
+        example = writer.task(np.random.default_rng(0), task)
+        words = writer.tokenizer.convert_ids_to_tokens(example.completion)
+        told = {*task.answer.split(), *task.think.split()}
+        target = len(example.pictures) - 1
+        for focus in example.focus:
+            assert focus.tokens and all(tokens.shape == (GRID * GRID,) for tokens in focus.tokens.values())
+            assert any(tokens.any() for tokens in focus.tokens.values())
+            assert words[focus.position].isdigit() or words[focus.position] in told
         if task.mask.any():
-            assert max(focus.picture for focus in lesson.focus) == len(lesson.pictures) - 1
+            assert any(target in focus.tokens for focus in example.focus)
 
 
-def test_naming_lessons_name_each_unique_thing_once(writer: LessonWriter) -> None:
-    scene = ConceptShapes("val").task(7).scene
-    things = visible_things(scene)
-    lesson = writer.naming_lesson(np.random.default_rng(0), scene.pixels, things)
-    text = writer.tokenizer.decode(lesson.completion, skip_special_tokens=True)
-    names = [thing.look.phrase for thing in things]
+def test_naming_names_each_unique_object_once(writer: ExampleWriter) -> None:
+    scene = ConceptShapes("val", size=SIZE).task(7).scene
+    objects = visible_objects(scene)
+    example = writer.naming(np.random.default_rng(0), scene.pixels, objects)
+    text = writer.tokenizer.decode(example.completion, skip_special_tokens=True)
+    names = [item.look.phrase for item in objects]
     assert all(text.count(name) >= 1 for name in names if names.count(name) == 1)
 
 
-def test_finding_lessons_box_all_that_a_phrase_applies_to(writer: LessonWriter) -> None:
+def test_finding_boxes_all_that_a_phrase_applies_to(writer: ExampleWriter) -> None:
     several = 0
     for seed in range(6):
         rng = np.random.default_rng(seed)
         scene = sheet_scene(rng)
-        lesson = writer.finding_lesson(rng, scene.pixels, visible_things(scene))
-        text = writer.tokenizer.decode(lesson.completion, skip_special_tokens=True)
+        example = writer.finding(rng, scene.pixels, visible_objects(scene))
+        text = writer.tokenizer.decode(example.completion, skip_special_tokens=True)
         found = re.findall(r"([a-z ]+)<bbox>(\[[0-9,]+\])</bbox>", text)
         assert 0 < len(found) <= 6 and len({phrase for phrase, _ in found}) == len(found)
         for phrase, box in found:
@@ -119,6 +207,23 @@ def test_finding_lessons_box_all_that_a_phrase_applies_to(writer: LessonWriter) 
     assert several > 0
 
 
+def test_marked_objects_are_those_with_a_drawn_box(writer: ExampleWriter, mix: TaskMix) -> None:
+    seen = 0
+    for number in MIX:
+        task = mix.task(number)
+        if not any(box is not None for _, box in task.references):
+            continue
+        mosaic, objects, frame = writer._mosaic(task)
+        marked = [item for item in objects if item.marked]
+        assert len(marked) <= sum(box is not None for _, box in task.references) - (frame.proxy is not None)
+        for item in marked:
+            x1, y1, x2, y2 = mask_to_box(item.mask)
+            border = mosaic[max(0, y1 - 3) : y2 + 3, max(0, x1 - 3) : x2 + 3].reshape(-1, 3)
+            assert (border == (255, 0, 0)).all(1).any()
+            seen += 1
+    assert seen > 10
+
+
 def test_sheets_show_only_pairs_that_training_may_see() -> None:
     for seed in range(6):
         scene = sheet_scene(np.random.default_rng(seed))
@@ -126,9 +231,9 @@ def test_sheets_show_only_pairs_that_training_may_see() -> None:
         assert not HELD_OUT_PAIRS & {(item.look.color, item.look.shape) for item in scene.objects}
 
 
-def test_dense_heads_are_judged_by_what_each_place_shows() -> None:
+def test_dense_heads_predict_what_each_place_shows() -> None:
     scene = sheet_scene(np.random.default_rng(0))
-    classes = torch.from_numpy(dense_targets(visible_things(scene))[0])
+    classes = torch.from_numpy(dense_targets(visible_objects(scene))[0])
     right = torch.cat(
         [nn.functional.one_hot(classes[:, i], size) for i, size in enumerate(DENSE_CLASSES.values())], dim=1
     )
@@ -136,21 +241,39 @@ def test_dense_heads_are_judged_by_what_each_place_shows() -> None:
     assert dense_class_loss(50.0 * right, classes) < 1e-6 < dense_class_loss(0.0 * right, classes)
 
 
-def test_questions_to_sam_are_true() -> None:
-    rng, split = np.random.default_rng(0), ConceptShapes("val")
-    for index in TASKS:
-        scene = split.task(index).scene
+def test_questions_to_sam_have_true_masks(mix: TaskMix) -> None:
+    rng, boxes = np.random.default_rng(0), 0
+    for number in MIX:
+        scene = mix.task(number).scene
         question = positive_question(rng, scene)
         assert question.mask.any()
+        if question.box is not None:
+            assert any(np.array_equal(question.mask, item.mask) for item in scene.objects)
+            boxes += 1
         negative = negative_question(rng, scene)
         assert not negative.mask.any() and negative.box is None
+    assert boxes
+
+
+def test_guided_heads_attend_to_the_word_where_it_applies() -> None:
+    rng = np.random.default_rng(1)
+    scene = sheet_scene(rng)
+    while (question := positive_question(rng, scene)).box is not None:
+        pass
+    right, guided = guidance_targets(scene, question, prompt_length=10)
+    assert right.shape == (4, GRID * GRID, 10) and guided.any()
+    for head in np.flatnonzero(guided):
+        single = right[head].sum(1) == 1
+        assert single.any() and not single.all()
+    fits = np.any([right[head].sum(1) == 1 for head in np.flatnonzero(guided)], axis=0)
+    assert fits[tokens_of(question.mask)].mean() > 0.5
 
 
 def test_tokenizers_know_every_word() -> None:
     vlm, sam = build_vlm_tokenizer(), build_sam_tokenizer()
-    split = ConceptShapes("train")
-    for index in range(10 * len(GROUPS)):
-        task = split.task(index)
+    mix = TaskMix()
+    for number in range(160):
+        task = mix.task(number)
         for text in (task.prompt, task.think, task.rule, task.answer):
             assert vlm.unk_token_id not in vlm(text)["input_ids"], text
         assert sam.unk_token_id not in sam(task.answer)["input_ids"]

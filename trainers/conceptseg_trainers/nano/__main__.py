@@ -1,8 +1,9 @@
-"""Trains conceptseg-nano: `python -m conceptseg_trainers.nano [--stage sam|vlm|ctm|base|all]`.
+"""Trains conceptseg-nano: `python -m conceptseg_trainers.nano [--stage sam|vlm|ctm|base|base-ctm|all]`.
 
 The stages "sam" and "vlm" do not depend on each other; "all" runs them side by side in two processes, then "ctm",
-which needs both and writes the checkpoint. "base" trains another VLM, which is not shown the true choice in some
-families: the start of reinforcement learning in `evidence`. Every stage resumes where it was stopped.
+which needs both and writes the checkpoint. "base" trains another VLM, which is not shown the correct choice in some
+families, and "base-ctm" its CTM: the start of reinforcement learning in `evidence`. Every stage resumes where it was
+stopped.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch
 from .assemble import load_stage, write_checkpoint
 from .ctm_stage import CtmStage, CtmSteps
 from .loop import Schedule, train
-from .vlm_stage import UNTAUGHT_FAMILIES, VlmStage
 from .sam_stage import SamStage
+from .vlm_stage import UNTAUGHT_FAMILIES, VlmStage
 
 PRETRAINING = {"sam": 4000, "vlm": 5000}  # steps in which only the vision tower trains
 STEPS = {"sam": 11_000, "vlm": 12_000}
@@ -43,9 +44,9 @@ def _run() -> None:
     )
     parser.add_argument(
         "--stage",
-        choices=["sam", "vlm", "ctm", "base", "all"],
+        choices=["sam", "vlm", "ctm", "base", "base-ctm", "all"],
         default="all",
-        help="which stage to run (default: all, without base)",
+        help="which stage to run (default: all, which excludes base and base-ctm)",
     )
     parser.add_argument(
         "--run-dir",
@@ -121,14 +122,16 @@ def _run_stage(arguments: argparse.Namespace) -> None:
             seed=seed,
         )
         train(stage, _schedule(pretraining["vlm"], steps["vlm"], 1.5e-3), run_dir)
-    if arguments.stage == "ctm":
-        model, processor = load_stage(run_dir)
+    if arguments.stage in ("ctm", "base-ctm"):
+        is_base = arguments.stage == "base-ctm"
+        model, processor = load_stage(run_dir, "base" if is_base else "vlm")
+        folder = run_dir / "base" if is_base else run_dir
         phases = CtmSteps()
         phases = CtmSteps(*(max(10, round(count * min(1.0, arguments.scale))) for count in astuple(phases)))
         stage = CtmStage(
             model,
             processor,
-            run_dir,
+            folder,
             phases,
             tasks=max(48, round(9600 * min(1.0, arguments.scale))),
             device=device,
@@ -138,9 +141,10 @@ def _run_stage(arguments: argparse.Namespace) -> None:
         train(
             stage,
             Schedule(phases.total, learning_rate=5e-4, warmup=50, decay=0.4, evaluate_every=400),
-            run_dir,
+            folder,
         )
-        write_checkpoint(model.cpu(), processor, arguments.output_dir or run_dir / "checkpoint")
+        output_dir = run_dir / ("base-checkpoint" if is_base else "checkpoint")
+        write_checkpoint(model.cpu(), processor, arguments.output_dir or output_dir)
 
 
 def _schedule(pretraining: int, steps: int, learning_rate: float) -> Schedule:

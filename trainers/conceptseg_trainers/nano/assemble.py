@@ -15,15 +15,23 @@ from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
 from .tokenizers import build_processor
 
 
-def load_stage(run_dir: Path) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
-    """The model with the averaged weights of the stages "sam" and "vlm" and a fresh CTM, and its processor.
+def load_stage(
+    run_dir: Path, vlm_stage: str = "vlm"
+) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
+    """The model with the averaged weights of the stages "sam" and "vlm" and a new CTM, and its processor.
+
+    Args:
+        run_dir: Folder of the stages.
+        vlm_stage: Name of the stage that trained the VLM: "vlm" or "base".
 
     Raises:
         FileNotFoundError: If one of the two stages has not been run.
     """
     torch.manual_seed(0)
-    model = ConceptSegForSegmentation(ConceptSegConfig.from_preset("nano"))
-    for part, stage, prefix in ((model.sam, "sam", "sam."), (model.vlm, "vlm", "vlm.")):
+    # SAM 3 is trained so that concept tokens, which carry a box, are not followed by its token for "no box".
+    config = ConceptSegConfig.from_preset("nano", sam_geometry_cls_with_concepts=False)
+    model = ConceptSegForSegmentation(config)
+    for part, stage, prefix in ((model.sam, "sam", "sam."), (model.vlm, vlm_stage, "vlm.")):
         path = run_dir / stage / "state.safetensors"
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing; run the stage {stage!r} first.")

@@ -22,19 +22,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from conceptseg_hf.boxes import box_iou, mask_to_box
 from conceptseg_hf.completion import format_completion
 from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.data.concept_shapes.families import Task
 from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.losses import segmentation_loss
-from conceptseg_hf.vlm_backbone import last_hidden_states, model_inputs
 from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, CoordinateFrame, PreparedSample
 from conceptseg_hf.progress import progress_bar
-from conceptseg_hf.references import box_iou, mask_to_box
 from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures, box_tokens, decode, encode_image, encode_text
+from conceptseg_hf.vlm_backbone import last_hidden_states, model_inputs
 
 from .dense import DENSE_CLASSES, look_classes
 from .loop import mean, write_tensors

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
+from conceptseg_hf.boxes import mask_to_box
 from conceptseg_hf.data.concept_shapes.rendering import COLORS, GREY, SHAPES, TEXTURES
 from conceptseg_hf.data.concept_shapes.scenes import Look, Scene
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
-from conceptseg_hf.references import mask_to_box
 
 GRID = 8  # image tokens per side
 KINDS = ("", "glass", "shadow", "hidden", "core", "scratch", "stain", "hole", "lesion")

@@ -14,16 +14,18 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from conceptseg_hf.boxes import Box, mask_to_box
 from conceptseg_hf.completion import format_box, format_completion
 from conceptseg_hf.data.concept_shapes.families import Task
 from conceptseg_hf.data.concept_shapes.rendering import COLORS, SHAPES, TEXTURES
-from conceptseg_hf.data.concept_shapes.scenes import Box, Look, Scene, draw_scene, make_objects, random_look
+from conceptseg_hf.data.concept_shapes.scenes import Look, Scene, draw_scene, make_objects, random_look
+from conceptseg_hf.mosaic import compose_mosaic
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, CoordinateFrame
-from conceptseg_hf.references import Reference, compose_mosaic, mask_to_box, resolve_references
+from conceptseg_hf.references import Reference, resolve_references
 
 from .dense import GRID, Visible, dense_targets, tokens_of, visible_objects
-from .tokenizers import COORDINATE_SCALE
+from .tokenizers import COORDINATE_SCALE, short_processor
 
 _NOISE = 0.15  # probability that a color or texture word is another one where the VLM reads its own text
 _MIN_PIXELS = 12  # smaller things are not asked for
@@ -68,6 +70,7 @@ class ExampleWriter:
 
     def __init__(self, processor: ConceptSegProcessor) -> None:
         self.processor = processor
+        self.short_processor = short_processor(processor)
         self.tokenizer = processor.tokenizer
         vocabulary = self.tokenizer.get_vocab()
         self.ids = {
@@ -190,7 +193,9 @@ class ExampleWriter:
 
     # Tasks
 
-    def task(self, rng: np.random.Generator, task: Task, chosen: int | None = None) -> TrainingExample:
+    def task(
+        self, rng: np.random.Generator, task: Task, chosen: int | None = None, short: bool = False
+    ) -> TrainingExample:
         """A whole task: mosaic and target, the instruction, and the ground-truth completion.
 
         Args:
@@ -198,7 +203,9 @@ class ExampleWriter:
             task: The task.
             chosen: Index of another object of the scene that the completion describes instead of the true one; rule
                 and check stay true.
+            short: Without rule and check, and without the reasoning about the references.
         """
+        processor = self.short_processor if short else self.processor
         mask, answer, think = task.mask, task.answer, task.think
         if chosen is not None:
             item = task.scene.objects[chosen]
@@ -207,20 +214,22 @@ class ExampleWriter:
                 item.look.shape if len(task.answer.split()) == 1 and not item.look.kind else item.look.phrase
             )
             think = think.removesuffix(task.answer) + answer
+        if short:
+            think = f"it is the {answer}"
         pictures = [(task.scene.pixels, visible_objects(task.scene))]
         check, marked = None, []
         if task.references:
             mosaic, shown, frame = self._mosaic(task)
-            instruction = self.processor.instruction(task.prompt, frame)
+            instruction = processor.instruction(task.prompt, frame)
             pictures.insert(0, (mosaic, shown))
-            check = frame.check_box
+            check = None if short else frame.check_box
             marked = [item for item in shown if item.marked]
         else:
-            instruction = self.processor.template.fill("no_reference", task.prompt)
+            instruction = processor.template.fill("no_reference", task.prompt)
         present = bool(mask.any())
         text = format_completion(
             think,
-            task.rule,
+            None if short else task.rule,
             check,
             text_box(mask_to_box(mask)) if present else None,
             answer,
@@ -238,7 +247,7 @@ class ExampleWriter:
             focus += self._word_focus(completion, think, answer, {target: tokens}, marked)
         return TrainingExample(
             tuple(picture for picture, _ in pictures),
-            self._prompt(instruction, len(pictures)),
+            self._prompt(instruction, len(pictures), processor),
             completion,
             self._with_noise(rng, completion),
             tuple(focus),
@@ -304,8 +313,10 @@ class ExampleWriter:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _prompt(self, instruction: str, pictures: int) -> list[int]:
-        text = self.processor.chat_text(instruction, pictures)
+    def _prompt(
+        self, instruction: str, pictures: int, processor: ConceptSegProcessor | None = None
+    ) -> list[int]:
+        text = (processor or self.processor).chat_text(instruction, pictures)
         token = self.processor.image_token
         return self._ids(text.replace(token, token * GRID**2))
 

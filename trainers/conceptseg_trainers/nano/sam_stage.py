@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Sam3Model
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from conceptseg_hf.boxes import mask_to_box
 from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.data.concept_shapes.rendering import COLORS, GREY, SHAPES, TEXTURES
@@ -22,7 +23,6 @@ from conceptseg_hf.data.concept_shapes.scenes import Scene, SceneObject
 from conceptseg_hf.evaluation import foreground_iou, presence_auc
 from conceptseg_hf.losses import dice_loss
 from conceptseg_hf.presets import NANO_IMAGE_SIZE
-from conceptseg_hf.references import mask_to_box
 from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures, decode, encode_image, encode_text
 
 from .dense import DENSE_CLASSES, GRID, class_map, dense_class_loss, shape_accuracy, token_objects, tokens_of
@@ -265,7 +265,9 @@ class SamStage:
         ]
         right, guided = (torch.from_numpy(np.stack(arrays)).to(self.device) for arrays in zip(*guidance))
         focus = sum(_guided_attention(*pair, right, guided) for pair in zip(fusions, seen)) / len(fusions)
-        ground_truth = torch.from_numpy(np.stack([question.mask for question in flat])).to(self.device).float()
+        ground_truth = (
+            torch.from_numpy(np.stack([question.mask for question in flat])).to(self.device).float()
+        )
         present = ground_truth.flatten(1).any(1)
         shown = torch.from_numpy(np.stack([tokens_of(question.mask) for question in flat])).to(self.device)
         look = sum(

@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Sam3Ima
 from conceptseg_hf.data.concept_shapes.rendering import COLORS, GREY, SHAPES, TEXTURES
 from conceptseg_hf.presets import (
     NANO_IMAGE_SIZE,
-    NANO_VLM_VOCABULARY_SIZE,
     NANO_SAM_TEXT_LENGTH,
     NANO_SAM_VOCABULARY_SIZE,
+    NANO_VLM_VOCABULARY_SIZE,
 )
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
 from conceptseg_hf.prompt_template import PromptTemplate
@@ -40,6 +40,14 @@ NANO_TEMPLATE = PromptTemplate(
     single_reference="boxes {reference_boxes} find {problem}",
     no_reference="find {problem}",
 )
+SHORT_TEMPLATE = PromptTemplate(
+    system="show",
+    with_proxy="boxes {reference_boxes} find {problem}",
+    support_only="boxes {reference_boxes} find {problem}",
+    single_reference="boxes {reference_boxes} find {problem}",
+    no_reference="find {problem}",
+)
+"""Asks for completions without rule and check, as in the ablation without meta reasoning."""
 _PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -149,3 +157,8 @@ def build_processor() -> ConceptSegProcessor:
         sam_text_length=NANO_SAM_TEXT_LENGTH,
         prompt_template=NANO_TEMPLATE.to_dict(),
     )
+
+
+def short_processor(processor: ConceptSegProcessor) -> ConceptSegProcessor:
+    """The same processor with the template that asks for neither rule nor check."""
+    return processor.with_settings(prompt_template=SHORT_TEMPLATE.to_dict())

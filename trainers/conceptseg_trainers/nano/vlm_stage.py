@@ -23,11 +23,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
+from conceptseg_hf.boxes import box_iou
 from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
-from conceptseg_hf.references import box_iou
 
 from .dense import DENSE_CLASSES, GRID, dense_class_loss, dense_targets, shape_accuracy, visible_objects
 from .examples import ExampleWriter, TrainingExample
@@ -47,6 +47,7 @@ _GUIDED_LAYER, _GUIDED_HEADS = 3, 2
 _NUMBER_SIGMA, _LAST_NUMBER_SIGMA = 1.2, 0.6
 _PATCH, _MERGE = 8, 2
 _SHEETS = 16  # pictures per step while the vision tower trains alone
+_SHORT = 0.25
 _BLOCK = 4  # steps that share one kind of example
 _FIRST_TASK = 200_000  # far from the tasks that the other stages use
 
@@ -71,7 +72,7 @@ class VlmStage:
         steps: Steps after those; the curriculum is laid out over them.
         examples: Task examples per step.
         untaught: Families in which the completion describes an object of the scene that is chosen at random; rule and
-            check stay true.
+            check stay true. With them, a quarter of the tasks is written without rule and check.
         name: Name of the stage.
         device: Where to train.
         held_out: Samples of the split "val" that an evaluation takes.
@@ -144,7 +145,7 @@ class VlmStage:
         if self.tasks.family(_FIRST_TASK + number) in self.untaught:
             visible = [i for i, item in enumerate(task.scene.objects) if item.mask.any()]
             chosen = visible[int(rng.integers(len(visible)))]
-        return self.writer.task(rng, task, chosen)
+        return self.writer.task(rng, task, chosen, short=bool(self.untaught) and rng.random() < _SHORT)
 
     def _perception(self, progress: float, number: int) -> TrainingExample:
         rng = np.random.default_rng([13, self.seed, number])

@@ -1,0 +1,67 @@
+"""Tables of paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from conceptseg_hf.evaluation.reporting.bootstrap import Interval, resample
+
+from .measuring import MEASURES, Values
+
+
+def paired(values: Sequence[float | None], baseline: Sequence[float | None], stream: str) -> Interval | None:
+    """The mean difference of two runs over the same samples, with its 95 % bootstrap interval."""
+    differences = [
+        a - b for a, b in zip(values, baseline, strict=True) if a is not None and b is not None
+    ]
+    resampled = resample(differences, stream)
+    return None if resampled is None else resampled.interval()
+
+
+def mean_over_seeds(runs: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """The mean of each sample's values over seeds; None if a seed has none."""
+    return [
+        None if any(value is None for value in column) else float(np.mean([v for v in column if v is not None]))
+        for column in zip(*runs, strict=True)
+    ]
+
+
+def comparison_table(
+    results: Mapping[str, Sequence[Mapping[str, Values]]],
+    baseline: str,
+    titles: Mapping[str, str],
+    source: str,
+) -> str:
+    """A Markdown table: one row per arm with its means over seeds, and its differences from the baseline.
+
+    Args:
+        results: For each arm, the results of `measure` of its seeds.
+        baseline: The arm that the others are compared with.
+        titles: The arms' titles.
+        source: Evaluation set and decoding, a key of the results.
+    """
+    lines = [
+        "| arm | seeds | " + " | ".join(MEASURES) + " | mask IoU - baseline | box IoU - baseline |",
+        "|---" * (len(MEASURES) + 4) + "|",
+    ]
+    reference = {name: mean_over_seeds([run[source][name] for run in results[baseline]]) for name in MEASURES}
+    for arm, runs in results.items():
+        values = {name: mean_over_seeds([run[source][name] for run in runs]) for name in MEASURES}
+        cells = [titles[arm], str(len(runs)), *(_mean(values[name]) for name in MEASURES)]
+        for name in ("mask_iou", "box_iou"):
+            interval = None if arm == baseline else paired(values[name], reference[name], f"{arm}/{source}/{name}")
+            cells.append("-" if interval is None else format_interval(interval))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def format_interval(interval: Interval) -> str:
+    """Formats a difference as "+0.123 [+0.100, +0.146]"."""
+    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.3f}" if known else "-"
