@@ -143,8 +143,8 @@ class ConceptSegConfig(PreTrainedConfig):
             ValueError: If it is one; the message says how to convert it.
         """
         content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if is_authors_config(content):
-            raise ValueError(how_to_convert(pretrained_model_name_or_path))
+        if is_original_config(content):
+            raise ValueError(conversion_hint(pretrained_model_name_or_path))
         return content, kwargs
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class ConceptSegConfig(PreTrainedConfig):
         usual = {name: type(self).__dataclass_fields__[name].default for name in SWITCHES}
         return {name: getattr(self, name) for name in SWITCHES if getattr(self, name) != usual[name]}
 
-    def sam_words(self, answer: str | None, prompt: str) -> str:
+    def sam_text_prompt(self, answer: str | None, prompt: str) -> str:
         """SAM 3's text of a completion.
 
         Args:
@@ -216,7 +216,7 @@ SWITCHES = (
 AUTHORS_MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl")  # a released config.json may say either
 
 
-def is_authors_config(content: Mapping[str, Any]) -> bool:
+def is_original_config(content: Mapping[str, Any]) -> bool:
     """Whether the content of a config.json is that of a released checkpoint, in the authors' layout."""
     return content.get("model_type") in AUTHORS_MODEL_TYPES and (
         "num_of_query" in content
@@ -224,7 +224,7 @@ def is_authors_config(content: Mapping[str, Any]) -> bool:
     )
 
 
-def how_to_convert(checkpoint: str | os.PathLike) -> str:
+def conversion_hint(checkpoint: str | os.PathLike) -> str:
     """One sentence for who loads a checkpoint in the authors' layout."""
     return (
         f"The checkpoint {str(checkpoint)!r} is in the authors' layout; make one that loads with `conceptseg convert "

@@ -100,7 +100,7 @@ def generate_with_states(
         late = _LateEnd(config.eos_token_id, prompt_length) if end_of_turn_state and at_token else None
         if late is not None:
             criteria += [late, EosTokenCriteria(torch.tensor([_NO_TOKEN], device=inputs["input_ids"].device))]
-        handle = vlm.get_output_embeddings().register_forward_pre_hook(recorder.see)
+        handle = vlm.get_output_embeddings().register_forward_pre_hook(recorder.record)
         try:
             with (
                 loaded(vlm),

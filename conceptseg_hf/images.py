@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .image_formats import explain_unreadable, is_heic, read_head, register_heic_reader
-from .mask_checks import SWAPS_SIDES, check_mask_frame, describe_other_size
+from .mask_checks import SWAPS_SIDES, check_mask_frame, describe_size_mismatch
 
 ImageInput: TypeAlias = Any
 """A PIL image, an array (H, W) or (H, W, 1, 3 or 4), a path, an http(s) URL, bytes or a binary file."""
@@ -53,7 +53,7 @@ def load_oriented_image(image: ImageInput) -> tuple[Image.Image, int]:
     try:
         return _to_rgb(picture), orientation
     except (ValueError, OSError, SyntaxError, EOFError, MemoryError) as error:
-        raise ValueError(_sentence(f"image {name_of(image)} cannot be converted to RGB: {error}")) from error
+        raise ValueError(_sentence(f"image {describe_input(image)} cannot be converted to RGB: {error}")) from error
 
 
 def read_header(path: str | os.PathLike) -> tuple[tuple[int, int], int]:
@@ -141,14 +141,14 @@ def load_mask(mask: ImageInput, size: tuple[int, int] | None = None, orientation
         foreground = image_foreground(picture)
     if size is not None:
         found = foreground.shape[::-1]
-        name = f" {name_of(mask)}" if isinstance(mask, (str, os.PathLike)) else ""
+        name = f" {describe_input(mask)}" if isinstance(mask, (str, os.PathLike)) else ""
         check_mask_frame(f"mask{name}", found, own_orientation, size, orientation)
         if found != tuple(size):
-            raise ValueError(describe_other_size(f"mask{name}", found, size))
+            raise ValueError(describe_size_mismatch(f"mask{name}", found, size))
     return foreground
 
 
-def load_grey_mask(mask: ImageInput) -> Image.Image:
+def load_gray_mask(mask: ImageInput) -> Image.Image:
     """A mask with its soft edges, "L": the grey values of one that is stored so, else 255 in the foreground.
 
     Args:
@@ -225,7 +225,7 @@ def _open(image: ImageInput, what: str) -> tuple[Image.Image, int]:
 
 def _check_is_file(path: str | os.PathLike, what: str) -> None:
     if not is_file(path):
-        raise FileNotFoundError(f"{what} {name_of(path)} is not a file; give the path of an image.")
+        raise FileNotFoundError(f"{what} {describe_input(path)} is not a file; give the path of an image.")
 
 
 def _decoded(source: Any, image: ImageInput, what: str) -> tuple[Image.Image, int]:
@@ -239,7 +239,7 @@ def _decoded(source: Any, image: ImageInput, what: str) -> tuple[Image.Image, in
         raise _damaged(image, what) from error
     if picture.width == 0 or picture.height == 0:
         raise ValueError(
-            f"{what} {name_of(image)} has no pixels ({picture.width} x {picture.height}); "
+            f"{what} {describe_input(image)} has no pixels ({picture.width} x {picture.height}); "
             "give an image with content."
         )
     return picture, orientation
@@ -251,7 +251,7 @@ def _opened(source: Any, image: ImageInput, what: str) -> Image.Image:
         return Image.open(source)
     except Image.DecompressionBombError as error:
         raise ValueError(
-            _sentence(f"{what} {name_of(image)} is too large to be opened safely: {error}")
+            _sentence(f"{what} {describe_input(image)} is too large to be opened safely: {error}")
         ) from error
     except UnidentifiedImageError as error:
         head = read_head(source if hasattr(source, "read") else os.fspath(source))
@@ -260,7 +260,7 @@ def _opened(source: Any, image: ImageInput, what: str) -> Image.Image:
         reason = explain_unreadable(head)
         if reason is None:
             raise _damaged(image, what) from error
-        raise ValueError(f"{what} {name_of(image)} {reason}.") from error
+        raise ValueError(f"{what} {describe_input(image)} {reason}.") from error
     except Exception as error:  # decoders raise almost anything on damaged files
         raise _damaged(image, what) from error
 
@@ -275,7 +275,7 @@ def _opened_heic(source: Any, image: ImageInput, what: str) -> Image.Image:
 
 
 def _damaged(image: ImageInput, what: str) -> ValueError:
-    return ValueError(f"{what} {name_of(image)} cannot be read; it is damaged or not an image.")
+    return ValueError(f"{what} {describe_input(image)} cannot be read; it is damaged or not an image.")
 
 
 def _fetch(url: str, what: str) -> bytes:
@@ -404,7 +404,7 @@ def _array_foreground(array: np.ndarray) -> np.ndarray:
     return array != 0
 
 
-def name_of(image: ImageInput) -> str:
+def describe_input(image: ImageInput) -> str:
     """How an input is called in an error: its path, or what it is."""
     if isinstance(image, (str, os.PathLike)):
         path = os.fspath(image)

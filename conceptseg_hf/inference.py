@@ -88,7 +88,7 @@ class Segmenter:
         router = self.settings.router
         image_of = range(len(samples)) if image_index is None else image_index
         usable = [i for i, sample in enumerate(samples) if sample.error is None]
-        asked = [i for i in usable if router.asks_sam(samples[i].prompt)]
+        asked = [i for i in usable if router.needs_first_pass(samples[i].prompt)]
         images = None
         if usable and all(samples[i].shortcut_pixel_values is None for i in usable):
             images = self._encode(samples, usable, image_of)  # both routes see the same pixels
@@ -160,7 +160,7 @@ class Segmenter:
             decoded = self._decode_boxes(images, samples, by_index)
         else:
             texts = [
-                self.model.config.sam_words(completion.answer, samples[i].prompt)
+                self.model.config.sam_text_prompt(completion.answer, samples[i].prompt)
                 for i, completion in by_index.items()
             ]
             decoded = self._decode(

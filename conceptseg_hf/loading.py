@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 
 import conceptseg_hf
 
-from .configuration_conceptseg import ConceptSegConfig, how_to_convert, is_authors_config
+from .configuration_conceptseg import ConceptSegConfig, conversion_hint, is_original_config
 from .devices import default_device, stored_value
 from .modeling_conceptseg import ConceptSegForSegmentation
 from .processing_conceptseg import ConceptSegProcessor
@@ -41,8 +41,8 @@ def load_config(checkpoint: str) -> ConceptSegConfig:
         ValueError: If it is no ConceptSeg checkpoint.
     """
     config = AutoConfig.from_pretrained(checkpoint)
-    if is_authors_config(config.to_dict()):
-        raise ValueError(how_to_convert(checkpoint))
+    if is_original_config(config.to_dict()):
+        raise ValueError(conversion_hint(checkpoint))
     if not isinstance(config, ConceptSegConfig):
         raise ValueError(
             f"model {checkpoint!r} is of the type {config.model_type!r}, not a ConceptSeg checkpoint; give the "

@@ -61,7 +61,7 @@ def check_mask_frame(
         )
 
 
-def describe_other_size(what: str, mask_size: tuple[int, int], image_size: tuple[int, int]) -> str:
+def describe_size_mismatch(what: str, mask_size: tuple[int, int], image_size: tuple[int, int]) -> str:
     """The sentence about a mask of another size than its image."""
     remedy = "give a mask of the image's size"
     if tuple(mask_size) == (image_size[1], image_size[0]):

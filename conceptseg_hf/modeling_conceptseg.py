@@ -48,7 +48,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")  # type: ignore[assignment]  # as Transformers' own models have it
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ConceptTranslationModule", *sam_prompt.UNITS]  # noqa: RUF012 (the VLM adds its own)
+    _no_split_modules = ["ConceptTranslationModule", *sam_prompt.NO_SPLIT_MODULES]  # noqa: RUF012 (the VLM adds its own)
     # One dtype is all a config can say; without this a reload in bfloat16 would take SAM 3 and the CTM along.
     _keep_in_fp32_modules_strict = ["sam", "ctm"]  # noqa: RUF012 (the base class reads it so)
     _supports_sdpa = True
@@ -177,12 +177,12 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
 
     def encode_image(self, sam_pixel_values: Tensor) -> ImageFeatures:
         """Encodes (B, 3, S, S) images with SAM 3, to be decoded with any number of prompts."""
-        with torch.no_grad(), self._own_precision():
+        with torch.no_grad(), self._without_autocast():
             return sam_prompt.encode_image(
                 self.sam, sam_pixel_values.to(self.sam.dtype), self.config.sam_geometry_cls
             )
 
-    def _own_precision(self) -> torch.autocast:
+    def _without_autocast(self) -> torch.autocast:
         """SAM 3 keeps its dtype in mixed precision: autocast cannot mix the halves of its box encoder with bfloat16."""
         return torch.autocast(execution_device(self.sam).type, enabled=False)
 
@@ -208,7 +208,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         """
         text_embeds = text_mask = None
         device = features.device
-        with self._own_precision():
+        with self._without_autocast():
             if sam_input_ids is not None and sam_attention_mask is not None:
                 with torch.no_grad():
                     text_embeds, text_mask = sam_prompt.encode_text(

@@ -23,7 +23,7 @@ from . import hub, vlm_backbone
 from .chat import ChatMixin
 from .collation import pad_batch
 from .completion import Completion, parse_completion
-from .configuration_conceptseg import how_to_convert, is_authors_config
+from .configuration_conceptseg import conversion_hint, is_original_config
 from .coordinates import CoordinateFrame, make_frame
 from .images import ImageInput, as_list, load_image
 from .inputs import ConceptSegInputs, PreparedSample, index_images, known
@@ -146,8 +146,8 @@ class ConceptSegProcessor(ChatMixin):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (ValueError, OSError):
             config = Path(pretrained_model_name_or_path, "config.json")
-            if config.is_file() and is_authors_config(json.loads(config.read_text(encoding="utf-8"))):
-                raise ValueError(how_to_convert(pretrained_model_name_or_path)) from None
+            if config.is_file() and is_original_config(json.loads(config.read_text(encoding="utf-8"))):
+                raise ValueError(conversion_hint(pretrained_model_name_or_path)) from None
             raise
 
     def save_pretrained(

@@ -8,7 +8,7 @@ from typing import Any
 
 from .devices import OFFLOADED
 
-KEPT_MODULES = ("sam", "ctm", "lm_head")
+UNQUANTIZED_MODULES = ("sam", "ctm", "lm_head")
 """Modules that no quantisation touches."""
 
 # What the configurations of Transformers call the modules they leave alone (bitsandbytes; torchao and others).
@@ -23,7 +23,7 @@ def exclude_sam_and_ctm(quantization_config: Any, device_map: Any = None) -> Any
         device_map: What `from_pretrained` takes.
 
     Returns:
-        A copy with `KEPT_MODULES` among the modules that are skipped. It allows to offload them: bitsandbytes
+        A copy with `UNQUANTIZED_MODULES` among the modules that are skipped. It allows to offload them: bitsandbytes
         refuses that otherwise, as it cannot offload modules that it quantises.
 
     Raises:
@@ -40,15 +40,15 @@ def exclude_sam_and_ctm(quantization_config: Any, device_map: Any = None) -> Any
             "BitsAndBytesConfig or TorchAoConfig."
         )
     spared = copy.deepcopy(quantization_config)
-    setattr(spared, field, list(dict.fromkeys([*(getattr(spared, field) or ()), *KEPT_MODULES])))
+    setattr(spared, field, list(dict.fromkeys([*(getattr(spared, field) or ()), *UNQUANTIZED_MODULES])))
     if _offloads_kept_modules_only(device_map) and hasattr(spared, "llm_int8_enable_fp32_cpu_offload"):
         spared.llm_int8_enable_fp32_cpu_offload = True
     return spared
 
 
 def _offloads_kept_modules_only(device_map: Any) -> bool:
-    """Whether a device map has an accelerator, and offloads nothing but `KEPT_MODULES`."""
+    """Whether a device map has an accelerator, and offloads nothing but `UNQUANTIZED_MODULES`."""
     if not isinstance(device_map, Mapping):
         return False
     offloaded = [name for name, device in device_map.items() if str(device) in OFFLOADED]
-    return len(offloaded) < len(device_map) and all(name.split(".")[0] in KEPT_MODULES for name in offloaded)
+    return len(offloaded) < len(device_map) and all(name.split(".")[0] in UNQUANTIZED_MODULES for name in offloaded)

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from PIL import Image
 
 from .boxes import Box, enclosing_box, mask_to_box
-from .images import ImageInput, as_list, load_grey_mask, load_mask, load_oriented_image, name_of
+from .images import ImageInput, as_list, load_gray_mask, load_mask, load_oriented_image, describe_input
 from .mosaic import (
     MosaicLayout,
     MosaicSettings,
@@ -142,7 +142,7 @@ def _read(
     image, orientation = load_oriented_image(reference.image)
     boxes = _reference_boxes(reference, image.size, orientation)
     is_masked = reference.mask is not None and reference.box is None and reference.boxes is None
-    mask = load_grey_mask(reference.mask) if with_mask and is_masked else None
+    mask = load_gray_mask(reference.mask) if with_mask and is_masked else None
     return image, boxes, mask
 
 
@@ -222,14 +222,14 @@ def _reference_boxes(reference: Reference, image_size: tuple[int, int], orientat
         return ()
     box = mask_to_box(load_mask(reference.mask, image_size, orientation))
     if box is None:
-        raise ValueError(no_foreground(reference.mask))
+        raise ValueError(no_foreground_message(reference.mask))
     x1, y1, x2, y2 = box
     return ((float(x1), float(y1), float(x2), float(y2)),)
 
 
-def no_foreground(mask: ImageInput) -> str:
+def no_foreground_message(mask: ImageInput) -> str:
     """The sentence about a mask without foreground."""
-    name = f" {name_of(mask)}" if isinstance(mask, (str, os.PathLike)) else ""
+    name = f" {describe_input(mask)}" if isinstance(mask, (str, os.PathLike)) else ""
     return f"mask{name} has no foreground pixel; give a mask of the concept, or no mask."
 
 
@@ -283,7 +283,7 @@ __all__ = [
     "ResolvedReferences",
     "Role",
     "find_proxy",
-    "no_foreground",
+    "no_foreground_message",
     "read_reference",
     "resolve_references",
     "usable_references",

@@ -82,10 +82,10 @@ class ShortcutRouter:
         exponent = min(max(words, self.min_words) - 1, _MAX_EXPONENT)
         return min(self.base * 2**exponent, 1.0)
 
-    def asks_sam(self, prompt: str) -> bool:
+    def needs_first_pass(self, prompt: str) -> bool:
         """Whether SAM 3's first look can decide at all; if not, it need not be taken."""
         return self.threshold(prompt) < 1.0
 
     def accepts(self, presence: float, prompt: str) -> bool:
         """Whether SAM 3's mask is the answer, given the presence (0-1) that SAM 3 assigns to the prompt."""
-        return self.asks_sam(prompt) and presence >= self.threshold(prompt)
+        return self.needs_first_pass(prompt) and presence >= self.threshold(prompt)

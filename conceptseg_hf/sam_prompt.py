@@ -24,7 +24,7 @@ from .devices import execution_device, loaded
 SAM_PROMPTS = ("concept+text", "concept", "text", "box")
 """What of the VLM's reasoning may prompt SAM 3: the method itself first, then its ablations."""
 
-UNITS = (
+NO_SPLIT_MODULES = (
     "Sam3ViTEmbeddings",
     "Sam3ViTLayer",
     "Sam3VisionNeck",

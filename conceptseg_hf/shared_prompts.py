@@ -70,7 +70,7 @@ def find_shared_prompts(
 
 
 @contextmanager
-def prompts_read_once(vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], length: int) -> Iterator[None]:
+def share_prompts(vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], length: int) -> Iterator[None]:
     """While it holds, passes of the VLM's base model over `inputs` read each of their prompts once.
 
     With gradient checkpointing, which keeps no keys and values, only the images of a prompt are read once.

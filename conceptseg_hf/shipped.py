@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 
-def shipped_folder(name: str, package: str = "conceptseg_hf") -> Path | None:
+def find_shipped_folder(name: str, package: str = "conceptseg_hf") -> Path | None:
     """A folder that a wheel has inside of a package, and the repository beside it.
 
     Args:

@@ -25,11 +25,11 @@ from .errors import one_line
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class NotWrittenError(OSError):
+class WriteError(OSError):
     """A file or folder cannot be written; the message is one sentence that names it."""
 
 
-def not_written(path: str | os.PathLike, error: Exception, remedy: str | None = None) -> NotWrittenError:
+def write_error(path: str | os.PathLike, error: Exception, remedy: str | None = None) -> WriteError:
     """Explains why a file or folder cannot be written.
 
     Args:
@@ -37,12 +37,12 @@ def not_written(path: str | os.PathLike, error: Exception, remedy: str | None = 
         error: What was raised: an OSError, or what libraries make of one.
         remedy: What to do; by default to make room, or to give another folder.
     """
-    if isinstance(error, NotWrittenError):
+    if isinstance(error, WriteError):
         return error
     code = _code(error)
     reason = one_line(error) if code is None else os.strerror(code)
     remedy = remedy or ("make room, or give another folder" if code in _FULL else "give another folder")
-    return NotWrittenError(f"{os.fspath(path)!r} cannot be written: {reason.rstrip('.')}; {remedy}.")
+    return WriteError(f"{os.fspath(path)!r} cannot be written: {reason.rstrip('.')}; {remedy}.")
 
 
 def is_full(error: Exception) -> bool:
@@ -66,7 +66,7 @@ def write_files(contents: Mapping[str | os.PathLike, bytes | str]) -> None:
         contents: What each file holds; text is written as UTF-8. Folders are made.
 
     Raises:
-        NotWrittenError: If one cannot be written; then none of them has changed.
+        WriteError: If one cannot be written; then none of them has changed.
     """
     temporary: dict[Path, Path] = {}
     path = Path()
@@ -79,7 +79,7 @@ def write_files(contents: Mapping[str | os.PathLike, bytes | str]) -> None:
         for path, written in temporary.items():
             written.replace(path)
     except OSError as error:
-        raise not_written(path, error) from error
+        raise write_error(path, error) from error
     finally:
         for written in temporary.values():  # those that were renamed are no longer there
             with contextlib.suppress(OSError):
@@ -103,7 +103,7 @@ def open_new(path: str | os.PathLike) -> Iterator[TextIO]:
     For what is too large, or comes too slowly, to be held in memory.
 
     Raises:
-        NotWrittenError: If it cannot be written; the older one is still there.
+        WriteError: If it cannot be written; the older one is still there.
     """
     target = _followed(path)
     temporary = _temporary_name(target)
@@ -113,7 +113,7 @@ def open_new(path: str | os.PathLike) -> Iterator[TextIO]:
             yield file
         temporary.replace(target)
     except OSError as error:
-        raise not_written(target, error) from error
+        raise write_error(target, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

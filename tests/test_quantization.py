@@ -8,13 +8,13 @@ from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig
 
 from conceptseg_hf import nano_checkpoint
 from conceptseg_hf.data import load_benchmark
-from conceptseg_hf.quantization import KEPT_MODULES, exclude_sam_and_ctm
+from conceptseg_hf.quantization import UNQUANTIZED_MODULES, exclude_sam_and_ctm
 
 
 def test_a_configuration_is_not_changed():
     given = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["visual"])
     spared = exclude_sam_and_ctm(given)
-    assert spared.llm_int8_skip_modules == ["visual", *KEPT_MODULES] and spared.load_in_8bit
+    assert spared.llm_int8_skip_modules == ["visual", *UNQUANTIZED_MODULES] and spared.load_in_8bit
     assert given.llm_int8_skip_modules == ["visual"]
     assert exclude_sam_and_ctm(spared).llm_int8_skip_modules == spared.llm_int8_skip_modules
     assert exclude_sam_and_ctm(given.to_dict()).llm_int8_skip_modules == spared.llm_int8_skip_modules

@@ -35,11 +35,11 @@ def test_threshold_of_another_base_is_clipped():
 def test_modes():
     adaptive, sam_only, full_reasoning = (ShortcutRouter(mode) for mode in ROUTER_MODES)
     short, long = "circle", "the small object that is not like the others"
-    assert adaptive.asks_sam(short) and not adaptive.asks_sam(long)
+    assert adaptive.needs_first_pass(short) and not adaptive.needs_first_pass(long)
     assert adaptive.accepts(0.1, short) and not adaptive.accepts(0.0999, short)
     assert not adaptive.accepts(1.0, long)
     assert sam_only.threshold(long) == 0.0 and sam_only.accepts(0.0, long)
-    assert not full_reasoning.asks_sam(short) and not full_reasoning.accepts(1.0, short)
+    assert not full_reasoning.needs_first_pass(short) and not full_reasoning.accepts(1.0, short)
 
 
 def test_word_count_stays_linear_on_hostile_prompts():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, vlm_backbone
 from conceptseg_hf.data import ConceptShapes
-from conceptseg_hf.shared_prompts import find_shared_prompts, generate, prompts_read_once
+from conceptseg_hf.shared_prompts import find_shared_prompts, generate, share_prompts
 
 ROWS = [0, 0, 1, 0, 2, 2, 1]
 COMPLETION = (
@@ -100,7 +100,7 @@ def test_states_and_gradients_equal_those_of_the_plain_pass(
     )
 
     found = []
-    for context in (nullcontext(), prompts_read_once(model.vlm, inputs, length)):
+    for context in (nullcontext(), share_prompts(model.vlm, inputs, length)):
         with context:
             states = vlm_backbone.last_hidden_states(model.vlm, inputs)
         gradients = torch.autograd.grad((states[used] * weights).sum(), parameters, allow_unused=True)
@@ -116,6 +116,6 @@ def test_states_and_gradients_equal_those_of_the_plain_pass(
 
 def test_the_base_model_is_left_as_it_was(model: ConceptSegForSegmentation, prompts: dict) -> None:
     before = dict(vars(model.vlm.base_model))
-    with prompts_read_once(model.vlm, prompts, prompts["input_ids"].shape[1] - 1):
+    with share_prompts(model.vlm, prompts, prompts["input_ids"].shape[1] - 1):
         assert "forward" in vars(model.vlm.base_model)
     assert vars(model.vlm.base_model).keys() == before.keys()

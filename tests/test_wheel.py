@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import conceptseg_hf
-from conceptseg_hf.shipped import shipped_folder
+from conceptseg_hf.shipped import find_shipped_folder
 
 ROOT = Path(conceptseg_hf.__file__).resolve().parents[1]
 
@@ -140,6 +140,6 @@ def test_the_installed_app_has_its_plugin(installed):
 
 def test_the_repository_has_them_beside_the_packages():
     for place in (("recipes", "conceptseg_trainers"), ("accelerate_configs", "conceptseg_trainers")):
-        assert shipped_folder(*place) == ROOT / "trainers" / place[0]
-    assert shipped_folder("examples") == ROOT / "examples"
-    assert shipped_folder("recipes", "no_such_package") is None
+        assert find_shipped_folder(*place) == ROOT / "trainers" / place[0]
+    assert find_shipped_folder("examples") == ROOT / "examples"
+    assert find_shipped_folder("recipes", "no_such_package") is None

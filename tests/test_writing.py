@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from conceptseg_hf.writing import (
-    NotWrittenError,
+    WriteError,
     encode_text,
     image_bytes,
     is_full,
     json_text,
-    not_written,
+    write_error,
     open_new,
     write_file,
     write_files,
@@ -28,18 +28,18 @@ from conceptseg_hf.writing import (
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from conceptseg_hf.writing import NotWrittenError, open_new, write_files
+from conceptseg_hf.writing import WriteError, open_new, write_files
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 folder = Path(sys.argv[1])
 try:
     write_files({folder / "small": b"new", folder / "large": b"x" * 2000})
-except NotWrittenError as error:
+except WriteError as error:
     print(error)
 try:
     with open_new(folder / "slow") as file:
         for _ in range(2000):
             file.write("x")
-except NotWrittenError as error:
+except WriteError as error:
     print(error)
 """
 
@@ -57,7 +57,7 @@ def test_on_a_full_disk_nothing_changes_and_the_file_is_named(fresh_python, tmp_
 def test_files_that_belong_together_appear_together(tmp_path):
     (tmp_path / "in the way").mkdir()
     (tmp_path / "in the way" / "file").touch()
-    with pytest.raises(NotWrittenError, match=r"in the way' cannot be written: .*; give another folder\.$"):
+    with pytest.raises(WriteError, match=r"in the way' cannot be written: .*; give another folder\.$"):
         write_files({tmp_path / "first" / "deep": "text", tmp_path / "in the way": "text"})
     left = [path for path in tmp_path.rglob("*") if path.is_file() and path.name.startswith(".")]
     assert left == []
@@ -125,10 +125,10 @@ def test_text_that_no_encoding_has_is_written(tmp_path):
     ],
 )
 def test_the_reason_is_said_whatever_library_found_it(error, reason, full):
-    said = str(not_written("a/b", error))
+    said = str(write_error("a/b", error))
     assert said.startswith(f"'a/b' cannot be written: {reason}") and said.endswith("another folder.")
     assert is_full(error) is full
-    assert not_written("c", not_written("a/b", error)).args == (said,)
+    assert write_error("c", write_error("a/b", error)).args == (said,)
 
 
 def test_a_picture_is_what_pillow_would_write(tmp_path, picture):

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from conceptseg_hf.devices import default_device
     from conceptseg_hf.loading import find_checkpoint
-    from conceptseg_hf.shipped import shipped_folder
+    from conceptseg_hf.shipped import find_shipped_folder
 
     rows = {"python": f"{platform.python_version()} on {platform.platform()}"}
     rows |= {name: installed_version(name) for name in _PACKAGES}
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint = as_bad_input(find_checkpoint, checkpoint)
     rows |= as_bad_input(_describe, checkpoint)
     rows |= as_bad_input(_describe_files, checkpoint, arguments.hashes)
-    rows |= {what: str(shipped_folder(*where) or "not installed") for what, where in _SHIPPED.items()}
+    rows |= {what: str(find_shipped_folder(*where) or "not installed") for what, where in _SHIPPED.items()}
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")

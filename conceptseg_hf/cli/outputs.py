@@ -31,7 +31,7 @@ def check_output_dir(path: str | Path, *files: str, option: str = "--output-dir"
     Raises:
         BadInputError: If it cannot.
     """
-    fault = find_fault(Path(path), files)
+    fault = find_write_error(Path(path), files)
     if fault is not None:
         raise BadInputError(f"{option} {str(path)!r} cannot be written: {fault}; give another folder.")
     return Path(path)
@@ -43,7 +43,7 @@ def check_output_file(path: str | Path, option: str) -> None:
     Raises:
         BadInputError: If it cannot be written.
     """
-    fault = find_fault(Path(path).parent, [Path(path).name])
+    fault = find_write_error(Path(path).parent, [Path(path).name])
     if fault is not None:
         raise BadInputError(f"{option} {str(path)!r} cannot be written: {fault}; give another file.")
 
@@ -69,7 +69,7 @@ def shorten_name(name: str, reserved: int) -> str:
     return f"{kept.decode(errors='ignore').rstrip()}-{digest}"
 
 
-def find_fault(folder: Path, files: Sequence[str] = ()) -> str | None:
+def find_write_error(folder: Path, files: Sequence[str] = ()) -> str | None:
     """Why a folder, or files in it, cannot be written; None if they can.
 
     Tries, as permission bits do not say all: a temporary file where the folder will be, and the files there are.

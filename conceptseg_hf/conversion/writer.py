@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from .. import writing
 from ..progress import progress_bar
-from ..writing import is_full, not_written
+from ..writing import is_full, write_error
 from .errors import ConversionError
 from .plan import Step
 from .sources import INDEX_NAME, SAFETENSORS_NAME
@@ -62,7 +62,7 @@ def new_folder(out: Path, nbytes: int = 0) -> Iterator[Path]:
             except OSError:
                 break
         if isinstance(error, OSError) and is_full(error):
-            raise ConversionError(str(not_written(out, error))) from error
+            raise ConversionError(str(write_error(out, error))) from error
         raise
 
 
@@ -107,7 +107,7 @@ def write_shards(steps: Sequence[Step], folder: Path, shard_bytes: int = SHARD_B
             try:
                 save_file(tensors, folder / name, metadata={"format": "pt"})
             except (SafetensorError, OSError) as error:
-                raise ConversionError(f"weight file {not_written(name, error)}") from error
+                raise ConversionError(f"weight file {write_error(name, error)}") from error
             (folder / name).chmod(0o644)  # safetensors writes for the owner alone
             del tensors
             for step in shard:

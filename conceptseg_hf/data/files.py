@@ -14,11 +14,11 @@ from PIL import Image
 
 from ..boxes import mask_to_box
 from ..images import is_file, load_oriented_image, mask_to_image, read_header
-from ..mask_checks import describe_other_size, is_similar_size
+from ..mask_checks import describe_size_mismatch, is_similar_size
 from ..references import Reference
 from .ground_truths import BoxGroundTruth, GroundTruth, Size, resize
 from .paths import check_files
-from .pools import ClassPool, FileReference, ReferencePool, draw_repeatedly, reference_count
+from .pools import ClassPool, FileReference, ReferencePool, draw_with_replacement, reference_count
 from .sample import ConceptSample, UnreadableSampleError
 
 _NAMED = 3  # classes or samples that a message names
@@ -87,7 +87,7 @@ class Index:
 
 
 @dataclass(frozen=True)
-class FoundReferences:
+class LoadedReferences:
     """The references of an item, read.
 
     Attributes:
@@ -228,9 +228,9 @@ class FileBenchmark(Sequence[ConceptSample]):
             concept: list(self._pool.references(concept))
             for concept in dict.fromkeys(item.concept for item in items)
         }
-        return {item.sample_id: draw_repeatedly(classes[item.concept], rng, item.image) for item in items}
+        return {item.sample_id: draw_with_replacement(classes[item.concept], rng, item.image) for item in items}
 
-    def read_references(self, item: FileItem) -> FoundReferences:
+    def read_references(self, item: FileItem) -> LoadedReferences:
         """Reads the references of an item; others of its class take the places of those that cannot be used.
 
         Which ones do depends on seed and sample alone. A reference that is not usable is named once in a warning.
@@ -253,7 +253,7 @@ class FileBenchmark(Sequence[ConceptSample]):
                 if spares is None:
                     spares = self._pool.spares(item.concept, rng, item.image, drawn)
                 candidate = next(spares, None)
-        found = FoundReferences(files, references, tuple(faults), len(drawn) - len(files))
+        found = LoadedReferences(files, references, tuple(faults), len(drawn) - len(files))
         self._warn_of(found, item)
         return found
 
@@ -266,7 +266,7 @@ class FileBenchmark(Sequence[ConceptSample]):
             self._tried[file] = reference
         return self._tried[file]
 
-    def _warn_of(self, found: FoundReferences, item: FileItem) -> None:
+    def _warn_of(self, found: LoadedReferences, item: FileItem) -> None:
         for fault in found.faults:
             notified = (fault, found.lost > 0)
             if notified not in self._told:
@@ -354,7 +354,7 @@ class FileBenchmark(Sequence[ConceptSample]):
         missing = (
             item.concept
             for item in self.items
-            if not item.references and not self._pool.knows(item.concept, item.image)
+            if not item.references and not self._pool.has_reference(item.concept, item.image)
         )
         return tuple(dict.fromkeys(missing))
 
@@ -390,7 +390,7 @@ def read_ground_truth(ground_truth: GroundTruth, size: Size, orientation: int = 
         ground_truth, resize(mask, size), None if ignore is None else resize(ignore, size)
     )
     fitted["stored_mask"] = stored["mask"]
-    fault = None if is_similar_size(found, size) else describe_other_size(ground_truth.name, found, size)
+    fault = None if is_similar_size(found, size) else describe_size_mismatch(ground_truth.name, found, size)
     return LoadedGroundTruth(fitted, stored, fault)
 
 

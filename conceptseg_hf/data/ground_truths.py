@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..boxes import Box
-from ..images import image_foreground, load_grey_mask, open_oriented_mask
+from ..images import image_foreground, load_gray_mask, open_oriented_mask
 from ..mask_checks import check_mask_frame, looks_like_photo
 from .paths import read_json
 
@@ -80,7 +80,7 @@ class MaskFile(GroundTruth):
 
     def read_soft(self) -> Image.Image | None:
         """See `Truth.read_soft`."""
-        grey = load_grey_mask(self.path)
+        grey = load_gray_mask(self.path)
         histogram = grey.histogram()
         return grey if sum(histogram[1:255]) else None
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from ..mask_checks import describe_other_size
+from ..mask_checks import describe_size_mismatch
 from ..progress import progress_bar
 from .files import FileBenchmark, FileItem, read_ground_truth
 from .ground_truths import LabelFile, MaskFile
@@ -156,7 +156,7 @@ def _inspect_item(item: FileItem) -> _Finding:
     if ground_truth.fitted is ground_truth.stored:
         return _Finding(rotated=rotated)
     stored = ground_truth.stored["mask"].size
-    return _Finding(resized=describe_other_size(item.ground_truth.name, stored, size), rotated=rotated)
+    return _Finding(resized=describe_size_mismatch(item.ground_truth.name, stored, size), rotated=rotated)
 
 
 def _inspect_reference(reference: FileReference) -> str | None:

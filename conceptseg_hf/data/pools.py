@@ -13,8 +13,8 @@ import numpy as np
 
 from ..boxes import mask_to_box
 from ..images import load_oriented_image, mask_to_image, try_image
-from ..mask_checks import describe_other_size, is_similar_size
-from ..references import Reference, no_foreground, read_reference
+from ..mask_checks import describe_size_mismatch, is_similar_size
+from ..references import Reference, no_foreground_message, read_reference
 from .ground_truths import BoxGroundTruth, GroundTruth, MaskFile, PixelBox, Size, resize
 
 
@@ -62,9 +62,9 @@ def _read_mask(ground_truth: GroundTruth, size: Size, orientation: int) -> tuple
     mask, _ = ground_truth.read(size, orientation)
     stored = mask.shape[::-1]
     if stored != size and not is_similar_size(stored, size):
-        raise ValueError(describe_other_size(ground_truth.name, stored, size))
+        raise ValueError(describe_size_mismatch(ground_truth.name, stored, size))
     if not mask.any():
-        raise ValueError(no_foreground(ground_truth.files[0]))
+        raise ValueError(no_foreground_message(ground_truth.files[0]))
     return resize(mask, size), stored == size
 
 
@@ -101,7 +101,7 @@ class ReferencePool(ABC):
     def references(self, concept: str) -> Iterable[FileReference]:
         """Everything that can be drawn for a class."""
 
-    def knows(self, concept: str, exclude: Path) -> bool:
+    def has_reference(self, concept: str, exclude: Path) -> bool:
         """Whether there is at least one reference; cheap, and True where only reading could tell."""
         return True
 
@@ -111,7 +111,7 @@ def reference_count(class_size: int) -> int:
     return 1 if class_size == 2 else 4
 
 
-def draw_repeatedly(
+def draw_with_replacement(
     everything: Sequence[FileReference], rng: random.Random, exclude: Path
 ) -> list[FileReference]:
     """Draws references of a class with replacement, as the released code: 1 if the class has 2 images, else 4.
@@ -171,7 +171,7 @@ class ClassPool(ReferencePool):
         """See `ReferencePool.references`."""
         return self._references.get(concept, ())
 
-    def knows(self, concept: str, exclude: Path) -> bool:
+    def has_reference(self, concept: str, exclude: Path) -> bool:
         """See `ReferencePool.knows`."""
         everything = self._references.get(concept, ())
         return bool(everything) and len(everything) > self._copies[concept][exclude]

@@ -9,7 +9,7 @@ from ..suggestions import did_you_mean
 from .concept_shapes import ConceptShapes
 from .files import LOADERS, FileBenchmark
 from .layouts import LAYOUTS, LISTED_SPLITS
-from .layouts.authors import without_boxes
+from .layouts.authors import drop_reference_boxes
 from .paths import existing_folder
 from .sample import ConceptSample
 from .suite import SOURCES, Source
@@ -86,7 +86,7 @@ def open_benchmark(
     split = resolve_split(source, split)
     index = LAYOUTS[source.layout](folder, source, split)
     if loader == "released" and source.layout == "authors":
-        index = without_boxes(index)
+        index = drop_reference_boxes(index)
     return FileBenchmark(name, split, index, folder, limit, seed, loader)
 
 

@@ -44,13 +44,13 @@ class Processes:
         if self.state is not None:
             self.barrier()
             self.state.destroy_process_group()
-            let_gloo_end()
+            wait_for_gloo_threads()
 
 
 ALONE = Processes()
 
 
-def let_gloo_end() -> None:
+def wait_for_gloo_threads() -> None:
     """Waits a second for gloo's threads, at the end of a program whose process group is gone.
 
     They let go of the last tensors, for which they need the interpreter: one that is taking itself apart meanwhile

@@ -103,7 +103,7 @@ def test_draws_are_without_replacement_and_without_the_target(size, copies, seed
     wanted = 1 if len(images) == 2 else 4
     assert len(drawn) == min(wanted, size)
     assert drawn == [reference.image for reference in pool.draw("a", random.Random(seed), target)]
-    assert pool.knows("a", target) == bool(drawn)
+    assert pool.has_reference("a", target) == bool(drawn)
 
 
 def test_every_reference_can_be_drawn():

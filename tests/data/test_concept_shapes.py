@@ -129,7 +129,7 @@ def test_absent_phrases_name_nothing_in_the_scene() -> None:
     shapes = ConceptShapes("test")
     for index in [i for i in range(10 * len(GROUPS)) if family_at(i)[2].__name__ == "absent"]:
         task = shapes.task(index)
-        assert not any(item.look.answers_to(task.prompt.split()) for item in task.scene.objects)
+        assert not any(item.look.matches(task.prompt.split()) for item in task.scene.objects)
 
 
 def test_present_phrases_name_exactly_the_mask() -> None:

@@ -347,10 +347,10 @@ def test_whole_number_errors_forgive_misses_near_the_border():
     pytest.importorskip("scipy")
     from conceptseg_hf.evaluation.metrics.weighted_f import weighted_f_measure
 
-    assert weighted_f_measure(eroded, disk, whole_numbers=True) == pytest.approx(1, abs=1e-6)
+    assert weighted_f_measure(eroded, disk, integer_errors=True) == pytest.approx(1, abs=1e-6)
     assert 0.6 < weighted_f_measure(eroded, disk) < 0.8
     with pytest.raises(ValueError, match="bool prediction"):
-        weighted_f_measure(eroded.astype(float), disk, whole_numbers=True)
+        weighted_f_measure(eroded.astype(float), disk, integer_errors=True)
     with pytest.raises(ValueError, match="one size"):
         weighted_f_measure(eroded, disk[1:])
 
@@ -361,13 +361,13 @@ def test_whole_number_errors_equal_pysodmetrics_fed_with_integers():
 
     y, x = np.mgrid[:64, :64]
     disk = np.hypot(y - 32, x - 30) < 20
-    assert weighted_f_measure(np.zeros_like(disk), disk, whole_numbers=True) < 0.3, (
+    assert weighted_f_measure(np.zeros_like(disk), disk, integer_errors=True) < 0.3, (
         "a missed object is no hit"
     )
     for prediction, ground_truth in [*pairs(300), (np.zeros_like(disk), disk), (np.roll(disk, 9, 0), disk)]:
         if ground_truth.any():
             expected = sod.WeightedFmeasure(beta=1).cal_wfm(prediction.astype(np.int64), ground_truth)
-            found = weighted_f_measure(prediction, ground_truth, whole_numbers=True)
+            found = weighted_f_measure(prediction, ground_truth, integer_errors=True)
             assert found == pytest.approx(expected, abs=1e-6), prediction.shape
 
 

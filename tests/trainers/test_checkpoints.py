@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("trl", "1.16")
 
-from conceptseg_trainers.checkpoints import complete_checkpoints, is_complete, staged, written_whole
+from conceptseg_trainers.checkpoints import complete_checkpoints, is_complete, staged, checkpoint_writer
 
 import conceptseg_hf
-from conceptseg_hf.writing import NotWrittenError
+from conceptseg_hf.writing import WriteError
 
 ROOT = Path(conceptseg_hf.__file__).parents[1]
 
@@ -117,20 +117,20 @@ def test_complete_checkpoints_come_in_the_order_of_their_steps(run_folder):
 )
 def test_half_a_checkpoint_is_removed_whatever_ended_it(run_folder, error):
     checkpoint = run_folder / "checkpoint-20"
-    expected = NotWrittenError if isinstance(error, (OSError, SafetensorError)) else type(error)
-    with pytest.raises(expected) as raised, written_whole(checkpoint, run_folder, is_writer=True):
+    expected = WriteError if isinstance(error, (OSError, SafetensorError)) else type(error)
+    with pytest.raises(expected) as raised, checkpoint_writer(checkpoint, run_folder, is_writer=True):
         checkpoint.mkdir()
         (checkpoint / "model.safetensors").write_text("half")
         raise error
     assert not checkpoint.exists()
-    if expected is NotWrittenError:
+    if expected is WriteError:
         assert str(raised.value).endswith(f"'{run_folder / 'checkpoint-10'}' is complete.")
 
 
 @pytest.mark.parametrize("error", [ConnectionError, RuntimeError])
 def test_an_error_after_a_checkpoint_is_complete_keeps_it(run_folder, error):
     checkpoint = run_folder / "checkpoint-20"
-    with pytest.raises(error, match=r"^push failed$"), written_whole(checkpoint, run_folder, is_writer=True):
+    with pytest.raises(error, match=r"^push failed$"), checkpoint_writer(checkpoint, run_folder, is_writer=True):
         checkpoint.mkdir()
         (checkpoint / "trainer_state.json").write_text("{}")
         raise error("push failed")
@@ -165,7 +165,7 @@ def test_a_staged_model_takes_the_place_of_an_older_one(tmp_path):
 def test_a_model_that_is_not_saved_to_its_end_changes_nothing(tmp_path):
     (tmp_path / "model.safetensors").write_text("old")
     with (
-        pytest.raises(NotWrittenError, match="cannot be written: No space left"),
+        pytest.raises(WriteError, match="cannot be written: No space left"),
         staged(tmp_path, True) as folder,
     ):
         (folder / "model.safetensors").write_text("half")
@@ -177,6 +177,6 @@ def test_processes_that_do_not_write_touch_nothing(tmp_path):
     with staged(tmp_path, is_writer=False) as folder:
         assert folder.parent == tmp_path
     (tmp_path / "checkpoint-1").mkdir()
-    with pytest.raises(NotWrittenError), written_whole(tmp_path / "checkpoint-1", tmp_path, is_writer=False):
+    with pytest.raises(WriteError), checkpoint_writer(tmp_path / "checkpoint-1", tmp_path, is_writer=False):
         raise OSError(28, "x")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]

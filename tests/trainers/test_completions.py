@@ -87,7 +87,7 @@ def test_a_generated_completion_without_answer_gives_sam_what_inference_does(
     cache = CompletionCache(tmp_path, model, processor, max_new_tokens=2)
     cache.generate(model, samples[:1])
     completion = cache.completion(samples[0])
-    assert (completion.sam_text, completion.is_cut) == (samples[0].prompt, True)
+    assert (completion.sam_text, completion.is_truncated) == (samples[0].prompt, True)
     monkeypatch.setattr(model.config, "missing_answer", "empty")
     assert cache.completion(samples[0]).sam_text == ""
 

@@ -14,7 +14,7 @@ from torch import nn
 from conceptseg_hf import ConceptSegForSegmentation
 
 pytest.importorskip("trl", "1.16")
-from conceptseg_trainers.distributed import clone_whole, make_generate_gather, materialize
+from conceptseg_trainers.distributed import clone_unsharded, make_generate_gather, materialize
 
 WORKER = Path(__file__).with_name("two_processes.py")
 LOGGED = ("loss", "kl", "loss/grpo", "loss/seg", "loss/dice", "loss/focal", "mask_iou", "box_iou", "reward")
@@ -112,7 +112,7 @@ def test_without_sharding_nothing_is_copied_twice_or_lost(make_model, weight_has
     model = make_model()
     parameters = list(model.sam.parameters())
     assert list(map(id, materialize(model.sam).parameters())) == list(map(id, parameters))
-    clone = clone_whole(model.vlm)
+    clone = clone_unsharded(model.vlm)
     assert weight_hash(clone) == weight_hash(model.vlm)
     assert not clone.training and not any(parameter.requires_grad for parameter in clone.parameters())
     assert {id(p) for p in clone.parameters()}.isdisjoint(id(p) for p in model.vlm.parameters())

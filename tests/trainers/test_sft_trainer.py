@@ -119,7 +119,7 @@ def test_the_ctm_reads_the_end_of_turn_token_where_the_model_does(
     assert added.sum(1).tolist() == [1, 1] and (after["input_ids"][added] == end).all()
     assert not torch.equal(*(model(**_model_inputs(each)).concept_embeds for each in (before, after)))
 
-    cut = TrainingCompletion(processor.tokenizer("a star")["input_ids"], "star", is_cut=True)
+    cut = TrainingCompletion(processor.tokenizer("a star")["input_ids"], "star", is_truncated=True)
     monkeypatch.setattr(trainer.data_collator, "row", lambda sample: (_prepared(processor, sample), cut))
     assert trainer.data_collator(samples[:1])["completion_mask"].sum() == 2, "a cut completion has no end"
 

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from conceptseg_hf.finite import is_finite
-from conceptseg_hf.writing import not_written
+from conceptseg_hf.writing import write_error
 
 TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 PROCESSOR = "processor_config.json"  # both trainers write it after the weights of the complete model
@@ -76,7 +76,7 @@ def _has_finite_weights(folder: Path) -> bool:
 
 
 @contextmanager
-def written_whole(
+def checkpoint_writer(
     checkpoint: str | os.PathLike, output_dir: str | os.PathLike, is_writer: bool
 ) -> Iterator[None]:
     """A block that writes a checkpoint of a run: if that fails, the half that was written is removed.
@@ -87,7 +87,7 @@ def written_whole(
         is_writer: Whether this process writes.
 
     Raises:
-        NotWrittenError: If it cannot be written; names the last one that was.
+        WriteError: If it cannot be written; names the last one that was.
     """
     checkpoint = Path(checkpoint)
     if is_writer:
@@ -102,7 +102,7 @@ def written_whole(
         last = next(reversed(complete_checkpoints(output_dir)), None)
         kept = "none was saved before" if last is None else f"{str(last)!r} is complete"
         remedy = f"make room and resume, or give another output_dir; {kept}"
-        raise not_written(checkpoint, _plain(error), remedy) from error
+        raise write_error(checkpoint, _plain(error), remedy) from error
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def staged(target: str | os.PathLike, is_writer: bool) -> Iterator[Path]:
         is_writer: Whether this process writes; the others only need the name.
 
     Raises:
-        NotWrittenError: If the files cannot be written; `target` is then as it was.
+        WriteError: If the files cannot be written; `target` is then as it was.
     """
     target = Path(target)
     staging = target / _STAGING
@@ -130,7 +130,7 @@ def staged(target: str | os.PathLike, is_writer: bool) -> Iterator[Path]:
     except Exception as error:
         if not _is_of_writing(error):
             raise
-        raise not_written(target, _plain(error), "make room, or give another folder") from error
+        raise write_error(target, _plain(error), "make room, or give another folder") from error
     finally:
         if is_writer:
             shutil.rmtree(staging, ignore_errors=True)

@@ -20,7 +20,7 @@ from conceptseg_hf.loading import fingerprint
 from conceptseg_hf.processing_conceptseg import CoordinateFrame
 from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.references import resolve_references
-from conceptseg_hf.writing import json_text, not_written
+from conceptseg_hf.writing import json_text, write_error
 
 from .samples import ReadableSamples, spread_indices
 from .sft_config import ConceptSFTConfig
@@ -41,13 +41,13 @@ class TrainingCompletion:
         text: The text, or the token ids without the end-of-turn token.
         sam_text: What SAM 3 gets as the answer.
         rule: The rule in it, for example pictures.
-        is_cut: Whether it was generated and ended by its limit, without an end-of-turn token.
+        is_truncated: Whether it was generated and ended by its limit, without an end-of-turn token.
     """
 
     text: str | list[int]
     sam_text: str
     rule: str | None = None
-    is_cut: bool = False
+    is_truncated: bool = False
 
 
 def ground_truth_completion(
@@ -72,7 +72,7 @@ def _gt_texts(sample: ConceptSample) -> tuple[str, str, str] | None:
     return None if think is None or rule is None or answer is None else (think, rule, answer)
 
 
-def check_words(sample: ConceptSample, processor: ConceptSegProcessor, source: str) -> None:
+def check_sample_texts(sample: ConceptSample, processor: ConceptSegProcessor, source: str) -> None:
     """Checks the words of a sample before they are trained on, as inference checks a prompt.
 
     Args:
@@ -98,7 +98,7 @@ def check_words(sample: ConceptSample, processor: ConceptSegProcessor, source: s
             )
 
 
-def settle_completion_source(
+def resolve_completion_source(
     samples: Sequence[ConceptSample], args: ConceptSFTConfig, list_some: bool = True
 ) -> None:
     """Goes over to templated completions where samples have no reasoning, rule and answer of their own, and says so.
@@ -216,9 +216,9 @@ class CompletionCache:
         parsed = self.processor.decode_completion(token_ids)
         return TrainingCompletion(
             token_ids,
-            self._config.sam_words(parsed.answer, sample.prompt),
+            self._config.sam_text_prompt(parsed.answer, sample.prompt),
             parsed.rule,
-            is_cut=len(token_ids) >= self.max_new_tokens,
+            is_truncated=len(token_ids) >= self.max_new_tokens,
         )
 
     def generate(
@@ -241,7 +241,7 @@ class CompletionCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise not_written(self.folder, error) from error
+            raise write_error(self.folder, error) from error
         path = self.folder / f"completions-{process:05d}.jsonl"
         _drop_torn_line(path)
         if not isinstance(samples, ReadableSamples):
@@ -253,7 +253,7 @@ class CompletionCache:
             for index in mine:
                 sample = samples[index]
                 # what stands in for another has its own turn
-                if index not in samples.stand_ins:
+                if index not in samples.replacements:
                     digest = _digest(sample, self.processor)
                     if digest not in self._token_ids:
                         batch[digest] = sample
@@ -271,7 +271,7 @@ class CompletionCache:
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(json_text(row) + "\n" for row in rows))
         except OSError as error:
-            raise not_written(path, error) from error
+            raise write_error(path, error) from error
         self._token_ids.update((row["inputs"], row["token_ids"]) for row in rows)
 
     def _complete(

@@ -26,7 +26,7 @@ def materialize(module: Module) -> Module:
     return module
 
 
-def clone_whole(model: PreTrainedModel) -> PreTrainedModel:
+def clone_unsharded(model: PreTrainedModel) -> PreTrainedModel:
     """A frozen copy in eval mode with whole parameters, whether or not ZeRO-3 has sharded the original."""
     if not any(is_sharded(parameter) for parameter in model.parameters()):
         return copy.deepcopy(model).requires_grad_(False).eval()

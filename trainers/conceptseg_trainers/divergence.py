@@ -11,14 +11,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from conceptseg_hf.finite import find_nonfinite
 
-from .checkpoints import last_good_checkpoint, run_folder, staged, written_whole
+from .checkpoints import last_good_checkpoint, run_folder, staged, checkpoint_writer
 
 
 class DivergedError(RuntimeError):
     """The loss or the weights of a training are no longer finite; the message is one sentence."""
 
 
-class StoppingTrainer(Trainer):
+class DivergenceCheckTrainer(Trainer):
     """A Trainer that stops, and saves nothing more, once its numbers are not finite; and saves nothing by halves."""
 
     model: nn.Module
@@ -78,7 +78,7 @@ class StoppingTrainer(Trainer):
             self.state.best_metric = None
         run = self._get_output_dir(trial=trial)
         folder = f"{run}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with written_whole(folder, run, self.args.should_save):
+        with checkpoint_writer(folder, run, self.args.should_save):
             super()._save_checkpoint(model, trial)
 
 

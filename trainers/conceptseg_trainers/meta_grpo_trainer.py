@@ -34,13 +34,13 @@ from .batches import best_and_worst, group_rows, select_rows
 from .callbacks import EpochCallback, ExampleImagesCallback, FormatOnlyWarning, TrainingExample
 from .cards import as_list, write_training_card
 from .checkpoints import run_folder
-from .distributed import clone_whole, make_generate_gather, materialize
-from .divergence import FiniteLogs, StoppingTrainer
+from .distributed import clone_unsharded, make_generate_gather, materialize
+from .divergence import FiniteLogs, DivergenceCheckTrainer
 from .loading import load_model, load_processor
 from .meta_grpo_config import MetaGRPOConfig, without_renaming_warnings
 from .rewards import REWARDS, Reward, box_iou_or_zero, completion_text
-from .rollouts import Key, Prompt, PromptReader, Rollout, key_of, up_to_end
-from .samples import by_name, check_arguments, check_sample_ids, rows_to_try
+from .rollouts import Key, Prompt, PromptReader, Rollout, prompt_key, truncate_after_end
+from .samples import by_name, check_arguments, check_sample_ids, rows_to_check
 from .split_reference import COLUMNS, find_composer, set_epoch
 from .trl_adapter import (
     Batch,
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
+class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
     """GRPOTrainer for the VLM and the CTM of a ConceptSeg model.
 
     The only changes with respect to GRPOTrainer are that each completion is also translated to concept tokens, from
@@ -175,7 +175,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         """Puts this model's processor to work in a split-reference data set, and tries some rows."""
         if (composer := find_composer(dataset)) is not None:
             composer.processor = self.concept_processor
-        for number, row in enumerate(rows_to_try(dataset)):
+        for number, row in enumerate(rows_to_check(dataset)):
             missing = [column for column in COLUMNS if column not in row]
             if missing:
                 raise ValueError(
@@ -190,7 +190,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         if model is None and self.args.ref_model_name_or_path is not None:
             model = load_model(self.args.ref_model_name_or_path, self.args, another_repository=True)
         model = self.concept_model if model is None else model
-        return clone_whole(model.vlm if isinstance(model, ConceptSegForSegmentation) else model)
+        return clone_unsharded(model.vlm if isinstance(model, ConceptSegForSegmentation) else model)
 
     def _suppress_image_tokens(self) -> None:
         """No completion may hold a token that stands for an image: the next forward pass would miss the image."""
@@ -223,7 +223,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
     def _generate_recorded(self, **arguments: Any) -> Tensor:
         inputs = {name: arguments.pop(name) for name in vlm_backbone.INPUT_NAMES}
         recorder = StateRecorder()
-        handle = self.concept_model.get_output_embeddings().register_forward_pre_hook(recorder.see)
+        handle = self.concept_model.get_output_embeddings().register_forward_pre_hook(recorder.record)
         try:
             sequences = shared_prompts.generate(
                 self.concept_model.vlm, inputs, stopping_criteria=[recorder], **arguments
@@ -253,7 +253,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
 
     def _encode_prompts(self, inputs: list[dict[str, Any]]) -> dict[Key, Prompt]:
         """What all completions of a prompt share."""
-        rows = {key_of(row): row for row in inputs}
+        rows = {prompt_key(row): row for row in inputs}
         prompts = {key: self._reader.read(row) for key, row in rows.items()}
         features: list[ImageFeatures] = []
         with torch.no_grad():
@@ -279,9 +279,9 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         parsed = [parse_completion(completion_text(completion)) for completion in completions]
         self._rollouts = [
             Rollout(
-                self._prompts[key_of(row)],
+                self._prompts[prompt_key(row)],
                 completion,
-                self.concept_model.config.sam_words(completion.answer, row["problem"]),
+                self.concept_model.config.sam_text_prompt(completion.answer, row["problem"]),
             )
             for completion, row in zip(parsed, inputs, strict=True)
         ]
@@ -320,7 +320,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
         read, counts = words, [False] * len(words)
         if self.concept_model.config.end_of_turn_state:
             counts = [not ends.isdisjoint(ids) for ids in completion_ids]
-            read = [up_to_end(ids, ends) for ids in completion_ids]
+            read = [truncate_after_end(ids, ends) for ids in completion_ids]
         concepts: dict[int, Tensor] = {}
         tokens, states = self._generated
         if states is not None and not self.is_fsdp_enabled:
@@ -368,7 +368,7 @@ class MetaGRPOTrainer(StoppingTrainer, GRPOTrainerAdapter):
     def _keep_examples(self, inputs: Rows, rewards: list[list[float]]) -> None:
         """Keeps the first completion of some prompts for the pictures."""
         self.examples = []
-        first_rows = {key_of(row): number for number, row in reversed(list(enumerate(inputs)))}
+        first_rows = {prompt_key(row): number for number, row in reversed(list(enumerate(inputs)))}
         for number in sorted(first_rows.values())[: self.args.log_examples]:
             row, rollout = inputs[number], self._rollouts[number]
             prompt, completion = rollout.prompt, rollout.completion

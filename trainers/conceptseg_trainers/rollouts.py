@@ -97,12 +97,12 @@ class PromptReader:
         return Prompt(prepared, target, masks["gt_mask"], masks.get(IGNORE))
 
 
-def key_of(row: dict[str, Any]) -> Key:
+def prompt_key(row: dict[str, Any]) -> Key:
     """What the copies of a row share, and no other row has."""
     return row["sample_id"], row.get(INDEX)
 
 
-def up_to_end(ids: list[int], ends: set[int]) -> list[int]:
+def truncate_after_end(ids: list[int], ends: set[int]) -> list[int]:
     """The tokens up to the first that ends a completion, and with it."""
     place = next((place for place, token in enumerate(ids) if token in ends), len(ids))
     return ids[: place + 1]

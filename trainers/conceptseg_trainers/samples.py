@@ -35,7 +35,7 @@ class ReadableSamples(Sequence[ConceptSample]):
         check: Called with each sample; raises a ValueError if it cannot be used.
 
     Attributes:
-        stand_ins: What stands in for the samples that were found broken: index by index.
+        replacements: What stands in for the samples that were found broken: index by index.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ReadableSamples(Sequence[ConceptSample]):
     ) -> None:
         self.samples = samples
         self.check = check
-        self.stand_ins: dict[int, int] = {}
+        self.replacements: dict[int, int] = {}
         self._are_tried = has_usable_references(samples)
         self._told: set[str] = set()
 
@@ -52,7 +52,7 @@ class ReadableSamples(Sequence[ConceptSample]):
 
     def __getitem__(self, index: int) -> ConceptSample:  # type: ignore[override]
         index = range(len(self))[index]
-        position = self.stand_ins.get(index, index)
+        position = self.replacements.get(index, index)
         for step in range(len(self)):
             try:
                 sample = self._read(position)
@@ -63,7 +63,7 @@ class ReadableSamples(Sequence[ConceptSample]):
                 position, last = (index + step + 1) % len(self), error
             else:
                 if position != index:
-                    self.stand_ins[index] = position
+                    self.replacements[index] = position
                 return sample if self._are_tried else self._with_usable_references(sample)
         raise ValueError(f"none of the {len(self)} samples can be read; the last says: {last}") from last
 
@@ -209,7 +209,7 @@ def by_name(eval_dataset: Any) -> dict[str, Any]:
     return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
 
 
-def rows_to_try(dataset: Any) -> Iterable[dict[str, Any]]:
+def rows_to_check(dataset: Any) -> Iterable[dict[str, Any]]:
     """Some rows of a data set, which are checked before training.
 
     Raises:

@@ -26,20 +26,20 @@ from .checkpoints import run_folder
 from .completions import (
     CompletionCache,
     TrainingCompletion,
-    check_words,
+    check_sample_texts,
     ground_truth_completion,
     released_completion,
-    settle_completion_source,
+    resolve_completion_source,
     template_completion,
 )
 from .distributed import is_sharded
-from .divergence import FiniteLogs, StoppingTrainer
+from .divergence import FiniteLogs, DivergenceCheckTrainer
 from .samples import ReadableSamples, check_arguments, check_prompt_length, check_sample, spread_indices
 from .sft_config import ConceptSFTConfig
 from .split_reference import compose_references
 
 
-class ConceptSFTTrainer(StoppingTrainer):
+class ConceptSFTTrainer(DivergenceCheckTrainer):
     """A Trainer of the CTM alone: what it wraps, shards and saves in checkpoints holds no other parameter.
 
     Checkpoints of a run have only `ctm.*`; `save_model()` writes the complete model and its processor, which
@@ -85,8 +85,8 @@ class ConceptSFTTrainer(StoppingTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         processor = _check_arguments(model, args, train_dataset, processing_class)
-        settle_completion_source(train_dataset, args)
-        check = partial(check_words, processor=processor, source=args.completion_source)
+        resolve_completion_source(train_dataset, args)
+        check = partial(check_sample_texts, processor=processor, source=args.completion_source)
         train_dataset = ReadableSamples(train_dataset, check)
         eval_dataset = None if eval_dataset is None else ReadableSamples(eval_dataset, check)
         collator = ConceptSFTCollator(processor, args, end_of_turn=model.config.end_of_turn_state)
@@ -338,7 +338,7 @@ class ConceptSFTCollator:
         """
         rows = [self.row(sample) for sample in samples]
         prepared, completions = zip(*rows, strict=True)
-        ends = [self.end_of_turn and not completion.is_cut for completion in completions]
+        ends = [self.end_of_turn and not completion.is_truncated for completion in completions]
         texts = [completion.text for completion in completions]
         batch = dict(self.processor.collate(prepared, texts, end_of_turn=ends))
         lengths = batch["completion_mask"].sum(1) - torch.tensor(ends).long()

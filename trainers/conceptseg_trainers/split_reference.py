@@ -140,7 +140,7 @@ class SplitReferences:
     def processor(self, processor: ConceptSegProcessor) -> None:
         self._processor = processor
         self._rows.clear()
-        self.samples.stand_ins.clear()  # another tokenizer, other reserved tokens
+        self.samples.replacements.clear()  # another tokenizer, other reserved tokens
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """The rows whose numbers are in the batch, as columns."""

@@ -255,7 +255,7 @@ def read_prompts_once(model: PreTrainedModel, vlm: PreTrainedModel) -> None:
         if labels is None or not kwargs.get("fused_lm_head") or not (labels != -100).any():
             return inner(*args, **kwargs)
         length = int((labels != -100).any(dim=0).nonzero()[0])  # prompts are padded on the left
-        with shared_prompts.prompts_read_once(vlm, kwargs, length):
+        with shared_prompts.share_prompts(vlm, kwargs, length):
             output = inner(*args, **kwargs)
         vlm_backbone.reset_rope_deltas(vlm)
         return output

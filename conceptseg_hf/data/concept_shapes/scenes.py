@@ -54,7 +54,7 @@ class Look:
         texture = "" if self.texture == "plain" else f"{self.texture} "
         return f"{texture}{self.color} {self.shape}"
 
-    def answers_to(self, words: Sequence[str]) -> bool:
+    def matches(self, words: Sequence[str]) -> bool:
         """Whether every word describes this look; "object" describes all that has a shape and a color."""
         if self.kind:
             own = {self.kind, *self.phrase.split(), *(("transparent",) if self.kind == "glass" else ())}
@@ -91,7 +91,7 @@ class Scene:
         """The union of all objects that answer to the words, (S, S)."""
         mask = np.zeros(self.pixels.shape[:2], dtype=bool)
         for item in self.objects:
-            if item.look.answers_to(words):
+            if item.look.matches(words):
                 mask |= item.mask
         return mask
 

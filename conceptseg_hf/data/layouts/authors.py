@@ -43,7 +43,7 @@ def index_files(root: Path, source: Source, split: str) -> Index:
     return Index(items, ClassPool(pool))
 
 
-def without_boxes(index: Index) -> Index:
+def drop_reference_boxes(index: Index) -> Index:
     """An index whose items' own references have no boxes: the released loader does not read `ref_box`."""
     items = [
         replace(item, references=tuple(replace(own, ground_truth=None) for own in item.references))

@@ -79,7 +79,7 @@ class StreetPool(ReferencePool):
         present = _present_or_unknown(labels)
         return present is None or label in present
 
-    def knows(self, concept: str, exclude: Path) -> bool:
+    def has_reference(self, concept: str, exclude: Path) -> bool:
         """See `ReferencePool.knows`."""
         return any(image != exclude for image, _ in self._pairs)
 

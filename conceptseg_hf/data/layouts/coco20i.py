@@ -63,7 +63,7 @@ class CocoPool(ReferencePool):
         for name in self._names.get(label, []):
             yield FileReference(*_paths(self._root, "train", name, label))
 
-    def knows(self, concept: str, exclude: Path) -> bool:
+    def has_reference(self, concept: str, exclude: Path) -> bool:
         """See `ReferencePool.knows`."""
         names = self._names.get(self._labels[concept], [])
         return len(names) > 1 or (len(names) == 1 and _paths(self._root, "train", names[0], 1)[0] != exclude)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ...boxes import box_iou
-from ...images import load_grey_mask, load_mask
+from ...images import load_gray_mask, load_mask
 from ...suggestions import did_you_mean
 from .protocols import get_protocol
 from .s_measure import load_library, s_measure
@@ -148,7 +148,7 @@ class MaskMetrics:
         is_soft = (
             self.protocol.bicubic_ground_truths and are_resized and isinstance(ground_truth, Image.Image)
         )
-        soft_ground_truth = load_grey_mask(ground_truth) if is_soft else None
+        soft_ground_truth = load_gray_mask(ground_truth) if is_soft else None
         probability, ground_truth, counted = self.protocol.prepare(
             probability, ground_truth, counted, keep_size, soft_ground_truth
         )
@@ -164,7 +164,7 @@ class MaskMetrics:
         else:
             score["mae"] = float(np.abs(probability.astype(np.float64) - ground_truth).sum() / max(pixels, 1))
         if "f_w" in self.metrics:
-            score["f_w"] = weighted_f_measure(probability, ground_truth, self.protocol.whole_number_errors)
+            score["f_w"] = weighted_f_measure(probability, ground_truth, self.protocol.integer_errors)
         if "s_measure" in self.metrics:
             score["s_measure"] = s_measure(probability, ground_truth, self.protocol.released_measures)
         self.scores.append(score)

@@ -37,7 +37,7 @@ class Protocol:
         name: Its name.
         size: Side of the square to which masks are resized, or None.
         binary: Whether predictions are thresholded before all metrics.
-        whole_number_errors: See `weighted_f_measure`.
+        integer_errors: See `weighted_f_measure`.
         bicubic_ground_truths: Whether truths are resized by Pillow (bicubic), with the grey values of soft ones.
         released_measures: Whether S-measure and BER are those of the released code.
         own_size: Data sets that are compared at the image's own size, and whose images SAM 3 gets from Pillow.
@@ -47,7 +47,7 @@ class Protocol:
     name: str
     size: int | None = None
     binary: bool = False
-    whole_number_errors: bool = False
+    integer_errors: bool = False
     bicubic_ground_truths: bool = False
     released_measures: bool = False
     own_size: frozenset[str] = frozenset()
@@ -100,12 +100,12 @@ PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         Protocol("standard"),
-        Protocol("paper", size=600, binary=True, whole_number_errors=True),
+        Protocol("paper", size=600, binary=True, integer_errors=True),
         Protocol(
             "released",
             size=600,
             binary=True,
-            whole_number_errors=True,
+            integer_errors=True,
             bicubic_ground_truths=True,
             released_measures=True,
             own_size=frozenset({"reasonseg", "reasonseg-hf"}),

@@ -16,7 +16,7 @@ _EPS = np.spacing(1)
 
 
 def weighted_f_measure(
-    prediction: np.ndarray, ground_truth: np.ndarray, whole_numbers: bool = False
+    prediction: np.ndarray, ground_truth: np.ndarray, integer_errors: bool = False
 ) -> float:
     """Scores one image.
 
@@ -26,7 +26,7 @@ def weighted_f_measure(
     Args:
         prediction: (H, W) probabilities from 0 to 1, or bool.
         ground_truth: (H, W) bool.
-        whole_numbers: Smooth errors as integers, as code that is fed integer masks does: smoothed errors below one
+        integer_errors: Smooth errors as integers, as code that is fed integer masks does: smoothed errors below one
             are cut to zero, so that misses cost nothing unless all pixels within three of them are missed too. For bool
             predictions only.
 
@@ -34,7 +34,7 @@ def weighted_f_measure(
         A number in [0, 1]; 0 when the truth is empty, also for an empty prediction, as PySODMetrics has it.
 
     Raises:
-        ValueError: If the shapes differ, or `whole_numbers` is asked for probabilities.
+        ValueError: If the shapes differ, or `integer_errors` is asked for probabilities.
         ImportError: If SciPy is missing.
     """
     if prediction.shape != ground_truth.shape:
@@ -42,9 +42,9 @@ def weighted_f_measure(
             f"weighted_f_measure: the shapes {prediction.shape} and {ground_truth.shape} differ; bring the masks "
             "to one size."
         )
-    if whole_numbers and prediction.dtype != bool:
+    if integer_errors and prediction.dtype != bool:
         raise ValueError(
-            f"weighted_f_measure: whole_numbers needs a bool prediction, not {prediction.dtype}; threshold it first."
+            f"weighted_f_measure: integer_errors needs a bool prediction, not {prediction.dtype}; threshold it first."
         )
     if not ground_truth.any():
         return 0.0
@@ -58,7 +58,7 @@ def weighted_f_measure(
     rows, columns = ndimage.distance_transform_edt(outside, return_distances=False, return_indices=True)
     # Outside, the error of the nearest foreground pixel: what lies beyond the border must not soften it.
     nearest = np.where(ground_truth, error, error[rows, columns])
-    if whole_numbers:
+    if integer_errors:
         # Cut to whole numbers, a mean of zeros and ones is one where the whole window is ones.
         smooth = ndimage.minimum_filter(nearest, size=2 * _RADIUS + 1, mode="constant")
     else:

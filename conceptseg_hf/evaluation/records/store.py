@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...writing import json_text, not_written, open_new, write_json
+from ...writing import json_text, write_error, open_new, write_json
 from ..distributed import ALONE, Processes
 from .record import RECORD_FIELDS
 
@@ -62,7 +62,7 @@ class RecordStore:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise not_written(self._folder, error) from error
+            raise write_error(self._folder, error) from error
         self._check_settings(settings)
         self._records = self._read()
         self._check_records(total, identify)
@@ -98,7 +98,7 @@ class RecordStore:
                     lines = lines[self._file.write(lines) :]
             except OSError as error:
                 remedy = "make room and run again, which goes on from the records that were made"
-                raise not_written(self._own_path, error, remedy) from error
+                raise write_error(self._own_path, error, remedy) from error
 
     def count_of_others(self) -> int:
         """How many records the other processes have written since the last call."""

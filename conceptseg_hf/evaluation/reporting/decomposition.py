@@ -25,7 +25,7 @@ from ...data.paths import read_text
 from ...writing import write_file
 from ..records.store import Record
 
-RIGHT_IOU = 0.5
+CORRECT_IOU = 0.5
 """Foreground IoU from which a prediction is right; the paper, whose decomposition is qualitative, names none."""
 
 Judgement = Mapping[str, bool | None]
@@ -103,7 +103,7 @@ def judge_records(records: Sequence[Record], judge: Judge) -> list[Record]:
     return judged
 
 
-def decompose(records: Sequence[Record], threshold: float = RIGHT_IOU) -> list[dict[str, Any]]:
+def decompose(records: Sequence[Record], threshold: float = CORRECT_IOU) -> list[dict[str, Any]]:
     """Counts the outcomes of judged records.
 
     Args:

@@ -41,7 +41,7 @@ from ..records import (
 )
 from ..records.samples import describe_samples, identify_sample, read_sample
 from ..records.store import Record, RecordStore
-from ..reporting.decomposition import RIGHT_IOU, Judge, check_judge, judge_records, resolve_judge
+from ..reporting.decomposition import CORRECT_IOU, Judge, check_judge, judge_records, resolve_judge
 from ..reporting.report import EvaluationReport
 from .progress import Progress
 
@@ -350,5 +350,5 @@ def _combine(name: str, reports: Mapping[str, EvaluationReport]) -> EvaluationRe
 
 def _judge(report: EvaluationReport, judgements: str | os.PathLike | Judge) -> EvaluationReport:
     name, judge = resolve_judge(judgements, report.records)
-    settings = {**report.settings, "judgements": name, "prediction_threshold": RIGHT_IOU}
+    settings = {**report.settings, "judgements": name, "prediction_threshold": CORRECT_IOU}
     return EvaluationReport(judge_records(report.records, judge), settings)

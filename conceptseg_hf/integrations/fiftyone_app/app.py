@@ -24,11 +24,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...shipped import shipped_folder
+from ...shipped import find_shipped_folder
 from .mongodb import free_port, start_mongod
 
 DATASET = "concept-shapes"
-_PLUGIN = shipped_folder("fiftyone_plugin")
+_PLUGIN = find_shipped_folder("fiftyone_plugin")
 _SERVER = Path(__file__).with_name("server.py")
 # Not `-m`, which would import `conceptseg_hf`, and torch, before the server answers; nor the file by its path, which
 # would put its folder before site-packages, and the `fiftyone` in it before FiftyOne.

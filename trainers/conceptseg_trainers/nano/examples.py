@@ -102,7 +102,7 @@ class ExampleWriter:
         entries = {}
         for item in objects:
             words = item.look.phrase.split() if item.look.kind else _some_words(rng, item.look)
-            mask = np.any([other.mask for other in objects if other.look.answers_to(words)], axis=0)
+            mask = np.any([other.mask for other in objects if other.look.matches(words)], axis=0)
             if mask.sum() >= _MIN_PIXELS:
                 entries[" ".join(words)] = ({}, (0, mask))
         flat = [(phrase, *places) for phrase, places in entries.items()]
@@ -269,14 +269,14 @@ class ExampleWriter:
         focus: list[Focus] = []
         shared = {0: tokens_of(_union([item.mask for item in marked]))} if marked else {}
         # Where the marked objects look as the target does, its words can be read from either.
-        twins = marked and all(item.look.answers_to(answer.split()) for item in marked)
+        twins = marked and all(item.look.matches(answer.split()) for item in marked)
         places = {**shared, **target} if twins else target
         length = len(self._ids(answer))
         for end in (completion.index(self.ids["</think>"]), completion.index(self.ids["</answer>"])):
             focus += [Focus(i, places) for i in range(end - length, end)]
         for position, word in enumerate(think.split()[:-length], start=1):
             is_look = word in COLORS or word in SHAPES or word in TEXTURES[1:]
-            if marked and is_look and all(item.look.answers_to([word]) for item in marked):
+            if marked and is_look and all(item.look.matches([word]) for item in marked):
                 focus.append(Focus(position, shared))
         return focus
 

@@ -68,7 +68,7 @@ def positive_question(rng: np.random.Generator, scene: Scene) -> Question:
     item = scene.objects[int(rng.integers(len(scene.objects)))]
     words = _words_of(rng, item)
     text = Question(" ".join(words), None, scene.mask_of(words))
-    siblings = sum(other.look.answers_to(item.look.phrase.split()) for other in scene.objects) > 1
+    siblings = sum(other.look.matches(item.look.phrase.split()) for other in scene.objects) > 1
     kind = rng.random()
     if kind < (0.4 if siblings else 0.7) or not item.mask.any():
         return text
@@ -119,7 +119,7 @@ def negative_question(rng: np.random.Generator, scene: Scene) -> Question:
             words = [shapes[int(rng.integers(len(shapes)))]]
             if rng.random() < 0.7:
                 words.insert(0, colors[int(rng.integers(len(colors)))])
-        if not any(other.look.answers_to(words) for other in scene.objects):
+        if not any(other.look.matches(words) for other in scene.objects):
             return Question(" ".join(words), None, nothing)
 
 
@@ -160,7 +160,7 @@ def guidance_targets(scene: Scene, question: Question, prompt_length: int) -> tu
         for head, words in enumerate(_HEAD_WORDS):
             if word not in words:
                 continue
-            fits = np.asarray([*(item.look.answers_to([word]) for item in scene.objects), False])[shown]
+            fits = np.asarray([*(item.look.matches([word]) for item in scene.objects), False])[shown]
             guided[head] = True
             right[head] = True
             right[head, :, position] = False

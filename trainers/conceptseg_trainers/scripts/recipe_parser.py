@@ -13,10 +13,10 @@ from trl import TrlParser
 from conceptseg_hf.cli.suggestions import suggest, unknown_option
 from conceptseg_hf.errors import one_line
 from conceptseg_hf.progress import is_terminal
-from conceptseg_hf.shipped import shipped_folder
+from conceptseg_hf.shipped import find_shipped_folder
 from conceptseg_hf.suggestions import did_you_mean
 
-_recipes = shipped_folder("recipes", "conceptseg_trainers")
+_recipes = find_shipped_folder("recipes", "conceptseg_trainers")
 assert _recipes is not None  # the package is this one
 FOLDER = _recipes
 

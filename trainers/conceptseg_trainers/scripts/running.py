@@ -20,9 +20,9 @@ from transformers.integrations.integration_utils import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from conceptseg_hf.cli.outputs import find_fault
+from conceptseg_hf.cli.outputs import find_write_error
 from conceptseg_hf.errors import one_line
-from conceptseg_hf.evaluation.distributed import let_gloo_end
+from conceptseg_hf.evaluation.distributed import wait_for_gloo_threads
 from conceptseg_hf.progress import hide_bars_in_pipes, print_line
 
 from ..callbacks import reported_to
@@ -54,7 +54,7 @@ def run(trainer: Trainer) -> None:
         raise KeyboardInterrupt(_how_to_go_on(trainer)) from None
     trainer.end()
     if trainer.accelerator.num_processes > 1:
-        let_gloo_end()
+        wait_for_gloo_threads()
 
 
 def _run(trainer: Trainer) -> None:
@@ -175,7 +175,7 @@ def check_run(args: TrainingArguments) -> None:
 
 
 def _check_output_dir(args: TrainingArguments) -> None:
-    fault = find_fault(Path(run_folder(args)))
+    fault = find_write_error(Path(run_folder(args)))
     if fault is not None:
         raise ValueError(f"output_dir {args.output_dir!r} cannot be written: {fault}; give another folder.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ..completions import settle_completion_source
+from ..completions import resolve_completion_source
 from ..distributed import without_zero_init
 from ..sft_config import ConceptSFTConfig
 from ..sft_trainer import ConceptSFTTrainer
@@ -33,7 +33,7 @@ def prepare(argv: Sequence[str]) -> ConceptSFTTrainer:
     data, model_arguments, args = make_parser().parse(argv)
     check_run(args)
     train, evaluation = data.load(args)
-    settle_completion_source(
+    resolve_completion_source(
         train, args, list_some=False
     )  # before the model is loaded; the trainer tells the rest
     with without_zero_init():  # every process needs VLM and SAM 3 whole

@@ -56,7 +56,7 @@ def absent(rng: Rng, size: int, held_out: bool) -> Task:
         if (
             near == hard
             and (not hard or len(words) > 1)
-            and not any(item.look.answers_to(words) for item in scene.objects)
+            and not any(item.look.matches(words) for item in scene.objects)
         ):
             break
     phrase = " ".join(words)

@@ -188,7 +188,7 @@ def relation(rng: Rng, size: int, held_out: bool) -> Task:
     other = names[(names.index(name) + 1 + int(rng.integers(3))) % 4]
     ox, oy = RELATIONS[other]
     decoy = SceneObject(looks[1], cx + reach * ox + jitter[2], cy + reach * oy + jitter[3], radii[2])
-    if decoy.look.answers_to([anchor_look.color, anchor_look.shape]) or target.look.answers_to(
+    if decoy.look.matches([anchor_look.color, anchor_look.shape]) or target.look.matches(
         [anchor_look.color, anchor_look.shape]
     ):
         return relation(rng, size, held_out)

@@ -94,7 +94,7 @@ def distractors(rng: Rng, count: int, avoid: Sequence[str]) -> list[Look]:
     looks: list[Look] = []
     while len(looks) < count:
         look = random_look(rng)
-        if not look.answers_to(avoid):
+        if not look.matches(avoid):
             looks.append(look)
     return looks
 

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("trl", "1.16")
 
 from conceptseg_trainers import split_reference_dataset
-from conceptseg_trainers.completions import check_words, settle_completion_source
+from conceptseg_trainers.completions import check_sample_texts, resolve_completion_source
 from conceptseg_trainers.samples import ReadableSamples
 from conceptseg_trainers.scripts import sft
 from conceptseg_trainers.scripts.arguments import ModelArguments
@@ -115,10 +115,10 @@ def test_rows_of_ones_own_are_named(column, shapes, nano_processor, make_meta_gr
 def test_all_words_of_a_completion_are_checked(changes, source, message, shapes, nano_processor):
     sample = replace(shapes[0], **changes)
     if message is None:
-        check_words(sample, nano_processor, source)
+        check_sample_texts(sample, nano_processor, source)
     else:
         with pytest.raises(ValueError, match=re.escape(message)):
-            check_words(sample, nano_processor, source)
+            check_sample_texts(sample, nano_processor, source)
 
 
 def test_another_processor_has_other_reserved_tokens(shapes, nano_processor, processor):
@@ -172,7 +172,7 @@ def test_what_cannot_be_read_decides_nothing(caplog):
 
     args = SimpleNamespace(completion_source="ground_truth")
     for samples in (Unreadable(), ReadableSamples([{"no": "sample"}])):
-        settle_completion_source(samples, args)
+        resolve_completion_source(samples, args)
     assert args.completion_source == "ground_truth" and not caplog.records
 
 
