@@ -113,7 +113,7 @@ def test_finding_lessons_box_all_that_a_phrase_applies_to(writer: LessonWriter) 
         assert 0 < len(found) <= 6 and len({phrase for phrase, _ in found}) == len(found)
         for phrase, box in found:
             words = phrase.split()
-            several += sum(item.look.answers_to(words) for item in scene.objects) > 1
+            several += sum(item.look.matches(words) for item in scene.objects) > 1
             expected = np.asarray(mask_to_box(scene.mask_of(words))) * 100 / scene.pixels.shape[0]
             assert np.abs(np.asarray(json.loads(box)) - expected).max() <= 0.5
     assert several > 0

@@ -127,7 +127,7 @@ class LessonWriter:
         entries = {}
         for thing in things:
             words = thing.look.phrase.split() if thing.look.kind else words_for(rng, thing.look)
-            mask = np.any([other.mask for other in things if other.look.answers_to(words)], axis=0)
+            mask = np.any([other.mask for other in things if other.look.matches(words)], axis=0)
             if mask.sum() >= 12:
                 entries[" ".join(words)] = mask
         return self._listing(rng, "find objects", picture, things, list(entries.items()))

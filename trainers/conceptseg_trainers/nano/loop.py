@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from conceptseg_hf.finite import find_nonfinite
 from conceptseg_hf.progress import print_line, progress_bar
-from conceptseg_hf.writing import json_text, not_written
+from conceptseg_hf.writing import json_text, write_error
 
 
 class Stage(Protocol):
@@ -225,7 +225,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Writes a safetensors file that is complete or not there.
 
     Raises:
-        NotWrittenError: If it cannot be written; an older one stays.
+        WriteError: If it cannot be written; an older one stays.
     """
     temporary = path.with_suffix(".tmp")
     try:
@@ -233,7 +233,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise not_written(
+        raise write_error(
             path, error, "make room and run again, which goes on from the last state"
         ) from error
 

@@ -126,7 +126,7 @@ def negative_question(rng: np.random.Generator, scene: Scene) -> Question:
             words = [shapes[int(rng.integers(len(shapes)))]]
             if rng.random() < 0.7:
                 words.insert(0, colors[int(rng.integers(len(colors)))])
-        if not any(other.look.answers_to(words) for other in scene.objects):
+        if not any(other.look.matches(words) for other in scene.objects):
             return Question(" ".join(words), None, nothing)
 
 
@@ -165,7 +165,7 @@ def guidance_targets(scene: Scene, question: Question, prompt_length: int) -> tu
         for head, words in enumerate(_HEAD_WORDS):
             if word not in words:
                 continue
-            fits = np.asarray([*(item.look.answers_to([word]) for item in scene.objects), False])[shown]
+            fits = np.asarray([*(item.look.matches([word]) for item in scene.objects), False])[shown]
             guided[head] = True
             right[head] = True
             right[head, :, position] = False
