@@ -1,4 +1,4 @@
-# Needs Python 3.10+ with pip. Every verb makes what it needs and is safe to run again.
+# Requires Python 3.10+ with pip. Each target installs what it needs and can be run repeatedly.
 VENV ?= .venv
 PYTEST_ARGS ?=
 NANO_ARGS ?=
@@ -8,16 +8,16 @@ APP_ARGS ?=
 .DEFAULT_GOAL := help
 .PHONY: help demo app test lint format bench nano dev clean
 
-help:  ## what can be made
+help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed-core  ## segment the first ConceptShapes test samples; pictures go to demo_output/
+demo: $(VENV)/.installed-core  ## segment the first ConceptShapes test samples; images go to demo_output/
 	@$(VENV)/bin/conceptseg demo $(DEMO_ARGS)
 
-app: $(VENV)/.installed-app  ## open FiftyOne's App on ConceptShapes with the plugin; everything goes to fiftyone_app/
+app: $(VENV)/.installed-app  ## open the FiftyOne App on ConceptShapes with the plugin; all files go to fiftyone_app/
 	@$(VENV)/bin/python -m conceptseg_hf.integrations.fiftyone_app $(APP_ARGS)
 
-test: $(VENV)/.installed-test  ## run the tests (PYTEST_ARGS="-m 'not slow'" for a quick round)
+test: $(VENV)/.installed-test  ## run the tests (PYTEST_ARGS="-m 'not slow'" skips slow tests)
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## check style, format and types
@@ -25,22 +25,22 @@ lint: $(VENV)/.installed-dev  ## check style, format and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m mypy
 
-format: $(VENV)/.installed-lint  ## bring style and format in order
+format: $(VENV)/.installed-lint  ## fix style and format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/.installed-core  ## time imports, data, both routes, and FiftyOne's loop where FiftyOne is installed
+bench: $(VENV)/.installed-core  ## measure the time of imports, data, both routes, and FiftyOne operations if FiftyOne is installed
 	$(VENV)/bin/python benchmarks/speed.py
 	@if $(VENV)/bin/python -c 'import fiftyone' 2>/dev/null; then $(VENV)/bin/python benchmarks/fiftyone_loop.py; \
-	else echo 'without FiftyOne: benchmarks/fiftyone_loop.py is left out'; fi
+	else echo 'FiftyOne is not installed; skipping benchmarks/fiftyone_loop.py'; fi
 
-nano: $(VENV)/.installed-core  ## train the embedded checkpoint from scratch (resumes where it stopped)
+nano: $(VENV)/.installed-core  ## train the embedded checkpoint from scratch (resumes after an interruption)
 	$(VENV)/bin/python -m conceptseg_trainers.nano $(NANO_ARGS)
 
-dev: $(VENV)/.installed-dev  ## everything for development, with the commit hooks
+dev: $(VENV)/.installed-dev  ## install all development dependencies and the commit hooks
 	$(VENV)/bin/pre-commit install
 
-clean:  ## remove the environment, caches and what the commands wrote
+clean:  ## remove the environment, caches and output folders
 	rm -rf $(VENV) build dist demo_output fiftyone_app evaluation_output ablation_output comparison_output conceptseg_output trainer_output .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

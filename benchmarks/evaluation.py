@@ -1,8 +1,8 @@
-"""Measures what share of an evaluation is spent on metrics: the embedded checkpoint, ConceptShapes at 600 x 600.
+"""Measure the fraction of evaluation time that is spent on metrics: embedded checkpoint, ConceptShapes at 600 x 600.
 
     python benchmarks/evaluation.py [SAMPLES]          needs conceptseg-hf[eval]
 
-The embedded checkpoint is the worst case: any larger model takes longer, metrics do not.
+The embedded checkpoint is the worst case: larger models take longer, but the metrics do not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIDE = 600
 
 
 class Enlarged(Sequence):
-    """The samples of a benchmark with their targets enlarged."""
+    """Samples of a benchmark with enlarged targets."""
 
     def __init__(self, samples: Sequence, count: int) -> None:
         self._samples, self._count = samples, count
@@ -41,7 +41,7 @@ class Enlarged(Sequence):
 
 
 def main() -> None:
-    """Prints the table."""
+    """Run the benchmark and print the table."""
     import torch
 
     torch.set_num_threads(1)
@@ -64,9 +64,9 @@ def main() -> None:
     MaskMetrics.update = timed  # type: ignore[method-assign]
     samples = Enlarged(load_benchmark("concept-shapes"), int(sys.argv[1]) if len(sys.argv) > 1 else 48)
     model, processor = load_model_and_processor()
-    evaluate(model, samples, processor=processor, limit=8)  # first calls cost more
+    evaluate(model, samples, processor=processor, limit=8)  # warm-up
     print(f"{len(samples)} samples at {SIDE} x {SIDE}, batches of 8, one thread:")
-    print(f"{'protocol':9} {'metrics':8} {'router':15} {'ms/sample':>9} {'metrics ms':>10} {'share':>7}")
+    print(f"{'protocol':9} {'metrics':8} {'router':15} {'ms/sample':>9} {'metrics ms':>10} {'fraction':>8}")
     for protocol in ("standard", "paper"):
         for label, metrics in (("default", METRICS), ("all", (*METRICS, *LIBRARY_METRICS))):
             for router in ("sam_only", "adaptive", "full_reasoning"):
@@ -74,9 +74,11 @@ def main() -> None:
                 evaluate(
                     model, samples, processor=processor, protocol=protocol, metrics=metrics, router=router
                 )
-                whole = time.perf_counter() - start
-                each, metric = (1e3 * seconds / len(samples) for seconds in (whole, spent))
-                print(f"{protocol:9} {label:8} {router:15} {each:9.1f} {metric:10.1f} {spent / whole:7.1%}")
+                total = time.perf_counter() - start
+                per_sample, metric = (1e3 * seconds / len(samples) for seconds in (total, spent))
+                print(
+                    f"{protocol:9} {label:8} {router:15} {per_sample:9.1f} {metric:10.1f} {spent / total:8.1%}"
+                )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Times a step of Meta-GRPO beside the scheme of the released code, which shares nothing between completions.
+"""Compare a step of Meta-GRPO with the scheme of the released code, which shares nothing between completions.
 
     python benchmarks/meta_grpo.py          needs conceptseg-hf[train]
 
-There each completion has its prompt and pictures read by the VLM in generation, in the loss and in the reference's
-pass, and its image encoded by SAM 3 once, for its reward and for L_seg. Here all completions of a prompt share these.
-Both schemes run on the same model, data and seed, in turns, each in a process of its own; the ratios are what counts.
-Two models: the embedded one, whose SAM 3 sees 16 x 16 patches, and the same VLM and CTM with a SAM 3 of the embedded
-size that sees 72 x 72 patches, as many as the released one (its weights are random: only time is measured).
+In the released scheme, the VLM processes prompt and images for each completion in generation, in the loss and in the
+forward pass of the reference policy, and SAM 3 encodes the image for each completion (for its reward and for L_seg). In
+this package, all completions of a prompt share these computations. Both schemes use the same model, data and seed, and
+alternate in separate processes; compare the ratios rather than the absolute times.
+There are two models: the embedded one with 16 x 16 patches in SAM 3, and the same VLM and CTM with a SAM 3 of the same
+width and depth but 72 x 72 patches, as in the released SAM 3 (with random weights, as only the time is measured).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ STEPS, WARM_UP, TURNS, COMPLETIONS = 6, 1, 3, 16
 
 
 def load(patches: int) -> tuple:
-    """The embedded model with so many patches a side for its SAM 3, and its processor."""
+    """Return the embedded model with the given number of SAM 3 patches per side, and its processor."""
     import torch
 
     from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, nano_checkpoint
@@ -51,7 +52,7 @@ def load(patches: int) -> tuple:
 
 
 def measure(scheme: str, patches: int) -> dict[str, float]:
-    """CPU seconds per step (median, after warm-up) and peak memory in MB of one scheme, in this process."""
+    """Return CPU seconds per step (median, after warm-up) and peak memory in MB of one scheme in this process."""
     import torch
     from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
     from transformers import TrainerCallback
@@ -62,7 +63,7 @@ def measure(scheme: str, patches: int) -> dict[str, float]:
     torch.set_num_threads(1)
 
     class Released(MetaGRPOTrainer):
-        """Encodes the target once for each completion, not once for each prompt."""
+        """Encode the target once per completion instead of once per prompt."""
 
         def __init__(self, *arguments: object, **keywords: object) -> None:
             super().__init__(*arguments, **keywords)
@@ -73,9 +74,8 @@ def measure(scheme: str, patches: int) -> dict[str, float]:
             masks = []
             for rollout, concept in zip(rollouts, concept_embeds, strict=True):
                 features = self.features.pop(id(rollout), None)
-                if (
-                    features is None and id(rollout.prompt) not in self.prompts
-                ):  # the first one has it already
+                # The features of the prompt are used for its first completion.
+                if features is None and id(rollout.prompt) not in self.prompts:
                     self.prompts[id(rollout.prompt)] = rollout.prompt
                     features = self.features[id(rollout)] = rollout.prompt.features
                 if features is None:
@@ -91,7 +91,7 @@ def measure(scheme: str, patches: int) -> dict[str, float]:
         shared_prompts.find_shared_prompts = lambda *arguments: None
 
     class Clock(TrainerCallback):
-        """Keeps when each step ended, in seconds of this process: of one thread, and the same on a busy machine."""
+        """Record the CPU time at the end of each step, which does not depend on the load of the machine."""
 
         def __init__(self) -> None:
             self.ends = [time.process_time()]
@@ -131,11 +131,11 @@ def measure(scheme: str, patches: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Run the benchmark and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scheme", choices=SCHEMES, help="measure one scheme and print JSON")
     parser.add_argument(
-        "--patches", type=int, default=PATCHES[0], help="patches a side of SAM 3, with --scheme"
+        "--patches", type=int, default=PATCHES[0], help="SAM 3 patches per side, with --scheme"
     )
     arguments = parser.parse_args()
     if arguments.scheme:
@@ -147,7 +147,7 @@ def main() -> None:
 
 
 def compare(patches: int) -> None:
-    """Runs both schemes in turns and prints their medians and ratios."""
+    """Run both schemes alternately and print their medians and ratios."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in SCHEMES}
     for _ in range(TURNS):
         for name, measured in results.items():
@@ -155,16 +155,16 @@ def compare(patches: int) -> None:
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             measured.append(json.loads(output.splitlines()[-1]))
     medians = {
-        name: {key: statistics.median(one[key] for one in measured) for key in measured[0]}
+        name: {key: statistics.median(result[key] for result in measured) for key in measured[0]}
         for name, measured in results.items()
     }
     print(f"SAM 3 with {patches} x {patches} patches")
     for name, numbers in medians.items():
         print(f"  {name:16} {numbers['seconds']:6.2f} s   peak {numbers['memory']:5.0f} MB")
-    shared, theirs = (medians[name] for name in SCHEMES)
+    shared, released = (medians[name] for name in SCHEMES)
     print(
-        f"  ratio            {shared['seconds'] / theirs['seconds']:6.2f}     "
-        f"     {shared['memory'] / theirs['memory']:5.2f}",
+        f"  ratio            {shared['seconds'] / released['seconds']:6.2f}     "
+        f"     {shared['memory'] / released['memory']:5.2f}",
         flush=True,
     )
 

@@ -1,10 +1,10 @@
-"""Times what a user waits for: imports, the command's help, making samples, and both routes on the embedded checkpoint.
+"""Measure user-visible latencies: imports, `--help`, sample generation, and both routes of the embedded checkpoint.
 
     make bench
-    python benchmarks/speed.py --check    # and fails beyond the limits that some figures have
+    python benchmarks/speed.py --check    # fail if a limit is exceeded
 
-Each figure is the median of several runs on whatever the machine is doing; one thread, so that machines compare. Tests
-count calls and modules instead, as seconds say nothing on a busy machine.
+Each value is the median of several runs on one thread, so that machines can be compared. The tests count calls and
+modules instead, as times depend on the load of the machine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# The shim for torchvision, taken from its file, so that the package itself is not imported.
+# The torchvision shim is run from its file, so that the package itself is not imported.
 IMPORT_BASELINE = (
     "import pathlib, runpy, importlib.util as u;"
     "root = pathlib.Path(u.find_spec('conceptseg_hf').submodule_search_locations[0]);"
@@ -29,11 +29,11 @@ IMPORT_BASELINE = (
 HELP = "import sys, conceptseg_launcher; sys.argv[1:] = ['--help']; conceptseg_launcher.main()"
 
 Row = tuple[str, float, str, float | None]
-"""What, its value and unit, and a limit: the largest of seconds, the smallest of a rate."""
+"""Name, value, unit, and limit (maximum of a time, minimum of a rate)."""
 
 
 def median_seconds(action: Callable[[], object], repeats: int) -> float:
-    """Median wall time of an action."""
+    """Return the median wall time of an action."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -42,38 +42,38 @@ def median_seconds(action: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def fresh_python(*words: str) -> Callable[[], object]:
-    """An action that runs a new interpreter."""
-    return lambda: subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+def fresh_python(*arguments: str) -> Callable[[], object]:
+    """Return an action that runs a new interpreter."""
+    return lambda: subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
 def main() -> int:
-    """Prints the table and returns the exit code."""
-    parser = argparse.ArgumentParser(description="What a user waits for.")
-    parser.add_argument("--check", action="store_true", help="exit with 1 beyond the limits")
+    """Run the benchmarks, print the table and return the exit code."""
+    parser = argparse.ArgumentParser(description="Measure user-visible latencies.")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a limit is exceeded")
     arguments = parser.parse_args()
-    over = 0
+    num_exceeded = 0
     for name, value, unit, limit in (*startup_rows(), *parts_rows(), *route_rows()):
-        wrong = limit is not None and (value > limit if unit == "s" else value < limit)
-        over += wrong
-        remark = "" if limit is None else f"  ({'over ' if wrong else ''}limit {limit:g})"
+        exceeded = limit is not None and (value > limit if unit == "s" else value < limit)
+        num_exceeded += exceeded
+        remark = "" if limit is None else f"  ({'exceeds ' if exceeded else ''}limit {limit:g})"
         print(f"{name:<44} {value:8.2f} {unit}{remark}")
-    return int(arguments.check and over > 0)
+    return int(arguments.check and num_exceeded > 0)
 
 
 def startup_rows() -> list[Row]:
-    """Imports and the command's help, in processes of their own."""
+    """Measure imports and `--help` in new processes."""
     baseline = median_seconds(fresh_python("-c", IMPORT_BASELINE), 5)
     package = median_seconds(fresh_python("-c", "import conceptseg_hf"), 5)
     return [
         ("import conceptseg_hf", package, "s", baseline + 0.3),
-        ("  Transformers' Qwen2.5-VL and SAM 3 alone", baseline, "s", None),
+        ("  only Qwen2.5-VL and SAM 3 of Transformers", baseline, "s", None),
         ("conceptseg --help", median_seconds(fresh_python("-c", HELP), 5), "s", 1.0),
     ]
 
 
 def parts_rows() -> list[Row]:
-    """Parts that could be slow by their inputs alone."""
+    """Measure functions with potentially expensive inputs."""
     import numpy as np
     from PIL import Image
 
@@ -83,13 +83,13 @@ def parts_rows() -> list[Row]:
     from conceptseg_hf.visualization import overlay
 
     shapes = ConceptShapes("train")
-    plain = [
+    without_references = [
         index
         for index in range(240)
         if family_at(index)[2].__name__ in ("absent", "extreme_size", "relation")
     ]
     nested = "<think>" * 150_000
-    picture, mask = Image.new("RGB", (4000, 3000)), np.ones((3000, 4000), dtype=bool)
+    image, mask = Image.new("RGB", (4000, 3000)), np.ones((3000, 4000), dtype=bool)
     return [
         (
             "ConceptShapes",
@@ -99,17 +99,17 @@ def parts_rows() -> list[Row]:
         ),
         (
             "ConceptShapes, without references",
-            len(plain) / median_seconds(lambda: [shapes[i] for i in plain], 3),
+            len(without_references) / median_seconds(lambda: [shapes[i] for i in without_references], 3),
             "samples/s",
             500.0,
         ),
         ("parsing a completion of 1 MB", median_seconds(lambda: parse_completion(nested, 100), 3), "s", 2.0),
-        ("overlay of 4000 x 3000 pixels", median_seconds(lambda: overlay(picture, mask), 3), "s", 10.0),
+        ("overlay of 4000 x 3000 pixels", median_seconds(lambda: overlay(image, mask), 3), "s", 10.0),
     ]
 
 
 def route_rows() -> list[Row]:
-    """Both routes on the embedded checkpoint."""
+    """Measure both routes of the embedded checkpoint."""
     import torch
 
     torch.set_num_threads(1)

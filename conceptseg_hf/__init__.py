@@ -1,4 +1,4 @@
-"""ConceptSeg for Transformers: segment what a prompt means, by words or by reasoning over reference images.
+"""ConceptSeg for Transformers: concept segmentation from text prompts and reference images.
 
 Importing this package registers its classes with `AutoConfig`, `AutoModel`, `AutoProcessor` and
 `pipeline("concept-segmentation")`.
@@ -10,7 +10,7 @@ import pathlib
 
 from ._compat import ensure_torchvision
 
-ensure_torchvision()  # before anything imports torchvision
+ensure_torchvision()  # must run before torchvision is imported
 
 from transformers import AutoConfig, AutoModel, AutoProcessor  # noqa: E402
 
@@ -44,12 +44,12 @@ __all__ = [
 
 
 def nano_checkpoint() -> pathlib.Path:
-    """The folder of the embedded checkpoint (a small model for demonstration, tests and teaching)."""
+    """Return the folder of the embedded checkpoint, a small model for demonstrations, tests and teaching."""
     return pathlib.Path(__file__).parent / "checkpoints" / "nano"
 
 
 def register() -> None:
-    """Registers the classes with Transformers; may be called any number of times."""
+    """Register the classes with Transformers. Repeated calls have no effect."""
     AutoConfig.register(ConceptTranslationConfig.model_type, ConceptTranslationConfig, exist_ok=True)
     AutoConfig.register(ConceptSegConfig.model_type, ConceptSegConfig, exist_ok=True)
     AutoModel.register(ConceptSegConfig, ConceptSegForSegmentation, exist_ok=True)

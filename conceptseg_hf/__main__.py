@@ -1,4 +1,4 @@
-"""`python -m conceptseg_hf`."""
+"""Entry point of `python -m conceptseg_hf`."""
 
 import sys
 

@@ -1,10 +1,11 @@
-"""Lets torchvision's pure-Python parts work beside a torch it was not compiled for.
+"""Compatibility of torchvision's pure-Python parts with a torch build that it was not compiled for.
 
-The torchvision wheels of PyPI are CUDA builds. Beside a CPU torch their compiled operators cannot be loaded, and
-importing torchvision then fails, because two operators that it registers fake kernels for do not exist. Declaring
-their schemas is enough: the transforms and the fallback of `roi_align`, which SAM 3 uses, are plain PyTorch.
+The torchvision wheels on PyPI are CUDA builds. With a CPU build of torch, their compiled operators cannot be loaded
+and importing torchvision fails, because it registers fake kernels for two operators that do not exist. Declaring the
+schemas of these operators is enough: the transforms and the fallback of `roi_align`, which SAM 3 uses, are plain
+PyTorch.
 
-This file depends on nothing but torch: `.ci/setup` also installs it on its own.
+This file depends only on torch, because `.ci/setup` also installs it without the package.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ _OPERATOR_SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_library: torch.library.Library | None = None  # the schemas live as long as this reference
+_library: torch.library.Library | None = None  # keeps the schemas registered
 
 
 def declare_operators() -> None:
-    """Makes `import torchvision` possible, before it is tried; does nothing on a healthy installation."""
+    """Declare missing operators so that torchvision can be imported. Does nothing if its extension loads."""
     global _library
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None or hasattr(torch.ops.torchvision, "nms"):
@@ -41,7 +42,7 @@ def declare_operators() -> None:
 
 
 def ensure_torchvision() -> None:
-    """Makes torchvision importable, and its `roi_align` usable without a C++ compiler."""
+    """Make torchvision importable and its `roi_align` usable without a C++ compiler."""
     declare_operators()
     if importlib.util.find_spec("torchvision") is None:
         return
@@ -49,5 +50,5 @@ def ensure_torchvision() -> None:
     module: Any = importlib.import_module("torchvision.ops.roi_align")
     fallback: Any = getattr(module, "_roi_align", None)
     if not has_operators and hasattr(fallback, "__wrapped__"):
-        # Torchvision compiles its fallback on the first call: seconds, and an error where there is no compiler.
+        # Torchvision compiles its fallback on the first call, which takes seconds and fails without a compiler.
         module._roi_align = fallback.__wrapped__

@@ -1,4 +1,4 @@
-"""Boxes: (x1, y1, x2, y2) of one coordinate frame, x2 and y2 exclusive."""
+"""Utilities for boxes (x1, y1, x2, y2), with exclusive x2 and y2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Box: TypeAlias = tuple[float, float, float, float]
 
 
 def enclosing_box(boxes: Sequence[Sequence[float]]) -> Box | None:
-    """The smallest box around all of some boxes; None if there are none."""
+    """Return the smallest box that encloses all boxes; None if there are no boxes."""
     if not boxes:
         return None
     lefts, tops, rights, bottoms = zip(*boxes, strict=True)
@@ -19,7 +19,7 @@ def enclosing_box(boxes: Sequence[Sequence[float]]) -> Box | None:
 
 
 def mask_to_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """The box of a mask's (H, W) extreme foreground pixels, x2 and y2 exclusive; None if it is empty."""
+    """Return the bounding box of the foreground of an (H, W) mask, x2 and y2 exclusive; None if the mask is empty."""
     foreground = np.asarray(mask) != 0
     columns, rows = np.flatnonzero(foreground.any(axis=0)), np.flatnonzero(foreground.any(axis=1))
     if not len(columns):
@@ -28,7 +28,7 @@ def mask_to_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
 
 
 def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
-    """Intersection over union of two boxes of one frame; 0 when both are empty."""
+    """Compute the intersection over union of two boxes; 0 if both are empty."""
     width = min(first[2], second[2]) - max(first[0], second[0])
     height = min(first[3], second[3]) - max(first[1], second[1])
     intersection = max(width, 0.0) * max(height, 0.0)

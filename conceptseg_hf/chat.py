@@ -1,4 +1,4 @@
-"""The words around a prompt: the instruction, the chat with the VLM, and what a prompt must not contain."""
+"""Build the VLM's instruction and chat from a prompt, and validate prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .prompt_template import PromptTemplate
 
 
 class ChatMixin(ProcessorMixin):
-    """How a `ConceptSegProcessor` writes to the VLM."""
+    """Chat-related methods of `ConceptSegProcessor`."""
 
     image_processor: Any
     tokenizer: Any
@@ -31,7 +31,7 @@ class ChatMixin(ProcessorMixin):
         return PromptTemplate.from_dict(self.prompt_template)
 
     def instruction(self, prompt: str, frame: CoordinateFrame) -> str:
-        """The template's text for the user's words and the boxes that are shown."""
+        """Fill the prompt template with the user's prompt and the support boxes."""
         if frame.layout is None:
             variant = "no_reference"
         elif frame.proxy is not None:
@@ -41,11 +41,11 @@ class ChatMixin(ProcessorMixin):
         else:
             variant = "single_reference"
         boxes = ", ".join(format_box(box, self.coordinate_scale) for box in frame.support_boxes)
-        listed = format_box_list(frame.support_boxes, self.coordinate_scale)
-        return self.template.fill(variant, prompt.strip(), boxes or "none", listed)
+        box_list = format_box_list(frame.support_boxes, self.coordinate_scale)
+        return self.template.fill(variant, prompt.strip(), boxes or "none", box_list)
 
     def chat_text(self, instruction: str, num_images: int) -> str:
-        """The chat up to where the VLM goes on: system message, pictures (one image token each), words."""
+        """Apply the chat template to the system message, the images (one image token each) and the instruction."""
         messages = [
             {"role": "system", "content": [{"type": "text", "text": self.template.system}]},
             {
@@ -57,7 +57,7 @@ class ChatMixin(ProcessorMixin):
         if chat.count(self.image_token) != num_images:
             raise ValueError(
                 f"ConceptSegProcessor: the chat template wrote {chat.count(self.image_token)} image tokens "
-                f"for {num_images} images; give a template that writes one {self.image_token} per image."
+                f"for {num_images} images; use a template that writes one {self.image_token} per image."
             )
         return chat
 
@@ -69,26 +69,28 @@ class ChatMixin(ProcessorMixin):
         tokenize: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Writes a chat with the VLM, as text or as the VLM's inputs.
+        """Convert a conversation to a string or to the VLM's inputs.
 
         Args:
             conversation: Messages, or a list of conversations; see the base class.
-            chat_template: Another template than the VLM's.
-            tokenize: Return token ids, or with `return_dict=True` all that `model.generate` takes.
-            **kwargs: As in the base class.
+            chat_template: Chat template to use instead of the VLM's.
+            tokenize: Return token ids, or with `return_dict=True` all inputs of `model.generate`.
+            **kwargs: See the base class.
         """
         chat_template = chat_template or self._chat_template
-        if tokenize:  # this processor's own call is for images and prompts, not for chats
-            plain = self.vlm_processor()
-            return plain.apply_chat_template(
+        if (
+            tokenize
+        ):  # the base class would call this processor, which expects images and prompts instead of chats
+            vlm_processor = self.vlm_processor()
+            return vlm_processor.apply_chat_template(
                 conversation, chat_template=chat_template, tokenize=True, **kwargs
             )
         return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
 
     def vlm_processor(self) -> ProcessorMixin:
-        """The VLM's plain processor, for trainers and engines that know nothing of SAM 3.
+        """Return a standard processor of the VLM, for trainers and inference engines that do not use SAM 3.
 
-        Chats through it, with the pictures of `draw_images`, give the token ids and patches of
+        Applied to the same chat and the images of `draw_images`, it returns the same token ids and patches as
         `prepare_vlm`.
         """
         image_processor = copy.deepcopy(self.image_processor)
@@ -97,26 +99,31 @@ class ChatMixin(ProcessorMixin):
 
     @property
     def _vlm_image_limits(self) -> dict[str, int]:
-        """Limits in pixels under which the canvas alone decides the size: only rounding to patches is left."""
+        """Pixel limits under which the image processor keeps the canvas size, except for rounding to patches."""
         factor = self.image_processor.patch_size * self.image_processor.merge_size
         return {"shortest_edge": factor**2, "longest_edge": (self.canvas_size + factor) ** 2}
 
     @property
     def _chat_template(self) -> str:
-        own: Any = self.chat_template  # of one name here, and so one text
-        return own or self.tokenizer.chat_template or vlm_backbone.chat_template(self.image_token)
+        own_template: Any = self.chat_template  # a single template, hence a string
+        return own_template or self.tokenizer.chat_template or vlm_backbone.chat_template(self.image_token)
 
     def check_prompt(self, prompt: str) -> None:
-        """Raises a ValueError if a prompt cannot be used; the message is one sentence."""
+        """Raise a ValueError if a prompt is invalid; the message is one sentence."""
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"prompt is {prompt!r}; give the concept in words.")
+            raise ValueError(f"prompt is {prompt!r}; describe the concept in a non-empty string.")
         self.check_text(prompt, "prompt")
 
     def check_text(self, text: str, what: str) -> None:
-        """Raises a ValueError if a text, called `what` in the message, would not be read as words by the VLM."""
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"{what} {text!r} has half a character in it; mend its encoding.")
+        """Raise a ValueError if a text contains unpaired surrogates or reserved tokens.
+
+        Args:
+            text: The text to check.
+            what: Name of the text in the error message.
+        """
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{what} {text!r} contains an unpaired surrogate; fix its encoding.")
         for token in self._reserved_tokens:
-            # Else the user's words could end the turn or claim to be an image.
+            # A reserved token in the prompt could end the turn or stand for an image.
             if token in text:
-                raise ValueError(f"{what} contains the reserved token {token!r}; leave it out.")
+                raise ValueError(f"{what} contains the reserved token {token!r}; remove it.")

@@ -1,4 +1,4 @@
-"""Building, loading and saving `ConceptSegForSegmentation`."""
+"""Build, load and save `ConceptSegForSegmentation`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .quantization import exclude_sam_and_ctm
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Arguments of `from_pretrained` that say where files come from; they serve every part of a model alike.
+# Arguments of `from_pretrained` that control file access; they also apply when SAM 3 is loaded separately.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "use_safetensors")
 _PROCESSOR_ARGUMENTS = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
 
@@ -33,7 +33,7 @@ _PARTS = ("vlm", "ctm", "sam")
 
 
 class CheckpointMixin(PreTrainedModel):
-    """How the model is built from backbones, loaded, saved and uploaded, and finds its processor."""
+    """Build the model from backbones, load, save and upload it, and find its processor."""
 
     config: ConceptSegConfig
     vlm: vlm_backbone.Vlm
@@ -56,17 +56,17 @@ class CheckpointMixin(PreTrainedModel):
         sam_kwargs: Mapping[str, Any] | None = None,
         **config_kwargs: Any,
     ) -> Self:
-        """Joins a pretrained VLM and a pretrained SAM 3 with a freshly initialised CTM, ready for stage I.
+        """Combine a pretrained VLM and a pretrained SAM 3 with a newly initialized CTM, for training in stage I.
 
         Args:
-            vlm: Model id, folder, or the VLM itself (used as it is).
-            sam: Model id, folder, or SAM 3 itself (used as it is).
-            ctm_config: Fields of `ConceptTranslationConfig` to replace; the two widths follow from the
-                backbones.
-            dtype: Dtype of a VLM given by name; SAM 3 and the CTM are float32.
-            attn_implementation: Attention implementation of backbones given by name.
-            vlm_kwargs: Further arguments of the VLM's `from_pretrained`.
-            sam_kwargs: Further arguments of SAM 3's `from_pretrained`.
+            vlm: Model id or folder of the VLM, or a model instance, which is used without a copy.
+            sam: Model id or folder of SAM 3, or a model instance, which is used without a copy.
+            ctm_config: Fields of `ConceptTranslationConfig` to override; `hidden_size` and `sam_hidden_size` are set
+                from the backbones.
+            dtype: Dtype of a VLM loaded by name; SAM 3 and the CTM are float32.
+            attn_implementation: Attention implementation of backbones loaded by name.
+            vlm_kwargs: Additional arguments of the VLM's `from_pretrained`.
+            sam_kwargs: Additional arguments of SAM 3's `from_pretrained`.
             **config_kwargs: Fields of `ConceptSegConfig`.
         """
         sam_name = config_kwargs.pop("sam_name_or_path", None)
@@ -81,8 +81,8 @@ class CheckpointMixin(PreTrainedModel):
             sam_name = sam_name or os.fspath(sam)
             sam = Sam3Model.from_pretrained(sam, dtype=torch.float32, **attention, **(sam_kwargs or {}))
         sam_width = cast("Any", sam.config).detr_encoder_config.hidden_size
-        # A new config resets the attention implementation of the configs it is given: it gets copies until
-        # the model stands.
+        # ConceptSegConfig resets the attention implementation of its sub-configs, so it receives copies until the
+        # model is assembled.
         options: dict[str, Any] = {"attn_implementation": vlm.config._attn_implementation, **config_kwargs}
         config = ConceptSegConfig(
             vlm_config=copy.deepcopy(vlm.config),
@@ -103,8 +103,8 @@ class CheckpointMixin(PreTrainedModel):
         config.vlm_config, config.sam_config = vlm.config, sam.config
         model.ctm = ConceptTranslationModule(config.ctm_config).to(execution_device(sam))
         model.ctm.apply(model._init_weights)
-        for part, given in (("VLM", vlm), ("SAM 3", sam)):
-            check_finite(given, f"The {part} {given.config.name_or_path!r}")
+        for part, backbone in (("VLM", vlm), ("SAM 3", sam)):
+            check_finite(backbone, f"The {part} {backbone.config.name_or_path!r}")
         model._freeze_sam()
         return model.eval()
 
@@ -139,20 +139,21 @@ class CheckpointMixin(PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Self | tuple[Self, dict[str, Any]]:
-        """Loads a checkpoint like any Transformers model, and refuses to go on with random weights.
+        """Load a checkpoint like any Transformers model, but raise an error if weights are missing.
 
         Args:
             pretrained_model_name_or_path: Model id or folder.
-            *model_args: As in `PreTrainedModel.from_pretrained`.
-            init_ctm: Accept a checkpoint without (some) CTM weights and initialise them afresh.
+            *model_args: See `PreTrainedModel.from_pretrained`.
+            init_ctm: Randomly initialize missing CTM weights instead of raising an error.
             output_loading_info: Also return the dictionary of missing and unexpected keys.
-            **kwargs: As in `PreTrainedModel.from_pretrained`. A `quantization_config` is for the VLM alone. A
-                `device_map` may name some of `vlm`, `ctm` and `sam`; the others are on the device that computes.
+            **kwargs: See `PreTrainedModel.from_pretrained`. A `quantization_config` applies only to the VLM. A
+                `device_map` may omit some of `vlm`, `ctm` and `sam`; the omitted parts are placed on the execution
+                device.
 
         Raises:
-            ValueError: If weights of the CTM (without `init_ctm`), of the VLM, or of SAM 3 (and
-                `config.sam_name_or_path` names no source for them) are missing, weights are not finite, or `device_map`
-                sends weights to the disk that are not in the checkpoint.
+            ValueError: If weights of the VLM, of the CTM (unless `init_ctm`) or of SAM 3 (unless
+                `config.sam_name_or_path` provides them) are missing, weights are not finite, or `device_map` offloads
+                weights to disk that the checkpoint does not contain.
         """
         if kwargs.get("device_map") is not None:
             kwargs["device_map"] = complete_device_map(kwargs["device_map"], _PARTS)
@@ -160,10 +161,10 @@ class CheckpointMixin(PreTrainedModel):
             kwargs["quantization_config"] = exclude_sam_and_ctm(
                 kwargs["quantization_config"], kwargs.get("device_map")
             )
-        loaded_pair: Any = super().from_pretrained(
+        model_and_info: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
-        model, info = loaded_pair
+        model, info = model_and_info
         model._processor_arguments = {name: kwargs[name] for name in _PROCESSOR_ARGUMENTS if name in kwargs}
         missing = {
             part: sorted(key for key in info["missing_keys"] if key.startswith(f"{part}.")) for part in _PARTS
@@ -172,20 +173,20 @@ class CheckpointMixin(PreTrainedModel):
         if missing["vlm"]:
             raise ValueError(
                 f"{checkpoint} lacks {len(missing['vlm'])} VLM weights ({missing['vlm'][0]}, ...); "
-                "load a complete checkpoint, or join backbones with ConceptSegForSegmentation.from_backbones."
+                "load a complete checkpoint, or combine backbones with ConceptSegForSegmentation.from_backbones."
             )
         if missing["ctm"] and not init_ctm:
             raise ValueError(
                 f"{checkpoint} lacks {len(missing['ctm'])} weights of the Concept Translation Module "
-                f"({missing['ctm'][0]}, ...), which would be random; pass init_ctm=True to train a fresh one."
+                f"({missing['ctm'][0]}, ...); pass init_ctm=True to initialize them randomly."
             )
         for name in missing["ctm"]:
             try:
                 stored_value(model, name)
             except ValueError as error:
                 raise ValueError(
-                    f"{checkpoint} lacks the weight {name}, which device_map sends to the disk, where no new one is "
-                    "written; send 'ctm' elsewhere."
+                    f"{checkpoint} lacks the weight {name}, which device_map offloads to disk, where it cannot be "
+                    "initialized; place 'ctm' on another device."
                 ) from error
         if missing["sam"]:
             hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
@@ -204,25 +205,27 @@ class CheckpointMixin(PreTrainedModel):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Saves the model, by default under the names of `state_dict()`: the ones a trainer resumes from.
+        """Save the model, by default with the keys of `state_dict()`, which trainers need to resume.
 
-        A model card is written beside it where there is none (see `cards.save_model_card`).
+        A model card is written to the folder if it has none (see `cards.save_model_card`).
 
         Args:
-            save_directory: The folder.
-            *args: As in the base class.
-            save_original_format: Use the names of the backbones' own files.
-            push_to_hub: Upload the folder as well.
-            **kwargs: As in the base class; with `push_to_hub` also `repo_id` (by default the folder's name) and the
+            save_directory: Output folder.
+            *args: See the base class.
+            save_original_format: Use the weight names of the original backbone checkpoints.
+            push_to_hub: Also upload the folder.
+            **kwargs: See the base class; with `push_to_hub` also `repo_id` (defaults to the folder's name) and the
                 arguments of `hub.upload`.
         """
         if push_to_hub:
             upload, kwargs = hub.split_upload_arguments(save_directory, kwargs)
         if is_offloaded(self) and not hasattr(self, "hf_device_map") and len(args) < 2:
-            kwargs.setdefault("state_dict", self._stored_state_dict())  # the base class saves others itself
+            kwargs.setdefault(
+                "state_dict", self._stored_state_dict()
+            )  # the base class handles the other cases
         kwargs["save_original_format"] = save_original_format
         super().save_pretrained(save_directory, *args, **kwargs)
-        if Path(save_directory).is_dir():  # other processes than the main one may have no folder
+        if Path(save_directory).is_dir():  # non-main processes may not have the folder
             hub.keep_remote_stub(save_directory)
             hub.save_model_card(save_directory, self.config, tags=self.model_tags or ())
         if push_to_hub:
@@ -236,18 +239,18 @@ class CheckpointMixin(PreTrainedModel):
         max_shard_size: int | str = "5GB",
         **kwargs: Any,
     ) -> Any:
-        """Uploads the model with its card.
+        """Upload the model and its card.
 
-        A card that somebody has written in the repository is kept, unless there is a report; see `cards.merge_cards`.
+        A card that already exists in the repository is kept unless `report` is given; see `cards.merge_cards`.
 
         Args:
-            repo_id: The repository, made if it does not exist.
-            report: An evaluation for the card; see `cards.save_model_card`.
-            max_shard_size: Size of the weight files.
-            **kwargs: Further arguments of `hub.upload`.
+            repo_id: Repository id; the repository is created if it does not exist.
+            report: Evaluation report to include in the card; see `cards.save_model_card`.
+            max_shard_size: Maximum size of each weight file.
+            **kwargs: Additional arguments of `hub.upload`.
 
         Returns:
-            What the Hub says of the commit.
+            The commit information returned by the Hub.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -258,7 +261,7 @@ class CheckpointMixin(PreTrainedModel):
             return hub.upload(folder, repo_id, keep_card=report is None, **kwargs)
 
     def _stored_state_dict(self) -> dict[str, Tensor]:
-        """The state dict with the values of what is offloaded; tied weights are in it once."""
+        """Return the state dict including the values of offloaded weights; tied weights are included once."""
         return {
             name: stored_value(self, name) if value.is_meta else value
             for name, value in self.state_dict().items()
@@ -271,8 +274,7 @@ class CheckpointMixin(PreTrainedModel):
         source = self.config.sam_name_or_path
         if source is None:
             raise ValueError(
-                f"{fault}, and its config names no source for them; set sam_name_or_path in config.json to a "
-                "SAM 3 model id or folder."
+                f"{fault}, and sam_name_or_path is not set in its config.json; set it to a SAM 3 model id or folder."
             )
         try:
             sam = Sam3Model.from_pretrained(source, dtype=torch.float32, **hub_arguments)
@@ -281,23 +283,23 @@ class CheckpointMixin(PreTrainedModel):
         except (OSError, RuntimeError) as error:
             reason = first_line(error)
             raise ValueError(
-                f"{fault}, and they could not be taken from {source!r} (its sam_name_or_path): {reason}"
+                f"{fault}, and they could not be loaded from its sam_name_or_path {source!r}: {reason}"
             ) from error
-        if is_offloaded(self.sam):  # its hooks know no weights: SAM 3 gets new ones
+        if is_offloaded(self.sam):  # its hooks have no weights: replace SAM 3 and add new hooks
             device = execution_device(self.sam)
             self.sam = sam
             dispatch_part(sam, "sam", self.hf_device_map, device, offload_folder)
 
     @property
     def processor(self) -> ConceptSegProcessor:
-        """The processor saved beside the weights that this model was loaded from, read at its first use; may be set.
+        """The processor saved in the checkpoint of this model, loaded on first access; it can also be assigned.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If no processor is available.
         """
         if self._processor is None:
             source = self.config.name_or_path
-            remedy = "pass processor=..., or save one beside the model"
+            remedy = "pass processor=..., or save a processor in the checkpoint"
             if not source:
                 raise ValueError(
                     f"segment: this model was not loaded from a checkpoint with a processor; {remedy}."
@@ -307,7 +309,7 @@ class CheckpointMixin(PreTrainedModel):
             except (OSError, ValueError) as error:
                 reason = first_line(error)
                 raise ValueError(
-                    f"segment: {source!r} has no processor that loads ({reason}); {remedy}."
+                    f"segment: cannot load a processor from {source!r} ({reason}); {remedy}."
                 ) from error
         return self._processor
 
@@ -316,5 +318,5 @@ class CheckpointMixin(PreTrainedModel):
         self._processor = value
 
     def _freeze_sam(self) -> None:
-        if "sam" in self._modules:  # else it is detached, and as it was
+        if "sam" in self._modules:  # otherwise SAM 3 has been detached
             self.sam.eval().requires_grad_(False)

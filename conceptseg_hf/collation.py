@@ -1,4 +1,4 @@
-"""Batches of the VLM's inputs."""
+"""Collation of the VLM's inputs."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ def pad_batch(
     pad_token_id: int,
     end_of_turn: bool | Sequence[bool] = False,
 ) -> dict[str, torch.Tensor]:
-    """Batches prompts, padded on the left, and completions, padded on the right.
+    """Collate left-padded prompts and right-padded completions into a batch.
 
     Args:
         samples: Samples with the VLM's tensors.
-        completions: Token ids of a completion per sample, each with the end-of-turn token; None for prompts alone.
-        pad_token_id: The token that is padded with.
+        completions: Token ids of one completion per sample, including the end-of-turn token; None for prompts only.
+        pad_token_id: Id of the padding token.
         end_of_turn: See `ConceptSegProcessor.collate`.
 
     Returns:
         See `ConceptSegProcessor.collate`.
 
     Raises:
-        ValueError: If there are no samples, one has an error, or the numbers differ.
+        ValueError: If there are no samples, a sample has an error, or the numbers of samples and completions differ.
     """
     if not samples:
-        raise ValueError("collate: there are no samples; give at least one.")
+        raise ValueError("collate: samples is empty; pass at least one sample.")
     for index, sample in enumerate(samples):
         if sample.error is not None:
-            raise ValueError(f"collate: sample {index} could not be prepared ({sample.error}); leave it out.")
+            raise ValueError(f"collate: sample {index} could not be prepared ({sample.error}); remove it.")
     if completions is not None and len(completions) != len(samples):
         raise ValueError(
-            f"collate: got {len(completions)} completions for {len(samples)} samples; give one each."
+            f"collate: got {len(completions)} completions for {len(samples)} samples; pass one per sample."
         )
-    endings = [[]] * len(samples) if completions is None else completions
+    completion_ids = [[]] * len(samples) if completions is None else completions
     with_end = [end_of_turn] * len(samples) if isinstance(end_of_turn, bool) else end_of_turn
     prompts = [known(sample.input_ids, "input_ids") for sample in samples]
     prompt_length = max(map(len, prompts))
-    length = prompt_length + max(map(len, endings))
+    length = prompt_length + max(map(len, completion_ids))
     input_ids = torch.full((len(samples), length), pad_token_id, dtype=torch.long)
     attention_mask, token_types = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
     completion_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, (sample, ids, ending, keeps_end) in enumerate(
-        zip(samples, prompts, endings, with_end, strict=True)
+    for row, (sample, prompt_ids, ids, includes_end) in enumerate(
+        zip(samples, prompts, completion_ids, with_end, strict=True)
     ):
-        prompt, end = slice(prompt_length - len(ids), prompt_length), prompt_length + len(ending)
-        input_ids[row, prompt] = ids.cpu()
+        prompt, end = slice(prompt_length - len(prompt_ids), prompt_length), prompt_length + len(ids)
+        input_ids[row, prompt] = prompt_ids.cpu()
         token_types[row, prompt] = known(sample.mm_token_type_ids, "mm_token_type_ids").cpu()
-        input_ids[row, prompt_length:end] = torch.tensor(ending, dtype=torch.long)
+        input_ids[row, prompt_length:end] = torch.tensor(ids, dtype=torch.long)
         attention_mask[row, prompt.start : end] = 1
-        completion_mask[row, prompt_length : max(end - (not keeps_end), prompt_length)] = True
+        completion_mask[row, prompt_length : max(end - (not includes_end), prompt_length)] = True
     batch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,

@@ -1,7 +1,7 @@
-"""What the VLM writes: think, rule, [check], bbox and answer, each between its tags; reading and writing it.
+"""Parsing and formatting of VLM completions, which consist of tagged parts: think, rule, [check], bbox and answer.
 
-Boxes are in the "text" frame of ARCHITECTURE.md. The parser reads any string in linear time and evaluates
-nothing.
+Boxes are in the "text" frame of ARCHITECTURE.md. The parser accepts any string, runs in linear time and does not
+evaluate code.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _BOX_TAGS = ("check", "bbox")
 
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 _BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([f"({_NUMBER})"] * 4) + r"\s*\]", re.ASCII)
-# A longer text is no box; the bound keeps the expression above from ever seeing much.
+# Longer strings are not parsed as boxes, since matching the expression is not linear in their length.
 _MAX_BOX_CHARACTERS = 256
 _ANY_TAG = re.compile("<(/?)(" + "|".join(TAGS) + ")>")
-# Of the template, or anything else that looks like markup: no noun phrase has it.
+# Template tags and other markup, which a noun phrase must not contain.
 _MARKUP = re.compile(r"</?[A-Za-z][^<>]*>?")
 
 
@@ -30,13 +30,13 @@ class Completion:
     """A parsed completion. Fields of missing or malformed parts are None.
 
     Attributes:
-        text: The completion as written.
+        text: The unparsed completion.
         think: The reasoning.
         rule: The visual rule.
         check: Box of the proxy query on the mosaic (x1, y1, x2, y2), ordered, in text units.
-        bbox: Box of the target in the target image, likewise.
-        answer: The noun phrase that SAM 3 gets; one with tags in it is none.
-        missing: What is missing or malformed, in words; empty when the template holds.
+        bbox: Box of the target in the target image (x1, y1, x2, y2), ordered, in text units.
+        answer: The noun phrase that prompts SAM 3; None if it contains tags.
+        missing: Descriptions of missing or malformed parts; empty if the completion follows the template.
     """
 
     text: str
@@ -49,24 +49,27 @@ class Completion:
 
     @property
     def is_valid(self) -> bool:
-        """Whether the template holds: each part once, in order, with only white space between and around."""
+        """Whether the completion follows the template: each part once, in order, with only whitespace between parts."""
         return not self.missing
 
 
-def parse_completion(text: str, scale: float | None = None, expect_check: bool | None = None) -> Completion:
-    """Reads a completion; never raises, whatever the text.
+def parse_completion(
+    text: str, scale: float | None = None, expect_check: bool | None = None, expect_rule: bool = True
+) -> Completion:
+    """Parse a completion; never raises an exception.
 
-    Each part is looked for behind the first `</think>`, so that a format quoted while thinking is not taken
-    for the answer; failing that, anywhere. Linear in the length of the text.
+    Parts are searched after the first `</think>`, so that tags quoted in the reasoning are not mistaken for the answer.
+    A part that is not found there is searched in the whole text. Runs in linear time.
 
     Args:
-        text: The completion without special tokens. Anything but a string counts as an empty one.
-        scale: Largest coordinate (the processor's `coordinate_scale`); boxes are clamped to 0..scale. None
-            leaves them as written.
-        expect_check: Whether `<check>` must (True) or must not (False) be there; None takes both.
+        text: The completion without special tokens. Values that are not strings are treated as an empty string.
+        scale: Maximum coordinate (the processor's `coordinate_scale`); boxes are clamped to 0..scale. None to disable
+            clamping.
+        expect_check: Whether `<check>` is required (True), forbidden (False) or optional (None).
+        expect_rule: Whether `<rule>` is required (True) or forbidden (False, the ablation without meta reasoning).
 
     Returns:
-        The parts. Boxes come ordered (x1 <= x2, y1 <= y2).
+        The parsed completion. Boxes are ordered (x1 <= x2, y1 <= y2).
     """
     if not isinstance(text, str):
         text = ""
@@ -85,44 +88,45 @@ def parse_completion(text: str, scale: float | None = None, expect_check: bool |
     elif answer is not None and (markup := find_markup(answer)) is not None:
         faults.append(f"<answer> holds {markup}")
         answer = None
-    faults = _structure_faults(text, expect_check) + faults
+    faults = _structure_faults(text, expect_check, expect_rule) + faults
     return Completion(
         text, contents["think"], contents["rule"], boxes["check"], boxes["bbox"], answer, tuple(faults)
     )
 
 
 def find_markup(text: str) -> str | None:
-    """The first tag in a text, of the template or of any other kind; None if there is none."""
+    """Return the first tag in a text, including markup outside the template; None if there is none."""
     match = _MARKUP.search(text)
     return None if match is None else match[0]
 
 
 def find_template_tag(text: str) -> str | None:
-    """The first tag of the template in a text; None if there is none."""
+    """Return the first template tag in a text; None if there is none."""
     match = _ANY_TAG.search(text)
     return None if match is None else match[0]
 
 
 def format_completion(
     think: str,
-    rule: str,
+    rule: str | None,
     check: Sequence[float] | None,
     bbox: Sequence[float] | None,
     answer: str,
     scale: float,
 ) -> str:
-    """Writes a completion: the inverse of `parse_completion`, up to the rounding of `format_box`.
+    """Format a completion; the inverse of `parse_completion`, up to the rounding of `format_box`.
 
     Args:
         think: The reasoning.
-        rule: The visual rule.
-        check: Box of the proxy query in text units; None leaves `<check>` out.
-        bbox: Box of the target in text units; None, for a concept that is not there, writes the empty box
-            [0,0,0,0].
+        rule: The visual rule; None to omit `<rule>`.
+        check: Box of the proxy query in text units; None to omit `<check>`.
+        bbox: Box of the target in text units; None, for an absent concept, is written as the empty box [0,0,0,0].
         answer: The noun phrase.
         scale: The processor's `coordinate_scale`.
     """
-    parts = [f"<think>{think}</think>", f"<rule>{rule}</rule>"]
+    parts = [f"<think>{think}</think>"]
+    if rule is not None:
+        parts.append(f"<rule>{rule}</rule>")
     if check is not None:
         parts.append(f"<check>{format_box(check, scale)}</check>")
     parts.append(f"<bbox>{format_box((0.0, 0.0, 0.0, 0.0) if bbox is None else bbox, scale)}</bbox>")
@@ -131,20 +135,20 @@ def format_completion(
 
 
 def format_box(box: Sequence[float], scale: float) -> str:
-    """Writes a box as "[x1,y1,x2,y2]": whole numbers where `scale` exceeds 1, else three decimals."""
+    """Format a box as "[x1,y1,x2,y2]": integers if `scale` is above 1, otherwise three decimals."""
     if scale > 1:
         return "[" + ",".join(str(math.floor(value + 0.5)) for value in box) + "]"
     return "[" + ",".join(f"{value:.3f}" for value in box) + "]"
 
 
 def format_box_list(boxes: Sequence[Sequence[float]], scale: float) -> str:
-    """Writes boxes as a list of Python, "[[x1, y1, x2, y2], ...]", their numbers as `format_box` does."""
-    listed = (format_box(box, scale).replace(",", ", ") for box in boxes)
-    return f"[{', '.join(listed)}]"
+    """Format boxes as a Python list, "[[x1, y1, x2, y2], ...]", with the number format of `format_box`."""
+    formatted = (format_box(box, scale).replace(",", ", ") for box in boxes)
+    return f"[{', '.join(formatted)}]"
 
 
 def _content(text: str, tag: str, start: int) -> str | None:
-    """Text in the first pair `<tag>`, `</tag>` at or behind `start`, stripped; else in the first anywhere."""
+    """Return the stripped text of the first `<tag>`, `</tag>` pair from `start` on, else of the first pair overall."""
     for begin in dict.fromkeys((start, 0)):
         opening = text.find(f"<{tag}>", begin)
         if opening < 0:
@@ -162,7 +166,7 @@ def _parse_box(content: str | None, scale: float | None) -> Box | None:
     if match is None:
         return None
     values = [float(number) for number in match.groups()]
-    if not all(map(math.isfinite, values)):  # "1e999" is a number to the expression and infinite as a float
+    if not all(map(math.isfinite, values)):  # "1e999" matches the expression but is infinite
         return None
     if scale is not None:
         values = [min(max(value, 0.0), float(scale)) for value in values]
@@ -170,8 +174,8 @@ def _parse_box(content: str | None, scale: float | None) -> Box | None:
     return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
 
 
-def _structure_faults(text: str, expect_check: bool | None) -> list[str]:
-    """Where the text departs from the template's order, in words."""
+def _structure_faults(text: str, expect_check: bool | None, expect_rule: bool) -> list[str]:
+    """Describe the deviations of a text from the structure of the template."""
     faults: list[str] = []
     opened: list[str] = []  # tags in the order they open
     counts = {(slash, tag): 0 for slash in ("", "/") for tag in TAGS}
@@ -195,14 +199,15 @@ def _structure_faults(text: str, expect_check: bool | None) -> list[str]:
     loose = loose or bool(text[position:].strip())
     for tag in TAGS:
         begins, ends = counts["", tag], counts["/", tag]
-        if not begins and (tag != "check" or expect_check or ends):
+        required = {"check": expect_check, "rule": expect_rule}.get(tag, True)
+        if not begins and (required or ends):
             faults.append(f"<{tag}> is missing")
         elif begins > 1 or ends > 1:
             faults.append(f"<{tag}> appears more than once")
         elif begins > ends:
             faults.append(f"<{tag}> is not closed")
-        if tag == "check" and begins and expect_check is False:
-            faults.append("<check> was not asked for")
+        if begins and required is False:
+            faults.append(f"<{tag}> was not asked for")
     if nested:
         faults.append("tags are nested or close in the wrong place")
     if opened != sorted(opened, key=TAGS.index):

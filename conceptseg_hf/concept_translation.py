@@ -1,4 +1,4 @@
-"""The Concept Translation Module (CTM): from hidden states of the VLM to concept tokens for SAM 3."""
+"""The Concept Translation Module (CTM), which maps hidden states of the VLM to concept tokens for SAM 3."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .configuration_conceptseg import ConceptTranslationConfig
 
 
 class ConceptCrossAttention(nn.Module):
-    """Multi-head attention of concept queries over hidden states; keys and values share one projection."""
+    """Multi-head cross-attention of concept queries to hidden states, with a joint key-value projection."""
 
     def __init__(self, config: ConceptTranslationConfig) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class ConceptCrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, queries: Tensor, states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(B, L2, C) queries attend to (B, L1, C) states under a mask that broadcasts to (B, heads, L2, L1)."""
+        """Attend from (B, L2, C) queries to (B, L1, C) states; the mask broadcasts to (B, heads, L2, L1)."""
 
         def split_heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -42,7 +42,7 @@ class ConceptMLP(nn.Module):
         self.fc2 = nn.Linear(config.mlp_ratio * config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to (..., C)."""
+        """Map (..., C) to (..., C)."""
         return self.fc2(self.activation(self.fc1(x)))
 
 
@@ -58,16 +58,16 @@ class ConceptTranslationBlock(nn.Module):
         self.mlp = ConceptMLP(config)
 
     def forward(self, queries: Tensor, states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The queries, (B, L2, C), after one look at the states."""
+        """Update the (B, L2, C) queries by attending to the states."""
         queries = queries + self.attn(self.norm_queries(queries), self.norm_states(states), attention_mask)
         return queries + self.mlp(self.norm_mlp(queries))
 
 
 class ConceptTranslationModule(nn.Module):
-    """Learnable concept queries read the hidden states (eq. 3) and are projected into SAM 3's prompt space.
+    """Learnable concept queries that attend to hidden states (eq. 3) and are projected to SAM 3's prompt space.
 
-    The structure is that of the released weights: queries plus a position embedding, four cross-attention
-    blocks, a two-layer projection.
+    The architecture matches the released weights: queries plus a position embedding, four cross-attention blocks, and a
+    two-layer projection.
     """
 
     def __init__(self, config: ConceptTranslationConfig) -> None:
@@ -82,11 +82,11 @@ class ConceptTranslationModule(nn.Module):
         )
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Translates hidden states into concept tokens.
+        """Translate hidden states into concept tokens.
 
         Args:
             hidden_states: (B, L1, C) states of the completion tokens.
-            attention_mask: (B, L1), true where a token is part of the completion; None if all are.
+            attention_mask: (B, L1), true at completion tokens; None to attend to all states.
 
         Returns:
             (B, L2, D) concept tokens Z; D is the width of SAM 3's prompt space.
@@ -96,7 +96,7 @@ class ConceptTranslationModule(nn.Module):
         mask = None
         if attention_mask is not None:
             mask = attention_mask.bool()
-            # A row without any token would make the softmax undefined: it attends to its padding instead.
+            # The softmax of a row without completion tokens would be NaN, so such a row attends to its padding.
             mask = (mask | ~mask.any(dim=1, keepdim=True))[:, None, None, :]
         concepts = (self.queries + self.position_embedding).expand(hidden_states.shape[0], -1, -1)
         for block in self.blocks:

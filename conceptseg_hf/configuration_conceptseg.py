@@ -1,4 +1,4 @@
-"""Configurations of ConceptSeg and of its Concept Translation Module."""
+"""Configurations of ConceptSeg and its Concept Translation Module."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from transformers.configuration_utils import SubConfigSpec
 
 @strict
 class ConceptTranslationConfig(PreTrainedConfig):
-    """Configuration of the Concept Translation Module (section 3.3; structure of the released weights).
+    """Configuration of the Concept Translation Module (section 3.3; architecture of the released weights).
 
     Args:
         hidden_size: Width C of the VLM's hidden states and of the concept queries.
         num_queries: Number L2 of concept queries (Table 7: 8; 16 in an early version of the released code).
         num_layers: Number of pre-norm cross-attention blocks.
-        num_attention_heads: Attention heads of each block; divides `hidden_size`.
-        mlp_ratio: Hidden width of each block's MLP over `hidden_size`.
-        hidden_act: Activation of each block's MLP.
+        num_attention_heads: Number of attention heads of each block; must divide `hidden_size`.
+        mlp_ratio: Ratio of the hidden width of each block's MLP to `hidden_size`.
+        hidden_act: Activation function of each block's MLP.
         sam_hidden_size: Width of SAM 3's prompt space.
         layer_norm_eps: Epsilon of the layer norms.
-        initializer_range: Standard deviation of freshly initialised weights.
+        initializer_range: Standard deviation of the weight initialization.
     """
 
     model_type = "conceptseg_ctm"
@@ -44,7 +44,7 @@ class ConceptTranslationConfig(PreTrainedConfig):
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"ConceptTranslationConfig: hidden_size {self.hidden_size} is not divisible by "
-                f"num_attention_heads {self.num_attention_heads}; choose a number of heads that divides it."
+                f"num_attention_heads {self.num_attention_heads}; use a number of heads that divides it."
             )
 
 
@@ -53,34 +53,34 @@ class ConceptSegConfig(PreTrainedConfig):
     """Configuration of `ConceptSegForSegmentation`: a VLM, a Concept Translation Module and SAM 3.
 
     Args:
-        vlm_config: Configuration of the VLM; its `model_type` chooses the class (default Qwen2.5-VL).
+        vlm_config: Configuration of the VLM; its `model_type` selects the class (default Qwen2.5-VL).
         sam_config: Configuration of SAM 3.
-        ctm_config: Configuration of the Concept Translation Module; its widths follow from the others by default.
-        tie_word_embeddings: Follows the VLM's own setting.
-        sam_geometry_cls: Ends the SAM prompt with the geometry encoder's CLS token, as Meta's SAM 3 always
-            does.
-        hidden_states_at: Which hidden state stands for a completion token: `"token"`, the state at the
-            position where it is the input (as the released weights expect), or `"predict"`, the state that
-            predicts it.
+        ctm_config: Configuration of the Concept Translation Module; its widths default to those of the VLM and SAM 3.
+        tie_word_embeddings: Set to the VLM's value.
+        sam_geometry_cls: Whether to append the geometry encoder's CLS token to the SAM prompt, as Meta's SAM 3 does.
+        sam_geometry_cls_with_concepts: Whether that token is also appended if the prompt contains concept tokens. The
+            embedded checkpoint omits it there; the released weights expect it.
+        hidden_states_at: Which hidden state represents a completion token: `"token"`, the state at the position where
+            the token is the input (as the released weights expect), or `"predict"`, the state that predicts it.
         router_base: Threshold of the shortcut for a one-word prompt (eq. 9: 0.1).
-        sam_name_or_path: Where SAM 3's weights come from when a checkpoint holds none.
-        profile: Name of the profile that this checkpoint's settings follow (see `profiles`); None: none by name.
-        end_of_turn_state: Whether the end-of-turn token's hidden state is among those that the CTM reads.
+        sam_name_or_path: Source of SAM 3's weights if the checkpoint does not contain them.
+        profile: Name of the profile of the checkpoint's settings (see `profiles`), or None.
+        end_of_turn_state: Whether the CTM also attends to the hidden state of the end-of-turn token.
         router_drop_parentheses: See `ShortcutRouter.drop_parentheses`.
         router_min_words: See `ShortcutRouter.min_words`.
-        missing_answer: SAM 3's text where the completion has no answer: `"prompt"`, the user's words, or `"empty"`.
-        max_total_length: Most tokens of prompt and completion together, where generation settings name no limit;
-            None: 768 for the completion.
+        missing_answer: SAM 3's text if the completion has no answer: `"prompt"` for the user's prompt, or `"empty"`.
+        max_total_length: Maximum number of tokens of prompt and completion together if the generation settings set no
+            limit; None to limit the completion to 768 tokens.
     """
 
     model_type = "conceptseg"
-    sub_configs_defaults = {  # noqa: RUF012 (the base class reads it so)
+    sub_configs_defaults = {  # noqa: RUF012 (type expected by the base class)
         "vlm_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2_5_vl"),
         "sam_config": SubConfigSpec(config_class=Sam3Config),
         "ctm_config": SubConfigSpec(config_class=ConceptTranslationConfig),
     }
 
-    if TYPE_CHECKING:  # given as dictionaries, too, of which the base class makes configurations
+    if TYPE_CHECKING:  # dictionaries are converted to configurations by the base class
         vlm_config: Any = None
         sam_config: Any = None
         ctm_config: Any = None
@@ -99,6 +99,7 @@ class ConceptSegConfig(PreTrainedConfig):
     router_min_words: int = 1
     missing_answer: str = "prompt"
     max_total_length: int | None = None
+    sam_geometry_cls_with_concepts: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         derive_widths = self.ctm_config is None
@@ -137,10 +138,10 @@ class ConceptSegConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in the base class, but refuses a checkpoint in the authors' layout.
+        """Load the configuration dictionary; see the base class.
 
         Raises:
-            ValueError: If it is one; the message says how to convert it.
+            ValueError: If the checkpoint is in the authors' layout; the message contains the conversion command.
         """
         content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if is_original_config(content):
@@ -148,22 +149,28 @@ class ConceptSegConfig(PreTrainedConfig):
         return content, kwargs
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """As in the base class, without those of `SWITCHES` that are as usual."""
+        """Return the non-default values as a dictionary, without the `OPTIONAL_FIELDS` at their default value."""
         content = super().to_diff_dict()
-        return {name: content[name] for name in content if name not in SWITCHES or name in self.switches}
+        return {
+            name: content[name]
+            for name in content
+            if name not in OPTIONAL_FIELDS or name in self.non_default_fields
+        }
 
     @property
-    def switches(self) -> dict[str, Any]:
-        """Those of `SWITCHES` that are not as usual, by name."""
-        usual = {name: type(self).__dataclass_fields__[name].default for name in SWITCHES}
-        return {name: getattr(self, name) for name in SWITCHES if getattr(self, name) != usual[name]}
+    def non_default_fields(self) -> dict[str, Any]:
+        """The `OPTIONAL_FIELDS` that differ from their default values, by name."""
+        defaults = {name: type(self).__dataclass_fields__[name].default for name in OPTIONAL_FIELDS}
+        return {
+            name: getattr(self, name) for name in OPTIONAL_FIELDS if getattr(self, name) != defaults[name]
+        }
 
     def sam_text_prompt(self, answer: str | None, prompt: str) -> str:
-        """SAM 3's text of a completion.
+        """Return SAM 3's text for a completion.
 
         Args:
-            answer: The completion's answer, if it has one.
-            prompt: The user's words.
+            answer: Answer of the completion, or None.
+            prompt: The user's prompt.
         """
         return answer or (prompt if self.missing_answer == "prompt" else "")
 
@@ -174,50 +181,52 @@ class ConceptSegConfig(PreTrainedConfig):
 
     @property
     def image_token_id(self) -> int:
-        """The VLM's token that stands for an image."""
+        """Id of the VLM's image token."""
         return self.vlm_config.image_token_id
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The VLM's language-model configuration."""
+        """Return the configuration of the VLM's language model."""
         return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> ConceptSegConfig:
-        """Builds a configuration by size.
+        """Create a configuration from a preset.
 
         Args:
-            name: `"3b"` or `"7b"` (Qwen2.5-VL of that size with the released SAM 3) or `"nano"` (the
-                embedded checkpoint's).
-            **overrides: Fields of `ConceptSegConfig` to replace.
+            name: `"3b"` or `"7b"` (Qwen2.5-VL of this size with the released SAM 3) or `"nano"` (the embedded
+                checkpoint).
+            **overrides: Fields of `ConceptSegConfig` to override.
 
         Raises:
-            ValueError: If no preset has that name.
+            ValueError: If the preset is unknown.
         """
         from .presets import PRESETS
 
         if name not in PRESETS:
             raise ValueError(
-                f"ConceptSegConfig.from_preset: no preset is named {name!r}; "
+                f"ConceptSegConfig.from_preset: unknown preset {name!r}; "
                 f"use one of {', '.join(map(repr, PRESETS))}."
             )
         return cls(**{**PRESETS[name](), **overrides})
 
 
-SWITCHES = (
-    "profile",
+PROFILE_FIELDS = (
     "end_of_turn_state",
     "router_drop_parentheses",
     "router_min_words",
     "missing_answer",
     "max_total_length",
 )
-"""Fields of `ConceptSegConfig` that are saved only where they are set."""
+"""Fields of `ConceptSegConfig` that a profile sets."""
 
-AUTHORS_MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl")  # a released config.json may say either
+OPTIONAL_FIELDS = ("profile", *PROFILE_FIELDS, "sam_geometry_cls_with_concepts")
+"""Optional fields of `ConceptSegConfig`, saved only if they differ from their default values."""
+
+AUTHORS_MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl")  # a released config.json may contain either
 
 
 def is_original_config(content: Mapping[str, Any]) -> bool:
-    """Whether the content of a config.json is that of a released checkpoint, in the authors' layout."""
+    """Whether the content of a config.json belongs to a released checkpoint in the authors' layout."""
     return content.get("model_type") in AUTHORS_MODEL_TYPES and (
         "num_of_query" in content
         or any(str(name).startswith("ConceptSegR1") for name in content.get("architectures") or ())
@@ -225,8 +234,8 @@ def is_original_config(content: Mapping[str, Any]) -> bool:
 
 
 def conversion_hint(checkpoint: str | os.PathLike) -> str:
-    """One sentence for who loads a checkpoint in the authors' layout."""
+    """Return the error message for a checkpoint in the authors' layout, with the conversion command."""
     return (
-        f"The checkpoint {str(checkpoint)!r} is in the authors' layout; make one that loads with `conceptseg convert "
+        f"The checkpoint {str(checkpoint)!r} is in the authors' layout; convert it with `conceptseg convert "
         f"--checkpoint {checkpoint} --sam facebook/sam3 --out DIR`."
     )

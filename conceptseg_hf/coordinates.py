@@ -1,10 +1,10 @@
-"""Coordinates of one sample: from pixels of its images to what stands in the text and in SAM 3's prompt, and back.
+"""Coordinate transforms of one sample between image pixels, the mosaic canvas, text coordinates and SAM 3's prompt.
 
-With w, h the size of an image, S the canvas size and C the coordinate scale:
+For an image of size (w, h), canvas size S and coordinate scale C:
 
-    image -> canvas   x * S / w, y * S / h for the target; `MosaicLayout.image_to_canvas` for a reference
-    canvas -> text    * C / S; a box with inclusive corners ends on its last canvas pixel, one with exclusive corners
-                      behind it
+    image -> canvas   x * S / w, y * S / h for the target; `MosaicLayout.image_to_canvas` for references
+    canvas -> text    * C / S; x2 and y2 are the last canvas pixel with inclusive corners, one past it with exclusive
+                      corners
     image -> SAM      (center x, center y, width, height) as fractions of the image
 """
 
@@ -20,22 +20,22 @@ from .references import ResolvedReferences
 
 @dataclass(frozen=True)
 class CoordinateFrame:
-    """Where a sample's coordinates come from, and the maps between them.
+    """Coordinate frames of a sample, and the transforms between them.
 
     Attributes:
         image_size: (width, height) of the target image after EXIF rotation.
         reference_sizes: (width, height) of each reference.
-        layout: The mosaic, or None without references.
-        cell_of_reference: The mosaic cell of each reference; one that the layout does not have belongs to a reference
-            that is not shown.
+        layout: The mosaic layout, or None without references.
+        cell_of_reference: Mosaic cell of each reference; references whose cell is outside the layout are not shown.
         proxy: Index of the proxy query among the references, or None.
-        proxy_boxes: Its withheld boxes, in pixels of that reference; empty when they are unknown.
-        support_boxes: The boxes shown, in text units of the mosaic, in the order of the references.
-        canvas_size: Side of the square that the VLM sees, in pixels.
-        coordinate_scale: What one side of it measures in the text.
-        inclusive_corners: Whether boxes in the text end on their last canvas pixel; see `MosaicSettings.corners`.
-        encloses_boxes: Whether a check is compared with the box around several withheld ones, not with the one that
-            fits best; see `MosaicSettings.several_boxes`.
+        proxy_boxes: Withheld boxes of the proxy query, in pixels of that reference; empty if unknown.
+        support_boxes: Boxes of the support references, in text units of the mosaic, in the order of the references.
+        canvas_size: Side of the VLM's square canvas, in pixels.
+        coordinate_scale: Length of a canvas side in text coordinates.
+        inclusive_corners: Whether x2 and y2 of boxes in the text are the last canvas pixel (inclusive); see
+            `MosaicSettings.corners`.
+        encloses_boxes: Whether a check is compared with the box that encloses all withheld boxes instead of the best
+            matching one; see `MosaicSettings.several_boxes`.
     """
 
     image_size: tuple[int, int]
@@ -52,19 +52,19 @@ class CoordinateFrame:
 
     @property
     def proxy_box(self) -> Box | None:
-        """The withheld box; of several, the one around them; None if there is none."""
+        """The withheld box, or the box that encloses all withheld boxes; None if there are none."""
         return enclosing_box(self.proxy_boxes)
 
     # The target image
 
     def image_box_to_text(self, box: Sequence[float]) -> Box:
-        """Maps a box from pixels of the target image to text units."""
+        """Map a box from pixels of the target image to text units."""
         width, height = self.image_size
         scaled = _scaled(box, self.coordinate_scale / width, self.coordinate_scale / height)
         return self._with_text_corners(scaled)
 
     def text_box_to_image(self, box: Sequence[float]) -> Box:
-        """Maps a box from text units to pixels of the target image, clipped to it; inverts `image_box_to_text`."""
+        """Map a box from text units to pixels of the target image and clip it; the inverse of `image_box_to_text`."""
         width, height = self.image_size
         box = self._without_text_corners(box)
         return _clipped(
@@ -72,7 +72,7 @@ class CoordinateFrame:
         )
 
     def text_box_to_sam(self, box: Sequence[float]) -> Box:
-        """Maps a box from text units to SAM 3's prompt: (center x, center y, width, height), fractions of the image."""
+        """Map a box from text units to SAM 3's (center x, center y, width, height) in fractions of the image."""
         width, height = self.image_size
         x1, y1, x2, y2 = self.text_box_to_image(box)
         return (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height
@@ -80,24 +80,26 @@ class CoordinateFrame:
     # References
 
     def reference_box_to_text(self, box: Sequence[float], reference: int) -> Box:
-        """Maps a box from pixels of a reference to text units of the mosaic.
+        """Map a box from pixels of a reference to text units of the mosaic.
 
         Raises:
             ValueError: If there are no references.
         """
         if self.layout is None:
-            raise ValueError("this sample has no references, so there is no mosaic to map a box to.")
+            raise ValueError(
+                "cannot map a box to the mosaic, since this sample has no references; prepare it with references."
+            )
         canvas = self.layout.image_to_canvas(
             box, self.cell_of_reference[reference], self.reference_sizes[reference]
         )
         return self._with_text_corners(_scaled(canvas, self.coordinate_scale / self.canvas_size))
 
     def text_box_to_reference(self, box: Sequence[float]) -> tuple[int, Box] | tuple[None, None]:
-        """Maps a mosaic box from text units to the reference that holds its center.
+        """Map a mosaic box from text units to pixels of the reference that contains its center.
 
         Returns:
-            The reference's index and the box in its pixels, clipped to it; (None, None) if there are no
-            references or the cell is empty.
+            The reference's index and the box clipped to the reference; (None, None) if there are no references or the
+            cell is empty.
         """
         if self.layout is None:
             return None, None
@@ -113,25 +115,25 @@ class CoordinateFrame:
 
     @property
     def check_boxes(self) -> list[Box]:
-        """The proxy query's withheld boxes that a check may fit, in text units.
+        """Ground-truth boxes of the check: the proxy query's withheld boxes, in text units.
 
-        Empty without a proxy query with a box; several only where it has several and `encloses_boxes` is false.
+        Empty if there is no proxy query or it has no boxes; a single enclosing box if `encloses_boxes` is set.
         """
-        if self.proxy is None or (around := self.proxy_box) is None:
+        if self.proxy is None or (enclosing := self.proxy_box) is None:
             return []
-        boxes = (around,) if self.encloses_boxes else self.proxy_boxes
+        boxes = (enclosing,) if self.encloses_boxes else self.proxy_boxes
         return [self.reference_box_to_text(box, self.proxy) for box in boxes]
 
     @property
     def check_box(self) -> Box | None:
-        """What `<check>` should be, in text units: the largest of `check_boxes`; None if there is none."""
+        """Ground truth of `<check>`, in text units: the largest of `check_boxes`; None if there are none."""
         return max(self.check_boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]), default=None)
 
     def check_iou(self, check: Sequence[float] | None) -> float | None:
-        """IoU of a `<check>` box and the one of `check_boxes` that it fits best, both in text units.
+        """Compute the IoU of a `<check>` box with the best matching box of `check_boxes`, both in text units.
 
         Returns:
-            0 when no check was given, None when there is no withheld box to compare with.
+            The IoU; 0 if `check` is None, None if there is no ground-truth box.
         """
         ground_truths = self.check_boxes
         if not ground_truths:
@@ -142,7 +144,7 @@ class CoordinateFrame:
 
     @property
     def _text_pixel(self) -> float:
-        """What a box in the text is short of, in text units."""
+        """Size of a canvas pixel in text units with inclusive corners, else 0."""
         return self.coordinate_scale / self.canvas_size if self.inclusive_corners else 0.0
 
     def _with_text_corners(self, box: Box) -> Box:
@@ -153,7 +155,7 @@ class CoordinateFrame:
         return x1, y1, max(x1, x2 - pixel), max(y1, y2 - pixel)
 
     def _without_text_corners(self, box: Sequence[float]) -> Box:
-        """Inverts `_with_text_corners`; the empty box [0, 0, 0, 0] stays empty."""
+        """Invert `_with_text_corners`; the empty box [0, 0, 0, 0] stays empty."""
         x1, y1, x2, y2 = box
         pixel = self._text_pixel if any(box) else 0.0
         return x1, y1, x2 + pixel, y2 + pixel
@@ -166,12 +168,12 @@ def make_frame(
     canvas_size: int,
     coordinate_scale: float,
 ) -> CoordinateFrame:
-    """The coordinate frame of a target image, with its references laid out on the mosaic.
+    """Create the coordinate frame of a target image and its references.
 
     Args:
         image_size: (width, height) of the target.
-        references: Its references, or None.
-        settings: How they are laid out, and how their boxes are written.
+        references: References of the target, or None.
+        settings: Layout of the references and handling of their boxes.
         canvas_size: See `CoordinateFrame`.
         coordinate_scale: See `CoordinateFrame`.
     """
@@ -194,13 +196,13 @@ def make_frame(
         proxy=proxy,
         proxy_boxes=() if proxy is None else references.all_boxes[proxy],
     )
-    shown = [
+    support_boxes = [
         frame.reference_box_to_text(box, index)
         for index, boxes in enumerate(references.all_boxes)
         for box in boxes
         if index != proxy and frame.cell_of_reference[index] in layout
     ]
-    return replace(frame, support_boxes=tuple(shown))
+    return replace(frame, support_boxes=tuple(support_boxes))
 
 
 def _scaled(box: Sequence[float], scale_x: float, scale_y: float | None = None) -> Box:

@@ -1,8 +1,8 @@
-"""Where models compute, also where Accelerate keeps their weights on the CPU or on disk, or has split them.
+"""Execution devices of models, including models that Accelerate offloads or splits over several devices.
 
-The hooks of Accelerate (`device_map`, `cpu_offload`, `disk_offload`, `dispatch_model`) bring the weights of a module to
-its execution device when its `forward` is called, and take them away afterwards. In between the parameters are on the
-"meta" device: the device of a parameter does not say where the module computes.
+The hooks of Accelerate (`device_map`, `cpu_offload`, `disk_offload`, `dispatch_model`) move the weights of a module to
+its execution device when its `forward` is called, and offload them again afterwards. Between calls the parameters are
+on the "meta" device, so the device of a parameter is not the device on which the module computes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from accelerate import dispatch_model
 from torch import Tensor, nn
 
 OFFLOADED = ("cpu", "disk")
-"""What a device map names beside the devices that compute; where there is no other, the CPU computes."""
+"""Offload targets in a device map. If a map names no other device, the CPU is the execution device."""
 
 
 def default_device() -> torch.device:
-    """The first accelerator, else the CPU."""
+    """Return the first accelerator, or the CPU if there is none."""
     accelerator = (
         torch.accelerator.current_accelerator(check_available=True) if hasattr(torch, "accelerator") else None
     )
@@ -32,10 +32,10 @@ def default_device() -> torch.device:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """The device on which a module computes: where its inputs belong.
+    """Return the device on which a module computes and to which its inputs must be moved.
 
-    For a module that is split over several devices, this is the device of its first part; the hooks of the others
-    move their inputs themselves.
+    For a module that is split over several devices, this is the device of its first part; the hooks of the remaining
+    parts move their own inputs.
     """
     for part in module.modules():
         for hook in _hooks(part):
@@ -49,9 +49,9 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def move_to_hooks(inputs: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
-    """Inputs on the execution device of a module that has hooks; others are left where they are.
+    """Move inputs to the execution device of a module that has hooks; without hooks, return them unchanged.
 
-    For methods that are called past the `forward` of the outermost hook, which would have moved them.
+    Needed for methods that bypass the `forward` that the outermost hook wraps, which would have moved the inputs.
     """
     if not any(_hooks(part) for part in module.modules()):
         return dict(inputs)
@@ -61,9 +61,9 @@ def move_to_hooks(inputs: Mapping[str, Any], module: nn.Module) -> dict[str, Any
 
 @contextmanager
 def loaded(*modules: nn.Module) -> Iterator[None]:
-    """Runs the hooks of modules around a block, as around their `forward`; modules without hooks are left alone.
+    """Context manager that runs the hooks of modules as their `forward` does; modules without hooks are ignored.
 
-    For weights that are read, and methods that are called, past the `forward` that the hooks wrap.
+    Needed where weights are read, or methods are called, outside the `forward` that the hooks wrap.
     """
     with ExitStack() as stack:
         for module in modules:
@@ -75,46 +75,46 @@ def loaded(*modules: nn.Module) -> Iterator[None]:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether Accelerate keeps weights of a module elsewhere than in its parameters."""
+    """Whether Accelerate offloads any weights of a module."""
     return any(getattr(hook, "offload", False) for part in module.modules() for hook in _hooks(part))
 
 
 def stored_value(module: nn.Module, name: str) -> Tensor:
-    """The values of a parameter or buffer, wherever they are kept.
+    """Return the values of a parameter or buffer, which may be offloaded.
 
     Raises:
-        ValueError: If they are kept nowhere.
+        ValueError: If the weight is on the meta device and no hook stores its values.
     """
     path = name.split(".")
     tensor = getattr(module.get_submodule(".".join(path[:-1])), path[-1])
     if not tensor.is_meta:
         return tensor
-    for depth in range(len(path) - 1, -1, -1):  # the innermost hook first
+    for depth in range(len(path) - 1, -1, -1):  # innermost hook first
         for hook in _hooks(module.get_submodule(".".join(path[:depth]))):
             weights = getattr(hook, "weights_map", None)
             if weights is not None:
                 with suppress(KeyError):
                     return weights[".".join(path[depth:])]
-    raise ValueError(f"the weight {name!r} is offloaded, but stored nowhere.")
+    raise ValueError(f"the weight {name!r} is on the meta device and no offload hook stores its values.")
 
 
 def complete_device_map(device_map: Any, parts: tuple[str, ...]) -> Any:
-    """A device map for all parts of a model.
+    """Complete a device map so that it covers all parts of a model.
 
     Args:
-        device_map: What `from_pretrained` takes. A dictionary need not name all parts.
-        parts: The names of the model's children.
+        device_map: The `device_map` argument of `from_pretrained`. A dictionary may omit parts.
+        parts: Names of the model's children.
 
     Returns:
-        The device map; parts that it does not name are on the device that computes.
+        The device map, in which omitted parts are assigned to the execution device.
     """
     if not isinstance(device_map, Mapping) or "" in device_map:
         return device_map
     unnamed = [part for part in parts if not any(name.split(".")[0] == part for name in device_map)]
     if not unnamed:
         return device_map
-    computing = (device for device in device_map.values() if str(device) not in OFFLOADED)
-    device = next(computing, str(default_device()))
+    execution_devices = (device for device in device_map.values() if str(device) not in OFFLOADED)
+    device = next(execution_devices, str(default_device()))
     return {**device_map, **dict.fromkeys(unnamed, device)}
 
 
@@ -125,39 +125,39 @@ def dispatch_part(
     main_device: torch.device,
     offload_folder: str | os.PathLike | None,
 ) -> None:
-    """Dispatches a child of a model as the device map of the model says.
+    """Dispatch a child of a model according to the device map of the model.
 
     Args:
-        part: The child, with its weights; all of them belong to children of its own.
-        name: Its name in the model.
-        device_map: The device map of the whole model.
-        main_device: Where offloaded weights are computed with.
-        offload_folder: Where weights may be written to.
+        part: The child with its weights, all of which belong to submodules of the child.
+        name: Name of the child in the model.
+        device_map: Device map of the whole model.
+        main_device: Execution device of offloaded weights.
+        offload_folder: Folder for weights that are offloaded to disk.
 
     Raises:
-        ValueError: If weights go to the disk, and there is no folder for them.
+        ValueError: If weights are offloaded to disk and `offload_folder` is None.
     """
-    own = {
+    part_map = {
         key.removeprefix(name).removeprefix("."): device
         for key, device in device_map.items()
         if key == name or key.startswith(f"{name}.")
     } or {"": device_map[""]}
-    if "" in own:  # dispatch_model finds no weights to offload under this name
-        own = dict.fromkeys((child for child, _ in part.named_children()), own[""])
+    if "" in part_map:  # dispatch_model finds no weights to offload under the empty name
+        part_map = dict.fromkeys((child for child, _ in part.named_children()), part_map[""])
     folder = None
-    if "disk" in own.values():
+    if "disk" in part_map.values():
         if offload_folder is None:
             raise ValueError(
-                f"device_map sends weights of {name!r} to the disk which the checkpoint does not hold; pass "
-                "offload_folder=..., the folder to write them to."
+                f"device_map offloads weights of {name!r} to disk that the checkpoint does not contain; pass "
+                "offload_folder=... to set the folder that they are written to."
             )
         Path(offload_folder).mkdir(parents=True, exist_ok=True)
-        # A new folder: an index that an earlier model left behind would be taken for this one's.
+        # A new folder, because Accelerate would reuse the index that an earlier model has left in the folder.
         folder = tempfile.mkdtemp(prefix=f"{name}-", dir=offload_folder)
-    dispatch_model(part, own, main_device=str(main_device), offload_dir=folder, force_hooks=True)
+    dispatch_model(part, part_map, main_device=str(main_device), offload_dir=folder, force_hooks=True)
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:
-    """The hooks of Accelerate on a module, one by one."""
+    """Return the Accelerate hooks of a module; a sequential hook is split into its parts."""
     hook = getattr(module, "_hf_hook", None)
     return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))

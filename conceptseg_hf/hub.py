@@ -1,6 +1,6 @@
-"""A checkpoint as a citizen of the Hub: uploads, and an opt-in remote-code stub.
+"""Uploads to the Hub, and an optional remote-code stub.
 
-The stub lets a checkpoint load with `trust_remote_code=True` and no import beforehand.
+With the stub, a checkpoint can be loaded with `trust_remote_code=True` without importing this package first.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 STUB_NAME = "conceptseg_stub"
 
-_STUB = '''"""Points Transformers at the installed package `conceptseg-hf`; holds no code of its own."""
+_STUB = '''"""Redirects Transformers to the installed package `conceptseg-hf`; contains no other code."""
 
 from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation, ConceptSegProcessor  # noqa: F401
 '''
-# No `custom_pipelines`: with it even `pipeline("concept-segmentation", model=folder)` after an import would
-# demand trust_remote_code.
+# No `custom_pipelines`: with it, `pipeline("concept-segmentation", model=folder)` would require trust_remote_code even
+# if the package has been imported.
 _AUTO_MAPS = {
     "config.json": {
         "AutoConfig": f"{STUB_NAME}.ConceptSegConfig",
@@ -39,10 +39,9 @@ _AUTO_MAPS = {
 
 
 def save_remote_stub(folder: str | os.PathLike) -> Path:
-    """Adds the stub to a saved checkpoint; Auto classes then need only `trust_remote_code=True` to load it.
+    """Add the stub to a saved checkpoint, so that Auto classes can load it with `trust_remote_code=True`.
 
-    The package itself must still be installed where the checkpoint is loaded. Where it is imported, nothing
-    changes.
+    The package must still be installed where the checkpoint is loaded. If it has been imported, the stub is not used.
 
     Args:
         folder: A folder written by `model.save_pretrained` and `processor.save_pretrained`.
@@ -51,12 +50,12 @@ def save_remote_stub(folder: str | os.PathLike) -> Path:
         The path of the stub.
 
     Raises:
-        FileNotFoundError: If the folder holds no `config.json`.
+        FileNotFoundError: If the folder contains no `config.json`.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"save_remote_stub: {str(folder)!r} holds no config.json; save the model there first."
+            f"save_remote_stub: {str(folder)!r} contains no config.json; save the model there first."
         )
     for name, auto_map in _AUTO_MAPS.items():
         path = folder / name
@@ -70,11 +69,11 @@ def save_remote_stub(folder: str | os.PathLike) -> Path:
 
 
 def keep_remote_stub(folder: str | os.PathLike) -> None:
-    """Adds the stub to a folder whose `config.json` points at it, as that of a checkpoint loaded with it does."""
+    """Add the stub to a folder if its `config.json` refers to it, as after saving a model that was loaded with it."""
     path = Path(folder) / "config.json"
     if path.is_file():
         auto_map = json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}
-        # A checkpoint of the Hub may be named before the file: owner/name--file.Class
+        # A reference may start with the id of a Hub repository: owner/name--file.Class
         if any(f"--{target}".rpartition("--")[2].startswith(f"{STUB_NAME}.") for target in auto_map.values()):
             save_remote_stub(folder)
 
@@ -88,17 +87,19 @@ UPLOAD_ARGUMENTS = (
     "create_pr",
     "tags",
 )
-"""Arguments of `upload` that `save_pretrained(push_to_hub=True)` takes as well."""
+"""Arguments of `upload` that `save_pretrained(push_to_hub=True)` also accepts."""
 
 
 def split_upload_arguments(
     save_directory: str | os.PathLike, kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parts the arguments of `save_pretrained`: those of `upload`, with `repo_id`, and the others (`token` is both)."""
+    """Split arguments of `save_pretrained` into those of `upload` (with `repo_id`) and the rest; `token` is in both."""
     arguments = {name: kwargs[name] for name in UPLOAD_ARGUMENTS if name in kwargs}
     arguments["repo_id"] = kwargs.get("repo_id") or Path(save_directory).resolve().name
-    others = {name: value for name, value in kwargs.items() if name not in arguments or name == "token"}
-    return arguments, others
+    save_arguments = {
+        name: value for name, value in kwargs.items() if name not in arguments or name == "token"
+    }
+    return arguments, save_arguments
 
 
 def upload(
@@ -114,22 +115,22 @@ def upload(
     create_pr: bool = False,
     tags: str | Sequence[str] | None = None,
 ) -> Any:
-    """Uploads a folder to the Hub.
+    """Upload a folder to the Hub.
 
     Args:
-        folder: The checkpoint's folder. Its card becomes the one that is uploaded.
-        repo_id: The repository, made if it does not exist.
-        keep_card: Keep a card that somebody has written in the repository; see `cards.merge_cards`.
-        commit_message: Message of the commit.
-        commit_description: Its description.
+        folder: Folder of the checkpoint. Its model card is updated to the card that is uploaded.
+        repo_id: The repository, created if it does not exist.
+        keep_card: Merge the card with an existing card of the repository; see `cards.merge_cards`.
+        commit_message: Commit message.
+        commit_description: Commit description.
         private: Whether a new repository is private.
-        token: Hub token; the stored one by default.
-        revision: Branch, made if it does not exist.
-        create_pr: Open a pull request instead.
+        token: Hub token; by default the stored token.
+        revision: Branch, created if it does not exist.
+        create_pr: Open a pull request instead of committing to the branch.
         tags: Tags for the card.
 
     Returns:
-        What the Hub says of the commit.
+        The `CommitInfo` of the upload.
     """
     tags = [tags] if isinstance(tags, str) else list(tags or ())
     api = HfApi(token=token)
@@ -137,12 +138,12 @@ def upload(
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     path = Path(folder) / CARD_NAME
-    ours = path.read_text(encoding="utf-8") if path.is_file() else None
-    keep_card = keep_card or ours is None
-    there = _card_of_repository(api, repo_id, revision) if keep_card else None
-    if there is _UNREADABLE:
+    local = path.read_text(encoding="utf-8") if path.is_file() else None
+    keep_card = keep_card or local is None
+    existing = _card_of_repository(api, repo_id, revision) if keep_card else None
+    if existing is _UNREADABLE:
         card = None
-    elif (card := _card_to_upload(there, ours, tags)) not in (None, there):
+    elif (card := _card_to_upload(existing, local, tags)) not in (None, existing):
         write_file(path, card)
     return api.upload_folder(
         repo_id=repo_id,
@@ -151,7 +152,7 @@ def upload(
         commit_description=commit_description,
         revision=revision,
         create_pr=create_pr,
-        ignore_patterns=[CARD_NAME] if card in (None, there) else None,
+        ignore_patterns=[CARD_NAME] if card in (None, existing) else None,
     )
 
 
@@ -159,7 +160,7 @@ _UNREADABLE = "unreadable"
 
 
 def _card_of_repository(api: HfApi, repo_id: str, revision: str | None) -> str | None:
-    """The card that a repository has; None if it has none, `_UNREADABLE` if it cannot be read."""
+    """Return the card of a repository; None if there is no card, `_UNREADABLE` if it cannot be read."""
     if not api.file_exists(repo_id, CARD_NAME, revision=revision):
         return None
     try:
@@ -167,18 +168,20 @@ def _card_of_repository(api: HfApi, repo_id: str, revision: str | None) -> str |
         return Path(path).read_text(encoding="utf-8")
     except (OSError, HfHubHTTPError, UnicodeDecodeError) as error:
         reason = first_line(error)
-        logger.warning("the model card of %r cannot be read (%s); it is left as it is.", repo_id, reason)
+        logger.warning(
+            "the model card of %r cannot be read (%s); the card is kept unchanged.", repo_id, reason
+        )
         return _UNREADABLE
 
 
-def _card_to_upload(there: str | None, ours: str | None, tags: Sequence[str]) -> str | None:
-    """The card of the repository after an upload; None if there is none."""
-    if there is not None and ours is not None:
-        return merge_cards(there, ours, tags)
-    card = ours if there is None else there
+def _card_to_upload(existing: str | None, local: str | None, tags: Sequence[str]) -> str | None:
+    """Return the card of the repository after an upload; None if there is no card."""
+    if existing is not None and local is not None:
+        return merge_cards(existing, local, tags)
+    card = local if existing is None else existing
     if not tags:
         return card
-    # A folder without a card, such as a processor's: there is nothing to add but tags.
+    # The folder of a processor has no card, so that only tags are added.
     return merge_cards(card or "", card or "---\ntags: []\n---\n", tags)
 
 

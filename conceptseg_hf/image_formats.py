@@ -1,4 +1,4 @@
-"""What a file is that Pillow cannot open: formats that need a package, and files that only look like images."""
+"""Explanations for files that Pillow cannot open: formats that need a package, and files that are not images."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import BinaryIO
 
 from PIL import TiffImagePlugin
 
-# How many bytes `explain_unreadable` looks at.
+# Number of bytes that `explain_unreadable` needs.
 HEAD_LENGTH = 1024
 
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _AVIF = (b"avif", b"avis")
 
 _SIGNATURES = (
-    (b"\x00\x05\x16\x07", "is a companion file of macOS and holds no pixels; give the file without the leading '._'"),
-    (b"version https://git-lfs", "is a Git LFS pointer and not the image itself; fetch it with: git lfs pull"),
+    (b"\x00\x05\x16\x07", "is a macOS metadata file without pixels; give the file without the leading '._'"),
+    (b"version https://git-lfs", "is a Git LFS pointer and not the image itself; download it with: git lfs pull"),
     (b"\xff\x0a", "is a JPEG XL image, which Pillow cannot read; convert it to PNG or JPEG"),
     (b"\x00\x00\x00\x0cJXL ", "is a JPEG XL image, which Pillow cannot read; convert it to PNG or JPEG"),
     (b"\x76\x2f\x31\x01", "is an OpenEXR image, which Pillow cannot read; convert it to PNG"),
@@ -35,12 +35,12 @@ _SAMPLE_FORMATS = {1: "unsigned integer", 2: "signed integer", 3: "float", 5: "c
 
 
 def is_heic(head: bytes) -> bool:
-    """Whether a file begins as HEIC (HEIF) images do, which phones write."""
+    """Whether a file starts like a HEIC (HEIF) image, a format used by phones."""
     return head[4:8] == b"ftyp" and head[8:12] in _HEIC
 
 
 def register_heic_reader() -> bool:
-    """Lets Pillow read HEIC by the package pillow-heif; returns whether that is installed."""
+    """Register the HEIC reader of pillow-heif with Pillow and return whether that package is installed."""
     try:
         import pillow_heif
     except ImportError:
@@ -50,7 +50,7 @@ def register_heic_reader() -> bool:
 
 
 def explain_unreadable(head: bytes) -> str | None:
-    """Predicate and remedy for a file that Pillow cannot open; None if its first bytes say nothing of it.
+    """Return fault and remedy for a file that Pillow cannot open; None if its format is not recognized.
 
     Args:
         head: The first `HEAD_LENGTH` bytes of the file.
@@ -81,7 +81,7 @@ def explain_unreadable(head: bytes) -> str | None:
 
 
 def read_head(source: str | bytes | BinaryIO) -> bytes:
-    """The first bytes of a path or of a binary file; "?" of what cannot be read again."""
+    """Return the first bytes of a path or a binary file; "?" if it cannot be read again."""
     try:
         if not isinstance(source, (str, bytes)):
             source.seek(0)
@@ -93,7 +93,7 @@ def read_head(source: str | bytes | BinaryIO) -> bytes:
 
 
 def _tiff_kind(head: bytes) -> str:
-    """Channels and number format of a TIFF, as far as its first directory is among the first bytes."""
+    """Describe channels and dtype of a TIFF image; empty if its first directory is not within the first bytes."""
     try:
         directory = TiffImagePlugin.ImageFileDirectory_v2(head[:8])
         file = io.BytesIO(head)
@@ -102,7 +102,7 @@ def _tiff_kind(head: bytes) -> str:
         channels, bits = directory.get(277, 1), directory.get(258, (1,))
         kind = _SAMPLE_FORMATS.get(directory.get(339, (1,))[0], "")
         bits = bits if isinstance(bits, int) else bits[0]
-    except Exception:  # whatever a malformed directory makes Pillow raise
+    except Exception:  # Pillow raises various exceptions on malformed directories
         return ""
     return f" of {channels} channels, each {bits}-bit {kind},".replace(
         " of 1 channels, each", " of 1 channel,"

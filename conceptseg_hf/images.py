@@ -1,6 +1,6 @@
-"""Reading images and masks from whatever a caller has: paths, URLs, bytes, arrays or PIL images of any mode.
+"""Loading of images and masks from paths, URLs, bytes, arrays or PIL images of any mode.
 
-Frame "image" of ARCHITECTURE.md starts here: its pixels are those of the image after EXIF rotation.
+Coordinates in the frame "image" (see ARCHITECTURE.md) are pixels of the loaded image, after EXIF rotation.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ ImageInput: TypeAlias = Any
 """A PIL image, an array (H, W) or (H, W, 1, 3 or 4), a path, an http(s) URL, bytes or a binary file."""
 
 URL_TIMEOUT_SECONDS = 30.0
-# Foreground level of a grey mask: halfway, so that soft edges and JPEG noise do not count.
+# Foreground threshold of a gray mask: halfway, so that soft edges and JPEG noise count as background.
 _MASK_LEVEL = 128
 _ORIENTATION = 0x0112  # EXIF tag
 
 
 def load_image(image: ImageInput) -> Image.Image:
-    """Reads an image as 8-bit RGB after EXIF rotation.
+    """Load an image as 8-bit RGB after EXIF rotation.
 
-    Transparent pixels are laid over white. 16-bit values are divided by 257; float values span 0 to 1. A URL
-    is fetched only when the caller gives one.
+    Transparent pixels are blended with white. 16-bit values are divided by 257; float values range from 0 to 1. The
+    network is accessed only if the input is a URL.
 
     Args:
         image: See `ImageInput`. Arrays are bool, uint8, uint16, another integer type within 0 to 255, or
@@ -41,57 +41,59 @@ def load_image(image: ImageInput) -> Image.Image:
         A fully loaded PIL image of mode "RGB".
 
     Raises:
-        FileNotFoundError: If a path names no file.
-        ValueError: If the input is of an unknown kind or cannot be read as an image.
+        FileNotFoundError: If a path does not exist or is not a file.
+        ValueError: If the input has an unsupported type or cannot be read as an image.
     """
     return load_oriented_image(image)[0]
 
 
 def load_oriented_image(image: ImageInput) -> tuple[Image.Image, int]:
-    """As `load_image`, with the EXIF orientation that was applied: 1 for none, 2 to 8 as EXIF counts."""
-    picture, orientation = _rotated(*_open(image, "image"))
+    """Load an image like `load_image`, and also return the EXIF orientation that was applied: 1 (none) to 8."""
+    opened, orientation = _rotate(*_open(image, "image"))
     try:
-        return _to_rgb(picture), orientation
+        return _to_rgb(opened), orientation
     except (ValueError, OSError, SyntaxError, EOFError, MemoryError) as error:
-        raise ValueError(_sentence(f"image {describe_input(image)} cannot be converted to RGB: {error}")) from error
+        raise ValueError(
+            _sentence(f"image {describe_input(image)} cannot be converted to RGB: {error}")
+        ) from error
 
 
 def read_header(path: str | os.PathLike) -> tuple[tuple[int, int], int]:
-    """Size (width, height) after EXIF rotation and EXIF orientation of an image file; pixels are not decoded.
+    """Return the size (width, height) after EXIF rotation and the EXIF orientation, without decoding the pixels.
 
     Raises:
-        FileNotFoundError: If a path names no file.
-        ValueError: If the file is no image.
+        FileNotFoundError: If a path does not exist or is not a file.
+        ValueError: If the file is not an image.
     """
     _check_is_file(path, "image")
-    with _opened(path, path, "image") as picture:
-        orientation = _orientation_of(picture)
-        if picture.format == "TIFF":  # which Pillow turns itself
-            picture.load()
-            return picture.size, orientation
-        width, height = picture.size
+    with _open_lazily(path, path, "image") as image:
+        orientation = _read_orientation(image)
+        if image.format == "TIFF":  # Pillow rotates TIFF images while loading them
+            image.load()
+            return image.size, orientation
+        width, height = image.size
         return ((height, width) if orientation >= SWAPS_SIDES else (width, height)), orientation
 
 
 def try_image(path: str | os.PathLike) -> tuple[tuple[int, int], int]:
-    """As `read_header`, of a file that is read to its end so that damage is found (JPEG: at an eighth of its size).
+    """Read the header like `read_header` and decode the file to detect damage (JPEG: at an eighth of its size).
 
     Raises:
-        FileNotFoundError: If a path names no file.
-        ValueError: If the file is no image, or damaged.
+        FileNotFoundError: If a path does not exist or is not a file.
+        ValueError: If the file is not an image or is damaged.
     """
     header = read_header(path)
-    with _opened(path, path, "image") as picture:
-        picture.draft("RGB", (1, 1))
-        _decoded(picture, path, "image")
+    with _open_lazily(path, path, "image") as image:
+        image.draft("RGB", (1, 1))
+        _decode(image, path, "image")
     return header
 
 
 def as_list(inputs: Any) -> list[Any] | None:
-    """Several inputs as a list; None if it is a single one.
+    """Return a batch of inputs as a list; None for a single input.
 
-    Several are any sequence but text and bytes, and one-dimensional arrays, pandas Series and the like that hold paths
-    or objects. An array of numbers is one image.
+    A batch is any sequence except strings and bytes, or a one-dimensional array (pandas Series and similar) of paths
+    or objects. A numeric array is a single image.
     """
     if isinstance(inputs, (str, bytes, bytearray, memoryview, os.PathLike, Mapping, Image.Image)):
         return None
@@ -107,7 +109,7 @@ def as_list(inputs: Any) -> list[Any] | None:
 
 
 def is_file(path: str | bytes | os.PathLike) -> bool:
-    """Whether a path names a file; False also of one that is longer than a name can be, or cannot be looked at."""
+    """Whether a path is an existing file; False for invalid, too long and inaccessible paths."""
     try:
         return pathlib.Path(os.fsdecode(path)).is_file()
     except (OSError, ValueError):
@@ -115,249 +117,250 @@ def is_file(path: str | bytes | os.PathLike) -> bool:
 
 
 def load_mask(mask: ImageInput, size: tuple[int, int] | None = None, orientation: int = 1) -> np.ndarray:
-    """Reads a mask: foreground is True.
+    """Load a mask as a bool array whose foreground is True.
 
-    A pixel is foreground when its value is not zero; in a mask whose largest value is 128 to 255, when it is at least
-    128 (so that soft edges and JPEG noise stay background); in a float mask, when it is at least 0.5. Palette
-    masks are read by index, those of black and white by color; color masks by their brightest channel.
+    A pixel is foreground if its value is nonzero; in a mask whose largest value is 128 to 255, if it is at least 128
+    (soft edges and JPEG noise are background); in a float mask, if it is at least 0.5. Palette masks are read by
+    index, except for black-and-white palettes, which are read by color. Color masks are read by their brightest
+    channel.
 
     Args:
         mask: See `ImageInput`.
-        size: (width, height) that the mask must have: that of its image after EXIF rotation.
-        orientation: EXIF orientation of that image, where it is known; see `check_mask_frame`.
+        size: (width, height) that the mask must have, which is the size of its image after EXIF rotation.
+        orientation: EXIF orientation of the image, if known; see `check_mask_frame`.
 
     Returns:
         A bool array of shape (H, W).
 
     Raises:
-        FileNotFoundError: If a path names no file.
-        ValueError: If the mask cannot be read or has another size than its image.
+        FileNotFoundError: If a path does not exist or is not a file.
+        ValueError: If the mask cannot be read or its size differs from the image.
     """
-    own_orientation = 1
+    mask_orientation = 1
     if _is_array(mask):
-        foreground = _array_foreground(_checked_array(mask, "mask"))
+        foreground = _array_foreground(_check_array(mask, "mask"))
     else:
-        picture, own_orientation = open_oriented_mask(mask)
-        foreground = image_foreground(picture)
+        mask_image, mask_orientation = open_oriented_mask(mask)
+        foreground = image_foreground(mask_image)
     if size is not None:
-        found = foreground.shape[::-1]
+        mask_size = foreground.shape[::-1]
         name = f" {describe_input(mask)}" if isinstance(mask, (str, os.PathLike)) else ""
-        check_mask_frame(f"mask{name}", found, own_orientation, size, orientation)
-        if found != tuple(size):
-            raise ValueError(describe_size_mismatch(f"mask{name}", found, size))
+        check_mask_frame(f"mask{name}", mask_size, mask_orientation, size, orientation)
+        if mask_size != tuple(size):
+            raise ValueError(describe_size_mismatch(f"mask{name}", mask_size, size))
     return foreground
 
 
 def load_gray_mask(mask: ImageInput) -> Image.Image:
-    """A mask with its soft edges, "L": the grey values of one that is stored so, else 255 in the foreground.
+    """Load a mask as an "L" image with its soft edges: its gray values if it has any, else 255 in the foreground.
 
     Args:
         mask: See `ImageInput`.
 
     Raises:
-        FileNotFoundError: If a path names no file.
+        FileNotFoundError: If a path does not exist or is not a file.
         ValueError: If the mask cannot be read.
     """
     if _is_array(mask):
-        array = _checked_array(mask, "mask")
-        grey = array if array.ndim == 2 else None
+        array = _check_array(mask, "mask")
+        gray = array if array.ndim == 2 else None
         foreground = _array_foreground(array)
     else:
-        picture = open_oriented_mask(mask)[0]
-        grey = np.asarray(picture) if picture.mode == "L" else None
-        foreground = image_foreground(picture)
-    if grey is not None and grey.dtype.kind == "f":
-        return Image.fromarray(np.rint(grey * 255.0).astype(np.uint8))
-    # A mask without a value of 128 or more is one of labels: see `load_mask`.
-    if grey is not None and grey.dtype == np.uint8 and grey.max(initial=0) >= _MASK_LEVEL:
-        return Image.fromarray(np.ascontiguousarray(grey))
+        mask_image = open_oriented_mask(mask)[0]
+        gray = np.asarray(mask_image) if mask_image.mode == "L" else None
+        foreground = image_foreground(mask_image)
+    if gray is not None and gray.dtype.kind == "f":
+        return Image.fromarray(np.rint(gray * 255.0).astype(np.uint8))
+    # A mask without values of 128 or more contains labels, not gray values (see `load_mask`).
+    if gray is not None and gray.dtype == np.uint8 and gray.max(initial=0) >= _MASK_LEVEL:
+        return Image.fromarray(np.ascontiguousarray(gray))
     return mask_to_image(foreground)
 
 
 def open_mask(mask: ImageInput) -> Image.Image:
-    """A mask's picture after EXIF rotation, whose values `load_mask` reads; palettes of black and white as grey.
+    """Open a mask as a PIL image after EXIF rotation; black-and-white palettes are converted to "L".
 
     Args:
-        mask: See `ImageInput`, but no array.
+        mask: See `ImageInput`; arrays are not accepted.
 
     Raises:
-        FileNotFoundError: If a path names no file.
+        FileNotFoundError: If a path does not exist or is not a file.
         ValueError: If the mask cannot be read.
     """
     return open_oriented_mask(mask)[0]
 
 
 def open_oriented_mask(mask: ImageInput) -> tuple[Image.Image, int]:
-    """As `open_mask`, with the EXIF orientation that was applied."""
-    picture, orientation = _rotated(*_open(mask, "mask"))
-    if picture.mode == "P" and _has_white(picture):  # in a GIF, white may come first
-        picture = picture.convert("L")
-    return picture, orientation
+    """Open a mask like `open_mask`, and also return the EXIF orientation that was applied."""
+    mask_image, orientation = _rotate(*_open(mask, "mask"))
+    if mask_image.mode == "P" and _has_white(mask_image):  # in a GIF, white may have index 0
+        mask_image = mask_image.convert("L")
+    return mask_image, orientation
 
 
 def mask_to_image(mask: np.ndarray) -> Image.Image:
-    """A bool array (H, W) as an "L" picture of 0 and 255, which `load_mask` reads back."""
+    """Convert a bool array (H, W) to an "L" image with values 0 and 255, which `load_mask` can read."""
     return Image.fromarray(mask.astype(bool).astype(np.uint8) * 255)
 
 
-def _open(image: ImageInput, what: str) -> tuple[Image.Image, int]:
-    """Opens and fully decodes an input, and returns its EXIF orientation; `what` names it in errors."""
+def _open(image: ImageInput, role: str) -> tuple[Image.Image, int]:
+    """Open and decode an input ("image" or "mask", named `role` in errors); also return its EXIF orientation."""
     if isinstance(image, Image.Image):
-        return _decoded(image, image, what)
+        return _decode(image, image, role)
     if isinstance(image, np.ndarray) and image.ndim == 0 and image.dtype.kind in "OUS":
-        image = image.item()  # an array that is one path
+        image = image.item()  # a zero-dimensional array that contains a path
     if _is_array(image):
-        return _array_to_image(_checked_array(image, what)), 1
+        return _array_to_image(_check_array(image, role)), 1
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return _decoded(io.BytesIO(image), image, what)
+        return _decode(io.BytesIO(image), image, role)
     if isinstance(image, (str, os.PathLike)):
         path = os.fspath(image)
         if isinstance(path, str) and path.startswith(("http://", "https://")):
-            return _decoded(io.BytesIO(_fetch(path, what)), image, what)
-        _check_is_file(image, what)
-        return _decoded(path, image, what)
+            return _decode(io.BytesIO(_download(path, role)), image, role)
+        _check_is_file(image, role)
+        return _decode(path, image, role)
     if hasattr(image, "read"):
-        return _decoded(image, image, what)
+        return _decode(image, image, role)
     raise ValueError(
-        f"{what} is a {type(image).__name__}; give a PIL image, an array, a path, a URL or bytes."
+        f"{role} is a {type(image).__name__}; give a PIL image, an array, a path, a URL or bytes."
     )
 
 
-def _check_is_file(path: str | os.PathLike, what: str) -> None:
+def _check_is_file(path: str | os.PathLike, role: str) -> None:
     if not is_file(path):
-        raise FileNotFoundError(f"{what} {describe_input(path)} is not a file; give the path of an image.")
+        raise FileNotFoundError(f"{role} {describe_input(path)} is not a file; give the path of an image.")
 
 
-def _decoded(source: Any, image: ImageInput, what: str) -> tuple[Image.Image, int]:
-    picture = source if isinstance(source, Image.Image) else _opened(source, image, what)
+def _decode(source: Any, image: ImageInput, role: str) -> tuple[Image.Image, int]:
+    decoded = source if isinstance(source, Image.Image) else _open_lazily(source, image, role)
     try:
-        orientation = _orientation_of(picture)  # of a TIFF, Pillow applies and forgets it below
-        picture.load()  # Pillow is lazy: a truncated file fails only here
+        orientation = _read_orientation(decoded)  # before load(), which applies and removes that of a TIFF
+        decoded.load()  # Pillow is lazy: a truncated file fails only here
     except Exception as error:  # decoders raise almost anything on damaged files
-        if picture is not source:
-            picture.close()
-        raise _damaged(image, what) from error
-    if picture.width == 0 or picture.height == 0:
+        if decoded is not source:
+            decoded.close()
+        raise _unreadable_error(image, role) from error
+    if decoded.width == 0 or decoded.height == 0:
         raise ValueError(
-            f"{what} {describe_input(image)} has no pixels ({picture.width} x {picture.height}); "
+            f"{role} {describe_input(image)} has no pixels ({decoded.width} x {decoded.height}); "
             "give an image with content."
         )
-    return picture, orientation
+    return decoded, orientation
 
 
-def _opened(source: Any, image: ImageInput, what: str) -> Image.Image:
-    """A picture whose pixels are not read yet."""
+def _open_lazily(source: Any, image: ImageInput, role: str) -> Image.Image:
+    """Open an image without decoding its pixels."""
     try:
         return Image.open(source)
     except Image.DecompressionBombError as error:
         raise ValueError(
-            _sentence(f"{what} {describe_input(image)} is too large to be opened safely: {error}")
+            _sentence(f"{role} {describe_input(image)} is too large to be opened safely: {error}")
         ) from error
     except UnidentifiedImageError as error:
         head = read_head(source if hasattr(source, "read") else os.fspath(source))
         if is_heic(head) and register_heic_reader():
-            return _opened_heic(source, image, what)
+            return _open_heic(source, image, role)
         reason = explain_unreadable(head)
         if reason is None:
-            raise _damaged(image, what) from error
-        raise ValueError(f"{what} {describe_input(image)} {reason}.") from error
+            raise _unreadable_error(image, role) from error
+        raise ValueError(f"{role} {describe_input(image)} {reason}.") from error
     except Exception as error:  # decoders raise almost anything on damaged files
-        raise _damaged(image, what) from error
+        raise _unreadable_error(image, role) from error
 
 
-def _opened_heic(source: Any, image: ImageInput, what: str) -> Image.Image:
+def _open_heic(source: Any, image: ImageInput, role: str) -> Image.Image:
     if hasattr(source, "read"):
         source.seek(0)
     try:
         return Image.open(source)
     except Exception as error:
-        raise _damaged(image, what) from error
+        raise _unreadable_error(image, role) from error
 
 
-def _damaged(image: ImageInput, what: str) -> ValueError:
-    return ValueError(f"{what} {describe_input(image)} cannot be read; it is damaged or not an image.")
+def _unreadable_error(image: ImageInput, role: str) -> ValueError:
+    return ValueError(f"{role} {describe_input(image)} cannot be read; it is damaged or not an image.")
 
 
-def _fetch(url: str, what: str) -> bytes:
+def _download(url: str, role: str) -> bytes:
     request = urllib.request.Request(url, headers={"User-Agent": "conceptseg-hf"})
     try:
         with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as response:
             return response.read()
     except (OSError, ValueError) as error:
-        raise ValueError(_sentence(f"{what} {url!r} cannot be fetched: {error}")) from error
+        raise ValueError(_sentence(f"{role} {url!r} cannot be downloaded: {error}")) from error
 
 
-def _rotated(picture: Image.Image, orientation: int) -> tuple[Image.Image, int]:
-    """Applies the EXIF orientation, and returns which it is; unreadable EXIF data counts as none."""
+def _rotate(image: Image.Image, orientation: int) -> tuple[Image.Image, int]:
+    """Apply the EXIF orientation and return it with the image; unreadable EXIF data is ignored."""
     try:
-        return ImageOps.exif_transpose(picture), orientation
+        return ImageOps.exif_transpose(image), orientation
     except Exception:
-        return picture, 1
+        return image, 1
 
 
-def _orientation_of(picture: Image.Image) -> int:
+def _read_orientation(image: Image.Image) -> int:
     try:
-        orientation = picture.getexif().get(_ORIENTATION, 1)
-    except Exception:  # of whatever is in that block
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # malformed EXIF data can raise almost anything
         return 1
     return orientation if orientation in range(2, 9) else 1
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode == "RGB":
-        return picture
-    if picture.mode.startswith("I") or picture.mode == "F":
-        return Image.fromarray(_eight_bit(picture)).convert("RGB")
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_eight_bit(image)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
-def _eight_bit(picture: Image.Image) -> np.ndarray:
-    """Grey values of a deep mode as uint8.
+def _eight_bit(image: Image.Image) -> np.ndarray:
+    """Convert an image of mode "I", "I;16" or "F" to gray values of dtype uint8.
 
-    "I;16" is 16-bit, "I" is when a value exceeds 255, "F" spans 0 to 1, or 0 to 255 when a value exceeds 1.
+    "I;16" is 16-bit; "I" is 16-bit if a value exceeds 255; "F" ranges from 0 to 1, or to 255 if a value exceeds 1.
     """
-    values = np.nan_to_num(np.asarray(picture).astype(np.float64))
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
     top = values.max(initial=0.0)
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and top > 255.0):
+    if image.mode.startswith("I;16") or (image.mode == "I" and top > 255.0):
         values = values / 257.0
-    elif picture.mode == "F" and top <= 1.0:
+    elif image.mode == "F" and top <= 1.0:
         values = values * 255.0
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
 def _is_array(value: Any) -> bool:
-    # Text and bytes of NumPy are arrays by their interface, and paths or files by their meaning.
-    others = (Image.Image, str, bytes, os.PathLike)
-    return not isinstance(value, others) and hasattr(value, "__array__")
+    # NumPy strings and bytes have `__array__`, but are paths or encoded images.
+    not_arrays = (Image.Image, str, bytes, os.PathLike)
+    return not isinstance(value, not_arrays) and hasattr(value, "__array__")
 
 
-def _checked_array(value: Any, what: str) -> np.ndarray:
-    """An array of shape (H, W), (H, W, 3) or (H, W, 4) whose values are in a range that has a meaning."""
+def _check_array(value: Any, role: str) -> np.ndarray:
+    """Convert to an array of shape (H, W), (H, W, 3) or (H, W, 4) and check dtype and value range."""
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:  # for example a tensor on an accelerator
-        raise ValueError(_sentence(f"{what} cannot be read as an array: {error}")) from error
+        raise ValueError(_sentence(f"{role} cannot be read as an array: {error}")) from error
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[-1] in (3, 4)):
         raise ValueError(
-            f"{what} array has shape {tuple(array.shape)}; "
+            f"{role} array has shape {tuple(array.shape)}; "
             "give (H, W), (H, W, 3) or (H, W, 4), channels last."
         )
     if array.size == 0:
         raise ValueError(
-            f"{what} array has shape {tuple(array.shape)} and so no pixels; give an array with content."
+            f"{role} array has shape {tuple(array.shape)} and so no pixels; give an array with content."
         )
     kind = array.dtype.kind
     if kind not in "buif":
-        raise ValueError(f"{what} array has dtype {array.dtype}; give bool, uint8, uint16 or float.")
+        raise ValueError(f"{role} array has dtype {array.dtype}; give bool, uint8, uint16 or float.")
     if kind == "f" and not (np.isfinite(array).all() and array.min() >= 0.0 and array.max() <= 1.0):
-        raise ValueError(f"{what} array is float but not within 0 to 1; scale it, or give uint8.")
+        raise ValueError(f"{role} array is float but not within 0 to 1; scale it, or give uint8.")
     if kind in "ui" and array.dtype not in (np.uint8, np.uint16) and (array.min() < 0 or array.max() > 255):
-        raise ValueError(f"{what} array is {array.dtype} but not within 0 to 255; give uint8 or uint16.")
+        raise ValueError(f"{role} array is {array.dtype} but not within 0 to 255; give uint8 or uint16.")
     return array
 
 
@@ -371,29 +374,29 @@ def _array_to_image(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array, dtype=np.uint8))
 
 
-def image_foreground(picture: Image.Image) -> np.ndarray:
-    """The foreground of a picture that `open_mask` returns, (H, W) bool; see `load_mask`."""
-    mode = picture.mode
+def image_foreground(image: Image.Image) -> np.ndarray:
+    """Return the foreground (H, W), bool, of an image opened by `open_mask`; see `load_mask` for its definition."""
+    mode = image.mode
     if mode == "LA":
-        return _array_foreground(np.asarray(picture.getchannel("L"))) & (
-            np.asarray(picture.getchannel("A")) >= _MASK_LEVEL
+        return _array_foreground(np.asarray(image.getchannel("L"))) & (
+            np.asarray(image.getchannel("A")) >= _MASK_LEVEL
         )
     if mode in ("1", "L", "P", "F", "RGB", "RGBA") or mode.startswith("I"):
-        return _array_foreground(np.asarray(picture))
-    return _array_foreground(np.asarray(picture.convert("RGBA" if mode in ("PA", "La", "RGBa") else "RGB")))
+        return _array_foreground(np.asarray(image))
+    return _array_foreground(np.asarray(image.convert("RGBA" if mode in ("PA", "La", "RGBa") else "RGB")))
 
 
-def _has_white(picture: Image.Image) -> bool:
-    """Whether a palette picture uses greys alone, and a bright one; classes have colors, or no palette at all."""
-    palette = np.reshape(picture.getpalette("RGB") or [], (-1, 3))
-    used = palette[[index for index in np.unique(np.asarray(picture)) if index < len(palette)]]
+def _has_white(image: Image.Image) -> bool:
+    """Whether a palette image uses only gray colors, at least one of them bright, and so is not a class map."""
+    palette = np.reshape(image.getpalette("RGB") or [], (-1, 3))
+    used = palette[[index for index in np.unique(np.asarray(image)) if index < len(palette)]]
     return bool((used == used[:, :1]).all() and used.max(initial=0) >= _MASK_LEVEL)
 
 
 def _array_foreground(array: np.ndarray) -> np.ndarray:
     if array.ndim == 3:
         foreground = _array_foreground(array[..., :3].max(axis=-1))
-        # A transparent pixel is no foreground, whatever its color.
+        # Transparent pixels are background, whatever their color.
         return foreground & _array_foreground(array[..., 3]) if array.shape[-1] == 4 else foreground
     if array.dtype.kind == "b":
         return array.copy()
@@ -405,7 +408,7 @@ def _array_foreground(array: np.ndarray) -> np.ndarray:
 
 
 def describe_input(image: ImageInput) -> str:
-    """How an input is called in an error: its path, or what it is."""
+    """Return the name of an input for error messages: its path, or its type."""
     if isinstance(image, (str, os.PathLike)):
         path = os.fspath(image)
         return repr(str(path) if isinstance(path, str) else path)
@@ -415,5 +418,5 @@ def describe_input(image: ImageInput) -> str:
 
 
 def _sentence(text: str) -> str:
-    """One line that ends with a full stop."""
+    """Return a message as one line that ends with a period."""
     return " ".join(text.split()).rstrip(".") + "."

@@ -1,4 +1,4 @@
-"""Inference: prepared samples through router, VLM, CTM and SAM 3. `ConceptSegForSegmentation.segment` runs it."""
+"""Inference on prepared samples with router, VLM, CTM and SAM 3; see `ConceptSegForSegmentation.segment`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .sam_prompt import BOX_TEXT, SAM_PROMPTS, ImageFeatures
 if TYPE_CHECKING:
     from .modeling_conceptseg import ConceptSegForSegmentation
 
-_EMPTY = -100.0  # a mask logit whose probability is 0
+_EMPTY = -100.0  # mask logit of probability 0
 
 
 @dataclass(frozen=True)
 class SegmentSettings:
-    """How samples are segmented; see `ConceptSegForSegmentation.segment`.
+    """Settings of `Segmenter`; see `ConceptSegForSegmentation.segment`.
 
     Raises:
         ValueError: If `prompted_by` is unknown.
@@ -46,7 +46,7 @@ class SegmentSettings:
 
 @dataclass
 class _Decoded:
-    """One decode: (h, w) mask logits, presence in [0, 1], and the completion (None on the shortcut)."""
+    """Result of one decoding: (h, w) mask logits, presence in [0, 1], and the completion (None on the shortcut)."""
 
     mask_logits: Tensor
     presence: float
@@ -55,20 +55,20 @@ class _Decoded:
 
 @dataclass(frozen=True)
 class _Images:
-    """What SAM 3 sees of some samples: features of N images, and the row of each sample in them."""
+    """SAM 3 features of N images, and the row of each sample in them."""
 
     features: ImageFeatures
     row_of: Mapping[int, int]
 
     def select(self, indices: Sequence[int]) -> ImageFeatures:
-        """Features of samples, by their index."""
+        """Return the features of the samples with the given indices."""
         return self.features.select(torch.tensor([self.row_of[i] for i in indices]))
 
 
 class Segmenter:
-    """Segments batches of prepared samples with one model, processor and settings.
+    """Segment batches of prepared samples with one model, processor and settings.
 
-    Every image is encoded once by SAM 3, and only samples that do not take the shortcut reach the VLM.
+    SAM 3 encodes each image once, and the VLM processes only samples that do not take the shortcut.
     """
 
     def __init__(
@@ -79,31 +79,33 @@ class Segmenter:
     def segment(
         self, samples: Sequence[PreparedSample], image_index: Sequence[int] | None = None
     ) -> list[RawSegmentation]:
-        """One output per sample, in their order; samples that carry an error become failed ones.
+        """Return one output per sample, in the order of the samples; samples with an error yield failed outputs.
 
         Args:
             samples: The samples.
-            image_index: Which image each of them is about; by default every sample has one of its own.
+            image_index: Index of the image of each sample; by default, each sample has a separate image.
         """
         router = self.settings.router
         image_of = range(len(samples)) if image_index is None else image_index
-        usable = [i for i, sample in enumerate(samples) if sample.error is None]
-        asked = [i for i in usable if router.needs_first_pass(samples[i].prompt)]
+        valid = [i for i, sample in enumerate(samples) if sample.error is None]
+        candidates = [i for i in valid if router.needs_first_pass(samples[i].prompt)]
         images = None
-        if usable and all(samples[i].shortcut_pixel_values is None for i in usable):
-            images = self._encode(samples, usable, image_of)  # both routes see the same pixels
-        first_look: dict[int, _Decoded] = {}
-        if asked:
-            seen = images or self._encode(samples, asked, image_of, on_shortcut=True)
-            texts = [router.sam_text(samples[i].prompt) for i in asked]
-            first_look = self._decode(seen, asked, texts)
+        if valid and all(samples[i].shortcut_pixel_values is None for i in valid):
+            images = self._encode(samples, valid, image_of)  # both routes use the same pixels
+        first_pass: dict[int, _Decoded] = {}
+        if candidates:
+            shortcut_images = images or self._encode(samples, candidates, image_of, on_shortcut=True)
+            texts = [router.sam_text(samples[i].prompt) for i in candidates]
+            first_pass = self._decode(shortcut_images, candidates, texts)
         decoded = {
-            i: look for i, look in first_look.items() if router.accepts(look.presence, samples[i].prompt)
+            i: result
+            for i, result in first_pass.items()
+            if router.accepts(result.presence, samples[i].prompt)
         }
-        reasoned = [i for i in usable if i not in decoded]
-        if reasoned:
-            decoded |= self._reason(samples, reasoned, images or self._encode(samples, reasoned, image_of))
-        return [self._output(sample, decoded.get(i), first_look.get(i)) for i, sample in enumerate(samples)]
+        reasoning = [i for i in valid if i not in decoded]
+        if reasoning:
+            decoded |= self._reason(samples, reasoning, images or self._encode(samples, reasoning, image_of))
+        return [self._output(sample, decoded.get(i), first_pass.get(i)) for i, sample in enumerate(samples)]
 
     def _encode(
         self,
@@ -112,16 +114,16 @@ class Segmenter:
         image_of: Sequence[int],
         on_shortcut: bool = False,
     ) -> _Images:
-        """Encodes the images of some samples, each image once."""
+        """Encode the images of the samples with the given indices, each image once."""
         rows: dict[int, int] = {}
         pixels: list[Tensor] = []
         row_of: dict[int, int] = {}
         for i in indices:
-            own, shortcut = samples[i].sam_pixel_values, samples[i].shortcut_pixel_values
-            tensor = shortcut if on_shortcut and shortcut is not None else own
+            original, shortcut = samples[i].sam_pixel_values, samples[i].shortcut_pixel_values
+            tensor = shortcut if on_shortcut and shortcut is not None else original
             if tensor is None:
                 raise ValueError(
-                    "segment: a sample has no sam_pixel_values; give what the processor returned."
+                    "segment: a sample has no sam_pixel_values; pass the samples as returned by the processor."
                 )
             if image_of[i] not in rows:
                 rows[image_of[i]] = len(pixels)
@@ -138,7 +140,7 @@ class Segmenter:
         concept_embeds: Tensor | None = None,
         boxes: Tensor | None = None,
     ) -> dict[int, _Decoded]:
-        """Decodes one prompt for each of some samples; by their index."""
+        """Decode one prompt per sample; results are keyed by sample index."""
         ids, mask = (None, None) if texts is None else self.processor.sam_text(texts)
         mask_logits, presence_logits = self.model.decode_masks(
             images.select(indices), ids, mask, concept_embeds, boxes
@@ -152,7 +154,7 @@ class Segmenter:
     def _reason(
         self, samples: Sequence[PreparedSample], indices: Sequence[int], images: _Images
     ) -> dict[int, _Decoded]:
-        """Lets the VLM write about some samples, and SAM 3 decode what it says; by their index."""
+        """Generate completions with the VLM and decode them with SAM 3; results are keyed by sample index."""
         completions, concepts = self._complete([samples[i] for i in indices])
         by_index = dict(zip(indices, completions))
         prompted_by = self.settings.prompted_by
@@ -174,10 +176,10 @@ class Segmenter:
         return decoded
 
     def _complete(self, samples: Sequence[PreparedSample]) -> tuple[list[Completion], Tensor]:
-        """What the VLM writes, and (B, L2, D) concept tokens.
+        """Generate one completion per sample; return the completions and their (B, L2, D) concept tokens.
 
         Raises:
-            ValueError: If it is asked for several completions of a sample.
+            ValueError: If `num_return_sequences` is above 1.
         """
         config = self.model.config
         generated = generate_with_states(
@@ -190,7 +192,7 @@ class Segmenter:
         )
         if len(generated.mask) != len(samples):
             raise ValueError(
-                "segment: num_return_sequences is above 1; a sample has one result, so leave it at 1."
+                "segment: num_return_sequences is above 1, but each sample has one result; set it to 1."
             )
         completions = [
             self.processor.decode_completion(token_ids[mask], sample)
@@ -204,7 +206,7 @@ class Segmenter:
     def _decode_boxes(
         self, images: _Images, samples: Sequence[PreparedSample], completions: Mapping[int, Completion]
     ) -> dict[int, _Decoded]:
-        """Decodes the box of each completion, and nothing where there is none."""
+        """Decode the box of each completion; completions without a box yield an empty mask."""
         boxes = {
             i: samples[i].coordinates.text_box_to_sam(completion.bbox)
             for i, completion in completions.items()
@@ -218,7 +220,7 @@ class Segmenter:
         return decoded
 
     def _output(
-        self, sample: PreparedSample, decoded: _Decoded | None, first_look: _Decoded | None
+        self, sample: PreparedSample, decoded: _Decoded | None, first_pass: _Decoded | None
     ) -> RawSegmentation:
         if decoded is None:
             return RawSegmentation(sample.prompt, error=sample.error or "")
@@ -228,6 +230,6 @@ class Segmenter:
             frame=sample.coordinates,
             mask_logits=decoded.mask_logits,
             decode_presence=decoded.presence,
-            presence=None if first_look is None else first_look.presence,
+            presence=None if first_pass is None else first_pass.presence,
             completion=decoded.completion,
         )

@@ -1,4 +1,4 @@
-"""From what a user names to a model and its processor."""
+"""Loading of a model and its processor from a checkpoint folder or hub id."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .processing_conceptseg import ConceptSegProcessor
 
 
 def find_checkpoint(name: str | os.PathLike | None) -> str:
-    """The folder or hub id of a checkpoint; None stands for the embedded one.
+    """Return the folder or hub id of a checkpoint; None selects the embedded checkpoint.
 
     Raises:
         FileNotFoundError: If there is no embedded checkpoint.
@@ -28,31 +28,31 @@ def find_checkpoint(name: str | os.PathLike | None) -> str:
     folder = conceptseg_hf.nano_checkpoint()
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            "the embedded checkpoint is not there; train it with `make nano`, or name another with --model."
+            "the embedded checkpoint is missing; train it with `make nano`, or select another checkpoint with --model."
         )
     return str(folder)
 
 
 def load_config(checkpoint: str) -> ConceptSegConfig:
-    """The config of a checkpoint.
+    """Load the config of a checkpoint.
 
     Raises:
         OSError: If the checkpoint cannot be found.
-        ValueError: If it is no ConceptSeg checkpoint.
+        ValueError: If it is not a ConceptSeg checkpoint.
     """
     config = AutoConfig.from_pretrained(checkpoint)
     if is_original_config(config.to_dict()):
         raise ValueError(conversion_hint(checkpoint))
     if not isinstance(config, ConceptSegConfig):
         raise ValueError(
-            f"model {checkpoint!r} is of the type {config.model_type!r}, not a ConceptSeg checkpoint; give the "
-            "folder or id of one."
+            f"model {checkpoint!r} has model_type {config.model_type!r} and is not a ConceptSeg checkpoint; give the "
+            "folder or hub id of a ConceptSeg checkpoint."
         )
     return config
 
 
 def profile_of(name: str | os.PathLike | None) -> str | None:
-    """The profile that a checkpoint's config names; None also where no config can be read, which loading will tell."""
+    """Return the profile in a checkpoint's config; None if it has none or the config cannot be read."""
     try:
         return load_config(find_checkpoint(name)).profile
     except (OSError, ValueError):
@@ -62,34 +62,33 @@ def profile_of(name: str | os.PathLike | None) -> str | None:
 def load_model_and_processor(
     name: str | os.PathLike | None = None, device: str | torch.device | None = None, dtype: str = "auto"
 ) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
-    """Loads a checkpoint for inference.
+    """Load a checkpoint for inference.
 
     Args:
         name: Folder or hub id; None for the embedded checkpoint.
-        device: Where to; an accelerator by default, if there is one.
-        dtype: `"auto"` for the checkpoint's, or a name such as `"bfloat16"`.
+        device: Device of the model; by default an accelerator if available, else the CPU.
+        dtype: `"auto"` for the dtype of the checkpoint, or a name such as `"bfloat16"`.
 
     Raises:
         OSError: If the checkpoint cannot be found.
-        ValueError: If it is no ConceptSeg checkpoint, or the device cannot be used.
+        ValueError: If it is not a ConceptSeg checkpoint, or the device is not available.
     """
     checkpoint = find_checkpoint(name)
-    where = default_device() if device is None else _checked_device(device)
-    load_config(
-        checkpoint
-    )  # the smallest file first; AutoProcessor would make something of nearly any folder
+    target = default_device() if device is None else _check_device(device)
+    # Check the config first, because AutoProcessor loads some processor from nearly any folder.
+    load_config(checkpoint)
     processor = AutoProcessor.from_pretrained(checkpoint)
     if not isinstance(processor, ConceptSegProcessor):
-        raise ValueError(f"model {checkpoint!r} has no ConceptSegProcessor; save one beside it.")
+        raise ValueError(f"model {checkpoint!r} has no ConceptSegProcessor; save one in the same folder.")
     model = AutoModel.from_pretrained(checkpoint, dtype=dtype)
-    return model.to(where).eval(), processor
+    return model.to(target).eval(), processor
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, str]:
-    """What tells one model from another: the name it was loaded by, and a hash of the first values of each weight."""
+    """Return the name that a model was loaded from and a hash of the first values of each weight."""
     digest = hashlib.sha256()
     for name, _ in model.named_parameters():
-        if name in model.all_tied_weights_keys:  # offloaded, it is a parameter of its own
+        if name in model.all_tied_weights_keys:  # an offloaded tied weight is listed as a separate parameter
             continue
         digest.update(name.encode())
         first = stored_value(model, name).detach().flatten()[:64]
@@ -98,9 +97,9 @@ def fingerprint(model: PreTrainedModel) -> dict[str, str]:
 
 
 def configuration_hash(model: ConceptSegForSegmentation, processor: ConceptSegProcessor) -> str:
-    """A hash of what besides weights decides results: prompt, canvas, image sizes, router, and the like."""
+    """Return a hash of all settings that affect results: prompt, canvas, image sizes, router and others."""
     config = model.config
-    switches = {name: value for name, value in config.switches.items() if name != "profile"}
+    switches = {name: value for name, value in config.non_default_fields.items() if name != "profile"}
     values = {
         "processor": processor.to_dict(),
         "template": processor.chat_template,
@@ -115,13 +114,13 @@ def configuration_hash(model: ConceptSegForSegmentation, processor: ConceptSegPr
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _checked_device(device: str | torch.device) -> torch.device:
+def _check_device(device: str | torch.device) -> torch.device:
     try:
-        where = torch.device(device)
-        torch.empty(1, device=where)
+        checked = torch.device(device)
+        torch.empty(1, device=checked)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f"device {str(device)!r} cannot be used here; give cpu, or an accelerator that `conceptseg "
+            f"device {str(device)!r} is not available; use cpu, or an accelerator that `conceptseg "
             "info` shows."
         ) from error
-    return where
+    return checked

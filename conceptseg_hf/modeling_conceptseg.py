@@ -1,4 +1,4 @@
-"""ConceptSeg: a VLM reasons, the Concept Translation Module translates, and a frozen SAM 3 segments."""
+"""ConceptSeg model: a VLM, the Concept Translation Module (CTM) and a frozen SAM 3."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from transformers import initialization as init
 from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import can_return_tuple
 
-from . import sam_prompt, vlm_backbone
+from . import sam_prompt as sam_adapter
+from . import vlm_backbone
 from .checkpointing import CheckpointMixin
 from .concept_translation import ConceptTranslationModule
 from .configuration_conceptseg import ConceptSegConfig
@@ -29,12 +30,11 @@ from .sam_prompt import ImageFeatures
 
 
 class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
-    """Segments what a prompt means, directly or by reasoning over reference images.
+    """Segment the concept that a prompt describes, either directly or by reasoning over reference images.
 
-    Parts: `vlm` (the VLM), `ctm` (Concept Translation Module) and `sam` (SAM 3: frozen, and in eval mode
-        whatever `train()` is called on).
-    `forward` is the differentiable path of the trainers; `segment` is inference. Language-model methods act
-    on the VLM.
+    The model consists of `vlm` (the VLM), `ctm` (the Concept Translation Module) and `sam` (SAM 3, which is frozen and
+    always in eval mode, regardless of `train()`). `forward` is the differentiable path used for training, `segment`
+    runs inference. Language-model methods such as `generate` and `get_input_embeddings` are delegated to the VLM.
     """
 
     config: ConceptSegConfig
@@ -46,11 +46,11 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
     config_class = ConceptSegConfig
     base_model_prefix = "conceptseg"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")  # type: ignore[assignment]  # as Transformers' own models have it
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # as in Transformers' own models
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ConceptTranslationModule", *sam_prompt.NO_SPLIT_MODULES]  # noqa: RUF012 (the VLM adds its own)
-    # One dtype is all a config can say; without this a reload in bfloat16 would take SAM 3 and the CTM along.
-    _keep_in_fp32_modules_strict = ["sam", "ctm"]  # noqa: RUF012 (the base class reads it so)
+    _no_split_modules = ["ConceptTranslationModule", *sam_adapter.NO_SPLIT_MODULES]  # noqa: RUF012 (the VLM adds its own modules)
+    # A config stores a single dtype: without this, reloading in bfloat16 would also cast SAM 3 and the CTM.
+    _keep_in_fp32_modules_strict = ["sam", "ctm"]  # noqa: RUF012 (type expected by the base class)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -60,7 +60,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         super().__init__(config)
         vlm_backbone.check_supported(config.vlm_config)
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
-        # In float32 from the start, whatever dtype is asked for: weights on disk are read as what they were made.
+        # The CTM and SAM 3 are always float32, regardless of the requested dtype.
         with local_torch_dtype(torch.float32):
             self.ctm = ConceptTranslationModule(config.ctm_config)
         self.sam = Sam3Model._from_config(config.sam_config, dtype=torch.float32)
@@ -69,7 +69,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialises the CTM; the VLM and SAM 3 initialise themselves."""
+        """Initialize the CTM; the VLM and SAM 3 initialize their own weights."""
         std = self.config.ctm_config.initializer_range
         if isinstance(module, ConceptTranslationModule):
             init.normal_(module.queries, std=std)
@@ -84,16 +84,16 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
     # -- SAM 3 stays frozen --
 
     def train(self, mode: bool = True) -> ConceptSegForSegmentation:
-        """Sets the mode of the VLM and the CTM; SAM 3 stays frozen and in eval mode."""
+        """Set the mode of the VLM and the CTM; SAM 3 stays frozen and in eval mode."""
         super().train(mode)
         self._freeze_sam()
         return self
 
     def detach_sam(self) -> Sam3Model:
-        """Takes SAM 3 out of the module tree: `parameters`, `state_dict`, `to` and any wrapper pass it by.
+        """Remove SAM 3 from the module tree, which excludes it from `parameters`, `state_dict`, `to` and wrappers.
 
-        For trainers, which must neither shard nor save it. The methods of the model go on using it; whoever
-        detaches it moves it to its device.
+        Trainers use this to avoid sharding and saving SAM 3. The model's methods still use it, and the caller is
+        responsible for moving it to its device.
         """
         if "sam" in self._modules:
             self.__dict__["sam"] = self._modules.pop("sam")
@@ -101,19 +101,19 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes and its inputs belong, also while its weights are offloaded."""
+        """The device on which the model runs and expects its inputs, even while its weights are offloaded."""
         return execution_device(self)
 
-    # -- the VLM's methods --
+    # -- methods delegated to the VLM --
 
     @property
     def base_model(self) -> nn.Module:
-        """The VLM without its language-model head: what TRL multiplies by the output embeddings."""
+        """The VLM without its language-model head; TRL applies the output embeddings to its hidden states."""
         return self.vlm.base_model if "vlm" in self._modules else self
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The VLM's generation settings."""
+        """The VLM's generation config."""
         return self.vlm.generation_config
 
     @generation_config.setter
@@ -122,52 +122,52 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
             self.vlm.generation_config = value
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generates text with the VLM."""
+        """Generate text with the VLM."""
         with loaded(self):
             return self.vlm.generate(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The VLM's."""
+        """Return the VLM's input embeddings."""
         return self.vlm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Exchanges the VLM's."""
+        """Replace the VLM's input embeddings."""
         self.vlm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The VLM's language-model head."""
+        """Return the VLM's language-model head."""
         return self.vlm.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Exchanges the VLM's language-model head."""
+        """Replace the VLM's language-model head."""
         self.vlm.set_output_embeddings(new_embeddings)
 
-    # -- the differentiable path --
+    # -- training --
 
     def encode_concepts(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
-        """Translates the completion's hidden states into concept tokens (eq. 3).
+        """Translate the hidden states of completions into concept tokens (eq. 3).
 
         Args:
-            hidden_states: (B, L1, C).
-            mask: (B, L1), true at the tokens of the completion. A row without any is safe.
+            hidden_states: (B, L1, C) hidden states.
+            mask: (B, L1), true at completion tokens. Rows without completion tokens are allowed.
 
         Returns:
             (B, L2, D) concept tokens Z.
         """
         mask = mask.bool()
-        # Zeros at the padding: a row without any token then has one result, however far it is padded.
+        # Zero the padding: the result of a row without completion tokens must not depend on the padded length.
         return self.ctm(hidden_states.masked_fill(~mask[..., None], 0), mask)
 
     def translate_completion(
         self, hidden_states: Tensor, completion_mask: Tensor, detach_hidden_states: bool = False
     ) -> Tensor:
-        """The concept tokens of teacher-forced completions.
+        """Compute the concept tokens of teacher-forced completions.
 
         Args:
-            hidden_states: (B, L, C) last-layer, post-norm states of prompts and completions.
-            completion_mask: (B, L) true at the tokens of the completion, the end-of-sequence token excluded unless
-                `config.end_of_turn_state`.
-            detach_hidden_states: Stop the gradient at the CTM's input (as the released code does).
+            hidden_states: (B, L, C) last-layer, post-norm hidden states of prompts and completions.
+            completion_mask: (B, L) true at completion tokens; the end-of-sequence token is excluded unless
+                `config.end_of_turn_state` is set.
+            detach_hidden_states: Stop the gradient at the CTM's input (as in the released code).
 
         Returns:
             (B, L2, D) concept tokens Z.
@@ -176,14 +176,14 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         return self.encode_concepts(states.detach() if detach_hidden_states else states, mask)
 
     def encode_image(self, sam_pixel_values: Tensor) -> ImageFeatures:
-        """Encodes (B, 3, S, S) images with SAM 3, to be decoded with any number of prompts."""
+        """Encode (B, 3, S, S) images with SAM 3; the features can be decoded with any number of prompts."""
         with torch.no_grad(), self._without_autocast():
-            return sam_prompt.encode_image(
+            return sam_adapter.encode_image(
                 self.sam, sam_pixel_values.to(self.sam.dtype), self.config.sam_geometry_cls
             )
 
     def _without_autocast(self) -> torch.autocast:
-        """SAM 3 keeps its dtype in mixed precision: autocast cannot mix the halves of its box encoder with bfloat16."""
+        """Disable autocast for SAM 3: its box encoder mixes dtypes that autocast to bfloat16 does not support."""
         return torch.autocast(execution_device(self.sam).type, enabled=False)
 
     def decode_masks(
@@ -194,14 +194,14 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         concept_embeds: Tensor | None = None,
         boxes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Decodes the prompt [Z; E_text; geometry CLS] (eq. 4), differentiable in Z.
+        """Decode masks from the prompt [Z; E_text; geometry CLS] (eq. 4), differentiable with respect to Z.
 
         Args:
-            features: B encoded images.
-            sam_input_ids: (B, T) text for SAM 3, or None.
-            sam_attention_mask: (B, T) its mask.
+            features: Features of B images.
+            sam_input_ids: (B, T) token ids of SAM 3's text, or None.
+            sam_attention_mask: (B, T) attention mask of `sam_input_ids`.
             concept_embeds: (B, L2, D) concept tokens Z, or None.
-            boxes: See `sam_prompt.decode`; None: no boxes, as in the paper.
+            boxes: Box prompts, see `sam_prompt.decode`; None for no boxes, as in the paper.
 
         Returns:
             (B, 1, h, w) mask logits and (B, 1) presence logits.
@@ -211,16 +211,18 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         with self._without_autocast():
             if sam_input_ids is not None and sam_attention_mask is not None:
                 with torch.no_grad():
-                    text_embeds, text_mask = sam_prompt.encode_text(
+                    text_embeds, text_mask = sam_adapter.encode_text(
                         self.sam, sam_input_ids.to(device), sam_attention_mask.to(device)
                     )
             if concept_embeds is not None:
                 concept_embeds = concept_embeds.to(device, self.sam.dtype)
+                if not self.config.sam_geometry_cls_with_concepts:
+                    features = ImageFeatures(features.vision, geometry_cls=None)
             if boxes is not None:
                 boxes = boxes.to(device, self.sam.dtype)
-            output = sam_prompt.decode(self.sam, features, text_embeds, text_mask, concept_embeds, boxes)
+            output = sam_adapter.decode(self.sam, features, text_embeds, text_mask, concept_embeds, boxes)
         masks, presence = output.semantic_seg, output.presence_logits
-        assert masks is not None and presence is not None  # SAM 3 always gives both
+        assert masks is not None and presence is not None  # SAM 3 always returns both
         return masks, presence
 
     @can_return_tuple
@@ -244,33 +246,32 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         use_cache: bool | None = None,
         return_dict: bool | None = None,
     ) -> ConceptSegOutput | tuple[Any, ...]:
-        """From a teacher-forced completion to mask logits; the trainers' path.
+        """Compute mask logits, and the loss if labels are given, from teacher-forced completions.
 
         Args:
-            input_ids: (B, L) prompt and completion.
-            attention_mask: (B, L) nonzero at tokens.
+            input_ids: (B, L) token ids of prompt and completion.
+            attention_mask: (B, L) nonzero at tokens, zero at padding.
             mm_token_type_ids: (B, L) token types of the VLM's processor (1 at image tokens).
             pixel_values: (patches, d) image patches of all rows.
-            image_grid_thw: (images, 3) their grids.
-            completion_mask: (B, L) true at the tokens of the completion, the end-of-sequence token excluded unless
-                `config.end_of_turn_state`.
-            sam_pixel_values: (B, 3, S, S) target images for SAM 3; without them and `sam_features` only Z is
-                computed.
-            sam_features: The same, already encoded by `encode_image`.
-            sam_input_ids: (B, T) answer text for SAM 3, or None to prompt with Z alone.
-            sam_attention_mask: (B, T) its mask.
-            mask_labels: (B, H, W) masks of 0 and 1; with them the loss is computed, at their size.
-            detach_hidden_states: Stop the gradient at the CTM's input (as the released code does).
+            image_grid_thw: (images, 3) patch grids of the images.
+            completion_mask: (B, L) true at completion tokens; the end-of-sequence token is excluded unless
+                `config.end_of_turn_state` is set.
+            sam_pixel_values: (B, 3, S, S) target images for SAM 3. If neither these nor `sam_features` are given, only
+                the concept tokens are computed.
+            sam_features: Features of the target images, already encoded by `encode_image`.
+            sam_input_ids: (B, T) token ids of the answer for SAM 3, or None to prompt with Z alone.
+            sam_attention_mask: (B, T) attention mask of `sam_input_ids`.
+            mask_labels: (B, H, W) masks of 0 and 1. If given, the loss is computed at their resolution.
+            detach_hidden_states: Stop the gradient at the CTM's input (as in the released code).
             output_logits: Also return the VLM's next-token logits.
-            output_hidden_states: Also return the hidden states of all of the VLM's layers; by default as the
-                config says.
-            output_attentions: Also return the VLM's attention weights, which its "eager" attention alone has; by
-                default as the config says.
+            output_hidden_states: Also return the hidden states of all VLM layers; defaults to the config's value.
+            output_attentions: Also return the VLM's attention weights, which are available only with the "eager"
+                attention implementation; defaults to the config's value.
             use_cache: Also return the VLM's key-value cache.
-            return_dict: False for a tuple of what is present; by default as the config says.
+            return_dict: Whether to return a `ConceptSegOutput` instead of a tuple; defaults to the config's value.
 
         Raises:
-            ValueError: If arguments contradict each other.
+            ValueError: If arguments are incompatible.
         """
         _check_forward_arguments(
             sam_pixel_values, sam_features, sam_input_ids, sam_attention_mask, mask_labels
@@ -360,37 +361,37 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         return_logits: bool = False,
         **tensors: Any,
     ) -> list[ConceptSegmentation] | SegmentationOutputs:
-        """Segments a batch of prompts; each takes its own route.
+        """Segment a batch of prompts; the router chooses the route of each prompt.
 
-        Every image is encoded once by SAM 3, and only prompts that do not take the shortcut reach the VLM.
+        SAM 3 encodes each image once, and the VLM processes only the prompts that do not take the shortcut.
 
         Args:
-            inputs: What the processor returns for images, prompts and references: `segment(inputs)` or
-                `segment(**inputs)`. Or samples of the processor's `prepare`; those that carry an error become failed
-                results.
-            router: A mode of `ShortcutRouter` (with the config's `router_base` and so on), or a router.
-            generation_config: How the VLM writes (see `generate_with_states`); greedy by default.
-            processor: The processor, which then also post-processes the outputs. Without it the model uses its own
-                (`processor`) to read what the VLM writes.
+            inputs: The processor's output for images, prompts and references: `segment(inputs)` or
+                `segment(**inputs)`. Alternatively, a list of samples returned by the processor's `prepare`; samples
+                with an error yield failed results.
+            router: A mode of `ShortcutRouter` (combined with the config's `router_*` settings), or a router.
+            generation_config: Generation settings of the VLM (see `generate_with_states`); greedy by default.
+            processor: The processor. If given, it also post-processes the outputs. Otherwise the model decodes
+                completions with its own `processor`.
             return_heatmap: Also return the mask probabilities.
-            batch_size: At most so many samples at a time; None: all at once.
-            sam_prompt: What of the reasoning SAM 3 is prompted with: `"concept+text"` is the method (eq. 4); the
-                others are for ablations (paper, Table 4): `"concept"` (the concept tokens Z alone), `"text"` (the
-                answer alone) and `"box"` (the VLM's box alone; without one the mask is empty).
-            return_logits: Also return SAM 3's mask logits, at their own size.
-            **tensors: The items of `ConceptSegInputs`, in the place of `inputs`.
+            batch_size: Maximum number of samples per batch; None to process all samples at once.
+            sam_prompt: Which parts of the VLM's output prompt SAM 3. `"concept+text"` is the method of the paper (eq.
+                4). The other values are ablations (Table 4): `"concept"` (only the concept tokens Z), `"text"` (only
+                the answer) and `"box"` (only the VLM's box; the mask is empty if there is none).
+            return_logits: Also return SAM 3's mask logits at their original resolution.
+            **tensors: The items of `ConceptSegInputs`, as an alternative to `inputs`.
 
         Returns:
-            One result per prompt, in their order; without `processor` a sequence of them that also holds the outputs
-            for the processor's `post_process_concept_segmentation`.
+            One result per prompt, in the order of the prompts. Without `processor`, a sequence of results that also
+            holds the raw outputs for the processor's `post_process_concept_segmentation`.
 
         Raises:
-            ValueError: If the inputs are incomplete, there is no processor, or the router or generation settings are
-                invalid.
+            ValueError: If the inputs are incomplete, no processor is available, or the router or generation settings
+                are invalid.
         """
         if (inputs is None) == (not tensors):
             raise ValueError(
-                "segment: give either the inputs that a processor returned or its items as keywords, one of the two."
+                "segment: pass either the processor's output as inputs or its items as keyword arguments, not both."
             )
         batch = ConceptSegInputs(tensors) if inputs is None else inputs
         samples, image_index = list(batch), None
@@ -406,26 +407,28 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
             raise ValueError(
                 f"segment: batch_size is {batch_size}; use at least 1, or None for all samples at once."
             )
-        own = self.processor if processor is None else processor
-        segmenter = Segmenter(self, own, SegmentSettings(router, generation_config, sam_prompt))
+        own_processor = self.processor if processor is None else processor
+        segmenter = Segmenter(self, own_processor, SegmentSettings(router, generation_config, sam_prompt))
         raw = []
         with evaluating(self), loaded(self):
             size = batch_size or max(len(samples), 1)
-            for part in (slice(start, start + size) for start in range(0, len(samples), size)):
-                raw += segmenter.segment(samples[part], None if image_index is None else image_index[part])
+            for chunk in (slice(start, start + size) for start in range(0, len(samples), size)):
+                raw += segmenter.segment(samples[chunk], None if image_index is None else image_index[chunk])
         if processor is not None:
             return processor.post_process_concept_segmentation(
                 raw, return_heatmap=return_heatmap, return_logits=return_logits
             )
         post_process = partial(
-            own.post_process_concept_segmentation, return_heatmap=return_heatmap, return_logits=return_logits
+            own_processor.post_process_concept_segmentation,
+            return_heatmap=return_heatmap,
+            return_logits=return_logits,
         )
         return SegmentationOutputs(raw, lambda output: post_process([output])[0])
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode, and afterwards every module into the mode that it was in."""
+    """Set a model to eval mode within the context, then restore the previous mode of each module."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -443,23 +446,23 @@ def _check_forward_arguments(
     mask_labels: Tensor | None,
 ) -> None:
     if sam_pixel_values is not None and sam_features is not None:
-        raise ValueError("forward: both sam_pixel_values and sam_features are given; pass one of them.")
+        raise ValueError("forward: both sam_pixel_values and sam_features are given; pass only one of them.")
     if mask_labels is not None and sam_pixel_values is None and sam_features is None:
         raise ValueError(
-            "forward: mask_labels need an image to segment; pass sam_pixel_values or sam_features as well."
+            "forward: mask_labels require an image to segment; also pass sam_pixel_values or sam_features."
         )
     if (sam_input_ids is None) != (sam_attention_mask is None):
         raise ValueError(
-            "forward: sam_input_ids and sam_attention_mask belong together; pass both or neither."
+            "forward: only one of sam_input_ids and sam_attention_mask is given; pass both or neither."
         )
 
 
 def _completion_states(
     hidden_states: Tensor, completion_mask: Tensor, hidden_states_at: str
 ) -> tuple[Tensor, Tensor]:
-    """The columns from the first to the last completion token (at least one), and their mask."""
+    """Return the columns from the first to the last completion token (at least one), and their mask."""
     mask = completion_mask.bool().to(hidden_states.device)
-    if hidden_states_at == "predict":  # the state that predicts a token is that of the token before it
+    if hidden_states_at == "predict":  # the hidden state of the previous token predicts a token
         mask = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
     columns = mask.any(dim=0).nonzero()
     first, last = (int(columns[0]), int(columns[-1])) if len(columns) else (0, 0)

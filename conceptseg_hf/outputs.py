@@ -1,4 +1,4 @@
-"""What the model returns: tensors while training, one readable result per image and prompt otherwise."""
+"""Model outputs: tensors in training, and one result per image and prompt in inference."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class ConceptSegOutput(ModelOutput):
     """Output of `ConceptSegForSegmentation.forward`.
 
     Attributes:
-        loss: Scalar L_seg (eq. 5); present when mask labels were given.
-        mask_logits: (B, 1, h, w) SAM 3's semantic segmentation map; present when an image for SAM 3 was
-            given.
-        presence_logits: (B, 1) whether the concept is in the image; present with `mask_logits`.
+        loss: Scalar L_seg (eq. 5), returned if mask labels are given.
+        mask_logits: (B, 1, h, w) SAM 3's semantic segmentation logits, returned if images for SAM 3 are given.
+        presence_logits: (B, 1) logits of the presence of the concept in the image, returned with `mask_logits`.
         concept_embeds: (B, L2, D) concept tokens Z (eq. 3).
-        logits: (B, L, V) the VLM's next-token logits; present when asked for.
-        dice_loss: Scalar share of `loss`.
-        focal_loss: Scalar share of `loss`.
-        past_key_values: The VLM's key-value cache; present when asked for, as are the next two.
-        hidden_states: (B, L, C) of the VLM's embeddings and of each of its layers; the last is post-norm.
-        attentions: (B, heads, L, L) of each of the VLM's layers.
+        logits: (B, L, V) the VLM's next-token logits, returned if `output_logits=True`.
+        dice_loss: Scalar dice term of `loss`.
+        focal_loss: Scalar focal term of `loss`.
+        past_key_values: The VLM's key-value cache, returned if `use_cache=True`.
+        hidden_states: (B, L, C) embeddings and hidden states of each VLM layer, the last one post-norm; returned if
+            `output_hidden_states=True`.
+        attentions: (B, heads, L, L) attention weights of each VLM layer, returned if `output_attentions=True`.
     """
 
     loss: Tensor | None = None
@@ -49,31 +49,30 @@ class ConceptSegOutput(ModelOutput):
 
 @dataclass
 class ConceptSegmentation:
-    """The answer to one prompt on one image.
+    """Segmentation result of one prompt on one image.
 
     Attributes:
-        mask: "L" image of 0 and 255, of the input image's size; None when the item failed.
-        label: The VLM's answer, or the prompt on the shortcut (and where the VLM gave no answer).
-        score: In [0, 1]: presence of the final decode times the mean probability of the mask's pixels; 0 for
-            an empty mask.
-        route: "shortcut" or "reasoning"; None when the item failed.
-        presence: Presence, in [0, 1], that SAM 3's first look assigns to the prompt; None when it was not
-            asked.
-        threshold: What `presence` had to reach for the shortcut (eq. 9).
-        decode_presence: Presence, in [0, 1], of the decode that made the mask: low where the concept is not
-            in the image.
-        think: The VLM's reasoning; None on the shortcut or when missing.
-        rule: The rule it induced; None on the shortcut or when missing.
-        answer: The noun phrase it answered; None on the shortcut or when missing.
-        completion: All of its raw text; None on the shortcut.
-        box: Its box (x1, y1, x2, y2) in pixels of the input image.
-        check: Its check box, in pixels of the reference image it points at.
+        mask: "L" image of 0 and 255 at the input image's size; None if the item failed.
+        label: The VLM's answer; the prompt on the shortcut or if the VLM gave no answer.
+        score: Presence of the final decoding times the mean probability of the mask's pixels, in [0, 1]; 0 for an
+            empty mask.
+        route: "shortcut" or "reasoning"; None if the item failed.
+        presence: Presence of the prompt in SAM 3's first pass, in [0, 1]; None if there was no first pass.
+        threshold: Minimum `presence` for the shortcut (eq. 9).
+        decode_presence: Presence of the decoding that produced the mask, in [0, 1]; low if the concept is absent from
+            the image.
+        think: The VLM's reasoning; None on the shortcut or if missing.
+        rule: The rule induced by the VLM; None on the shortcut or if missing.
+        answer: The noun phrase answered by the VLM; None on the shortcut or if missing.
+        completion: The VLM's complete output text; None on the shortcut.
+        box: The VLM's box (x1, y1, x2, y2) in pixels of the input image.
+        check: The VLM's check box, in pixels of the reference that contains its center.
         check_reference: Index of that reference.
-        check_iou: IoU of `check` with the withheld box (0 when the check is missing); None without a proxy
-            query.
-        heatmap: (H, W) float32 mask probabilities at the input image's size; only when asked for.
-        error: None, or one sentence saying why this item failed.
-        mask_logits: (h, w) float32 SAM 3's mask logits at their own size; only when asked for.
+        check_iou: IoU of `check` with the withheld box (0 if the check is missing); None without a proxy query.
+        heatmap: (H, W) float32 mask probabilities at the input image's size, returned if `return_heatmap=True`.
+        error: None, or one sentence that states why the item failed.
+        mask_logits: (h, w) float32 mask logits of SAM 3 at their original resolution, returned if
+            `return_logits=True`.
     """
 
     mask: Image.Image | None
@@ -97,11 +96,11 @@ class ConceptSegmentation:
 
     @classmethod
     def failed(cls, error: str, label: str = "") -> ConceptSegmentation:
-        """The result of an item that could not be processed; `error` is one sentence, `label` the prompt."""
+        """Create the result of a failed item; `error` is one sentence, `label` the prompt."""
         return cls(mask=None, label=label, score=0.0, error=error)
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as a dictionary: every attribute under its name, `mask_logits` only where there are any."""
+        """Return the attributes as a dictionary; `mask_logits` is omitted if it is None."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.mask_logits is None:
             del values["mask_logits"]
@@ -113,15 +112,14 @@ class RawSegmentation:
     """The model's output for one prompt, before the processor's `post_process_concept_segmentation`.
 
     Attributes:
-        prompt: The user's words.
-        threshold: What `presence` had to reach for the shortcut (eq. 9); None when the item failed, as are the next
-            three.
-        frame: The sample's coordinate frames.
-        mask_logits: (h, w) SAM 3's mask logits of the final decode.
-        decode_presence: Presence, in [0, 1], of the final decode.
-        presence: Presence, in [0, 1], that SAM 3's first look assigns to the prompt; None when it was not asked.
-        completion: What the VLM wrote; None on the shortcut.
-        error: None, or one sentence saying why this item failed.
+        prompt: The user's prompt.
+        threshold: Minimum `presence` for the shortcut (eq. 9); None if the item failed.
+        frame: The sample's coordinate frame; None if the item failed.
+        mask_logits: (h, w) mask logits of the final decoding; None if the item failed.
+        decode_presence: Presence of the final decoding, in [0, 1]; None if the item failed.
+        presence: Presence of the prompt in SAM 3's first pass, in [0, 1]; None if there was no first pass.
+        completion: The VLM's completion; None on the shortcut.
+        error: None, or one sentence that states why the item failed.
     """
 
     prompt: str
@@ -135,10 +133,10 @@ class RawSegmentation:
 
 
 class SegmentationOutputs(Sequence[ConceptSegmentation]):
-    """What `ConceptSegForSegmentation.segment` returns without a processor.
+    """Output of `ConceptSegForSegmentation.segment` without a processor.
 
-    A sequence of results, each post-processed when it is read, as the processor's `post_process_concept_segmentation`
-    does by default.
+    A sequence of results that are post-processed on access, with the default arguments of the processor's
+    `post_process_concept_segmentation`.
 
     Attributes:
         raw: One `RawSegmentation` per prompt.

@@ -1,8 +1,8 @@
-"""pipeline("concept-segmentation"): images and words in, readable results out.
+"""The `pipeline("concept-segmentation")` task.
 
-The base class collates tensors of one shape; our samples are ragged. So this pipeline batches lists of
-`PreparedSample` and leaves padding to the processor, which knows how; only `get_iterator` and `run_single`
-differ from the base class.
+The base class collates tensors of equal shape, whereas samples of this pipeline have different shapes. The pipeline
+therefore batches lists of `PreparedSample` and leaves padding to the processor, which requires overriding
+`get_iterator` and `run_single`.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _LOADER_PARAMETERS = ("batch_size", "num_workers")
 
 
 class ConceptSegmentationPipeline(Pipeline):
-    """Segments what a prompt means, in one image or in many.
+    """Segment the concept described by a prompt in one or more images.
 
-    An input is an image (PIL image, array, path, URL or bytes) together with `prompt=` and, if need be,
-    `references=`; or a mapping, or any object, with `image`, `prompt` and `references`, which then go before
-    the keywords. Many inputs are a list, an array or pandas Series of paths, a DataFrame with these columns, a
-    generator, a torch dataset or any other sequence; the first three give a list, everything else an iterator.
+    An input is either an image (PIL image, array, path, URL or bytes), combined with the arguments `prompt` and
+    optionally `references`, or a mapping or object with `image`, `prompt` and `references`, which take precedence over
+    the arguments. Several inputs can be passed as a list, an array or pandas Series of paths, a DataFrame with these
+    columns, a generator, a torch dataset or any other sequence. The first four return a list, all others an iterator.
 
-    Each result is a dict with the fields of `ConceptSegmentation`. An input that cannot be read gives a
-    result whose `error` is one sentence and whose `mask` is None; the others go on.
+    Each result is a dict with the fields of `ConceptSegmentation`. An invalid input yields a result with `mask=None`
+    and a one-sentence `error`, without affecting the other inputs.
 
     Example:
         >>> pipe = pipeline("concept-segmentation")
@@ -56,7 +56,7 @@ class ConceptSegmentationPipeline(Pipeline):
 
     model: ConceptSegForSegmentation
     processor: ConceptSegProcessor
-    # The base class declares None, and documents these values.
+    # The base class declares None, but documents these values.
     _load_processor = True  # type: ignore[assignment]
     _load_tokenizer = False  # type: ignore[assignment]
     _load_image_processor = False  # type: ignore[assignment]
@@ -75,21 +75,21 @@ class ConceptSegmentationPipeline(Pipeline):
     def __call__(  # type: ignore[override]
         self, inputs: Any, **kwargs: Any
     ) -> dict[str, Any] | list[dict[str, Any]] | Iterable[dict[str, Any]]:
-        """Segments one input or many.
+        """Segment one or more inputs.
 
         Args:
-            inputs: See the class.
-            **kwargs: Of these:
-                `prompt`: The concept in words, for inputs that bring none.
-                `references`: A list of `Reference`, for inputs that bring none.
+            inputs: One or more inputs; see the class.
+            **kwargs: Optional arguments:
+                `prompt`: Description of the concept, for inputs without a prompt.
+                `references`: A list of `Reference`, for inputs without references.
                 `router`: `"adaptive"`, `"sam_only"`, `"full_reasoning"` or a `ShortcutRouter`.
-                `generation_config`: How the VLM writes: a `GenerationConfig` or a dict of its fields.
-                `return_heatmap`: Adds the mask probabilities to each result.
-                `batch_size`: Inputs per call of the model; 1 by default.
-                `num_workers`: Processes that prepare inputs; 0 by default. A stream gets at most one.
+                `generation_config`: Generation settings of the VLM, a `GenerationConfig` or a dict of its fields.
+                `return_heatmap`: Whether to add the mask probabilities to each result.
+                `batch_size`: Number of inputs per model call; defaults to 1.
+                `num_workers`: Number of processes that prepare inputs; defaults to 0. Streams use at most one.
 
         Raises:
-            TypeError: If a keyword is unknown.
+            TypeError: If an argument is unknown.
             ValueError: If the router is unknown.
         """
         many = _as_many(inputs)
@@ -107,8 +107,8 @@ class ConceptSegmentationPipeline(Pipeline):
         for name in parameters:
             if name not in known:
                 raise TypeError(
-                    f"ConceptSegmentationPipeline: there is no parameter {name!r}; "
-                    f"use {', '.join((*known, *_LOADER_PARAMETERS))}."
+                    f"ConceptSegmentationPipeline: unknown argument {name!r}; "
+                    f"use one of {', '.join((*known, *_LOADER_PARAMETERS))}."
                 )
         preprocess = {name: parameters[name] for name in _PREPROCESS_PARAMETERS if name in parameters}
         forward = {name: parameters[name] for name in _FORWARD_PARAMETERS if name in parameters}
@@ -117,7 +117,7 @@ class ConceptSegmentationPipeline(Pipeline):
     def preprocess(  # type: ignore[override]
         self, inputs: Any, prompt: str | None = None, references: Sequence[Reference] | None = None
     ) -> PreparedSample:
-        """Prepares one input; never fails on a bad one, the sample says what was wrong."""
+        """Prepare one input; an invalid input yields a sample with an error."""
         return _Preparation(self.processor, prompt, references)(inputs)
 
     def _forward(  # type: ignore[override]
@@ -138,7 +138,7 @@ class ConceptSegmentationPipeline(Pipeline):
     def postprocess(  # type: ignore[override]
         self, result: ConceptSegmentation
     ) -> dict[str, Any]:
-        """One result as a dict."""
+        """Convert a result to a dict."""
         return result.to_dict()
 
     def run_single(
@@ -148,7 +148,7 @@ class ConceptSegmentationPipeline(Pipeline):
         forward_params: dict[str, Any],
         postprocess_params: dict[str, Any],
     ) -> dict[str, Any]:
-        """Segments one input."""
+        """Segment one input."""
         sample = self.preprocess(inputs, **preprocess_params)
         return self.postprocess(self.forward([sample], **forward_params)[0], **postprocess_params)
 
@@ -161,19 +161,18 @@ class ConceptSegmentationPipeline(Pipeline):
         forward_params: dict[str, Any],
         postprocess_params: dict[str, Any],
     ) -> _Results:
-        """Segments many inputs, `batch_size` at a time, as they are asked for."""
+        """Segment several inputs lazily, in batches of `batch_size`."""
         prepare = _Preparation(self.processor, **preprocess_params)
         if isinstance(inputs, Sized) and hasattr(inputs, "__getitem__"):
             dataset: Dataset = _PreparedSequence(inputs, prepare)
         else:
             dataset = _PreparedStream(inputs, prepare)
-            # A stream cannot be divided, and only a forked process can inherit it.
+            # A stream cannot be split between workers, and only a forked process can inherit it.
             num_workers = min(num_workers, int(torch.multiprocessing.get_start_method() == "fork"))
         if num_workers:
-            os.environ.setdefault(
-                "TOKENIZERS_PARALLELISM", "false"
-            )  # tokenizers would warn in every forked process
-        batches = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=_as_is)
+            # Avoids a warning of tokenizers in each forked process.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        batches = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=_identity)
 
         def segment(samples: list[PreparedSample]) -> list[dict[str, Any]]:
             return [
@@ -186,12 +185,12 @@ class ConceptSegmentationPipeline(Pipeline):
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Saves model and processor, so that the folder loads again without remote code.
+        """Save model and processor, such that the folder can be loaded without remote code.
 
         Args:
-            save_directory: The folder.
-            push_to_hub: Upload the folder as well.
-            **kwargs: As in the model's `save_pretrained`; with `push_to_hub` also `repo_id` (by default the folder's
+            save_directory: Output folder.
+            push_to_hub: Also upload the folder.
+            **kwargs: See the model's `save_pretrained`; with `push_to_hub` also `repo_id` (defaults to the folder's
                 name) and the arguments of `hub.upload`.
         """
         if push_to_hub:
@@ -204,15 +203,15 @@ class ConceptSegmentationPipeline(Pipeline):
     def push_to_hub(  # type: ignore[override]
         self, repo_id: str, *, max_shard_size: int | str = "5GB", **kwargs: Any
     ) -> Any:
-        """Uploads model, processor and card; see the model's `push_to_hub`.
+        """Upload model, processor and card; see the model's `push_to_hub`.
 
         Args:
-            repo_id: The repository, made if it does not exist.
-            max_shard_size: Size of the weight files.
-            **kwargs: Further arguments of `hub.upload`.
+            repo_id: Repository id; the repository is created if it does not exist.
+            max_shard_size: Maximum size of each weight file.
+            **kwargs: Additional arguments of `hub.upload`.
 
         Returns:
-            What the Hub says of the commit.
+            The commit information returned by the Hub.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -221,10 +220,10 @@ class ConceptSegmentationPipeline(Pipeline):
 
 @contextmanager
 def _placed(model: Any) -> Iterator[torch.device | None]:
-    """Yields the device of a model that Accelerate has dispatched or offloaded, which must not be moved; else None.
+    """Yield the device of a model dispatched or offloaded by Accelerate, which must not be moved, otherwise None.
 
-    The base class would take the first device of the model's map, which may be the disk, and does not see a model that
-    was offloaded without a map.
+    The base class would use the first device of `hf_device_map`, which may be the disk, and does not detect a model
+    that was offloaded without a device map.
     """
     device_map = vars(model).pop("hf_device_map", None)
     try:
@@ -235,10 +234,10 @@ def _placed(model: Any) -> Iterator[torch.device | None]:
 
 
 def register_pipeline(default_model: str | os.PathLike) -> None:
-    """Makes `transformers.pipeline("concept-segmentation")` known; may be called any number of times.
+    """Register the task of `transformers.pipeline("concept-segmentation")`; repeated calls have no effect.
 
     Args:
-        default_model: The checkpoint folder used when no model is named.
+        default_model: Checkpoint folder used if no model is specified.
     """
     if PIPELINE_REGISTRY.supported_tasks.get(TASK, {}).get("impl") is ConceptSegmentationPipeline:
         return
@@ -253,26 +252,26 @@ def register_pipeline(default_model: str | os.PathLike) -> None:
 
 @dataclass(frozen=True)
 class _Preparation:
-    """Input -> PreparedSample. Holds the processor only: worker processes get no copy of the model."""
+    """Convert inputs to `PreparedSample`; contains only the processor, so that workers receive no copy of the model."""
 
     processor: ConceptSegProcessor
     prompt: str | None = None
     references: Sequence[Reference] | None = None
 
     def __call__(self, item: Any) -> PreparedSample:
-        get: Callable[[str], Any] = (
+        get_field: Callable[[str], Any] = (
             item.get if isinstance(item, Mapping) else lambda name: getattr(item, name, None)
         )
-        composed = isinstance(item, Mapping) or _has_parts(item)
-        prompt: Any = self.prompt if not composed or get("prompt") is None else get("prompt")
-        references = self.references if not composed or get("references") is None else get("references")
+        has_fields = isinstance(item, Mapping) or _has_fields(item)
+        prompt: Any = self.prompt if not has_fields or get_field("prompt") is None else get_field("prompt")
+        references = self.references
+        if has_fields and get_field("references") is not None:
+            references = get_field("references")
         try:
-            if composed and get("image") is None:
-                raise ValueError(
-                    "the input has no 'image'; give a path, URL, array or PIL image under that name."
-                )
+            if has_fields and get_field("image") is None:
+                raise ValueError("the input has no 'image'; set it to a path, URL, array or PIL image.")
             return self.processor.prepare(
-                get("image") if composed else item, prompt, references or (), lazy=True
+                get_field("image") if has_fields else item, prompt, references or (), lazy=True
             )
         except (ValueError, TypeError, OSError) as error:
             return self.failed(error, prompt)
@@ -284,7 +283,7 @@ class _Preparation:
 
 
 class _PreparedSequence(Dataset):
-    """Prepares the items of anything with a length."""
+    """Dataset that prepares the items of a sequence."""
 
     def __init__(self, items: Any, prepare: _Preparation) -> None:
         self.items, self.prepare = items, prepare
@@ -295,13 +294,13 @@ class _PreparedSequence(Dataset):
     def __getitem__(self, index: int) -> PreparedSample:
         try:
             item = self.items[index]
-        except (ValueError, OSError) as error:  # a dataset that reads its own files
+        except (ValueError, OSError) as error:  # the dataset may read files
             return self.prepare.failed(error, self.prepare.prompt)
         return self.prepare(item)
 
 
 class _PreparedStream(IterableDataset):
-    """Prepares the items of anything that can only be iterated."""
+    """Dataset that prepares the items of an iterable."""
 
     def __init__(self, items: Iterable[Any], prepare: _Preparation) -> None:
         self.items, self.prepare = items, prepare
@@ -311,7 +310,7 @@ class _PreparedStream(IterableDataset):
 
 
 class _Results:
-    """The results one by one; as long as its inputs, if they have a length."""
+    """Iterable of results, with the length of the inputs if they have one."""
 
     def __init__(
         self, batches: DataLoader, segment: Callable[[list[PreparedSample]], list[dict[str, Any]]]
@@ -320,7 +319,7 @@ class _Results:
         self._iterator: Iterator[dict[str, Any]] | None = None
 
     def __len__(self) -> int:
-        return len(self._batches.dataset)  # type: ignore[arg-type]  # only asked of those that have a length
+        return len(self._batches.dataset)  # type: ignore[arg-type]  # fails for inputs without a length
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for samples in self._batches:
@@ -333,14 +332,14 @@ class _Results:
 
 
 def _as_many(inputs: Any) -> Any | None:
-    """Inputs as the base class takes many (a list, generator or torch dataset); None for a single input."""
+    """Convert several inputs to a list, generator or torch dataset, as the base class expects; None for one input."""
     if isinstance(inputs, (list, tuple)):
         return list(inputs)
-    if hasattr(inputs, "columns") and hasattr(inputs, "to_dict"):  # a pandas DataFrame: an input a row
+    if hasattr(inputs, "columns") and hasattr(inputs, "to_dict"):  # a pandas DataFrame: one input per row
         return inputs.to_dict("records")
     if isinstance(
         inputs, (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, Mapping)
-    ) or _has_parts(inputs):
+    ) or _has_fields(inputs):
         return None
     if hasattr(inputs, "__array__") and (listed := as_list(inputs)) is not None:
         return listed
@@ -354,7 +353,7 @@ def _as_many(inputs: Any) -> Any | None:
 
 
 class _Items(Dataset):
-    """A sequence that the base class recognises as a dataset."""
+    """Wrap a sequence in a torch dataset, which the base class recognizes."""
 
     def __init__(self, items: Any) -> None:
         self.items = items
@@ -366,11 +365,11 @@ class _Items(Dataset):
         return self.items[index]
 
 
-def _has_parts(item: Any) -> bool:
+def _has_fields(item: Any) -> bool:
     return hasattr(item, "image") and hasattr(item, "prompt")
 
 
-def _as_is(samples: list[PreparedSample]) -> list[PreparedSample]:
+def _identity(samples: list[PreparedSample]) -> list[PreparedSample]:
     return samples
 
 

@@ -1,4 +1,4 @@
-"""From what the model computes to the pixels of the input images."""
+"""Post-processing of model outputs to masks and boxes in pixels of the input images."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .inputs import known
 from .outputs import ConceptSegmentation, RawSegmentation
 
 _NOT_FINITE = (
-    "the model's output for this sample is not finite (NaN); load the checkpoint in float32 or bfloat16, or use one "
-    "whose training did not diverge."
+    "the model's output for this sample is not finite (NaN); load the checkpoint in float32 or bfloat16, or use a "
+    "checkpoint from a training run that did not diverge."
 )
 
 
 def post_process_mask(
     logits: torch.Tensor, size: tuple[int, int], resampling: str = "bilinear", threshold: float = 0.5
 ) -> tuple[Image.Image, np.ndarray]:
-    """Brings mask logits to the size of an image.
+    """Resize mask logits to the size of an image and threshold them.
 
     Args:
         logits: Semantic mask logits, (h, w).
         size: (width, height) of the image.
-        resampling: `"bilinear"` or `"bicubic"`.
-        threshold: The probability that a pixel of the mask exceeds.
+        resampling: Interpolation mode, `"bilinear"` or `"bicubic"`.
+        threshold: Probability threshold of the mask.
 
     Returns:
         The mask, an "L" image of 0 and 255, and the probabilities, float32 (H, W).
@@ -48,10 +48,10 @@ def post_process(
     return_heatmap: bool = False,
     return_logits: bool = False,
 ) -> ConceptSegmentation:
-    """Brings one output of the model to the frames of its images; see the processor's method of the same name."""
+    """Convert one model output to a result; see `ConceptSegProcessor.post_process_concept_segmentation`."""
     if raw.error is not None:
         return ConceptSegmentation.failed(raw.error, raw.prompt)
-    frame = known(raw.frame, "coordinate frames")
+    frame = known(raw.frame, "coordinate frame")
     logits, presence = known(raw.mask_logits, "mask logits"), known(raw.decode_presence, "presence")
     if not (math.isfinite(presence) and is_finite(logits)):
         return ConceptSegmentation.failed(_NOT_FINITE, raw.prompt)

@@ -1,6 +1,6 @@
-"""ConceptSegProcessor: from images, words and references to tensors, and back to pixels of the input images.
+"""ConceptSegProcessor: converts images, prompts and references to tensors, and model outputs to masks and boxes.
 
-Coordinates are the business of `coordinates.CoordinateFrame`, of which each sample has one.
+Coordinate transforms are implemented by `coordinates.CoordinateFrame`; each sample has one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,55 +25,44 @@ from .completion import Completion, parse_completion
 from .configuration_conceptseg import conversion_hint, is_original_config
 from .coordinates import CoordinateFrame, make_frame
 from .images import ImageInput, as_list, load_image
-from .inputs import ConceptSegInputs, PreparedSample, index_images, known
+from .inputs import ConceptSegInputs, PreparedSample, PreparedTarget, index_images, known
 from .mosaic import RESAMPLING, MosaicSettings, compose_mosaic
 from .outputs import ConceptSegmentation, RawSegmentation, SegmentationOutputs
 from .postprocessing import post_process, post_process_mask
-from .processor_settings import SWITCHES, checked_settings
+from .processor_settings import OPTIONAL_SETTINGS, checked_settings
 from .prompt_template import PromptTemplate
 from .references import Reference, ResolvedReferences, resolve_references
 
-# SAM 3's share of the arguments of the model's `forward`; `vlm_backbone.INPUT_NAMES` are the VLM's.
+# Arguments of the model's `forward` for SAM 3; `vlm_backbone.INPUT_NAMES` are those for the VLM.
 _SAM_INPUT_NAMES = ("sam_pixel_values", "sam_input_ids", "sam_attention_mask")
 
 
-@dataclass(frozen=True)
-class _Target:
-    """What the prompts about one image share: its size, and what the VLM and SAM 3 see of it."""
-
-    size: tuple[int, int]
-    canvas: Image.Image
-    sam_pixels: torch.Tensor
-    shortcut_pixels: torch.Tensor | None
-
-
 class ConceptSegProcessor(ChatMixin):
-    """Two tokenizers, two image processors, one prompt template, and every coordinate transform.
+    """Processor that combines the tokenizers and image processors of the VLM and SAM 3 with a prompt template.
 
     Args:
-        image_processor: The VLM's image processor (Qwen2-VL's or one with its interface).
-        tokenizer: The VLM's tokenizer; its padding side is set to left, as generation in batches needs.
+        image_processor: The VLM's image processor (Qwen2-VL's or a compatible one).
+        tokenizer: The VLM's tokenizer; its padding side is set to left, as required for batched generation.
         sam_image_processor: SAM 3's image processor.
-        sam_tokenizer: SAM 3's tokenizer; padded right.
-        chat_template: Jinja chat template; the tokenizer's own by default, and Qwen's form if that has none
-            either.
-        canvas_size: Side of the square that the mosaic and the target are resized to before the VLM's image
-            processor sees them (paper: 600). That processor then only rounds it to a multiple of its patch
-            and merge size (600 -> 588 for Qwen2.5-VL).
-        coordinate_scale: What one canvas side measures in the text: 1 for decimals, `canvas_size` for whole
-            canvas pixels.
-        sam_text_length: Tokens of SAM 3's text input; longer texts are cut.
-        prompt_template: `PromptTemplate.to_dict()` of another instruction; the official one by default. Saved
-            in processor_config.json.
-        mosaic: How references are laid out, and how their boxes are found and written: `MosaicSettings`, or some of
-            its fields by name.
-        shortcut_size: Side of the square that the target is resized to (bicubic) before SAM 3's image processor sees
-            it on the shortcut; None: both paths see the target itself.
-        sam_resampling: Pillow's filter, `"bicubic"` or `"bilinear"`, by which the target is resized to SAM 3's square;
-            None leaves that to SAM 3's image processor.
-        mask_resampling: How SAM 3's mask logits are resized to the target: `"bilinear"` or `"bicubic"`.
+        sam_tokenizer: SAM 3's tokenizer; its padding side is set to right.
+        chat_template: Jinja chat template. Defaults to the tokenizer's template, or to Qwen's format if the tokenizer
+            has none.
+        canvas_size: Side of the square canvas to which the mosaic and the target are resized before the VLM's image
+            processor (paper: 600). The image processor then only rounds it to a multiple of its patch and merge size
+            (600 -> 588 for Qwen2.5-VL).
+        coordinate_scale: Length of a canvas side in text coordinates: 1 for decimals, `canvas_size` for integer canvas
+            pixels.
+        sam_text_length: Number of tokens of SAM 3's text input; longer texts are truncated.
+        prompt_template: Instruction template, as `PromptTemplate` or `PromptTemplate.to_dict()`; defaults to the
+            official one. Saved in processor_config.json.
+        mosaic: Layout of the references and handling of their boxes: `MosaicSettings`, or a mapping of its fields.
+        shortcut_size: Side of the square to which the target is resized (bicubic) before SAM 3's image processor on
+            the shortcut; None to use the original target on both routes.
+        sam_resampling: Pillow filter for resizing the target to SAM 3's input size: `"bicubic"` or `"bilinear"`; None
+            to leave resizing to SAM 3's image processor.
+        mask_resampling: Interpolation of SAM 3's mask logits to the target's size: `"bilinear"` or `"bicubic"`.
 
-    The last four are saved only where they are set.
+    The last four settings are saved only if they differ from their defaults.
     """
 
     return_mm_token_type_ids = True
@@ -122,7 +110,7 @@ class ConceptSegProcessor(ChatMixin):
         super().__init__(
             image_processor, tokenizer, sam_image_processor, sam_tokenizer, chat_template=chat_template
         )
-        # A tokenizer does not save its padding side; given to `from_pretrained`, one side would reach both.
+        # Tokenizers do not save their padding side, and `from_pretrained(padding_side=...)` would set it for both.
         tokenizer.padding_side = "left"
         sam_tokenizer.padding_side = "right"
         for name, value in settings.items():
@@ -141,7 +129,7 @@ class ConceptSegProcessor(ChatMixin):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> ConceptSegProcessor:
-        """As in the base class; of a checkpoint in the authors' layout it says how to convert it."""
+        """Load a processor; raise an error with the conversion command for a checkpoint in the authors' layout."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (ValueError, OSError):
@@ -153,7 +141,7 @@ class ConceptSegProcessor(ChatMixin):
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
-        """As in the base class; with `push_to_hub`, `kwargs` may hold `repo_id` and the arguments of `hub.upload`."""
+        """Save the processor; with `push_to_hub`, `kwargs` may include `repo_id` and the arguments of `hub.upload`."""
         if push_to_hub:
             upload, kwargs = hub.split_upload_arguments(save_directory, kwargs)
         files = super().save_pretrained(save_directory, **kwargs)
@@ -163,33 +151,33 @@ class ConceptSegProcessor(ChatMixin):
         return files
 
     def push_to_hub(self, repo_id: str, *, max_shard_size: int | str | None = None, **kwargs: Any) -> Any:
-        """Uploads the processor, without a card: that is the model's to bring.
+        """Upload the processor, without a model card.
 
         Args:
-            repo_id: The repository, made if it does not exist.
-            max_shard_size: Not used; models take it.
-            **kwargs: Further arguments of `hub.upload`.
+            repo_id: Repository id; the repository is created if it does not exist.
+            max_shard_size: Ignored; accepted for compatibility with models.
+            **kwargs: Additional arguments of `hub.upload`.
 
         Returns:
-            What the Hub says of the commit.
+            The commit information returned by the Hub.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return hub.upload(folder, repo_id, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the base class, without those of `SWITCHES` that are as usual."""
-        usual = [name for name, value in SWITCHES.items() if getattr(self, name) == value]
-        return {name: value for name, value in super().to_dict().items() if name not in usual}
+        """Return the processor's attributes as a dictionary, without the `OPTIONAL_SETTINGS` at their default."""
+        defaults = [name for name, value in OPTIONAL_SETTINGS.items() if getattr(self, name) == value]
+        return {name: value for name, value in super().to_dict().items() if name not in defaults}
 
     def with_settings(self, **changes: Any) -> ConceptSegProcessor:
-        """A processor with other settings that shares all else with this one.
+        """Return a shallow copy of the processor with different settings.
 
         Args:
-            **changes: Those arguments of the class that are plain data, from `canvas_size` on.
+            **changes: Arguments of the class from `canvas_size` on.
 
         Raises:
-            ValueError: If there is no such setting, or a value cannot be used.
+            ValueError: If a setting is unknown or its value is invalid.
         """
         changed = copy.copy(self)
         for name, value in checked_settings(changes).items():
@@ -198,15 +186,15 @@ class ConceptSegProcessor(ChatMixin):
 
     @property
     def mosaic_settings(self) -> MosaicSettings:
-        """How references are laid out, and how their boxes are found and written."""
+        """Layout of the references and handling of their boxes."""
         return MosaicSettings.from_dict(self.mosaic or {})
 
     @property
     def model_input_names(self) -> list[str]:
-        """The names under which the model's `forward` takes what this processor makes."""
+        """Names of the model's `forward` arguments that the processor creates."""
         return [*vlm_backbone.INPUT_NAMES, *_SAM_INPUT_NAMES]
 
-    # From inputs to tensors
+    # Preprocessing
 
     def __call__(
         self,
@@ -214,20 +202,20 @@ class ConceptSegProcessor(ChatMixin):
         prompts: str | Sequence[str],
         references: Sequence[Reference] | Sequence[Sequence[Reference]] | None = None,
     ) -> ConceptSegInputs:
-        """Prepares one prompt or a batch of prompts for `model.segment(**inputs)`.
+        """Prepare one prompt or a batch of prompts for `model.segment(**inputs)`.
 
         Args:
-            images: One image (see `images.ImageInput`) or a list of them; also an array or a pandas Series of
-                paths or images. Several prompts for one image encode it once.
-            prompts: One prompt for all images, or one per image; several may go with a single image.
+            images: One image (see `images.ImageInput`), a list of images, or an array or pandas Series of paths or
+                images. An image that occurs several times is encoded once.
+            prompts: One prompt for all images, or one per image. A single image may have several prompts.
             references: One list of references for all images, or one list per image.
 
         Raises:
-            FileNotFoundError: If a path names no file.
-            ValueError: If an input cannot be used, or the lists differ in length.
+            FileNotFoundError: If a path does not exist.
+            ValueError: If an input is invalid, or the lists differ in length.
         """
-        listed = as_list(images)
-        images = [images] if listed is None else listed
+        image_list = as_list(images)
+        images = [images] if image_list is None else image_list
         prompts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
         images = images * len(prompts) if len(images) == 1 else images
         references = [] if references is None else as_list(references) or []
@@ -236,17 +224,17 @@ class ConceptSegProcessor(ChatMixin):
         if not len(images) == len(prompts) == len(references):
             raise ValueError(
                 f"ConceptSegProcessor: got {len(images)} images, {len(prompts)} prompts and "
-                f"{len(references)} lists of references; give one prompt and one list per image."
+                f"{len(references)} lists of references; pass one prompt and one list per image."
             )
         if not images:
-            raise ValueError("ConceptSegProcessor: there are no images; give at least one.")
+            raise ValueError("ConceptSegProcessor: images is empty; pass at least one image.")
         for prompt in prompts:
             self.check_prompt(prompt)
-        different, image_index = index_images(images)
-        targets = [self._read_target(image) for image in different]
+        unique_images, image_index = index_images(images)
+        targets = [self._read_target(image) for image in unique_images]
         samples = [
-            self._prepare(targets[index], prompt, shown)
-            for index, prompt, shown in zip(image_index, prompts, references, strict=True)
+            self._prepare(targets[index], prompt, prompt_references)
+            for index, prompt, prompt_references in zip(image_index, prompts, references, strict=True)
         ]
         inputs = ConceptSegInputs(dict(self.collate(samples)))
         inputs["prompts"] = prompts
@@ -266,66 +254,66 @@ class ConceptSegProcessor(ChatMixin):
         references: Sequence[Reference | Mapping[str, Any]] = (),
         lazy: bool = False,
     ) -> PreparedSample:
-        """Prepares one prompt.
+        """Prepare one prompt.
 
         Args:
-            image: The target image; see `images.ImageInput`.
-            prompt: The user's words.
+            image: Target image; see `images.ImageInput`.
+            prompt: The user's prompt.
             references: Up to nine references; see `Reference` for boxes, masks and roles.
-            lazy: Leaves the VLM's tensors to `prepare_vlm`, which `collate` calls: a sample that takes the
-                shortcut never pays for them.
+            lazy: Defer the computation of the VLM's tensors to `prepare_vlm`, which `collate` calls. Samples that take
+                the shortcut do not need them.
 
         Raises:
-            FileNotFoundError: If a path names no file.
-            ValueError: If an input cannot be used; the message is one sentence.
+            FileNotFoundError: If a path does not exist.
+            ValueError: If an input is invalid; the message is one sentence.
         """
         self.check_prompt(prompt)
         sample = self._prepare(self._read_target(image), prompt, references)
         return sample if lazy else self.prepare_vlm(sample)
 
-    def _read_target(self, image: ImageInput) -> _Target:
-        picture = load_image(image)
+    def _read_target(self, image: ImageInput) -> PreparedTarget:
+        target = load_image(image)
         shortcut = None
         if self.shortcut_size is not None:
             size = (self.shortcut_size, self.shortcut_size)
-            shortcut = self.sam_pixels(picture.resize(size, Image.Resampling.BICUBIC))
-        return _Target(picture.size, self._on_canvas(picture), self.sam_pixels(picture), shortcut)
+            shortcut = self.sam_pixels(target.resize(size, Image.Resampling.BICUBIC))
+        return PreparedTarget(target.size, self._on_canvas(target), self.sam_pixels(target), shortcut)
 
     def _prepare(
-        self, target: _Target, prompt: str, references: Sequence[Reference | Mapping[str, Any]] | None
+        self, target: PreparedTarget, prompt: str, references: Sequence[Reference | Mapping[str, Any]] | None
     ) -> PreparedSample:
         frame, mosaic = self._draw_references(target.size, references)
-        pictures = (target.canvas,) if mosaic is None else (mosaic, target.canvas)
+        images = (target.canvas,) if mosaic is None else (mosaic, target.canvas)
         return PreparedSample(
             prompt=prompt,
             frame=frame,
             sam_pixel_values=target.sam_pixels,
-            vlm_images=pictures,
-            vlm_text=self.chat_text(self.instruction(prompt, frame), len(pictures)),
+            vlm_images=images,
+            vlm_text=self.chat_text(self.instruction(prompt, frame), len(images)),
             shortcut_pixel_values=target.shortcut_pixels,
         )
 
-    def sam_pixels(self, picture: Image.Image) -> torch.Tensor:
-        """SAM 3's input for an RGB image, (3, S, S)."""
+    def sam_pixels(self, image: Image.Image) -> torch.Tensor:
+        """Return SAM 3's input for an RGB image, (3, S, S)."""
         if self.sam_resampling is not None:
             size = self.sam_image_processor.size
-            picture = picture.resize((size["width"], size["height"]), RESAMPLING[self.sam_resampling])
-        return self.sam_image_processor(images=picture, return_tensors="pt")["pixel_values"][0]
+            image = image.resize((size["width"], size["height"]), RESAMPLING[self.sam_resampling])
+        return self.sam_image_processor(images=image, return_tensors="pt")["pixel_values"][0]
 
     def draw_images(
-        self, picture: Image.Image, references: Sequence[Reference | Mapping[str, Any]] | None
+        self, image: Image.Image, references: Sequence[Reference | Mapping[str, Any]] | None
     ) -> tuple[CoordinateFrame, tuple[Image.Image, ...]]:
-        """Draws what the VLM sees of a prompt.
+        """Create the VLM's images of a prompt.
 
         Args:
-            picture: The target image, RGB.
-            references: As in `prepare`.
+            image: RGB target image.
+            references: References, see `prepare`.
 
         Returns:
-            The sample's frame, and `PreparedSample.vlm_images`.
+            The sample's coordinate frame, and its `PreparedSample.vlm_images`.
         """
-        frame, mosaic = self._draw_references(picture.size, references)
-        target = self._on_canvas(picture)
+        frame, mosaic = self._draw_references(image.size, references)
+        target = self._on_canvas(image)
         return frame, ((target,) if mosaic is None else (mosaic, target))
 
     def _draw_references(
@@ -342,11 +330,11 @@ class ConceptSegProcessor(ChatMixin):
             resolved.images, resolved.all_boxes, frame.layout, resolved.proxy, settings
         )
 
-    def _on_canvas(self, picture: Image.Image) -> Image.Image:
-        return picture.resize((self.canvas_size, self.canvas_size), Image.Resampling.BICUBIC)
+    def _on_canvas(self, image: Image.Image) -> Image.Image:
+        return image.resize((self.canvas_size, self.canvas_size), Image.Resampling.BICUBIC)
 
     def prepare_vlm(self, sample: PreparedSample) -> PreparedSample:
-        """Fills the VLM's tensors of a sample in place, once, and returns it."""
+        """Compute the VLM's tensors of a sample in place, unless already present, and return the sample."""
         if sample.input_ids is not None or sample.error is not None:
             return sample
         encoded = self.image_processor(
@@ -371,28 +359,29 @@ class ConceptSegProcessor(ChatMixin):
         device: torch.device | str | None = None,
         end_of_turn: bool | Sequence[bool] = False,
     ) -> BatchFeature:
-        """Batches the VLM's inputs, prompts padded on the left.
+        """Collate the VLM's inputs into a batch, with left-padded prompts.
 
         Args:
             samples: Samples without errors.
-            completions: A completion per sample for teacher forcing, as text or as token ids (without the
-                end-of-turn token). They follow the prompts, each ended by the end-of-turn token and padded on
-                the right.
-            device: Where the tensors go.
-            end_of_turn: Whether the completions' end-of-turn tokens are among those whose states the CTM reads
-                (`ConceptSegConfig.end_of_turn_state`), for all or for each.
+            completions: One completion per sample for teacher forcing, as a string or as token ids (without the
+                end-of-turn token). Completions follow the prompts; each is terminated by the end-of-turn token and
+                padded on the right.
+            device: Device of the returned tensors.
+            end_of_turn: Whether `completion_mask` includes the end-of-turn token
+                (`ConceptSegConfig.end_of_turn_state`), for all completions or for each.
 
         Returns:
             input_ids, attention_mask, mm_token_type_ids (B, L), pixel_values (patches, d), image_grid_thw
-            (pictures, 3); with completions also completion_mask (B, L) bool, True at the completion tokens
-            without the end-of-turn token (unless `end_of_turn`): the positions `generate_with_states` keeps.
+            (images, 3); with completions also completion_mask (B, L) bool, true at completion tokens, excluding the
+            end-of-turn token unless `end_of_turn` is set. These are the positions of `generate_with_states`.
 
         Raises:
-            ValueError: If there are no samples, one has an error, or the numbers differ.
+            ValueError: If there are no samples, a sample has an error, or the numbers of samples and completions
+                differ.
         """
         samples = [self.prepare_vlm(sample) for sample in samples]
-        endings = None if completions is None else [self._completion_ids(each) for each in completions]
-        batch = pad_batch(samples, endings, self._pad_token_id, end_of_turn)
+        completion_ids = None if completions is None else [self._completion_ids(each) for each in completions]
+        batch = pad_batch(samples, completion_ids, self._pad_token_id, end_of_turn)
         return BatchFeature(
             batch if device is None else {name: tensor.to(device) for name, tensor in batch.items()}
         )
@@ -405,7 +394,7 @@ class ConceptSegProcessor(ChatMixin):
     def sam_text(
         self, texts: Sequence[str], device: torch.device | str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """SAM 3's text input: (input_ids, attention_mask), each padded or cut to (B, sam_text_length)."""
+        """Return SAM 3's text input: (input_ids, attention_mask), padded or truncated to (B, sam_text_length)."""
         encoded = self.sam_tokenizer(
             list(texts),
             padding="max_length",
@@ -416,16 +405,16 @@ class ConceptSegProcessor(ChatMixin):
         )
         return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
 
-    # From outputs to the input images
+    # Post-processing
 
     def decode_completion(
         self, token_ids: torch.Tensor | Sequence[int], sample: PreparedSample | None = None
     ) -> Completion:
-        """Decodes and parses one completion.
+        """Decode and parse one completion.
 
         Args:
             token_ids: Completion tokens, (T,).
-            sample: The sample they belong to; says whether a `<check>` was asked for.
+            sample: The sample of the completion, which determines whether `<check>` is expected.
         """
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         expect_check = None if sample is None or sample.frame is None else sample.frame.proxy is not None
@@ -434,11 +423,11 @@ class ConceptSegProcessor(ChatMixin):
     def post_process_mask(
         self, logits: torch.Tensor, frame: CoordinateFrame
     ) -> tuple[Image.Image, np.ndarray]:
-        """Brings SAM 3's mask logits to the pixels of the target image.
+        """Resize SAM 3's mask logits to the target image and threshold them.
 
         Args:
             logits: Semantic mask logits, (h, w).
-            frame: The sample's frame.
+            frame: The sample's coordinate frame.
 
         Returns:
             The mask, an "L" image of 0 and 255 (logits > 0 after resizing, see `mask_resampling`), and the
@@ -453,35 +442,35 @@ class ConceptSegProcessor(ChatMixin):
         return_heatmap: bool = False,
         return_logits: bool = False,
     ) -> list[ConceptSegmentation]:
-        """Turns the model's outputs into results in pixels of the input images.
+        """Convert the model's outputs to results in pixels of the input images.
 
         Args:
-            outputs: What `model.segment(**inputs)` returns without a processor.
-            threshold: The probability, above 0 and below 1, that a pixel of the mask exceeds.
+            outputs: Output of `model.segment(**inputs)` without a processor.
+            threshold: Probability threshold of the mask, between 0 and 1 (exclusive).
             return_heatmap: Also return the mask probabilities.
-            return_logits: Also return SAM 3's mask logits, at their own size.
+            return_logits: Also return SAM 3's mask logits at their original resolution.
 
         Returns:
-            One result per output, in their order.
+            One result per output, in the order of the outputs.
 
         Raises:
             ValueError: If the threshold is not between 0 and 1.
         """
         if not 0 < threshold < 1:
             raise ValueError(
-                f"post_process_concept_segmentation: threshold is {threshold}; give a probability between 0 and 1."
+                f"post_process_concept_segmentation: threshold is {threshold}; use a probability between 0 and 1."
             )
         raw = outputs.raw if isinstance(outputs, SegmentationOutputs) else outputs
         return [
             post_process(each, self.mask_resampling, threshold, return_heatmap, return_logits) for each in raw
         ]
 
-    # Parts
+    # Helpers
 
     def make_frame(
         self, image_size: tuple[int, int], references: ResolvedReferences | None = None
     ) -> CoordinateFrame:
-        """The coordinate frame of a target image of (width, height), with its references laid out on the mosaic."""
+        """Create the coordinate frame of a target image of size (width, height) and its references."""
         return make_frame(
             image_size, references, self.mosaic_settings, self.canvas_size, self.coordinate_scale
         )
@@ -493,11 +482,11 @@ class ConceptSegProcessor(ChatMixin):
             ids = [int(token) for token in completion]
         if self.image_token_id in ids:
             raise ValueError(
-                "collate: a completion contains an image token, which only prompts may; leave it out."
+                "collate: a completion contains an image token, which is allowed only in prompts; remove it."
             )
         return [*ids, self.tokenizer.eos_token_id]
 
 
-Frame = CoordinateFrame  # its name before
+Frame = CoordinateFrame  # former name, kept for compatibility
 
 __all__ = ["ConceptSegInputs", "ConceptSegProcessor", "CoordinateFrame", "Frame", "PreparedSample"]

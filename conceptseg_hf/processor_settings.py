@@ -1,4 +1,4 @@
-"""The settings of `ConceptSegProcessor`: plain data, saved in processor_config.json."""
+"""Validation of the settings of `ConceptSegProcessor` that are saved in processor_config.json."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from typing import Any
 from .mosaic import RESAMPLING, MosaicSettings
 from .prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
 
-SWITCHES = {"mosaic": None, "shortcut_size": None, "sam_resampling": None, "mask_resampling": "bilinear"}
-"""Settings of `ConceptSegProcessor` that are saved only where they are set, and their usual values."""
+OPTIONAL_SETTINGS = {
+    "mosaic": None,
+    "shortcut_size": None,
+    "sam_resampling": None,
+    "mask_resampling": "bilinear",
+}
+"""Optional settings of `ConceptSegProcessor`, saved only if they differ from these default values."""
 
 
 def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `ConceptSegProcessor` as they are kept: plain data, so that they are saved.
+    """Validate settings of `ConceptSegProcessor` and convert them to JSON-serializable values.
 
     Raises:
-        ValueError: If a name or value cannot be used.
+        ValueError: If a setting is unknown or its value is invalid.
     """
     checked = dict(settings)
     for name, value in settings.items():
         if name in ("canvas_size", "coordinate_scale", "sam_text_length", "shortcut_size"):
             if not (name == "shortcut_size" and value is None) and not value > 0:
-                raise ValueError(f"ConceptSegProcessor: {name} is {value}; give a positive number.")
+                raise ValueError(f"ConceptSegProcessor: {name} is {value}; use a positive number.")
             if value is not None:
                 checked[name] = float(value) if name == "coordinate_scale" else int(value)
         elif name == "prompt_template":
@@ -39,5 +44,7 @@ def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
                     f"ConceptSegProcessor: {name} is {value!r}; use {' or '.join(map(repr, RESAMPLING))}."
                 )
         else:
-            raise ValueError(f"ConceptSegProcessor: there is no setting {name!r} that is plain data.")
+            raise ValueError(
+                f"ConceptSegProcessor: unknown setting {name!r}; use an argument of the class from canvas_size on."
+            )
     return checked

@@ -1,10 +1,10 @@
-"""Profiles: named bundles of settings of model, processor and evaluation; docs/weights.md has the table.
+"""Profiles: named sets of model, processor and evaluation settings, listed in docs/weights.md.
 
-`"paper"` is what everything does by default. `"released"` is what the code does that the authors published with their
-weights, wherever that differs; `conceptseg convert` writes it into the folders that it makes of such weights.
+`"paper"` contains the default settings. `"released"` follows the code that the authors published with their weights;
+`conceptseg convert` applies it to checkpoints converted from these weights.
 
-What weights were trained with is no matter of a profile: the canvas, the coordinates' scale, and a prompt template of
-one's own stay as they are.
+A profile does not change settings that the weights were trained with: the canvas size, the coordinate scale, and a
+custom prompt template.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .configuration_conceptseg import SWITCHES, ConceptSegConfig
+from .configuration_conceptseg import PROFILE_FIELDS, ConceptSegConfig
 from .mosaic import MosaicSettings
 from .prompt_template import OFFICIAL_TEMPLATE, PromptTemplate, released_template
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from .processing_conceptseg import ConceptSegProcessor
 
 RELEASED_SIZE = 600
-"""Side of the released code's canvas, in pixels."""
+"""Canvas size of the released code, in pixels."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A named bundle of settings.
+    """A named set of settings.
 
     Attributes:
-        name: Its name.
+        name: Name of the profile.
         config: Fields of `ConceptSegConfig`.
         processor: Settings of `ConceptSegProcessor`.
-        protocol: How an evaluation compares masks; see `evaluation.protocols`.
-        loader: How references of a benchmark's files are drawn, and its masks read; see `data.load_benchmark`.
+        protocol: Evaluation protocol for comparing masks; see `evaluation.protocols`.
+        loader: Loader of benchmark files, which samples references and reads masks; see `data.load_benchmark`.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Profile:
     loader: str
 
 
-def _usual(name: str) -> Any:
+def _config_default(name: str) -> Any:
     return ConceptSegConfig.__dataclass_fields__[name].default
 
 
@@ -54,7 +54,7 @@ PROFILES = {
     for profile in (
         Profile(
             "paper",
-            config={name: _usual(name) for name in SWITCHES if name != "profile"},
+            config={name: _config_default(name) for name in PROFILE_FIELDS},
             processor={
                 "mosaic": MosaicSettings().to_dict(),
                 "shortcut_size": None,
@@ -92,35 +92,35 @@ PROFILES = {
 
 
 def get_profile(name: str) -> Profile:
-    """A profile by name.
+    """Return a profile by name.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the profile is unknown.
     """
     if name not in PROFILES:
-        raise ValueError(f"no profile is named {name!r}; use {' or '.join(PROFILES)}.")
+        raise ValueError(f"unknown profile {name!r}; use {' or '.join(PROFILES)}.")
     return PROFILES[name]
 
 
 def profile_changes(
     name: str, config: ConceptSegConfig, processor: ConceptSegProcessor
 ) -> dict[str, tuple[Any, Any]]:
-    """What a profile would change: setting by setting what it is and what it would be.
+    """Return the settings that a profile would change, as pairs of current and new values.
 
-    Fields of the mosaic are named "mosaic.grid" and so on; a prompt template is named, not shown.
+    Mosaic settings have the prefix "mosaic.", and prompt templates are represented by the name of their profile.
 
     Args:
-        name: The profile.
+        name: Name of the profile.
         config: The model's config.
-        processor: Its processor.
+        processor: The model's processor.
 
     Raises:
-        ValueError: If no profile has that name.
+        ValueError: If the profile is unknown.
     """
     profile = get_profile(name)
     changes = {key: (getattr(config, key), value) for key, value in profile.config.items()}
-    found = processor.mosaic_settings.to_dict()
-    changes |= {f"mosaic.{key}": (found[key], value) for key, value in profile.processor["mosaic"].items()}
+    mosaic = processor.mosaic_settings.to_dict()
+    changes |= {f"mosaic.{key}": (mosaic[key], value) for key, value in profile.processor["mosaic"].items()}
     changes["shortcut_size"] = (processor.shortcut_size, profile.processor["shortcut_size"])
     template = find_template_profile(processor.template)
     if template is not None:
@@ -131,20 +131,20 @@ def profile_changes(
 def apply_profile(
     model: ConceptSegForSegmentation, processor: ConceptSegProcessor, name: str
 ) -> dict[str, tuple[Any, Any]]:
-    """Gives a model and its processor the settings of a profile, in place.
+    """Apply the settings of a profile to a model and its processor, in place.
 
-    Both save them: a folder that they are saved to has the profile by itself.
+    The settings are saved with the model and the processor.
 
     Args:
         model: The model.
-        processor: Its processor.
+        processor: The model's processor.
         name: `"paper"` or `"released"`.
 
     Returns:
-        What has changed; see `profile_changes`.
+        The changed settings; see `profile_changes`.
 
     Raises:
-        ValueError: If no profile has that name.
+        ValueError: If the profile is unknown.
 
     Example:
         >>> model = AutoModel.from_pretrained("conceptseg-r1-7b")
@@ -168,23 +168,23 @@ def apply_profile(
 def using_profile(
     model: ConceptSegForSegmentation, processor: ConceptSegProcessor, name: str | None
 ) -> Iterator[ConceptSegProcessor]:
-    """Lets a model have the settings of a profile for a while.
+    """Apply a profile to a model within the context and restore the model's config afterwards.
 
     Args:
-        model: The model, whose config is as before afterwards.
-        processor: Its processor, which stays as it is.
-        name: The profile; None: all stays as it is.
+        model: The model.
+        processor: The model's processor, which is not modified.
+        name: Name of the profile; None to apply no profile.
 
     Yields:
-        The processor of the profile.
+        A processor with the settings of the profile.
 
     Raises:
-        ValueError: If no profile has that name.
+        ValueError: If the profile is unknown.
     """
     if name is None:
         yield processor
         return
-    before = {key: getattr(model.config, key) for key in SWITCHES}
+    before = {key: getattr(model.config, key) for key in ("profile", *PROFILE_FIELDS)}
     changed = processor.with_settings()  # a copy
     try:
         apply_profile(model, changed, name)
@@ -197,26 +197,26 @@ def using_profile(
 def describe_profile(
     name: str, config: ConceptSegConfig, processor: ConceptSegProcessor, protocol: str, loader: str | None
 ) -> str:
-    """A profile's name, and what of a run is not as it says, for reports.
+    """Describe a profile and the settings of a run that differ from it, for reports.
 
     Args:
-        name: The profile.
+        name: Name of the profile.
         config: The model's config.
-        processor: Its processor.
-        protocol: The protocol of the evaluation.
-        loader: The loader of the samples; None where they have none.
+        processor: The model's processor.
+        protocol: Protocol of the evaluation.
+        loader: Loader of the samples, or None.
     """
     profile = get_profile(name)
     differing = {
-        key: "another" if key == "prompt_template" else found
-        for key, (found, _) in profile_changes(name, config, processor).items()
+        key: "another" if key == "prompt_template" else current
+        for key, (current, _) in profile_changes(name, config, processor).items()
     }
     if protocol != profile.protocol:
         differing["protocol"] = protocol
     if loader not in (None, profile.loader):
         differing["loader"] = loader
-    words = ", ".join(f"{key} {value}" for key, value in differing.items())
-    return f"{name} but {words}" if words else name
+    differences = ", ".join(f"{key} {value}" for key, value in differing.items())
+    return f"{name} but {differences}" if differences else name
 
 
 def _processor_settings(profile: Profile, processor: ConceptSegProcessor) -> dict[str, Any]:
@@ -227,13 +227,13 @@ def _processor_settings(profile: Profile, processor: ConceptSegProcessor) -> dic
 
 
 def find_template_profile(template: PromptTemplate) -> str | None:
-    """The profile that a template belongs to, whatever spaces its system message has around it; None: one's own."""
+    """Return the profile of a template, ignoring whitespace around its system message; None for a custom template."""
 
-    def words(data: Mapping[str, str]) -> dict[str, str]:
+    def normalize(data: Mapping[str, str]) -> dict[str, str]:
         return {**data, "system": data["system"].strip()}
 
-    given = words(template.to_dict())
-    return next(
-        (name for name, profile in PROFILES.items() if words(profile.processor["prompt_template"]) == given),
-        None,
-    )
+    normalized = normalize(template.to_dict())
+    for name, profile in PROFILES.items():
+        if normalize(profile.processor["prompt_template"]) == normalized:
+            return name
+    return None

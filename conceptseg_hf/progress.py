@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal; in pipes and logs, which cannot redraw one, a line now and then."""
+"""Progress of long tasks: a bar on a terminal, and periodic lines in pipes and logs, which cannot redraw a bar."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SECONDS_BETWEEN_LINES = 30.0
 def progress_bar(
     total: int, unit: str, desc: str = "", initial: int = 0, **options: Any
 ) -> tqdm | ProgressLines:
-    """What shows how far a piece of work is: `update(n)`, `set_description(text)`, `close()`, or a `with` block.
+    """Return a progress bar with `update(n)`, `set_description(text)` and `close()`, usable as a context manager.
 
     Args:
-        total: How much there is to do.
-        unit: Of what, in the plural; "B" for bytes.
-        desc: What is being done.
-        initial: What was done before.
-        **options: Of tqdm, for terminals.
+        total: Number of units in total.
+        unit: Name of the units in the plural; "B" for bytes.
+        desc: Description of the task.
+        initial: Number of units completed before.
+        **options: Options of tqdm, used on terminals only.
     """
     if not is_terminal():
         return ProgressLines(total, unit, desc, initial)
@@ -32,25 +32,25 @@ def progress_bar(
 
 
 def is_terminal() -> bool:
-    """Whether standard error, where progress is shown, is a terminal."""
+    """Whether standard error, to which progress is written, is a terminal."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 class ProgressLines:
-    """Progress in whole lines, at most one in `every` seconds; work that takes less says nothing.
+    """Progress in whole lines, at most one every `every` seconds; shorter tasks print nothing.
 
     Args:
-        total: How much there is to do.
-        unit: Of what, in the plural; "B" for bytes.
-        desc: What is being done.
-        initial: What was done before; the rate leaves it out.
-        every: Seconds between two lines.
-        file: Where to; standard error by default.
-        clock: Seconds that only grow.
+        total: Number of units in total.
+        unit: Name of the units in the plural; "B" for bytes.
+        desc: Description of the task.
+        initial: Number of units completed before, which the rate does not count.
+        every: Minimum number of seconds between two lines.
+        file: Output stream; standard error by default.
+        clock: Monotonic clock in seconds.
 
     Attributes:
-        n: What is done.
-        initial: What of it was done before.
+        n: Number of completed units.
+        initial: Number of units completed before.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ProgressLines:
         self.close()
 
     def update(self, count: int = 1) -> None:
-        """Counts what is done."""
+        """Advance the count of completed units."""
         self.n += count
         now = self._clock()
         if now - self._last >= self._every:
@@ -84,17 +84,17 @@ class ProgressLines:
             print_line(self._line(now), self._file)
 
     def set_description(self, text: str) -> None:
-        """Says what is being done."""
+        """Set the description of the task."""
         self.desc = text
 
     def set_postfix(self, numbers: dict[str, Any], **_: Any) -> None:
-        """For bars alone."""
+        """Do nothing; part of the interface of tqdm."""
 
     def refresh(self) -> None:
-        """For bars alone."""
+        """Do nothing; part of the interface of tqdm."""
 
     def close(self) -> None:
-        """The last line of work that had lines at all."""
+        """Print a final line if any line has been printed before."""
         if self._last > self._start:
             print_line(self._line(self._clock()), self._file)
 
@@ -109,12 +109,12 @@ class ProgressLines:
 
 
 def print_line(text: str, file: TextIO | None = None) -> None:
-    """Writes a line to standard error, past a bar that may be drawn there."""
+    """Print a line to standard error without breaking an active progress bar."""
     tqdm.write(text, file=sys.stderr if file is None else file)
 
 
 def hide_bars_in_pipes() -> None:
-    """Turns the bars of Transformers and of the hub off where standard error is no terminal."""
+    """Disable the progress bars of Transformers and the Hub if standard error is not a terminal."""
     if not is_terminal():
         from transformers.utils import logging
 

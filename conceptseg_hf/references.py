@@ -1,7 +1,6 @@
-"""Reference images: how they are read, their boxes, and their roles. `mosaic` lays them out.
+"""Reference images, their boxes and roles. The `mosaic` module lays them out.
 
-A reference's boxes are in the "image" frame of that reference (see ARCHITECTURE.md): (x1, y1, x2, y2) with x2 and y2
-exclusive.
+Boxes are in the "image" frame of their reference (see ARCHITECTURE.md): (x1, y1, x2, y2) with exclusive x2 and y2.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from PIL import Image
 
 from .boxes import Box, enclosing_box, mask_to_box
-from .images import ImageInput, as_list, load_gray_mask, load_mask, load_oriented_image, describe_input
+from .images import ImageInput, as_list, describe_input, load_gray_mask, load_mask, load_oriented_image
 from .mosaic import (
     MosaicLayout,
     MosaicSettings,
@@ -29,17 +28,17 @@ Role: TypeAlias = Literal["auto", "support", "proxy"]
 
 @dataclass(frozen=True)
 class Reference:
-    """An image that shows the concept, with a box or mask around it or without.
+    """An image of the concept, optionally with boxes or a mask.
 
     Attributes:
-        image: The picture; see `images.ImageInput`.
-        mask: Foreground mask of the same size; its extreme foreground pixels become the box. Ignored when
-            `box` or `boxes` is given.
+        image: The image; see `images.ImageInput`.
+        mask: Foreground mask of the same size, from which the bounding box is computed. Ignored if `box` or `boxes` is
+            given.
         box: (x1, y1, x2, y2) in pixels of `image` after EXIF rotation, x2 and y2 exclusive.
-        role: `"support"`: the boxes are shown. `"proxy"`: they are withheld and the VLM must find them, which
-            checks its rule. `"auto"`: with two or more boxed references and no explicit proxy, the first
-            boxed "auto" reference is the proxy, all others are support.
-        boxes: Several boxes instead of one, each as `box`.
+        role: `"support"`: the boxes are shown to the VLM. `"proxy"`: the boxes are withheld, and the VLM must predict
+            them to check its rule. `"auto"`: if there are at least two references with boxes and no explicit proxy,
+            the first "auto" reference with boxes becomes the proxy; all others are support references.
+        boxes: Several boxes, as an alternative to `box`.
     """
 
     image: ImageInput
@@ -52,23 +51,23 @@ class Reference:
         if self.role not in get_args(Role):
             raise ValueError(f"Reference: role is {self.role!r}; use 'auto', 'support' or 'proxy'.")
         if self.box is not None and self.boxes is not None:
-            raise ValueError("Reference: both box and boxes are given; give all of them as boxes.")
+            raise ValueError("Reference: both box and boxes are given; pass all boxes as boxes.")
 
     @property
     def is_marked(self) -> bool:
-        """Whether it has a mask or a box; not whether they can be used."""
+        """Whether the reference has a mask or boxes, regardless of whether they are valid."""
         return self.mask is not None or self.box is not None or self.boxes is not None
 
 
 @dataclass(frozen=True)
 class ResolvedReferences:
-    """References after reading.
+    """References with loaded images and computed boxes.
 
     Attributes:
         images: RGB images after EXIF rotation.
-        boxes: Per image one box in pixels of it, or None; where it has several, the one that encloses them.
+        boxes: For each image one box in pixels of the image, which encloses all of its boxes, or None.
         proxy: Index of the proxy query, or None.
-        all_boxes: Per image all of its boxes.
+        all_boxes: All boxes of each image.
     """
 
     images: tuple[Image.Image, ...]
@@ -82,54 +81,55 @@ def resolve_references(
     canvas_size: int | None = None,
     settings: MosaicSettings | None = None,
 ) -> ResolvedReferences:
-    """Reads references, turns masks into boxes and decides which one is the proxy query.
+    """Read references, compute boxes from masks and choose the proxy query.
 
     Args:
         references: `Reference` objects or mappings with their fields.
-        canvas_size: Side of the canvas; needed where `settings` are.
-        settings: How they are laid out; None: boxes are those of the masks themselves, and all references are shown.
+        canvas_size: Side of the canvas; required with `settings`.
+        settings: Layout of the references; None to compute boxes at the masks' resolution and show all references.
 
     Raises:
-        FileNotFoundError: If an image or mask names no file.
-        ValueError: If a reference is malformed (its place in the list is named), if there are more than nine,
-            more than one proxy, or a proxy without any other reference.
+        FileNotFoundError: If an image or mask does not exist.
+        ValueError: If a reference is invalid (the message contains its index), or there are more than nine references,
+            more than one proxy, or a proxy without other references.
     """
-    listed = as_list(references)
-    if listed is None:
-        raise ValueError(f"references is a {type(references).__name__}; give a list of Reference objects.")
-    if not listed:
+    items = as_list(references)
+    if items is None:
+        raise ValueError(f"references is a {type(references).__name__}; pass a list of Reference objects.")
+    if not items:
         return ResolvedReferences((), (), None)
-    layout = make_layout(
-        len(listed), canvas_size or len(listed), settings
-    )  # refuses too many before reading any
+    # Raises an error for too many references before any of them is read.
+    layout = make_layout(len(items), canvas_size or len(items), settings)
     from_cells = settings is not None and settings.boxes_from == "cell"
-    given = [_as_reference(reference, index) for index, reference in enumerate(listed)]
-    read = []
-    for index, reference in enumerate(given):
+    parsed = [_as_reference(item, index) for index, item in enumerate(items)]
+    loaded = []
+    for index, reference in enumerate(parsed):
         try:
-            read.append(_read(reference, from_cells))
+            loaded.append(_read(reference, from_cells))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"reference {index}: {error}") from error
         except ValueError as error:
             raise ValueError(f"reference {index}: {error}") from error
-    images, boxes, masks = zip(*read, strict=True)
-    # One that is not shown is not withheld either.
-    shown = [enclosing_box(found) if index in layout else None for index, found in enumerate(boxes)]
-    proxy = find_proxy([reference.role for reference in given], shown)
-    cells = assign_cells(len(given), proxy)
+    images, boxes, masks = zip(*loaded, strict=True)
+    # A reference that is not shown cannot be the proxy query.
+    shown = [enclosing_box(all_boxes) if index in layout else None for index, all_boxes in enumerate(boxes)]
+    proxy = find_proxy([reference.role for reference in parsed], shown)
+    cells = assign_cells(len(parsed), proxy)
     boxes = tuple(
-        found if mask is None or cell not in layout else _cell_boxes(mask, layout, cell, image.size) or found
-        for image, found, mask, cell in zip(images, boxes, masks, cells, strict=True)
+        all_boxes
+        if mask is None or cell not in layout
+        else _cell_boxes(mask, layout, cell, image.size) or all_boxes
+        for image, all_boxes, mask, cell in zip(images, boxes, masks, cells, strict=True)
     )
     return ResolvedReferences(images, tuple(map(enclosing_box, boxes)), proxy, boxes)
 
 
 def read_reference(reference: Reference) -> tuple[Image.Image, Box | None]:
-    """A reference's image, RGB and upright, and its box in pixels of it, None where it has none.
+    """Read a reference; return its RGB image after EXIF rotation and its box in pixels of the image, if any.
 
     Raises:
-        FileNotFoundError: If an image or mask names no file.
-        ValueError: If image, mask or box cannot be used.
+        FileNotFoundError: If the image or mask does not exist.
+        ValueError: If the image, mask or box is invalid.
     """
     image, boxes, _ = _read(reference)
     return image, enclosing_box(boxes)
@@ -138,7 +138,7 @@ def read_reference(reference: Reference) -> tuple[Image.Image, Box | None]:
 def _read(
     reference: Reference, with_mask: bool = False
 ) -> tuple[Image.Image, tuple[Box, ...], Image.Image | None]:
-    """A reference's image, RGB and upright, its boxes, and, if asked for, the mask that they are of ("L")."""
+    """Return a reference's RGB image after EXIF rotation, its boxes, and optionally the mask ("L") of the boxes."""
     image, orientation = load_oriented_image(reference.image)
     boxes = _reference_boxes(reference, image.size, orientation)
     is_masked = reference.mask is not None and reference.box is None and reference.boxes is None
@@ -149,7 +149,7 @@ def _read(
 def _cell_boxes(
     mask: Image.Image, layout: MosaicLayout, cell: int, image_size: tuple[int, int]
 ) -> tuple[Box, ...]:
-    """The box of a mask in its cell, in pixels of the image; none where the mask is too small for the cell."""
+    """Return the box of a mask in its cell, in pixels of the image; empty if the mask vanishes in the cell."""
     box = mask_to_cell_box(mask, layout.cell(cell))
     return () if box is None else (layout.canvas_to_image(box, cell, image_size),)
 
@@ -157,14 +157,14 @@ def _cell_boxes(
 def usable_references(
     references: Sequence[Reference | Mapping[str, Any]],
 ) -> tuple[list[Reference], list[str]]:
-    """Those references that can be read, and what is wrong with each of the others.
+    """Return the references that can be read, and an error message for each of the others.
 
-    A proxy query that is left alone becomes an ordinary reference.
+    If a proxy query is the only reference left, its role is set to "auto".
     """
     usable, faults = [], []
-    for index, given in enumerate(references):
+    for index, item in enumerate(references):
         try:
-            reference = _as_reference(given, index)
+            reference = _as_reference(item, index)
             read_reference(reference)
         except (OSError, ValueError) as error:
             faults.append(str(error))
@@ -176,19 +176,19 @@ def usable_references(
 
 
 def find_proxy(roles: Sequence[Role], boxes: Sequence[Box | None]) -> int | None:
-    """Index of the proxy query under the rule of `Reference.role`, or None.
+    """Return the index of the proxy query according to `Reference.role`, or None.
 
     Raises:
-        ValueError: If more than one role is "proxy", or the only reference is one.
+        ValueError: If more than one role is "proxy", or the only reference is a proxy.
     """
     explicit = [index for index, role in enumerate(roles) if role == "proxy"]
     if len(explicit) > 1:
         raise ValueError(
-            f"references {explicit} all have the role 'proxy'; at most one may, so make the others 'support'."
+            f"references {explicit} all have the role 'proxy', but at most one is allowed; set the others to 'support'."
         )
     if explicit and len(roles) == 1:
         raise ValueError(
-            "reference 0 is a proxy query without any support; add a reference, or make it 'support'."
+            "reference 0 is a proxy query without support references; add a reference, or set its role to 'support'."
         )
     if explicit:
         return explicit[0]
@@ -203,13 +203,13 @@ def _as_reference(reference: Reference | Mapping[str, Any], index: int) -> Refer
         return reference
     if not isinstance(reference, Mapping):
         raise ValueError(
-            f"reference {index} is a {type(reference).__name__}; give Reference(image, mask=..., box=...)."
+            f"reference {index} is a {type(reference).__name__}; pass Reference(image, mask=..., box=...)."
         )
     try:
         return Reference(**reference)
     except TypeError as error:
         raise ValueError(
-            f"reference {index} has the fields {sorted(map(str, reference))}; give image, mask, box or boxes, and role."
+            f"reference {index} has the fields {sorted(map(str, reference))}; use image, mask, box or boxes, and role."
         ) from error
 
 
@@ -228,52 +228,52 @@ def _reference_boxes(reference: Reference, image_size: tuple[int, int], orientat
 
 
 def no_foreground_message(mask: ImageInput) -> str:
-    """The sentence about a mask without foreground."""
+    """Return the error message for a mask without foreground."""
     name = f" {describe_input(mask)}" if isinstance(mask, (str, os.PathLike)) else ""
-    return f"mask{name} has no foreground pixel; give a mask of the concept, or no mask."
+    return f"mask{name} has no foreground pixel; use a mask of the concept, or no mask."
 
 
 def _checked_boxes(boxes: Sequence[Sequence[float]], image_size: tuple[int, int]) -> tuple[Box, ...]:
-    """Several boxes, each as `_checked_box`; their places are named in errors."""
+    """Validate boxes with `_checked_box`; error messages contain the index of the box."""
     try:
-        listed = list(boxes)
+        box_list = list(boxes)
     except TypeError as error:
-        raise ValueError(f"boxes is {boxes!r}; give a list of boxes (x1, y1, x2, y2).") from error
-    if not listed:
-        raise ValueError("boxes is empty; give at least one box (x1, y1, x2, y2), or leave boxes out.")
-    found = []
-    for place, box in enumerate(listed):
+        raise ValueError(f"boxes is {boxes!r}; pass a list of boxes (x1, y1, x2, y2).") from error
+    if not box_list:
+        raise ValueError("boxes is empty; pass at least one box (x1, y1, x2, y2), or omit boxes.")
+    checked = []
+    for index, box in enumerate(box_list):
         try:
-            found.append(_checked_box(box, image_size))
+            checked.append(_checked_box(box, image_size))
         except ValueError as error:
-            raise ValueError(f"box {place} of {len(listed)}: {error}") from error
-    return tuple(found)
+            raise ValueError(f"box {index} of {len(box_list)}: {error}") from error
+    return tuple(checked)
 
 
 def _checked_box(box: Sequence[float], image_size: tuple[int, int]) -> Box:
-    """The part of a box inside its image."""
+    """Validate a box and clip it to its image."""
     try:
         x1, y1, x2, y2 = map(float, box)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"box is {box!r}; give four numbers (x1, y1, x2, y2) in pixels of the image."
+            f"box is {box!r}; use four numbers (x1, y1, x2, y2) in pixels of the image."
         ) from error
     width, height = image_size
     if not all(map(math.isfinite, (x1, y1, x2, y2))) or x1 >= x2 or y1 >= y2:
         raise ValueError(
-            f"box is {(x1, y1, x2, y2)}; give (x1, y1, x2, y2) in pixels with x1 < x2 and y1 < y2."
+            f"box is {(x1, y1, x2, y2)}; use (x1, y1, x2, y2) in pixels with x1 < x2 and y1 < y2."
         )
-    # Whole numbers may be meant: (0, 0, 1, 1) is the box of a single pixel.
+    # (0, 0, 1, 1) is accepted as the box of a single pixel.
     if max(width, height) > 1 and min(x1, y1) >= 0 and max(x2, y2) <= 1 and {x1, y1, x2, y2} - {0.0, 1.0}:
         raise ValueError(
-            f"box {(x1, y1, x2, y2)} lies within one pixel of its image of {width} x {height} pixels and seems to be "
-            "normalised; give it in pixels."
+            f"box {(x1, y1, x2, y2)} lies within one pixel of its image of {width} x {height} pixels and appears to be "
+            "normalized; use pixel coordinates."
         )
     inside = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
     if inside[0] >= inside[2] or inside[1] >= inside[3]:
         raise ValueError(
             f"box {(x1, y1, x2, y2)} lies outside its image of {width} x {height} pixels; "
-            "give it in pixels of that image."
+            "use pixel coordinates of that image."
         )
     return inside
 

@@ -1,4 +1,4 @@
-"""The shortcut router: may SAM 3's first look at the user's words be the answer (eq. 9)?"""
+"""The shortcut router, which decides whether to accept the mask of SAM 3's first pass (eq. 9)."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ from dataclasses import dataclass
 ROUTER_MODES = ("adaptive", "sam_only", "full_reasoning")
 
 _PARENTHESISED = re.compile(r"\([^()]*\)")
-_UP_TO_PARENTHESIS = re.compile(
-    r"\([^)]*\)"
-)  # the released code's: inside of others it ends at the first ")"
-_MAX_EXPONENT = 64  # 2**64 reaches every clip; keeps absurdly long prompts within float range
+# Expression of the released code, which ends at the first ")" even for nested parentheses.
+_UP_TO_PARENTHESIS = re.compile(r"\([^)]*\)")
+_MAX_EXPONENT = 64  # avoids float overflow for very long prompts; the threshold is clipped to 1 anyway
 
 
 @dataclass(frozen=True)
 class ShortcutRouter:
-    """Accepts SAM 3's mask when the presence of the prompt reaches a threshold that doubles with every word.
+    """Router that accepts SAM 3's mask if the presence of the prompt reaches a threshold that doubles with each word.
 
-    The threshold of a prompt of l words is `clip(base * 2**(l - 1), 0, 1)` (eq. 9): long prompts are reasoned
-    about, short ones must only be seen. Text in parentheses is not counted (as in the released code).
+    The threshold of a prompt of l words is `clip(base * 2**(l - 1), 0, 1)` (eq. 9), so that long prompts require
+    reasoning. Words in parentheses are not counted (as in the released code).
 
     Args:
-        mode: `"adaptive"` follows eq. 9; `"sam_only"` always takes SAM 3's mask; `"full_reasoning"` never
-            does.
+        mode: `"adaptive"` applies eq. 9, `"sam_only"` always accepts SAM 3's mask, and `"full_reasoning"` never
+            accepts it.
         base: Threshold of a one-word prompt.
-        drop_parentheses: Whether SAM 3's first look reads the prompt without its text in parentheses, as in the
+        drop_parentheses: Whether to remove text in parentheses from the prompt of SAM 3's first pass, as in the
             released code.
-        min_words: As how many words a prompt counts at least: 1, or 0 as in the released code, where one that is all
-            in parentheses has l = 0 and half the threshold of one word.
+        min_words: Minimum word count of a prompt: 1, or 0 as in the released code, where a prompt that is completely in
+            parentheses has l = 0 and half the threshold of one word.
 
     Raises:
         ValueError: If the mode is unknown, the base is not in (0, 1], or `min_words` is neither 0 nor 1.
@@ -44,18 +43,18 @@ class ShortcutRouter:
     min_words: int = 1
 
     def __repr__(self) -> str:
-        # Evaluations keep it among their settings: what is as usual is not said.
-        shown = {"mode": self.mode, "base": self.base}
+        # The representation is saved with evaluation settings; default values are omitted.
+        settings = {"mode": self.mode, "base": self.base}
         if self.drop_parentheses:
-            shown["drop_parentheses"] = True
+            settings["drop_parentheses"] = True
         if self.min_words != 1:
-            shown["min_words"] = self.min_words
-        return f"ShortcutRouter({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+            settings["min_words"] = self.min_words
+        return f"ShortcutRouter({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
     def __post_init__(self) -> None:
         if self.mode not in ROUTER_MODES:
             raise ValueError(
-                f"ShortcutRouter: no mode is named {self.mode!r}; "
+                f"ShortcutRouter: unknown mode {self.mode!r}; "
                 f"use one of {', '.join(map(repr, ROUTER_MODES))}."
             )
         if not 0 < self.base <= 1:
@@ -65,17 +64,17 @@ class ShortcutRouter:
 
     @staticmethod
     def word_count(prompt: str) -> int:
-        """Number of words outside parentheses."""
+        """Count the words outside parentheses."""
         return len(_PARENTHESISED.sub(" ", prompt).split())
 
     def sam_text(self, prompt: str) -> str:
-        """What SAM 3's first look reads of a prompt."""
+        """Return the text of SAM 3's first pass for a prompt."""
         if not self.drop_parentheses:
             return prompt
         return " ".join(_UP_TO_PARENTHESIS.sub("", prompt).split())
 
     def threshold(self, prompt: str) -> float:
-        """Presence, in [0, 1], from which on the shortcut is taken (1 stands for "never")."""
+        """Return the minimum presence for the shortcut, in [0, 1]; 1 disables the shortcut."""
         if self.mode != "adaptive":
             return 0.0 if self.mode == "sam_only" else 1.0
         words = len(self.sam_text(prompt).split()) if self.drop_parentheses else self.word_count(prompt)
@@ -83,9 +82,9 @@ class ShortcutRouter:
         return min(self.base * 2**exponent, 1.0)
 
     def needs_first_pass(self, prompt: str) -> bool:
-        """Whether SAM 3's first look can decide at all; if not, it need not be taken."""
+        """Whether the shortcut is possible for a prompt, so that SAM 3's first pass is required."""
         return self.threshold(prompt) < 1.0
 
     def accepts(self, presence: float, prompt: str) -> bool:
-        """Whether SAM 3's mask is the answer, given the presence (0-1) that SAM 3 assigns to the prompt."""
+        """Whether to accept SAM 3's mask, given its presence of the prompt in [0, 1]."""
         return self.needs_first_pass(prompt) and presence >= self.threshold(prompt)

@@ -1,11 +1,11 @@
-"""SAM 3 as a decoder of concept prompts: encode an image once, decode any `[Z; E_text; geometry CLS]` (eq. 4).
+"""Concept prompting of SAM 3: encode an image once, then decode prompts `[Z; E_text; geometry CLS]` (eq. 4).
 
-Transformers' `Sam3Model` is used as it is. Meta's SAM 3 always appends the CLS token of its geometry encoder
-to the prompt; Transformers adds it only where boxes are given. The token depends on the image alone, so it
-is computed with the image features and reused.
+Transformers' `Sam3Model` is used without modifications. Meta's SAM 3 always appends the CLS token of its geometry
+encoder to the prompt, whereas Transformers adds it only if boxes are given. The token depends only on the image, so it
+is computed together with the image features and reused.
 
-SAM 3 may be offloaded or split over devices (see `devices`): what one part of it says is brought to the device of
-the image features before another part is asked.
+SAM 3 may be offloaded or split across devices (see `devices`), so the outputs of its parts are moved to the device of
+the image features before they are combined.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput, 
 from .devices import execution_device, loaded
 
 SAM_PROMPTS = ("concept+text", "concept", "text", "box")
-"""What of the VLM's reasoning may prompt SAM 3: the method itself first, then its ablations."""
+"""Modes of prompting SAM 3 with the VLM's output: the method of the paper, followed by its ablations."""
 
 NO_SPLIT_MODULES = (
     "Sam3ViTEmbeddings",
@@ -36,19 +36,19 @@ NO_SPLIT_MODULES = (
     "Sam3DotProductScoring",
     "Sam3MaskDecoder",
 )
-"""SAM 3's parts that add up what their own children return, and so belong on one device."""
+"""Modules of SAM 3 that combine the outputs of their children and must therefore be on a single device."""
 
 BOX_TEXT = "visual"
-"""The word that stands in SAM 3's text where boxes alone say what is meant."""
+"""SAM 3's text for prompts that consist only of boxes."""
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What SAM 3 knows of a batch of images before it is asked anything.
+    """SAM 3's features of a batch of images, independent of the prompt.
 
     Attributes:
         vision: SAM 3's feature pyramid and its position encodings.
-        geometry_cls: (B, 1, D) CLS token of the geometry encoder, or None when the prompt goes without it.
+        geometry_cls: (B, 1, D) CLS token of the geometry encoder, or None to omit it from the prompt.
     """
 
     vision: Sam3VisionEncoderOutput
@@ -59,11 +59,11 @@ class ImageFeatures:
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """Device of the features."""
         return self.vision.fpn_hidden_states[0].device
 
     def select(self, rows: Tensor) -> ImageFeatures:
-        """The features of some images, in the order of `rows` (N,); a row may be repeated."""
+        """Select images by index, in the order of `rows` (N,); indices may be repeated."""
         rows = rows.to(self.device)
         return ImageFeatures(
             vision=Sam3VisionEncoderOutput(
@@ -75,7 +75,7 @@ class ImageFeatures:
 
     @classmethod
     def concatenate(cls, parts: Sequence[ImageFeatures]) -> ImageFeatures:
-        """Several batches as one, in their order; they agree on having a `geometry_cls` or not."""
+        """Concatenate batches, either all with or all without `geometry_cls`."""
         visions = [part.vision for part in parts]
         tokens = [part.geometry_cls for part in parts if part.geometry_cls is not None]
         return cls(
@@ -92,12 +92,12 @@ class ImageFeatures:
 
 
 def encode_image(sam: Sam3Model, pixel_values: Tensor, geometry_cls: bool = True) -> ImageFeatures:
-    """Encodes images.
+    """Encode images.
 
     Args:
         sam: SAM 3.
-        pixel_values: (B, 3, S, S) normalised pixels; S is SAM 3's image size.
-        geometry_cls: Whether prompts on these images end with the geometry encoder's CLS token.
+        pixel_values: (B, 3, S, S) normalized pixels; S is SAM 3's image size.
+        geometry_cls: Whether to append the geometry encoder's CLS token to prompts on these images.
     """
     with loaded(sam):
         pixel_values = pixel_values.to(execution_device(sam))
@@ -106,25 +106,25 @@ def encode_image(sam: Sam3Model, pixel_values: Tensor, geometry_cls: bool = True
 
 
 def _geometry_cls(sam: Sam3Model, vision: Sam3VisionEncoderOutput) -> Tensor:
-    """The geometry encoder's answer to "no box": a padded dummy box leaves only its CLS token valid."""
-    nothing = vision.fpn_hidden_states[0].new_zeros(len(vision.fpn_hidden_states[0]), 1, 4)
-    tokens, mask = box_tokens(sam, vision, nothing, valid=False)
+    """Compute the geometry encoder's CLS token without boxes, by encoding one padding box."""
+    padding = vision.fpn_hidden_states[0].new_zeros(len(vision.fpn_hidden_states[0]), 1, 4)
+    tokens, mask = box_tokens(sam, vision, padding, valid=False)
     return tokens[mask][:, None]
 
 
 def box_tokens(
     sam: Sam3Model, vision: Sam3VisionEncoderOutput, boxes: Tensor, valid: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The geometry encoder's tokens of boxes.
+    """Encode boxes with the geometry encoder.
 
     Args:
         sam: SAM 3.
         vision: Features of B images.
-        boxes: (B, N, 4), see `decode`.
-        valid: False for padding in the place of boxes.
+        boxes: (B, N, 4) boxes, see `decode`.
+        valid: False to mark the boxes as padding.
 
     Returns:
-        (B, N + 1, D) tokens, those of the boxes and then CLS, and their (B, N + 1) mask.
+        (B, N + 1, D) tokens of the boxes followed by CLS, and their (B, N + 1) mask.
     """
     shape = boxes.shape[:2]
     with loaded(sam, *_read_directly(sam)):
@@ -139,7 +139,7 @@ def box_tokens(
 
 
 def _read_directly(sam: Sam3Model) -> tuple[nn.Module, ...]:
-    """The children whose weights SAM 3 reads without calling them, which the hooks of Accelerate do not notice."""
+    """Return modules with weights that SAM 3 reads without calling the modules, which bypasses Accelerate's hooks."""
     decoder = sam.detr_decoder
     return (
         sam.geometry_encoder.cls_embed,
@@ -150,12 +150,12 @@ def _read_directly(sam: Sam3Model) -> tuple[nn.Module, ...]:
 
 
 def encode_text(sam: Sam3Model, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Encodes phrases.
+    """Encode phrases.
 
     Args:
         sam: SAM 3.
-        input_ids: (B, T) tokens of SAM 3's tokenizer.
-        attention_mask: (B, T), nonzero where there is a token.
+        input_ids: (B, T) token ids of SAM 3's tokenizer.
+        attention_mask: (B, T), nonzero at tokens, zero at padding.
 
     Returns:
         (B, T, D) explicit prompt embeddings E_text, and their (B, T) boolean mask.
@@ -173,29 +173,27 @@ def decode(
     concept_embeds: Tensor | None = None,
     boxes: Tensor | None = None,
 ) -> Sam3ImageSegmentationOutput:
-    """Decodes one prompt per image; differentiable in the prompt.
+    """Decode one prompt per image; differentiable with respect to the prompt.
 
     Args:
         sam: SAM 3.
-        features: B encoded images.
-        text_embeds: (B, T, D) explicit embeddings E_text, or None.
-        text_mask: (B, T) their mask; required with `text_embeds`.
+        features: Features of B images.
+        text_embeds: (B, T, D) explicit prompt embeddings E_text, or None.
+        text_mask: (B, T) mask of `text_embeds`; required with `text_embeds`.
         concept_embeds: (B, L2, D) concept tokens Z, or None.
-        boxes: (B, N, 4) boxes around what is meant, as (centre x, centre y, width, height) in shares of the image, or
-            None.
+        boxes: (B, N, 4) boxes of the concept as (center x, center y, width, height) in fractions of the image, or None.
 
     Returns:
-        SAM 3's output: `semantic_seg` (B, 1, h, w) and `presence_logits` (B, 1) are what a concept mask is
-        made of.
+        SAM 3's output, including `semantic_seg` (B, 1, h, w) and `presence_logits` (B, 1).
 
     Raises:
-        ValueError: If neither concept tokens nor text embeddings are given, or these without their mask.
+        ValueError: If neither concept tokens nor text embeddings are given, or text embeddings without their mask.
     """
     if text_embeds is not None and text_mask is None:
-        raise ValueError("decode: text_embeds are given without text_mask; pass both.")
+        raise ValueError("decode: text_embeds is given without text_mask; pass both.")
     if text_embeds is None and concept_embeds is None:
         raise ValueError(
-            "decode: both text_embeds and concept_embeds are None; give at least one of them as the prompt."
+            "decode: both text_embeds and concept_embeds are None; pass at least one of them as the prompt."
         )
     tokens: list[Tensor] = []
     masks: list[Tensor] = []

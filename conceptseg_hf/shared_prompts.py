@@ -1,7 +1,7 @@
-"""Rows of a batch that share a prompt: the VLM reads it once, and each row continues from its keys and values.
+"""Prefix sharing: the VLM processes a prompt shared by several rows once, and the rows reuse its key-value cache.
 
-Sampling several completions of one prompt, and training on them, repeats the same prompt (with its images) in many
-rows. Tokens and hidden states equal those of the plain path to numerical noise; everything is differentiable.
+Sampling several completions of one prompt, and training on them, repeats the prompt (with its images) in many rows.
+Tokens and hidden states equal those of separate passes up to numerical error, and all operations are differentiable.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from . import vlm_backbone
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """Which rows share their prompt.
+    """Mapping between the rows of a batch and its unique prompts.
 
     Attributes:
-        length: Columns of the (left-padded) prompts.
-        prompt_of_row: The prompt of each of the B rows.
-        row_of_prompt: The first row of each prompt.
+        length: Number of columns of the (left-padded) prompts.
+        prompt_of_row: Index of the unique prompt of each of the B rows.
+        row_of_prompt: Index of the first row of each unique prompt.
     """
 
     length: int
@@ -38,47 +38,49 @@ class SharedPrompts:
 def find_shared_prompts(
     vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], length: int
 ) -> SharedPrompts | None:
-    """Compares the first columns of the rows, and their images.
+    """Find rows with identical prompts by comparing the first columns of the rows, and their images.
 
     Args:
         vlm: The VLM.
-        inputs: The VLM's inputs (see `vlm_backbone.model_inputs`), prompts padded on the left.
-        length: Columns of the prompts.
+        inputs: The VLM's inputs (see `vlm_backbone.model_inputs`), with left-padded prompts.
+        length: Number of columns of the prompts.
 
     Returns:
-        None if every row has a prompt of its own, or images follow in later columns.
+        The shared prompts, or None if all prompts are different or there are images after the prompts.
     """
     if inputs["mm_token_type_ids"][:, length:].any():
         return None
     patches = [part for _, part in vlm_backbone.patches_of_rows(vlm.config, inputs)]
-    columns = [inputs[name][:, :length] for name in ("input_ids", "attention_mask")]
+    prompts = [inputs[name][:, :length] for name in ("input_ids", "attention_mask")]
 
-    def same(row: int, other: int) -> bool:
+    def is_same(row: int, other: int) -> bool:
         pixels = inputs["pixel_values"]
-        return all(torch.equal(part[row], part[other]) for part in columns) and torch.equal(
+        return all(torch.equal(tensor[row], tensor[other]) for tensor in prompts) and torch.equal(
             pixels[patches[row]], pixels[patches[other]]
         )
 
-    first: list[int] = []
+    row_of_prompt: list[int] = []
     prompt_of_row: list[int] = []
     for row in range(len(patches)):
-        number = next((i for i, other in enumerate(first) if same(row, other)), len(first))
-        if number == len(first):
-            first.append(row)
-        prompt_of_row.append(number)
-    return None if len(first) == len(patches) else SharedPrompts(length, prompt_of_row, first)
+        index = next((i for i, other in enumerate(row_of_prompt) if is_same(row, other)), len(row_of_prompt))
+        if index == len(row_of_prompt):
+            row_of_prompt.append(row)
+        prompt_of_row.append(index)
+    if len(row_of_prompt) == len(patches):
+        return None
+    return SharedPrompts(length, prompt_of_row, row_of_prompt)
 
 
 @contextmanager
 def share_prompts(vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], length: int) -> Iterator[None]:
-    """While it holds, passes of the VLM's base model over `inputs` read each of their prompts once.
+    """Process each unique prompt once in forward passes of the VLM's base model over `inputs` within the context.
 
-    With gradient checkpointing, which keeps no keys and values, only the images of a prompt are read once.
+    With gradient checkpointing, which disables the key-value cache, only the images of each prompt are encoded once.
 
     Args:
         vlm: The VLM.
-        inputs: What the base model is going to be called with: prompts, and what follows them.
-        length: Columns of the prompts; at least one follows.
+        inputs: Inputs of the base model: prompts followed by completions.
+        length: Number of columns of the prompts; at least one column must follow.
     """
     shared = find_shared_prompts(vlm, inputs, length)
     if shared is None:
@@ -88,10 +90,9 @@ def share_prompts(vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], length: i
     checkpointing = base.training and any(
         getattr(module, "gradient_checkpointing", False) for module in base.modules()
     )
-    read = _read_images_once if checkpointing else _read_prompts_once
-    whole = base.forward
-    # Hooks of the base model see one call, whatever it is made of.
-    base.forward = functools.partial(read, vlm, whole, shared)
+    shared_forward = _read_images_once if checkpointing else _read_prompts_once
+    # Replacing `forward` instead of calling the model twice keeps a single call for the hooks of the base model.
+    base.forward = functools.partial(shared_forward, vlm, base.forward, shared)
     try:
         yield
     finally:
@@ -106,7 +107,7 @@ def _read_prompts_once(
     attention_mask: Tensor,
     **inputs: Any,
 ) -> BaseModelOutputWithPast:
-    """In the place of the base model's forward: (B, L, C) `last_hidden_state`, of which the prompts' are copies."""
+    """Replace the base model's forward; return (B, L, C) `last_hidden_state` with copies of the prompts' states."""
     inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
     output = _read_prompts(vlm, forward, inputs, shared)
     cache = output.past_key_values
@@ -126,31 +127,31 @@ def _read_prompts_once(
 def _read_images_once(
     vlm: vlm_backbone.Vlm, forward: Callable[..., Any], shared: SharedPrompts, **inputs: Any
 ) -> Any:
-    """In the place of the base model's forward, with the images of each prompt encoded once."""
+    """Replace the base model's forward and encode the images of each unique prompt once."""
     images = [images for images, _ in vlm_backbone.patches_of_rows(vlm.config, inputs)]
     prompts = vlm_backbone.select_rows(vlm.config, inputs, shared.row_of_prompt)
     encoded = vlm_backbone.encode_images(vlm, prompts["pixel_values"], prompts["image_grid_thw"])
     counts = [images[row].stop - images[row].start for row in shared.row_of_prompt]
-    starts = [sum(counts[:number]) for number in range(len(counts))]
+    starts = [sum(counts[:prompt]) for prompt in range(len(counts))]
     tokens = [
-        encoded[starts[number] + image] for number in shared.prompt_of_row for image in range(counts[number])
+        encoded[starts[prompt] + image] for prompt in shared.prompt_of_row for image in range(counts[prompt])
     ]
     del inputs["pixel_values"]
     return forward(**inputs, **vlm_backbone.encoded_images(tokens))
 
 
 def generate(vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], **kwargs: Any) -> Any:
-    """`vlm.generate`, with each prompt read once.
+    """Call `vlm.generate`, processing each unique prompt once.
 
     Args:
         vlm: The VLM.
-        inputs: Its inputs: whole prompts, padded on the left.
-        **kwargs: Further arguments of `generate`.
+        inputs: The VLM's inputs: complete, left-padded prompts.
+        **kwargs: Additional arguments of `generate`.
 
     Returns:
-        What `generate` returns.
+        The output of `vlm.generate`.
     """
-    # The last column is left to `generate`, which needs a token to begin with.
+    # The last column is excluded, since `generate` needs at least one token that is not in the cache.
     shared = find_shared_prompts(vlm, inputs, inputs["input_ids"].shape[1] - 1)
     if shared is None:
         return vlm.generate(**inputs, **kwargs)
@@ -158,14 +159,14 @@ def generate(vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], **kwargs: Any)
         cache = _read_prompts(vlm, vlm.base_model, inputs, shared).past_key_values
     cache.batch_select_indices(torch.tensor(shared.prompt_of_row, device=inputs["input_ids"].device))
     vlm_backbone.continue_positions(vlm, inputs["attention_mask"], shared.prompt_of_row)
-    rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    return vlm.generate(**rest, past_key_values=cache, **kwargs)
+    text_inputs = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    return vlm.generate(**text_inputs, past_key_values=cache, **kwargs)
 
 
 def _read_prompts(
     vlm: vlm_backbone.Vlm, forward: Callable[..., Any], inputs: Mapping[str, Any], shared: SharedPrompts
 ) -> Any:
-    """A forward pass over the different prompts: their hidden states, and their keys and values."""
+    """Run a forward pass over the unique prompts; return its output with hidden states and key-value cache."""
     prompts = vlm_backbone.select_rows(vlm.config, inputs, shared.row_of_prompt)
     for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
         prompts[name] = prompts[name][:, : shared.length]

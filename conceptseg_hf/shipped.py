@@ -1,4 +1,4 @@
-"""Where that lies which is shipped beside the code: recipes, launch files, examples, the FiftyOne plugin."""
+"""Folders that are shipped with the code: recipes, launch files, examples and the FiftyOne plugin."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def find_shipped_folder(name: str, package: str = "conceptseg_hf") -> Path | None:
-    """A folder that a wheel has inside of a package, and the repository beside it.
+    """Return a shipped folder, which is inside the package in a wheel and next to it in the repository.
 
     Args:
-        name: The folder: "examples" and "fiftyone_plugin"; of conceptseg_trainers "recipes" and "accelerate_configs".
-        package: The package, which is not imported.
+        name: "examples" or "fiftyone_plugin"; for conceptseg_trainers, "recipes" or "accelerate_configs".
+        package: Name of the package, which is not imported.
 
     Returns:
-        None if the package is not installed.
+        The folder, or None if the package is not installed.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:

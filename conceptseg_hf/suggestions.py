@@ -1,4 +1,4 @@
-"""What may have been meant, where a name is unknown; the command has a copy, as it starts without the package."""
+"""Suggestions for unknown names. `cli.suggestions` has a copy, because the CLI starts without importing the package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence that offers the known name which is most like another, in any case; empty where none is."""
+    """Return " (did you mean ...?)" with the known name closest to `name`, ignoring case; empty if none is close."""
     lower = {known_name.lower(): known_name for known_name in known}
-    [*found] = difflib.get_close_matches(name.lower(), lower, n=1)
-    return f" (did you mean {lower[found[0]]!r}?)" if found else ""
+    matches = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f" (did you mean {lower[matches[0]]!r}?)" if matches else ""

@@ -1,4 +1,4 @@
-"""Pictures of results: a mask over its image, and a panel that tells one prompt's story. Pillow only."""
+"""Visualization of results: mask overlays, and panels with references, image, box and mask. Requires only Pillow."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Color = tuple[int, int, int]
 
 MASK_COLOR: Color = (30, 144, 255)
 BOX_COLOR: Color = (255, 191, 0)
-_PAPER: Color = (255, 255, 255)
-_INK: Color = (32, 32, 32)
-_FADED: Color = (112, 112, 112)
+_BACKGROUND_COLOR: Color = (255, 255, 255)
+_TEXT_COLOR: Color = (32, 32, 32)
+_TITLE_COLOR: Color = (112, 112, 112)
 _SHADE = 0.4
 _MARGIN = 10
-_LONGEST = 8  # a picture wider than so many heights is squeezed
+_MAX_ASPECT_RATIO = 8  # width / height; wider images are squeezed
 _MAX_CAPTION_LINES = 12
 
 
@@ -35,15 +35,15 @@ def overlay(
     color: Color = MASK_COLOR,
     opacity: float = 0.45,
 ) -> Image.Image:
-    """Tints the foreground of a mask, draws its outline and darkens everything else.
+    """Tint the foreground of a mask, draw its outline and darken the background.
 
-    The darkening shows the mask also on objects of the tint's own color.
+    Darkening keeps the mask visible on objects that have the color of the tint.
 
     Args:
-        image: Any mode.
+        image: Image of any mode.
         mask: "L" image (foreground from 128) or bool array of the image's size; None draws nothing.
-        color: Of tint and outline.
-        opacity: Of the tint, 0 to 1.
+        color: Color of tint and outline.
+        opacity: Opacity of the tint, 0 to 1.
 
     Returns:
         An RGB image of the same size.
@@ -51,40 +51,40 @@ def overlay(
     Raises:
         ValueError: If the sizes differ or the opacity is out of range.
     """
-    picture = image.convert("RGB")
+    image = image.convert("RGB")
     if not 0 <= opacity <= 1:
         raise ValueError(f"overlay: opacity is {opacity}; use 0 to 1.")
     if mask is None:
-        return picture
+        return image
     if isinstance(mask, np.ndarray):
         mask = mask_to_image(mask)
-    if mask.size != picture.size:
+    if mask.size != image.size:
         raise ValueError(
-            f"overlay: mask is {mask.size} pixels, its image {picture.size}; bring them to one size."
+            f"overlay: mask has size {mask.size}, but its image has size {image.size}; resize one of them."
         )
     solid = mask.convert("L").point(lambda value: 255 * (value >= 128))
-    tint = Image.blend(picture, Image.new("RGB", picture.size, color), opacity)
-    dark = Image.blend(picture, Image.new("RGB", picture.size), _SHADE)
+    tint = Image.blend(image, Image.new("RGB", image.size, color), opacity)
+    dark = Image.blend(image, Image.new("RGB", image.size), _SHADE)
     tinted = Image.composite(tint, dark, solid)
-    outline = ImageChops.difference(_dilated(solid, max(1, max(picture.size) // 400)), solid)
-    return Image.composite(Image.new("RGB", picture.size, color), tinted, outline)
+    outline = ImageChops.difference(_dilate(solid, max(1, max(image.size) // 400)), solid)
+    return Image.composite(Image.new("RGB", image.size, color), tinted, outline)
 
 
-def _dilated(mask: Image.Image, radius: int) -> Image.Image:
-    """A mask of 0 and 255, wider by `radius` pixels; row by row, then column by column, so that width costs nothing."""
+def _dilate(mask: Image.Image, radius: int) -> Image.Image:
+    """Dilate a mask of 0 and 255 by `radius` pixels. Separable, so that the cost does not depend on the radius."""
     for across, down in ((radius, 0), (0, radius)):
         mask = mask.filter(ImageFilter.BoxBlur((across, down))).point(lambda value: 255 * (value > 0))
     return mask
 
 
 def draw_box(image: Image.Image, box: Box, color: Color = BOX_COLOR) -> Image.Image:
-    """A copy of an image with a box (x1, y1, x2, y2) in its pixels, x2 and y2 exclusive."""
-    picture = image.convert("RGB").copy()
+    """Return a copy of an image with a box (x1, y1, x2, y2) in pixels, x2 and y2 exclusive."""
+    drawn = image.convert("RGB").copy()
     x1, y1, x2, y2 = box
     left, top = round(min(x1, x2)), round(min(y1, y2))
     corners = (left, top, max(left, round(max(x1, x2)) - 1), max(top, round(max(y1, y2)) - 1))
-    ImageDraw.Draw(picture).rectangle(corners, outline=color, width=max(1, max(picture.size) // 160))
-    return picture
+    ImageDraw.Draw(drawn).rectangle(corners, outline=color, width=max(1, max(drawn.size) // 160))
+    return drawn
 
 
 def draw_mosaic(
@@ -93,16 +93,16 @@ def draw_mosaic(
     check: tuple[int, Box] | None = None,
     settings: MosaicSettings | None = None,
 ) -> Image.Image:
-    """The references as the VLM sees them: support boxes in red, the proxy query top left without its box.
+    """Draw the reference mosaic as in the VLM's input: support boxes in red, the proxy query top left without its box.
 
     Args:
         references: One to nine references.
-        size: Side of the picture.
-        check: Index of a reference and a box in its pixels, drawn as an answer.
-        settings: How the processor lays them out (`ConceptSegProcessor.mosaic_settings`).
+        size: Width and height of the mosaic in pixels.
+        check: Index of a reference and a box in its pixels, drawn as a predicted box.
+        settings: Layout settings of the processor (`ConceptSegProcessor.mosaic_settings`).
 
     Raises:
-        FileNotFoundError: If a reference names no file.
+        FileNotFoundError: If the file of a reference does not exist.
         ValueError: If a reference cannot be used.
     """
     resolved = resolve_references(references, size, settings)
@@ -126,18 +126,18 @@ def panel(
     height: int = 320,
     mosaic_settings: MosaicSettings | None = None,
 ) -> Image.Image:
-    """References | image with the answer's box | mask | true mask, over a caption.
+    """Draw a row of references, image with predicted box, mask and ground truth, above a caption.
 
     Args:
         image: The target image.
-        mask: The mask found, of the image's size; None when there is none.
-        references: Drawn as a mosaic, if there are any.
-        box: The answer's box in pixels of the image.
-        check: The check box: index of the reference it lies in, and the box in pixels of that reference.
-        ground_truth: The true mask, where it is known.
-        caption: Lines of text; long ones are wrapped.
-        height: Of the pictures, in pixels.
-        mosaic_settings: How the processor lays the references out.
+        mask: The predicted mask, of the image's size; None if there is none.
+        references: References, drawn as a mosaic if there are any.
+        box: The predicted box in pixels of the image.
+        check: The check box: index of its reference, and the box in pixels of that reference.
+        ground_truth: The ground-truth mask, if known.
+        caption: Lines of text, wrapped to the width of the panel.
+        height: Height of the images in pixels.
+        mosaic_settings: Layout settings of the processor.
 
     Returns:
         An RGB image.
@@ -149,96 +149,103 @@ def panel(
     tiles = []
     if references:
         tiles.append(("references", draw_mosaic(references, height, check, mosaic_settings)))
-    # A box is drawn after scaling, or its line would vanish in large images and drown small ones.
-    shown = _scaled_to(target, height)
+    # The box is drawn after scaling, so that its line width does not depend on the size of the image.
+    shown = _resize_to_height(target, height)
     if box is not None:
         across, down = shown.width / target.width, shown.height / target.height
         shown = draw_box(shown, (box[0] * across, box[1] * down, box[2] * across, box[3] * down))
     tiles.append(("image" if box is None else "image and box", shown))
     tiles.append(("mask", scaled_overlay(target, mask, height)))
     if ground_truth is not None:
-        tiles.append(("true mask", scaled_overlay(target, ground_truth, height)))
+        tiles.append(("ground truth", scaled_overlay(target, ground_truth, height)))
     return side_by_side(tiles, caption, height)
 
 
 def caption_of(result: ConceptSegmentation, prompt: str, *remarks: str) -> str:
-    """The text under a panel: prompt, route with its numbers, rule and answer, or what went wrong."""
+    """Return the caption of a panel: prompt, route with its scores, rule and answer, or the error."""
     lines = [f"prompt: {prompt}"]
     if result.error is not None:
         return "\n".join([*lines, f"failed: {result.error}"])
     route = f"{result.route}, score {result.score:.2f}"
     if result.presence is not None:
-        route += f", SAM 3's first look {result.presence:.2f} (threshold {result.threshold:.2f})"
+        route += f", SAM 3 presence {result.presence:.2f} (threshold {result.threshold:.2f})"
     lines.append("; ".join((route, *remarks)))
     if result.route == "reasoning":
         lines += [f"rule: {result.rule or 'none given'}", f"answer: {result.answer or 'none given'}"]
     if result.check_iou is not None:
-        lines.append(f"check on the withheld reference: IoU {result.check_iou:.2f}")
+        lines.append(f"IoU of the check box on the proxy query: {result.check_iou:.2f}")
     return "\n".join(lines)
 
 
-def _scaled_to(image: Image.Image, height: int, method: Image.Resampling | None = None) -> Image.Image:
-    width = min(max(1, round(image.width * height / image.height)), _LONGEST * height)
-    if method is None:  # small pictures keep their pixels
+def _resize_to_height(image: Image.Image, height: int, method: Image.Resampling | None = None) -> Image.Image:
+    width = min(max(1, round(image.width * height / image.height)), _MAX_ASPECT_RATIO * height)
+    if method is None:  # enlarged images keep sharp pixels
         method = Image.Resampling.LANCZOS if image.height > height else Image.Resampling.NEAREST
     return image.resize((width, height), method)
 
 
 def scaled_overlay(image: Image.Image, mask: Image.Image | np.ndarray | None, height: int) -> Image.Image:
-    """An overlay at another height: drawn after scaling, so that outlines are as wide in any image.
+    """Draw an overlay at a given height, after scaling, so that the outline has the same width in all images.
 
     Args:
-        image: Any size.
+        image: Image of any size.
         mask: "L" image (foreground from 128) or bool array of the image's size; None draws nothing.
-        height: Of the result, in pixels.
+        height: Height of the overlay in pixels.
 
     Raises:
         ValueError: If the sizes differ.
     """
     if mask is None:
-        return _scaled_to(image, height)
+        return _resize_to_height(image, height)
     if isinstance(mask, np.ndarray):
         mask = mask_to_image(mask)
     if mask.size != image.size:
         raise ValueError(
-            f"scaled_overlay: mask is {mask.size} pixels, its image {image.size}; bring them to one size."
+            f"scaled_overlay: mask has size {mask.size}, but its image has size {image.size}; resize one of them."
         )
-    return overlay(_scaled_to(image, height), _scaled_to(mask, height, Image.Resampling.NEAREST))
+    return overlay(
+        _resize_to_height(image, height), _resize_to_height(mask, height, Image.Resampling.NEAREST)
+    )
 
 
 def side_by_side(
     tiles: Sequence[tuple[str, Image.Image]], caption: str = "", height: int = 320
 ) -> Image.Image:
-    """Pictures in a row, each under its title, over a caption.
+    """Arrange images in a row, with a title above each and a caption below all of them.
 
     Args:
-        tiles: Titles and pictures; a picture of another height is scaled.
-        caption: Lines of text; long ones are wrapped.
-        height: Of the pictures, in pixels.
+        tiles: Titles and images; images of another height are scaled.
+        caption: Lines of text, wrapped to the total width.
+        height: Height of the images in pixels.
     """
-    tiles = [(title, tile if tile.height == height else _scaled_to(tile, height)) for title, tile in tiles]
+    tiles = [
+        (title, tile if tile.height == height else _resize_to_height(tile, height)) for title, tile in tiles
+    ]
     font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=13)
     width = sum(tile.width + _MARGIN for _, tile in tiles) + _MARGIN
     width = max(width, 340)
-    lines = _wrapped(caption, font, width - 2 * _MARGIN)
+    lines = _wrap(caption, font, width - 2 * _MARGIN)
     line_height, title_height = 20, 20
     total = _MARGIN + title_height + height + _MARGIN + len(lines) * line_height + (_MARGIN if lines else 0)
-    canvas = Image.new("RGB", (width, total), _PAPER)
+    canvas = Image.new("RGB", (width, total), _BACKGROUND_COLOR)
     draw = ImageDraw.Draw(canvas)
     x = _MARGIN
     for title, tile in tiles:
-        draw.text((x, _MARGIN - 4), title, fill=_FADED, font=small)
+        draw.text((x, _MARGIN - 4), title, fill=_TITLE_COLOR, font=small)
         canvas.paste(tile, (x, _MARGIN + title_height))
         x += tile.width + _MARGIN
     for number, line in enumerate(lines):
         draw.text(
-            (_MARGIN, 2 * _MARGIN + title_height + height + number * line_height), line, fill=_INK, font=font
+            (_MARGIN, 2 * _MARGIN + title_height + height + number * line_height),
+            line,
+            fill=_TEXT_COLOR,
+            font=font,
         )
     return canvas
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
-    """Lines that fit a width; words that do not fit are cut, and so is a text without end."""
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
+    """Wrap text to a width. Words that are too long are split, and text beyond the maximum number of lines is cut."""
     lines = []
     for paragraph in text.splitlines():
         line = ""

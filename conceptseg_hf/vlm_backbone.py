@@ -1,6 +1,6 @@
-"""What is particular to one VLM family. Everything else in the package sees a VLM through these functions.
+"""Functions specific to a VLM family; the rest of the package accesses the VLM only through them.
 
-Known family: Qwen2.5-VL. A further one (Qwen3-VL) is added here.
+Qwen2.5-VL is supported. Support for further families (such as Qwen3-VL) should be added here.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .devices import loaded, move_to_hooks
 SUPPORTED_MODEL_TYPES = ("qwen2_5_vl",)
 
 Vlm: TypeAlias = Any
-"""A PreTrainedModel of a known family that generates; the stubs of `generate` fit no model class."""
+"""A generative PreTrainedModel of a supported family; `Any`, since the stubs of `generate` match no model class."""
 
-# What the VLM reads. Without `mm_token_type_ids` the positions of image tokens are silently wrong.
+# Inputs of the VLM. Without `mm_token_type_ids`, the positions of image tokens would be silently wrong.
 INPUT_NAMES = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
 
 _VISION_TOKEN_NAMES = (
@@ -34,37 +34,37 @@ _VISION_TOKEN_NAMES = (
 
 
 def check_supported(config: PreTrainedConfig) -> None:
-    """Raises a ValueError if the family of this VLM configuration is not known."""
+    """Raise a ValueError if the VLM family of the configuration is not supported."""
     if config.model_type not in SUPPORTED_MODEL_TYPES:
         raise ValueError(
-            f"The VLM's model_type is {config.model_type!r}, which ConceptSeg does not know; use one of "
+            f"The VLM's model_type {config.model_type!r} is not supported; use one of "
             f"{', '.join(map(repr, SUPPORTED_MODEL_TYPES))}."
         )
 
 
 def vision_token_ids(config: PreTrainedConfig) -> list[int]:
-    """Ids of the tokens that stand for images; generated ones would break the next forward pass."""
+    """Return the ids of vision tokens, which must not be generated since they would break the next forward pass."""
     return sorted(
         {int(token) for name in _VISION_TOKEN_NAMES if (token := getattr(config, name, None)) is not None}
     )
 
 
 def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Picks the VLM's tensors out of a batch.
+    """Select the VLM's inputs from a batch.
 
     Raises:
-        ValueError: If one is missing.
+        ValueError: If an input is missing.
     """
     missing = [name for name in INPUT_NAMES if inputs.get(name) is None]
     if missing:
         raise ValueError(
-            f"The VLM's inputs lack {', '.join(missing)}; pass all that the processor's `collate` returns."
+            f"The VLM's inputs lack {', '.join(missing)}; pass the complete output of the processor's `collate`."
         )
     return {name: inputs[name] for name in INPUT_NAMES}
 
 
 def patches_of_rows(config: PreTrainedConfig, inputs: Mapping[str, Tensor]) -> list[tuple[slice, slice]]:
-    """Per row of a batch, which rows of `image_grid_thw` and which of `pixel_values` are its images'."""
+    """Return the slices of `image_grid_thw` and of `pixel_values` that belong to each row of a batch."""
     grids = inputs["image_grid_thw"].tolist()
     merged = config.vision_config.spatial_merge_size**2
     rows: list[tuple[slice, slice]] = []
@@ -81,28 +81,30 @@ def patches_of_rows(config: PreTrainedConfig, inputs: Mapping[str, Tensor]) -> l
 def select_rows(
     config: PreTrainedConfig, inputs: Mapping[str, Tensor], rows: Sequence[int]
 ) -> dict[str, Tensor]:
-    """`model_inputs` of some rows of a batch, with their images."""
+    """Select rows of a batch of `model_inputs`, including their images."""
     images, patches = zip(*(patches_of_rows(config, inputs)[row] for row in rows), strict=True)
     selected = {
         name: inputs[name][list(rows)]
         for name in INPUT_NAMES
         if name not in ("pixel_values", "image_grid_thw")
     }
-    selected["pixel_values"] = torch.cat([inputs["pixel_values"][part] for part in patches])
-    selected["image_grid_thw"] = torch.cat([inputs["image_grid_thw"][part] for part in images])
+    selected["pixel_values"] = torch.cat([inputs["pixel_values"][rows_of] for rows_of in patches])
+    selected["image_grid_thw"] = torch.cat([inputs["image_grid_thw"][rows_of] for rows_of in images])
     return selected
 
 
 def continue_positions(vlm: Vlm, attention_mask: Tensor, rows: Sequence[int]) -> Tensor:
-    """Positions of rows that continue prompts which the VLM has just read; `generate` then goes on from these.
+    """Compute the positions of rows that continue prompts from the VLM's last forward pass.
+
+    Also expands the VLM's position offsets to the rows, so that `generate` can continue from them.
 
     Args:
         vlm: The VLM.
-        attention_mask: (B, L) of prompts and what follows them.
-        rows: (B,) which of the prompts each row continues.
+        attention_mask: (B, L) attention mask of prompts and completions.
+        rows: (B,) index of the prompt that each row continues.
 
     Returns:
-        (3, B, L) positions; right from the end of the prompts on.
+        (3, B, L) positions, valid only after the prompts.
     """
     vlm.model.rope_deltas = vlm.model.rope_deltas[list(rows)]
     positions = attention_mask.long().cumsum(dim=1) - 1
@@ -110,28 +112,28 @@ def continue_positions(vlm: Vlm, attention_mask: Tensor, rows: Sequence[int]) ->
 
 
 def encode_images(vlm: Vlm, pixel_values: Tensor, image_grid_thw: Tensor) -> list[Tensor]:
-    """The image tokens (tokens, C) of each image."""
+    """Encode images; return the image tokens (tokens, C) of each image."""
     return list(vlm.model.get_image_features(pixel_values, image_grid_thw).pooler_output)
 
 
 def encoded_images(tokens: Sequence[Tensor]) -> dict[str, Any]:
-    """What the VLM takes in the place of `pixel_values`: the image tokens of all images of a batch, in their order."""
-    # A tuple, as the VLM's own `get_image_features` returns it.
+    """Return VLM arguments that replace `pixel_values` by the image tokens of all images of a batch, in order."""
+    # `get_image_features` also returns a tuple.
     image = BaseModelOutputWithPooling(pooler_output=tuple(tokens))  # type: ignore[arg-type]
     return {"mm_encoder_outputs": {"image": image}}
 
 
 def full_pass(vlm: Vlm, inputs: Mapping[str, Tensor], **options: Any) -> Any:
-    """One full forward pass over `model_inputs`, without the language-model head.
+    """Run a forward pass over `model_inputs` without the language-model head.
 
     Args:
         vlm: The VLM.
         inputs: See `model_inputs`.
-        **options: What else to return: `output_hidden_states`, `output_attentions`, `use_cache`.
+        **options: `output_hidden_states`, `output_attentions` and `use_cache`.
 
     Returns:
-        `last_hidden_state` (B, L, C): last-layer, post-norm hidden states; and `hidden_states`, `attentions` and
-        `past_key_values` as asked for, None otherwise.
+        The model output with `last_hidden_state` (B, L, C), the last-layer, post-norm hidden states, and with
+        `hidden_states`, `attentions` and `past_key_values` if requested by `options`.
     """
     with loaded(vlm):
         output = vlm.base_model(**move_to_hooks(inputs, vlm), **options, return_dict=True)
@@ -140,23 +142,23 @@ def full_pass(vlm: Vlm, inputs: Mapping[str, Tensor], **options: Any) -> Any:
 
 
 def last_hidden_states(vlm: Vlm, inputs: Mapping[str, Tensor]) -> Tensor:
-    """(B, L, C) last-layer, post-norm hidden states of one full forward pass over `model_inputs`."""
+    """Return the (B, L, C) last-layer, post-norm hidden states of a forward pass over `model_inputs`."""
     return full_pass(vlm, inputs, use_cache=False).last_hidden_state
 
 
 def reset_rope_deltas(vlm: Vlm) -> None:
-    """Drops the position offsets that Qwen keeps on the module, so that no call depends on an earlier one."""
+    """Reset the position offsets that Qwen stores on the module, so that calls are independent of each other."""
     vlm.model.rope_deltas = None
 
 
 def vision_tower(vlm: Vlm) -> nn.Module:
-    """The module that encodes pictures."""
+    """Return the VLM's vision encoder."""
     return vlm.model.visual
 
 
 def make_processor(image_processor: Any, tokenizer: Any, chat_template: str) -> ProcessorMixin:
-    """The family's plain processor around an image processor and a tokenizer."""
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor  # they need torchvision
+    """Create the standard processor of the VLM family from an image processor and a tokenizer."""
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor  # these require torchvision
 
     return Qwen2_5_VLProcessor(
         image_processor, tokenizer, Qwen2VLVideoProcessor(), chat_template=chat_template
@@ -164,7 +166,7 @@ def make_processor(image_processor: Any, tokenizer: Any, chat_template: str) -> 
 
 
 def chat_template(image_token: str) -> str:
-    """The family's form of a chat, for a tokenizer that comes without one (Jinja)."""
+    """Return the Jinja chat template of the VLM family, for tokenizers without a chat template."""
     return (
         r"{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
         r"{% for part in message['content'] %}{% if part['type'] == 'image' %}"

@@ -1,7 +1,8 @@
-"""Writing files: each is complete or not there, and what cannot be written is explained in one sentence.
+"""Atomic file writing, with one-sentence errors.
 
-A file is written under a temporary name in its folder and then renamed, so neither a full disk nor a kill leaves half a
-file or destroys the old one. NaN and Infinity, which JSON does not have, are written as null.
+A file is written under a temporary name in its folder and then renamed, so that neither a full disk nor a killed
+process leaves a partial file or destroys the old one. NaN and Infinity, which JSON does not support, are written as
+null.
 """
 
 from __future__ import annotations
@@ -26,52 +27,54 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class WriteError(OSError):
-    """A file or folder cannot be written; the message is one sentence that names it."""
+    """A file or folder cannot be written; the message is one sentence with its name."""
 
 
 def write_error(path: str | os.PathLike, error: Exception, remedy: str | None = None) -> WriteError:
-    """Explains why a file or folder cannot be written.
+    """Return an error that explains why a file or folder cannot be written.
 
     Args:
         path: The file or folder.
-        error: What was raised: an OSError, or what libraries make of one.
-        remedy: What to do; by default to make room, or to give another folder.
+        error: The original exception: an OSError, or a library's exception that reports one.
+        remedy: Remedy for the message; by default, to free some disk space or give another folder.
     """
     if isinstance(error, WriteError):
         return error
     code = _code(error)
     reason = one_line(error) if code is None else os.strerror(code)
-    remedy = remedy or ("make room, or give another folder" if code in _FULL else "give another folder")
+    remedy = remedy or (
+        "free some disk space, or give another folder" if code in _FULL else "give another folder"
+    )
     return WriteError(f"{os.fspath(path)!r} cannot be written: {reason.rstrip('.')}; {remedy}.")
 
 
 def is_full(error: Exception) -> bool:
-    """Whether something was not written for want of room."""
+    """Whether an error was caused by a full disk."""
     return _code(error) in _FULL
 
 
 def _code(error: Exception) -> int | None:
-    """The operating system's number of an error; libraries that are no Python put its words into theirs."""
-    number = getattr(error, "errno", None)
-    if number is not None:
-        return number
+    """Return the errno of an error; libraries in other languages only include its description in their message."""
+    code = getattr(error, "errno", None)
+    if code is not None:
+        return code
     known = (*_FULL, errno.EROFS, errno.EACCES)
     return next((code for code in known if os.strerror(code) in str(error)), None)
 
 
 def write_files(contents: Mapping[str | os.PathLike, bytes | str]) -> None:
-    """Writes files that belong together: all under temporary names first, then each gets its own, in their order.
+    """Write a group of files: first all of them under temporary names, then rename them in order.
 
     Args:
-        contents: What each file holds; text is written as UTF-8. Folders are made.
+        contents: Content of each file; strings are encoded as UTF-8. Missing folders are created.
 
     Raises:
-        WriteError: If one cannot be written; then none of them has changed.
+        WriteError: If a file cannot be written, in which case none of the files is changed.
     """
     temporary: dict[Path, Path] = {}
     path = Path()
     try:
-        for path, content in ((_followed(name), content) for name, content in contents.items()):
+        for path, content in ((_resolve_link(name), content) for name, content in contents.items()):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary[path] = _temporary_name(path)
             with temporary[path].open("xb") as file:
@@ -81,31 +84,31 @@ def write_files(contents: Mapping[str | os.PathLike, bytes | str]) -> None:
     except OSError as error:
         raise write_error(path, error) from error
     finally:
-        for written in temporary.values():  # those that were renamed are no longer there
+        for written in temporary.values():  # renamed files no longer exist under this name
             with contextlib.suppress(OSError):
                 written.unlink()
 
 
 def write_file(path: str | os.PathLike, content: bytes | str) -> None:
-    """Writes one file; see `write_files`."""
+    """Write one file; see `write_files`."""
     write_files({path: content})
 
 
 def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
-    """Writes a JSON file with an indent of two; see `json_text` for the options."""
+    """Write a JSON file with an indent of two; see `json_text` for the options."""
     write_file(path, json_text(content, **{"indent": 2, **options}) + "\n")
 
 
 @contextmanager
 def open_new(path: str | os.PathLike) -> Iterator[TextIO]:
-    """A text file (UTF-8) that takes its name, and the place of an older one, when the block is through.
+    """Context manager that opens a UTF-8 text file, which replaces an existing file when the block ends.
 
-    For what is too large, or comes too slowly, to be held in memory.
+    For content that is too large, or produced too slowly, to be kept in memory.
 
     Raises:
-        WriteError: If it cannot be written; the older one is still there.
+        WriteError: If the file cannot be written, in which case an existing file is kept.
     """
-    target = _followed(path)
+    target = _resolve_link(path)
     temporary = _temporary_name(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,19 +122,19 @@ def open_new(path: str | os.PathLike) -> Iterator[TextIO]:
             temporary.unlink()
 
 
-def image_bytes(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """A picture as the content of a file."""
+def image_bytes(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """Encode an image in a file format."""
     buffer = io.BytesIO()
-    picture.save(buffer, format=kind, **options)
+    image.save(buffer, format=kind, **options)
     return buffer.getvalue()
 
 
 def json_text(content: Any, **options: Any) -> str:
-    """JSON of plain values; numbers that are not finite become null.
+    """Serialize plain values to JSON; NaN and infinite numbers become null.
 
     Args:
         content: The values.
-        **options: As of `json.dumps`.
+        **options: Options of `json.dumps`.
     """
     try:
         return json.dumps(content, allow_nan=False, **options)
@@ -140,10 +143,10 @@ def json_text(content: Any, **options: Any) -> str:
 
 
 def encode_text(text: str) -> bytes:
-    """Text as UTF-8, whatever it holds.
+    """Encode a string as UTF-8, including surrogates.
 
-    Python puts surrogates in the place of bytes of file names that do not fit the locale. Where these bytes are UTF-8,
-    they are written as they are, else as escapes.
+    Python represents bytes of file names that the locale cannot decode as surrogates. They are written as the original
+    bytes if these are valid UTF-8, else as escape sequences.
     """
     try:
         content = text.encode("utf-8", "surrogateescape")
@@ -163,12 +166,12 @@ def _with_finite_numbers(value: Any) -> Any:
     return value
 
 
-def _followed(path: str | os.PathLike) -> Path:
-    """The file itself where a link names it: the link should stay."""
+def _resolve_link(path: str | os.PathLike) -> Path:
+    """Return the target of a symbolic link, so that the link itself is kept."""
     path = Path(path)
     return path.resolve() if path.is_symlink() else path
 
 
 def _temporary_name(path: Path) -> Path:
-    """A name beside a file; of its own, as one made of the file's could be too long."""
+    """Return a temporary name in the folder of a file; a name derived from the file name could be too long."""
     return path.with_name(f".{secrets.token_hex(8)}.tmp")

@@ -2,20 +2,20 @@
 # requires-python = ">=3.10"
 # dependencies = ["conceptseg-hf"]
 # ///
-"""Segment by example: reference images show the concept, the model finds the rule behind them.
+"""Segment by example: the model induces the rule from reference images that show the concept.
 
     python examples/segment_with_references.py
     python examples/segment_with_references.py --model path/or/id --output panel.png
 
-Runs on a consistency task of ConceptShapes: what do the marked objects have in common? With references of your own,
-build them from paths: Reference("a.jpg", mask="a_mask.png") or Reference("b.jpg", box=(x1, y1, x2, y2)).
+Uses a consistency task of ConceptShapes: what do the marked objects have in common? Create your own references from
+paths: Reference("a.jpg", mask="a_mask.png") or Reference("b.jpg", box=(x1, y1, x2, y2)).
 """
 
 from __future__ import annotations
 
 import argparse
 
-# Before transformers: it registers the pipeline, and lets torchvision import beside a CPU torch.
+# Before transformers: registers the pipeline and makes torchvision importable with a CPU-only torch.
 from conceptseg_hf import Reference
 from conceptseg_hf.data import load_benchmark
 from conceptseg_hf.visualization import panel
@@ -25,11 +25,11 @@ from transformers import pipeline
 
 
 def main() -> None:
-    """Segments, prints rule and answer, and writes the panel."""
+    """Segment the target, print rule and answer, and save the panel."""
     parser = argparse.ArgumentParser(description="Segment by example.")
     parser.add_argument("--model", help="checkpoint folder or hub id; the embedded checkpoint by default")
     parser.add_argument(
-        "--output", default="segment_with_references.png", help="picture to write (default: %(default)s)"
+        "--output", default="segment_with_references.png", help="image file to write (default: %(default)s)"
     )
     arguments = parser.parse_args()
 
@@ -41,7 +41,7 @@ def main() -> None:
     pipe = pipeline("concept-segmentation", model=arguments.model)
     result = pipe(sample.image, prompt=sample.prompt, references=references, router="full_reasoning")
     print(
-        f"prompt: {sample.prompt}\nrule:   {result['rule']}\nanswer: {result['answer']} (true: {sample.answer})"
+        f"prompt: {sample.prompt}\nrule:   {result['rule']}\nanswer: {result['answer']} (ground truth: {sample.answer})"
     )
 
     check = None if result["check"] is None else (result["check_reference"], result["check"])

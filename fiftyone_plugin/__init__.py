@@ -1,4 +1,4 @@
-"""FiftyOne plugin @conceptseg/conceptseg: registers operators and the panel; the work is done in `conceptseg_hf`."""
+"""FiftyOne plugin @conceptseg/conceptseg: operators and a panel; the implementation is in `conceptseg_hf`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def register(plugin: PluginContext) -> None:
-    """Called by FiftyOne."""
+    """Register the operators and the panel; called by FiftyOne."""
     for operator in (
         SegmentConcept,
         EvaluateConcepts,

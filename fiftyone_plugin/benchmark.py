@@ -12,8 +12,8 @@ from fiftyone.operators import types
 
 from . import forms
 
-# Samples, unless the caller says how many; None, which the form sends when it is emptied, means all.
-_LIMIT = 60
+# Used if the parameter is missing. None, which an empty input sends, loads all samples.
+_DEFAULT_LIMIT = 60
 
 
 class LoadConceptBenchmark(foo.Operator):
@@ -21,18 +21,18 @@ class LoadConceptBenchmark(foo.Operator):
 
     @property
     def config(self) -> foo.OperatorConfig:
-        """How the operator is shown and run."""
+        """Configuration of the operator."""
         return forms.config(
             "load_concept_benchmark",
             "ConceptSeg: load a benchmark",
-            "ConceptShapes (drawn, needs no data) or any benchmark of the suite from its files",
+            "ConceptShapes (synthetic, requires no files) or a benchmark of the suite from its files",
             dynamic=True,
             execute_as_generator=True,
             allow_delegated_execution=True,
         )
 
     def resolve_input(self, ctx: Any) -> types.Property:
-        """The form."""
+        """Build the form."""
         inputs = types.Object()
         label = "Load a benchmark"
         if forms.package_missing():
@@ -44,21 +44,25 @@ class LoadConceptBenchmark(foo.Operator):
         forms.dropdown(inputs, "benchmark", titles, "concept-shapes", "Benchmark")
         name = ctx.params.get("benchmark") or "concept-shapes"
         if name in SOURCES:
-            inputs.str("root", label="Folder of its files", required=True)
+            inputs.str("root", label="Folder of the benchmark", required=True)
             if SOURCES[name].note:
                 inputs.view("note", types.Notice(label=SOURCES[name].note))
         inputs.str("split", default="test", label="Split")
         inputs.int(
-            "limit", default=_LIMIT, min=1, label="Only the first samples", description="Leave empty for all"
+            "limit",
+            default=_DEFAULT_LIMIT,
+            min=1,
+            label="Maximum number of samples",
+            description="Leave empty for all samples",
         )
-        inputs.str("dataset_name", label="Name of the dataset", description="By default: benchmark-split")
+        inputs.str("dataset_name", label="Dataset name", description="By default: benchmark-split")
         fault = _fault_of(ctx)
         if fault is not None:
             forms.warn(inputs, "fault", fault)
         return forms.form(inputs, label)
 
     def execute(self, ctx: Any) -> Iterator[Any]:
-        """Loads, then opens the dataset."""
+        """Load the benchmark, then open the dataset."""
         if forms.package_missing():
             raise ImportError(forms.INSTALL)
         from conceptseg_hf.integrations.fiftyone.benchmarks import LOADING, import_benchmark
@@ -67,7 +71,7 @@ class LoadConceptBenchmark(foo.Operator):
         get = ctx.params.get
         name, split = get("benchmark") or "concept-shapes", get("split") or "test"
         dataset_name = get("dataset_name") or f"{name}-{split}"
-        limit = get("limit", _LIMIT)
+        limit = get("limit", _DEFAULT_LIMIT)
         done, total, started = 0, 0, time.monotonic()
         try:
             for done, total in import_benchmark(name, get("root") or None, split, limit, dataset_name):
@@ -77,24 +81,24 @@ class LoadConceptBenchmark(foo.Operator):
                 button = LOADING if done < total else None
                 yield from forms.progress(ctx, done / max(total, 1), label, button, dataset_name)
         except Exception as error:
-            remark = f"{done} of {total} samples were read and stay; load again for the rest." if done else ""
+            remark = f"{done} of {total} samples were loaded; load again to resume." if done else ""
             yield from forms.notified(ctx, error, remark)
         if ctx.delegated:
             return
-        unread = []
+        unreadable = []
         if fo.dataset_exists(dataset_name):
-            unread = fo.load_dataset(dataset_name).exists("load_error").values("filepath")
+            unreadable = fo.load_dataset(dataset_name).exists("load_error").values("filepath")
         message = f"{done} of {total} samples"
         if done < total:
-            message = f"Cancelled after {message}; load again for the rest"
-        if unread:
-            message += f"; {len(unread)} could not be read, see load_error ({forms.named(unread)})"
+            message = f"Cancelled after {message}; load again to resume"
+        if unreadable:
+            message += f"; {len(unreadable)} could not be read, see load_error ({forms.named(unreadable)})"
         yield from forms.progress(ctx, done / max(total, 1), message)
-        yield ctx.ops.open_dataset(dataset_name)  # last: who then closes the dialog is done with it
+        yield ctx.ops.open_dataset(dataset_name)  # last, so that the dialog can be closed afterwards
 
 
 def _fault_of(ctx: Any) -> str | None:
-    """Why the benchmark cannot be loaded; one of files, once their folder is given."""
+    """Return why the benchmark cannot be loaded, or None; a benchmark in files is checked once its folder is set."""
     from conceptseg_hf.data import SOURCES, load_benchmark
     from conceptseg_hf.data.registry import open_benchmark
 

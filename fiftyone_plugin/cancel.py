@@ -12,35 +12,35 @@ from . import forms
 
 
 class CancelRun(foo.Operator):
-    """Ends a run, immediate or scheduled, after the batch in work."""
+    """Cancels an immediate or scheduled run after the current batch."""
 
     @property
     def config(self) -> foo.OperatorConfig:
-        """How the operator is shown and run."""
+        """Configuration of the operator."""
         return forms.config(
             "cancel_run",
             "ConceptSeg: cancel a run",
-            "Ends a run that is in work; what it has done stays, and the same run does the rest",
+            "Stops a run after the current batch; its predictions are kept, and the same run can be resumed",
             dynamic=True,
         )
 
     def resolve_input(self, ctx: Any) -> types.Property:
-        """The form: which run."""
+        """Build the form, with a dropdown of the active runs."""
         inputs = types.Object()
         label = "Cancel a run"
         if forms.package_missing():
             forms.warn(inputs, "missing", forms.INSTALL)
             return forms.form(inputs, label)
-        found = _running(_dataset_of(ctx))
-        if not found:  # no fault: a button may be pressed when its run has just ended
-            forms.warn(inputs, "none", "No run writes to this dataset now.", blocks=False)
+        running = _running(_dataset_of(ctx))
+        if not running:  # not an error: the run may have ended just before the button was pressed
+            forms.warn(inputs, "none", "No run is writing to this dataset.", blocks=False)
             return forms.form(inputs, label)
-        choices = {holder.name: f"{holder.name}: {holder}" for holder in found}
-        forms.dropdown(inputs, "name", choices, found[0].name, "Run")
+        choices = {holder.name: f"{holder.name}: {holder}" for holder in running}
+        forms.dropdown(inputs, "name", choices, running[0].name, "Run")
         return forms.form(inputs, label)
 
     def execute(self, ctx: Any) -> dict[str, bool]:
-        """Asks the run to end; returns whether there was one."""
+        """Request the cancellation; return whether the run exists."""
         if forms.package_missing():
             raise ImportError(forms.INSTALL)
         from conceptseg_hf.integrations.fiftyone.field_locks import request_cancel
@@ -49,16 +49,16 @@ class CancelRun(foo.Operator):
         chosen = ctx.params.get("name") or next((holder.name for holder in _running(dataset)), None)
         cancelled = dataset is not None and chosen is not None and request_cancel(dataset, chosen)
         message = (
-            "The run ends after the batch in work; what it has done stays."
+            "The run stops after the current batch; its predictions are kept."
             if cancelled
-            else "There is no such run any more."
+            else "The run has already ended."
         )
         ctx.ops.notify(message, variant="info")
         return {"cancelled": cancelled}
 
 
 def _dataset_of(ctx: Any) -> fo.Dataset | None:
-    """The dataset that a button names, or the one that is open."""
+    """Return the dataset in the parameters of a button, or the open dataset."""
     name = ctx.params.get("dataset")
     return fo.load_dataset(name) if name is not None and fo.dataset_exists(name) else ctx.dataset
 

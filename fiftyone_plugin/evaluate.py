@@ -12,28 +12,28 @@ from fiftyone.operators import types
 from . import forms
 
 PROTOCOLS = {
-    "standard": "Standard: at the size of the images",
+    "standard": "Standard: at the image size",
     "paper": "Paper: thresholded at 600 x 600",
-    "released": "Released: as the paper's figures were made",
+    "released": "Released: as for the figures in the paper",
 }
 
 
 class EvaluateConcepts(foo.Operator):
-    """Scores predicted masks against true ones."""
+    """Evaluates predicted masks against the ground truth."""
 
     @property
     def config(self) -> foo.OperatorConfig:
-        """How the operator is shown and run."""
+        """Configuration of the operator."""
         return forms.config(
             "evaluate_concepts",
             "ConceptSeg: evaluate masks",
-            "The metrics of the field, per sample, level and group; missing predictions count as empty masks",
+            "Segmentation metrics per sample, level and group; missing predictions count as empty masks",
             dynamic=True,
             allow_delegated_execution=True,
         )
 
     def resolve_input(self, ctx: Any) -> types.Property:
-        """The form."""
+        """Build the form."""
         inputs = types.Object()
         label = "Evaluate masks"
         if forms.package_missing():
@@ -50,30 +50,30 @@ class EvaluateConcepts(foo.Operator):
             "pred_field",
             predicted,
             "Predictions",
-            "No field has masks; run segment_concept first.",
+            "The dataset has no field with masks; run segment_concept first.",
             "concept",
         )
         forms.choose_field(
             inputs,
             "gt_field",
             masks,
-            "True masks",
-            "No field has masks; there is no truth here.",
+            "Ground-truth masks",
+            "The dataset has no field with masks; add ground-truth masks.",
             "ground_truth",
         )
-        _ask_class(inputs, ctx.dataset, settings["gt_field"], settings["gt_class"])
-        inputs.str("eval_key", default="concepts", label="Name of the run")
+        _add_class_input(inputs, ctx.dataset, settings["gt_field"], settings["gt_class"])
+        inputs.str("eval_key", default="concepts", label="Run name")
         forms.dropdown(inputs, "protocol", PROTOCOLS, "standard", "Protocol")
         inputs.bool(
             "all_metrics",
             default=False,
-            label="Also weighted F-measure and S-measure",
-            description="Slower; they need: pip install 'conceptseg-hf[eval]'",
+            label="Add weighted F-measure and S-measure",
+            description="Slower; requires: pip install 'conceptseg-hf[eval]'",
             view=types.SwitchView(),
         )
         heatmaps = fields_of_type(ctx.dataset, fo.Heatmap)
         if heatmaps:
-            choices = {"none": "None: masks only"} | {name: name for name in heatmaps}
+            choices = {"none": "None (masks only)"} | {name: name for name in heatmaps}
             forms.dropdown(
                 inputs, "heatmap_field", choices, "none", "Probabilities for MAE, F_w and S-measure"
             )
@@ -86,12 +86,12 @@ class EvaluateConcepts(foo.Operator):
             forms.warn(inputs, "bad_key", str(error))
         else:
             if key in ctx.dataset.list_evaluations():
-                message = f"The run {key!r} is there already and will be replaced."
+                message = f"Run {key!r} already exists and will be replaced."
                 forms.warn(inputs, "overwrite", message, blocks=False)
         return forms.form(inputs, label)
 
     def execute(self, ctx: Any) -> dict[str, Any]:
-        """Evaluates; the result holds the table that is shown."""
+        """Evaluate; return the metrics and the tables to show."""
         if forms.package_missing():
             raise ImportError(forms.INSTALL)
         from conceptseg_hf.integrations.fiftyone import evaluate_concepts
@@ -117,7 +117,7 @@ class EvaluateConcepts(foo.Operator):
         }
 
     def resolve_output(self, ctx: Any) -> types.Property:
-        """The table by level and group."""
+        """Show the metrics by level and group, and the skipped samples."""
         outputs = types.Object()
         outputs.str("summary", label="Summary")
         table = types.TableView(label="By level and group")
@@ -125,15 +125,15 @@ class EvaluateConcepts(foo.Operator):
             table.add_column(key, label=label)
         outputs.list("table", types.Object(), view=table)
         if (ctx.results or {}).get("left_out"):
-            table = types.TableView(label="Samples left out")
-            for name, label in {"why": "Why", "samples": "n", "files": "Files"}.items():
+            table = types.TableView(label="Skipped samples")
+            for name, label in {"why": "Reason", "samples": "n", "files": "Files"}.items():
                 table.add_column(name, label=label)
             outputs.list("left_out", types.Object(), view=table)
         return types.Property(outputs, view=types.View(label="Evaluation"))
 
 
 def _fields(dataset: fo.Dataset) -> tuple[list[str], list[str]]:
-    """The fields that can be predictions, and those that can be true masks."""
+    """Return the fields that can be predictions, and those that can be ground-truth masks."""
     from conceptseg_hf.integrations.fiftyone.schema import fields_of_type, prediction_fields
 
     masks = fields_of_type(dataset, fo.Segmentation)
@@ -142,7 +142,7 @@ def _fields(dataset: fo.Dataset) -> tuple[list[str], list[str]]:
 
 
 def _settings(ctx: Any) -> dict[str, Any]:
-    """What is asked of `evaluate_concepts`; the form checks what will be executed."""
+    """Return the arguments of `evaluate_concepts`, which the form checks and `execute` uses."""
     from conceptseg_hf.evaluation.metrics import LIBRARY_METRICS, METRICS
 
     get = ctx.params.get
@@ -160,15 +160,15 @@ def _settings(ctx: Any) -> dict[str, Any]:
 
 
 def _first(fields: list[str], default: str) -> str:
-    """What a dropdown of fields shows first."""
+    """Return the field that a dropdown selects by default."""
     return default if default in fields or not fields else fields[0]
 
 
-def _ask_class(inputs: types.Object, dataset: fo.Dataset, gt_field: str, gt_class: int | None) -> None:
-    """Which pixels of the true masks are the concept: a class that the dataset names, or any value."""
+def _add_class_input(inputs: types.Object, dataset: fo.Dataset, gt_field: str, gt_class: int | None) -> None:
+    """Add an input for the class in the ground-truth masks: a class from `mask_targets`, or any pixel value."""
     from conceptseg_hf.integrations.fiftyone.gt_masks import check_class, classes_of
 
-    label = "Concept in the true masks"
+    label = "Concept in the ground-truth masks"
     classes = classes_of(dataset, gt_field)
     if classes:
         choices = {value: f"{name} ({value})" for value, name in classes.items()}
@@ -177,7 +177,7 @@ def _ask_class(inputs: types.Object, dataset: fo.Dataset, gt_field: str, gt_clas
         inputs.int(
             "gt_class",
             label=f"{label}: pixel value",
-            description="Empty: all pixels that are not background",
+            description="Leave empty to use all non-background pixels",
         )
     try:
         check_class(dataset, gt_field, gt_class)
@@ -197,7 +197,7 @@ METRIC_COLUMNS = {
 
 
 def metrics_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a report's table as text: fg IoU and share of shortcuts 0 to 1, the others in percent."""
+    """Format a row of a report's table: fg IoU and fraction of shortcuts from 0 to 1, gIoU and cIoU in percent."""
     values = {"level": row["level"], "group": row["group"], "samples": row["samples"]}
     values |= {name: _number(row["masks"].get(name), 1) for name in ("giou", "ciou")}
     return values | {
@@ -217,18 +217,18 @@ def _report(ctx: Any, bar: Any, started: float) -> None:
 def _left_out(
     dataset: fo.Dataset, left_out: dict[str, list[str]], errors: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """Rows that say which samples have no score and why; one for each kind of error."""
-    kinds: dict[str, list[str]] = {}
+    """Return the table rows of the skipped samples, one per reason or error message."""
+    ids_by_reason: dict[str, list[str]] = {}
     for reason, ids in left_out.items():
         for sample_id in ids:
-            kinds.setdefault(errors.get(sample_id, reason), []).append(sample_id)
+            ids_by_reason.setdefault(errors.get(sample_id, reason), []).append(sample_id)
     return [
         {
-            "why": forms.sentence(why),
+            "why": forms.sentence(reason),
             "samples": len(ids),
             "files": forms.named(dataset.select(ids).values("filepath")),
         }
-        for why, ids in kinds.items()
+        for reason, ids in ids_by_reason.items()
     ]
 
 

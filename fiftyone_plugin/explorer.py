@@ -1,4 +1,4 @@
-"""Panel `concept_explorer`: metrics, routes, rules and failures of a run, each a click away from its samples."""
+"""Panel `concept_explorer`: metrics, routes, rules and failures of a run, with links to the samples."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from . import forms
 from .evaluate import METRIC_COLUMNS, metrics_row
 
 NO_RULE = "(no rule: shortcut)"
-_SHOWN_RULES = 50
-_RULE_WIDTH = 44  # characters that fit beside the grid
+_MAX_SHOWN_RULES = 50
+_RULE_WIDTH = 44  # number of characters that fit next to the sample grid
 
 
 class ConceptExplorer(foo.Panel):
-    """What a run found, seen from above."""
+    """Overview of the predictions of a run."""
 
     @property
     def config(self) -> foo.PanelConfig:
-        """How the panel is shown."""
+        """Configuration of the panel."""
         return foo.PanelConfig(
             name="concept_explorer",
             label="Concept explorer",
@@ -33,50 +33,50 @@ class ConceptExplorer(foo.Panel):
         )
 
     def on_load(self, ctx: Any) -> None:
-        """Chooses what to show first."""
+        """Load the first field and evaluation."""
         self._refresh(ctx)
 
     def on_change_dataset(self, ctx: Any) -> None:
-        """Another dataset has other fields."""
+        """Reset the selection, as another dataset has other fields."""
         ctx.panel.set_state({"field": None, "eval_key": None})
         self._refresh(ctx)
 
     def on_choose(self, ctx: Any) -> None:
-        """Another field or run was chosen."""
+        """Update the panel after another field or run was selected."""
         self._refresh(ctx)
 
     def show_route(self, ctx: Any) -> None:
-        """Shows the samples of a bar."""
+        """Show the samples of the clicked bar."""
         field = ctx.panel.get_state("field")
         self._show(ctx, ctx.dataset.match(F(f"{field}.route") == ctx.params.get("x")))
 
     def show_point(self, ctx: Any) -> None:
-        """Shows the sample of a point."""
+        """Show the sample of the clicked point."""
         if ctx.params.get("id"):
             self._show(ctx, ctx.dataset.select([ctx.params["id"]]))
 
     def show_points(self, ctx: Any) -> None:
-        """Shows the samples of the points that were marked."""
+        """Show the samples of the selected points."""
         ids = [point["id"] for point in ctx.params.get("data") or () if point.get("id")]
         if ids:
             self._show(ctx, ctx.dataset.select(ids))
 
     def show_rule(self, ctx: Any) -> None:
-        """Shows the samples of a row of rules."""
+        """Show the samples of a row of the rules table."""
         row, field = self._row(ctx, "rules"), ctx.panel.get_state("field")
         if row:
             rule = None if row["rule"] == NO_RULE else row["rule"]
             self._show(ctx, _answered(ctx.dataset, field).match(F(f"{field}.rule") == rule))
 
     def show_failure(self, ctx: Any) -> None:
-        """Shows the samples of a row of failures."""
+        """Show the samples of a row of the failures table."""
         row = self._row(ctx, "failures")
         if row:
             failures = _failures(ctx.dataset, ctx.panel.get_state("field"), ctx.panel.get_state("eval_key"))
             self._show(ctx, ctx.dataset.select(failures[row["kind"]]))
 
     def show_group(self, ctx: Any) -> None:
-        """Shows the samples of a row of metrics."""
+        """Show the samples of a row of the metrics table."""
         row = self._row(ctx, "metrics")
         if row:
             view = ctx.dataset.exists(f"{ctx.panel.get_state('eval_key')}_iou")
@@ -86,11 +86,11 @@ class ConceptExplorer(foo.Panel):
             self._show(ctx, view)
 
     def show_all(self, ctx: Any) -> None:
-        """Back to all samples."""
+        """Show all samples."""
         ctx.ops.clear_view()
 
     def render(self, ctx: Any) -> types.Property:
-        """Draws what is known; nothing, until `on_load` was there."""
+        """Render the panel from its state; show a loading view before `on_load` has finished."""
         panel = types.Object()
         state = ctx.panel.get_state
         if not state("status"):
@@ -105,18 +105,18 @@ class ConceptExplorer(foo.Panel):
             title = "Metrics by level and group"
             self._table(panel, ctx, "metrics", title, METRIC_COLUMNS, self.show_group)
         self._render_plots(panel, ctx)
-        shown = {"shown": "Rule", "samples": "n"}
+        columns = {"shown": "Rule", "samples": "n"}
         title = "Rules and the samples they produced"
-        if state("rule_count") > _SHOWN_RULES:
-            title += f" (the {_SHOWN_RULES} most frequent of {state('rule_count')})"
-        self._table(panel, ctx, "rules", title, shown, self.show_rule)
+        if state("rule_count") > _MAX_SHOWN_RULES:
+            title += f" (the {_MAX_SHOWN_RULES} most frequent of {state('rule_count')})"
+        self._table(panel, ctx, "rules", title, columns, self.show_rule)
         if state("failures"):
-            shown = {"kind": "Kind", "samples": "n"}
-            self._table(panel, ctx, "failures", "Failures and samples left out", shown, self.show_failure)
+            columns, title = {"kind": "Kind", "samples": "n"}, "Failures and skipped samples"
+            self._table(panel, ctx, "failures", title, columns, self.show_failure)
         return types.Property(panel, view=types.ObjectView())
 
     def _refresh(self, ctx: Any) -> None:
-        """Reads the dataset into the panel's state."""
+        """Update the panel's state from the dataset."""
         if forms.package_missing():
             ctx.panel.set_state("status", forms.INSTALL)
             return
@@ -128,7 +128,7 @@ class ConceptExplorer(foo.Panel):
         if not fields:
             ctx.panel.set_state(
                 "status",
-                "There are no predictions yet. Run **ConceptSeg: segment a concept**, then open this panel.",
+                "The dataset has no predictions. Run **ConceptSeg: segment a concept**, then open this panel.",
             )
             return
         field = ctx.panel.get_state("field")
@@ -160,7 +160,7 @@ class ConceptExplorer(foo.Panel):
                         "shown": textwrap.shorten(rule, _RULE_WIDTH, placeholder=" …"),
                         "samples": count,
                     }
-                    for rule, count in rules[:_SHOWN_RULES]
+                    for rule, count in rules[:_MAX_SHOWN_RULES]
                 ],
                 "failures": [{"kind": kind, "samples": count} for kind, count in failures.items()],
             }
@@ -182,7 +182,7 @@ class ConceptExplorer(foo.Panel):
                     name, values, view=view, on_change=self.on_choose, default=ctx.panel.get_state(name)
                 )
         row = panel.h_stack("buttons", gap=2)
-        row.btn("refresh", label="Read again", on_click=self.on_choose)
+        row.btn("refresh", label="Refresh", on_click=self.on_choose)
         row.btn("all", label="Show all samples", on_click=self.show_all)
 
     def _render_plots(self, panel: types.Object, ctx: Any) -> None:
@@ -218,7 +218,7 @@ class ConceptExplorer(foo.Panel):
         table = types.TableView(
             on_click_row=on_click,
             actions_label="Show",
-            componentsProps={  # FiftyOne's own measures are too wide for half a window
+            componentsProps={  # FiftyOne's default table is too wide for half a window
                 "table": {"sx": {"minWidth": 0}},
                 "tableHeadCell": {"sx": {"px": 1}},
                 "tableBodyCell": {"sx": {"px": 1, "fontSize": "1rem"}},
@@ -228,13 +228,13 @@ class ConceptExplorer(foo.Panel):
         for key, label in columns.items():
             table.add_column(key, label=label)
         for index, row in enumerate(ctx.panel.get_state(name) or ()):
-            if row.get("rule") != row.get("shown"):  # it was shortened
+            if row.get("rule") != row.get("shown"):  # the rule was shortened
                 table.add_tooltip(index, 0, row["rule"])
         table.add_row_action("show", on_click=on_click, icon="visibility", tooltip="Show these samples")
         panel.list(name, types.Object(), view=table)
 
     def _row(self, ctx: Any, name: str) -> dict[str, Any] | None:
-        """The row that was clicked; None for the head of the table."""
+        """Return the clicked row, or None for the table header."""
         rows, index = ctx.panel.get_state(name) or [], int(ctx.params["row"])
         return rows[index] if 0 <= index < len(rows) else None
 
@@ -243,16 +243,16 @@ class ConceptExplorer(foo.Panel):
 
 
 def _evaluation(dataset: fo.Dataset, key: str | None) -> tuple[str, list[dict[str, Any]]]:
-    """What a run says, and the rows of its table; a run that is not finished says so."""
+    """Return the summary of a run and the rows of its metrics table, or an error message and no rows."""
     from conceptseg_hf.integrations.fiftyone.evaluation import left_out_of, replaced_since, report_of
 
     if key is None:
-        return "No evaluation of this field yet: run **ConceptSeg: evaluate masks**.", []
+        return "This field has no evaluation. Run **ConceptSeg: evaluate masks**.", []
     try:
         report, replaced = report_of(dataset, key), len(replaced_since(dataset, key))
     except ValueError as error:
         return f"**{forms.sentence(str(error))}**", []
-    notice = f" **Masks made since: {replaced}; evaluate again.**" if replaced else ""
+    notice = f" **Masks replaced after the evaluation: {replaced}; evaluate again.**" if replaced else ""
     left_out = [f"{len(ids)} {reason}" for reason, ids in left_out_of(dataset, key).items()]
     scored = f" ({len(report.records)} of {dataset.count()} samples" + "".join(
         f"; {text}" for text in left_out
@@ -261,25 +261,25 @@ def _evaluation(dataset: fo.Dataset, key: str | None) -> tuple[str, list[dict[st
 
 
 def _with_value(view: fo.DatasetView, field: str, value: str) -> fo.DatasetView:
-    """The samples of a row of metrics; "?" stands for those without a value."""
+    """Return the samples of a row of the metrics table; "?" stands for samples without a value."""
     if value == "?":
-        return view.match((F(field) == None) | F(field).is_in(["", "?"]))  # noqa: E711 (an expression of FiftyOne)
+        return view.match((F(field) == None) | F(field).is_in(["", "?"]))  # noqa: E711 (FiftyOne expression)
     return view.match(F(field) == value)
 
 
 def _answered(dataset: fo.Dataset, field: str) -> fo.DatasetView:
-    """The samples without an error: errors have no rule either."""
-    return dataset.match(F(f"{field}.route") != None)  # noqa: E711 (an expression of FiftyOne)
+    """Return the samples with a route, which excludes errors, as these have no rule, too."""
+    return dataset.match(F(f"{field}.route") != None)  # noqa: E711 (FiftyOne expression)
 
 
 def _failures(dataset: fo.Dataset, field: str, eval_key: str | None) -> dict[str, list[str]]:
-    """Sample ids by kind of failure; with the key of an evaluation, also those that it left out."""
+    """Return sample ids by kind of failure; with the key of an evaluation, also the samples that it skipped."""
     from conceptseg_hf.integrations.fiftyone.evaluation import left_out_of
 
     predicted = dataset.exists(field)
     reasoned = predicted.match(F(f"{field}.route") == "reasoning")
     kinds = {
-        "error": predicted.match(F(f"{field}.error") != None),  # noqa: E711 (an expression of FiftyOne)
+        "error": predicted.match(F(f"{field}.error") != None),  # noqa: E711 (FiftyOne expression)
         "no rule in the completion": reasoned.match(F(f"{field}.rule") == None),  # noqa: E711
         "no answer in the completion": reasoned.match(F(f"{field}.answer") == None),  # noqa: E711
         "check IoU below 0.5": predicted.exists(f"{field}.check_iou").match(F(f"{field}.check_iou") < 0.5),
@@ -298,9 +298,9 @@ def _routes_plot(dataset: fo.Dataset, field: str) -> list[dict[str, Any]]:
 
 
 def _presence_plot(dataset: fo.Dataset, field: str) -> list[dict[str, Any]]:
-    asked = dataset.exists(f"{field}.presence")
+    with_presence = dataset.exists(f"{field}.presence")
     paths = ["id", f"{field}.threshold", f"{field}.presence", f"{field}.prompt"]
-    ids, thresholds, presences, prompts = asked.values(paths)
+    ids, thresholds, presences, prompts = with_presence.values(paths)
     return [
         {
             "type": "scatter",

@@ -1,4 +1,4 @@
-"""What the forms share. Nothing of `conceptseg_hf` is imported before `package_missing` was asked."""
+"""Helpers for the forms. `conceptseg_hf` must not be imported before `package_missing` was checked."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import fiftyone.operators as foo
 from fiftyone.operators import types
 
 PLUGIN = "@conceptseg/conceptseg"
-_NAMED = 3  # files that a line names
+_MAX_SHOWN_NAMES = 3  # number of file names in one line
 
 INSTALL = (
-    "The package conceptseg_hf is not installed where this FiftyOne runs; install it there with: "
+    "The package conceptseg_hf is not installed in FiftyOne's environment; install it with: "
     "pip install 'conceptseg-hf[fiftyone]'"
 )
 
 
 def config(name: str, label: str, description: str, **options: Any) -> foo.OperatorConfig:
-    """The configuration of an operator, with the plugin's icons."""
+    """Create the configuration of an operator, with the plugin's icons."""
     return foo.OperatorConfig(
         name=name,
         label=label,
@@ -33,22 +33,22 @@ def config(name: str, label: str, description: str, **options: Any) -> foo.Opera
 
 
 def package_missing() -> bool:
-    """Whether the package, or what it needs, is absent."""
+    """Whether the package `conceptseg_hf` is not installed."""
     return importlib.util.find_spec("conceptseg_hf") is None
 
 
 def sentence(message: str) -> str:
-    """A message of an error as the App shows it."""
+    """Capitalize an error message for the App."""
     return message[:1].upper() + message[1:]
 
 
 def warn(inputs: types.Object, name: str, message: str, blocks: bool = True) -> None:
-    """A message in the form; with `blocks` the form cannot be sent."""
+    """Add a warning to the form; with `blocks`, the form cannot be submitted."""
     message = sentence(message)
-    shown = inputs.view(name, types.Warning(label=message))
+    warning = inputs.view(name, types.Warning(label=message))
     if blocks:
-        shown.invalid = True
-        shown.error_message = message
+        warning.invalid = True
+        warning.error_message = message
 
 
 def dropdown(
@@ -59,7 +59,7 @@ def dropdown(
     label: str,
     **options: Any,
 ) -> None:
-    """A dropdown of values and their labels."""
+    """Add a dropdown of values and their labels."""
     view = types.DropdownView(label=label, **options)
     for value, text in choices.items():
         view.add_choice(value, label=text)
@@ -67,10 +67,10 @@ def dropdown(
 
 
 def target_view(ctx: Any) -> fo.core.collections.SampleCollection:
-    """The samples an operator works on, flat. FiftyOne cannot flatten dynamic groups by itself."""
+    """Return the samples that an operator processes as a flat view; `ctx.target_view` cannot flatten dynamic groups."""
     target = ctx.params.get("view_target") or ctx.request_params.get("view_target")
     if ctx.view is not None and ctx.view._is_dynamic_groups and target != "DATASET" and not ctx.selected:
-        ctx.target_view()  # keeps the choice in the form
+        ctx.target_view()  # keeps the selected target in the form
         return ctx.view.flatten()
     return ctx.target_view(require_flat=True)
 
@@ -78,14 +78,17 @@ def target_view(ctx: Any) -> fo.core.collections.SampleCollection:
 def progress(
     ctx: Any, fraction: float, label: str, name: str | None = None, dataset: str | None = None
 ) -> Iterator[Any]:
-    """Shows how far a run is. What it yields has to be yielded to the App.
+    """Show the progress of a run; the caller must yield the messages to the App.
 
     Args:
-        ctx: The context.
-        fraction: Share that is done.
-        label: One line.
-        name: What the run holds (its field), which a button cancels; None: no button.
-        dataset: Name of its dataset; the one that is open by default.
+        ctx: Execution context.
+        fraction: Fraction of the samples that is done, 0 to 1.
+        label: Progress message.
+        name: Locked name of the run (its field) for the cancel button; None shows no button.
+        dataset: Name of the run's dataset; the open dataset by default.
+
+    Yields:
+        Messages for the App.
     """
     if ctx.delegated:
         ctx.set_progress(progress=fraction, label=label)
@@ -100,9 +103,9 @@ def progress(
 
 
 def notified(ctx: Any, error: Exception, remark: str = "") -> Iterator[Any]:
-    """Shows an error in the App, which keeps those of generators to itself, and raises it.
+    """Show an error in the App and raise it, as the App does not display errors of generators.
 
-    It takes the place of the progress, whose dialog would go on looking like that of a run which is done.
+    The error replaces the progress in the dialog, which would otherwise look like that of a completed run.
     """
     if not ctx.delegated:
         outputs = types.Object()
@@ -114,15 +117,15 @@ def notified(ctx: Any, error: Exception, remark: str = "") -> Iterator[Any]:
 
 
 def named(paths: Iterable[str]) -> str:
-    """The names of some files in one line, the first of many."""
+    """Return the first few file names, separated by commas."""
     names = [Path(path).name for path in paths]
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+    return ", ".join(names[:_MAX_SHOWN_NAMES]) + (", ..." if len(names) > _MAX_SHOWN_NAMES else "")
 
 
 def choose_field(
     inputs: types.Object, name: str, fields: list[str], label: str, missing: str, default: str | None = None
 ) -> None:
-    """A dropdown of fields, or a warning when there are none."""
+    """Add a dropdown of fields, or a warning if there are none."""
     if not fields:
         warn(inputs, f"{name}_missing", missing)
         return
@@ -132,5 +135,5 @@ def choose_field(
 
 
 def form(inputs: types.Object, label: str) -> types.Property:
-    """The finished form."""
+    """Return the form."""
     return types.Property(inputs, view=types.View(label=label))

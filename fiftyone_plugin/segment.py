@@ -1,4 +1,4 @@
-"""Operator `segment_concept`, and `release_model`, which frees what it keeps."""
+"""Operators `segment_concept`, and `release_model`, which removes the cached model from memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fiftyone.operators import types
 
 from . import forms
 
-DELEGATE_FROM = 500  # samples, from which on the form proposes to schedule the run
+DELEGATE_FROM = 500  # number of samples above which the form suggests to schedule the run
 REFERENCES = {
-    "none": "None: the words alone",
+    "none": "None (prompt only)",
     "selected": "The selected samples",
     "saved_view": "A saved view",
     "own": "Each sample's own (field reference_ids)",
@@ -21,22 +21,22 @@ REFERENCES = {
 
 
 class SegmentConcept(foo.Operator):
-    """Segments what a prompt means in every sample of a view."""
+    """Segments the concept of a prompt in every sample of a view."""
 
     @property
     def config(self) -> foo.OperatorConfig:
-        """How the operator is shown and run."""
+        """Configuration of the operator."""
         return forms.config(
             "segment_concept",
             "ConceptSeg: segment a concept",
-            "Masks, rules and routes for what a prompt means, with reference samples if you like",
+            "Masks, rules and routes for the concept of a prompt, optionally with reference samples",
             dynamic=True,
             execute_as_generator=True,
             allow_delegated_execution=True,
         )
 
     def resolve_placement(self, ctx: Any) -> types.Placement:
-        """A button above the grid."""
+        """Place a button above the sample grid."""
         return types.Placement(
             types.Places.SAMPLES_GRID_ACTIONS,
             types.Button(
@@ -49,7 +49,7 @@ class SegmentConcept(foo.Operator):
         )
 
     def resolve_execution_options(self, ctx: Any) -> foo.ExecutionOptions:
-        """Immediate with progress; large runs are proposed for scheduling."""
+        """Allow immediate and scheduled execution; scheduling is the default for large runs."""
         large = (
             ctx.dataset is not None
             and not forms.package_missing()
@@ -60,7 +60,7 @@ class SegmentConcept(foo.Operator):
         )
 
     def resolve_input(self, ctx: Any) -> types.Property:
-        """The form."""
+        """Build the form."""
         inputs = types.Object()
         label = "Segment a concept"
         if forms.package_missing():
@@ -70,21 +70,21 @@ class SegmentConcept(foo.Operator):
             job, fault = job_of(ctx), None
         except ValueError as error:
             job, fault = None, str(error)
-        _check(inputs, ctx, job, fault)
-        _ask_prompt(inputs, ctx)
-        _ask_references(inputs, ctx)
+        _add_summary(inputs, ctx, job, fault)
+        _add_prompt_inputs(inputs, ctx)
+        _add_reference_inputs(inputs, ctx)
         inputs.view_target(
             ctx,
             action_description="Segment",
             allow_selected_samples=reference_source(ctx) != "selected",
             require_flat=True,
         )
-        _ask_model(inputs, ctx)
-        _ask_output(inputs, ctx, job)
+        _add_model_inputs(inputs, ctx)
+        _add_output_inputs(inputs, ctx, job)
         return forms.form(inputs, label)
 
     def execute(self, ctx: Any) -> Iterator[Any]:
-        """Runs; every batch is stored when it is done."""
+        """Segment; the predictions are saved after each batch."""
         if forms.package_missing():
             raise ImportError(forms.INSTALL)
         from conceptseg_hf.integrations.fiftyone import segment_collection
@@ -97,7 +97,7 @@ class SegmentConcept(foo.Operator):
                 button = job.field if progress.done < progress.total and not progress.cancelled else None
                 yield from forms.progress(ctx, progress.fraction, str(progress), button)
         except Exception as error:
-            remark = "" if progress is None else f"{progress}; these stay, and the same run does the rest."
+            remark = "" if progress is None else f"{progress}. Predictions are kept; run again to resume."
             yield from forms.notified(ctx, error, remark)
         if ctx.delegated or progress is None:
             return
@@ -106,42 +106,44 @@ class SegmentConcept(foo.Operator):
             [*dict.fromkeys([*ctx.active_fields, *output_fields(job.field, job.outputs).values()])]
         )
         message = str(progress)
-        for what, faults in (("reference", progress.bad_references), ("error", progress.errors)):
+        for kind, faults in (("invalid reference", progress.bad_references), ("error", progress.errors)):
             if faults:
-                message += f". First {what}: {next(iter(faults.values()))}"
+                message += f". First {kind}: {next(iter(faults.values()))}"
         if progress.cancelled:
-            message += ". The same run does the rest."
+            message += ". Run again with the same settings to resume."
         variant = "success" if message == str(progress) else "warning"
         yield ctx.ops.notify(message, variant=variant)
 
 
 class ReleaseModel(foo.Operator):
-    """Frees the memory of the model that runs share."""
+    """Removes the shared model from memory."""
 
     @property
     def config(self) -> foo.OperatorConfig:
-        """How the operator is shown and run."""
+        """Configuration of the operator."""
         return forms.config(
-            "release_model", "ConceptSeg: free the model", "Frees the memory of the model that runs share"
+            "release_model", "ConceptSeg: free the model", "Removes the model that runs share from memory"
         )
 
     def execute(self, ctx: Any) -> dict[str, int]:
-        """Frees; returns how many models there were."""
+        """Release the model; return the number of released models."""
         from conceptseg_hf.integrations.fiftyone import release_models
 
         count = release_models()
-        ctx.ops.notify("The model is freed." if count else "There was no model in memory.", variant="success")
+        ctx.ops.notify(
+            "The model was removed from memory." if count else "No model was in memory.", variant="success"
+        )
         return {"released": count}
 
     def resolve_output(self, ctx: Any) -> types.Property:
-        """The count."""
+        """Show the count."""
         outputs = types.Object()
-        outputs.int("released", label="Models freed")
+        outputs.int("released", label="Released models")
         return types.Property(outputs)
 
 
 def reference_source(ctx: Any) -> str:
-    """Where references come from; the selection, if nothing is said and there is one."""
+    """Return the source of the references; by default the selected samples, if there are any."""
     chosen = ctx.params.get("references")
     if chosen in REFERENCES:
         return chosen
@@ -149,7 +151,7 @@ def reference_source(ctx: Any) -> str:
 
 
 def prompt_source(ctx: Any) -> str:
-    """`"text"` or `"field"`."""
+    """Return the source of the prompt, `"text"` or `"field"`."""
     chosen = ctx.params.get("prompt_source")
     if chosen is not None:
         return chosen
@@ -157,13 +159,13 @@ def prompt_source(ctx: Any) -> str:
 
 
 def outputs_of(ctx: Any) -> list[str]:
-    """The outputs that are switched on; masks unless said otherwise."""
+    """Return the enabled outputs; by default masks only."""
     defaults = {"segmentation": True, "detections": False, "heatmap": False}
     return [name for name, default in defaults.items() if ctx.params.get(name, default)]
 
 
 def reference_samples(ctx: Any) -> Any:
-    """The samples that serve as references for all, or None."""
+    """Return the samples that are references for all targets, or None."""
     source = reference_source(ctx)
     if source == "selected":
         return ctx.dataset.select(ctx.selected, ordered=True)
@@ -174,20 +176,20 @@ def reference_samples(ctx: Any) -> Any:
 
 
 def targets_of(ctx: Any) -> Any:
-    """The samples to segment: the target view without the references of a benchmark."""
+    """Return the samples to segment: the target view without the references of a benchmark."""
     samples = forms.target_view(ctx)
     if samples.has_field("role"):
         return samples.match(F("role") != "reference")
-    if ctx.dataset.has_field("role"):  # the view hides it
+    if ctx.dataset.has_field("role"):  # hidden by the view
         return samples.exclude(ctx.dataset.match(F("role") == "reference").values("id"))
     return samples
 
 
 def job_of(ctx: Any) -> Any:
-    """The form's values as a job.
+    """Create a `SegmentationJob` from the form's values.
 
     Raises:
-        ValueError: If there is no such saved view.
+        ValueError: If the saved view does not exist or is empty.
     """
     from conceptseg_hf.integrations.fiftyone import SegmentationJob
 
@@ -196,10 +198,10 @@ def job_of(ctx: Any) -> Any:
     samples = reference_samples(ctx)
     if source == "saved_view" and samples is None:
         raise ValueError(
-            f"saved view {get('saved_view')!r} is not in the dataset; give one of its saved views."
+            f"saved view {get('saved_view')!r} is not in the dataset; use one of its saved views."
         )
     if samples is not None and source == "saved_view" and not samples.count():
-        raise ValueError(f"saved view {get('saved_view')!r} is empty; give one that holds the references.")
+        raise ValueError(f"saved view {get('saved_view')!r} is empty; use one that contains the references.")
     from_field, label_field = prompt_source(ctx) == "field", label_field_of(ctx)
     return SegmentationJob(
         field=get("field") or "concept",
@@ -221,7 +223,7 @@ def job_of(ctx: Any) -> Any:
 
 
 def _skip_existing(ctx: Any) -> bool | None:
-    """What `SegmentationJob.skip_existing` says; the form asks `resume` where a run was interrupted."""
+    """Return `SegmentationJob.skip_existing`; after an interrupted run, the form has the input `resume` instead."""
     skip, resume = ctx.params.get("skip_existing"), ctx.params.get("resume")
     if skip or resume is None:
         return skip
@@ -229,16 +231,16 @@ def _skip_existing(ctx: Any) -> bool | None:
 
 
 def label_field_of(ctx: Any) -> str | None:
-    """The field that marks the concept in references; None for images alone, or where nothing marks them."""
+    """Return the field that marks the concept in references, or None for images without marks."""
     from conceptseg_hf.integrations.fiftyone.reference_samples import AUTO
 
     chosen = ctx.params.get("reference_label_field") or AUTO
     if chosen == NO_MARK:
         return None
-    return _likeliest_label_field(ctx) if chosen == AUTO else chosen
+    return _most_likely_label_field(ctx) if chosen == AUTO else chosen
 
 
-def _likeliest_label_field(ctx: Any) -> str | None:
+def _most_likely_label_field(ctx: Any) -> str | None:
     from conceptseg_hf.integrations.fiftyone.reference_samples import (
         AUTO,
         count_marked,
@@ -252,19 +254,19 @@ def _likeliest_label_field(ctx: Any) -> str | None:
 
 
 def _filtered_labels(samples: Any, label_field: str | None) -> list[str]:
-    """Ids of the boxes that a view of references shows, if it filters them: those alone mark the concept."""
+    """Return the ids of the boxes that a view of references shows if it filters them, else an empty list."""
     if label_field is None or not samples.has_field(f"{label_field}.detections"):
         return []
     path = f"{label_field}.detections.id"
-    shown = samples.values(path, unwind=True)
-    everything = samples._dataset.select(samples.values("id")).values(path, unwind=True)
-    return shown if len(shown) < len(everything) else []
+    shown_ids = samples.values(path, unwind=True)
+    all_ids = samples._dataset.select(samples.values("id")).values(path, unwind=True)
+    return shown_ids if len(shown_ids) < len(all_ids) else []
 
 
 NO_MARK = "none"
 
 
-def _ask_prompt(inputs: types.Object, ctx: Any) -> None:
+def _add_prompt_inputs(inputs: types.Object, ctx: Any) -> None:
     from conceptseg_hf.integrations.fiftyone.schema import text_fields
 
     fields = text_fields(ctx.dataset)
@@ -284,12 +286,12 @@ def _ask_prompt(inputs: types.Object, ctx: Any) -> None:
         "prompt_field",
         fields,
         "Prompt field",
-        "The dataset has no text field; add one that holds a prompt for each sample.",
+        "The dataset has no string field; add one with a prompt for each sample.",
         "prompt",
     )
 
 
-def _ask_references(inputs: types.Object, ctx: Any) -> None:
+def _add_reference_inputs(inputs: types.Object, ctx: Any) -> None:
     from conceptseg_hf.integrations.fiftyone.reference_samples import AUTO, reference_label_fields
 
     choices = dict(REFERENCES)
@@ -306,15 +308,14 @@ def _ask_references(inputs: types.Object, ctx: Any) -> None:
             "saved_view",
             ctx.dataset.list_saved_views(),
             "Saved view",
-            "The dataset has no saved view; save one that holds the references.",
+            "The dataset has no saved view; save one that contains the references.",
         )
-    likeliest = _likeliest_label_field(ctx)
-    found = "nothing, so the images alone" if likeliest is None else likeliest
-    marks = {AUTO: f"Automatic: {found}"} | {name: name for name in reference_label_fields(ctx.dataset)}
+    automatic = _most_likely_label_field(ctx) or "none (images without marks)"
+    marks = {AUTO: f"Automatic: {automatic}"} | {name: name for name in reference_label_fields(ctx.dataset)}
     forms.dropdown(
         inputs,
         "reference_label_field",
-        marks | {NO_MARK: "Nothing: show the images alone"},
+        marks | {NO_MARK: "None (images without marks)"},
         AUTO,
         "Boxes or masks that mark the concept",
     )
@@ -328,13 +329,13 @@ def _ask_references(inputs: types.Object, ctx: Any) -> None:
     inputs.bool(
         "boxes_together",
         default=False,
-        label="All boxes of an image in one picture",
-        description="Make one reference of an image with several boxes, instead of one for each box",
+        label="All boxes of an image in one reference",
+        description="Create one reference for an image with several boxes, instead of one reference per box",
         view=types.SwitchView(),
     )
 
 
-def _ask_model(inputs: types.Object, ctx: Any) -> None:
+def _add_model_inputs(inputs: types.Object, ctx: Any) -> None:
     from conceptseg_hf.integrations.fiftyone.schema import ROUTERS
 
     inputs.str(
@@ -343,43 +344,43 @@ def _ask_model(inputs: types.Object, ctx: Any) -> None:
     forms.dropdown(inputs, "router", ROUTERS, "adaptive", "Router")
 
 
-def _ask_output(inputs: types.Object, ctx: Any, job: Any) -> None:
+def _add_output_inputs(inputs: types.Object, ctx: Any, job: Any) -> None:
     from conceptseg_hf.integrations.fiftyone.loop import find_interrupted
 
     inputs.str("field", default="concept", label="Field for the predictions")
-    texts = {
-        "segmentation": ("Segmentation", "A mask per sample, as a file", True),
-        "detections": ("Detections", "A box with instance mask per connected region", False),
-        "heatmap": ("Heatmap", "The mask's probabilities, as a file", False),
+    options = {
+        "segmentation": ("Segmentation", "A mask file per sample", True),
+        "detections": ("Detections", "A box with an instance mask per connected region", False),
+        "heatmap": ("Heatmap", "A file with the mask probabilities per sample", False),
     }
-    for name, (label, description, default) in texts.items():
+    for name, (label, description, default) in options.items():
         inputs.bool(name, default=default, label=label, description=description, view=types.SwitchView())
     inputs.str(
         "label",
         label="Class of the detections and masks",
-        description="Empty: a detection has its sample's prompt; the model's answer is an attribute",
+        description="Default: each detection has the prompt of its sample; the answer is an attribute",
     )
     interrupted = None if job is None else find_interrupted(ctx.dataset, job)
     if interrupted is not None:
         inputs.bool(
             "resume",
             default=True,
-            label="Go on with the interrupted run",
-            description=f"It had these settings and ended early; the {interrupted.done} samples it has done stay",
+            label="Resume the interrupted run",
+            description=f"A run with these settings was interrupted; its {interrupted.done} predictions are kept",
             view=types.SwitchView(),
         )
     else:
         inputs.bool(
             "skip_existing",
             label="Skip samples that have a prediction",
-            description="Whatever made it; samples with an error are tried again",
+            description="Regardless of the run that created it; samples with an error are retried",
             view=types.SwitchView(),
         )
-    inputs.int("batch_size", default=8, min=1, label="Samples at a time")
+    inputs.int("batch_size", default=8, min=1, label="Batch size")
 
 
-def _check(inputs: types.Object, ctx: Any, job: Any, fault: str | None) -> None:
-    """One line on top: what would fail, or how much there is to do."""
+def _add_summary(inputs: types.Object, ctx: Any, job: Any, fault: str | None) -> None:
+    """Add a line at the top of the form: the first problem, or the number of samples to segment."""
     from conceptseg_hf.integrations.fiftyone import loop
     from conceptseg_hf.integrations.fiftyone.checkpoints import fault_of
     from conceptseg_hf.integrations.fiftyone.field_locks import InUseError, check_free
@@ -388,25 +389,27 @@ def _check(inputs: types.Object, ctx: Any, job: Any, fault: str | None) -> None:
     try:
         fault = fault or fault_of(job.checkpoint)
         if fault is None and reference_source(ctx) == "selected" and not ctx.selected:
-            fault = "no samples are selected; select the references in the grid."
+            fault = "no sample is selected; select references in the grid."
         if fault is not None:
             raise ValueError(fault)
         job.check(ctx.dataset)
         targets = targets_of(ctx)
         count = len(loop.pending_ids(targets, job))
         if count == 0:
-            raise ValueError("there is nothing to segment: the view is empty, or all its samples are done.")
+            raise ValueError(
+                "no samples to segment: the view is empty, or all of its samples are done; choose another view."
+            )
     except (ValueError, OSError) as error:
         forms.warn(inputs, "fault", str(error))
         return
     try:
         check_free(ctx.dataset, writable_fields(job.field), f"field {job.field!r}")
-    except InUseError as error:  # a scheduled run may begin when that one has ended
+    except InUseError as error:  # not blocking: a scheduled run may start after the other one has ended
         forms.warn(inputs, "in_use", str(error), blocks=False)
     done = loop.targets_of(targets, job).count() - count
     message = f"{count} samples will be segmented; reference samples are left out."
     if done > 0:
         message = f"{count} samples will be segmented, {done} are done; reference samples are left out."
     if count > DELEGATE_FROM:
-        message += " This is a large run: schedule it, so that it goes on when the App is closed."
+        message += " Schedule this large run, so that it continues when the App is closed."
     inputs.view("summary", types.Notice(label=message))

@@ -19,21 +19,21 @@ REASONS = {
 
 
 class FindUncertain(foo.Operator):
-    """Tags and shows what a curator should look at first."""
+    """Tags and shows samples with uncertain predictions."""
 
     @property
     def config(self) -> foo.OperatorConfig:
-        """How the operator is shown and run."""
+        """Configuration of the operator."""
         return forms.config(
             "find_uncertain",
             "ConceptSeg: find uncertain samples",
-            "Presence near the threshold, failed checks, routes that disagree: what to look at first",
+            "Presence near the threshold, failed checks, errors, and routes that disagree",
             dynamic=True,
             allow_delegated_execution=True,
         )
 
     def resolve_input(self, ctx: Any) -> types.Property:
-        """The form."""
+        """Build the form."""
         inputs = types.Object()
         label = "Find uncertain samples"
         if forms.package_missing():
@@ -44,9 +44,13 @@ class FindUncertain(foo.Operator):
         predicted = prediction_fields(ctx.dataset)
         inputs.view_target(ctx, action_description="Search", require_flat=True)
         forms.choose_field(
-            inputs, "field", predicted, "Predictions", "There are no predictions; run segment_concept first."
+            inputs,
+            "field",
+            predicted,
+            "Predictions",
+            "The dataset has no predictions; run segment_concept first.",
         )
-        inputs.float("margin", default=0.1, min=0, max=1, label="Presence this near to the threshold")
+        inputs.float("margin", default=0.1, min=0, max=1, label="Maximum distance of presence and threshold")
         inputs.float("check_iou", default=0.5, min=0, max=1, label="Check IoU below")
         masks = fields_of_type(ctx.dataset, fo.Segmentation)
         chosen = ctx.params.get("field") or next(iter(predicted), None)
@@ -55,19 +59,19 @@ class FindUncertain(foo.Operator):
             inputs.bool(
                 "other_route",
                 default=False,
-                label="Also take the route that was not taken",
+                label="Also segment by the other route",
                 description="Compares the masks of both routes; takes as long as another run",
                 view=types.SwitchView(),
             )
         if others and not ctx.params.get("other_route"):
-            choices = {"none": "Nothing"} | {name: name for name in others}
+            choices = {"none": "None"} | {name: name for name in others}
             forms.dropdown(inputs, "other_field", choices, "none", "Compare with the masks of another run")
         if others or ctx.params.get("other_route"):
             inputs.float("routes_iou", default=0.5, min=0, max=1, label="Routes disagree below IoU")
         return forms.form(inputs, label)
 
     def execute(self, ctx: Any) -> dict[str, int]:
-        """Tags, shows, and returns the counts."""
+        """Tag and show the samples; return the counts."""
         if forms.package_missing():
             raise ImportError(forms.INSTALL)
         from conceptseg_hf.integrations.fiftyone import find_uncertain, segment_other_route
@@ -78,11 +82,11 @@ class FindUncertain(foo.Operator):
         samples, field = forms.target_view(ctx), get("field") or "concept"
         other = get("other_field")
         if get("other_route"):
-            check_predictions(samples, field, with_masks=True)  # before what takes long
+            check_predictions(samples, field, with_masks=True)  # before the long run
             for progress in segment_other_route(samples, field):
                 ctx.set_progress(progress=progress.fraction, label=str(progress))
             other = other_route_field(field)
-        found = find_uncertain(
+        uncertain = find_uncertain(
             samples,
             field=field,
             margin=get("margin", 0.1),
@@ -90,49 +94,49 @@ class FindUncertain(foo.Operator):
             other_field=None if other in (None, "none") else other,
             routes_iou=get("routes_iou", 0.5),
         )
-        ids = list(dict.fromkeys(sample_id for ids in found.values() for sample_id in ids))
+        ids = list(dict.fromkeys(sample_id for ids in uncertain.values() for sample_id in ids))
         if not ctx.delegated:
             ctx.ops.reload_dataset()
         if ids and not ctx.delegated:
             ctx.ops.set_view(view=ctx.dataset.select(ids))
-        return {"total": len(ids), **{reason: len(found.get(reason, ())) for reason in REASONS}}
+        return {"total": len(ids), **{reason: len(uncertain.get(reason, ())) for reason in REASONS}}
 
     def resolve_output(self, ctx: Any) -> types.Property:
-        """The counts."""
+        """Show the counts."""
         outputs = types.Object()
-        outputs.int("total", label="Samples to look at")
+        outputs.int("total", label="Samples to review")
         for reason, label in REASONS.items():
             outputs.int(reason, label=label)
         return types.Property(outputs, view=types.View(label="Uncertain samples"))
 
 
 class ShowReferences(foo.Operator):
-    """Shows targets beside their references."""
+    """Shows targets next to their references."""
 
     @property
     def config(self) -> foo.OperatorConfig:
-        """How the operator is shown and run."""
+        """Configuration of the operator."""
         return forms.config(
             "show_references",
-            "ConceptSeg: show references beside targets",
-            "A view of the selected samples, or of the open one, each after its own references",
+            "ConceptSeg: show references next to targets",
+            "Shows the selected samples, or the open sample, each preceded by its own references",
         )
 
     def resolve_input(self, ctx: Any) -> types.Property:
-        """Nothing to ask; says what is missing."""
+        """Build the form, which has no inputs but may show a warning."""
         inputs = types.Object()
         if not ctx.dataset.has_field("reference_ids"):
             forms.warn(
                 inputs,
                 "missing",
-                "The samples have no field reference_ids; load a benchmark that has references.",
+                "The dataset has no field reference_ids; load a benchmark that has references.",
             )
         elif not _chosen(ctx):
-            forms.warn(inputs, "empty", "No sample is selected or open; select the targets in the grid.")
-        return forms.form(inputs, "Show references beside targets")
+            forms.warn(inputs, "empty", "No sample is selected or open; select targets in the grid.")
+        return forms.form(inputs, "Show references next to targets")
 
     def execute(self, ctx: Any) -> None:
-        """Sets the view."""
+        """Set the view."""
         from conceptseg_hf.integrations.fiftyone import view_with_references
 
         ctx.ops.set_view(view=view_with_references(ctx.dataset, _chosen(ctx)))

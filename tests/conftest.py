@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # both before the imports below
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # both must be set before the imports below
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -76,7 +76,7 @@ WORDS = (
 
 
 def build_vlm_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: template tags, punctuation, numbers up to 100, and a few words."""
+    """Create a word-level tokenizer with template tags, punctuation, numbers up to 100, and a few words."""
     vocabulary = {
         token: i for i, token in enumerate([*SPECIAL_TOKENS, "<|unk|>", *WORDS, *map(str, range(101))])
     }
@@ -99,7 +99,7 @@ def build_vlm_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_sam_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer with CLIP's frame: begin, words, end."""
+    """Create a word-level tokenizer that adds begin and end tokens, as CLIP's does."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -111,10 +111,8 @@ def build_sam_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def processor() -> ConceptSegProcessor:
-    from transformers import (
-        Qwen2VLImageProcessor,
-        Sam3ImageProcessor,
-    )  # they need torchvision, hence conceptseg_hf first
+    # These require torchvision or the shim of conceptseg_hf, which must be imported first.
+    from transformers import Qwen2VLImageProcessor, Sam3ImageProcessor
 
     return ConceptSegProcessor(
         image_processor=Qwen2VLImageProcessor(patch_size=8, merge_size=2, temporal_patch_size=1),
@@ -129,7 +127,7 @@ def processor() -> ConceptSegProcessor:
 
 @pytest.fixture(scope="session")
 def make_model(processor) -> Callable[..., ConceptSegForSegmentation]:
-    """Makes a random model of the nano preset, in eval mode."""
+    """Create a random model of the nano preset, in eval mode."""
 
     def make(tied: bool = True, seed: int = 0, **overrides: Any) -> ConceptSegForSegmentation:
         torch.manual_seed(seed)
@@ -137,8 +135,8 @@ def make_model(processor) -> Callable[..., ConceptSegForSegmentation]:
         config["vlm_config"]["tie_word_embeddings"] = tied
         config["vlm_config"]["text_config"]["tie_word_embeddings"] = tied
         model = ConceptSegForSegmentation(ConceptSegConfig.from_dict(config)).eval()
-        # Fresh weights are so small that every image and every prompt would get nearly the same mask, which
-        # would hide mistakes.
+        # With the small initial weights, all images and prompts would have nearly the same mask, which would hide
+        # errors.
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter)) if parameter.ndim == 1 else parameter.mul_(
@@ -152,13 +150,13 @@ def make_model(processor) -> Callable[..., ConceptSegForSegmentation]:
 
 @pytest.fixture(scope="session")
 def model(make_model) -> ConceptSegForSegmentation:
-    """Shared by tests that leave it as it is."""
+    """A model shared by tests that do not modify it."""
     return make_model()
 
 
 @pytest.fixture()
 def picture() -> Callable[..., Image.Image]:
-    """Makes a small picture of noise from a seed."""
+    """Create a small noise image from a seed."""
 
     def make(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
         pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -169,9 +167,9 @@ def picture() -> Callable[..., Image.Image]:
 
 @pytest.fixture()
 def fresh_python(tmp_path) -> Callable[..., str]:
-    """Runs code in a fresh interpreter and returns what it prints.
+    """Run code in a new interpreter and return its standard output.
 
-    There, `import torchvision_shim` makes torchvision importable without the package.
+    In the code, `import torchvision_shim` makes torchvision importable without the package.
     """
     shim = Path(conceptseg_hf.__file__).with_name("_compat.py").read_text(encoding="utf-8")
     (tmp_path / "torchvision_shim.py").write_text(f"{shim}\n\nensure_torchvision()\n", encoding="utf-8")
@@ -191,7 +189,7 @@ def fresh_python(tmp_path) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def record_like() -> Callable[..., dict[str, Any]]:
-    """Makes a record of an evaluation: a shortcut's, of a square of which the given share is found."""
+    """Create an evaluation record of a shortcut prediction that covers the given fraction of a square."""
     from conceptseg_hf import ConceptSegmentation
     from conceptseg_hf.data import ConceptSample
     from conceptseg_hf.evaluation.metrics import METRICS
@@ -220,17 +218,17 @@ def record_like() -> Callable[..., dict[str, Any]]:
     return make
 
 
-_LOST = ("gloo/transport", "EADDRINUSE", "Address already in use")
+_CONNECTION_ERRORS = ("gloo/transport", "EADDRINUSE", "Address already in use")
 
 
 @pytest.fixture(scope="session")
 def run_two_processes() -> Callable[..., subprocess.CompletedProcess]:
-    """Runs a program in two processes of torchrun; see `run`."""
+    """Run a program in two processes with torchrun; see `run`."""
 
-    def run(*words: str, env: Mapping[str, str]) -> subprocess.CompletedProcess:
-        """Starts it again, once, where its processes did not find each other.
+    def run(*arguments: str, env: Mapping[str, str]) -> subprocess.CompletedProcess:
+        """Run the program, and retry once if its processes cannot connect to each other.
 
-        torchrun picks a port that is free, and binds it later: another test may have taken it in the meantime.
+        torchrun selects a free port and binds it later, when another test may already use it.
         """
         command = [
             sys.executable,
@@ -239,11 +237,11 @@ def run_two_processes() -> Callable[..., subprocess.CompletedProcess]:
             "--standalone",
             "--nproc_per_node",
             "2",
-            *words,
+            *arguments,
         ]
         for _ in range(2):
             done = subprocess.run(command, env=env, capture_output=True, text=True)
-            if done.returncode == 0 or not any(fault in done.stderr for fault in _LOST):
+            if done.returncode == 0 or not any(error in done.stderr for error in _CONNECTION_ERRORS):
                 break
         return done
 

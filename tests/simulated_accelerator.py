@@ -1,7 +1,7 @@
-"""Offloading where the device that computes is not the CPU, without having one: run as a program.
+"""Test of offloading from a simulated accelerator; run as a program.
 
-The simulated device "simulated:0" computes on the CPU and refuses what a real one would: tensors of two devices in
-one operation. It stands on PyTorch's backends written in Python, which are experimental.
+The simulated device "simulated:0" computes on the CPU and, like a real one, rejects operations on tensors of different
+devices. It uses PyTorch's experimental support for backends written in Python.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ except ImportError:
     sys.exit("no simulated accelerator")
 
 DEVICE = "simulated:0"
-# They take tensors of two devices, as they do everywhere.
+# Operations that accept tensors of different devices on every backend.
 MIXED = ("copy_", "_copy_from", "index", "index_put_", "_index_put_impl_")
 
 
 class Backend(_DummyBackendModule):
-    """What PyTorch asks of a device's module."""
+    """The device module that PyTorch requires."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
@@ -41,7 +41,7 @@ class Backend(_DummyBackendModule):
 
 
 class Tensor(torch.Tensor):
-    """A tensor on the simulated device; `inner` is where its values are."""
+    """A tensor on the simulated device; the CPU tensor `inner` contains its values."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -65,7 +65,7 @@ class Tensor(torch.Tensor):
 
 
 def compute(operation: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """One operation of PyTorch, on the values."""
+    """Run a PyTorch operation on the inner tensors."""
     leaves = pytree.tree_leaves((args, kwargs))
     ours = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     others = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, Tensor)]
@@ -98,15 +98,19 @@ def compute(operation: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     return pytree.tree_map(wrap, operation(*inner_args, **inner_kwargs))
 
 
-_kept: list[Any] = []  # libraries and functions that PyTorch holds no reference of
+_kept: list[Any] = []  # libraries and functions that PyTorch does not keep alive
 
 
 def register() -> None:
-    """Makes the device known."""
+    """Register the device and its operations."""
     _setup_privateuseone_for_python_backend("simulated", backend_module=Backend())
     rest, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     rest.fallback(lambda operation, *args, **kwargs: compute(operation, args, kwargs), "PrivateUse1")
-    for overload in ("default", "start", "start_step"):  # they would grow an empty tensor in place
+    for overload in (
+        "default",
+        "start",
+        "start_step",
+    ):  # the default implementation resizes an empty tensor in place
 
         def arange(*args: Any, _overload: str = overload, dtype: Any = None, **_: Any) -> Tensor:
             return Tensor(getattr(torch.ops.aten.arange, _overload)(*args, dtype=dtype))
@@ -116,7 +120,7 @@ def register() -> None:
 
 
 def place(module: torch.nn.Module, name: str, device: Any, value: Any = None, **_: Any) -> None:
-    """Accelerate's `set_module_tensor_to_device`, without what it knows of real devices."""
+    """Replacement of Accelerate's `set_module_tensor_to_device` without special cases for real devices."""
     *path, leaf = name.split(".")
     owner = module.get_submodule(".".join(path))
     moved = (getattr(owner, leaf) if value is None else value).detach().to(device)
@@ -128,7 +132,7 @@ def place(module: torch.nn.Module, name: str, device: Any, value: Any = None, **
 
 @contextmanager
 def operations_without_kernels() -> Iterator[None]:
-    """Replaces what cannot be computed by `compute`: tensors made of lists, and RoI pooling."""
+    """Replace operations that `compute` does not support: tensors created from lists, and RoI pooling."""
     import torchvision
 
     real_tensor, real_pool = torch.tensor, torchvision.ops.roi_align
@@ -136,8 +140,8 @@ def operations_without_kernels() -> Iterator[None]:
     def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
         if isinstance(data, (list, tuple)):
             data = [part.item() if isinstance(part, torch.Tensor) else part for part in data]
-        made = real_tensor(data, **kwargs)
-        return made if device is None else made.to(device)
+        created = real_tensor(data, **kwargs)
+        return created if device is None else created.to(device)
 
     def pool(features: torch.Tensor, boxes: Any, *args: Any) -> torch.Tensor:
         return real_pool(features.cpu(), [box.cpu() for box in boxes], *args).to(features.device)
@@ -150,7 +154,7 @@ def operations_without_kernels() -> Iterator[None]:
 
 
 def main() -> None:
-    """Compares a model on the device with offloaded ones."""
+    """Compare a model on the simulated device with offloaded models."""
     import accelerate.hooks
     import accelerate.utils.offload
     from transformers import AutoModel, AutoProcessor
@@ -160,7 +164,7 @@ def main() -> None:
 
     register()
     accelerate.hooks.set_module_tensor_to_device = place
-    read = accelerate.utils.offload.safe_open  # it knows real devices only
+    read = accelerate.utils.offload.safe_open  # supports real devices only
     accelerate.utils.offload.safe_open = lambda file, framework, device: read(file, framework, device="cpu")
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -174,17 +178,17 @@ def main() -> None:
 
     def run(model: Any) -> list[Any]:
         with operations_without_kernels():
-            found = []
+            results = []
             for router in ("sam_only", "full_reasoning"):
                 (result,) = model.segment(inputs, router, {"max_new_tokens": 8}, return_logits=True)
-                found += [result.completion, torch.from_numpy(result.mask_logits)]
+                results += [result.completion, torch.from_numpy(result.mask_logits)]
             output = model(
                 **batch,
                 sam_pixel_values=inputs.sam_pixel_values,
                 sam_input_ids=sam_input_ids,
                 sam_attention_mask=sam_attention_mask,
             )
-        return [*found, output.mask_logits.to("cpu"), output.concept_embeds.to("cpu")]
+        return [*results, output.mask_logits.to("cpu"), output.concept_embeds.to("cpu")]
 
     def load(*parts: str, **options: Any) -> Any:
         model = AutoModel.from_pretrained(folder, **options)
@@ -192,16 +196,16 @@ def main() -> None:
             getattr(model, part).to(DEVICE)
         return model
 
-    def offloaded(function: Any, part: str, *others: str) -> Any:
-        model = load(*others)
+    def offloaded(function: Any, part: str, *parts_on_device: str) -> Any:
+        model = load(*parts_on_device)
         function(model.get_submodule(part), DEVICE)
         return model
 
-    here = run(load())
+    on_cpu = run(load())
     batch = {name: value.to(DEVICE) for name, value in batch.items()}
-    wanted = run(load("vlm", "ctm", "sam"))
-    for one, other in zip(wanted, here, strict=True):
-        assert one == other if one is None or isinstance(one, str) else torch.allclose(one, other, atol=1e-3)
+    expected = run(load("vlm", "ctm", "sam"))
+    for a, b in zip(expected, on_cpu, strict=True):
+        assert a == b if a is None or isinstance(a, str) else torch.allclose(a, b, atol=1e-3)
     ways = {
         "cpu_offload": lambda: offloaded(accelerate.cpu_offload, ""),
         "cpu_offload of SAM 3": lambda: offloaded(accelerate.cpu_offload, "sam", "vlm", "ctm"),
@@ -218,8 +222,8 @@ def main() -> None:
         "vlm on the CPU": lambda: load(device_map={"vlm": "cpu", "ctm": "disk", "sam": DEVICE}),
     }
     for name, make in ways.items():
-        for one, other in zip(run(make()), wanted, strict=True):
-            assert one == other if one is None or isinstance(one, str) else torch.equal(one, other), name
+        for a, b in zip(run(make()), expected, strict=True):
+            assert a == b if a is None or isinstance(a, str) else torch.equal(a, b), name
     sys.stdout.write(f"all equal: {', '.join(ways)}\n")
 
 

@@ -33,18 +33,18 @@ def test_saving_writes_a_card_once(model, tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.pipeline_tag is None and card.data.library_name == "conceptseg-hf"
     assert {"concept-segmentation", "conceptseg"} == set(card.data.tags)
-    assert card.data.license is None and card.data.base_model is None  # random weights are nobody's
+    assert card.data.license is None and card.data.base_model is None  # random weights have no license
     assert "8 concept queries" in card.text and str(tmp_path) not in card.content
     (tmp_path / "README.md").write_text("mine")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-def test_released_sam_brings_its_licence():
+def test_card_of_released_sam_has_the_sam_license():
     config = ConceptSegConfig.from_preset("7b")
     by_name = model_card(config, ["zhaoyuan666/ConceptSeg-R1-7B", "facebook/sam3"])
     assert by_name.data.base_model == ["zhaoyuan666/ConceptSeg-R1-7B", "facebook/sam3"]
-    by_size = model_card(config, ["/some/folder", "./sam3.pt"])  # no name of the Hub: a path is not published
+    by_size = model_card(config, ["/some/folder", "./sam3.pt"])  # local paths are not published
     assert by_size.data.base_model is None and "/some/folder" not in by_size.content
     for card in (by_name, by_size):
         assert card.data.license == "other" and card.data.license_name == "sam-license"
@@ -54,14 +54,14 @@ def test_released_sam_brings_its_licence():
 @pytest.mark.parametrize(
     ("name", "is_id"), [("owner/name", True), ("a/b/c", False), ("./x", False), ("/a/b", False), ("x", False)]
 )
-def test_what_a_hub_id_is(name, is_id, tmp_path, monkeypatch):
+def test_is_hub_id(name, is_id, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_hub_id(name) is is_id
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert not is_hub_id("owner/name")
 
 
-def test_a_report_goes_into_the_card(model, report_folder, tmp_path):
+def test_card_contains_the_evaluation_report(model, report_folder, tmp_path):
     path = save_model_card(tmp_path, model.config, report=report_folder)
     card = ModelCard.load(path)
     assert "| all | 0.500 |" in card.text
@@ -72,18 +72,18 @@ def test_a_report_goes_into_the_card(model, report_folder, tmp_path):
     assert "numbers" in model_card(model.config, report=in_memory).text
 
 
-def test_a_report_that_is_none(model, tmp_path):
+def test_unreadable_report_raises(model, tmp_path):
     with pytest.raises(ValueError, match="conceptseg evaluate"):
-        save_model_card(tmp_path, model.config, report=tmp_path / "nothing")
+        save_model_card(tmp_path, model.config, report=tmp_path / "missing")
 
 
-def test_the_hub_shows_no_code_for_a_task_that_is_not_served(model):
-    """Its snippet is made of `library_name` and `pipeline_tag`."""
+def test_card_does_not_trigger_a_transformers_snippet_on_the_hub(model):
+    """The Hub generates its code snippet from `library_name` and `pipeline_tag`."""
     data = model_card(model.config).data
     assert data.library_name != "transformers" and data.pipeline_tag not in PIPELINE_REGISTRY.supported_tasks
 
 
-# -- where there is a card already --
+# -- existing cards --
 
 SAM = "---\nlicense: other\nlicense_name: sam-license\nbase_model: [facebook/sam3]\ntags: [a]\n---\n\nours\n"
 TRL = """---
@@ -114,7 +114,7 @@ should probably proofread and complete it, then remove this comment. -->
 
 
 @pytest.mark.parametrize(
-    ("there", "metadata"),
+    ("existing", "metadata"),
     [
         (TRL, {"datasets": "me/data", "tags": ["a", "trl", "grpo", "b"]}),
         (TRAINER, {"tags": ["a", "generated_from_trainer", "b"]}),
@@ -122,14 +122,14 @@ should probably proofread and complete it, then remove this comment. -->
         ("", {"tags": ["a", "b"]}),
     ],
 )
-def test_a_card_that_nobody_wrote_gives_way(there, metadata):
-    card = ModelCard(merge_cards(there, SAM, ["b"]))
+def test_generated_or_empty_card_is_replaced(existing, metadata):
+    card = ModelCard(merge_cards(existing, SAM, ["b"]))
     assert card.text.strip() == "ours"
     sam = {"license": "other", "license_name": "sam-license", "base_model": ["facebook/sam3"]}
     assert card.data.to_dict() == sam | metadata
 
 
-def test_the_choices_on_an_empty_card_go_on():
+def test_metadata_of_an_empty_card_is_kept():
     card = ModelCard(
         merge_cards("---\nlicense: mit\npipeline_tag: mask-generation\n---\n", "---\ntags: [a]\n---\nours\n")
     )
@@ -138,7 +138,7 @@ def test_the_choices_on_an_empty_card_go_on():
 
 
 @pytest.mark.parametrize("metadata", ["---\nmodel_name: M\ntags: [x]\n---\n", ""])
-def test_a_written_card_keeps_its_text_and_gets_the_licence(metadata):
+def test_custom_card_keeps_its_text_and_gets_the_license(metadata):
     merged = merge_cards(f"{metadata}\n# Mine\n\n- by hand\n", SAM)
     card = ModelCard(merged)
     assert card.text == "\n# Mine\n\n- by hand\n"
@@ -149,19 +149,19 @@ def test_a_written_card_keeps_its_text_and_gets_the_licence(metadata):
     assert merge_cards(merged, SAM) == merged
 
 
-def test_another_licence_stays_and_is_warned_of(caplog):
-    there = "---\nlicense: mit\nbase_model: me/base # a comment\n---\n# Mine"
-    assert merge_cards(there, SAM) == there
+def test_different_license_is_kept_with_a_warning(caplog):
+    existing = "---\nlicense: mit\nbase_model: me/base # a comment\n---\n# Mine"
+    assert merge_cards(existing, SAM) == existing
     assert "'mit'" in caplog.text and "SAM License" in caplog.text
-    assert "license: mit" in merge_cards(there, SAM, ["b"])
+    assert "license: mit" in merge_cards(existing, SAM, ["b"])
 
 
-def test_metadata_that_cannot_be_read_is_left_alone(caplog):
-    there = "---\n[: {\n---\n# Mine"
-    assert merge_cards(there, SAM) == there and "cannot be read" in caplog.text
+def test_card_with_invalid_metadata_is_kept_unchanged(caplog):
+    existing = "---\n[: {\n---\n# Mine"
+    assert merge_cards(existing, SAM) == existing and "cannot be read" in caplog.text
 
 
-def test_a_training_is_told(model, tmp_path):
+def test_card_describes_the_training(model, tmp_path):
     save_model_card(
         tmp_path, model.config, ["me/base"], tags=["trl"], training="By hand.", datasets=["me/data"]
     )

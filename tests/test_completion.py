@@ -1,4 +1,4 @@
-"""The parser reads what the template allows, says what is missing, and never raises or slows down."""
+"""Tests of the parser: valid and malformed completions, arbitrary input, and linear run time."""
 
 from __future__ import annotations
 
@@ -48,6 +48,17 @@ def test_check_is_optional_unless_expected() -> None:
     assert parse_completion(VALID, expect_check=False).missing == ("<check> was not asked for",)
 
 
+def test_rule_can_be_forbidden():
+    """The template without meta reasoning."""
+    text = format_completion("it is red", None, None, (1, 2, 30, 40), "star", 100)
+    assert text == "<think>it is red</think><bbox>[1,2,30,40]</bbox><answer>star</answer>"
+    assert parse_completion(text).missing == ("<rule> is missing",)
+    completion = parse_completion(text, expect_check=False, expect_rule=False)
+    assert completion.is_valid and completion.rule is None and completion.answer == "star"
+    faults = parse_completion(VALID, expect_check=False, expect_rule=False).missing
+    assert faults == ("<rule> was not asked for", "<check> was not asked for")
+
+
 @pytest.mark.parametrize(
     ("text", "missing"),
     [
@@ -83,13 +94,13 @@ def test_check_is_optional_unless_expected() -> None:
         ),
     ],
 )
-def test_says_what_is_missing(text: str, missing: list[str]) -> None:
+def test_missing_describes_deviations_from_the_template(text: str, missing: list[str]) -> None:
     completion = parse_completion(text)
     assert sorted(completion.missing) == sorted(missing)
     assert not completion.is_valid
 
 
-def test_malformed_parts_are_none_and_others_survive() -> None:
+def test_malformed_parts_are_none_and_other_parts_are_parsed() -> None:
     completion = parse_completion("<think>never closed <bbox>[1,2,3,4]</bbox> <answer>cat</answer>")
     assert (completion.think, completion.rule, completion.bbox, completion.answer) == (
         None,
@@ -99,7 +110,7 @@ def test_malformed_parts_are_none_and_others_survive() -> None:
     )
 
 
-def test_format_quoted_while_thinking_is_not_the_answer() -> None:
+def test_tags_quoted_in_the_reasoning_are_not_the_answer() -> None:
     thought = "I must write <bbox>[x3, y3, x4, y4]</bbox> and <answer>noun phrase</answer>"
     completion = parse_completion(VALID.replace("a\nb", thought))
     assert completion.think == thought
@@ -108,7 +119,7 @@ def test_format_quoted_while_thinking_is_not_the_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "scale", "box"),
+    ("content", "scale", "box"),
     [
         ("[1,2,3,4]", None, (1, 2, 3, 4)),
         ("[ 1 ,\n2 , 3 , 4 ]", None, (1, 2, 3, 4)),
@@ -130,12 +141,12 @@ def test_format_quoted_while_thinking_is_not_the_answer() -> None:
         ("__import__('os').abort()", None, None),
     ],
 )
-def test_boxes(written: str, scale: float | None, box: tuple | None) -> None:
-    assert parse_completion(f"<bbox>{written}</bbox>", scale).bbox == box
+def test_boxes(content: str, scale: float | None, box: tuple | None) -> None:
+    assert parse_completion(f"<bbox>{content}</bbox>", scale).bbox == box
 
 
 @pytest.mark.parametrize("value", [None, 3, b"<think>", ["<think>"], object()])
-def test_anything_but_a_string_counts_as_empty(value: object) -> None:
+def test_values_that_are_not_strings_are_treated_as_empty(value: object) -> None:
     assert parse_completion(value) == parse_completion("")
 
 
@@ -144,7 +155,7 @@ def test_format_box() -> None:
     assert format_box((0.1234, 0.5, 1, 0), 1) == "[0.123,0.500,1.000,0.000]"
 
 
-def test_format_writes_the_empty_box_for_an_absent_concept() -> None:
+def test_box_of_an_absent_concept_is_formatted_as_empty() -> None:
     text = format_completion("t", "r", None, None, "nothing", 100)
     assert text == "<think>t</think><rule>r</rule><bbox>[0,0,0,0]</bbox><answer>nothing</answer>"
 
@@ -174,8 +185,8 @@ def test_parse_inverts_format(scale: float, with_check: bool, data: st.DataObjec
     assert completion.check == (None if check is None else pytest.approx(check, abs=rounding + 1e-9))
 
 
-def assert_sound(text: str, scale: float | None) -> None:
-    """What holds for every text."""
+def assert_consistent(text: str, scale: float | None) -> None:
+    """Check properties that hold for the completion of any text."""
     completion = parse_completion(text, scale)
     assert completion.text == text
     for part in (completion.think, completion.rule, completion.answer):
@@ -194,7 +205,7 @@ def assert_sound(text: str, scale: float | None) -> None:
     st.sampled_from([None, 1.0, 100.0]),
 )
 def test_never_raises(text: str, scale: float | None) -> None:
-    assert_sound(text, scale)
+    assert_consistent(text, scale)
 
 
 def test_never_raises_on_100_000_random_and_mutated_texts() -> None:
@@ -203,7 +214,7 @@ def test_never_raises_on_100_000_random_and_mutated_texts() -> None:
     for number in range(100_000):
         if number % 2:
             text = "".join(generator.choices(PIECES, k=generator.randrange(12)))
-        else:  # one to three edits of a valid completion
+        else:  # apply one to three edits to a valid completion
             text = VALID
             for _ in range(generator.randrange(1, 4)):
                 start = generator.randrange(len(text) + 1)
@@ -224,32 +235,32 @@ def test_never_raises_on_100_000_random_and_mutated_texts() -> None:
 @pytest.mark.parametrize(
     "frame", ["{}", "<think>{}", "<bbox>[{}]</bbox>", "{}</think>", "<bbox>{}</bbox>", VALID + "{}"]
 )
-def test_a_megabyte_is_read_in_linear_time(unit: str, frame: str, monkeypatch) -> None:
-    """Counted: the text is searched a fixed number of times, and boxes are looked for in short pieces alone."""
-    looked_at: list[str] = []
+def test_a_megabyte_is_parsed_in_linear_time(unit: str, frame: str, monkeypatch) -> None:
+    """The text is searched a constant number of times, and boxes are matched only in short strings."""
+    matched: list[str] = []
 
-    class Watched:
-        """The expression of a box, which would not be linear."""
+    class RecordingPattern:
+        """Record the strings that are matched with the expression of a box, which is not linear."""
 
         def fullmatch(self, text: str):
-            looked_at.append(text)
+            matched.append(text)
             return box.fullmatch(text)
 
-    class Counted(str):
-        """A text that counts how often it is searched from some place to its end."""
+    class CountingString(str):
+        """Count the calls of `find`."""
 
         searches = 0
 
         def find(self, *arguments):
-            Counted.searches += 1
+            CountingString.searches += 1
             return super().find(*arguments)
 
     box = completion._BOX
-    monkeypatch.setattr(completion, "_BOX", Watched())
-    text = Counted(frame.replace("{}", unit * (1_000_000 // len(unit))))
+    monkeypatch.setattr(completion, "_BOX", RecordingPattern())
+    text = CountingString(frame.replace("{}", unit * (1_000_000 // len(unit))))
     parse_completion(text, 100)
-    assert Counted.searches <= 1 + 4 * len(TAGS)
-    assert len(looked_at) <= 2 and all(len(piece) <= 256 for piece in looked_at)
+    assert CountingString.searches <= 1 + 4 * len(TAGS)
+    assert len(matched) <= 2 and all(len(text) <= 256 for text in matched)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +275,7 @@ def test_a_megabyte_is_read_in_linear_time(unit: str, frame: str, monkeypatch) -
         ("x<3", None),
     ],
 )
-def test_an_answer_with_tags_is_no_answer(answer: str, tag: str | None) -> None:
+def test_an_answer_with_tags_is_rejected(answer: str, tag: str | None) -> None:
     parsed = parse_completion(VALID.replace(" red circle ", answer))
     if tag is None:
         assert parsed.answer == answer and parsed.is_valid

@@ -24,7 +24,7 @@ def ctm() -> ConceptTranslationModule:
 
 
 def reference(weights: dict[str, Tensor], states: Tensor, heads: int, layers: int) -> Tensor:
-    """The CTM of one completion, (L1, C), from its formulas alone: loops over heads, no library attention."""
+    """Reference implementation of the CTM for one completion (L1, C), without library attention."""
 
     def norm(x: Tensor, name: str) -> Tensor:
         x = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-6)
@@ -53,7 +53,7 @@ def reference(weights: dict[str, Tensor], states: Tensor, heads: int, layers: in
     return linear(0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2))), "proj_to_sam.2")
 
 
-def test_equals_the_formulas(ctm: ConceptTranslationModule) -> None:
+def test_equals_the_reference_implementation(ctm: ConceptTranslationModule) -> None:
     states = torch.randn(7, 32)
     expected = reference(dict(ctm.state_dict()), states, heads=4, layers=2)
     torch.testing.assert_close(ctm(states[None])[0], expected, rtol=1e-4, atol=1e-5)
@@ -74,7 +74,7 @@ def test_a_row_without_tokens_is_finite(ctm: ConceptTranslationModule) -> None:
     assert torch.isfinite(concepts).all()
 
 
-def test_every_parameter_gets_a_gradient(ctm: ConceptTranslationModule) -> None:
+def test_all_parameters_have_gradients(ctm: ConceptTranslationModule) -> None:
     ctm(torch.randn(2, 6, 32)).square().sum().backward()
     assert all(
         p.grad is not None and p.grad.abs().sum() > 0

@@ -9,7 +9,7 @@ from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation, ConceptTr
 @pytest.mark.parametrize(
     ("preset", "width", "tied"), [("3b", 2048, True), ("7b", 3584, False), ("nano", 128, True)]
 )
-def test_presets_agree_with_their_backbones(preset: str, width: int, tied: bool) -> None:
+def test_presets_match_their_backbones(preset: str, width: int, tied: bool) -> None:
     config = ConceptSegConfig.from_preset(preset)
     assert config.hidden_size == config.ctm_config.hidden_size == width
     assert config.tie_word_embeddings is tied
@@ -27,7 +27,7 @@ def test_round_trip_through_json(tmp_path) -> None:
     assert loaded.vlm_config.model_type == "qwen2_5_vl"
 
 
-def test_overrides_reach_the_preset() -> None:
+def test_preset_fields_can_be_overridden() -> None:
     config = ConceptSegConfig.from_preset(
         "nano",
         ctm_config={"hidden_size": 128, "num_attention_heads": 4, "sam_hidden_size": 64, "num_queries": 3},
@@ -38,7 +38,7 @@ def test_overrides_reach_the_preset() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "message"),
     [
         ({"hidden_states_at": "second"}, "'token' or 'predict'"),
         (
@@ -51,22 +51,22 @@ def test_overrides_reach_the_preset() -> None:
         ),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(overrides: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_rejects_invalid_settings(overrides: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         ConceptSegConfig.from_preset("nano", **overrides)
 
 
-def test_unknown_preset_names_the_known_ones() -> None:
+def test_error_of_an_unknown_preset_lists_the_presets() -> None:
     with pytest.raises(ValueError, match="'3b', '7b', 'nano'"):
         ConceptSegConfig.from_preset("13b")
 
 
-def test_heads_must_divide_the_width() -> None:
+def test_number_of_heads_must_divide_the_hidden_size() -> None:
     with pytest.raises(ValueError, match="not divisible"):
         ConceptTranslationConfig(hidden_size=100, num_attention_heads=16)
 
 
-def test_widths_follow_from_the_backbones_by_default() -> None:
+def test_ctm_widths_default_to_those_of_the_backbones() -> None:
     config = ConceptSegConfig()
     assert config.ctm_config.hidden_size == config.hidden_size
     assert config.ctm_config.sam_hidden_size == config.sam_config.detr_encoder_config.hidden_size

@@ -1,4 +1,4 @@
-"""The maps between the pixels of a sample's images, the text and SAM 3's prompt."""
+"""Tests of coordinate transforms between image pixels, text coordinates and SAM 3's format."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_target_box_round_trip(size: tuple[int, int], scale: float, data: st.Dat
     cx, cy, width, height = frame.text_box_to_sam(text_box)
     corners = np.array([cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2])
     np.testing.assert_allclose(corners * np.tile(frame.image_size, 2), box, atol=1e-6)
-    # Through the written completion: exact up to half a unit of the text.
+    # The round trip through a formatted completion is exact up to half a text unit.
     completion = parse_completion(format_completion("", "", None, text_box, "x", scale), scale)
     unit = 1 if scale > 1 else 0.001
     back = frame.text_box_to_image(completion.bbox)
@@ -60,19 +60,17 @@ def test_reference_box_round_trip(count: int, scale: float, data: st.DataObject)
     width, height = reference_sizes[index]
     box = data.draw(boxes_in((width, height)))
     text_box = frame.reference_box_to_text(box, index)
-    found, back = frame.text_box_to_reference(text_box)
-    centre_on_edge = (box[0] + box[2]) / 2 > width * (1 - 1e-9) or (box[1] + box[3]) / 2 > height * (1 - 1e-9)
-    if not centre_on_edge:  # an empty box on the far edge belongs to the next cell as well
-        assert found == index
+    reference, back = frame.text_box_to_reference(text_box)
+    center_on_edge = (box[0] + box[2]) / 2 > width * (1 - 1e-9) or (box[1] + box[3]) / 2 > height * (1 - 1e-9)
+    if not center_on_edge:  # an empty box on the right or bottom edge also belongs to the next cell
+        assert reference == index
         np.testing.assert_allclose(back, box, rtol=1e-9, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=200)
 @given(sizes, st.sampled_from([1.0, 600.0]), st.data())
-def test_inclusive_corners_go_there_and_back(
-    size: tuple[int, int], scale: float, data: st.DataObject
-) -> None:
-    """But for boxes of less than a canvas pixel, which the text cannot say."""
+def test_inclusive_corners_round_trip(size: tuple[int, int], scale: float, data: st.DataObject) -> None:
+    """Boxes smaller than a canvas pixel are excluded, since the text cannot represent them."""
     frame = CoordinateFrame(size, coordinate_scale=scale, inclusive_corners=True)
     box = data.draw(boxes_in(size))
     text_box = frame.image_box_to_text(box)

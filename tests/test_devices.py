@@ -1,4 +1,4 @@
-"""Models that are offloaded to the CPU or the disk, on a CPU and on a simulated accelerator: same results as whole."""
+"""Offloaded models give the same results as models in memory, on the CPU and on a simulated accelerator."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GREEDY = {"max_new_tokens": 6}
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, make_model) -> Path:
-    """A complete checkpoint, and beside it one without SAM 3, one without the CTM, and SAM 3 alone."""
+    """A folder with a complete checkpoint, checkpoints without SAM 3 and without the CTM, and SAM 3 alone."""
     folder = tmp_path_factory.mktemp("checkpoint")
     model = make_model(tied=False)
     model.sam.save_pretrained(folder / "sam")
@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory, make_model) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(processor) -> Callable[[nn.Module], list[Any]]:
-    """What a model says by every path: both routes, boxes, the forward pass, completions and the pipeline."""
+    """Runs a model on all code paths: both routes, boxes, the forward pass, generation and the pipeline."""
     noise = np.random.default_rng(0).integers(0, 256, (4, 40, 48, 3), dtype=np.uint8)
     references = [Reference(noise[2], box=(2, 2, 20, 20)), Reference(noise[3], box=(5, 5, 40, 30))]
     inputs = processor(list(noise[:2]), ["circle", "the odd one out in the image"], [[], references])
@@ -60,17 +60,19 @@ def outcomes(processor) -> Callable[[nn.Module], list[Any]]:
     prompts = processor.collate(inputs.samples)
 
     def run(model: nn.Module) -> list[Any]:
-        found: list[Any] = []
+        results: list[Any] = []
         for options in ({"router": "sam_only"}, {"router": "full_reasoning", "sam_prompt": "concept+text"}):
-            for result in model.segment(inputs, generation_config=GREEDY, return_logits=True, **options):
+            for result in model.segment(
+                inputs, processor=processor, generation_config=GREEDY, return_logits=True, **options
+            ):
                 assert result.error is None
-                found += [result.completion, result.mask_logits, result.decode_presence]
+                results += [result.completion, result.mask_logits, result.decode_presence]
         with torch.no_grad():
             boxes = torch.tensor([[[0.5, 0.5, 0.4, 0.6]]] * 2)
             features = model.encode_image(arguments["sam_pixel_values"])
-            found += model.decode_masks(features, sam_input_ids, sam_attention_mask, boxes=boxes)
+            results += model.decode_masks(features, sam_input_ids, sam_attention_mask, boxes=boxes)
             output = model(**arguments)
-        found += [
+        results += [
             output.loss,
             output.mask_logits,
             output.presence_logits,
@@ -78,26 +80,28 @@ def outcomes(processor) -> Callable[[nn.Module], list[Any]]:
             output.logits,
         ]
         generated = generate_with_states(model.vlm, prompts, GREEDY)
-        found += [generated.token_ids, generated.hidden_states]
+        results += [generated.token_ids, generated.hidden_states]
         pipe = pipeline("concept-segmentation", model=model, processor=processor)
         result = pipe(noise[1], prompt="circle", router="full_reasoning", generation_config=GREEDY)
-        found += [result["completion"], np.asarray(result["mask"])]
-        return [value.float().cpu().numpy() if isinstance(value, torch.Tensor) else value for value in found]
+        results += [result["completion"], np.asarray(result["mask"])]
+        return [
+            value.float().cpu().numpy() if isinstance(value, torch.Tensor) else value for value in results
+        ]
 
     return run
 
 
-def assert_same(found: list[Any], wanted: list[Any]) -> None:
-    assert len(found) == len(wanted)
-    for number, (one, other) in enumerate(zip(found, wanted)):
-        if isinstance(one, np.ndarray) and one.dtype.kind == "f":
-            np.testing.assert_allclose(one, other, atol=1e-4, err_msg=str(number))
+def assert_same(actual: list[Any], expected: list[Any]) -> None:
+    assert len(actual) == len(expected)
+    for number, (value, expected_value) in enumerate(zip(actual, expected)):
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            np.testing.assert_allclose(value, expected_value, atol=1e-4, err_msg=str(number))
         else:
-            assert np.array_equal(one, other), number
+            assert np.array_equal(value, expected_value), number
 
 
 @pytest.fixture(scope="module")
-def whole(checkpoint, outcomes):
+def reference(checkpoint, outcomes):
     return outcomes(AutoModel.from_pretrained(checkpoint / "full"))
 
 
@@ -105,11 +109,11 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-# -- equal results --
+# -- equal results of offloaded models --
 
 
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
-def test_little_memory(checkpoint, outcomes, whole, tmp_path, fraction):
+@pytest.mark.parametrize("fraction", [0.3, 0.5, 0.7, 0.9])
+def test_offloading_to_disk_with_limited_memory(checkpoint, outcomes, reference, tmp_path, fraction):
     folder = checkpoint / "full"
     model = AutoModel.from_pretrained(
         folder,
@@ -120,7 +124,7 @@ def test_little_memory(checkpoint, outcomes, whole, tmp_path, fraction):
     assert "disk" in model.hf_device_map.values() and is_offloaded(model)
     on_meta = sum(p.numel() for p in model.parameters() if p.is_meta) / model.num_parameters()
     assert on_meta > 0.9 - fraction
-    assert_same(outcomes(model), whole)
+    assert_same(outcomes(model), reference)
 
 
 @pytest.mark.parametrize(
@@ -133,23 +137,23 @@ def test_little_memory(checkpoint, outcomes, whole, tmp_path, fraction):
         {"vlm.lm_head": "disk", "vlm.model": "cpu"},
     ],
 )
-def test_a_device_map(checkpoint, outcomes, whole, tmp_path, device_map):
+def test_offloading_with_a_device_map(checkpoint, outcomes, reference, tmp_path, device_map):
     model = AutoModel.from_pretrained(checkpoint / "full", device_map=device_map, offload_folder=tmp_path)
     assert is_offloaded(model) and model.device == torch.device("cpu")
-    assert_same(outcomes(model), whole)
+    assert_same(outcomes(model), reference)
 
 
 @pytest.mark.parametrize("device_map", [{"": "disk"}, "auto"])
-def test_sam_and_ctm_are_read_in_their_own_precision(checkpoint, outcomes, tmp_path, device_map):
-    """Transformers would read them from the disk in the dtype of the VLM."""
+def test_offloaded_sam_and_ctm_keep_their_dtype(checkpoint, outcomes, tmp_path, device_map):
+    """Transformers would load them from disk in the dtype of the VLM."""
     folder, options = checkpoint / "full", {"dtype": torch.bfloat16}
-    wanted = outcomes(AutoModel.from_pretrained(folder, **options))
+    expected = outcomes(AutoModel.from_pretrained(folder, **options))
     if device_map == "auto":
         options["max_memory"] = {"cpu": int(0.5 * size_of(folder))}
     model = AutoModel.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path, **options)
     assert model.vlm.dtype == torch.bfloat16 and model.sam.dtype == torch.float32
     assert torch.equal(stored_value(model, "ctm.queries"), AutoModel.from_pretrained(folder).ctm.queries)
-    assert_same(outcomes(model), wanted)
+    assert_same(outcomes(model), expected)
 
 
 OFFLOADS = {
@@ -162,26 +166,28 @@ OFFLOADS = {
     "SAM 3 alone": lambda model, folder: accelerate.cpu_offload(model.sam, "cpu"),
     "the VLM alone": lambda model, folder: accelerate.cpu_offload(model.vlm, "cpu"),
     "the CTM alone": lambda model, folder: accelerate.cpu_offload(model.ctm, "cpu"),
-    "SAM 3 at once": lambda model, folder: accelerate.cpu_offload(
+    "SAM 3 preloaded": lambda model, folder: accelerate.cpu_offload(
         model, "cpu", preload_module_classes=["Sam3Model"]
     ),
-    "its geometry encoder at once": lambda model, folder: accelerate.cpu_offload(
+    "geometry encoder preloaded": lambda model, folder: accelerate.cpu_offload(
         model, "cpu", preload_module_classes=["Sam3GeometryEncoder"]
     ),
 }
 
 
 @pytest.mark.parametrize("way", OFFLOADS)
-def test_accelerate(checkpoint, outcomes, whole, tmp_path, way):
+def test_offloading_with_accelerate(checkpoint, outcomes, reference, tmp_path, way):
     model = AutoModel.from_pretrained(checkpoint / "full")
     OFFLOADS[way](model, tmp_path / "offload")
     assert is_offloaded(model)
-    assert_same(outcomes(model), whole)
-    assert any(parameter.is_meta for parameter in model.parameters())  # what was brought is taken away again
+    assert_same(outcomes(model), reference)
+    assert any(
+        parameter.is_meta for parameter in model.parameters()
+    )  # offloaded again after the forward pass
 
 
-def test_an_accelerator_beside_weights_on_the_cpu():
-    """The device that computes is not the one that stores; see simulated_accelerator.py for how that is seen here."""
+def test_execution_device_differs_from_the_offload_device():
+    """Runs simulated_accelerator.py, which simulates an accelerator on the CPU."""
     script = Path(__file__).with_name("simulated_accelerator.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     if "no simulated accelerator" in done.stderr:
@@ -190,11 +196,11 @@ def test_an_accelerator_beside_weights_on_the_cpu():
     assert done.stdout.startswith("all equal: cpu_offload, ")
 
 
-# -- the parts that stay together --
+# -- modules that are not split --
 
 
-def test_what_adds_up_its_children_is_not_split(model):
-    """A module that holds parameters beside its children would lose them in a map that names the children."""
+def test_modules_with_parameters_and_children_are_not_split(model):
+    """A device map of the children of such a module would not cover its own parameters."""
     names = {type(module).__name__ for module in model.modules()}
     assert set(UNITS) <= names and set(UNITS) <= model._no_split_modules
     kept = [
@@ -206,8 +212,8 @@ def test_what_adds_up_its_children_is_not_split(model):
             assert any(name == unit or name.startswith(f"{unit}.") for unit in kept), name
 
 
-def test_a_small_card_is_used():
-    """Memory is kept free for the largest part that is offloaded: that must not be all of SAM 3."""
+def test_largest_unsplittable_part_of_sam_is_small():
+    """Accelerate reserves memory for the largest offloaded part, which must not be all of SAM 3 on a small GPU."""
     with torch.device("meta"):
         model = ConceptSegForSegmentation(ConceptSegConfig.from_preset("7b"))
     sizes = {
@@ -218,7 +224,7 @@ def test_a_small_card_is_used():
     assert max(sizes.values()) < 0.1 * sum(p.numel() * p.element_size() for p in model.sam.parameters())
 
 
-def test_where_a_module_computes(model):
+def test_execution_device(model):
     layer = nn.Sequential(nn.Linear(2, 2))
     assert execution_device(layer) == torch.device("cpu") == model.device
     assert execution_device(nn.Linear(2, 2, device="meta")) == torch.device("meta")
@@ -227,7 +233,7 @@ def test_where_a_module_computes(model):
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("device_map", "expected"),
     [
         ("auto", "auto"),
         ({"": 0}, {"": 0}),
@@ -236,28 +242,28 @@ def test_where_a_module_computes(model):
         ({"vlm": 0, "ctm": 0, "sam": "cpu"}, {"vlm": 0, "ctm": 0, "sam": "cpu"}),
     ],
 )
-def test_a_device_map_names_some_parts(given, wanted, monkeypatch):
+def test_incomplete_device_map_is_completed(device_map, expected, monkeypatch):
     monkeypatch.setattr("conceptseg_hf.devices.default_device", lambda: torch.device("cpu"))
-    assert complete_device_map(given, ("vlm", "ctm", "sam")) == wanted
+    assert complete_device_map(device_map, ("vlm", "ctm", "sam")) == expected
 
 
 # -- checkpoints --
 
 
 @pytest.mark.parametrize("device_map", [{"sam": "disk"}, "auto"])
-def test_a_checkpoint_without_sam(checkpoint, outcomes, whole, tmp_path, device_map):
+def test_offloading_a_checkpoint_without_sam(checkpoint, outcomes, reference, tmp_path, device_map):
     memory = {"max_memory": {"cpu": int(0.5 * size_of(checkpoint / "full"))}} if device_map == "auto" else {}
     folder = checkpoint / "without_sam"
     model = AutoModel.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path, **memory)
     assert is_offloaded(model.sam)
-    assert_same(outcomes(model), whole)
+    assert_same(outcomes(model), reference)
     with pytest.raises(ValueError, match="offload_folder"):
         AutoModel.from_pretrained(folder, device_map=device_map, **memory)
 
 
-def test_a_new_ctm_on_the_disk(checkpoint, tmp_path):
+def test_newly_initialized_ctm_cannot_be_offloaded_to_disk(checkpoint, tmp_path):
     options = {"init_ctm": True, "offload_folder": tmp_path}
-    with pytest.raises(ValueError, match=r"lacks the weight ctm.*send 'ctm' elsewhere"):
+    with pytest.raises(ValueError, match=r"lacks the weight ctm.*place 'ctm'"):
         AutoModel.from_pretrained(checkpoint / "without_ctm", device_map={"ctm": "disk"}, **options)
     model = AutoModel.from_pretrained(checkpoint / "without_ctm", device_map={"sam": "disk"}, **options)
     assert model.ctm.queries.std().item() == pytest.approx(0.02, rel=0.15)
@@ -265,7 +271,7 @@ def test_a_new_ctm_on_the_disk(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("way", ["device_map", "cpu_offload", "disk_offload", "the CTM alone"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_offloaded_model_is_saved_whole(make_model, tmp_path, way, tied):
+def test_saving_an_offloaded_model_includes_all_weights(make_model, tmp_path, way, tied):
     source = make_model(tied)
     source.save_pretrained(tmp_path / "source")
     device_map = {"": "disk"} if way == "device_map" else None
@@ -280,7 +286,7 @@ def test_an_offloaded_model_is_saved_whole(make_model, tmp_path, way, tied):
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
-def test_a_weight_that_is_nowhere(checkpoint):
+def test_stored_value_of_a_meta_weight_raises():
     with torch.device("meta"):
         model = ConceptSegForSegmentation(ConceptSegConfig.from_preset("nano"))
     with pytest.raises(ValueError, match=r"ctm\.queries"):
@@ -297,7 +303,7 @@ def test_from_backbones_with_an_offloaded_sam(checkpoint, make_model):
     assert model.ctm.queries.device == torch.device("cpu") and is_offloaded(model.sam)
 
 
-# -- quantised --
+# -- quantization --
 
 
 @pytest.mark.parametrize(
@@ -312,13 +318,13 @@ def test_from_backbones_with_an_offloaded_sam(checkpoint, make_model):
         (None, False),
     ],
 )
-def test_sam_and_ctm_may_be_offloaded_beside_a_quantised_vlm(device_map, allowed):
-    spared = exclude_sam_and_ctm(BitsAndBytesConfig(load_in_4bit=True), device_map)
-    assert spared.llm_int8_enable_fp32_cpu_offload is allowed
+def test_sam_and_ctm_may_be_offloaded_with_a_quantized_vlm(device_map, allowed):
+    config = exclude_sam_and_ctm(BitsAndBytesConfig(load_in_4bit=True), device_map)
+    assert config.llm_int8_enable_fp32_cpu_offload is allowed
 
 
 @pytest.mark.parametrize("way", ["SAM 3 alone", "dispatch_model"])
-def test_four_bits_and_offloading(checkpoint, outcomes, tmp_path, way):
+def test_4_bit_quantization_with_offloading(checkpoint, outcomes, tmp_path, way):
     pytest.importorskip("bitsandbytes")
 
     def load() -> nn.Module:
@@ -327,17 +333,17 @@ def test_four_bits_and_offloading(checkpoint, outcomes, tmp_path, way):
             checkpoint / "full", quantization_config=four_bits, dtype=torch.float32
         )
 
-    wanted = outcomes(load())
+    expected = outcomes(load())
     model = load()
     OFFLOADS[way](model, tmp_path / "offload")
     assert is_offloaded(model.sam)
-    assert_same(outcomes(model), wanted)
+    assert_same(outcomes(model), expected)
 
 
 # -- pipelines --
 
 
-def test_the_device_of_a_pipeline(checkpoint, processor, tmp_path):
+def test_pipeline_uses_the_execution_device(checkpoint, processor, tmp_path):
     model = AutoModel.from_pretrained(
         checkpoint / "full", device_map={"sam": "disk", "vlm": "cpu", "ctm": "cpu"}
     )

@@ -1,4 +1,4 @@
-"""Weights that are NaN or infinite are refused where they are loaded; an output that is not finite is no empty mask."""
+"""NaN and infinite weights are rejected when they are loaded; NaN outputs are reported as errors, not empty masks."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_one_value_is_found_wherever_it_is(dtype, value):
+def test_is_finite_detects_a_single_value_at_any_position(dtype, value):
     largest = torch.finfo(dtype).max
     tensor = torch.full((5, 7), largest, dtype=dtype)
     assert is_finite(tensor) and is_finite(-tensor) and is_finite(tensor.T)
     for position in ((0, 0), (2, 3), (4, 6)):
-        wrong = tensor.clone()
-        wrong[position] = value
-        assert not is_finite(wrong) and not is_finite(wrong.T)
+        nonfinite = tensor.clone()
+        nonfinite[position] = value
+        assert not is_finite(nonfinite) and not is_finite(nonfinite.T)
 
 
-def test_what_holds_no_such_numbers_is_finite():
+def test_integers_empty_and_meta_tensors_are_finite():
     assert is_finite(torch.zeros(0)) and is_finite(torch.arange(3)) and is_finite(torch.tensor(True))
     assert is_finite(torch.empty(3, device="meta"))
     tensors = {"a": torch.ones(2), "b": torch.tensor([1, NAN]), "c": torch.tensor(INF)}
@@ -37,7 +37,7 @@ def test_what_holds_no_such_numbers_is_finite():
 
 @pytest.fixture()
 def broken(make_model):
-    """A model of which a weight of one part has one value that is not finite."""
+    """Makes a model with a single NaN or infinite value in a weight of one part."""
 
     def make(part: str, value: float = NAN):
         model = make_model()
@@ -50,48 +50,48 @@ def broken(make_model):
 
 
 @pytest.mark.parametrize("part", ["vlm", "ctm", "sam"])
-def test_a_checkpoint_of_a_training_that_diverged_is_refused(broken, part, tmp_path):
+def test_loading_a_checkpoint_with_nan_raises(broken, part, tmp_path):
     model, name = broken(part)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"^The checkpoint '.*' has weights that are not .*\({name}\)"):
+    with pytest.raises(ValueError, match=rf"checkpoint '.*' has NaN or infinite weights \({name}\)"):
         ConceptSegForSegmentation.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["vlm", "sam"])
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_offloaded_weights_are_looked_at_where_they_are_kept(broken, part, place, tmp_path):
+def test_offloaded_weights_are_checked(broken, part, place, tmp_path):
     model, name = broken(part)
     model.save_pretrained(tmp_path / "checkpoint")
     device_map = {"vlm": "cpu", "ctm": "cpu", "sam": "cpu"} | {part: place}
-    with pytest.raises(ValueError, match=rf"has weights that are not finite numbers \({name}\)"):
+    with pytest.raises(ValueError, match=rf"has NaN or infinite weights \({name}\)"):
         ConceptSegForSegmentation.from_pretrained(
             tmp_path / "checkpoint", device_map=device_map, offload_folder=str(tmp_path / "offloaded")
         )
 
 
-def test_backbones_that_are_not_finite_are_refused(broken):
+def test_nonfinite_backbones_are_rejected(broken):
     model, _ = broken("sam", INF)
-    with pytest.raises(ValueError, match=r"^The SAM 3 '.*' has weights that are not finite"):
+    with pytest.raises(ValueError, match=r"SAM 3 '.*' has NaN or infinite weights"):
         ConceptSegForSegmentation.from_backbones(model.vlm, model.sam)
-    with pytest.raises(ValueError, match=r"^m has weights .* and 1 more\), as a training .*; use an earlier"):
+    with pytest.raises(ValueError, match=r"^m has NaN .* and 1 more\), .*; use an earlier checkpoint"):
         both = copy.deepcopy(model)
         with torch.no_grad():
             both.ctm.queries[0] = NAN
         check_finite(both, "m")
 
 
-def test_weights_that_float16_cannot_hold_are_told_from_others(make_model):
+def test_float16_overflow_is_explained(make_model):
     model = make_model()
     with torch.no_grad():
         model.vlm.lm_head.weight[0, 0] = 1e5
     check_finite(model, "m")
-    with pytest.raises(ValueError, match=r"or float16 makes of large ones; load it in bfloat16\.$"):
+    with pytest.raises(ValueError, match=r"overflow in float16; load the model in bfloat16\.$"):
         check_finite(model.to(torch.float16), "m")
 
 
 @pytest.fixture()
 def overflowing(make_model):
-    """All weights are finite; what the CTM makes of them is not."""
+    """A model with finite weights whose CTM output overflows."""
     model = make_model()
     with torch.no_grad():
         for weight in model.ctm.parameters():
@@ -99,23 +99,23 @@ def overflowing(make_model):
     return model
 
 
-def test_an_output_that_is_not_finite_is_an_error(overflowing, processor, picture):
+def test_nan_output_is_reported_as_an_error(overflowing, processor, picture):
     inputs = processor([picture(0), picture(1)], "red circle")
     for result in overflowing.segment(inputs, router="full_reasoning"):
-        assert result.error.startswith("the model's output for this sample is not finite (NaN)")
+        assert "not finite (NaN)" in result.error
         assert (result.mask, result.score) == (None, 0.0)
-    for result in overflowing.segment(inputs, router="sam_only"):  # the CTM has no part in it
+    for result in overflowing.segment(inputs, router="sam_only"):  # does not use the CTM
         assert result.error is None and result.mask is not None
 
 
-def test_records_of_such_a_model_are_json(overflowing, processor, tmp_path):
+def test_records_with_nan_outputs_are_valid_json(overflowing, processor, tmp_path):
     samples = ConceptShapes("test", length=3, size=48)
     options = {"processor": processor, "output_dir": tmp_path, "batch_size": 2}
     report = evaluate(overflowing, samples, router="full_reasoning", **options)
     assert len(report.failed) == 3
 
     def refuse(name):
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not valid JSON")
 
     for line in (tmp_path / "records.jsonl").read_text().splitlines():
         assert "not finite" in json.loads(line, parse_constant=refuse)["error"]

@@ -20,7 +20,7 @@ def vlm(model):
 
 @pytest.fixture()
 def samples(processor, picture):
-    """Prompts of different lengths, with one and two images."""
+    """Samples with prompts of different lengths, with one or two images."""
     references = [Reference(picture(10), box=(2, 2, 20, 20)), Reference(picture(11), box=(5, 5, 40, 30))]
     return [
         processor.prepare(picture(0), "red circle"),
@@ -44,14 +44,14 @@ def teacher_forced(vlm, processor, samples, generated, hidden_states_at="token")
 
 
 @pytest.mark.parametrize("hidden_states_at", ["token", "predict"])
-def test_states_equal_a_teacher_forced_pass_with_rows_of_any_length(
+def test_states_equal_a_teacher_forced_pass_for_rows_of_different_lengths(
     vlm, processor, samples, hidden_states_at
 ):
     batch = processor.collate(samples)
     free = generate(vlm, batch, eos_token_id=[], hidden_states_at=hidden_states_at)
     assert free.mask.all() and free.mask.shape == (3, 8)
 
-    # Ending at tokens that two rows are known to write makes them stop early, in different places.
+    # Using tokens of two rows as end-of-sequence tokens makes these rows stop early, at different positions.
     ends = [int(free.token_ids[0, 2]), int(free.token_ids[1, 5])]
     generated = generate(vlm, batch, eos_token_id=ends, hidden_states_at=hidden_states_at)
     lengths = generated.mask.sum(1).tolist()
@@ -80,7 +80,7 @@ def test_batch_equals_single(vlm, processor, samples):
         )
 
 
-def test_rows_that_end_at_once(vlm, processor, samples):
+def test_rows_that_end_with_their_first_token(vlm, processor, samples):
     generated = generate(
         vlm, processor.collate(samples), eos_token_id=list(range(vlm.config.get_text_config().vocab_size))
     )
@@ -88,7 +88,7 @@ def test_rows_that_end_at_once(vlm, processor, samples):
     assert generated.hidden_states.shape == (3, 1, 128) and not generated.hidden_states.any()
 
 
-def test_vision_tokens_are_never_written(vlm, processor, samples):
+def test_vision_tokens_are_never_generated(vlm, processor, samples):
     def prefer_vision_tokens(module, args, output):
         output[..., VISION_TOKENS] += 1e4
         return output
@@ -109,7 +109,7 @@ def test_vision_tokens_are_never_written(vlm, processor, samples):
         assert not torch.isin(result.token_ids, torch.tensor([*VISION_TOKENS, 9, 10])).any()
 
 
-def test_one_pass_and_one_step_beyond_the_limit(vlm, processor, samples):
+def test_generation_runs_one_step_beyond_the_limit(vlm, processor, samples):
     steps = []
     handle = vlm.model.language_model.register_forward_hook(
         lambda module, args, output: steps.append(output[0].shape[1])
@@ -122,7 +122,7 @@ def test_one_pass_and_one_step_beyond_the_limit(vlm, processor, samples):
     assert steps == [batch["input_ids"].shape[1], 1, 1, 1, 1, 1]
 
 
-def test_no_call_depends_on_an_earlier_one(vlm, processor, samples):
+def test_calls_are_independent_of_each_other(vlm, processor, samples):
     first = generate(vlm, processor.collate(samples[:1]))
     assert vlm.model.rope_deltas is None and not vlm.lm_head._forward_pre_hooks
     generate(vlm, processor.collate(samples[1:]))
@@ -132,7 +132,7 @@ def test_no_call_depends_on_an_earlier_one(vlm, processor, samples):
     )
 
 
-def test_greedy_unless_asked_and_the_given_config_stays_as_it_is(vlm, processor, samples, monkeypatch):
+def test_greedy_by_default_and_config_is_not_modified(vlm, processor, samples, monkeypatch):
     monkeypatch.setattr(vlm.generation_config, "do_sample", True)
     batch = processor.collate(samples[:1])
     config = GenerationConfig(max_new_tokens=4)
@@ -145,7 +145,7 @@ def test_greedy_unless_asked_and_the_given_config_stays_as_it_is(vlm, processor,
 
 
 @pytest.mark.parametrize("hidden_states_at", ["token", "predict"])
-def test_a_prompt_read_in_chunks_gives_the_same(vlm, processor, samples, hidden_states_at):
+def test_chunked_prefill_gives_the_same_result(vlm, processor, samples, hidden_states_at):
     lengths = []
     handle = vlm.model.language_model.register_forward_hook(
         lambda module, args, output: lengths.append(output[0].shape[1])
@@ -163,7 +163,7 @@ def test_a_prompt_read_in_chunks_gives_the_same(vlm, processor, samples, hidden_
 
 @pytest.fixture()
 def compiled():
-    """Compiles a module; the list grows with each graph."""
+    """Compile a module and return the list of its graphs."""
     graphs, modules = [], []
 
     def backend(graph, inputs):
@@ -183,7 +183,7 @@ def compiled():
 
 
 @pytest.mark.parametrize("used_before", [False, True])
-def test_a_compiled_language_model(vlm, processor, samples, compiled, used_before):
+def test_compiled_language_model(vlm, processor, samples, compiled, used_before):
     batch = processor.collate(samples)
     settings = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": []}
     expected = generate(vlm, batch, **settings)
@@ -195,10 +195,10 @@ def test_a_compiled_language_model(vlm, processor, samples, compiled, used_befor
         generated = generate(vlm, batch, **settings)
         assert torch.equal(generated.token_ids, expected.token_ids)
         assert torch.allclose(generated.hidden_states, expected.hidden_states, atol=1e-4)
-    assert len(graphs) < 6  # and not one a token
+    assert len(graphs) < 6  # not one per token
 
 
-def test_a_graph_without_states_is_refused(vlm, processor, samples, compiled):
+def test_rejects_a_vlm_compiled_as_a_whole(vlm, processor, samples, compiled):
     batch = processor.collate(samples[:1])
     settings = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": []}
     expected = generate(vlm, batch, **settings)
@@ -211,7 +211,7 @@ def test_a_graph_without_states_is_refused(vlm, processor, samples, compiled):
     assert torch.allclose(generate(vlm, batch, **settings).hidden_states, expected.hidden_states, atol=1e-4)
 
 
-def test_several_completions_a_prompt(vlm, processor, samples):
+def test_several_completions_per_prompt(vlm, processor, samples):
     generated = generate(vlm, processor.collate(samples[:2]), num_return_sequences=2, eos_token_id=[])
     repeated = [samples[0]] * 2 + [samples[1]] * 2
     states, mask = teacher_forced(vlm, processor, repeated, generated)
@@ -219,7 +219,7 @@ def test_several_completions_a_prompt(vlm, processor, samples):
     assert (states - generated.hidden_states)[mask].abs().max() < 1e-4
 
 
-def test_threads_take_turns(vlm, processor, samples):
+def test_generation_from_several_threads(vlm, processor, samples):
     batches = [processor.collate([sample]) for sample in samples] * 3
     settings = {"max_new_tokens": 8}
     alone = [generate_with_states(vlm, batch, settings) for batch in batches]
@@ -230,16 +230,16 @@ def test_threads_take_turns(vlm, processor, samples):
         assert torch.equal(first.hidden_states, second.hidden_states)
 
 
-def test_refusals(vlm, processor, samples):
+def test_rejects_invalid_settings(vlm, processor, samples):
     batch = processor.collate(samples[:1])
-    with pytest.raises(ValueError, match="generation_config has no field 'max_new_tokns'"):
+    with pytest.raises(ValueError, match="unknown field 'max_new_tokns'"):
         generate_with_states(vlm, batch, {"max_new_tokns": 3})
     with pytest.raises(ValueError, match="beam search"):
         generate_with_states(vlm, batch, {"num_beams": 2})
     with pytest.raises(ValueError, match="max_length is 3"):
         generate_with_states(vlm, batch, {"max_length": 3})
     for limit in (0, -3, "5", 2.5):
-        with pytest.raises(ValueError, match=f"max_new_tokens is {limit!r}; give a whole number"):
+        with pytest.raises(ValueError, match=f"max_new_tokens is {limit!r}; use an integer"):
             generate_with_states(vlm, batch, {"max_new_tokens": limit})
     with pytest.raises(ValueError, match=r"guidance_scale is 1[.]5"):
         generate_with_states(vlm, batch, {"guidance_scale": 1.5})
@@ -251,71 +251,70 @@ def test_refusals(vlm, processor, samples):
 
 
 @pytest.mark.parametrize("hidden_states_at", ["token", "predict"])
-def test_the_end_of_turn_tokens_state_is_kept_where_it_is_asked_for(
-    vlm, processor, samples, hidden_states_at
-):
-    """Released code: every state after the prompt, the end-of-turn token's included."""
+def test_state_of_the_end_of_turn_token_is_recorded_if_requested(vlm, processor, samples, hidden_states_at):
+    """The released code uses all states after the prompt, including that of the end-of-turn token."""
     batch = processor.collate(samples)
     settings = {"max_new_tokens": 8, "do_sample": False}
     free = generate_with_states(vlm, batch, {**settings, "eos_token_id": []}, hidden_states_at)
     ends = [int(free.token_ids[0, 2]), int(free.token_ids[1, 5])]
     without = generate_with_states(vlm, batch, {**settings, "eos_token_id": ends}, hidden_states_at)
-    found = generate_with_states(vlm, batch, {**settings, "eos_token_id": ends}, hidden_states_at, True)
+    with_end = generate_with_states(vlm, batch, {**settings, "eos_token_id": ends}, hidden_states_at, True)
     assert torch.equal(without.state_mask, without.mask)
 
     lengths = without.mask.sum(1).tolist()
     ended = [length < 8 for length in lengths]
-    assert any(ended) and found.mask.sum(1).tolist() == lengths
-    assert found.state_mask.sum(1).tolist() == [
+    assert any(ended) and with_end.mask.sum(1).tolist() == lengths
+    assert with_end.state_mask.sum(1).tolist() == [
         length + end for length, end in zip(lengths, ended, strict=True)
     ]
     for row, length in enumerate(lengths):
-        words = without.token_ids[row, :length]
-        assert torch.equal(found.token_ids[row, :length], words)
+        assert torch.equal(with_end.token_ids[row, :length], without.token_ids[row, :length])
         assert torch.allclose(
-            found.hidden_states[row, :length], without.hidden_states[row, :length], atol=1e-4
+            with_end.hidden_states[row, :length], without.hidden_states[row, :length], atol=1e-4
         )
         if ended[row]:
-            assert int(found.token_ids[row, length]) in ends
+            assert int(with_end.token_ids[row, length]) in ends
 
-    completions = [ids[mask].tolist() for ids, mask in zip(found.token_ids, found.state_mask, strict=True)]
-    forced = processor.collate(samples, completions=completions)  # the end is one of their tokens
+    completions = [
+        ids[mask].tolist() for ids, mask in zip(with_end.token_ids, with_end.state_mask, strict=True)
+    ]
+    forced = processor.collate(samples, completions=completions)  # includes the end-of-turn tokens
     with torch.no_grad():
         states = vlm_backbone.last_hidden_states(vlm, vlm_backbone.model_inputs(forced))
     states, mask = _completion_states(states, forced["completion_mask"], hidden_states_at)
-    assert torch.equal(mask, found.state_mask)
-    assert (states - found.hidden_states)[mask].abs().max() < 1e-4
-    assert not found.hidden_states[~mask].any()
+    assert torch.equal(mask, with_end.state_mask)
+    assert (states - with_end.hidden_states)[mask].abs().max() < 1e-4
+    assert not with_end.hidden_states[~mask].any()
 
 
-def test_the_end_of_turn_token_beyond_the_limit_has_no_state(vlm, processor, samples):
+def test_end_of_turn_token_beyond_the_limit_has_no_state(vlm, processor, samples):
     batch = processor.collate(samples[:1])
     free = generate_with_states(vlm, batch, {"max_new_tokens": 4, "eos_token_id": []})
     end = int(free.token_ids[0, 3])
     if end in free.token_ids[0, :3].tolist():
-        pytest.skip("the token comes earlier")
-    found = generate_with_states(
+        pytest.skip("the token occurs earlier")
+    generated = generate_with_states(
         vlm, batch, {"max_new_tokens": 3, "eos_token_id": end}, end_of_turn_state=True
     )
-    assert found.mask.sum() == found.state_mask.sum() == 3
+    assert generated.mask.sum() == generated.state_mask.sum() == 3
 
 
-def test_prompt_and_completion_share_a_limit(vlm, processor, samples):
-    """Released code: 2,816 tokens of prompt and completion together."""
+def test_max_total_length_limits_prompt_and_completion(vlm, processor, samples):
+    """The released code limits prompt and completion together to 2,816 tokens."""
     batch = processor.collate(samples)
     prompts = batch["attention_mask"].sum(1).tolist()
     assert len(set(prompts)) > 1
     total = max(prompts) + 4
-    found = generate_with_states(vlm, batch, {"eos_token_id": []}, max_total_length=total)
-    assert found.mask.sum(1).tolist() == [total - prompt for prompt in prompts]
-    for row, sample in enumerate(samples):  # a row has no more room beside longer ones
+    generated = generate_with_states(vlm, batch, {"eos_token_id": []}, max_total_length=total)
+    assert generated.mask.sum(1).tolist() == [total - prompt for prompt in prompts]
+    for row, sample in enumerate(samples):  # the limit of a row does not depend on the other rows
         alone = generate_with_states(
             vlm, processor.collate([sample]), {"eos_token_id": []}, max_total_length=total
         )
-        assert torch.equal(alone.token_ids[0], found.token_ids[row][found.mask[row]])
-    named = generate_with_states(
+        assert torch.equal(alone.token_ids[0], generated.token_ids[row][generated.mask[row]])
+    with_max_new_tokens = generate_with_states(
         vlm, batch, {"eos_token_id": [], "max_new_tokens": 2}, max_total_length=total
     )
-    assert named.mask.sum(1).tolist() == [2, 2, 2]
+    assert with_max_new_tokens.mask.sum(1).tolist() == [2, 2, 2]
     with pytest.raises(ValueError, match=f"max_total_length is {max(prompts)}, but a prompt has"):
         generate_with_states(vlm, batch, max_total_length=max(prompts))

@@ -32,7 +32,7 @@ else:
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-print()  # Transformers asks a question before it refuses
+print()  # ends the line of the prompt that Transformers prints before it raises
 print(type(config).__name__, type(model).__name__, type(model).__module__, type(processor).__name__,
 processor.canvas_size)
 """
@@ -63,11 +63,11 @@ def test_loads_with_trust_remote_code_and_without_import(checkpoint, fresh_pytho
     assert fresh_python(LOAD, str(checkpoint)).splitlines()[-1] == expected
 
 
-def test_after_the_import_the_stub_is_not_needed(checkpoint, fresh_python):
+def test_stub_is_not_used_after_importing_the_package(checkpoint, fresh_python):
     assert fresh_python(LOAD_AFTER_IMPORT, str(checkpoint)) == "True True"
 
 
-def test_files(checkpoint):
+def test_stub_files(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel"} and "custom_pipelines" not in config
     assert set(json.loads((checkpoint / "processor_config.json").read_text())["auto_map"]) == {
@@ -78,21 +78,21 @@ def test_files(checkpoint):
     assert {path: path.read_bytes() for path in checkpoint.glob("*.*")} == before
 
 
-def test_needs_a_saved_model(tmp_path):
+def test_save_remote_stub_requires_a_saved_model(tmp_path):
     with pytest.raises(FileNotFoundError, match="no config"):
         save_remote_stub(tmp_path)
 
 
 @pytest.mark.parametrize("first", ["model", "processor"])
-def test_a_stub_goes_where_its_checkpoint_is_saved_again(checkpoint, fresh_python, tmp_path, first):
-    """An `auto_map` without the file it points at would be a checkpoint that does not load."""
+def test_stub_is_kept_when_the_checkpoint_is_saved_again(checkpoint, fresh_python, tmp_path, first):
+    """A checkpoint with an `auto_map` but without the stub could not be loaded."""
     model, processor = AutoModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
     for part in (model, processor) if first == "model" else (processor, model):
         part.save_pretrained(tmp_path / "again")
     assert fresh_python(LOAD, str(tmp_path / "again")).splitlines()[-1].startswith("ConceptSegConfig")
 
 
-def test_no_stub_where_there_was_none(model, processor, tmp_path):
+def test_saving_does_not_add_a_stub(model, processor, tmp_path):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert not (tmp_path / "conceptseg_stub.py").exists()
@@ -123,8 +123,8 @@ def report_folder(tmp_path):
 
 @pytest.fixture()
 def hub(monkeypatch, tmp_path):
-    """A Hub in the memory: files by name, of each repository; and the arguments of the uploads."""
-    repositories, sent, branches = {}, [], []
+    """An in-memory Hub with the files of each repository and the arguments of the uploads."""
+    repositories, uploads, branches = {}, [], []
 
     def create_repo(self, name, **_):
         repo_id = name if "/" in name else f"me/{name}"
@@ -137,7 +137,7 @@ def hub(monkeypatch, tmp_path):
         return str(path)
 
     def upload_folder(self, repo_id, folder_path, ignore_patterns, **arguments):
-        sent.append(arguments)
+        uploads.append(arguments)
         for path in sorted(Path(folder_path).rglob("*")):
             if path.is_file() and path.name not in (ignore_patterns or ()):
                 repositories[repo_id][str(path.relative_to(folder_path))] = path.read_bytes()
@@ -148,14 +148,14 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(HfApi, "hf_hub_download", hf_hub_download)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     monkeypatch.setattr(HfApi, "create_branch", lambda self, repo_id, branch, **_: branches.append(branch))
-    return SimpleNamespace(repositories=repositories, sent=sent, branches=branches)
+    return SimpleNamespace(repositories=repositories, uploads=uploads, branches=branches)
 
 
 def card_of(hub, repo_id) -> ModelCard:
     return ModelCard(hub.repositories[repo_id]["README.md"].decode())
 
 
-def test_push_sends_model_and_card(model, hub, tmp_path, report_folder):
+def test_push_to_hub_uploads_model_and_card(model, hub, tmp_path, report_folder):
     assert model.push_to_hub("new") == "commit"
     for name, content in hub.repositories["me/new"].items():
         (tmp_path / name).write_bytes(content)
@@ -166,7 +166,7 @@ def test_push_sends_model_and_card(model, hub, tmp_path, report_folder):
     assert card_of(hub, "me/new").data.eval_results
 
 
-def test_push_takes_what_every_push_takes(model, processor, hub):
+def test_push_to_hub_accepts_the_standard_arguments(model, processor, hub):
     pipe = ConceptSegmentationPipeline(model=model, processor=processor)
     for number, part in enumerate((model, processor, pipe)):
         part.push_to_hub(
@@ -180,13 +180,13 @@ def test_push_takes_what_every_push_takes(model, processor, hub):
             create_pr=True,
             max_shard_size="2MB",
         )
-        wanted = {
+        expected = {
             "commit_message": "first",
             "commit_description": "why",
             "revision": "branch",
             "create_pr": True,
         }
-        assert hub.sent[-1] == wanted and hub.branches[-1] == "branch"
+        assert hub.uploads[-1] == expected and hub.branches[-1] == "branch"
         assert {"mine", "yours"} <= set(card_of(hub, f"me/repo-{number}").data.tags)
     files = hub.repositories["me/repo-2"]
     assert {"config.json", "processor_config.json", "model.safetensors.index.json"} <= set(files)
@@ -194,7 +194,7 @@ def test_push_takes_what_every_push_takes(model, processor, hub):
     assert card_of(hub, "me/repo-0").data.tags[-1] == "single"
 
 
-def test_saving_may_push(model, processor, hub, tmp_path):
+def test_save_pretrained_with_push_to_hub(model, processor, hub, tmp_path):
     pipe = ConceptSegmentationPipeline(model=model, processor=processor)
     for part in (model, processor, pipe):
         name = type(part).__name__
@@ -203,7 +203,7 @@ def test_saving_may_push(model, processor, hub, tmp_path):
             tmp_path / name, push_to_hub=True, repo_id=f"you/{name}", private=True, commit_description="why"
         )
         assert hub.repositories[f"me/{name}"] == hub.repositories[f"you/{name}"]
-        assert hub.sent[-1]["commit_description"] == "why"
+        assert hub.uploads[-1]["commit_description"] == "why"
     assert set(hub.repositories["me/ConceptSegmentationPipeline"]) == {
         *hub.repositories["me/ConceptSegForSegmentation"],
         *hub.repositories["me/ConceptSegProcessor"],
@@ -211,7 +211,7 @@ def test_saving_may_push(model, processor, hub, tmp_path):
 
 
 @pytest.mark.parametrize("order", ["processor first", "model first", "pipeline"])
-def test_our_card_is_there_whatever_is_pushed_first(model, processor, hub, order):
+def test_push_order_does_not_affect_the_card(model, processor, hub, order):
     pipe = ConceptSegmentationPipeline(model=model, processor=processor)
     parts = {
         "processor first": (processor, model),
@@ -225,7 +225,7 @@ def test_our_card_is_there_whatever_is_pushed_first(model, processor, hub, order
 
 
 @pytest.mark.parametrize("push", ["model", "pipeline", "save"])
-def test_a_template_on_the_hub_gives_way(model, processor, hub, tmp_path, push):
+def test_generated_card_on_the_hub_is_replaced(model, processor, hub, tmp_path, push):
     hub.repositories["me/repo"] = {"README.md": str(TEMPLATE).encode()}
     if push == "model":
         model.push_to_hub("repo")
@@ -238,13 +238,13 @@ def test_a_template_on_the_hub_gives_way(model, processor, hub, tmp_path, push):
     assert card.data.library_name == "conceptseg-hf"
 
 
-def test_a_card_that_somebody_wrote_stays(model, hub, monkeypatch):
+def test_custom_card_on_the_hub_is_kept(model, hub, monkeypatch):
     written = "---\ntags: [mine]\n---\n\nMy model.\n"
     hub.repositories["me/repo"] = {"README.md": written.encode()}
     model.push_to_hub("repo")
     assert hub.repositories["me/repo"]["README.md"].decode() == written
 
-    def released(*_):  # as if SAM 3's released weights were in it
+    def released(*_):  # simulates a checkpoint with the released SAM 3 weights
         return True
 
     monkeypatch.setattr("conceptseg_hf.cards._holds_released_sam", released)
@@ -254,8 +254,8 @@ def test_a_card_that_somebody_wrote_stays(model, hub, monkeypatch):
     assert (card.data.license, card.data.license_name) == ("other", "sam-license")
 
 
-def test_a_card_that_cannot_be_read_stays(model, hub, monkeypatch, caplog):
-    hub.repositories["me/repo"] = {"README.md": b"somebody's"}
+def test_unreadable_card_on_the_hub_is_kept(model, hub, monkeypatch, caplog):
+    hub.repositories["me/repo"] = {"README.md": b"custom"}
 
     def fail(*_, **__):
         raise ConnectionError("the network is down")
@@ -263,7 +263,7 @@ def test_a_card_that_cannot_be_read_stays(model, hub, monkeypatch, caplog):
     monkeypatch.setattr(HfApi, "hf_hub_download", fail)
     model.push_to_hub("repo")
     assert (
-        hub.repositories["me/repo"]["README.md"] == b"somebody's"
+        hub.repositories["me/repo"]["README.md"] == b"custom"
         and "model.safetensors" in hub.repositories["me/repo"]
     )
     assert "the network is down" in caplog.text
@@ -288,8 +288,8 @@ def test_a_card_that_cannot_be_read_stays(model, hub, monkeypatch, caplog):
         {"model_type": "qwen2_vl", "num_of_query": 8},
     ],
 )
-def test_the_authors_layout_is_told_how_to_load(tmp_path, load, config):
+def test_loading_the_authors_layout_explains_the_conversion(tmp_path, load, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="in the authors' layout; make one that loads") as error:
+    with pytest.raises(ValueError, match="in the authors' layout; convert it") as error:
         load(tmp_path)
     assert f"conceptseg convert --checkpoint {tmp_path} --sam facebook/sam3 --out DIR" in str(error.value)

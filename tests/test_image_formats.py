@@ -1,4 +1,4 @@
-"""Files that Pillow cannot open say what they are and what is missing."""
+"""Errors for files that Pillow cannot open name the format and the remedy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from conceptseg_hf.images import load_image, load_mask, read_header
 
-# 16 x 16 pixels of one red, written by pillow-heif.
+# A red image of 16 x 16 pixels, written by pillow-heif.
 HEIC = base64.b64decode(
     "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAXxtZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAA"
     "AAAAACJpbG9jAAAAAERAAAEAAQAAAAABoAABAAAAAAAAACYAAAAjaWluZgAAAAAAAQAAABVpbmZlAgAAAAABAABodmMxAAAA"
@@ -26,7 +26,7 @@ HEIC = base64.b64decode(
 
 
 def tiff(values: np.ndarray, sample_format: int) -> bytes:
-    """An uncompressed TIFF of (H, W, C) values; sample format 1 whole, 3 float."""
+    """Encode values (H, W, C) as an uncompressed TIFF; sample format 1 is integer, 3 is float."""
     height, width, channels = values.shape
     bits = values.dtype.itemsize * 8
     pixels = values.tobytes()
@@ -51,7 +51,7 @@ def tiff(values: np.ndarray, sample_format: int) -> bytes:
     return start + pixels + many + directory + struct.pack("<I", 0)
 
 
-def test_the_tiff_of_these_tests_is_one() -> None:
+def test_tiff_helper_writes_valid_files() -> None:
     values = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
     np.testing.assert_array_equal(np.asarray(load_image(tiff(values, 1))), values)
 
@@ -64,41 +64,41 @@ def test_the_tiff_of_these_tests_is_one() -> None:
         (tiff(np.full((4, 5, 1), 0.5, np.float64), 3), "of 1 channel, 64-bit float,"),
     ],
 )
-def test_a_tiff_of_other_numbers_is_not_called_damaged(
-    tmp_path: pathlib.Path, content: bytes, kind: str
-) -> None:
+def test_unsupported_tiff_dtype_is_explained(tmp_path: pathlib.Path, content: bytes, kind: str) -> None:
     path = tmp_path / "scan.tif"
     path.write_bytes(content)
     for read in (load_image, load_mask, read_header):
         with pytest.raises(
-            ValueError, match=rf"scan\.tif' is a TIFF image {kind} that Pillow cannot read; conv"
-        ) as notified:
+            ValueError, match=rf"scan\.tif' is a TIFF image {kind} that Pillow cannot read"
+        ) as caught:
             read(path)
-        assert "damaged" not in str(notified.value) and str(notified.value).endswith("as an array.")
+        assert "damaged" not in str(caught.value) and str(caught.value).endswith("as an array.")
 
 
-def test_heic_names_the_package(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heic_without_pillow_heif_names_the_package(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     path = tmp_path / "IMG_0001.HEIC"
     path.write_bytes(HEIC)
-    for given in (path, HEIC, io.BytesIO(HEIC)):
+    for source in (path, HEIC, io.BytesIO(HEIC)):
         with pytest.raises(
             ValueError, match=r"is a HEIC image, .* install it with: pip install pillow-heif\.$"
         ):
-            load_image(given)
+            load_image(source)
 
 
-def test_heic_is_read_with_the_package() -> None:
+def test_heic_is_read_with_pillow_heif() -> None:
     pytest.importorskip("pillow_heif")
     pixels = np.asarray(load_image(HEIC)).astype(int)
     assert pixels.shape == (16, 16, 3) and np.abs(pixels - (200, 30, 40)).max() < 8
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
-        (b"", "is empty (0 bytes); fetch"),
-        (b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X", "is a companion file of macOS"),
+        (b"", "is empty (0 bytes)"),
+        (b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X", "is a macOS metadata file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a Git LFS pointer"),
         (b"\n<!DOCTYPE html>\n<html></html>", "is a web page and not an image"),
         (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is an SVG drawing"),
@@ -109,19 +109,17 @@ def test_heic_is_read_with_the_package() -> None:
         (b"%PDF-1.4", "is a PDF document"),
     ],
 )
-def test_what_only_looks_like_an_image_is_named(tmp_path: pathlib.Path, content: bytes, words: str) -> None:
-    path = tmp_path / "picture.jpg"
+def test_files_that_are_not_images_are_named(tmp_path: pathlib.Path, content: bytes, message: str) -> None:
+    path = tmp_path / "image.jpg"
     path.write_bytes(content)
-    with pytest.raises(ValueError) as notified:
+    with pytest.raises(ValueError) as caught:
         load_image(path)
-    message = str(notified.value)
-    assert (
-        message.startswith(f"image {str(path)!r} {words}") and message.endswith(".") and "\n" not in message
-    )
+    error = str(caught.value)
+    assert error.startswith(f"image {str(path)!r} {message}") and error.endswith(".") and "\n" not in error
 
 
-def test_what_says_nothing_is_damaged(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "picture.jpg"
-    path.write_bytes(b"neither this nor that")
+def test_unknown_format_is_reported_as_damaged(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "image.jpg"
+    path.write_bytes(b"unknown format")
     with pytest.raises(ValueError, match="cannot be read; it is damaged or not an image"):
         load_image(path)

@@ -1,4 +1,4 @@
-"""Images of every mode and kind become 8-bit RGB; masks become bool; bad input gives one clear sentence."""
+"""Images of all modes and types are converted to 8-bit RGB, masks to bool; invalid input raises one-sentence errors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from conceptseg_hf.images import load_image, load_mask
 SIZE = (7, 5)  # width, height
 
 
-def grey_ramp() -> np.ndarray:
-    """(H, W) uint8 with many levels, among them 0 and 255."""
+def gray_ramp() -> np.ndarray:
+    """A uint8 array (H, W) with many levels, including 0 and 255."""
     return np.linspace(0, 255, SIZE[0] * SIZE[1]).round().astype(np.uint8).reshape(SIZE[1], SIZE[0])
 
 
@@ -35,10 +35,10 @@ def pixels(image: object) -> np.ndarray:
 @pytest.mark.parametrize(
     "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"]
 )
-def test_every_mode_becomes_rgb(mode: str) -> None:
-    source = Image.fromarray(grey_ramp())
+def test_all_modes_are_converted_to_rgb(mode: str) -> None:
+    source = Image.fromarray(gray_ramp())
     if mode == "I;16":
-        image = Image.fromarray(grey_ramp().astype(np.uint16) * 257)
+        image = Image.fromarray(gray_ramp().astype(np.uint16) * 257)
     elif mode == "PA":
         image = source.convert("P").convert("PA")
     else:
@@ -49,7 +49,7 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     assert load_image(image).size == SIZE
 
 
-def test_failing_conversion_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_conversion_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise ValueError("conversion not supported")
 
@@ -61,10 +61,10 @@ def test_failing_conversion_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         load_image(Image.new("CMYK", SIZE))
 
 
-def test_palette_colors_survive() -> None:
+def test_palette_colors_are_kept() -> None:
     image = colors()
-    quantised = image.quantize(256)
-    np.testing.assert_array_equal(pixels(quantised), np.asarray(quantised.convert("RGB")))
+    quantized = image.quantize(256)
+    np.testing.assert_array_equal(pixels(quantized), np.asarray(quantized.convert("RGB")))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -84,43 +84,43 @@ def test_palette_with_transparency_becomes_white() -> None:
 @pytest.mark.parametrize(
     "array",
     [
-        grey_ramp(),
-        grey_ramp()[..., None],
-        np.stack([grey_ramp()] * 3, -1),
-        np.stack([grey_ramp()] * 3 + [np.full_like(grey_ramp(), 255)], -1),
-        grey_ramp().astype(np.uint16) * 257,
-        grey_ramp().astype(np.int64),
-        grey_ramp() / 255.0,
-        (grey_ramp() / 255.0).astype(np.float32),
-        torch.from_numpy(grey_ramp()),
+        gray_ramp(),
+        gray_ramp()[..., None],
+        np.stack([gray_ramp()] * 3, -1),
+        np.stack([gray_ramp()] * 3 + [np.full_like(gray_ramp(), 255)], -1),
+        gray_ramp().astype(np.uint16) * 257,
+        gray_ramp().astype(np.int64),
+        gray_ramp() / 255.0,
+        (gray_ramp() / 255.0).astype(np.float32),
+        torch.from_numpy(gray_ramp()),
     ],
     ids=["HxW", "HxWx1", "HxWx3", "HxWx4", "uint16", "int64", "float64", "float32", "tensor"],
 )
 def test_arrays(array: np.ndarray) -> None:
-    np.testing.assert_array_equal(pixels(array), np.stack([grey_ramp()] * 3, -1))
+    np.testing.assert_array_equal(pixels(array), np.stack([gray_ramp()] * 3, -1))
 
 
 def test_bool_array() -> None:
-    array = grey_ramp() > 100
+    array = gray_ramp() > 100
     np.testing.assert_array_equal(pixels(array), np.stack([array * np.uint8(255)] * 3, -1))
 
 
 def test_float_image_of_either_range() -> None:
-    ramp = grey_ramp().astype(np.float32)
+    ramp = gray_ramp().astype(np.float32)
     np.testing.assert_array_equal(pixels(Image.fromarray(ramp)), pixels(Image.fromarray(ramp / 255)))
 
 
 def test_path_bytes_and_file_object_agree(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     colors().save(path)
-    for given in (
+    for source in (
         path,
         str(path),
         path.read_bytes(),
         bytearray(path.read_bytes()),
         io.BytesIO(path.read_bytes()),
     ):
-        np.testing.assert_array_equal(pixels(given), np.asarray(colors()))
+        np.testing.assert_array_equal(pixels(source), np.asarray(colors()))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -131,7 +131,7 @@ def test_exif_rotation(tmp_path: pathlib.Path, orientation: int) -> None:
     colors().save(path, exif=exif)
     loaded = load_image(path)
     assert loaded.size == (SIZE if orientation <= 4 else SIZE[::-1])
-    turn = {
+    transpose = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
         4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -140,12 +140,12 @@ def test_exif_rotation(tmp_path: pathlib.Path, orientation: int) -> None:
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
     }.get(orientation)
-    expected = colors() if turn is None else colors().transpose(turn)
+    expected = colors() if transpose is None else colors().transpose(transpose)
     np.testing.assert_array_equal(np.asarray(loaded), np.asarray(expected))
-    np.testing.assert_array_equal(pixels(loaded), np.asarray(expected))  # loading twice does not turn twice
+    np.testing.assert_array_equal(pixels(loaded), np.asarray(expected))  # loading again does not rotate again
 
 
-def test_unreadable_exif_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_exif_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(image: Image.Image) -> None:
         raise SyntaxError("not a TIFF file")
 
@@ -155,16 +155,16 @@ def test_unreadable_exif_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture()
 def server():
-    """A local web server that has one picture."""
+    """A local web server with one image."""
     buffer = io.BytesIO()
     colors().save(buffer, "PNG")
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            found = self.path == "/picture.png"
-            self.send_response(200 if found else 404)
+            exists = self.path == "/image.png"
+            self.send_response(200 if exists else 404)
             self.end_headers()
-            if found:
+            if exists:
                 self.wfile.write(buffer.getvalue())
 
         def log_message(self, *args: object) -> None:
@@ -180,8 +180,8 @@ def server():
 
 
 def test_url(server: str) -> None:
-    np.testing.assert_array_equal(pixels(f"{server}/picture.png"), np.asarray(colors()))
-    with pytest.raises(ValueError, match=r"cannot be fetched: HTTP Error 404.*\.$"):
+    np.testing.assert_array_equal(pixels(f"{server}/image.png"), np.asarray(colors()))
+    with pytest.raises(ValueError, match=r"cannot be downloaded: HTTP Error 404.*\.$"):
         load_image(f"{server}/other.png")
 
 
@@ -190,7 +190,7 @@ def is_sentence(error: BaseException) -> bool:
     return text.endswith(".") and "\n" not in text and len(text) > 20
 
 
-def test_truncated_file_is_refused(tmp_path: pathlib.Path) -> None:
+def test_truncated_file_is_rejected(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "cut.png"
     Image.effect_noise((64, 64), 50).save(path)
     path.write_bytes(path.read_bytes()[:600])
@@ -200,7 +200,7 @@ def test_truncated_file_is_refused(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "invalid",
     [
         b"no image",
         b"",
@@ -225,18 +225,18 @@ def test_truncated_file_is_refused(tmp_path: pathlib.Path) -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_bad_images_give_one_sentence(bad: object) -> None:
+def test_invalid_images_raise_one_sentence(invalid: object) -> None:
     with pytest.raises((ValueError, OSError)) as caught:
-        load_image(bad)
+        load_image(invalid)
     assert is_sentence(caught.value)
 
 
-def test_missing_file_is_a_file_not_found_error() -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_image("nowhere.png")
+def test_missing_file_raises_file_not_found_error() -> None:
+    with pytest.raises(FileNotFoundError, match="missing"):
+        load_image("missing.png")
 
 
-def test_huge_image_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decompression_bomb_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = io.BytesIO()
     Image.new("L", (64, 64)).save(buffer, "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
@@ -271,7 +271,7 @@ def test_mask_arrays(mask: np.ndarray) -> None:
 @pytest.mark.parametrize(
     "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F", "I;16"]
 )
-def test_mask_pictures(mode: str) -> None:
+def test_mask_images(mode: str) -> None:
     source = Image.fromarray(FOREGROUND.astype(np.uint8) * 255)
     if mode in ("P", "PA"):
         image = (
@@ -288,7 +288,7 @@ def test_mask_pictures(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["gif", "quantized", "classes"])
 def test_palette_masks(mode: str, tmp_path: pathlib.Path) -> None:
-    """Black and white in any order, by their colors; classes by their numbers."""
+    """Black-and-white palettes are read by color, in any order; class palettes by index."""
     source = Image.fromarray(FOREGROUND.astype(np.uint8) * 255)
     if mode == "gif":
         source.convert("RGB").save(tmp_path / "mask.gif")
@@ -302,13 +302,13 @@ def test_palette_masks(mode: str, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("white", [200, 255])
-def test_soft_mask_is_cut_halfway(white: int) -> None:
+def test_soft_mask_is_thresholded_at_128(white: int) -> None:
     mask = np.array([[0, 100, 127, 128, white]], dtype=np.uint8)
     np.testing.assert_array_equal(load_mask(mask), [[False, False, False, True, True]])
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparent_pixels_are_no_foreground(mode: str) -> None:
+def test_transparent_pixels_are_background(mode: str) -> None:
     image = Image.new(mode, SIZE, (255, 0) if mode == "LA" else (255, 255, 255, 0))
     assert not load_mask(image).any()
 
@@ -321,7 +321,7 @@ def test_mask_file_is_rotated_like_its_image(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(load_mask(path, SIZE[::-1]), np.rot90(FOREGROUND, -1))
 
 
-def test_mask_of_another_size_is_refused(tmp_path: pathlib.Path) -> None:
+def test_mask_of_another_size_is_rejected(tmp_path: pathlib.Path) -> None:
     with pytest.raises(
         ValueError, match=r"mask has 7 x 5 pixels, but its image has 7 x 6; give a mask of the image's size\."
     ):
@@ -329,6 +329,6 @@ def test_mask_of_another_size_is_refused(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "mask.png"
     Image.fromarray(FOREGROUND).save(path)
     with pytest.raises(
-        ValueError, match=r"mask '.*mask\.png' has 7 x 5 .* its sides are swapped, as before an EXIF"
+        ValueError, match=r"mask '.*mask\.png' has 7 x 5 .* width and height are swapped, as before EXIF"
     ):
         load_mask(path, (5, 7))

@@ -28,10 +28,10 @@ def refuse(*args, **kwargs):
 
 socket.socket.__init__ = socket.create_connection = socket.getaddrinfo = refuse
 import torchvision_shim
-from transformers import GenerationMixin  # older releases bring scikit-learn, and that pandas
-theirs = set(sys.modules)
+from transformers import GenerationMixin  # older releases import scikit-learn, which imports pandas
+loaded_before = set(sys.modules)
 import conceptseg_hf
-heavy = {"trl", "deepspeed", "fiftyone", "datasets", "matplotlib", "pandas"} & (set(sys.modules) - theirs)
+heavy = {"trl", "deepspeed", "fiftyone", "datasets", "matplotlib", "pandas"} & (set(sys.modules) - loaded_before)
 assert not heavy, heavy
 """
 
@@ -54,23 +54,23 @@ def test_auto_classes(tmp_path, model, processor):
     assert type(AutoProcessor.from_pretrained(tmp_path)) is ConceptSegProcessor
 
 
-def test_is_no_model_for_mask_generation(model):
-    """That class answers points and boxes, on grids of which its pipeline makes all masks of an image."""
+def test_is_not_registered_for_mask_generation(model):
+    """Models for mask generation are prompted with points and boxes, which ConceptSeg does not support."""
     with pytest.raises(ValueError, match="Unrecognized configuration class"):
         AutoModelForMaskGeneration.from_config(model.config)
 
 
-def test_everything_public_is_there():
+def test_all_public_names_exist():
     assert all(hasattr(conceptseg_hf, name) for name in conceptseg_hf.__all__)
     assert conceptseg_hf.nano_checkpoint().parts[-3:] == ("conceptseg_hf", "checkpoints", "nano")
 
 
-def test_import_opens_no_socket_and_stays_light(fresh_python):
+def test_import_opens_no_socket_and_loads_no_heavy_packages(fresh_python):
     fresh_python(NO_SOCKETS)
 
 
 def test_import_loads_little_beyond_the_backbones(fresh_python):
-    """What it costs in seconds is in `make bench`."""
+    """The import time in seconds is measured by `make bench`."""
     loaded = fresh_python(IMPORT_AFTER_THE_BACKBONES).split()
     own = [name for name in loaded if name.startswith("conceptseg_hf")]
     assert len(own) <= 40 and not any(

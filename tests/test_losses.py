@@ -31,7 +31,7 @@ def test_perfect_and_opposite_predictions():
     assert segmentation_loss(-logits, labels)[1].item() > 0.9
 
 
-def test_empty_mask_rewards_an_empty_prediction():
+def test_loss_of_an_empty_prediction_for_an_empty_mask_is_zero():
     labels = torch.zeros(1, 8, 8)
     assert segmentation_loss(torch.full((1, 1, 8, 8), -50.0), labels)[0].item() == pytest.approx(0, abs=1e-6)
 
@@ -52,8 +52,8 @@ def test_ignored_pixels_do_not_count():
     ignore = torch.zeros(2, 6, 8, dtype=torch.bool)
     ignore[..., 5:] = True
     expected = segmentation_loss(logits[..., :5], labels[..., :5])
-    for found, wanted in zip(segmentation_loss(logits, labels, ignore=ignore), expected, strict=True):
-        torch.testing.assert_close(found, wanted)
+    for pair in zip(segmentation_loss(logits, labels, ignore=ignore), expected, strict=True):
+        torch.testing.assert_close(*pair)
     assert segmentation_loss(logits, labels, ignore=torch.ones_like(ignore))[0].item() == 0
 
 
@@ -63,6 +63,6 @@ def test_is_computed_in_float32():
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 2, 8, 8), (8, 8)])
-def test_refuses_labels_of_another_batch(shape):
+def test_rejects_labels_of_another_shape(shape):
     with pytest.raises(ValueError, match="mask per row"):
         segmentation_loss(torch.zeros(2, 1, 8, 8), torch.zeros(shape))

@@ -30,7 +30,7 @@ NEVER = ShortcutRouter("full_reasoning")
 
 @pytest.fixture(scope="module")
 def fresh(make_model) -> ConceptSegForSegmentation:
-    """A second model, for tests that leave gradients behind."""
+    """A second model, for tests that compute gradients."""
     return make_model(seed=1)
 
 
@@ -45,16 +45,16 @@ def references(picture):
 
 @pytest.fixture()
 def inputs(processor, picture, references):
-    """Mixed prompts, image sizes and reference counts."""
+    """Samples with different prompts, image sizes and numbers of references."""
     images = [picture(0), picture(1, (70, 30)), picture(2), picture(3, (33, 90))]
     prompts = ["circle", "the odd one out in the image", "large red square left", "find the same object"]
-    shown = [[], references[:2], references, references[:1]]
-    return [processor.prepare(*parts, lazy=True) for parts in zip(images, prompts, shown)]
+    references_of = [[], references[:2], references, references[:1]]
+    return [processor.prepare(*item, lazy=True) for item in zip(images, prompts, references_of)]
 
 
 @pytest.fixture()
 def training_batch(processor, inputs):
-    """Keyword arguments of `forward` without labels, for three samples."""
+    """Arguments of `forward` without labels, for three samples."""
     samples = list(inputs)[:3]
     text = format_completion("a red circle is large", "find red", None, (10, 20, 60, 70), "red circle", 100)
     batch = processor.collate(samples, completions=[text, "<answer> star </answer>", text])
@@ -81,19 +81,19 @@ def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
 
 
 def assert_same_result(a, b, atol: float = 1e-4) -> None:
-    """Equal but for numerical noise."""
+    """Check that two results are equal up to numerical error."""
     a, b = a.to_dict(), b.to_dict()
     heatmaps, masks = (a.pop("heatmap"), b.pop("heatmap")), (a.pop("mask"), b.pop("mask"))
     assert np.allclose(*heatmaps, atol=atol)
-    undecided = np.abs(heatmaps[0] - 0.5) < atol
-    assert ((np.asarray(masks[0]) == np.asarray(masks[1])) | undecided).all()
+    ambiguous = np.abs(heatmaps[0] - 0.5) < atol
+    assert ((np.asarray(masks[0]) == np.asarray(masks[1])) | ambiguous).all()
     assert {
         key: a[key] if not isinstance(a[key], float) else pytest.approx(a[key], abs=atol) for key in a
     } == b
 
 
 class Calls:
-    """Counts what reaches a module, in rows of its first tensor argument."""
+    """Record the batch size of each call of a module."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.rows: list[int] = []
@@ -105,7 +105,7 @@ class Calls:
 
 @pytest.fixture()
 def calls(model):
-    """Rows that reached SAM 3's image encoder, and prompts that reached the VLM."""
+    """Batch sizes of the calls of SAM 3's image encoder and of the VLM."""
     encoder, language_model = Calls(model.sam.vision_encoder), Calls(model.vlm.model)
     yield encoder.rows, language_model.rows
     encoder.handle.remove()
@@ -113,7 +113,7 @@ def calls(model):
 
 
 def script(monkeypatch, model, processor, texts):
-    """Replaces what the VLM writes."""
+    """Replace the completions of the VLM."""
     ids = [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     length = max(map(len, ids))
 
@@ -163,7 +163,7 @@ def test_presets_have_the_published_sizes(preset, width, heads, vlm, tied):
     assert model.config.ctm_config.num_attention_heads == heads
 
 
-def test_fresh_ctm_is_initialised_by_its_own_config():
+def test_new_ctm_is_initialized_with_its_initializer_range():
     torch.manual_seed(0)
     ctm = ConceptSegForSegmentation(ConceptSegConfig.from_preset("nano")).ctm
     for weight in (
@@ -176,7 +176,7 @@ def test_fresh_ctm_is_initialised_by_its_own_config():
     assert not ctm.blocks[1].mlp.fc1.bias.any() and (ctm.blocks[1].norm_states.weight == 1).all()
 
 
-def test_refuses_an_unknown_vlm():
+def test_rejects_an_unsupported_vlm():
     with pytest.raises(ValueError, match="qwen2_5_vl"):
         ConceptSegForSegmentation(ConceptSegConfig.from_preset("nano", vlm_config=_small_qwen3_vl()))
 
@@ -195,7 +195,7 @@ def _small_qwen3_vl() -> dict:
     }
 
 
-def test_language_model_methods_act_on_the_vlm(model):
+def test_language_model_methods_are_delegated_to_the_vlm(model):
     assert model.base_model is model.vlm.model
     assert model.get_input_embeddings() is model.vlm.get_input_embeddings()
     assert model.get_output_embeddings() is model.vlm.lm_head
@@ -210,14 +210,14 @@ def test_language_model_methods_act_on_the_vlm(model):
     } <= set(model._no_split_modules)
 
 
-def test_generate_is_the_vlms(model, processor, inputs):
+def test_generate_equals_generate_of_the_vlm(model, processor, inputs):
     batch = processor.collate(list(inputs)[:2])
     settings = {"max_new_tokens": 3, "do_sample": False}
     assert torch.equal(model.generate(**batch, **settings), model.vlm.generate(**batch, **settings))
     model.vlm.model.rope_deltas = None
 
 
-def test_embeddings_can_be_exchanged(make_model):
+def test_embeddings_can_be_replaced(make_model):
     model = make_model(tied=False)
     model.set_input_embeddings(torch.nn.Embedding(400, 128))
     model.set_output_embeddings(torch.nn.Linear(128, 400, bias=False))
@@ -237,7 +237,7 @@ def test_train_keeps_sam_frozen_and_in_eval_mode(make_model):
     assert not model.ctm.training
 
 
-def test_a_trainer_may_take_sam_out(make_model, tmp_path, training_batch):
+def test_detach_sam_removes_it_from_the_module_tree(make_model, tmp_path, training_batch):
     model = make_model()
     with torch.no_grad():
         expected = model(**training_batch).mask_logits
@@ -247,7 +247,7 @@ def test_a_trainer_may_take_sam_out(make_model, tmp_path, training_batch):
     assert not sam.training
     assert not any(name.startswith("sam.") for name in (*model.state_dict(), *dict(model.named_parameters())))
     with torch.no_grad():
-        assert torch.equal(model(**training_batch).mask_logits, expected)  # it is still used
+        assert torch.equal(model(**training_batch).mask_logits, expected)  # SAM 3 is still used
     sam.save_pretrained(tmp_path / "sam")
     model.config.sam_name_or_path = str(tmp_path / "sam")
     model.save_pretrained(tmp_path / "without")
@@ -255,7 +255,7 @@ def test_a_trainer_may_take_sam_out(make_model, tmp_path, training_batch):
     assert_same_weights(AutoModel.from_pretrained(tmp_path / "without"), model)
 
 
-def test_sam_keeps_its_precision_under_autocast(model, training_batch):
+def test_sam_is_not_affected_by_autocast(model, training_batch):
     pixels = training_batch["sam_pixel_values"]
     text = (training_batch["sam_input_ids"], training_batch["sam_attention_mask"])
     concepts = torch.randn(len(pixels), 8, 64)
@@ -272,16 +272,16 @@ def test_sam_keeps_its_precision_under_autocast(model, training_batch):
 def test_forward_shapes_with_and_without_labels(model, training_batch, labels):
     with torch.no_grad():
         plain = model(**training_batch, output_logits=True)
-        labelled = model(**training_batch, mask_labels=labels)
+        labeled = model(**training_batch, mask_labels=labels)
     assert plain.mask_logits.shape == (3, 1, 32, 32) and plain.presence_logits.shape == (3, 1)
     assert plain.concept_embeds.shape == (3, 8, 64)
     assert plain.logits.shape == (*training_batch["input_ids"].shape, 384)
-    assert plain.loss is None and labelled.logits is None
-    assert torch.equal(labelled.mask_logits, plain.mask_logits)
-    assert torch.allclose(labelled.loss, labelled.dice_loss + labelled.focal_loss)
+    assert plain.loss is None and labeled.logits is None
+    assert torch.equal(labeled.mask_logits, plain.mask_logits)
+    assert torch.allclose(labeled.loss, labeled.dice_loss + labeled.focal_loss)
 
 
-def test_logits_are_the_vlms(model, training_batch):
+def test_logits_equal_those_of_the_vlm(model, training_batch):
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
     with torch.no_grad():
         logits = model(**training_batch, output_logits=True).logits
@@ -289,7 +289,7 @@ def test_logits_are_the_vlms(model, training_batch):
     assert torch.equal(logits, reference)
 
 
-def test_features_can_be_encoded_ahead_and_text_left_out(model, training_batch):
+def test_forward_accepts_encoded_features_and_omitted_text(model, training_batch):
     features = model.encode_image(training_batch.pop("sam_pixel_values"))
     with torch.no_grad():
         full = model(**training_batch, sam_features=features)
@@ -302,7 +302,7 @@ def test_features_can_be_encoded_ahead_and_text_left_out(model, training_batch):
     assert not torch.allclose(full.mask_logits, without_text.mask_logits, atol=1e-3)
 
 
-def test_padding_of_the_batch_changes_nothing(model, processor, inputs, training_batch):
+def test_padding_does_not_change_the_output(model, processor, inputs, training_batch):
     text = "<answer> star </answer>"
     single = processor.collate([inputs[1]], completions=[text])
     sam_input_ids, sam_attention_mask = processor.sam_text(["star"])
@@ -318,7 +318,7 @@ def test_padding_of_the_batch_changes_nothing(model, processor, inputs, training
     assert torch.allclose(together.mask_logits[1], alone.mask_logits[0], atol=1e-3)
 
 
-def test_empty_completions_are_finite_and_do_not_depend_on_padding(model, training_batch):
+def test_output_of_empty_completions_is_finite_and_independent_of_padding(model, training_batch):
     training_batch["completion_mask"][1] = False
     states = torch.randn(1, 3, 128)
     with torch.no_grad():
@@ -330,7 +330,7 @@ def test_empty_completions_are_finite_and_do_not_depend_on_padding(model, traini
     assert none.mask_logits.isfinite().all()
 
 
-def test_gradients_reach_everything_but_sam(fresh, training_batch, labels):
+def test_all_parameters_except_sam_have_gradients(fresh, training_batch, labels):
     fresh.train().zero_grad()
     fresh(**training_batch, mask_labels=labels).loss.backward()
     for name, parameter in fresh.named_parameters():
@@ -366,7 +366,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(fresh, training_batch, 
     assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-6, rtol=1e-4) for name in plain)
 
 
-def test_a_step_changes_the_ctm_and_not_sam(make_model, training_batch, labels):
+def test_an_optimizer_step_updates_vlm_and_ctm_but_not_sam(make_model, training_batch, labels):
     model = make_model(seed=2)
     model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -384,17 +384,17 @@ def test_a_step_changes_the_ctm_and_not_sam(make_model, training_batch, labels):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"sam_features": object()}, "pass one of them"),
-        ({"sam_pixel_values": None, "mask_labels": torch.zeros(3, 4, 4)}, "need an image"),
-        ({"sam_attention_mask": None}, "belong together"),
+        ({"sam_features": object()}, "pass only one of them"),
+        ({"sam_pixel_values": None, "mask_labels": torch.zeros(3, 4, 4)}, "require an image"),
+        ({"sam_attention_mask": None}, "only one of sam_input_ids and sam_attention_mask"),
     ],
 )
-def test_forward_refuses_contradictions(model, training_batch, change, match):
+def test_forward_rejects_incompatible_arguments(model, training_batch, change, match):
     with pytest.raises(ValueError, match=match):
         model(**{**training_batch, **change})
 
 
-# -- forward, as callers of any Transformers model use it --
+# -- forward, conventions of Transformers --
 
 
 @pytest.fixture(scope="module")
@@ -403,7 +403,7 @@ def eager(checkpoint) -> ConceptSegForSegmentation:
 
 
 def flat(value) -> list:
-    """The tensors of an output, whatever holds them."""
+    """Collect the tensors of a nested output."""
     if isinstance(value, torch.Tensor):
         return [value]
     return [tensor for part in value for tensor in flat(part)] if isinstance(value, (tuple, list)) else []
@@ -420,22 +420,22 @@ def flat(value) -> list:
     ],
 )
 @torch.no_grad()
-def test_a_tuple_holds_what_the_output_holds(eager, training_batch, labels, options):
+def test_tuple_output_equals_model_output(eager, training_batch, labels, options):
     output = eager(**training_batch, mask_labels=labels, return_dict=True, **options)
-    found = eager(**training_batch, mask_labels=labels, return_dict=False, **options)
-    assert isinstance(output, ConceptSegOutput) and isinstance(found, tuple)
-    assert len(found) == len(output.keys()) and torch.equal(found[0], output.loss)
-    wanted = flat(output.to_tuple())
-    assert len(flat(found)) == len(wanted)
-    assert all(torch.equal(one, other) for one, other in zip(flat(found), wanted))
+    as_tuple = eager(**training_batch, mask_labels=labels, return_dict=False, **options)
+    assert isinstance(output, ConceptSegOutput) and isinstance(as_tuple, tuple)
+    assert len(as_tuple) == len(output.keys()) and torch.equal(as_tuple[0], output.loss)
+    expected = flat(output.to_tuple())
+    assert len(flat(as_tuple)) == len(expected)
+    assert all(torch.equal(*pair) for pair in zip(flat(as_tuple), expected))
 
 
 @torch.no_grad()
-def test_the_config_may_ask_for_tuples(eager, training_batch, monkeypatch):
+def test_return_dict_can_be_set_in_the_config(eager, training_batch, monkeypatch):
     monkeypatch.setattr(eager.config, "return_dict", False)
     assert isinstance(eager(**training_batch), tuple)
     assert isinstance(eager(**training_batch, return_dict=True), ConceptSegOutput)
-    # Parts that are asked for tuples by configs of their own go on working inside.
+    # `return_dict=False` in the configs of VLM and SAM 3 must not affect the model.
     for config in (eager.vlm.config, eager.sam.config):
         monkeypatch.setattr(config, "return_dict", False)
     assert isinstance(eager(**training_batch, return_dict=True), ConceptSegOutput)
@@ -456,11 +456,11 @@ def test_hidden_states_and_attentions_of_the_vlm(eager, training_batch, monkeypa
     assert [state.shape for state in output.hidden_states] == [(batch, length, 128)] * (layers + 1)
     assert [weights.shape for weights in output.attentions] == [(batch, heads, length, length)] * layers
     assert torch.equal(output.mask_logits, plain.mask_logits)
-    # The last states are those that the head reads and the CTM translates.
+    # The last hidden states are the inputs of the language-model head.
     logits = eager.get_output_embeddings()(output.hidden_states[-1])
     assert torch.equal(logits, eager(**training_batch, output_logits=True).logits)
-    seen = training_batch["attention_mask"].bool()
-    torch.testing.assert_close(output.attentions[0].sum(-1)[:, 0][seen], torch.ones(int(seen.sum())))
+    tokens = training_batch["attention_mask"].bool()
+    torch.testing.assert_close(output.attentions[0].sum(-1)[:, 0][tokens], torch.ones(int(tokens.sum())))
     if by == "config":
         output = eager(**training_batch, **dict.fromkeys(names, False))
         assert output.hidden_states is output.attentions is None
@@ -476,7 +476,7 @@ def test_gradients_reach_hidden_states_and_attentions(eager, training_batch):
 
 
 @torch.no_grad()
-def test_the_cache_covers_the_batch(model, training_batch):
+def test_cache_has_the_length_of_the_batch(model, training_batch):
     output = model(**training_batch, use_cache=True)
     assert output.past_key_values.get_seq_length() == training_batch["input_ids"].shape[1]
     assert model(**training_batch, use_cache=False).past_key_values is None
@@ -489,18 +489,18 @@ def test_the_cache_covers_the_batch(model, training_batch):
 @pytest.mark.parametrize("hidden_states_at", ["token", "predict"])
 def test_segment_equals_the_teacher_forced_forward(model, processor, inputs, monkeypatch, hidden_states_at):
     monkeypatch.setattr(model.config, "hidden_states_at", hidden_states_at)
-    written = []
+    generated = []
     generate = inference.generate_with_states
     monkeypatch.setattr(
         inference,
         "generate_with_states",
-        lambda *args: written.append(generate(*args)) or written[0],
+        lambda *args: generated.append(generate(*args)) or generated[0],
     )
     torch.manual_seed(5)
     results = model.segment(inputs, router=NEVER, generation_config=SAMPLED, return_heatmap=True)
 
     completions = [
-        ids[mask].tolist() for ids, mask in zip(written[0].token_ids, written[0].mask, strict=True)
+        ids[mask].tolist() for ids, mask in zip(generated[0].token_ids, generated[0].mask, strict=True)
     ]
     batch = processor.collate(list(inputs), completions=completions)
     sam_input_ids, sam_attention_mask = processor.sam_text([result.label for result in results])
@@ -524,17 +524,19 @@ def test_segment_equals_the_teacher_forced_forward(model, processor, inputs, mon
 def test_batch_equals_single(model, inputs, router):
     together = model.segment(inputs, router, GREEDY, return_heatmap=True)
     chunked = model.segment(inputs, router, GREEDY, return_heatmap=True, batch_size=3)
-    assert len({result.score for result in together}) == len(together)  # else equality would mean little
+    assert len({result.score for result in together}) == len(
+        together
+    )  # the test is meaningful only if the results differ
     for i, result in enumerate(together):
         assert_same_result(result, model.segment(inputs[i : i + 1], router, GREEDY, return_heatmap=True)[0])
         assert_same_result(result, chunked[i])
 
 
-def test_each_sample_takes_its_own_route(model, inputs, calls):
+def test_samples_of_a_batch_take_different_routes(model, inputs, calls):
     encoded, read = calls
     results = model.segment(inputs, "adaptive", GREEDY)
-    # "circle" needs .1; the second prompt has too many words to be asked; the third and fourth need .8, which
-    # random weights do not reach.
+    # The threshold of "circle" is 0.1. The second prompt is too long for the shortcut. The third and fourth have a
+    # threshold of 0.8, which random weights do not reach.
     assert [result.route for result in results] == ["shortcut", "reasoning", "reasoning", "reasoning"]
     assert [result.threshold for result in results] == pytest.approx([0.1, 1.0, 0.8, 0.8])
     assert [result.presence is None for result in results] == [False, True, False, False]
@@ -547,19 +549,19 @@ def test_each_sample_takes_its_own_route(model, inputs, calls):
     assert all(
         0 <= result.score <= 1 and result.heatmap is None and result.error is None for result in results
     )
-    assert encoded == [4]  # every image once, for both looks
-    assert set(read) == {3}  # the shortcut sample never reached the VLM
+    assert encoded == [4]  # each image once, for both routes
+    assert set(read) == {3}  # the VLM did not process the shortcut sample
 
 
-def test_shortcuts_never_reach_the_vlm(model, inputs, calls):
+def test_vlm_does_not_process_shortcut_samples(model, inputs, calls):
     encoded, read = calls
     results = model.segment(inputs, "sam_only")
     assert {result.route for result in results} == {"shortcut"}
     assert (encoded, read) == ([4], [])
-    assert all(sample.input_ids is None for sample in inputs)  # nor was anything prepared for it
+    assert all(sample.input_ids is None for sample in inputs)  # its inputs were not prepared either
 
 
-def test_full_reasoning_takes_no_first_look(model, inputs):
+def test_full_reasoning_skips_the_first_pass(model, inputs):
     decodes = Calls(model.sam.mask_decoder.pixel_decoder)
     try:
         results = model.segment(inputs, "full_reasoning", GREEDY)
@@ -570,7 +572,7 @@ def test_full_reasoning_takes_no_first_look(model, inputs):
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])
-def test_an_image_is_encoded_once_for_all_its_prompts(model, processor, picture, inputs, calls, batch_size):
+def test_an_image_with_several_prompts_is_encoded_once(model, processor, picture, inputs, calls, batch_size):
     encoded, _ = calls
     first = picture(0)
     batch = processor([first, picture(1, (70, 30)), first], ["circle", "star", "star"])
@@ -582,29 +584,29 @@ def test_an_image_is_encoded_once_for_all_its_prompts(model, processor, picture,
 
 
 @pytest.mark.parametrize("router", ["sam_only", "full_reasoning"])
-def test_the_idiom_of_transformers(model, processor, picture, references, router):
-    """`segment(**inputs)` and post-processing, `segment(inputs)`, and `segment` with a processor are one."""
-    images, shown = [picture(0), picture(1, (70, 30))], [[], references]
-    inputs = processor(images=images, prompts=["circle", "the odd one out"], references=shown)
+def test_ways_to_call_segment_are_equivalent(model, processor, picture, references, router):
+    """`segment(**inputs)` with post-processing, `segment(inputs)`, and `segment` with a processor."""
+    images, references_of = [picture(0), picture(1, (70, 30))], [[], references]
+    inputs = processor(images=images, prompts=["circle", "the odd one out"], references=references_of)
     outputs = model.segment(**inputs, router=router, generation_config=GREEDY)
     assert isinstance(outputs, SegmentationOutputs) and len(outputs) == 2 and len(outputs[1:]) == 1
     options = {"router": router, "generation_config": GREEDY}
-    prepared = [processor.prepare(*parts) for parts in zip(images, inputs["prompts"], shown)]
-    wanted = model.segment(prepared, processor=processor, **options, return_heatmap=True)
-    assert isinstance(wanted, list)
+    prepared = [processor.prepare(*item) for item in zip(images, inputs["prompts"], references_of)]
+    expected = model.segment(prepared, processor=processor, **options, return_heatmap=True)
+    assert isinstance(expected, list)
     results = processor.post_process_concept_segmentation(outputs, return_heatmap=True)
-    for result, other in zip(results, wanted, strict=True):
-        assert_same_result(result, other)
-    for given in (inputs, dict(inputs), inputs.to("cpu")):
-        found = model.segment(given, **options, return_heatmap=True)
-        assert_same_result(found[1], wanted[1])
-    assert outputs[0].heatmap is None and outputs[0].mask.tobytes() == wanted[0].mask.tobytes()
+    for result, expected_result in zip(results, expected, strict=True):
+        assert_same_result(result, expected_result)
+    for batch in (inputs, dict(inputs), inputs.to("cpu")):
+        results = model.segment(batch, **options, return_heatmap=True)
+        assert_same_result(results[1], expected[1])
+    assert outputs[0].heatmap is None and outputs[0].mask.tobytes() == expected[0].mask.tobytes()
     strict = processor.post_process_concept_segmentation(outputs, threshold=0.9)
-    for result, heatmap in zip(strict, (each.heatmap for each in wanted)):
+    for result, heatmap in zip(strict, (each.heatmap for each in expected)):
         assert np.array_equal(np.asarray(result.mask) > 0, heatmap > 0.9)
 
 
-def test_a_model_finds_the_processor_beside_its_weights(tmp_path, processor, picture, make_model):
+def test_a_model_loads_the_processor_of_its_checkpoint(tmp_path, processor, picture, make_model):
     inputs = processor([picture(0)], "the odd one out")
     make_model().save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -612,14 +614,14 @@ def test_a_model_finds_the_processor_beside_its_weights(tmp_path, processor, pic
     assert loaded.segment(**inputs, generation_config=GREEDY)[0].error is None
     bare = make_model()
     bare.processor = None
-    with pytest.raises(ValueError, match="not loaded from a checkpoint with a processor; pass processor"):
+    with pytest.raises(ValueError, match="not loaded from a checkpoint with a processor"):
         bare.segment(**inputs)
     bare.config.name_or_path = "/nowhere"
-    with pytest.raises(ValueError, match="'/nowhere' has no processor that loads"):
+    with pytest.raises(ValueError, match="cannot load a processor from '/nowhere'"):
         bare.segment(**inputs)
 
 
-def test_bad_items_do_not_stop_the_others(model, processor, inputs):
+def test_failed_samples_do_not_affect_other_samples(model, processor, inputs):
     samples = [
         PreparedSample.failed("star", "The image is broken."),
         *inputs,
@@ -640,8 +642,8 @@ def test_bad_items_do_not_stop_the_others(model, processor, inputs):
     assert model.segment([], processor=processor) == []
 
 
-def test_a_completion_is_brought_back_to_pixels(model, processor, inputs, references, monkeypatch):
-    sample = inputs[1]  # two boxed references: the first is the proxy query
+def test_boxes_of_a_completion_are_mapped_to_pixels(model, processor, inputs, references, monkeypatch):
+    sample = inputs[1]  # two references with boxes: the first is the proxy query
     check = sample.frame.check_box
     text = format_completion("a star", "find red", check, (10, 20, 50, 80), "red circle", 100)
     script(monkeypatch, model, processor, [text, "the object is red", "<answer> star </answer>"])
@@ -663,30 +665,32 @@ def test_a_completion_is_brought_back_to_pixels(model, processor, inputs, refere
     assert bare.label == "star" and bare.check_iou is None
 
 
-def test_the_answer_is_what_sam_is_asked(model, processor, inputs, monkeypatch):
-    asked = []
+def test_sam_is_prompted_with_the_answer(model, processor, inputs, monkeypatch):
+    sam_texts = []
     sam_text = type(processor).sam_text
     monkeypatch.setattr(
         type(processor),
         "sam_text",
-        lambda self, texts, *args, **kwargs: asked.append(texts) or sam_text(self, texts, *args, **kwargs),
+        lambda self, texts, *args, **kwargs: (
+            sam_texts.append(texts) or sam_text(self, texts, *args, **kwargs)
+        ),
     )
     script(monkeypatch, model, processor, ["<answer> star </answer>", "nothing"])
     model.segment(inputs[:2], NEVER)
-    assert asked == [["star", inputs[1].prompt]]
+    assert sam_texts == [["star", inputs[1].prompt]]
 
 
 ANSWER = "<bbox> [10,20,50,80] </bbox> <answer> star </answer>"
 
 
 def decoded_with(monkeypatch, model):
-    """What reaches `decode_masks`, call by call, as (has text, concept tokens, boxes)."""
+    """Record the text ids, concept tokens and boxes of each call of `decode_masks`."""
     calls = []
-    real = model.decode_masks
+    original = model.decode_masks
 
     def decode_masks(features, ids, mask, concepts=None, boxes=None):
         calls.append((ids, concepts, boxes))
-        return real(features, ids, mask, concepts, boxes)
+        return original(features, ids, mask, concepts, boxes)
 
     monkeypatch.setattr(model, "decode_masks", decode_masks)
     return calls
@@ -696,7 +700,9 @@ def decoded_with(monkeypatch, model):
     ("sam_prompt", "has_text", "has_concepts"),
     [("concept+text", True, True), ("concept", False, True), ("text", True, False)],
 )
-def test_what_sam_is_prompted_with(model, processor, inputs, monkeypatch, sam_prompt, has_text, has_concepts):
+def test_sam_prompt_selects_text_and_concept_tokens(
+    model, processor, inputs, monkeypatch, sam_prompt, has_text, has_concepts
+):
     script(monkeypatch, model, processor, [ANSWER, ANSWER])
     calls = decoded_with(monkeypatch, model)
     model.segment(inputs[:2], NEVER, sam_prompt=sam_prompt)
@@ -706,14 +712,14 @@ def test_what_sam_is_prompted_with(model, processor, inputs, monkeypatch, sam_pr
         assert torch.equal(ids, processor.sam_text(["star", "star"])[0])
 
 
-def test_a_box_alone_prompts_sam(model, processor, inputs, monkeypatch):
+def test_sam_prompt_box_prompts_sam_with_the_box_only(model, processor, inputs, monkeypatch):
     script(monkeypatch, model, processor, [ANSWER, "<answer> star </answer>", "<bbox> [50,20,50,80] </bbox>"])
     calls = decoded_with(monkeypatch, model)
     results = model.segment(inputs[:3], NEVER, sam_prompt="box", return_heatmap=True)
     ((ids, concepts, boxes),) = calls
     assert torch.equal(ids, processor.sam_text(["visual"])[0]) and concepts is None
     torch.testing.assert_close(boxes, torch.tensor([[[0.3, 0.5, 0.4, 0.6]]]))
-    for result in results[1:]:  # no box, and an empty one: nothing is found
+    for result in results[1:]:  # no box, and an empty box: the mask is empty
         assert (result.score, result.decode_presence, result.error) == (0.0, 0.0, None)
         assert not np.asarray(result.mask).any() and result.heatmap.max() < 1e-6
         assert result.mask.size == result.heatmap.shape[::-1]
@@ -721,7 +727,7 @@ def test_a_box_alone_prompts_sam(model, processor, inputs, monkeypatch):
 
 
 @pytest.mark.parametrize("sam_prompt", ["concept", "text"])
-def test_batch_equals_single_whatever_prompts_sam(model, inputs, sam_prompt):
+def test_batch_equals_single_for_each_sam_prompt(model, inputs, sam_prompt):
     options = {"generation_config": GREEDY, "sam_prompt": sam_prompt, "return_heatmap": True}
     for i, result in enumerate(model.segment(inputs, NEVER, **options)):
         assert_same_result(result, model.segment(inputs[i : i + 1], NEVER, **options)[0])
@@ -745,7 +751,7 @@ def test_score_of_an_empty_mask_is_zero(model, inputs, monkeypatch):
     assert result.score == 0.0 and result.decode_presence > 0 and not np.asarray(result.mask).any()
 
 
-def test_router_base_comes_from_the_config(model, inputs, monkeypatch):
+def test_router_base_is_read_from_the_config(model, inputs, monkeypatch):
     monkeypatch.setattr(model.config, "router_base", 0.9)
     assert model.segment(inputs[:1], generation_config=GREEDY)[0].route == "reasoning"
     assert model.segment(inputs[:1], ShortcutRouter(base=0.05))[0].route == "shortcut"
@@ -769,15 +775,15 @@ def test_segment_restores_the_mode_of_each_part(make_model, inputs):
     assert {name: module.training for name, module in model.named_modules()} == before
 
 
-def test_segment_refusals(model, processor, picture, inputs):
+def test_segment_rejects_invalid_arguments(model, processor, picture, inputs):
     batch = processor([picture(0)], "circle")
-    with pytest.raises(ValueError, match="give either the inputs"):
+    with pytest.raises(ValueError, match="either the processor's output"):
         model.segment()
-    with pytest.raises(ValueError, match="give either the inputs"):
+    with pytest.raises(ValueError, match="either the processor's output"):
         model.segment(inputs, **batch)
     with pytest.raises(ValueError, match="the inputs lack prompts, frames"):
         model.segment(**{name: batch[name] for name in batch if name not in ("prompts", "frames")})
-    with pytest.raises(ValueError, match="there is no argument 'routre'"):
+    with pytest.raises(ValueError, match="unknown argument 'routre'"):
         model.segment(**batch, routre="sam_only")
     with pytest.raises(ValueError, match="'sometimes'"):
         model.segment(inputs, router="sometimes")
@@ -787,6 +793,21 @@ def test_segment_refusals(model, processor, picture, inputs):
         model.segment(inputs, sam_prompt="words")
     with pytest.raises(ValueError, match="num_return_sequences"):
         model.segment(inputs[:1], NEVER, {**SAMPLED, "num_return_sequences": 2})
+
+
+def test_geometry_cls_can_be_omitted_with_concepts(model, training_batch, switch):
+    """`sam_geometry_cls_with_concepts` only affects prompts that contain concept tokens."""
+    features = model.encode_image(training_batch["sam_pixel_values"])
+    text = training_batch["sam_input_ids"], training_batch["sam_attention_mask"]
+    concepts = torch.randn(3, 8, model.config.ctm_config.sam_hidden_size)
+    with_cls = [model.decode_masks(features, *text)[0], model.decode_masks(features, *text, concepts)[0]]
+    bare = type(features)(features.vision, None)
+    expected = model.decode_masks(bare, *text, concepts)[0]
+    switch(sam_geometry_cls_with_concepts=False)
+    assert torch.equal(model.decode_masks(features, *text)[0], with_cls[0])
+    assert torch.equal(model.decode_masks(features, *text, concepts)[0], expected)
+    assert not torch.allclose(expected, with_cls[1], atol=1e-3)
+    assert model.config.non_default_fields == {"sam_geometry_cls_with_concepts": False}
 
 
 # -- saving and loading --
@@ -811,8 +832,8 @@ def test_save_and_load_are_bit_exact(make_model, tmp_path, training_batch, tied,
         assert torch.equal(model(**training_batch).mask_logits, loaded(**training_batch).mask_logits)
 
 
-def test_files_hold_the_names_of_the_state_dict(make_model, tmp_path):
-    """A trainer resumes with `load_state_dict(strict=False)`, which would silently skip other names."""
+def test_checkpoint_keys_equal_those_of_the_state_dict(make_model, tmp_path):
+    """Trainers resume with `load_state_dict(strict=False)`, which would silently skip other keys."""
     from safetensors import safe_open
 
     model = make_model(tied=False)
@@ -825,7 +846,7 @@ def test_files_hold_the_names_of_the_state_dict(make_model, tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, model):
-    """The shared model, its backbones, and incomplete checkpoints of it."""
+    """Checkpoints of the shared model and its backbones, and incomplete checkpoints."""
     folder = tmp_path_factory.mktemp("checkpoints")
     model.save_pretrained(folder / "full")
     model.vlm.save_pretrained(folder / "vlm")
@@ -838,19 +859,19 @@ def checkpoint(tmp_path_factory, model):
     return folder
 
 
-def test_missing_ctm_is_refused_unless_asked_for(checkpoint):
+def test_missing_ctm_raises_unless_init_ctm(checkpoint):
     with pytest.raises(ValueError, match="init_ctm=True"):
         AutoModel.from_pretrained(checkpoint / "without_ctm")
     model = AutoModel.from_pretrained(checkpoint / "without_ctm", init_ctm=True)
     assert model.ctm.queries.std().item() == pytest.approx(0.02, rel=0.15)
 
 
-def test_missing_vlm_is_refused(checkpoint):
+def test_missing_vlm_raises(checkpoint):
     with pytest.raises(ValueError, match="from_backbones"):
         AutoModel.from_pretrained(checkpoint / "without_vlm")
 
 
-def test_missing_sam_is_refilled_or_refused(make_model, checkpoint, model):
+def test_missing_sam_is_loaded_from_its_source_or_raises(make_model, checkpoint, model):
     folder = checkpoint / "without_sam"
     config = json.loads((folder / "config.json").read_text())
 
@@ -858,14 +879,14 @@ def test_missing_sam_is_refilled_or_refused(make_model, checkpoint, model):
         (folder / "config.json").write_text(json.dumps({**config, "sam_name_or_path": source}))
         return AutoModel.from_pretrained(folder, **kwargs)
 
-    with pytest.raises(ValueError, match="names no source"):
+    with pytest.raises(ValueError, match="sam_name_or_path is not set"):
         load(None)
-    with pytest.raises(ValueError, match="could not be taken from"):
+    with pytest.raises(ValueError, match="could not be loaded from"):
         load(str(checkpoint / "nowhere"))
     refilled, info = load(str(checkpoint / "sam"), output_loading_info=True)
     assert_same_weights(refilled, model)
     assert not info["missing_keys"] and not any(p.requires_grad for p in refilled.sam.parameters())
-    # Another architecture under that name
+    # The source has a different architecture.
     other = make_model(sam_config=_other_sam(model))
     other.sam.save_pretrained(checkpoint / "other_sam")
     with pytest.raises(ValueError, match="other_sam"):
@@ -879,7 +900,7 @@ def _other_sam(model) -> dict:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_mixed_dtypes_survive_a_reload(checkpoint, tmp_path, inputs, dtype):
+def test_mixed_dtypes_are_preserved_by_save_and_load(checkpoint, tmp_path, inputs, dtype, processor):
     def dtypes(model):
         return {
             name.split(".")[0]: {p.dtype for n, p in model.named_parameters() if n.startswith(name)}
@@ -893,11 +914,11 @@ def test_mixed_dtypes_survive_a_reload(checkpoint, tmp_path, inputs, dtype):
     again = AutoModel.from_pretrained(tmp_path)
     assert dtypes(again) == expected
     assert_same_weights(model, again)
-    assert again.segment(inputs[:2], NEVER, GREEDY)[1].error is None
+    assert again.segment(inputs[:2], NEVER, GREEDY, processor)[1].error is None
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", {"vlm_config": "eager", "sam_config": "sdpa"}])
-def test_attention_implementation_reaches_the_parts(checkpoint, attention):
+def test_attention_implementation_is_applied_to_vlm_and_sam(checkpoint, attention):
     model = AutoModel.from_pretrained(checkpoint / "full", attn_implementation=attention)
     vlm, sam = attention.values() if isinstance(attention, dict) else (attention, attention)
     text, vision = model.vlm.model.language_model.config, model.vlm.model.visual.config
@@ -922,7 +943,7 @@ def test_device_map(checkpoint, model, device_map):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_from_backbones_takes_folders_and_models(make_model, tmp_path, tied):
+def test_from_backbones_accepts_folders_and_models(make_model, tmp_path, tied):
     source = make_model(tied)
     source.vlm.save_pretrained(tmp_path / "vlm")
     source.sam.save_pretrained(tmp_path / "sam")
@@ -955,11 +976,11 @@ def test_from_backbones_takes_folders_and_models(make_model, tmp_path, tied):
         assert_same_weights(AutoModel.from_pretrained(tmp_path / "joined"), model)
 
 
-def test_from_backbones_runs(model, inputs):
+def test_model_from_backbones_segments(model, processor, inputs):
     joined = ConceptSegForSegmentation.from_backbones(
         model.vlm, model.sam, ctm_config={"num_attention_heads": 4}
     )
-    assert all(result.error is None for result in joined.segment(inputs, "adaptive", GREEDY))
+    assert all(result.error is None for result in joined.segment(inputs, "adaptive", GREEDY, processor))
 
 
 # -- settings of the released code --
@@ -967,7 +988,7 @@ def test_from_backbones_runs(model, inputs):
 
 @pytest.fixture()
 def switch(model, monkeypatch):
-    """Sets fields of the shared model's config for one test."""
+    """Set fields of the shared model's config for one test."""
 
     def set_fields(**fields):
         for name, value in fields.items():
@@ -976,36 +997,36 @@ def switch(model, monkeypatch):
     return set_fields
 
 
-def test_the_ctm_reads_the_end_of_turn_state_where_the_config_says_so(model, inputs, monkeypatch, switch):
+def test_end_of_turn_state_is_passed_to_the_ctm_if_configured(model, inputs, monkeypatch, switch):
     states = torch.randn(1, 4, model.config.hidden_size)
-    words, all_states = (torch.tensor([[True, True, end, False]]) for end in (False, True))
-    asked, read = [], []
+    mask, mask_with_end = (torch.tensor([[True, True, end, False]]) for end in (False, True))
+    generate_arguments, encode_arguments = [], []
 
     def generate(vlm, batch, generation, at, end_of_turn, limit):
-        asked.append((at, end_of_turn, limit))
+        generate_arguments.append((at, end_of_turn, limit))
         return GeneratedCompletions(
-            torch.tensor([[8, 9, 2, 0]]), words, states, all_states if end_of_turn else None
+            torch.tensor([[8, 9, 2, 0]]), mask, states, mask_with_end if end_of_turn else None
         )
 
     encode = model.encode_concepts
     monkeypatch.setattr(inference, "generate_with_states", generate)
-    monkeypatch.setattr(model, "encode_concepts", lambda *given: read.append(given) or encode(*given))
+    monkeypatch.setattr(
+        model, "encode_concepts", lambda *args: encode_arguments.append(args) or encode(*args)
+    )
     first = model.segment(inputs[:1], NEVER, return_heatmap=True)[0]
     switch(end_of_turn_state=True, max_total_length=2816)
     second = model.segment(inputs[:1], NEVER, return_heatmap=True)[0]
-    assert asked == [("token", False, None), ("token", True, 2816)]
-    assert [mask.sum().item() for _, mask in read] == [2, 3]
-    assert first.completion == second.completion, "the text is that of the words"
+    assert generate_arguments == [("token", False, None), ("token", True, 2816)]
+    assert [state_mask.sum().item() for _, state_mask in encode_arguments] == [2, 3]
+    assert first.completion == second.completion, "the text does not include the end-of-turn token"
     assert not np.array_equal(first.heatmap, second.heatmap)
 
 
-def test_sam_sees_the_resized_target_on_the_shortcut_and_the_original_while_reasoning(
-    model, processor, picture, monkeypatch
-):
+def test_shortcut_size_applies_only_to_the_shortcut(model, processor, picture, monkeypatch):
     image = picture(5, (90, 50))
-    seen = []
+    encoded = []
     encode = model.encode_image
-    monkeypatch.setattr(model, "encode_image", lambda pixels: seen.append(pixels) or encode(pixels))
+    monkeypatch.setattr(model, "encode_image", lambda pixels: encoded.append(pixels) or encode(pixels))
     released = processor.with_settings(shortcut_size=600)
 
     def pixels(target):
@@ -1015,41 +1036,44 @@ def test_sam_sees_the_resized_target_on_the_shortcut_and_the_original_while_reas
     assert not torch.equal(resized, pixels(image))
     inputs = released([image], ["star"])
     shortcut = model.segment(inputs, "sam_only")[0]
-    assert [torch.equal(found, resized) for found in seen] == [True]
-    seen.clear()
+    assert [torch.equal(actual, resized) for actual in encoded] == [True]
+    encoded.clear()
     options = {"generation_config": {"max_new_tokens": 2}, "return_heatmap": True}
     reasoned = model.segment(inputs, "full_reasoning", **options)[0]
-    assert [torch.equal(found, pixels(image)) for found in seen] == [True]
-    seen.clear()
+    assert [torch.equal(actual, pixels(image)) for actual in encoded] == [True]
+    encoded.clear()
     both = model.segment(inputs, ShortcutRouter(base=0.999), **options)[0]
-    assert [torch.equal(*pair) for pair in zip(seen, (resized, pixels(image)), strict=True)] == [True, True]
+    assert [torch.equal(*pair) for pair in zip(encoded, (resized, pixels(image)), strict=True)] == [
+        True,
+        True,
+    ]
     assert (shortcut.route, reasoned.route, both.route) == ("shortcut", "reasoning", "reasoning")
     assert shortcut.mask.size == reasoned.mask.size == image.size
     assert np.allclose(both.heatmap, reasoned.heatmap, atol=1e-5)
 
 
-def test_words_in_parentheses_never_reach_sam_as_released(model, processor, picture, monkeypatch, switch):
-    asked = []
+def test_router_drop_parentheses_removes_them_from_sams_text(model, processor, picture, monkeypatch, switch):
+    sam_texts = []
     sam_text = type(processor).sam_text
     monkeypatch.setattr(
-        type(processor), "sam_text", lambda self, texts: asked.append(texts) or sam_text(self, texts)
+        type(processor), "sam_text", lambda self, texts: sam_texts.append(texts) or sam_text(self, texts)
     )
     prompts = ["red circle (left)", "(left)"]
     inputs = processor([picture(1), picture(2)], prompts)
-    usual = model.segment(inputs, "sam_only")
+    default = model.segment(inputs, "sam_only")
     switch(router_drop_parentheses=True, router_min_words=0)
-    found = model.segment(inputs, "sam_only")
-    assert asked == [prompts, ["red circle", ""]]
-    assert [result.label for result in found] == [result.label for result in usual] == prompts
+    results = model.segment(inputs, "sam_only")
+    assert sam_texts == [prompts, ["red circle", ""]]
+    assert [result.label for result in results] == [result.label for result in default] == prompts
 
 
-def test_sams_text_is_empty_without_an_answer_as_released(model, processor, inputs, monkeypatch, switch):
-    asked = []
+def test_missing_answer_empty_gives_sam_an_empty_text(model, processor, inputs, monkeypatch, switch):
+    sam_texts = []
     sam_text = type(processor).sam_text
     monkeypatch.setattr(
-        type(processor), "sam_text", lambda self, texts: asked.append(texts) or sam_text(self, texts)
+        type(processor), "sam_text", lambda self, texts: sam_texts.append(texts) or sam_text(self, texts)
     )
     script(monkeypatch, model, processor, ["<answer> star </answer>", "nothing"])
     switch(missing_answer="empty")
     results = model.segment(inputs[:2], NEVER)
-    assert asked == [["star", ""]] and results[1].error is None and results[1].mask is not None
+    assert sam_texts == [["star", ""]] and results[1].error is None and results[1].mask is not None

@@ -5,7 +5,7 @@ from PIL import Image
 
 from conceptseg_hf.outputs import ConceptSegmentation, ConceptSegOutput
 
-RESULT_KEYS = {  # the documented ones
+RESULT_KEYS = {  # documented keys
     *("mask", "label", "score", "route", "presence", "threshold", "think", "rule", "answer", "completion"),
     *("box", "check", "check_reference", "check_iou", "heatmap", "error"),
 }
@@ -24,6 +24,6 @@ def test_failed_result():
     assert result.error == "The image is broken."
 
 
-def test_model_output_leaves_out_what_is_none():
+def test_model_output_omits_none_values():
     output = ConceptSegOutput(concept_embeds=torch.zeros(1, 8, 4))
     assert list(output) == ["concept_embeds"] and output.loss is None

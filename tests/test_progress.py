@@ -1,4 +1,4 @@
-"""A bar on a terminal, lines in pipes and logs; rates leave out what was done before."""
+"""Progress bars on terminals, lines in pipes and logs; rates exclude units completed before."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from conceptseg_hf.progress import ProgressLines, hide_bars_in_pipes, progress_b
 
 
 class Clock:
-    """Seconds that pass when the test says so."""
+    """A clock that is advanced by the test."""
 
     now = 100.0
 
@@ -40,7 +40,7 @@ def lines(clock):
     return make
 
 
-def test_short_work_says_nothing(lines, clock):
+def test_short_tasks_print_nothing(lines, clock):
     with lines(100) as progress:
         for _ in range(100):
             clock.now += 0.25
@@ -48,7 +48,7 @@ def test_short_work_says_nothing(lines, clock):
     assert progress._file.getvalue() == ""
 
 
-def test_long_work_says_a_line_now_and_then(lines, clock):
+def test_long_tasks_print_periodic_lines(lines, clock):
     with lines(200, desc="completions", initial=100) as progress:
         for _ in range(100):
             clock.now += 1.0
@@ -61,7 +61,7 @@ def test_long_work_says_a_line_now_and_then(lines, clock):
     ]
 
 
-def test_bytes_are_told_in_units(lines, clock):
+def test_bytes_are_printed_with_unit_prefixes(lines, clock):
     progress = lines(3 * 10**9, "B", desc="writing weights")
     clock.now += 60
     progress.update(1_500_000_000)
@@ -70,7 +70,7 @@ def test_bytes_are_told_in_units(lines, clock):
     )
 
 
-def test_a_terminal_has_a_bar_and_a_pipe_has_none(monkeypatch, capsys):
+def test_bar_is_shown_on_terminals_only(monkeypatch, capsys):
     assert isinstance(progress_bar(3, "images"), ProgressLines)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(sys, "stderr", Terminal())
@@ -80,7 +80,7 @@ def test_a_terminal_has_a_bar_and_a_pipe_has_none(monkeypatch, capsys):
     assert "\rdemo:  67%" in sys.stderr.getvalue() and "2/3" in sys.stderr.getvalue()
 
 
-def test_an_evaluations_rate_leaves_out_what_was_found_on_disk(monkeypatch, clock):
+def test_evaluation_rate_excludes_existing_records(monkeypatch, clock):
     monkeypatch.setattr(sys, "stderr", Terminal())
     with Progress(100, shown=True) as progress:
         progress.skip(80)
@@ -95,7 +95,7 @@ def test_an_evaluations_rate_leaves_out_what_was_found_on_disk(monkeypatch, cloc
         progress.advance(10)
 
 
-def test_bars_of_libraries_are_hidden_in_pipes(monkeypatch):
+def test_library_bars_are_hidden_in_pipes(monkeypatch):
     monkeypatch.setattr(logging, "_tqdm_active", True)
     with monkeypatch.context() as terminal:
         terminal.setattr(sys, "stderr", Terminal())

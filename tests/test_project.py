@@ -1,4 +1,4 @@
-"""Rules of the house: which way imports point, what must not be imported, and what starting up costs."""
+"""Project rules: import directions, forbidden imports, file writing and startup cost."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ PACKAGE = ROOT / "conceptseg_hf"
 TRAINERS = ROOT / "trainers" / "conceptseg_trainers"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *TRAINERS.rglob("*.py")])
 
-# A module may import from its own row and the rows below it (ARCHITECTURE.md).
+# A module may import from its own row and the rows below (see ARCHITECTURE.md).
 ROWS = [
     {"__main__"},
     {"cli", "integrations"},
     {"evaluation", "pipelines", "conversion"},
     {"visualization", "data", "loading", "profiles"},
-    {"modeling_conceptseg", "inference"},
-    {"processing_conceptseg", "inputs", "generation", "hub"},
+    {"modeling_conceptseg", "checkpointing", "inference"},
+    {"processing_conceptseg", "generation", "hub"},
+    {"postprocessing", "collation", "chat"},
+    {"inputs", "outputs", "processor_settings"},
+    {"coordinates"},
+    {"references"},
+    {"mosaic"},
 ]
 
 NO_SOCKETS = """
@@ -36,20 +41,20 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 
 
 def imports(path: Path) -> set[str]:
-    """Absolute names of everything a file imports, wherever in the file."""
+    """Absolute names of all imports of a file, including nested ones."""
     module = (
         path.relative_to(PACKAGE.parent if PACKAGE in path.parents else TRAINERS.parent).with_suffix("").parts
     )
     package = module[:-1]
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             name = ".".join((*base, *(node.module or "").split("."))).strip(".")
-            found |= {name, *(f"{name}.{alias.name}" for alias in node.names)}
-    return found
+            names |= {name, *(f"{name}.{alias.name}" for alias in node.names)}
+    return names
 
 
 def part(name: str) -> str | None:
@@ -74,7 +79,7 @@ def test_imports_point_downwards(path):
     assert not {part(name) for name in names} & above
 
 
-# The same within evaluation/.
+# Rows of the modules in evaluation/.
 EVALUATION_ROWS = [{"running"}, {"reporting"}, {"records"}, {"metrics", "distributed"}]
 
 
@@ -82,12 +87,12 @@ EVALUATION_ROWS = [{"running"}, {"reporting"}, {"records"}, {"metrics", "distrib
 def test_imports_of_the_evaluation_point_downwards(path):
     row = next(number for number, parts in enumerate(EVALUATION_ROWS) if path.parent.name in parts)
     above = set().union(*EVALUATION_ROWS[:row])
-    found = {name.split(".")[2] for name in imports(path) if name.startswith("conceptseg_hf.evaluation.")}
-    assert not found & above
+    imported = {name.split(".")[2] for name in imports(path) if name.startswith("conceptseg_hf.evaluation.")}
+    assert not imported & above
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_the_command_prints(path):
+def test_only_the_cli_prints(path):
     if (PACKAGE / "cli") in path.parents:
         return
     calls = (
@@ -96,7 +101,7 @@ def test_only_the_command_prints(path):
     assert not [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
 
 
-# Appending to a log that is read line by line, where half a line is passed over; and a log of another program.
+# Logs that are appended to and read line by line, skipping partial lines; and the log of another program.
 APPENDING = {
     "evaluation/records/store.py",
     "completions.py",
@@ -104,12 +109,12 @@ APPENDING = {
     "integrations/fiftyone_app/app.py",
     "cli/outputs.py",
 }
-HASHED = {"loading.py", "completions.py", "integrations/fiftyone/runs.py"}  # JSON that is no file
+HASHED = {"loading.py", "completions.py", "integrations/fiftyone/runs.py"}  # JSON that is hashed, not written
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_and_json_are_written_in_one_place(path):
-    """`writing.py`: whole files, and no NaN in JSON."""
+def test_files_and_json_are_written_by_writing_module(path):
+    """`writing.py` writes files atomically, and JSON without NaN."""
     base = PACKAGE if PACKAGE in path.parents else TRAINERS
     name = path.relative_to(base).as_posix()
     if name == "writing.py":
@@ -120,7 +125,7 @@ def test_files_and_json_are_written_in_one_place(path):
         if isinstance(node, ast.Call)
     ]
     banned = {"write_text", "write_bytes", *(() if name in HASHED else ("json.dumps", "json.dump"))}
-    found = [
+    violations = [
         f"line {node.lineno}: {called}"
         for called, node in calls
         if called in banned or called.rpartition(".")[2] in banned
@@ -130,15 +135,15 @@ def test_files_and_json_are_written_in_one_place(path):
         if called.rpartition(".")[2] == "open" and any(
             isinstance(mode, str) and re.fullmatch("[wax]b?t?[+]?", mode) for mode in modes
         ):
-            found += [] if name in APPENDING else [f"line {node.lineno}: {called}"]
-    assert found == []
+            violations += [] if name in APPENDING else [f"line {node.lineno}: {called}"]
+    assert violations == []
 
 
-def run_python(code: str, *words: str) -> subprocess.CompletedProcess:
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
     paths = os.pathsep.join([str(ROOT), str(TRAINERS.parent)])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True
     )
 
 
@@ -163,27 +168,28 @@ LAUNCH_LIGHTLY = (
     ids=" ".join,
 )
 def test_help_loads_little_and_opens_no_socket(subcommand):
-    """The standard library's argparse and what it needs; how long it takes is in `make bench`."""
+    """Only the standard library is imported; the startup time is measured by `make bench`."""
     done = run_python(LAUNCH_LIGHTLY, str(PACKAGE / "cli" / "launcher.py"), *subcommand, "--help")
     assert done.returncode == 0, done.stderr
     assert "usage: conceptseg" in done.stdout
     assert int(done.stdout.splitlines()[-1]) < 250, "modules"
 
 
-def test_importing_opens_no_socket_and_nothing_heavy():
+def test_importing_opens_no_socket_and_loads_no_heavy_packages():
     done = run_python(
         NO_SOCKETS
-        + "from transformers import GenerationMixin\n"  # older releases bring scikit-learn, and that pandas
-        + "theirs = set(sys.modules)\n"
+        + "from transformers import GenerationMixin\n"  # older releases import scikit-learn, which imports pandas
+        + "loaded_before = set(sys.modules)\n"
         + "import conceptseg_hf, conceptseg_trainers\n"
-        + "heavy = {'trl', 'deepspeed', 'fiftyone', 'datasets', 'pandas', 'pyarrow'} & (set(sys.modules) - theirs)\n"
+        + "heavy = {'trl', 'deepspeed', 'fiftyone', 'datasets', 'pandas', 'pyarrow'}\n"
+        + "heavy &= set(sys.modules) - loaded_before\n"
         + "assert not heavy, heavy"
     )
     assert done.returncode == 0, done.stderr
 
 
-def test_verbs_load_nothing_twice():
-    """Subcommands run under the launcher's name for the package; what they import is the package itself."""
+def test_subcommands_are_not_imported_twice():
+    """The launcher loads the CLI under another name, and subcommands import the regular package."""
     code = LAUNCH + (
         "code = launch()\n"
         "names = sorted(name for name in sys.modules if name.startswith('conceptseg_cli'))\n"
@@ -197,12 +203,12 @@ def test_verbs_load_nothing_twice():
     assert done.stderr == "conceptseg segment: image 'no.png' is not a file; give the path of an image.\n"
 
 
-def test_version_is_said_once():
+def test_version_matches_pyproject():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^version = "(.+)"$', text, re.MULTILINE)[1] == conceptseg_hf.__version__
 
 
-def test_the_command_tells_it_without_importing_the_package():
+def test_version_option_does_not_import_the_package():
     done = run_python(LAUNCH_LIGHTLY, str(PACKAGE / "cli" / "launcher.py"), "--version")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == f"conceptseg {conceptseg_hf.__version__}"
@@ -216,7 +222,6 @@ def test_constraints_pin_what_setup_installs():
         assert f"\n{name}=={version}\n" in constraints
 
 
-def test_every_file_speaks_for_the_project_alone():
-    """No machine's paths in what is shipped."""
+def test_files_contain_no_local_paths():
     for path in [*SOURCES, *ROOT.glob("*.md"), *ROOT.glob("examples/*.py"), ROOT / "pyproject.toml"]:
         assert not re.search(r"/(home|root|work|Users)/", path.read_text(encoding="utf-8")), path

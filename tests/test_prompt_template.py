@@ -1,4 +1,4 @@
-"""Templates are data: complete, round-tripping, filled without surprises."""
+"""Tests of prompt templates: contents, serialization and filling."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_round_trip_through_json() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_official_template_asks_for_what_it_should(variant: str) -> None:
+def test_official_template_requests_the_expected_parts(variant: str) -> None:
     text = OFFICIAL_TEMPLATE.fill(variant, "the odd one", "[1,2,3,4]")
     assert "{" not in text and 'matching "the odd one"' in text
     assert ("[1,2,3,4]" in text) == (variant in ("with_proxy", "support_only"))
@@ -35,29 +35,29 @@ def test_official_system_text() -> None:
     assert OFFICIAL_TEMPLATE.system == "You are a helpful assistant."
 
 
-def test_placeholders_in_the_users_words_stay() -> None:
-    words = "{reference_boxes} {problem} {0} {} \\1"
-    assert words in OFFICIAL_TEMPLATE.fill("with_proxy", words, "[1,2,3,4]")
+def test_placeholders_in_the_prompt_are_not_replaced() -> None:
+    prompt = "{reference_boxes} {problem} {0} {} \\1"
+    assert prompt in OFFICIAL_TEMPLATE.fill("with_proxy", prompt, "[1,2,3,4]")
 
 
-def test_from_dict_refuses_other_fields() -> None:
+def test_from_dict_rejects_missing_and_unknown_fields() -> None:
     data = OFFICIAL_TEMPLATE.to_dict()
     del data["system"]
-    with pytest.raises(ValueError, match=r"give exactly .*'system'"):
+    with pytest.raises(ValueError, match=r"use exactly .*'system'"):
         PromptTemplate.from_dict(data)
     with pytest.raises(ValueError, match="'extra'"):
         PromptTemplate.from_dict({**OFFICIAL_TEMPLATE.to_dict(), "extra": "x"})
 
 
-def test_a_template_must_place_the_users_words() -> None:
+def test_template_must_contain_the_problem_placeholder() -> None:
     with pytest.raises(ValueError, match=r"no_reference lacks \{problem\}"):
         PromptTemplate("s", "{problem}", "{problem}", "{problem}", "segment it")
     with pytest.raises(ValueError, match="system is a NoneType"):
         PromptTemplate(None, "{problem}", "{problem}", "{problem}", "{problem}")
 
 
-LISTED = "[[382, 110, 478, 190], [12, 310, 140, 420]]"
-# Another wording in the released structure: one frame with slots, and one of its own without references.
+BOX_LIST = "[[382, 110, 478, 190], [12, 310, 140, 420]]"
+# A different wording in the released structure: a frame with slots, and a separate frame without references.
 FRAMES = """
 system: "Be brief. "
 frame: |
@@ -76,19 +76,19 @@ slots:
 """
 
 
-def test_a_file_of_frames_and_slots(tmp_path) -> None:
-    path = tmp_path / "words.yaml"
+def test_load_a_file_with_frames_and_slots(tmp_path) -> None:
+    path = tmp_path / "template.yaml"
     path.write_text(FRAMES)
     template = load_prompt_template(path)
     assert template.system == "Be brief. "
-    assert template.fill("with_proxy", "{check_prompt}", "none", LISTED) == (
-        f'Find "{{check_prompt}}".\nReferences have boxes at {LISTED}. Find the first box.\n'
+    assert template.fill("with_proxy", "{check_prompt}", "none", BOX_LIST) == (
+        f'Find "{{check_prompt}}".\nReferences have boxes at {BOX_LIST}. Find the first box.\n'
         "Write <rule></rule><check></check><bbox>.\n"
     )
     assert template.fill("single_reference", "x") == 'Find "x".\nReferences.\nWrite <rule></rule><bbox>.\n'
     assert template.fill("no_reference", "x") == 'Find "x" without references.'
-    (tmp_path / "words.json").write_text(json.dumps(template.to_dict()))
-    assert load_prompt_template(tmp_path / "words.json") == template
+    (tmp_path / "template.json").write_text(json.dumps(template.to_dict()))
+    assert load_prompt_template(tmp_path / "template.json") == template
 
 
 @pytest.mark.parametrize(
@@ -96,19 +96,19 @@ def test_a_file_of_frames_and_slots(tmp_path) -> None:
     [
         (
             "frame: 'Find {question} {where}'",
-            r"'.*words.yaml': .*slot \{where\}, which slots.with_proxy",
+            r"'.*template.yaml': .*slot \{where\}; set it in slots.with_proxy",
         ),
-        ("slots: {}", "there is no frame for with_proxy"),
+        ("slots: {}", "no frame for with_proxy"),
         ("frame: 'Find it'\nsystem: s", r"with_proxy lacks \{problem\}"),
         ("frame: 'Find {question}'", "system is a NoneType"),
-        ("frame: 'Find {question}'\nword: x", "'word' means nothing here"),
-        ("[1, 2]", "holds no fields"),
-        ("a: [", "neither YAML nor JSON"),
-        ("system: x", "give exactly"),
+        ("frame: 'Find {question}'\nword: x", "unknown key 'word'; use one of system"),
+        ("[1, 2]", "contains no fields"),
+        ("a: [", "neither valid YAML nor JSON"),
+        ("system: x", "use exactly"),
     ],
 )
-def test_files_that_hold_no_template(tmp_path, content, message) -> None:
-    path = tmp_path / "words.yaml"
+def test_rejects_invalid_template_files(tmp_path, content, message) -> None:
+    path = tmp_path / "template.yaml"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         load_prompt_template(path)
@@ -116,11 +116,11 @@ def test_files_that_hold_no_template(tmp_path, content, message) -> None:
         load_prompt_template("missing.yaml")
 
 
-def test_the_released_structure() -> None:
-    """Boxes are one list of Python; one frame for all ways of references, so what is left out leaves the rest."""
+def test_released_template() -> None:
+    """Boxes are a Python list, and all variants with references share a frame whose slots may be empty."""
     template = released_template()
-    texts = {variant: template.fill(variant, "the odd one", "none", LISTED) for variant in VARIANTS}
-    assert [variant for variant in VARIANTS if LISTED in texts[variant]] == ["with_proxy", "support_only"]
+    texts = {variant: template.fill(variant, "the odd one", "none", BOX_LIST) for variant in VARIANTS}
+    assert [variant for variant in VARIANTS if BOX_LIST in texts[variant]] == ["with_proxy", "support_only"]
     assert [variant for variant in VARIANTS if "<check>" in texts[variant]] == ["with_proxy"]
     assert "none at" not in texts["with_proxy"] and all("the odd one" in text for text in texts.values())
     head, tail = texts["single_reference"].split("Reference image")

@@ -1,4 +1,4 @@
-"""Quantised loading with bitsandbytes, on a CPU, of the nano checkpoint."""
+"""Quantized loading of the nano checkpoint with bitsandbytes on the CPU."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from conceptseg_hf.data import load_benchmark
 from conceptseg_hf.quantization import UNQUANTIZED_MODULES, exclude_sam_and_ctm
 
 
-def test_a_configuration_is_not_changed():
-    given = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["visual"])
-    spared = exclude_sam_and_ctm(given)
-    assert spared.llm_int8_skip_modules == ["visual", *UNQUANTIZED_MODULES] and spared.load_in_8bit
-    assert given.llm_int8_skip_modules == ["visual"]
-    assert exclude_sam_and_ctm(spared).llm_int8_skip_modules == spared.llm_int8_skip_modules
-    assert exclude_sam_and_ctm(given.to_dict()).llm_int8_skip_modules == spared.llm_int8_skip_modules
+def test_config_is_copied_and_skips_sam_and_ctm():
+    original = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["visual"])
+    config = exclude_sam_and_ctm(original)
+    assert config.llm_int8_skip_modules == ["visual", *UNQUANTIZED_MODULES] and config.load_in_8bit
+    assert original.llm_int8_skip_modules == ["visual"]
+    assert exclude_sam_and_ctm(config).llm_int8_skip_modules == config.llm_int8_skip_modules
+    assert exclude_sam_and_ctm(original.to_dict()).llm_int8_skip_modules == config.llm_int8_skip_modules
 
 
-def test_others_are_refused():
-    with pytest.raises(ValueError, match="cannot leave SAM 3 out"):
+def test_unsupported_config_is_rejected():
+    with pytest.raises(ValueError, match="cannot skip SAM 3"):
         exclude_sam_and_ctm(object())
 
 
@@ -32,18 +32,18 @@ def test_others_are_refused():
         (4, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, torch.uint8),
     ],
 )
-def test_only_the_vlm_is_quantised(bits, options, kind):
+def test_only_the_vlm_is_quantized(bits, options, kind):
     pytest.importorskip("bitsandbytes")
     plain = AutoModel.from_pretrained(nano_checkpoint())
     model = AutoModel.from_pretrained(
         nano_checkpoint(), quantization_config=BitsAndBytesConfig(**options), dtype=torch.bfloat16
     )
-    quantised = [name for name, value in model.named_parameters() if value.dtype == kind]
-    assert len(quantised) > 40 and all(name.startswith("vlm.model.") for name in quantised)
+    quantized = [name for name, value in model.named_parameters() if value.dtype == kind]
+    assert len(quantized) > 40 and all(name.startswith("vlm.model.") for name in quantized)
     for part in ("sam", "ctm"):
-        wanted = getattr(plain, part).state_dict()
+        expected = getattr(plain, part).state_dict()
         assert all(
-            torch.equal(value, wanted[name]) for name, value in getattr(model, part).state_dict().items()
+            torch.equal(value, expected[name]) for name, value in getattr(model, part).state_dict().items()
         )
 
     processor = AutoProcessor.from_pretrained(nano_checkpoint())

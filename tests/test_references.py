@@ -1,4 +1,4 @@
-"""Mosaic geometry round-trips; boxes, masks and roles are resolved as documented."""
+"""Tests of the mosaic geometry and of the resolution of boxes, masks and roles."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_grid_size(count: int, side: int) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 10])
-def test_grid_size_refuses(count: int) -> None:
-    with pytest.raises(ValueError, match=f"{count} were given; a mosaic holds 1 to 9"):
+def test_grid_size_rejects_invalid_counts(count: int) -> None:
+    with pytest.raises(ValueError, match=f"{count} were given, but a mosaic holds at most 9"):
         grid_size(count)
 
 
@@ -71,7 +71,7 @@ def test_cell_at_finds_the_cell(layout: MosaicLayout, data: st.DataObject) -> No
     assert layout.cell_at((x, y, x + 1, y + 1)) == index
 
 
-def test_cell_at_off_the_canvas_takes_the_nearest() -> None:
+def test_cell_at_outside_the_canvas_is_the_nearest_cell() -> None:
     layout = MosaicLayout(2, 100)
     assert layout.cell_at((-50, -50, -40, -40)) == 0
     assert layout.cell_at((200, -50, 300, -40)) == 1
@@ -79,13 +79,13 @@ def test_cell_at_off_the_canvas_takes_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(("grid", "size"), [(0, 10), (3, 2)])
-def test_layout_refuses(grid: int, size: int) -> None:
+def test_layout_rejects_invalid_sizes(grid: int, size: int) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         MosaicLayout(grid, size)
 
 
 def test_cell_out_of_range() -> None:
-    with pytest.raises(ValueError, match="no cell 4 on a 2 x 2 grid"):
+    with pytest.raises(ValueError, match="no cell 4 in a 2 x 2 grid"):
         MosaicLayout(2, 10).cell(4)
 
 
@@ -108,11 +108,11 @@ def test_mask_to_box_inverts_painting(width: int, height: int, data: st.DataObje
     mask = np.zeros((height, width), dtype=bool)
     mask[y1:y2, x1:x2] = True
     assert mask_to_box(mask) == (x1, y1, x2, y2)
-    # Two far pixels have one box around both.
+    # Disconnected pixels have a common box.
     assert mask_to_box(np.eye(5)[:, :4]) == (0, 0, 4, 4)
 
 
-def test_mask_to_box_of_nothing() -> None:
+def test_mask_to_box_of_an_empty_mask() -> None:
     assert mask_to_box(np.zeros((4, 5))) is None
 
 
@@ -144,17 +144,17 @@ def test_find_proxy(roles: list, boxed: list, proxy: int | None) -> None:
     assert find_proxy(roles, [BOX if has else None for has in boxed]) == proxy
 
 
-def test_more_than_one_proxy() -> None:
+def test_rejects_more_than_one_proxy() -> None:
     with pytest.raises(ValueError, match=r"references \[0, 2\] all have the role 'proxy'"):
         find_proxy(["proxy", "auto", "proxy"], [BOX] * 3)
 
 
-def test_lonely_proxy() -> None:
-    with pytest.raises(ValueError, match="proxy query without any support"):
+def test_rejects_a_proxy_without_support() -> None:
+    with pytest.raises(ValueError, match="proxy query without support"):
         find_proxy(["proxy"], [BOX])
 
 
-def test_unknown_role() -> None:
+def test_rejects_an_unknown_role() -> None:
     with pytest.raises(ValueError, match="role is 'query'"):
         Reference(IMAGE, role="query")
 
@@ -175,20 +175,20 @@ def test_resolve_reads_masks_boxes_and_mappings() -> None:
     assert [image.size for image in resolved.images] == [(40, 30)] * 4
 
 
-def test_boxes_of_a_pixel_are_no_normalised_ones() -> None:
+def test_boxes_of_one_pixel_are_not_mistaken_for_normalized_boxes() -> None:
     for image, box in ((IMAGE, (0, 0, 1, 1)), (Image.new("RGB", (1, 1)), (0.2, 0, 1, 0.7))):
         assert resolve_references([Reference(image, box=box)]).boxes == (box,)
 
 
-def test_resolve_nothing() -> None:
+def test_resolve_an_empty_list() -> None:
     assert resolve_references([]).images == ()
 
 
 @pytest.mark.parametrize(
     ("references", "message"),
     [
-        (Reference(IMAGE), "give a list of Reference objects"),
-        ([IMAGE], r"reference 0 is a Image; give Reference\("),
+        (Reference(IMAGE), "pass a list of Reference objects"),
+        ([IMAGE], r"reference 0 is a Image; pass Reference\("),
         ([{"picture": 1}], r"reference 0 has the fields \['picture'\]"),
         ([Reference(IMAGE), Reference("nowhere.png")], "reference 1: image 'nowhere.png' is not a file"),
         ([Reference(IMAGE, mask=np.zeros((30, 40)))], "reference 0: mask has no foreground pixel"),
@@ -196,19 +196,19 @@ def test_resolve_nothing() -> None:
             [Reference(IMAGE, mask=np.ones((3, 4)))],
             "reference 0: mask has 4 x 3 pixels, but its image has 40 x 30",
         ),
-        ([Reference(IMAGE, box=(1, 2, 3))], r"reference 0: box is \(1, 2, 3\); give four numbers"),
-        ([Reference(IMAGE, box="abcd")], "reference 0: box is 'abcd'; give four numbers"),
+        ([Reference(IMAGE, box=(1, 2, 3))], r"reference 0: box is \(1, 2, 3\); use four numbers"),
+        ([Reference(IMAGE, box="abcd")], "reference 0: box is 'abcd'; use four numbers"),
         ([Reference(IMAGE, box=(5, 2, 5, 9))], "with x1 < x2 and y1 < y2"),
         ([Reference(IMAGE, box=(0, 0, float("nan"), 9))], "with x1 < x2 and y1 < y2"),
         ([Reference(IMAGE, box=(50, 0, 60, 9))], "lies outside its image of 40 x 30 pixels"),
         (
             [Reference(IMAGE, box=(0.1, 0, 0.5, 1))],
-            "within one pixel of its image of 40 x 30 pixels and seems",
+            "within one pixel of its image of 40 x 30 pixels and appears",
         ),
-        ([Reference(IMAGE)] * 10, "10 were given; a mosaic holds 1 to 9"),
+        ([Reference(IMAGE)] * 10, "10 were given, but a mosaic holds at most 9"),
     ],
 )
-def test_resolve_refuses(references: object, message: str) -> None:
+def test_resolve_rejects_invalid_references(references: object, message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         resolve_references(references)
     assert str(caught.value).endswith(".")
@@ -224,8 +224,7 @@ def test_mosaic_places_references_and_draws_support_boxes_only() -> None:
     images = [plain("blue"), plain("lime"), plain("white")]
     mosaic = np.asarray(compose_mosaic(images, [box, box, None], layout, proxy=1))
     assert mosaic.shape == (120, 120, 3)
-    # The proxy (lime) lies top left and carries no line; blue moves to cell 1 and has its box; white is
-    # cell 2; cell 3 is empty.
+    # The proxy (lime) is in cell 0 without a box, blue in cell 1 with its box, and white in cell 2; cell 3 is empty.
     assert (mosaic[:60, :60] == (0, 255, 0)).all()
     assert (mosaic[60:, :60] == 255).all()
     assert (mosaic[60:, 60:] == 0).all()

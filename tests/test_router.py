@@ -26,7 +26,7 @@ def test_threshold_follows_equation_9(prompt, threshold):
     assert ShortcutRouter().threshold(prompt) == pytest.approx(threshold)
 
 
-def test_threshold_of_another_base_is_clipped():
+def test_threshold_with_larger_base_is_clipped():
     router = ShortcutRouter(base=0.6)
     assert router.threshold("circle") == pytest.approx(0.6)
     assert router.threshold("red circle") == 1.0
@@ -42,7 +42,7 @@ def test_modes():
     assert not full_reasoning.needs_first_pass(short) and not full_reasoning.accepts(1.0, short)
 
 
-def test_word_count_stays_linear_on_hostile_prompts():
+def test_word_count_is_linear_for_adversarial_prompts():
     assert ShortcutRouter.word_count("(" * 200_000) == 1
     assert ShortcutRouter.word_count("(a " * 100_000) == 100_000
 
@@ -50,7 +50,7 @@ def test_word_count_stays_linear_on_hostile_prompts():
 @pytest.mark.parametrize(
     ("arguments", "match"), [({"mode": "auto"}, "'auto'"), ({"base": 0}, "base is 0"), ({"base": 1.5}, "1.5")]
 )
-def test_refuses_invalid_settings(arguments, match):
+def test_rejects_invalid_settings(arguments, match):
     with pytest.raises(ValueError, match=match):
         ShortcutRouter(**arguments)
 
@@ -64,18 +64,18 @@ def test_refuses_invalid_settings(arguments, match):
         ("(only parentheses)", "", 0.05),
         ("", "", 0.05),
         ("circle (unclosed", "circle (unclosed", 0.2),
-        ("a (b (c) d) e", "a d) e", 0.4),  # a parenthesis ends at the first that closes
+        ("a (b (c) d) e", "a d) e", 0.4),  # a parenthesis ends at the first closing one
     ],
 )
-def test_parentheses_as_the_released_code_has_them(prompt, text, threshold):
-    """They are taken from SAM's text too, and a prompt that is nothing else has no word: 0.1 * 2 ** -1."""
+def test_parentheses_as_in_the_released_code(prompt, text, threshold):
+    """They are removed from SAM's text, and a prompt that is completely in parentheses has no words: 0.1 * 2 ** -1."""
     router = ShortcutRouter(drop_parentheses=True, min_words=0)
     assert router.sam_text(prompt) == text
     assert router.threshold(prompt) == pytest.approx(threshold)
     assert ShortcutRouter().sam_text(prompt) == prompt
 
 
-def test_settings_as_usual_are_not_said():
+def test_repr_omits_default_settings():
     assert repr(ShortcutRouter()) == "ShortcutRouter(mode='adaptive', base=0.1)"
     assert repr(ShortcutRouter(min_words=0)) == "ShortcutRouter(mode='adaptive', base=0.1, min_words=0)"
     with pytest.raises(ValueError, match="min_words is 2; use 0 or 1"):

@@ -16,9 +16,8 @@ def sam() -> Sam3Model:
     )
     for parameter in model.parameters():
         if parameter.dim() < 2:
-            parameter.add_(
-                0.1 * torch.randn_like(parameter)
-            )  # biases and norms start out too regular to reveal a mistake
+            # With the constant initialization of biases and norms, some errors would not be detected.
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
@@ -32,37 +31,35 @@ def prompt() -> dict[str, torch.Tensor]:
 
 def test_geometry_cls_equals_sam_with_one_padded_box(sam: Sam3Model, prompt: dict[str, torch.Tensor]) -> None:
     pixels = torch.randn(2, 3, 128, 128)
-    ours = decode(sam, encode_image(sam, pixels), *encode_text(sam, **prompt))
+    output = decode(sam, encode_image(sam, pixels), *encode_text(sam, **prompt))
     padded_box = {"input_boxes": torch.zeros(2, 1, 4), "input_boxes_labels": torch.full((2, 1), -10)}
-    theirs = sam(pixel_values=pixels, **prompt, **padded_box)
+    expected = sam(pixel_values=pixels, **prompt, **padded_box)
     for name in ("semantic_seg", "presence_logits", "pred_masks", "pred_logits", "pred_boxes"):
-        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(getattr(output, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
 
 
-def test_boxes_equal_sams_own_box_prompt(sam: Sam3Model, prompt: dict[str, torch.Tensor]) -> None:
+def test_boxes_equal_box_prompts_of_transformers(sam: Sam3Model, prompt: dict[str, torch.Tensor]) -> None:
     pixels = torch.randn(2, 3, 128, 128)
     boxes = torch.tensor([[[0.5, 0.4, 0.3, 0.2]], [[0.2, 0.6, 0.3, 0.5]]])
     features = encode_image(sam, pixels)
-    ours = decode(sam, features, *encode_text(sam, **prompt), boxes=boxes)
-    theirs = sam(pixel_values=pixels, **prompt, input_boxes=boxes)
+    output = decode(sam, features, *encode_text(sam, **prompt), boxes=boxes)
+    expected = sam(pixel_values=pixels, **prompt, input_boxes=boxes)
     for name in ("semantic_seg", "presence_logits", "pred_masks"):
-        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(getattr(output, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
     other = decode(sam, features, *encode_text(sam, **prompt), boxes=boxes.flip(0))
-    assert (other.semantic_seg - ours.semantic_seg).abs().max() > 1e-3
+    assert (other.semantic_seg - output.semantic_seg).abs().max() > 1e-3
 
 
-def test_without_geometry_cls_it_is_plain_sam(sam: Sam3Model, prompt: dict[str, torch.Tensor]) -> None:
+def test_without_geometry_cls_equals_transformers(sam: Sam3Model, prompt: dict[str, torch.Tensor]) -> None:
     pixels = torch.randn(2, 3, 128, 128)
     plain = sam(pixel_values=pixels, **prompt)
     without = decode(sam, encode_image(sam, pixels, geometry_cls=False), *encode_text(sam, **prompt))
     torch.testing.assert_close(without.semantic_seg, plain.semantic_seg, rtol=1e-4, atol=1e-5)
     with_cls = decode(sam, encode_image(sam, pixels), *encode_text(sam, **prompt))
-    assert (with_cls.semantic_seg - plain.semantic_seg).abs().max() > 1e-3  # the switch does something
+    assert (with_cls.semantic_seg - plain.semantic_seg).abs().max() > 1e-3  # the setting has an effect
 
 
-def test_gradients_reach_the_concepts_and_nothing_else(
-    sam: Sam3Model, prompt: dict[str, torch.Tensor]
-) -> None:
+def test_only_concept_tokens_have_gradients(sam: Sam3Model, prompt: dict[str, torch.Tensor]) -> None:
     concepts = torch.randn(2, 3, 64, requires_grad=True)
     output = decode(
         sam, encode_image(sam, torch.randn(2, 3, 128, 128)), *encode_text(sam, **prompt), concepts
@@ -72,7 +69,9 @@ def test_gradients_reach_the_concepts_and_nothing_else(
     assert all(parameter.grad is None for parameter in sam.parameters())
 
 
-def test_selected_rows_decode_as_they_do_alone(sam: Sam3Model, prompt: dict[str, torch.Tensor]) -> None:
+def test_decoding_selected_rows_equals_decoding_them_alone(
+    sam: Sam3Model, prompt: dict[str, torch.Tensor]
+) -> None:
     features = encode_image(sam, torch.randn(2, 3, 128, 128))
     text, mask = encode_text(sam, **prompt)
     together = decode(
@@ -84,20 +83,20 @@ def test_selected_rows_decode_as_they_do_alone(sam: Sam3Model, prompt: dict[str,
 
 
 @pytest.mark.parametrize("geometry_cls", [True, False])
-def test_concatenated_features_are_those_of_the_batch(sam: Sam3Model, geometry_cls: bool) -> None:
+def test_concatenate_inverts_select(sam: Sam3Model, geometry_cls: bool) -> None:
     whole = encode_image(sam, torch.randn(3, 3, 128, 128), geometry_cls)
     parts = [whole.select(torch.tensor(rows)) for rows in ([0], [1, 2])]
     again = ImageFeatures.concatenate(parts)
     assert len(again) == 3
-    for ours, theirs in zip(
+    for output, expected in zip(
         (*again.vision.fpn_hidden_states, *again.vision.fpn_position_encoding),
         (*whole.vision.fpn_hidden_states, *whole.vision.fpn_position_encoding),
         strict=True,
     ):
-        assert torch.equal(ours, theirs)
+        assert torch.equal(output, expected)
     assert torch.equal(again.geometry_cls, whole.geometry_cls) if geometry_cls else again.geometry_cls is None
 
 
-def test_a_prompt_needs_something(sam: Sam3Model) -> None:
+def test_rejects_an_empty_prompt(sam: Sam3Model) -> None:
     with pytest.raises(ValueError, match="both text_embeds and concept_embeds are None"):
         decode(sam, encode_image(sam, torch.randn(1, 3, 128, 128)))

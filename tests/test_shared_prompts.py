@@ -1,4 +1,4 @@
-"""Rows that share a prompt: the VLM reads it once."""
+"""Tests of prefix sharing between rows with the same prompt."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ COMPLETION = (
 
 @pytest.fixture(scope="module")
 def samples(processor: ConceptSegProcessor) -> list:
-    # With a mosaic, without references, and with one reference: prompts of three lengths.
+    # Prompts of three lengths: with a mosaic, without references, and with one reference.
     shapes = ConceptShapes("test")
-    chosen = [shapes[index] for index in (7, 10, 11)]
-    return [processor.prepare(s.image, s.prompt, s.references) for s in chosen]
+    selected = [shapes[index] for index in (7, 10, 11)]
+    return [processor.prepare(s.image, s.prompt, s.references) for s in selected]
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +31,17 @@ def prompts(processor: ConceptSegProcessor, samples: list) -> dict[str, Tensor]:
     return vlm_backbone.model_inputs(processor.collate([samples[row] for row in ROWS]))
 
 
-def test_rows_with_equal_words_and_images_share(model: ConceptSegForSegmentation, prompts: dict) -> None:
+def test_rows_with_the_same_prompt_and_images_share_it(
+    model: ConceptSegForSegmentation, prompts: dict
+) -> None:
     shared = find_shared_prompts(model.vlm, prompts, prompts["input_ids"].shape[1])
     assert shared.prompt_of_row == ROWS
     assert shared.row_of_prompt == [0, 2, 4]
 
 
-def test_one_other_pixel_is_another_prompt(model: ConceptSegForSegmentation, prompts: dict) -> None:
+def test_prompts_that_differ_in_one_pixel_are_not_shared(
+    model: ConceptSegForSegmentation, prompts: dict
+) -> None:
     pixels = prompts["pixel_values"].clone()
     pixels[vlm_backbone.patches_of_rows(model.vlm.config, prompts)[3][1].start, 0] += 1
     shared = find_shared_prompts(
@@ -54,7 +58,7 @@ def test_nothing_is_shared_by_different_prompts(
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_the_same_tokens_are_generated(
+def test_generates_the_same_tokens_as_without_sharing(
     model: ConceptSegForSegmentation, prompts: dict, do_sample: bool
 ) -> None:
     settings = {"do_sample": do_sample, "max_new_tokens": 60}
@@ -65,7 +69,7 @@ def test_the_same_tokens_are_generated(
     assert torch.equal(generate(model.vlm, prompts, **settings), plain)
 
 
-def test_prompts_are_read_once(model: ConceptSegForSegmentation, prompts: dict) -> None:
+def test_images_of_a_shared_prompt_are_encoded_once(model: ConceptSegForSegmentation, prompts: dict) -> None:
     images: list[int] = []
     handle = vlm_backbone.vision_tower(model.vlm).register_forward_hook(
         lambda module, args, kwargs, output: images.append(len(kwargs.get("grid_thw", args[-1]))),
@@ -75,11 +79,11 @@ def test_prompts_are_read_once(model: ConceptSegForSegmentation, prompts: dict) 
         generate(model.vlm, prompts, max_new_tokens=3)
     finally:
         handle.remove()
-    assert images == [5], "two images with a mosaic or a reference, one without"
+    assert images == [5], "two images with references, one without"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_states_and_gradients_equal_those_of_the_plain_pass(
+def test_states_and_gradients_equal_those_without_sharing(
     make_model, processor: ConceptSegProcessor, samples: list, checkpointing: bool
 ) -> None:
     model = make_model().train()
@@ -99,14 +103,14 @@ def test_states_and_gradients_equal_those_of_the_plain_pass(
         lambda module, args: images.append(len(args[0]))
     )
 
-    found = []
+    results = []
     for context in (nullcontext(), share_prompts(model.vlm, inputs, length)):
         with context:
             states = vlm_backbone.last_hidden_states(model.vlm, inputs)
         gradients = torch.autograd.grad((states[used] * weights).sum(), parameters, allow_unused=True)
-        found.append((states[used].detach(), gradients))
-    (plain, plain_gradients), (states, gradients) = found
-    assert images[-1] < images[0], "fewer patches are read"
+        results.append((states[used].detach(), gradients))
+    (plain, plain_gradients), (states, gradients) = results
+    assert images[-1] < images[0], "fewer patches are encoded"
     assert torch.allclose(states, plain, atol=1e-4)
     for one, other in zip(gradients, plain_gradients, strict=True):
         assert (one is None) == (other is None)
@@ -114,7 +118,7 @@ def test_states_and_gradients_equal_those_of_the_plain_pass(
             assert (one - other).norm() <= 1e-4 * other.norm() + 1e-6
 
 
-def test_the_base_model_is_left_as_it_was(model: ConceptSegForSegmentation, prompts: dict) -> None:
+def test_forward_of_the_base_model_is_restored(model: ConceptSegForSegmentation, prompts: dict) -> None:
     before = dict(vars(model.vlm.base_model))
     with share_prompts(model.vlm, prompts, prompts["input_ids"].shape[1] - 1):
         assert "forward" in vars(model.vlm.base_model)

@@ -1,4 +1,4 @@
-"""Files are complete or not there; what cannot be written is one sentence; JSON is always JSON."""
+"""Files are written atomically, failures raise one-sentence errors, and JSON is always valid."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from conceptseg_hf.writing import (
     image_bytes,
     is_full,
     json_text,
-    write_error,
     open_new,
+    write_error,
     write_file,
     write_files,
     write_json,
 )
 
-# A file may not grow beyond a limit: what a full disk is to a single file, without a disk of one's own.
+# A limit of the file size simulates a full disk.
 LIMITED = """
 import resource, sys
 from pathlib import Path
@@ -44,17 +44,17 @@ except WriteError as error:
 """
 
 
-def test_on_a_full_disk_nothing_changes_and_the_file_is_named(fresh_python, tmp_path):
+def test_full_disk_changes_nothing_and_names_the_file(fresh_python, tmp_path):
     pytest.importorskip("resource")
     folder = tmp_path / "out"
     write_files({folder / "small": b"old", folder / "slow": "old"})
     first, second = fresh_python(LIMITED, str(folder)).splitlines()
-    said = "{!r} cannot be written: File too large; make room, or give another folder."
-    assert first == said.format(str(folder / "large")) and second == said.format(str(folder / "slow"))
+    message = "{!r} cannot be written: File too large; free some disk space, or give another folder."
+    assert first == message.format(str(folder / "large")) and second == message.format(str(folder / "slow"))
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"small": "old", "slow": "old"}
 
 
-def test_files_that_belong_together_appear_together(tmp_path):
+def test_write_files_is_all_or_nothing(tmp_path):
     (tmp_path / "in the way").mkdir()
     (tmp_path / "in the way" / "file").touch()
     with pytest.raises(WriteError, match=r"in the way' cannot be written: .*; give another folder\.$"):
@@ -63,7 +63,7 @@ def test_files_that_belong_together_appear_together(tmp_path):
     assert left == []
 
 
-def test_a_link_stays_and_permissions_are_the_users(tmp_path):
+def test_symbolic_links_and_default_permissions_are_kept(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link.json").symlink_to(tmp_path / "real" / "x.json")
     write_json(tmp_path / "link.json", {"a": 1})
@@ -77,12 +77,12 @@ def test_a_link_stays_and_permissions_are_the_users(tmp_path):
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
 
 
-def test_the_longest_name_has_room_for_the_temporary_one(tmp_path):
+def test_file_with_the_longest_name_can_be_written(tmp_path):
     write_file(tmp_path / ("é" * 127), "text")
     assert [path.name for path in tmp_path.iterdir()] == ["é" * 127]
 
 
-def test_an_interrupted_block_leaves_the_old_file(tmp_path):
+def test_interrupted_open_new_keeps_the_old_file(tmp_path):
     write_file(tmp_path / "a", "old")
     with pytest.raises(KeyboardInterrupt), open_new(tmp_path / "a") as file:
         file.write("new")
@@ -91,21 +91,21 @@ def test_an_interrupted_block_leaves_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float64("nan")])
-def test_json_has_no_numbers_that_are_not_finite(value, tmp_path):
+def test_nonfinite_numbers_are_null_in_json(value, tmp_path):
     content = {"a": value, "b": [1.5, (value, {"c": value})], "d": "NaN", "e": None, "f": True}
     write_json(tmp_path / "x.json", content)
 
     def refuse(name):
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not valid JSON")
 
-    found = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)
-    assert found == {"a": None, "b": [1.5, [None, {"c": None}]], "d": "NaN", "e": None, "f": True}
+    loaded = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)
+    assert loaded == {"a": None, "b": [1.5, [None, {"c": None}]], "d": "NaN", "e": None, "f": True}
     assert json_text([1.25, 2]) == "[1.25, 2]"
 
 
-def test_text_that_no_encoding_has_is_written(tmp_path):
+def test_surrogates_are_written(tmp_path):
     assert encode_text("ü") == b"\xc3\xbc"
-    assert encode_text("\udcc3\udcbc") == b"\xc3\xbc", "what an ASCII locale makes of ü"
+    assert encode_text("\udcc3\udcbc") == b"\xc3\xbc", "ü as decoded in an ASCII locale"
     assert encode_text("\udcff") == b"\\udcff" and encode_text("\ud800") == b"\\ud800"
     write_file(tmp_path / "a", "\udcff ü")
     assert (tmp_path / "a").read_bytes() == "\\udcff ü".encode()
@@ -114,23 +114,23 @@ def test_text_that_no_encoding_has_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("error", "reason", "full"),
     [
-        (OSError(errno.ENOSPC, "whatever"), "No space left on device; make room, or give", True),
+        (OSError(errno.ENOSPC, "whatever"), "No space left on device; free some disk space, or", True),
         (OSError(errno.EROFS, "whatever"), "Read-only file system; give another folder", False),
         (
             RuntimeError("I/O error: No space left on device (os error 28)"),
-            "No space left on device; make",
+            "No space left on device; free some disk space",
             True,
         ),
         (RuntimeError("unexpected pos 576\n vs 534."), "unexpected pos 576 vs 534; give", False),
     ],
 )
-def test_the_reason_is_said_whatever_library_found_it(error, reason, full):
-    said = str(write_error("a/b", error))
-    assert said.startswith(f"'a/b' cannot be written: {reason}") and said.endswith("another folder.")
+def test_not_written_explains_errors_of_all_libraries(error, reason, full):
+    message = str(write_error("a/b", error))
+    assert message.startswith(f"'a/b' cannot be written: {reason}") and message.endswith("another folder.")
     assert is_full(error) is full
-    assert write_error("c", write_error("a/b", error)).args == (said,)
+    assert write_error("c", write_error("a/b", error)).args == (message,)
 
 
-def test_a_picture_is_what_pillow_would_write(tmp_path, picture):
+def test_image_bytes_round_trip(tmp_path, picture):
     write_file(tmp_path / "a.png", image_bytes(picture(0)))
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(picture(0)))

@@ -1,6 +1,6 @@
-"""What the tests' tokenizers have in common."""
+"""Vocabulary shared by the tokenizers of the tests."""
 
-# Qwen's, in the order that the nano preset's token ids expect after the padding token.
+# Qwen's special tokens, in the order of the nano preset's token ids after the padding token.
 QWEN_SPECIAL_TOKENS = (
     "<|im_start|>",
     "<|im_end|>",
@@ -12,7 +12,7 @@ QWEN_SPECIAL_TOKENS = (
 
 
 def sam_frame():
-    """CLIP's frame of a text: begin, words, end; their ids are 1 and 2."""
+    """Create a post-processor that adds CLIP's begin and end tokens, with ids 1 and 2."""
     from tokenizers import processors
 
     return processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])

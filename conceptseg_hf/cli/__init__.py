@@ -1,7 +1,7 @@
-"""The `conceptseg` command.
+"""The `conceptseg` command-line interface.
 
-Nothing here imports the rest of the package before a subcommand runs (see launcher.py), so inside subcommands imports
-are absolute.
+The rest of the package is imported only when a subcommand runs (see launcher.py). Subcommands use absolute imports,
+because the launcher loads this package under another name.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _SUBCOMMANDS = (demo, segment, evaluate, compare, ablate, train, convert, data, 
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, not in a page of usage, and what may have been meant."""
+    """Parser that reports errors in one sentence with a suggestion, instead of printing the usage."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Names a misspelled option first: argparse would speak of what is missing without it."""
+        """Report a misspelled option before argparse reports a required option as missing."""
         args = sys.argv[1:] if args is None else list(args)
         if (unknown := unknown_option(args, self)) is not None:
             self.error(f"unrecognized arguments: {unknown}")
@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Looks the version up only when it is asked for."""
+    """Action that looks up the version only when `--version` is given."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         print(f"{parser.prog} {installed_version('conceptseg-hf')}")
@@ -46,10 +46,10 @@ class _Version(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command; each subcommand adds its own."""
+    """Build the parser of the command with all subcommands."""
     parser = _Parser(
         prog="conceptseg",
-        description="Segment what a prompt means, by words or by reasoning over reference images.",
+        description="Segment concepts in images from text prompts and optional reference images.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subcommands = parser.add_subparsers(
@@ -61,14 +61,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command.
+    """Run the command.
 
     Args:
-        argv: The words after `conceptseg`; those of the process by default.
+        argv: Command-line arguments after `conceptseg`; by default those of the process.
 
     Returns:
-        The exit code: 0; 2 after bad input, which is explained in one sentence on standard error; 130 if stopped, 141
-        if whoever reads the output stopped reading.
+        The exit code: 0 on success, 2 for invalid input (with a one-sentence error on standard error), 130 if
+        interrupted, 141 if the reader of the output has closed the pipe.
     """
     make_printable()
     arguments = build_parser().parse_args(argv)
@@ -77,46 +77,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = arguments.run(arguments)
         _flush()
         return code
-    except BrokenPipeError:  # whoever reads has seen enough, as in `conceptseg data list | head`
-        _leave_stdout()
+    except BrokenPipeError:  # the reader has closed the pipe, as in `conceptseg data list | head`
+        _discard_stdout()
         return 141
     except BadInputError as error:
         reason = str(error)
     except OSError as error:
         reason = os_error_sentence(error)
     except KeyboardInterrupt as error:
-        print(f"conceptseg {arguments.subcommand}: {str(error) or 'stopped.'}", file=sys.stderr)
+        print(f"conceptseg {arguments.subcommand}: {str(error) or 'interrupted.'}", file=sys.stderr)
         return 130
     try:
         _flush()
     except (OSError, BadInputError):
-        _leave_stdout()
+        _discard_stdout()
     print(f"conceptseg {arguments.subcommand}: {reason}", file=sys.stderr)
     return 2
 
 
 def _flush() -> None:
-    """Flushes standard output, which may be a file on a full disk."""
+    """Flush standard output, which may be a file on a full disk."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
-        _leave_stdout()
+        _discard_stdout()
         raise BadInputError(
-            f"standard output cannot be written: {error.strerror}; make room there."
+            f"standard output cannot be written: {error.strerror}; free some disk space."
         ) from error
 
 
-def _leave_stdout() -> None:
-    """Python flushes once more as it ends, and would complain again."""
+def _discard_stdout() -> None:
+    """Redirect standard output to devnull, because Python flushes it at exit and would report the error again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_in_utf8() -> None:
-    """Starts the process anew in Python's UTF-8 mode, where the locale knows only ASCII.
+    """Restart the process in Python's UTF-8 mode if the locale only supports ASCII.
 
-    File names and words beyond ASCII, as a list of samples has them, could not be used otherwise.
+    Otherwise non-ASCII file names and text, for example of a dataset, could not be used.
     """
     ascii_only = sys.getfilesystemencoding().lower() not in ("utf-8", "utf8")
     if ascii_only and not sys.flags.utf8_mode and os.name == "posix":

@@ -1,4 +1,4 @@
-"""`python -m conceptseg_hf.cli`."""
+"""Entry point of `python -m conceptseg_hf.cli`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`conceptseg ablate`: one evaluation under settings that differ in one thing."""
+"""`conceptseg ablate`: evaluation of a checkpoint under variants of one setting."""
 
 from __future__ import annotations
 
@@ -11,33 +11,32 @@ from .arguments import (
     add_model_options,
     add_profile_option,
     as_bad_input,
-    be_silent,
     check_model,
     load_model,
     parse_metrics,
     parse_roots,
+    silence_output,
 )
-from .outputs import check_output_dir, folder_name, says_how_to_go_on
+from .outputs import check_output_dir, explain_resuming, folder_name
 
-# ablation.ablation_names(), which cannot be imported without torch; a test holds the two together.
+# Copy of ablation.ablation_names(), which requires torch. A test checks that both are equal.
 CONFIGS = ("router", "prompt", "references", "reference_seeds", "concept_queries")
 FILES = ("ablation.md", "ablation.json", "ablation.csv")
 
 
 def add_parser(subcommands: Any) -> None:
-    """Adds the subcommand to the command."""
+    """Add the parser of the subcommand."""
     parser = subcommands.add_parser(
         "ablate",
         help="evaluate a checkpoint under several settings and compare them",
-        description="Evaluates every variant of an ablation, each in a folder of its own, and writes ablation.md, "
-        "ablation.json and ablation.csv with paired differences to the baseline. A run that was stopped goes on "
-        "where it stopped.",
+        description="Evaluates every variant of an ablation in a separate folder, and writes ablation.md, "
+        "ablation.json and ablation.csv with paired differences to the baseline. An interrupted run is resumed.",
     )
     parser.add_argument(
         "--config",
         required=True,
         metavar="NAME_OR_YAML",
-        help=f"{', '.join(CONFIGS)}, or a YAML file like theirs",
+        help=f"{', '.join(CONFIGS)}, or a YAML file of the same format",
     )
     add_benchmark_options(parser)
     add_model_options(parser, router=False)
@@ -47,18 +46,18 @@ def add_parser(subcommands: Any) -> None:
         action="append",
         default=[],
         metavar="VARIANT=PATH_OR_ID",
-        help="checkpoint of one variant, where it is not that of --model (may be given again)",
+        help="checkpoint of a variant, if it differs from --model (can be repeated)",
     )
     parser.add_argument(
         "--output-dir",
         metavar="DIR",
-        help="folder of the results (default: ablation_output/CONFIG-BENCHMARK-SPLIT)",
+        help="output folder (default: ablation_output/CONFIG-BENCHMARK-SPLIT)",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the subcommand."""
+    """Run the subcommand."""
     check_model(arguments.model)
     models = dict(_variant_model(text) for text in arguments.variant_model)
     from conceptseg_hf.data import load_benchmarks
@@ -69,12 +68,12 @@ def run(arguments: argparse.Namespace) -> int:
     name = f"{ablation.name}-{folder_name(arguments.benchmark)}-{arguments.split}"
     folder = check_output_dir(arguments.output_dir or f"ablation_output/{name}", *FILES)
     data = {"root": parse_roots(arguments.root), "split": arguments.split, "limit": arguments.limit}
-    as_bad_input(load_benchmarks, arguments.benchmark, **data)  # before a large model is loaded
+    as_bad_input(load_benchmarks, arguments.benchmark, **data)  # check the data before loading a large model
     processes = join_processes()
     if not processes.is_main:
-        be_silent()
+        silence_output()
     model, processor = load_model(arguments)
-    with says_how_to_go_on(folder):
+    with explain_resuming(folder):
         report = as_bad_input(
             ablate,
             ablation,

@@ -1,4 +1,4 @@
-"""What the subcommands' arguments have in common: options, references, and how a model is found."""
+"""Arguments shared by the subcommands: common options, references, and loading of the model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
     from conceptseg_hf.boxes import Box
 
-# conceptseg_hf.router.ROUTER_MODES, which cannot be imported without torch; a test holds the two together.
+# Copy of conceptseg_hf.router.ROUTER_MODES, which requires torch. A test checks that both are equal.
 ROUTERS = ("adaptive", "sam_only", "full_reasoning")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# conceptseg_hf.profiles.PROFILES, likewise.
+# Names in conceptseg_hf.profiles.PROFILES, copied for the same reason.
 PROFILES = ("paper", "released")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -29,12 +29,12 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class BadInputError(Exception):
-    """The user's input cannot be used; the message is one sentence that names input, fault and remedy."""
+    """The user's input is invalid; the message is one sentence with the input, the fault and the remedy."""
 
 
 @dataclass(frozen=True)
 class ReferenceArgument:
-    """A `--reference`: an image, and at most one of a mask, a box (x1, y1, x2, y2) in its pixels, and several boxes."""
+    """A parsed `--reference`: an image with a mask, a box (x1, y1, x2, y2) in pixels, several boxes, or neither."""
 
     image: str
     mask: str | None = None
@@ -43,28 +43,28 @@ class ReferenceArgument:
 
 
 def add_output_option(parser: argparse.ArgumentParser, default: str) -> None:
-    """Adds the option that says where a subcommand writes."""
+    """Add --output-dir."""
     parser.add_argument(
-        "--output-dir", default=default, metavar="DIR", help="folder of the results (default: %(default)s)"
+        "--output-dir", default=default, metavar="DIR", help="output folder (default: %(default)s)"
     )
 
 
-def add_root_option(parser: argparse.ArgumentParser, what: str = "folder of the files") -> None:
-    """Adds --root, which `parse_roots` reads."""
+def add_root_option(parser: argparse.ArgumentParser, what: str = "dataset folder") -> None:
+    """Add --root, whose values are parsed by `parse_roots`."""
     parser.add_argument(
         "--root",
         action="append",
         metavar="[NAME=]DIR",
-        help=f"{what}; NAME=DIR is that of one benchmark where others have another (may be given again; "
-        "concept-shapes needs none)",
+        help=f"{what}; NAME=DIR sets the folder of a single benchmark (can be repeated; not needed for "
+        "concept-shapes)",
     )
 
 
 def parse_roots(given: Sequence[str] | None) -> dict[str, str]:
-    """The folders by benchmark, as `load_benchmarks` takes them.
+    """Parse the values of --root to a dictionary of folders for `load_benchmarks`.
 
     Raises:
-        BadInputError: If a benchmark has two.
+        BadInputError: If two folders are given for the same benchmarks.
     """
     from conceptseg_hf.data import SOURCES
     from conceptseg_hf.data.groups import OTHERS
@@ -75,14 +75,14 @@ def parse_roots(given: Sequence[str] | None) -> dict[str, str]:
         name, folder = (name, folder) if name in SOURCES else (OTHERS, text)
         if name in roots:
             raise BadInputError(
-                f"--root {text!r} is a second folder of the same benchmarks; give one, and NAME=DIR for the others."
+                f"--root {text!r} is a second folder for the same benchmarks; give one, and NAME=DIR for the others."
             )
         roots[name] = folder
     return roots
 
 
 def parse_metrics(given: str | None) -> tuple[str, ...]:
-    """The metrics that --metrics names: some, "all", or those that need no further package."""
+    """Parse --metrics: a list of names, "all", or by default the metrics that need no additional package."""
     from conceptseg_hf.evaluation.metrics import LIBRARY_METRICS, METRICS
 
     if given is None:
@@ -92,96 +92,96 @@ def parse_metrics(given: str | None) -> tuple[str, ...]:
 
 
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what says which samples are scored, and how: --benchmark, --root, --split, --limit and so on."""
+    """Add the options of an evaluation: --benchmark, --root, --split, --limit, --protocol, --metrics, --batch-size."""
     parser.add_argument(
         "--benchmark",
         default="concept-shapes",
         metavar="NAME",
-        help="a benchmark, a group of the paper's suite (table1: the 20 sets of Table 1; ci, cd, cr: the sets of a "
-        "level; all: all 23), or several with commas between them (default: %(default)s)",
+        help="a benchmark, a group of the paper's suite (table1: the 20 datasets of Table 1; ci, cd, cr: the datasets "
+        "of a level; all: all 23), or a comma-separated list (default: %(default)s)",
     )
     add_root_option(parser)
     parser.add_argument(
         "--split",
         default="test",
-        help="split of benchmarks given by name; groups have those of the paper (default: %(default)s)",
+        help="split of benchmarks given by name; groups use the splits of the paper (default: %(default)s)",
     )
     parser.add_argument(
         "--limit",
         type=positive_int,
         metavar="N",
-        help="only the first N samples of each benchmark; "
-        "an output folder goes on with a larger N, not with a smaller one",
+        help="use only the first N samples of each benchmark; a run can be resumed with a larger N, not with a "
+        "smaller one",
     )
     parser.add_argument(
         "--protocol",
         metavar="P",
-        help="how masks are compared: standard, paper or released (default: the profile's, or standard)",
+        help="protocol of the mask comparison: standard, paper or released (default: that of the profile, or standard)",
     )
     parser.add_argument(
         "--metrics",
         metavar="M,M",
-        help="metrics of masks, or all (default: all but f_w and s_measure, which need conceptseg-hf[eval])",
+        help="mask metrics, or all (default: all except f_w and s_measure, which need conceptseg-hf[eval])",
     )
     parser.add_argument(
         "--batch-size",
         type=positive_int,
         default=8,
         metavar="B",
-        help="samples at a time (default: %(default)s)",
+        help="number of samples per batch (default: %(default)s)",
     )
 
 
 def add_model_options(parser: argparse.ArgumentParser, router: bool = True) -> None:
-    """Adds --model, --device, --dtype and, if wanted, --router."""
+    """Add --model, --device, --dtype and optionally --router."""
     parser.add_argument(
         "--model",
         metavar="PATH_OR_ID",
         help="checkpoint folder or hub id (default: the embedded nano checkpoint)",
     )
     parser.add_argument(
-        "--device", help="where to run: cpu, cuda, cuda:1, mps (default: an accelerator if there is one)"
+        "--device", help="device: cpu, cuda, cuda:1, mps (default: an accelerator if available)"
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="number format of the weights (default: the checkpoint's)",
+        help="dtype of the weights (default: that of the checkpoint)",
     )
     if router:
         parser.add_argument(
             "--router",
             choices=ROUTERS,
             default="adaptive",
-            help="adaptive: SAM 3 alone where it is sure enough of the words, else reasoning; or always the "
-            "one or the other",
+            help="adaptive: SAM 3 alone if its confidence in the prompt is high enough, else reasoning; sam_only, "
+            "full_reasoning: always one of them (default: %(default)s)",
         )
 
 
 def add_profile_option(parser: argparse.ArgumentParser) -> None:
-    """Adds --profile."""
+    """Add --profile."""
     parser.add_argument(
         "--profile",
         choices=PROFILES,
-        help="settings of model, processor and evaluation: paper, or released: those of the authors' code "
-        "(docs/weights.md lists them; default: the checkpoint's own)",
+        help="settings of model, processor and evaluation: paper, or released for those of the authors' code "
+        "(see docs/weights.md; default: the settings of the checkpoint)",
     )
 
 
 def add_template_option(parser: argparse.ArgumentParser, default: str = "the checkpoint's") -> None:
-    """Adds --prompt-template, which `read_template` reads."""
+    """Add --prompt-template, whose value is loaded by `read_template`."""
     parser.add_argument(
         "--prompt-template",
         metavar="FILE",
-        help=f"instruction of the VLM, as YAML or JSON (default: {default})",
+        help=f"instruction template of the VLM, as YAML or JSON (default: {default})",
     )
 
 
 def read_template(path: str | None) -> Any:
-    """The template of --prompt-template; None where there is none.
+    """Load the template of --prompt-template; None if the option is not given.
 
     Raises:
-        BadInputError: If it cannot be read.
+        BadInputError: If the template cannot be read.
     """
     if path is None:
         return None
@@ -195,51 +195,51 @@ def set_profile(
     processor: ConceptSegProcessor,
     profile: str | None,
     template: Any = None,
-    tell: bool = True,
+    verbose: bool = True,
 ) -> None:
-    """Gives a loaded model what --profile and --prompt-template say.
+    """Apply --profile and --prompt-template to a loaded model and its processor.
 
     Args:
         model: The model.
         processor: Its processor.
-        profile: A profile, or None.
-        template: A template, or None.
-        tell: Whether to say on standard error what the profile has changed.
+        profile: Name of a profile, or None.
+        template: A prompt template, or None.
+        verbose: Whether to print the changes of the profile to standard error.
     """
     from conceptseg_hf.profiles import apply_profile
 
     if profile is not None:
         changes = apply_profile(model, processor, profile)
         changed = ", ".join(f"{name} {after}" for name, (_, after) in changes.items())
-        if tell:
+        if verbose:
             sys.stderr.write(f"profile {profile}: {changed or 'nothing changes'}\n")
     if template is not None:
         processor.prompt_template = template.to_dict()
 
 
 def parse_reference(text: str) -> ReferenceArgument:
-    """Reads `IMAGE`, `IMAGE:MASK`, `IMAGE:x1,y1,x2,y2` or `IMAGE:x1,y1,x2,y2;x1,y1,x2,y2`.
+    """Parse `IMAGE`, `IMAGE:MASK`, `IMAGE:x1,y1,x2,y2` or `IMAGE:x1,y1,x2,y2;x1,y1,x2,y2`.
 
-    Names may contain colons (drive letters, URLs): the text is cut at the last colon whose left side is a
+    Names may contain colons (drive letters, URLs): the string is split at the last colon whose left side is a
     file or URL and whose right side is a box, a file or a URL.
 
     Raises:
-        BadInputError: If no reading makes sense.
+        BadInputError: If the reference cannot be parsed.
     """
     if not text:
         raise BadInputError("--reference is empty; give IMAGE, IMAGE:MASK.png or IMAGE:x1,y1,x2,y2.")
     if _is(text, Path.is_file):
         return ReferenceArgument(text)
-    cuts = [(text[:i], text[i + 1 :]) for i in range(len(text) - 1, 0, -1) if text[i] == ":"]
-    images = [(head, tail) for head, tail in cuts if _is_readable(head)]
+    splits = [(text[:i], text[i + 1 :]) for i in range(len(text) - 1, 0, -1) if text[i] == ":"]
+    images = [(head, tail) for head, tail in splits if _is_readable(head)]
     for head, tail in images:
         boxes = _parse_boxes(tail)
         if boxes is not None:
             for box in boxes:
                 if not (box[0] < box[2] and box[1] < box[3]):
-                    written = ",".join(f"{number:g}" for number in box)
+                    numbers = ",".join(f"{number:g}" for number in box)
                     raise BadInputError(
-                        f"--reference {head!r}: box {written} is empty; give x1,y1,x2,y2 with x1 < x2 and y1 < y2."
+                        f"--reference {head!r}: box {numbers} is empty; give x1,y1,x2,y2 with x1 < x2 and y1 < y2."
                     )
             return (
                 ReferenceArgument(head, box=boxes[0])
@@ -251,9 +251,9 @@ def parse_reference(text: str) -> ReferenceArgument:
     if is_url(text):
         return ReferenceArgument(text)
     if not images:
-        named = next((head for head, tail in cuts if _parse_boxes(tail) is not None), text)
+        path = next((head for head, tail in splits if _parse_boxes(tail) is not None), text)
         raise BadInputError(
-            f"--reference {named!r} is not a file; give the path of an image, as IMAGE, IMAGE:MASK.png or "
+            f"--reference {path!r} is not a file; give the path of an image, as IMAGE, IMAGE:MASK.png or "
             "IMAGE:x1,y1,x2,y2."
         )
     head, tail = images[-1]
@@ -268,10 +268,10 @@ def parse_reference(text: str) -> ReferenceArgument:
 
 
 def check_image(path: str) -> str:
-    """The path of an image, if it can exist.
+    """Return the path or URL of an image after checking that a path exists.
 
     Raises:
-        BadInputError: If it names no file.
+        BadInputError: If the path is not a file.
     """
     if not _is_readable(path):
         raise BadInputError(f"image {path!r} is not a file; give the path of an image.")
@@ -279,7 +279,7 @@ def check_image(path: str) -> str:
 
 
 def check_model(name: str | None) -> None:
-    """Finds out, before anything is imported, whether a model can exist at all.
+    """Check, before importing the package, that a model is a checkpoint folder or a hub id.
 
     Raises:
         BadInputError: If it is neither a folder with a config.json nor a hub id.
@@ -298,10 +298,10 @@ def check_model(name: str | None) -> None:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
-    """Loads model and processor as --model, --device and --dtype say.
+    """Load model and processor according to --model, --device and --dtype.
 
     Raises:
-        BadInputError: If that does not work.
+        BadInputError: If the model cannot be loaded.
     """
     check_model(arguments.model)
     from conceptseg_hf.loading import load_model_and_processor
@@ -312,16 +312,16 @@ def load_model(arguments: argparse.Namespace) -> tuple[ConceptSegForSegmentation
     except (ValueError, ImportError, OSError) as error:
         reason = _first_sentence(error)
         if arguments.model is not None and not _is(arguments.model, Path.exists):
-            reason = f"model {arguments.model!r} is no folder here, and the hub did not give it: {reason}"
+            reason = f"model {arguments.model!r} is not a local folder and cannot be downloaded from the Hub: {reason}"
         raise BadInputError(reason) from error
     limit_threads(model)
     return model, processor
 
 
 def limit_threads(model: ConceptSegForSegmentation) -> None:
-    """Leaves a small model on a CPU one thread.
+    """Limit a small model on the CPU to one thread.
 
-    Its layers are over before threads have met; on a busy machine they wait for each other.
+    For small layers, the synchronization of threads takes longer than the computation.
     """
     if model.device.type == "cpu" and model.num_parameters() < _SMALL_MODEL:
         import torch
@@ -330,14 +330,14 @@ def limit_threads(model: ConceptSegForSegmentation) -> None:
 
 
 def hide_bars() -> None:
-    """Keeps the bars of libraries out of pipes and logs."""
+    """Hide the progress bars of libraries in pipes and logs."""
     from conceptseg_hf.progress import hide_bars_in_pipes
 
     hide_bars_in_pipes()
 
 
-def be_silent() -> None:
-    """Leaves it to the main process to speak of what all see; errors are told all the same."""
+def silence_output() -> None:
+    """Silence warnings and progress bars in processes other than the main process; errors are still printed."""
     import warnings
 
     from transformers.utils import logging
@@ -347,7 +347,7 @@ def be_silent() -> None:
 
 
 def as_bad_input(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls a function whose ValueError, ImportError and OSError speak to the user."""
+    """Call a function and convert its ValueError, ImportError or OSError to a BadInputError."""
     try:
         return function(*args, **kwargs)
     except (ValueError, ImportError, OSError) as error:
@@ -355,7 +355,7 @@ def as_bad_input(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def installed_version(package: str) -> str:
-    """The version of a package, found without importing it."""
+    """Return the version of a package without importing it."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -365,14 +365,14 @@ def installed_version(package: str) -> str:
 
 
 def positive_int(text: str) -> int:
-    """A whole number above 0, for argparse."""
+    """Parse a positive integer; used as an argparse type."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
 def _first_sentence(error: Exception) -> str:
-    """An error in one sentence; errors of Transformers go on for paragraphs."""
+    """Return the first sentence of an error message; errors of Transformers can have several paragraphs."""
     if isinstance(error, OSError) and error.strerror:
         return os_error_sentence(error)
     text = " ".join(str(error).split()) or type(error).__name__
@@ -380,19 +380,19 @@ def _first_sentence(error: Exception) -> str:
 
 
 def os_error_sentence(error: OSError) -> str:
-    """What the operating system refused, as one sentence."""
-    if not error.strerror:  # it was raised with a sentence of its own
+    """Return a one-sentence message for an error of the operating system."""
+    if not error.strerror:  # raised with a complete message
         return _first_sentence(error)
     what = "a file" if error.filename is None else repr(os.fspath(error.filename))
     if error.errno in _FULL:
-        return f"{what} cannot be written: {error.strerror}; make room there, or give another folder."
+        return f"{what} cannot be written: {error.strerror}; free some disk space, or give another folder."
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"{what} cannot be used: {error.strerror}; give another folder, or change its permissions."
-    return f"{what} cannot be used: {error.strerror}; give another."
+    return f"{what} cannot be used: {error.strerror}; give another path."
 
 
 def _parse_boxes(text: str) -> tuple[Box, ...] | None:
-    """One box or several with semicolons between them; None if one of them is none."""
+    """Parse one box or several boxes separated by semicolons; None if any of them is invalid."""
     boxes: list[Box] = []
     try:
         for box in text.split(";"):
@@ -408,13 +408,13 @@ def _is_readable(name: str) -> bool:
 
 
 def _is(name: str, kind: Callable[[Path], bool]) -> bool:
-    """`Path.is_file` and its like, for anything a user may type."""
+    """Call `Path.is_file` or a similar method; False for invalid paths."""
     try:
         return kind(Path(name))
-    except (OSError, ValueError):  # longer than a name can be, or with a null byte
+    except (OSError, ValueError):  # too long, or contains a null byte
         return False
 
 
 def is_url(name: str) -> bool:
-    """Whether an image is fetched and not opened."""
+    """Whether an image is a URL instead of a path."""
     return re.match(r"https?://[^/]", name) is not None

@@ -1,4 +1,4 @@
-"""`conceptseg compare`: two evaluations of the same samples, sample by sample."""
+"""`conceptseg compare`: paired comparison of two evaluations of the same samples."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ FILES = ("comparison.md", "comparison.json", "comparison.csv", "gallery.html")
 
 
 def add_parser(subcommands: Any) -> None:
-    """Adds the subcommand to the command."""
+    """Add the parser of the subcommand."""
     parser = subcommands.add_parser(
         "compare",
         help="compare two evaluations sample by sample",
-        description="Writes comparison.md, comparison.json, comparison.csv (a sample a line) and gallery.html (the "
-        "samples that differ most). Differences are B - A.",
+        description="Writes comparison.md, comparison.json, comparison.csv (one sample per line) and gallery.html "
+        "(the samples that differ most). Differences are B - A.",
     )
     parser.add_argument("first", metavar="A", help="output folder of an evaluation")
     parser.add_argument(
-        "second", metavar="B", help="output folder of another, of the same benchmarks under the same protocol"
+        "second",
+        metavar="B",
+        help="output folder of another evaluation with the same benchmarks and protocol",
     )
-    add_root_option(parser, "folder of the benchmark's files, for the pictures of the gallery")
+    add_root_option(parser, "dataset folder, needed for the images in the gallery")
     add_output_option(parser, "comparison_output")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the subcommand."""
+    """Run the subcommand."""
     for folder in (arguments.first, arguments.second):
         if not Path(folder).is_dir():
-            raise BadInputError(f"{folder!r} is no folder; give an output folder of conceptseg evaluate.")
+            raise BadInputError(f"{folder!r} is not a folder; give an output folder of conceptseg evaluate.")
     folder = check_output_dir(arguments.output_dir, *FILES)
     from conceptseg_hf.data import SOURCES, load_benchmarks
     from conceptseg_hf.data.registry import PROCEDURAL
@@ -46,9 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     def open_samples(name: str, split: str) -> Any:
         first = comparison.settings[0]
-        drawn = {"seed": first.get("seed", 42), "loader": first.get("loader", "default")}
+        sampling = {"seed": first.get("seed", 42), "loader": first.get("loader", "default")}
         root = None if name in PROCEDURAL else roots
-        return as_bad_input(load_benchmarks, name, root=root, split=split, **drawn)
+        return as_bad_input(load_benchmarks, name, root=root, split=split, **sampling)
 
     folder.mkdir(parents=True, exist_ok=True)
     comparison.write(folder, open_samples if readable else None)
@@ -57,5 +59,5 @@ def run(arguments: argparse.Namespace) -> int:
     if readable:
         print(folder / "gallery.html")
     else:
-        print("without pictures: give the benchmark's files with --root")
+        print("gallery.html was not written; give the dataset folder with --root")
     return 0

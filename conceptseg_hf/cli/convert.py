@@ -1,4 +1,4 @@
-"""`conceptseg convert`: published weights become one folder for Auto classes, or go back to the authors' layout."""
+"""`conceptseg convert`: conversion of published weights to a checkpoint for Auto classes, and back."""
 
 from __future__ import annotations
 
@@ -10,62 +10,65 @@ from .outputs import check_output_dir
 
 
 def add_parser(subcommands: Any) -> None:
-    """Adds the subcommand to the command."""
+    """Add the parser of the subcommand."""
     parser = subcommands.add_parser(
         "convert",
-        help="make one checkpoint of published weights, or bring one back to the authors' layout",
-        description="Joins a ConceptSeg-R1 checkpoint in the authors' layout and SAM 3 in one folder that "
-        "AutoModel and AutoProcessor load. Memory holds one shard at a time.",
+        help="convert published weights to a checkpoint, or a checkpoint to the authors' layout",
+        description="Combines a ConceptSeg-R1 checkpoint in the authors' layout and SAM 3 in one folder that can be "
+        "loaded with AutoModel and AutoProcessor. At most one shard is kept in memory.",
     )
     parser.add_argument(
         "--checkpoint",
         required=True,
         metavar="DIR_OR_ID",
-        help="the authors' checkpoint, such as zhaoyuan666/ConceptSeg-R1-7B (with --to-original: one of ours)",
+        help="the authors' checkpoint, such as zhaoyuan666/ConceptSeg-R1-7B; with --to-original, a converted "
+        "checkpoint",
     )
     parser.add_argument(
         "--sam",
         metavar="DIR_OR_ID",
-        help="SAM 3: facebook/sam3, its folder, Meta's sam3.pt, or a checkpoint of ours",
+        help="SAM 3: facebook/sam3, its folder, Meta's sam3.pt, or a converted checkpoint",
     )
-    parser.add_argument("--out", metavar="DIR", help="the folder to make")
+    parser.add_argument("--out", metavar="DIR", help="output folder")
     parser.add_argument(
         "--to-original", action="store_true", help="write the VLM and the CTM in the authors' layout"
     )
     parser.add_argument(
         "--allow-mismatch",
         action="store_true",
-        help="leave out tensors that are missing, unknown or of another shape, instead of refusing them",
+        help="skip tensors that are missing, unexpected or have another shape, instead of stopping with an error",
     )
     parser.add_argument(
         "--profile",
         choices=PROFILES,
-        help="settings that the folder gets: those of the authors' code, or the paper's (docs/weights.md lists them; "
-        "default: released)",
+        help="settings of the converted checkpoint: released for those of the authors' code, or paper (see "
+        "docs/weights.md; default: released)",
     )
-    add_template_option(parser, "the profile's")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be written, and stop")
+    add_template_option(parser, "that of the profile")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print a summary of the conversion without writing files"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the subcommand."""
+    """Run the subcommand."""
     if arguments.to_original and arguments.sam is not None:
         raise BadInputError(
-            "--sam has no use with --to-original: the authors' layout holds no SAM 3; leave it out."
+            "--sam cannot be combined with --to-original, because the authors' layout does not contain SAM 3; omit it."
         )
     if not arguments.to_original and arguments.sam is None:
-        raise BadInputError("--sam is missing; name SAM 3's weights, such as facebook/sam3.")
+        raise BadInputError("--sam is missing; give the SAM 3 weights, such as facebook/sam3.")
     if arguments.to_original and arguments.dry_run:
-        raise BadInputError("--dry-run has no use with --to-original; leave one of them out.")
+        raise BadInputError("--dry-run cannot be combined with --to-original; omit one of them.")
     for option in ("profile", "prompt_template"):
         if arguments.to_original and getattr(arguments, option) is not None:
             raise BadInputError(
-                f"--{option.replace('_', '-')} has no use with --to-original, which keeps the settings that there are; "
-                "leave it out."
+                f"--{option.replace('_', '-')} cannot be combined with --to-original, which keeps the settings of the "
+                "checkpoint; omit it."
             )
     if arguments.out is None and not arguments.dry_run:
-        raise BadInputError("--out is missing; name the folder to make.")
+        raise BadInputError("--out is missing; give the output folder.")
     if not arguments.dry_run:
         check_output_dir(arguments.out, option="--out")
 
@@ -86,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     print(
-        f"{folder}: {size / 1e9:.2f} GB of weights; {conversion.MANIFEST_NAME} has the hashes of their sources"
+        f"{folder}: {size / 1e9:.2f} GB of weights; {conversion.MANIFEST_NAME} contains the hashes of the sources"
     )
     return 0
 
@@ -97,6 +100,6 @@ def _dry_run(plan: Any) -> int:
         formats = sorted({str(step.dtype).removeprefix("torch.") for step in steps})
         size = sum(step.nbytes for step in steps)
         print(f"{part}  {len(steps):5} tensors  {size / 1e9:7.3f} GB  {', '.join(formats)}")
-    print(f"left behind on purpose: {len(plan.ignored)} tensors")
+    print(f"ignored: {len(plan.ignored)} tensors")
     print("fits" if plan.fits else f"does not fit: {plan.mismatches()}")
     return 0 if plan.fits else 1

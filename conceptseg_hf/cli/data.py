@@ -1,4 +1,4 @@
-"""`conceptseg data`: which data sets there are, and whether one is complete."""
+"""`conceptseg data`: list of the benchmarks, and checks that their datasets are complete."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from .arguments import add_root_option, as_bad_input, parse_roots
 
 
 def add_parser(subcommands: Any) -> None:
-    """Adds the subcommand to the command."""
+    """Add the parser of the subcommand."""
     parser = subcommands.add_parser(
         "data",
-        help="list the benchmarks, and check their files",
-        description="Lists the benchmarks of the suite, or says what of them is there.",
+        help="list the benchmarks and check their files",
+        description="Lists the benchmarks of the suite, or checks whether their files are complete.",
     )
     actions = parser.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
-    listing = actions.add_parser("list", help="every benchmark: what it asks, how much there is, and where")
+    listing = actions.add_parser("list", help="list all benchmarks with prompts, sample counts and sources")
     listing.set_defaults(run=run_list)
     check = actions.add_parser(
         "check",
-        help="say what of benchmarks is there, what is missing, and whether counts match the paper",
-        description="Reads true masks and all references; of other images only the headers. Exit code 0: all is there "
-        "and can be used; 1: something is missing or cannot be used, or a count differs; 2: bad input.",
+        help="report available and missing files, and whether the counts match the paper",
+        description="Reads ground-truth masks and references completely, and the headers of all other images. Exit "
+        "code 0: complete and usable; 1: files are missing or unusable, or a count differs; 2: invalid input.",
     )
     check.add_argument(
         "name",
         metavar="NAME",
-        help="a benchmark, as conceptseg data list has it, a group (table1, ci, cd, cr, all), or several with commas "
-        "between them",
+        help="a benchmark listed by conceptseg data list, a group (table1, ci, cd, cr, all), or a comma-separated "
+        "list of them",
     )
     add_root_option(check)
     check.add_argument(
         "--split",
-        help="split of benchmarks given by name (default: those that the paper counts, of your own data all); groups "
-        "have those of the paper",
+        help="split of benchmarks given by name (default: the splits that the paper counts, or all splits of custom "
+        "data); groups use the splits of the paper",
     )
     check.set_defaults(run=run_check)
 
 
 def run_list(arguments: argparse.Namespace) -> int:
-    """Prints the suite."""
+    """Print the list of benchmarks."""
     from conceptseg_hf.data import SOURCES, SUITE
 
-    headings = ("name", "title", "level", "group", "counts", "asks", "layout", "published")
+    headings = ("name", "title", "level", "group", "counts", "prompt", "layout", "published")
     for title, names in (
         ("The paper's suite (Tables 5 and 6):", SUITE),
         ("Other sources:", [name for name in SOURCES if name not in SUITE]),
@@ -55,12 +55,12 @@ def run_list(arguments: argparse.Namespace) -> int:
             print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
         notes = [f"  {name}: {SOURCES[name].note}." for name in names if SOURCES[name].note]
         print("\n".join(notes), end="\n\n")
-    print("concept-shapes is drawn from seeds and needs no files.")
+    print("concept-shapes is generated from random seeds and needs no files.")
     return 0
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    """Prints the state of benchmarks; 0 if all are complete, else 1."""
+    """Print the state of benchmarks; return 0 if all are complete, else 1."""
     from conceptseg_hf.data import SOURCES, check_benchmarks
 
     checks = as_bad_input(
@@ -80,17 +80,17 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 
 def _row(source: Any) -> tuple[str, ...]:
-    # The paper's counts; of its own sets those of the splits that it names.
+    # Counts of the splits that the paper uses; if it uses none, counts of all splits.
     splits = source.paper_splits or tuple(source.counts)
     counts = ", ".join(f"{split} {source.counts[split] or ''}".strip() for split in splits)
-    asks = "its own words" if source.problem is None else source.problem
+    prompt = "the prompts of the data" if source.problem is None else source.problem
     return (
         source.name,
         source.title,
         source.level,
         source.group,
         counts,
-        asks,
+        prompt,
         source.layout,
         source.published,
     )

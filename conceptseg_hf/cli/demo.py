@@ -1,4 +1,4 @@
-"""`conceptseg demo`: the embedded checkpoint on the first test samples of ConceptShapes."""
+"""`conceptseg demo`: segmentation of the first ConceptShapes test samples."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ if TYPE_CHECKING:
     from conceptseg_hf import ConceptSegmentation
     from conceptseg_hf.data import ConceptSample
 
-# One round of the benchmark: it goes through its ten groups, so these are the first samples of each, whatever
-# comes out.
+# The benchmark cycles through its ten groups, so that these samples cover all of them and are not hand-picked.
 _SAMPLES = 12
 _BATCH = 4
 
 
 def add_parser(subcommands: Any) -> None:
-    """Adds the subcommand to the command."""
+    """Add the parser of the subcommand."""
     parser = subcommands.add_parser(
         "demo",
         help="segment the first ConceptShapes test samples",
-        description="Segments the first test samples of ConceptShapes, which go round all its groups, and "
-        "writes pictures and results.json.",
+        description="Segments the first test samples of ConceptShapes, which cover all of its groups, and "
+        "writes visualizations and results.json.",
     )
     parser.add_argument(
         "--samples",
         type=positive_int,
         default=_SAMPLES,
         metavar="N",
-        help="the first N samples (default: %(default)s)",
+        help="number of samples (default: %(default)s)",
     )
     add_model_options(parser)
     add_output_option(parser, "demo_output")
@@ -40,7 +39,7 @@ def add_parser(subcommands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the subcommand."""
+    """Run the subcommand."""
     folder = check_output_dir(arguments.output_dir, "results.json")
     model, processor = load_model(arguments)
 
@@ -65,24 +64,24 @@ def run(arguments: argparse.Namespace) -> int:
     present = [record["foreground_iou"] for record in records if record["present"]]
     if present:
         print(
-            f"mean foreground IoU over the {len(present)} samples that show their concept: "
+            f"mean foreground IoU over the {len(present)} samples that contain their concept: "
             f"{sum(present) / len(present):.2f}"
         )
-    print(f"{len(records)} pictures and results.json are in {folder}")
+    print(f"wrote {len(records)} visualizations and results.json to {folder}")
     return 0
 
 
 def _save(sample: ConceptSample, result: ConceptSegmentation, folder: Path, number: int) -> dict[str, Any]:
-    """Writes the picture of one sample and returns its record."""
+    """Write the visualization of one sample and return its record."""
     from conceptseg_hf.evaluation.records import make_record
     from conceptseg_hf.visualization import caption_of, panel
     from conceptseg_hf.writing import image_bytes, write_file
 
     name = f"{number:02d}_{sample.level}_{sample.group.replace(' ', '-')}.png"
     record = {"picture": name} | make_record(sample, result)
-    found, index = result.check, result.check_reference
-    check = None if found is None or index is None else (index, found)
-    picture = panel(
+    check_box, index = result.check, result.check_reference
+    check = None if check_box is None or index is None else (index, check_box)
+    figure = panel(
         sample.image,
         result.mask,
         references=sample.references,
@@ -91,7 +90,7 @@ def _save(sample: ConceptSample, result: ConceptSegmentation, folder: Path, numb
         ground_truth=sample.mask,
         caption=caption_of(result, sample.prompt, f"foreground IoU {record['foreground_iou']:.2f}"),
     )
-    as_bad_input(write_file, folder / name, image_bytes(picture))
+    as_bad_input(write_file, folder / name, image_bytes(figure))
     return record
 
 

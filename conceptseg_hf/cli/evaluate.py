@@ -1,4 +1,4 @@
-"""`conceptseg evaluate`: a benchmark's records, its table, and one line of foreground IoU."""
+"""`conceptseg evaluate`: evaluation of a checkpoint on benchmarks, with records and a report."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from .arguments import (
     add_profile_option,
     add_template_option,
     as_bad_input,
-    be_silent,
     check_model,
     load_model,
     parse_metrics,
     parse_roots,
     read_template,
     set_profile,
+    silence_output,
 )
-from .outputs import check_output_dir, check_output_file, folder_name, says_how_to_go_on
+from .outputs import check_output_dir, check_output_file, explain_resuming, folder_name
 
 FILES = ("records.jsonl", "settings.json", "report.md", "report.json", "report.csv", "gallery.html")
 
 
 def add_parser(subcommands: Any) -> None:
-    """Adds the subcommand to the command."""
+    """Add the parser of the subcommand."""
     parser = subcommands.add_parser(
         "evaluate",
-        help="score a checkpoint on benchmarks",
-        description="Writes records.jsonl and the report. A run that was stopped goes on where it stopped. Several "
-        "processes share the samples: accelerate launch --num_processes N -m conceptseg_hf.cli evaluate ... on GPUs, "
-        "torchrun --nproc_per_node N -m conceptseg_hf.cli evaluate ... anywhere.",
+        help="evaluate a checkpoint on benchmarks",
+        description="Writes records.jsonl and the report. An interrupted run is resumed. To distribute the samples "
+        "over several processes, use accelerate launch --num_processes N -m conceptseg_hf.cli evaluate ... on GPUs, or "
+        "torchrun --nproc_per_node N -m conceptseg_hf.cli evaluate ... on any device.",
     )
     add_benchmark_options(parser)
     parser.add_argument(
@@ -41,28 +41,28 @@ def add_parser(subcommands: Any) -> None:
         type=int,
         default=42,
         metavar="S",
-        help="seed by which references are drawn (default: %(default)s)",
+        help="random seed of the reference selection (default: %(default)s)",
     )
     parser.add_argument(
         "--groups",
         metavar="G,G",
-        help="groups of concept-shapes, beside those of Table 1: which one, hidden rule (default: those of Table 1)",
+        help="groups of concept-shapes: those of Table 1 (default), or additionally: which one, hidden rule",
     )
     parser.add_argument(
         "--routing-regret",
         action="store_true",
-        help="run the route that was not taken as well, to say what the router loses",
+        help="also run the route that was not selected, and report the regret of the router",
     )
     parser.add_argument(
         "--judgements",
         metavar="FILE",
-        help="whether each think and rule is right, as .csv or .jsonl (sample_id, think, rule), for the eight outcomes "
-        "of the paper's appendix J; or exact-rule: compare rules with the true ones, where a benchmark has them",
+        help="correctness of each think and rule, as .csv or .jsonl (sample_id, think, rule), for the eight outcomes "
+        "of the paper's appendix J; or exact-rule to compare rules with the ground truth, if the benchmark has any",
     )
     parser.add_argument(
         "--annotation-sheet",
         metavar="FILE",
-        help="write a new .csv file of the completions, to be filled in and given to --judgements",
+        help="write the completions to a new .csv file for annotation, which can then be given to --judgements",
     )
     add_model_options(parser)
     add_profile_option(parser)
@@ -70,20 +70,20 @@ def add_parser(subcommands: Any) -> None:
     parser.add_argument(
         "--output-dir",
         metavar="DIR",
-        help="folder of the results (default: evaluation_output/BENCHMARK[-GROUPS]-SPLIT-ROUTER)",
+        help="output folder (default: evaluation_output/BENCHMARK[-GROUPS]-SPLIT-ROUTER)",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the subcommand."""
+    """Run the subcommand."""
     check_model(arguments.model)
     sheet = arguments.annotation_sheet
     if sheet is not None:
         check_output_file(sheet, "--annotation-sheet")
         if Path(sheet).exists():
             raise BadInputError(
-                f"--annotation-sheet {sheet!r} exists already and may be filled in; give another name."
+                f"--annotation-sheet {sheet!r} already exists and may contain annotations; give another name."
             )
     groups = None if arguments.groups is None else [name.strip() for name in arguments.groups.split(",")]
     name = "-".join(
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     profile = as_bad_input(get_profile, arguments.profile or profile_of(arguments.model) or "paper")
     processes = join_processes()
     if not processes.is_main:
-        be_silent()
+        silence_output()
     samples = as_bad_input(
         load_benchmarks,
         arguments.benchmark,
@@ -118,8 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
         groups=groups,
     )
     model, processor = load_model(arguments)
-    set_profile(model, processor, arguments.profile, template, tell=processes.is_main)
-    with says_how_to_go_on(folder):
+    set_profile(model, processor, arguments.profile, template, verbose=processes.is_main)
+    with explain_resuming(folder):
         report = as_bad_input(
             evaluate,
             model,

@@ -1,4 +1,4 @@
-"""`conceptseg info`: versions, devices, what a checkpoint holds, and where recipes and the like lie."""
+"""`conceptseg info`: versions, devices, contents of a checkpoint, and folders of recipes and examples."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ _PACKAGES = ("conceptseg-hf", "torch", "torchvision", "transformers", "accelerat
 
 
 def add_parser(subcommands: Any) -> None:
-    """Adds the subcommand to the command."""
-    parser = subcommands.add_parser("info", help="show versions, devices and what a checkpoint holds")
-    named = "checkpoint folder or hub id (default: the embedded nano checkpoint)"
-    parser.add_argument("folder", nargs="?", metavar="PATH_OR_ID", help=named)
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="the same")
+    """Add the parser of the subcommand."""
+    parser = subcommands.add_parser("info", help="show versions, devices and the contents of a checkpoint")
+    checkpoint_help = "checkpoint folder or hub id (default: the embedded nano checkpoint)"
+    parser.add_argument("folder", nargs="?", metavar="PATH_OR_ID", help=checkpoint_help)
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="same as the positional argument")
     parser.add_argument(
         "--hashes",
         action="store_true",
-        help="read the weight files for their SHA-256, and compare it with what conversion.json says",
+        help="compute the SHA-256 of the weight files and compare it with conversion.json",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the subcommand."""
+    """Run the subcommand."""
     import platform
 
     if arguments.folder is not None and arguments.model is not None:
-        raise BadInputError("the checkpoint is named twice; leave --model out.")
+        raise BadInputError("the checkpoint is given twice; omit --model.")
     checkpoint = arguments.folder or arguments.model
     check_model(checkpoint)
     import torch
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _describe(checkpoint: str) -> dict[str, str]:
-    """What the config says, and the parameters of each part (counted without loading weights)."""
+    """Describe the config and the number of parameters of each part, without loading weights."""
     import torch
 
     from conceptseg_hf import ConceptSegForSegmentation
@@ -80,20 +80,20 @@ def _describe(checkpoint: str) -> dict[str, str]:
     rows["  queries"] = (
         f"{config.ctm_config.num_queries} concept tokens, hidden states at {config.hidden_states_at!r}"
     )
-    rows["  preset"] = _preset_of(config) or "none of the presets"
+    rows["  preset"] = _preset_of(config) or "none"
     if config.profile is not None:
         rows["  profile"] = config.profile
-    rows["  router"] = f"threshold {config.router_base} for one word, doubling with each further word"
+    rows["  router"] = f"threshold {config.router_base} for one word, doubled for each additional word"
     return rows
 
 
 def _preset_of(config: Any) -> str | None:
-    """The preset whose VLM has these sizes."""
+    """Return the name of the preset with the same VLM sizes."""
     from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
     from conceptseg_hf.presets import PRESETS
 
-    def sizes(one: Any) -> tuple[int, ...]:
-        text, vision = one.get_text_config(), one.vlm_config.vision_config
+    def sizes(config: Any) -> tuple[int, ...]:
+        text, vision = config.get_text_config(), config.vlm_config.vision_config
         return text.hidden_size, text.num_hidden_layers, text.vocab_size, vision.hidden_size, vision.depth
 
     return next(
@@ -102,7 +102,7 @@ def _preset_of(config: Any) -> str | None:
 
 
 def _describe_files(checkpoint: str, hashes: bool) -> dict[str, str]:
-    """What the headers of the weight files say, where they lie on this disk."""
+    """Describe local weight files from their headers."""
     from collections import defaultdict
     from pathlib import Path
 
@@ -111,7 +111,7 @@ def _describe_files(checkpoint: str, hashes: bool) -> dict[str, str]:
 
     folder = Path(checkpoint)
     if not any(folder.glob("*.safetensors")):
-        return {}  # on the hub, or a configuration alone
+        return {}  # a hub id, or a folder without weights
     weights = SafetensorsSource(folder)
     sizes: dict[str, int] = defaultdict(int)
     formats: dict[str, set[str]] = defaultdict(set)
@@ -131,13 +131,13 @@ def _describe_files(checkpoint: str, hashes: bool) -> dict[str, str]:
     if hashes:
         recorded = manifest.get("files", {})
         for name, file in describe_files(weights.files, "hashing").items():
-            said = recorded.get(name, {}).get("sha256")
+            expected = recorded.get(name, {}).get("sha256")
             remark = (
                 ""
-                if said is None
-                else ", as converted"
-                if said == file["sha256"]
-                else ", CHANGED since converted"
+                if expected is None
+                else ", unchanged since conversion"
+                if expected == file["sha256"]
+                else ", CHANGED since conversion"
             )
             rows[f"  {name}"] = f"sha256 {file['sha256']}{remark}"
     return rows

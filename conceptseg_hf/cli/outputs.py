@@ -1,4 +1,4 @@
-"""Where subcommands write: what cannot be written is refused before anything is loaded."""
+"""Output paths of the subcommands, which are checked before a model is loaded, and output encoding."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from pathlib import Path
 
 from .arguments import BadInputError
 
-# Most file systems take names of 255 bytes.
+# Most file systems limit names to 255 bytes.
 _LONGEST_NAME = 255
 _HASH_LENGTH = 8
-# Enough to notice a full disk, for which an empty file may still have room.
+# Large enough to detect a full disk, on which an empty file can often still be created.
 _PROBE = b"\0" * 4096
 
 
 def check_output_dir(path: str | Path, *files: str, option: str = "--output-dir") -> Path:
-    """Finds out whether a folder can be made and written; makes nothing, as the subcommand may still be refused.
+    """Check that a folder can be created and written, without creating it.
 
     Args:
-        path: The folder, which need not be there yet.
-        files: Names of files that will be written in it, where these are known.
-        option: What gave the folder, for the message.
+        path: The folder, which does not need to exist.
+        files: Names of files that will be written in the folder, if known.
+        option: Name of the command-line option, for the message.
 
     Raises:
-        BadInputError: If it cannot.
+        BadInputError: If the folder or a file cannot be written.
     """
     fault = find_write_error(Path(path), files)
     if fault is not None:
@@ -38,10 +38,10 @@ def check_output_dir(path: str | Path, *files: str, option: str = "--output-dir"
 
 
 def check_output_file(path: str | Path, option: str) -> None:
-    """The same for a single file.
+    """Check that a single file can be written, without creating it.
 
     Raises:
-        BadInputError: If it cannot be written.
+        BadInputError: If the file cannot be written.
     """
     fault = find_write_error(Path(path).parent, [Path(path).name])
     if fault is not None:
@@ -49,34 +49,34 @@ def check_output_file(path: str | Path, option: str) -> None:
 
 
 def folder_name(benchmarks: str) -> str:
-    """The value of --benchmark as a part of a folder's name."""
+    """Convert the value of --benchmark to a part of a folder name."""
     return shorten_name(re.sub(r"[,\s]+", "+", benchmarks.strip()), reserved=60)
 
 
 def shorten_name(name: str, reserved: int) -> str:
-    """A name that fits in a file system; what is too long ends in a hash of all of it.
+    """Shorten a name to the limit of file systems; a name that is too long is cut and ends in its hash.
 
     Args:
         name: The name.
-        reserved: Bytes to leave free for what will follow.
+        reserved: Number of bytes reserved for a suffix.
     """
     content = name.encode("utf-8", "surrogateescape")
     if len(content) <= _LONGEST_NAME - reserved:
         return name
     digest = hashlib.sha256(content).hexdigest()[:_HASH_LENGTH]
     kept = content[: _LONGEST_NAME - reserved - len(digest) - 1]
-    # A character of several bytes may have been cut; a file name with bytes of no character is cut there as well.
+    # Drops a partially cut multi-byte character, and bytes of the name that are not valid UTF-8.
     return f"{kept.decode(errors='ignore').rstrip()}-{digest}"
 
 
 def find_write_error(folder: Path, files: Sequence[str] = ()) -> str | None:
-    """Why a folder, or files in it, cannot be written; None if they can.
+    """Return the reason why a folder, or files in it, cannot be written; None if they can.
 
-    Tries, as permission bits do not say all: a temporary file where the folder will be, and the files there are.
+    Permission bits are not sufficient, so a temporary file is created and existing files are opened for writing.
 
     Args:
-        folder: The folder, which need not be there yet.
-        files: Names of files in it.
+        folder: The folder, which does not need to exist.
+        files: Names of files in the folder.
     """
     place = folder
     try:
@@ -99,26 +99,26 @@ def find_write_error(folder: Path, files: Sequence[str] = ()) -> str | None:
 
 
 @contextmanager
-def says_how_to_go_on(folder: Path) -> Iterator[None]:
-    """A block that may be stopped by Ctrl-C, as all that it has made is in a folder from which it goes on."""
+def explain_resuming(folder: Path) -> Iterator[None]:
+    """Context manager that, on Ctrl-C, explains how to resume the run from its output folder."""
     try:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"stopped; what was evaluated is kept in {str(folder)!r}, and the same command goes on from there."
+            f"interrupted; the records are kept in {str(folder)!r}, and the same command resumes the run."
         ) from None
 
 
 def make_printable() -> None:
-    """Lets standard output take any text, also where its encoding is ASCII; names of files are printed as they are."""
+    """Make standard output and error accept any string: unsupported characters are escaped, file names are not."""
     codecs.register_error("conceptseg", _escape)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a test or a notebook may have put something else there
+        if hasattr(stream, "reconfigure"):  # tests and notebooks may replace the streams
             stream.reconfigure(errors="conceptseg")
 
 
 def _escape(error: UnicodeError) -> tuple[bytes, int]:
-    """Handles what an encoding lacks: bytes of file names as they were, all else as an escape."""
+    """Codec error handler: write undecodable bytes of file names unchanged, and escape all other characters."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]

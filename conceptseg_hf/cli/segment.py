@@ -1,4 +1,4 @@
-"""`conceptseg segment`: one image, one prompt, any references; mask, overlay and JSON out."""
+"""`conceptseg segment`: segmentation of one image with a prompt and optional references."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _RESERVED = len("-9999_overlay.png")
 
 
 def add_parser(subcommands: Any) -> None:
-    """Adds the subcommand to the command."""
+    """Add the parser of the subcommand."""
     parser = subcommands.add_parser(
         "segment",
-        help="segment what a prompt means in one image",
-        description="Writes NAME_mask.png, NAME_overlay.png (references | image with the answer's box | "
-        "mask) and NAME.json. NAME is the image's name without its ending; where these names are taken by anything but "
-        "earlier results of the image, NAME-2, NAME-3 and so on. A very long NAME is cut.",
+        help="segment a concept in one image",
+        description="Writes NAME_mask.png, NAME_overlay.png (references | image with predicted box | mask) and "
+        "NAME.json. NAME is the file name of the image without extension. If these files exist and are not earlier "
+        "results of the same image, NAME-2, NAME-3 and so on are used. A very long NAME is shortened.",
     )
     parser.add_argument("image", metavar="IMAGE", help="path or URL of the image")
     parser.add_argument(
@@ -52,30 +52,30 @@ def add_parser(subcommands: Any) -> None:
         action="append",
         default=[],
         metavar="IMG[:MASK.png|:x1,y1,x2,y2[;x1,y1,x2,y2...]]",
-        help="an image that shows the concept, with a mask or boxes (pixels) around it or without; may be "
-        "given up to nine times",
+        help="reference image that shows the concept, optionally with a mask or boxes (in pixels); can be repeated up "
+        "to nine times",
     )
     add_model_options(parser)
     add_profile_option(parser)
     add_template_option(parser)
     parser.add_argument(
-        "--max-new-tokens", type=positive_int, metavar="N", help="most tokens the reasoning may take"
+        "--max-new-tokens", type=positive_int, metavar="N", help="maximum number of generated tokens"
     )
     add_output_option(parser, "conceptseg_output")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the subcommand."""
+    """Run the subcommand."""
     image = check_image(arguments.image)
-    given = [parse_reference(text) for text in arguments.reference]
+    parsed = [parse_reference(text) for text in arguments.reference]
     if not arguments.prompt.strip():
-        raise BadInputError('--prompt is empty; say what to segment, such as --prompt "red circle".')
+        raise BadInputError('--prompt is empty; give the concept to segment, such as --prompt "red circle".')
     folder = Path(arguments.output_dir)
-    inputs = [name for item in given for name in (item.image, item.mask) if name is not None]
-    json_path, *pictures = _free_paths(folder, image, inputs)
-    paths = dict(zip(("mask", "overlay"), pictures, strict=True))
-    check_output_dir(folder, *(path.name for path in (*pictures, json_path)))
+    inputs = [name for item in parsed for name in (item.image, item.mask) if name is not None]
+    json_path, *image_paths = _free_paths(folder, image, inputs)
+    paths = dict(zip(("mask", "overlay"), image_paths, strict=True))
+    check_output_dir(folder, *(path.name for path in (*image_paths, json_path)))
     template = read_template(arguments.prompt_template)
     model, processor = load_model(arguments)
     set_profile(model, processor, arguments.profile, template)
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     from conceptseg_hf.visualization import caption_of, panel
     from conceptseg_hf.writing import image_bytes, json_text, write_files
 
-    references = [Reference(item.image, mask=item.mask, box=item.box, boxes=item.boxes) for item in given]
+    references = [Reference(item.image, mask=item.mask, box=item.box, boxes=item.boxes) for item in parsed]
     sample = as_bad_input(processor.prepare, image, arguments.prompt, references, lazy=True)
     generation = {"max_new_tokens": arguments.max_new_tokens} if arguments.max_new_tokens else None
     result = model.segment(
@@ -93,9 +93,9 @@ def run(arguments: argparse.Namespace) -> int:
     )[0]
     if result.error is not None or result.mask is None:
         raise BadInputError(result.error)
-    found, index = result.check, result.check_reference
-    check = None if found is None or index is None else (index, found)
-    picture = panel(
+    check_box, index = result.check, result.check_reference
+    check = None if check_box is None or index is None else (index, check_box)
+    figure = panel(
         load_image(image),
         result.mask,
         references=references,
@@ -113,18 +113,18 @@ def run(arguments: argparse.Namespace) -> int:
     }
     record |= {key: value for key, value in result.to_dict().items() if key not in ("mask", "heatmap")}
     record |= {key: path.name for key, path in paths.items()}
-    # The JSON file first: it says whose the pictures are.
+    # The JSON file is written first, because it identifies the image that the other files belong to.
     contents = {
         json_path: json_text(record, indent=2) + "\n",
         paths["mask"]: image_bytes(result.mask),
-        paths["overlay"]: image_bytes(picture),
+        paths["overlay"]: image_bytes(figure),
     }
     as_bad_input(write_files, contents)
 
-    covered = sum(result.mask.histogram()[128:]) / (result.mask.width * result.mask.height)
+    coverage = sum(result.mask.histogram()[128:]) / (result.mask.width * result.mask.height)
     print(
         f"{result.route}: {result.label!r}, score {result.score:.2f}, presence "
-        f"{result.decode_presence:.2f}, {covered:.1%} of the image"
+        f"{result.decode_presence:.2f}, {coverage:.1%} of the image"
     )
     for path in (*paths.values(), json_path):
         print(path)
@@ -132,7 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _free_paths(folder: Path, image: str, inputs: Sequence[str]) -> list[Path]:
-    """Where JSON, mask and overlay go: the image's stem, or the first of stem-2, stem-3, ... that nothing else has."""
+    """Return the paths of JSON, mask and overlay, named after the image or the first unused of stem-2, stem-3, ..."""
     stem = _file_stem(image)
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
     candidates = ([folder / f"{name}{end}" for end in _ENDINGS] for name in names)
@@ -140,32 +140,32 @@ def _free_paths(folder: Path, image: str, inputs: Sequence[str]) -> list[Path]:
 
 
 def _are_free(paths: Sequence[Path], image: str, inputs: Sequence[str]) -> bool:
-    """Whether nothing is there but, perhaps, earlier results of this image, of which none is an input now."""
+    """Whether the paths do not exist, or are earlier results of this image and none of them is an input now."""
     if not any(map(_is_taken, paths)):
         return True
     if {_resolved(name) for name in (image, *inputs)} & {_resolved(str(path)) for path in paths}:
         return False
     try:
         return _resolved(json.loads(paths[0].read_text(encoding="utf-8"))["image"]) == _resolved(image)
-    except (OSError, ValueError, LookupError, TypeError):  # somebody else's file
+    except (OSError, ValueError, LookupError, TypeError):  # not a file written by this command
         return False
 
 
 def _is_taken(path: Path) -> bool:
-    """Whether there is something; an empty file, as a full disk used to leave, is nothing."""
+    """Whether a path exists; empty files, which earlier versions left on a full disk, are ignored."""
     try:
-        found = path.lstat()
-    except (OSError, ValueError):  # a name that cannot be, which `check_output_dir` explains
+        status = path.lstat()
+    except (OSError, ValueError):  # an invalid name, which `check_output_dir` reports
         return False
-    return found.st_size > 0 or not stat.S_ISREG(found.st_mode)
+    return status.st_size > 0 or not stat.S_ISREG(status.st_mode)
 
 
 def _resolved(image: str) -> str:
-    """A path from whatever folder it was typed in; a URL as it is."""
+    """Resolve a path relative to the working directory; URLs are returned unchanged."""
     return image if is_url(image) else str(Path(image).resolve())
 
 
 def _file_stem(image: str) -> str:
-    """The image's name without its ending, also of a URL; so short that all results can be named after it."""
+    """Return the file name of an image or URL without extension, short enough for the names of all results."""
     stem = Path(image.split("?")[0].rstrip("/")).stem
     return shorten_name(stem, _RESERVED) if stem.strip(".") else "image"

@@ -1,4 +1,4 @@
-"""`conceptseg train`: the trainings of the paper's two stages, by recipe."""
+"""`conceptseg train`: training of the paper's two stages from recipes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from .arguments import BadInputError, as_bad_input, hide_bars, limit_threads
 
 _SCRIPTS = {"sft": "sft", "meta-grpo": "meta_grpo"}
-# recipe_parser.recipe_names(), which cannot be imported without torch; a test holds the two together.
+# Copy of recipe_parser.recipe_names(), which requires torch. A test checks that both are equal.
 RECIPES = (
     "3b_meta_grpo",
     "3b_meta_grpo_lora",
@@ -22,40 +22,40 @@ RECIPES = (
 
 
 def add_parser(subcommands: Any) -> None:
-    """Adds the subcommand to the command."""
+    """Add the parser of the subcommand."""
     parser = subcommands.add_parser(
         "train",
-        help="train by a recipe: sft (stage I) or meta-grpo (stage II)",
-        description="Trains the concept translation module (sft), or the whole policy by reinforcement (meta-grpo), "
-        f"as a recipe says: {', '.join(RECIPES)}, or a YAML file of yours. For several processes, start the module "
+        help="train with a recipe: sft (stage I) or meta-grpo (stage II)",
+        description="Trains the concept translation module (sft), or the policy with reinforcement learning "
+        f"(meta-grpo). Recipes: {', '.join(RECIPES)}, or a custom YAML file. For several processes, start the module "
         "conceptseg_trainers.scripts.sft or .meta_grpo with torchrun or accelerate launch.",
         usage="%(prog)s {sft,meta-grpo} --config RECIPE [--any_field VALUE ...]",
     )
-    parser.add_argument("stage", choices=_SCRIPTS, help="what to train")
+    parser.add_argument("stage", choices=_SCRIPTS, help="training stage")
     parser.add_argument(
         "options",
         nargs=argparse.REMAINDER,
         metavar="--config RECIPE [--any_field VALUE ...]",
-        help="a recipe, and fields that replace its own; --help lists all",
+        help="a recipe, and options that override its fields; --help lists all of them",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the subcommand."""
+    """Run the subcommand."""
     try:
         script = importlib.import_module(f"conceptseg_trainers.scripts.{_SCRIPTS[arguments.stage]}")
         running = importlib.import_module("conceptseg_trainers.scripts.running")
     except ModuleNotFoundError as error:
         raise BadInputError(
-            f"training needs a package that is missing ({error.name}); install all with: "
+            f"training needs the missing package {error.name!r}; install all dependencies with: "
             "pip install conceptseg-hf[train]"
         ) from error
     except ImportError as error:  # TRL is too old
         raise BadInputError(str(error)) from error
     if not arguments.options:
         raise BadInputError(
-            f"no recipe is given; name one: --config nano_{_SCRIPTS[arguments.stage]}, for example."
+            f"no recipe is given; give one, for example --config nano_{_SCRIPTS[arguments.stage]}."
         )
     hide_bars()
     trainer = as_bad_input(script.prepare, arguments.options)

@@ -1,6 +1,7 @@
-"""Published weights: the authors' checkpoint and SAM 3 become one folder for Auto classes, and back.
+"""Conversion of the authors' checkpoint and SAM 3 to one folder for Auto classes, and back.
 
-`convert` and `to_original` do what `conceptseg convert` does; `plan_conversion` settles it from names and shapes.
+`convert` and `to_original` implement `conceptseg convert`; `plan_conversion` plans a conversion from names and shapes
+without reading weights.
 """
 
 from .converter import MANIFEST_NAME, Conversion, convert, plan_conversion, to_original

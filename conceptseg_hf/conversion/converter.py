@@ -1,4 +1,4 @@
-"""From the authors' checkpoint and SAM 3 to one folder that Auto classes load, and back."""
+"""Conversion of the authors' checkpoint and SAM 3 to one folder for Auto classes, and back."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ MANIFEST_NAME = "conversion.json"
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion that is settled, but not done.
+    """A planned conversion.
 
     Attributes:
-        plan: Which tensor becomes which.
-        config: Our configuration.
-        folder: The checkpoint's folder.
-        weights: Its tensors.
-        sam: SAM 3.
+        plan: Mapping of source tensors to target tensors.
+        config: Configuration of the converted model.
+        folder: Folder of the authors' checkpoint.
+        weights: Tensors of the authors' checkpoint.
+        sam: Weights and configuration of SAM 3.
     """
 
     plan: Plan
@@ -51,15 +51,15 @@ class Conversion:
 
 
 def plan_conversion(checkpoint: str | os.PathLike, sam: str | os.PathLike) -> Conversion:
-    """Settles a conversion from configurations and file headers; reads no weights.
+    """Plan a conversion from configurations and file headers, without reading weights.
 
     Args:
         checkpoint: Folder or hub id of a checkpoint in the authors' layout.
-        sam: Folder or hub id of SAM 3 in Transformers' layout, Meta's `sam3.pt`, a folder with it, or one of
-            our checkpoints.
+        sam: Folder or hub id of SAM 3 in Transformers' layout, Meta's `sam3.pt`, a folder that contains it, or a
+            converted checkpoint.
 
     Raises:
-        ConversionError: If one of them cannot be read or is something else.
+        ConversionError: If one of them cannot be read or has another format.
     """
     folder = find_folder(checkpoint, "checkpoint")
     content = read_json(folder / "config.json")
@@ -68,9 +68,9 @@ def plan_conversion(checkpoint: str | os.PathLike, sam: str | os.PathLike) -> Co
     config = original.read_config(content, weights.tensors, sam_weights.config, str(checkpoint))
     expected, tied = expected_tensors(config)
     plan = make_plan(
-        [(weights, _from_original), (sam_weights.source, _prefixed(sam_weights.rename))],
+        [(weights, _from_original), (sam_weights.source, _add_prefix(sam_weights.rename))],
         expected,
-        # The VLM as it was released; what is small and decides the mask, in full precision.
+        # The VLM keeps its dtype. CTM and SAM 3 are small, determine the mask and are stored in float32.
         lambda name, dtype: dtype if name.startswith("vlm.") else torch.float32,
         tied=tied,
     )
@@ -87,48 +87,48 @@ def convert(
     profile: str | None = None,
     prompt_template: PromptTemplate | None = None,
 ) -> Path:
-    """Writes a checkpoint of the authors and SAM 3 as one folder that `AutoModel` and `AutoProcessor` load.
+    """Convert the authors' checkpoint and SAM 3 to one folder for `AutoModel` and `AutoProcessor`.
 
-    The VLM keeps its number format; the CTM and SAM 3 are float32. Weights stream: no more than one shard is
-    in memory. The folder appears when it is complete. Config and processor in it have the settings of a profile.
+    The VLM keeps its dtype; the CTM and SAM 3 are stored in float32. At most one shard is kept in memory. The output
+    folder is created only when it is complete. Its config and processor have the settings of a profile.
 
     Args:
-        checkpoint: As in `plan_conversion`.
-        sam: As in `plan_conversion`.
-        out: The folder to make.
-        allow_mismatch: Leave out what does not fit, instead of refusing it.
-        shard_bytes: Size of a shard.
-        profile: `"released"` or `"paper"`; see `profiles`. None: the settings that `to_original` has kept in the
-            checkpoint, else `"released"`.
-        prompt_template: The VLM's instruction, instead of the profile's.
+        checkpoint: See `plan_conversion`.
+        sam: See `plan_conversion`.
+        out: Output folder.
+        allow_mismatch: Skip mismatched tensors instead of raising an error.
+        shard_bytes: Maximum size of a shard in bytes.
+        profile: `"released"` or `"paper"`; see `profiles`. With None, the settings that `to_original` has stored in
+            the checkpoint, else `"released"`.
+        prompt_template: Prompt template of the VLM, which overrides that of the profile.
 
     Returns:
-        The folder.
+        The output folder.
 
     Raises:
-        ConversionError: If something does not fit; nothing is left behind then.
-        ValueError: If no profile has that name.
+        ConversionError: If tensors do not match the model; no output is left in this case.
+        ValueError: If the profile is unknown.
     """
     out = Path(out)
     check_free(out)
     if profile is not None:
         get_profile(profile)
-    found = plan_conversion(checkpoint, sam)
-    plan, config, folder = found.plan, found.config, found.folder
+    conversion = plan_conversion(checkpoint, sam)
+    plan, config, folder = conversion.plan, conversion.config, conversion.folder
     _check(
-        plan, f"checkpoint {str(checkpoint)!r} and SAM 3 {str(sam)!r} do not fit the model", allow_mismatch
+        plan, f"checkpoint {str(checkpoint)!r} and SAM 3 {str(sam)!r} do not match the model", allow_mismatch
     )
-    settings = _settle_settings(config, folder, profile)
+    settings = _resolve_settings(config, folder, profile)
     if prompt_template is not None:
         settings["prompt_template"] = prompt_template.to_dict()
-    processor = processors.join_processors(folder, found.sam.path, config, settings)
+    processor = processors.join_processors(folder, conversion.sam.path, config, settings)
     config.architectures = ["ConceptSegForSegmentation"]
     config.dtype = _vlm_dtype(plan)
     config.sam_name_or_path = os.fspath(sam) if hub.is_hub_id(os.fspath(sam)) else None
     with new_folder(out, plan.nbytes) as target:
         hashes = {
-            "checkpoint": _describe_source(checkpoint, folder, found.weights, plan),
-            "sam": _describe_source(sam, found.sam.path, found.sam.source, plan),
+            "checkpoint": _describe_source(checkpoint, folder, conversion.weights, plan),
+            "sam": _describe_source(sam, conversion.sam.path, conversion.sam.source, plan),
         }
         files = write_shards(plan.steps, target, shard_bytes)
         config.save_pretrained(target)
@@ -146,22 +146,22 @@ def to_original(
     allow_mismatch: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes the VLM and the CTM of a checkpoint of ours in the authors' layout, for their code.
+    """Convert the VLM and the CTM of a converted checkpoint back to the authors' layout.
 
-    SAM 3 is no part of that layout. What has no place in it (settings of our processor and router) is kept in
-    config.json, where `convert` finds it; their code passes it by.
+    SAM 3 is not part of that layout. Settings that the layout does not support (those of our processor and router) are
+    stored in config.json under a separate key, which `convert` reads and the authors' code ignores.
 
     Args:
-        checkpoint: Folder or hub id of a checkpoint of ours.
-        out: The folder to make.
-        allow_mismatch: Leave out what does not fit, instead of refusing it.
-        shard_bytes: Size of a shard.
+        checkpoint: Folder or hub id of a converted checkpoint.
+        out: Output folder.
+        allow_mismatch: Skip mismatched tensors instead of raising an error.
+        shard_bytes: Maximum size of a shard in bytes.
 
     Returns:
-        The folder.
+        The output folder.
 
     Raises:
-        ConversionError: If it is no complete checkpoint of ours; nothing is left behind then.
+        ConversionError: If it is not a complete converted checkpoint; no output is left in this case.
     """
     out = Path(out)
     check_free(out)
@@ -169,20 +169,20 @@ def to_original(
     content = read_json(folder / "config.json")
     if content.get("model_type") != ConceptSegConfig.model_type:
         raise ConversionError(
-            f"checkpoint {str(checkpoint)!r} is of the type {content.get('model_type')!r}; --to-original takes a "
-            f"checkpoint of ours ({ConceptSegConfig.model_type!r})."
+            f"checkpoint {str(checkpoint)!r} has model_type {content.get('model_type')!r}; --to-original requires a "
+            f"converted checkpoint (model_type {ConceptSegConfig.model_type!r})."
         )
     config = ConceptSegConfig.from_pretrained(folder)
     weights = SafetensorsSource(folder)
     expected, tied = expected_tensors(config)
     plan = make_plan(
-        [(weights, _own_name)],
+        [(weights, _canonical_name)],
         {name: shape for name, shape in expected.items() if not name.startswith("sam.")},
         lambda name, dtype: dtype,
         rename_target=lambda name: names.to_original(name) or name,
         tied=tied,
     )
-    _check(plan, f"checkpoint {str(checkpoint)!r} does not fit its config.json", allow_mismatch)
+    _check(plan, f"checkpoint {str(checkpoint)!r} does not match its config.json", allow_mismatch)
     with new_folder(out, plan.nbytes) as target:
         hashes = {"checkpoint": _describe_source(checkpoint, folder, weights, plan)}
         files = write_shards(plan.steps, target, shard_bytes)
@@ -193,27 +193,27 @@ def to_original(
     return out
 
 
-def _settle_settings(config: ConceptSegConfig, folder: Path, profile: str | None) -> dict[str, Any]:
-    """Gives a config the settings of a profile, and returns the processor's; both may be kept in the checkpoint."""
-    kept = read_json(folder / "config.json").get(original.EXTRA_KEY)
-    settings = dict((kept or {}).get("processor") or {})
-    if profile is None and kept:
+def _resolve_settings(config: ConceptSegConfig, folder: Path, profile: str | None) -> dict[str, Any]:
+    """Apply a profile, or the settings stored in the checkpoint, to the config and return the processor settings."""
+    stored = read_json(folder / "config.json").get(original.EXTRA_KEY)
+    settings = dict((stored or {}).get("processor") or {})
+    if profile is None and stored:
         return processors.RELEASED_SETTINGS | settings
     profile = profile or "released"
     for name, value in get_profile(profile).config.items():
         setattr(config, name, value)
     config.profile = profile
-    own = {name: value for name, value in settings.items() if name not in get_profile(profile).processor}
-    if (template := settings.get("prompt_template")) is not None and _is_own_template(template):
-        own["prompt_template"] = template
-    return processors.released_settings(profile) | own
+    kept = {name: value for name, value in settings.items() if name not in get_profile(profile).processor}
+    if (template := settings.get("prompt_template")) is not None and _is_custom_template(template):
+        kept["prompt_template"] = template
+    return processors.released_settings(profile) | kept
 
 
-def _is_own_template(template: Any) -> bool:
+def _is_custom_template(template: Any) -> bool:
     try:
         return find_template_profile(PromptTemplate.from_dict(template)) is None
     except (ValueError, TypeError):
-        return True  # the processor says what is wrong
+        return True  # an invalid template, which the processor reports
 
 
 def _from_original(name: str) -> tuple[Piece, ...] | None:
@@ -221,15 +221,15 @@ def _from_original(name: str) -> tuple[Piece, ...] | None:
     return None if ours is None else (Piece(ours),)
 
 
-def _own_name(name: str) -> tuple[Piece, ...] | None:
-    """Our tensors by their names in `state_dict()`, however the VLM's were saved."""
+def _canonical_name(name: str) -> tuple[Piece, ...] | None:
+    """Map a tensor name of a converted checkpoint, also in the VLM's original format, to its `state_dict()` name."""
     if name.startswith("sam."):
         return ()
-    theirs = names.to_original(name)
-    return None if theirs is None else _from_original(theirs)
+    original_name = names.to_original(name)
+    return None if original_name is None else _from_original(original_name)
 
 
-def _prefixed(rename: Rename) -> Rename:
+def _add_prefix(rename: Rename) -> Rename:
     def renamed(name: str) -> tuple[Piece, ...] | None:
         pieces = rename(name)
         return None if pieces is None else tuple(p._replace(target=f"sam.{p.target}") for p in pieces)
@@ -240,19 +240,19 @@ def _prefixed(rename: Rename) -> Rename:
 def _check(plan: Plan, fault: str, allow_mismatch: bool) -> None:
     if not plan.fits and not allow_mismatch:
         raise ConversionError(
-            f"{fault}: {plan.mismatches()}; get the complete files, or leave out what does not fit with "
+            f"{fault}: {plan.mismatches()}; download the complete files, or skip mismatched tensors with "
             "--allow-mismatch."
         )
     for source, name, other in plan.tied:
         if not torch.equal(source.read(name), source.read(other)):
             raise ConversionError(
-                f"tensor {name!r} differs from {other!r}, to which config.json ties it; correct "
-                "tie_word_embeddings there."
+                f"tensor {name!r} differs from {other!r}, although config.json ties them; correct "
+                "tie_word_embeddings in config.json."
             )
 
 
 def _vlm_dtype(plan: Plan, original_names: bool = False) -> torch.dtype:
-    """The format of most of the VLM's numbers."""
+    """Return the dtype with the most bytes among the VLM's tensors."""
     sizes: dict[torch.dtype, int] = {}
     for step in plan.steps:
         if step.target.startswith("vlm.") or (original_names and step.piece.target.startswith("vlm.")):
@@ -263,7 +263,7 @@ def _vlm_dtype(plan: Plan, original_names: bool = False) -> torch.dtype:
 def _describe_source(
     given: str | os.PathLike, path: Path, source: WeightSource, plan: Plan
 ) -> dict[str, Any]:
-    """What a manifest says of a source: its name (no path of this machine) and the hashes of the files it gave."""
+    """Describe a source for the manifest: its name, without local paths, and the hashes of the files that were read."""
     files = {source.tensors[step.name].file for step in plan.steps if step.source is source}
     config = (path if path.is_dir() else path.parent) / "config.json"
     if config.is_file():
@@ -280,7 +280,7 @@ def _write_manifest(target: Path, sources: Mapping[str, Any], files: list[Path],
         {
             "converter": f"conceptseg-hf {conceptseg_hf.__version__}",
             "sources": sources,
-            "files": describe_files(files, "hashing what was written"),
+            "files": describe_files(files, "hashing output"),
             "tensors": len(plan.steps),
             "missing": plan.missing,
             "unexpected": plan.unexpected,

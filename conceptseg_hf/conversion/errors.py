@@ -1,7 +1,7 @@
-"""What can be wrong with weights that somebody else wrote."""
+"""Errors of checkpoint conversion."""
 
 from __future__ import annotations
 
 
 class ConversionError(ValueError):
-    """A checkpoint cannot be converted; the message is one sentence that names it, the fault and the remedy."""
+    """A checkpoint cannot be converted; the message is one sentence with the checkpoint, the fault and the remedy."""

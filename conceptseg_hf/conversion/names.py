@@ -1,32 +1,36 @@
-"""The authors' names of the VLM's and the CTM's tensors, and ours.
+"""Mapping between the authors' names of the VLM and CTM tensors and ours.
 
 The released checkpoint is Qwen2.5-VL in the layout that Transformers used before version 4.52, with three
-further parts: `learnable_query` and `connector` (the CTM) and `proj_to_sam` (its projection).
+additional parts: `learnable_query` and `connector` (the CTM) and `proj_to_sam` (its projection).
 """
 
 from __future__ import annotations
 
 import re
 
-# (authors', ours): prefixes of the VLM, the most particular first.
+# (authors', ours): prefixes of the VLM, most specific first.
 _VLM_PREFIXES = (
-    ("model.visual.", "vlm.model.visual."),  # the present layout is read as well, but never written
+    ("model.visual.", "vlm.model.visual."),  # the current layout of Transformers is read, but never written
     ("model.language_model.", "vlm.model.language_model."),
     ("visual.", "vlm.model.visual."),
     ("model.", "vlm.model.language_model."),
     ("lm_head.", "vlm.lm_head."),
 )
 _CTM_NAMES = {"learnable_query.param.weight": "ctm.queries", "connector.pos_embed": "ctm.position_embedding"}
-_CTM_BLOCK_PARTS = {"norm0": "norm_queries", "norm1": "norm_states", "norm2": "norm_mlp"}  # the others agree
+_CTM_BLOCK_PARTS = {
+    "norm0": "norm_queries",
+    "norm1": "norm_states",
+    "norm2": "norm_mlp",
+}  # other parts have the same names
 _CTM_NAMES_BACK = {ours: theirs for theirs, ours in _CTM_NAMES.items()}
 _CTM_BLOCK_PARTS_BACK = {ours: theirs for theirs, ours in _CTM_BLOCK_PARTS.items()}
 
 QUERIES = "learnable_query.param.weight"
-"""The authors' tensor of the concept queries, (L2, C)."""
+"""The authors' name of the concept queries, a tensor of shape (L2, C)."""
 
 
 def from_original(name: str) -> str | None:
-    """Our name of one of the authors' tensors, or None if it belongs to nothing we know."""
+    """Return our name of one of the authors' tensors, or None if the name is unknown."""
     if name in _CTM_NAMES:
         return _CTM_NAMES[name]
     if block := re.fullmatch(r"connector\.blocks\.(\d+)\.(\w+)\.(.+)", name):
@@ -41,9 +45,9 @@ def from_original(name: str) -> str | None:
 
 
 def to_original(name: str) -> str | None:
-    """The authors' name of one of our tensors, or None for SAM 3's, which their checkpoints do not hold.
+    """Return the authors' name of one of our tensors, or None for SAM 3, which their checkpoints do not contain.
 
-    A checkpoint of ours may also have been saved in the VLM's original format (`vlm.model.layers...`).
+    Names of the VLM's original format (`vlm.model.layers...`), in which a checkpoint may have been saved, are accepted.
     """
     if name in _CTM_NAMES_BACK:
         return _CTM_NAMES_BACK[name]

@@ -1,4 +1,4 @@
-"""Which tensor becomes which, settled from names and shapes before a byte is read."""
+"""Conversion plans: mapping of source tensors to target tensors from names and shapes, before weights are read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .errors import ConversionError
 from .sam3 import Piece
 from .sources import TensorInfo, WeightSource
 
-_SHOWN = 3  # names of a kind in a message
+_SHOWN = 3  # maximum number of names per kind of mismatch in a message
 
 Rename = Callable[[str], "Sequence[Piece] | None"]
 
@@ -25,12 +25,12 @@ class Step:
     """One tensor to write.
 
     Attributes:
-        source: Where it is read.
-        name: Its name there.
-        piece: What is taken of it.
-        target: Its name in what is written.
-        shape: Its shape there.
-        dtype: Its number format there.
+        source: Source that the tensor is read from.
+        name: Name of the source tensor.
+        piece: Part of the source tensor that is used, and the operation on it.
+        target: Name of the written tensor.
+        shape: Shape of the written tensor.
+        dtype: Dtype of the written tensor.
     """
 
     source: WeightSource
@@ -42,14 +42,14 @@ class Step:
 
     @property
     def nbytes(self) -> int:
-        """Size of what is written."""
+        """Size of the written tensor in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
-        """The tensor to write.
+        """Read and transform the tensor to write.
 
         Raises:
-            ConversionError: If it holds values that are no numbers.
+            ConversionError: If the tensor contains NaN or infinite values.
         """
         tensor = self.source.read(self.name)
         index, count = self.piece.part
@@ -60,23 +60,23 @@ class Step:
             tensor = tensor[:, 1:]
         if not is_finite(tensor):
             raise ConversionError(
-                f"tensor {self.name!r} of {str(self.source.tensors[self.name].file)!r} holds NaN or infinite "
-                "values; download the file again, or take another checkpoint."
+                f"tensor {self.name!r} of {str(self.source.tensors[self.name].file)!r} contains NaN or infinite "
+                "values; download the file again, or use another checkpoint."
             )
         return tensor.to(self.dtype).contiguous()
 
 
 @dataclass
 class Plan:
-    """All that a conversion will do, and what does not fit.
+    """Steps of a conversion, and tensors that do not match.
 
     Attributes:
         steps: The tensors to write, in the order in which their files are read.
-        missing: Tensors of the model that no source has.
+        missing: Tensors of the model that no source contains.
         unexpected: Tensors of the sources that the model does not have.
-        misshapen: (name in the source, shape there, shape in the model).
-        ignored: Tensors left behind on purpose, such as those of SAM 3's tracker.
-        tied: Tensors that must equal another: (source, name, name of the other).
+        misshapen: Tensors of different shape: (name in the source, shape in the source, shape in the model).
+        ignored: Tensors that are skipped on purpose, such as those of SAM 3's tracker.
+        tied: Tensors that must be equal: (source, name, name of the tensor it is tied to).
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -88,17 +88,17 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Size of what will be written."""
+        """Total size of the written tensors in bytes."""
         return sum(step.nbytes for step in self.steps)
 
     @property
     def fits(self) -> bool:
-        """Whether the sources are exactly what the model needs."""
+        """Whether the sources contain exactly the tensors of the model."""
         return not (self.missing or self.unexpected or self.misshapen)
 
     def mismatches(self) -> str:
-        """What does not fit, in words."""
-        shapes = [f"{name}: {got} instead of {wanted}" for name, got, wanted in self.misshapen]
+        """Describe the mismatched tensors for a message."""
+        shapes = [f"{name}: {shape} instead of {expected}" for name, shape, expected in self.misshapen]
         kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes))
         return ", ".join(
             f"{len(names)} {kind} ({'; '.join(names[:_SHOWN])}{'; ...' if len(names) > _SHOWN else ''})"
@@ -108,7 +108,7 @@ class Plan:
 
 
 def expected_tensors(config: ConceptSegConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Names and shapes of all that a checkpoint of ours holds, and the tensors tied to one of them, which it omits."""
+    """Return the shapes of all tensors of a converted checkpoint, and the tied tensors, which the checkpoint omits."""
     with torch.device("meta"):
         model = ConceptSegForSegmentation(config)
     tied = dict(model.all_tied_weights_keys)
@@ -123,21 +123,21 @@ def make_plan(
     rename_target: Callable[[str], str] = str,
     tied: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Settles which tensor becomes which.
+    """Plan which source tensor becomes which target tensor.
 
     Args:
-        parts: Sources, each with what its names become (see `sam3.Piece`) under names of our model: `()` for
-            what is left behind, None for what is unknown.
-        expected: Names and shapes of our model.
-        dtype_of: The number format to write, by our name and the format found.
-        rename_target: What our names become in the file that is written.
-        tied: Tensors of our model that share another's values, which a source may hold all the same.
+        parts: Sources, each with a function that maps its tensor names to pieces (see `sam3.Piece`) with names of our
+            model: `()` for ignored tensors, None for unknown tensors.
+        expected: Names and shapes of the tensors of our model.
+        dtype_of: Returns the target dtype for a name of our model and the source dtype.
+        rename_target: Maps names of our model to names in the output file.
+        tied: Tied tensors of our model, mapped to the tensors they are tied to. A source may contain both.
 
     Raises:
-        ConversionError: If a tensor holds no real numbers, or two claim one place.
+        ConversionError: If a tensor does not have a floating-point dtype, or two tensors have the same target.
     """
     plan, tied = Plan(), tied or {}
-    origin: dict[str, tuple[WeightSource, str]] = {}  # of each tensor of our model
+    origin: dict[str, tuple[WeightSource, str]] = {}  # source and name of each tensor of our model
     for source, rename in parts:
         for name, info in source.tensors.items():
             pieces = rename(name)
@@ -154,13 +154,13 @@ def make_plan(
                 origin[piece.target] = (source, name)
                 if piece.target in tied:
                     continue
-                shape, wanted = _shape_after(info.shape, piece), expected.get(piece.target)
-                if wanted is None:
+                shape, expected_shape = _shape_after(info.shape, piece), expected.get(piece.target)
+                if expected_shape is None:
                     plan.unexpected.append(name)
-                elif shape != wanted:
-                    plan.misshapen.append((name, info.shape if shape is None else shape, wanted))
+                elif shape != expected_shape:
+                    plan.misshapen.append((name, info.shape if shape is None else shape, expected_shape))
                 else:
-                    dtype = dtype_of(piece.target, _checked_dtype(name, info))
+                    dtype = dtype_of(piece.target, _check_dtype(name, info))
                     plan.steps.append(Step(source, name, piece, rename_target(piece.target), shape, dtype))
     plan.missing = [name for name in expected if name not in origin]
     plan.tied = [
@@ -171,17 +171,17 @@ def make_plan(
     return plan
 
 
-def _checked_dtype(name: str, info: TensorInfo) -> torch.dtype:
+def _check_dtype(name: str, info: TensorInfo) -> torch.dtype:
     if info.dtype is None or not info.dtype.is_floating_point:
         raise ConversionError(
-            f"tensor {name!r} of {str(info.file)!r} holds no plain floating-point numbers; give a checkpoint that is "
-            "not quantised."
+            f"tensor {name!r} of {str(info.file)!r} does not have a floating-point dtype; give a checkpoint that is "
+            "not quantized."
         )
     return info.dtype
 
 
 def _shape_after(shape: tuple[int, ...], piece: Piece) -> tuple[int, ...] | None:
-    """The shape that is left of a tensor, or None if the piece cannot be taken."""
+    """Return the shape of a piece of a tensor, or None if the shape does not permit the piece."""
     _, count = piece.part
     if count > 1:
         if not shape or shape[0] % count:

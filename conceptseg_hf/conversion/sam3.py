@@ -1,7 +1,7 @@
-"""SAM 3 in other layouts: Meta's `sam3.pt`, Transformers' video model, one of our own checkpoints.
+"""Tensor names of SAM 3 in other layouts: Meta's `sam3.pt`, the video model of Transformers, converted checkpoints.
 
-Names map to those of Transformers' `Sam3Model`. Meta fuses query, key and value into one tensor, keeps the
-position of a class token that the detector never uses, and stores the text projection transposed.
+Names are mapped to those of `Sam3Model` in Transformers. Meta fuses query, key and value into one tensor, stores the
+position embedding of a class token that the detector does not use, and stores the text projection transposed.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """What becomes of a tensor, or of a part of it.
+    """A target tensor and the part of the source tensor that it is made from.
 
     Attributes:
-        target: Its name in `Sam3Model`.
-        part: (i, n): the i-th of n equal parts along the first axis.
-        operation: None; `"transpose"`; or `"drop_first"`, which leaves out the first entry of the second axis.
+        target: Name in `Sam3Model`.
+        part: (i, n), the i-th of n equal parts along the first axis.
+        operation: None, `"transpose"`, or `"drop_first"`, which drops the first entry of the second axis.
     """
 
     target: str
@@ -24,8 +24,8 @@ class Piece(NamedTuple):
     operation: str | None = None
 
 
-# In the tables below <n> is a number, <p> is "weight" or "bias", and <qkv> marks a fused tensor, which Meta's
-# packages name in two ways.
+# In the tables below, <n> is a number, <p> is "weight" or "bias", and <qkv> marks a fused tensor, for which Meta uses
+# two names.
 _ATTENTION = (
     ("{theirs}.in_proj_<p>", "{ours}.<qkv>.<p>"),
     ("{theirs}.out_proj.<p>", "{ours}.o_proj.<p>"),
@@ -37,12 +37,12 @@ def _attention(theirs: str, ours: str) -> tuple[tuple[str, str], ...]:
 
 
 def _mlp(theirs: str, ours: str, count: int) -> tuple[tuple[str, str], ...]:
-    """Meta numbers the layers of its MLPs from 0, Transformers from 1."""
+    """Names of an MLP, whose layers are numbered from 0 by Meta and from 1 by Transformers."""
     return tuple((f"{theirs}.layers.{i}.<p>", f"{ours}.layer{i + 1}.<p>") for i in range(count))
 
 
 def _fusion_layer(theirs: str, ours: str) -> tuple[tuple[str, str], ...]:
-    """A layer of the DETR encoder or of the geometry encoder."""
+    """Names of a layer of the DETR encoder or the geometry encoder."""
     return (
         *_attention(f"{theirs}.self_attn", f"{ours}.self_attn"),
         *_attention(f"{theirs}.cross_attn_image", f"{ours}.cross_attn"),
@@ -66,7 +66,7 @@ _META_NAMES: tuple[tuple[str, str], ...] = (
     (f"{_TRUNK}.blocks.<n>.attn.proj.<p>", f"{_VIT}.layers.<n>.attention.o_proj.<p>"),
     (f"{_TRUNK}.blocks.<n>.norm<n>.<p>", f"{_VIT}.layers.<n>.layer_norm<n>.<p>"),
     (f"{_TRUNK}.blocks.<n>.mlp.fc<n>.<p>", f"{_VIT}.layers.<n>.mlp.fc<n>.<p>"),
-    # Feature pyramid; up-sampling by 4 is two layers with an activation between them
+    # Feature pyramid; upsampling by 4 consists of two layers with an activation between them
     (f"{_CONVS}.dconv_2x2.<p>", f"{_NECK}.scale_layers.0.<p>"),
     (f"{_CONVS}.dconv_2x2_0.<p>", f"{_NECK}.scale_layers.0.<p>"),
     (f"{_CONVS}.dconv_2x2_1.<p>", f"{_NECK}.scale_layers.2.<p>"),
@@ -142,7 +142,7 @@ _META_OPERATIONS = {
     f"{_TRUNK}.pos_embed": "drop_first",
     f"{_LANGUAGE}.text_projection": "transpose",
 }
-# What serves the tracker or prompts by points, which our model does not have, or is computed.
+# Tensors of the tracker and of point prompts, which our model does not have, and computed buffers.
 _META_IGNORED = re.compile(
     r"backbone\.vision_backbone\.sam2_convs\.|geometry_encoder\.points_|inst_interactive_predictor\.|.*\.freqs_cis$"
 )
@@ -156,7 +156,7 @@ _META_RULES = tuple((_compile(theirs), ours, _META_OPERATIONS.get(theirs)) for t
 
 
 def from_meta(name: str) -> tuple[Piece, ...] | None:
-    """What one tensor of `sam3.pt` becomes: nothing `()` if our model has no use for it, None if unknown."""
+    """Map the name of a tensor of `sam3.pt` to pieces: `()` if our model does not use it, None if it is unknown."""
     if name.startswith("tracker."):
         return ()
     name = name.removeprefix("detector.")
@@ -175,18 +175,18 @@ def from_meta(name: str) -> tuple[Piece, ...] | None:
 
 
 def from_transformers(name: str) -> tuple[Piece, ...] | None:
-    """The same for a folder in Transformers' layout, of the image model or of the video model around it."""
+    """Map the name of a tensor in Transformers' layout, of the image model or the video model that contains it."""
     if name.startswith(("tracker_model.", "tracker_neck.")):
         return ()
     return (Piece(name.removeprefix("detector_model.")),)
 
 
 def from_ours(name: str) -> tuple[Piece, ...] | None:
-    """The same for a checkpoint of ours, whose VLM and CTM are left."""
+    """Map the name of a tensor of a converted checkpoint; `()` for the VLM and the CTM."""
     return (Piece(name.removeprefix("sam.")),) if name.startswith("sam.") else ()
 
 
 def _fill(template: str, values: tuple[str, ...]) -> str:
-    """Puts the matched numbers and "weight" or "bias" in, in their order."""
+    """Replace the placeholders <n> and <p> by the matched values in order."""
     remaining = iter(values)
     return re.sub("<[np]>", lambda _: next(remaining), template)

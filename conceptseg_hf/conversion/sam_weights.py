@@ -1,4 +1,4 @@
-"""Finding SAM 3: its weights, in whichever layout, and its configuration."""
+"""Loading of SAM 3 weights in any supported layout, and of the configuration."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ TORCH_NAME = "sam3.pt"
 
 @dataclass(frozen=True)
 class SamWeights:
-    """SAM 3 as it was found.
+    """Weights and configuration of SAM 3.
 
     Attributes:
         path: Folder or file.
-        source: Its tensors.
-        config: Its configuration.
-        rename: What its tensors are called in `Sam3Model`.
+        source: The tensors.
+        config: The configuration.
+        rename: Maps tensor names to names in `Sam3Model`.
     """
 
     path: Path
@@ -46,10 +46,10 @@ class SamWeights:
 
 
 def read_sam(sam: str | os.PathLike) -> SamWeights:
-    """Finds SAM 3's weights and configuration.
+    """Open the weights of SAM 3 and read the configuration.
 
     Raises:
-        ConversionError: If there are none.
+        ConversionError: If weights or configuration are missing or invalid.
     """
     path = find_folder(sam, "SAM 3")
     folder = path if path.is_dir() else path.parent
@@ -57,10 +57,8 @@ def read_sam(sam: str | os.PathLike) -> SamWeights:
     if path.is_file() or (not has_safetensors and (folder / TORCH_NAME).is_file()):
         file = path if path.is_file() else folder / TORCH_NAME
         if file.suffix == ".safetensors":
-            raise ConversionError(
-                f"SAM 3 {str(sam)!r} is a single safetensors file; give the folder that it is in."
-            )
-        # Meta's config.json says nothing of the architecture: without Transformers' own it is the released one.
+            raise ConversionError(f"SAM 3 {str(sam)!r} is a single safetensors file; give its folder.")
+        # Meta's config.json does not describe the architecture. Without a Transformers config, use the released one.
         config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         return SamWeights(path, TorchSource(file), _sam_config(config, sam, default=True), sam3.from_meta)
     config = read_json(folder / "config.json")
@@ -72,12 +70,12 @@ def read_sam(sam: str | os.PathLike) -> SamWeights:
 
 
 def _sam_config(content: Mapping[str, Any], sam: str | os.PathLike, default: bool = False) -> Sam3Config:
-    kind = content.get("model_type")
+    model_type = content.get("model_type")
     try:
-        if kind == "sam3_video":
+        if model_type == "sam3_video":
             detector = AutoConfig.for_model(**content).detector_config
             return detector if isinstance(detector, Sam3Config) else Sam3Config(**detector)
-        if kind == "sam3":
+        if model_type == "sam3":
             return Sam3Config.from_dict(dict(content))
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ConversionError(
@@ -87,5 +85,6 @@ def _sam_config(content: Mapping[str, Any], sam: str | os.PathLike, default: boo
     if default:
         return Sam3Config()
     raise ConversionError(
-        f"SAM 3 {str(sam)!r} is of the type {kind!r}; give facebook/sam3, its folder, sam3.pt, or a checkpoint of ours."
+        f"SAM 3 {str(sam)!r} has model_type {model_type!r}; give facebook/sam3, its folder, sam3.pt, or a converted "
+        "checkpoint."
     )

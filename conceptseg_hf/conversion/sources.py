@@ -1,7 +1,7 @@
-"""Weight files of others: what tensors they hold, without loading them, and one tensor at a time.
+"""Weight files: their tensor shapes and dtypes without loading them, and reading of single tensors.
 
-Only tensors are ever taken from a file. Safetensors files can hold nothing else; PyTorch files are read with
-`weights_only=True`, so that a pickle that wants to run code is refused.
+Only tensors are read from a file. Safetensors files cannot contain anything else; PyTorch files are read with
+`weights_only=True`, which rejects pickles that would execute code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .errors import ConversionError
 SAFETENSORS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
-# What a conversion needs of a hub repository: never a pickle, never code.
+# Files that a conversion downloads from a Hub repository, which exclude pickles and code.
 HUB_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.safetensors")
 
 _DTYPES = {
@@ -45,7 +45,7 @@ _DTYPES = {
 
 
 class TensorInfo(NamedTuple):
-    """What a file says of a tensor before it is read; an unusual dtype is None."""
+    """Shape, dtype and file of a tensor. The dtype is None if it is not supported."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -53,7 +53,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Size of the data; 0 where the dtype is unusual."""
+        """Size of the data in bytes; 0 if the dtype is not supported."""
         return prod(self.shape) * (self.dtype.itemsize if self.dtype is not None else 0)
 
 
@@ -62,7 +62,7 @@ class WeightSource(ABC):
 
     Attributes:
         files: The weight files.
-        tensors: What each tensor is.
+        tensors: Shape, dtype and file of each tensor.
     """
 
     files: Sequence[Path]
@@ -70,18 +70,18 @@ class WeightSource(ABC):
 
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, mapped from its file where that is possible."""
+        """Read a tensor, memory-mapped if possible."""
 
     @abstractmethod
     def release(self) -> None:
-        """Lets go of the file that was read last; what was mapped of it is free when its tensors are."""
+        """Close the file that was read last. Its memory is freed with the tensors that were read from it."""
 
 
 class SafetensorsSource(WeightSource):
-    """One safetensors file, or the shards that an index names.
+    """One safetensors file, or the shards listed in an index.
 
     Args:
-        folder: Where `model.safetensors` or `model.safetensors.index.json` lies.
+        folder: Folder with `model.safetensors` or `model.safetensors.index.json`.
 
     Raises:
         ConversionError: If files are missing or damaged, or the index and the files disagree.
@@ -100,29 +100,29 @@ class SafetensorsSource(WeightSource):
             for name, info in _read_header(file).items():
                 if weight_map is not None and weight_map.get(name) != file.name:
                     raise ConversionError(
-                        f"{str(index)!r} does not say that tensor {name!r} is in {file.name!r}, where it is; "
-                        "download the index and the shards again, together."
+                        f"{str(index)!r} does not map tensor {name!r} to {file.name!r}, which contains it; "
+                        "download the index and all shards again."
                     )
                 self.tensors[name] = info
         absent = sorted(set(weight_map or ()) - set(self.tensors))
         if absent:
             raise ConversionError(
-                f"{str(index)!r} names the tensor {absent[0]!r} (and {len(absent) - 1} more) that its file does "
-                "not hold; download the index and the shards again, together."
+                f"{str(index)!r} lists tensor {absent[0]!r} (and {len(absent) - 1} more) that its file does not "
+                "contain; download the index and all shards again."
             )
 
         self._opened: tuple[Path, Any] | None = None
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, mapped from its file."""
+        """Read a tensor, memory-mapped from its file."""
         path = self.tensors[name].file
         if self._opened is None or self._opened[0] != path:
             self.release()
-            self._opened = (path, _opened(path))
+            self._opened = (path, _open_safetensors(path))
         return self._opened[1].get_tensor(name)
 
     def release(self) -> None:
-        """Lets go of the file that was read last."""
+        """Close the file that was read last."""
         self._opened = None
 
 
@@ -130,7 +130,7 @@ class TorchSource(WeightSource):
     """The tensors of a PyTorch file such as Meta's `sam3.pt`: a state dict, or one under the key "model".
 
     Raises:
-        ConversionError: If the file is damaged or holds anything but tensors and plain data.
+        ConversionError: If the file is damaged or contains anything except tensors and plain data.
     """
 
     def __init__(self, file: Path) -> None:
@@ -143,29 +143,29 @@ class TorchSource(WeightSource):
             if isinstance(name, str) and isinstance(value, torch.Tensor)
         }
         if not self._state:
-            raise ConversionError(f"{str(file)!r} holds no tensors by name; give the released sam3.pt.")
+            raise ConversionError(f"{str(file)!r} contains no state dict; give the released sam3.pt.")
         self.files = [file]
         self.tensors = {
             name: TensorInfo(tuple(value.shape), value.dtype, file) for name, value in self._state.items()
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, mapped from the file."""
+        """Return a tensor, memory-mapped from the file."""
         return self._state[name]
 
     def release(self) -> None:
-        """Does nothing: the file is mapped as a whole."""
+        """Do nothing, because the file is memory-mapped as a whole."""
 
 
 def find_folder(name: str | os.PathLike, role: str) -> Path:
-    """A folder or file as it is; a hub id is downloaded (configurations, tokenizers and safetensors only).
+    """Return a local folder or file, or download a hub id (configurations, tokenizers and safetensors only).
 
     Args:
-        name: What the user gave.
-        role: What it is for, for messages.
+        name: Path or hub id.
+        role: Description of the input in messages.
 
     Raises:
-        ConversionError: If it is neither, or the hub does not give it.
+        ConversionError: If the name is neither an existing path nor a hub id, or the download fails.
     """
     path = Path(name)
     if path.exists():
@@ -173,41 +173,41 @@ def find_folder(name: str | os.PathLike, role: str) -> Path:
     text = os.fspath(name)
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise ConversionError(
-            f"{role} {text!r} is neither a file, a folder nor a hub id; give one that exists."
+            f"{role} {text!r} is neither an existing file or folder nor a hub id; give one of these."
         )
     try:
         return Path(snapshot_download(text, allow_patterns=list(HUB_PATTERNS)))
     except (OSError, ValueError) as error:
         reason = one_line(error)
         raise ConversionError(
-            f"{role} {text!r} is no folder here, and the hub did not give it ({reason[:160]}); log in with `hf "
-            "auth login` if it is gated, or give a folder."
+            f"{role} {text!r} is not a local folder and cannot be downloaded from the Hub ({reason[:160]}); log in "
+            "with `hf auth login` if it is gated, or give a local folder."
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        ConversionError: If the file is missing or holds none.
+        ConversionError: If the file is missing or does not contain a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConversionError(
-            f"{str(path.parent)!r} has no {path.name}; give the complete folder of a checkpoint."
+            f"{str(path.parent)!r} contains no {path.name}; give the complete folder of a checkpoint."
         ) from error
     except (OSError, ValueError) as error:
         raise ConversionError(
             f"{str(path)!r} cannot be read as JSON ({error}); download it again."
         ) from error
     if not isinstance(content, dict):
-        raise ConversionError(f"{str(path)!r} holds no JSON object; download it again.")
+        raise ConversionError(f"{str(path)!r} does not contain a JSON object; download it again.")
     return content
 
 
 def describe_files(files: Iterable[Path], title: str) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each file, by its name, with a progress bar."""
+    """Compute size and SHA-256 of each file, by file name, with a progress bar."""
     described = {}
     files = sorted(files)
     total = sum(file.stat().st_size for file in files)
@@ -229,13 +229,13 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     for name in set(weight_map.values()):
         if Path(name).name != name:
             raise ConversionError(
-                f"{str(index)!r} names a shard outside its folder ({name!r}); download it again."
+                f"{str(index)!r} lists a shard outside its folder ({name!r}); download it again."
             )
     return weight_map
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
-    with _opened(file) as content:
+    with _open_safetensors(file) as content:
         infos = {}
         for name in content.offset_keys():
             view = content.get_slice(name)
@@ -243,17 +243,17 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         return infos
 
 
-def _opened(file: Path) -> Any:
+def _open_safetensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except FileNotFoundError as error:
         raise ConversionError(
-            f"weight file {str(file)!r} is not there; give a folder with {SAFETENSORS_NAME}, or with all the "
-            f"shards that its {INDEX_NAME} names."
+            f"weight file {str(file)!r} does not exist; give a folder with {SAFETENSORS_NAME}, or with all shards "
+            f"listed in its {INDEX_NAME}."
         ) from error
     except (SafetensorError, OSError) as error:
         raise ConversionError(
-            f"weight file {str(file)!r} is damaged or cut short ({error}); download it again."
+            f"weight file {str(file)!r} is damaged or truncated ({error}); download it again."
         ) from error
 
 
@@ -266,14 +266,14 @@ def _load_torch_file(file: Path) -> Any:
                 raise
             return torch.load(file, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
     except FileNotFoundError as error:
-        raise ConversionError(f"weight file {str(file)!r} is not there; give one that exists.") from error
+        raise ConversionError(f"weight file {str(file)!r} does not exist; give an existing file.") from error
     except pickle.UnpicklingError as error:
         raise ConversionError(
-            f"weight file {str(file)!r} is no PyTorch file of tensors alone, and nothing else is read, because it "
-            "could run code; get it from its publisher, or use the safetensors files."
+            f"weight file {str(file)!r} contains objects other than tensors, which are not loaded because they could "
+            "execute code; download the file from its publisher, or use the safetensors files."
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         reason = first_line(error)
         raise ConversionError(
-            f"weight file {str(file)!r} is damaged or cut short ({reason[:160]}); download it again."
+            f"weight file {str(file)!r} is damaged or truncated ({reason[:160]}); download it again."
         ) from error

@@ -1,4 +1,4 @@
-"""Writing a checkpoint shard by shard, in a folder that appears only when it is complete."""
+"""Writing of a checkpoint shard by shard, in a folder that is created only when it is complete."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ from .plan import Step
 from .sources import INDEX_NAME, SAFETENSORS_NAME
 
 SHARD_BYTES = 2 * 10**9
-"""Size that a shard does not exceed, unless one tensor does."""
+"""Maximum size of a shard with more than one tensor."""
 
 
 @contextmanager
 def new_folder(out: Path, nbytes: int = 0) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name when the block is through; else nothing is left.
+    """Context manager that creates a temporary folder, renames it to `out` on success and removes it on errors.
 
     Args:
-        out: Must not exist, or be empty.
-        nbytes: What will be written; refused if the disk has less.
+        out: Output folder, which must not exist or be empty.
+        nbytes: Number of bytes that will be written, for a check of the free disk space.
 
     Raises:
-        ConversionError: If `out` is taken, cannot be made, or the disk is too full.
+        ConversionError: If `out` is in use or cannot be created, or if there is not enough disk space.
     """
     check_free(out)
     parents = out.absolute().parents
-    made = [parent for parent in parents if not parent.exists()]
-    free = shutil.disk_usage(parents[len(made)]).free
+    created = [parent for parent in parents if not parent.exists()]
+    free = shutil.disk_usage(parents[len(created)]).free
     if free < nbytes:
         raise ConversionError(
-            f"output folder {str(out)!r} needs {nbytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left; make "
-            "room, or give another folder."
+            f"output folder {str(out)!r} needs {nbytes / 1e9:.1f} GB, but the disk has only {free / 1e9:.1f} GB left; "
+            "free some disk space, or give another folder."
         )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix="-unfinished", dir=out.parent))
     except OSError as error:
         raise ConversionError(
-            f"output folder {str(out)!r} cannot be made ({error.strerror}); give another."
+            f"output folder {str(out)!r} cannot be created ({error.strerror}); give another folder."
         ) from error
     try:
         yield folder
-        folder.chmod(0o755)  # a temporary folder is made for its owner alone
+        folder.chmod(0o755)  # mkdtemp creates folders with mode 0700
         folder.replace(out)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:  # innermost first; those in use stay
+        for parent in created:  # innermost first, until one is not empty
             try:
                 parent.rmdir()
             except OSError:
@@ -67,24 +67,24 @@ def new_folder(out: Path, nbytes: int = 0) -> Iterator[Path]:
 
 
 def check_free(out: Path) -> None:
-    """Raises a ConversionError if there is something at `out`."""
+    """Raise a ConversionError unless `out` does not exist or is an empty folder."""
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():
         fault = "exists and is not empty" if out.is_dir() else "is a file, not a folder"
-        raise ConversionError(f"output folder {str(out)!r} {fault}; remove it or give another.")
+        raise ConversionError(f"output folder {str(out)!r} {fault}; remove it or give another folder.")
 
 
 def write_shards(steps: Sequence[Step], folder: Path, shard_bytes: int = SHARD_BYTES) -> list[Path]:
-    """Writes the tensors, holding those of one shard at a time.
+    """Write the tensors, keeping one shard at a time in memory.
 
     Args:
         steps: The tensors to write.
-        folder: Where to.
-        shard_bytes: Size of a shard.
+        folder: Output folder.
+        shard_bytes: Maximum size of a shard in bytes.
 
     Returns:
-        The files: one `model.safetensors`, or shards (their index is written too).
+        The written files: `model.safetensors`, or the shards (their index is also written).
     """
     shards: list[list[Step]] = [[]]
     size = 0
@@ -108,7 +108,7 @@ def write_shards(steps: Sequence[Step], folder: Path, shard_bytes: int = SHARD_B
                 save_file(tensors, folder / name, metadata={"format": "pt"})
             except (SafetensorError, OSError) as error:
                 raise ConversionError(f"weight file {write_error(name, error)}") from error
-            (folder / name).chmod(0o644)  # safetensors writes for the owner alone
+            (folder / name).chmod(0o644)  # safetensors creates files with mode 0600
             del tensors
             for step in shard:
                 step.source.release()
@@ -119,5 +119,5 @@ def write_shards(steps: Sequence[Step], folder: Path, shard_bytes: int = SHARD_B
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object, keys in order."""
+    """Write a JSON object with sorted keys."""
     writing.write_json(path, content, sort_keys=True, ensure_ascii=False)

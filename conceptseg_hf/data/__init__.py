@@ -1,4 +1,4 @@
-"""Benchmarks of concept segmentation: samples with image, mask, prompt, level and references."""
+"""Concept segmentation benchmarks: samples with an image, a mask, a prompt, a level and references."""
 
 from .check import DataCheck, check_benchmark, check_benchmarks
 from .concept_shapes import ConceptShapes

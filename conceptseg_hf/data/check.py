@@ -1,4 +1,4 @@
-"""What of benchmarks is there, what is missing, and whether they are the sets that the paper counts."""
+"""Check which files of benchmarks exist, and whether the sample counts match the paper."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from .inspection import Inspection, inspect_files
 from .paths import MissingFilesError, check_files, existing_folder
 from .registry import PROCEDURAL, get_source, list_splits, load_benchmark, open_benchmark, resolve_split
 
-_NAMED = 5
+_MAX_LISTED = 5  # missing files listed in a report
 
 
 @dataclass(frozen=True)
 class DataCheck:
-    """The state of one split.
+    """Result of checking one split.
 
     Attributes:
-        name: The benchmark.
-        split: The split.
-        found: Samples that the index lists.
-        images: Different target images among them.
-        expected: What the paper counts (samples, or images where `counts_images`), None if it does not.
+        name: Name of the benchmark.
+        split: Name of the split.
+        found: Number of samples in the index.
+        images: Number of distinct target images among them.
+        expected: Number of samples in the paper (of images if `counts_images`); None if the paper gives none.
         counts_images: Whether `expected` counts images.
-        files: Files that were looked for; 0 where there are none.
-        is_drawn: The benchmark is drawn from seeds and reads no files.
-        missing: Pairs of kind and path of those that are missing.
-        without_references: Classes whose samples can have no reference.
-        inspection: What is wrong with the files that are there.
-        fault: One sentence, if the index itself cannot be read.
+        files: Number of files that were checked.
+        is_drawn: Whether the benchmark is generated from random seeds and reads no files.
+        missing: Pairs of kind and path of the missing files.
+        without_references: Classes that have no reference image.
+        inspection: Faults of the existing files.
+        fault: Error message (one sentence) if the index cannot be read; else None.
     """
 
     name: str
@@ -51,19 +51,19 @@ class DataCheck:
 
     @property
     def matches(self) -> bool | None:
-        """Whether the count is the paper's; None if the paper gives none."""
+        """Whether the count equals that of the paper; None if the paper gives none."""
         if self.expected is None:
             return None
         return self.expected == (self.images if self.counts_images else self.found)
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is missing or unusable and no count differs."""
+        """Whether no file is missing or unusable and the count does not differ from that of the paper."""
         usable = self.fault is None and not self.missing and self.inspection.is_usable
         return usable and self.found > 0 and self.matches is not False
 
     def lines(self) -> list[str]:
-        """What a person must know, line by line."""
+        """Return the report, line by line."""
         title = f"{self.name}, {self.split}:"
         if self.fault is not None:
             return [f"{title} {self.fault}"]
@@ -72,13 +72,13 @@ class DataCheck:
             kinds = Counter(kind for kind, _ in self.missing)
             counted = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
             lines.append(f"  missing: {len(self.missing)} of {self.files} files ({counted})")
-            lines += [f"    {path}" for _, path in self.missing[:_NAMED]]
-            if len(self.missing) > _NAMED:
-                lines.append(f"    and {len(self.missing) - _NAMED} more")
+            lines += [f"    {path}" for _, path in self.missing[:_MAX_LISTED]]
+            if len(self.missing) > _MAX_LISTED:
+                lines.append(f"    and {len(self.missing) - _MAX_LISTED} more")
         elif self.is_drawn:
-            lines.append("  files: it is drawn from seeds and needs none")
+            lines.append("  files: generated from random seeds, needs none")
         elif self.files:
-            lines.append(f"  files: all {self.files} are there")
+            lines.append(f"  files: all {self.files} exist")
         lines += self.inspection.lines()
         if self.without_references:
             lines.append(f"  references: {describe_names(self.without_references)} none")
@@ -86,11 +86,9 @@ class DataCheck:
 
     def _count_line(self) -> str:
         if self.matches is None:
-            return "count: the paper gives none"
+            return "count: not given in the paper"
         unit = "images" if self.counts_images else "samples"
-        return (
-            f"count: the paper has {self.expected} {unit}: {'the same' if self.matches else 'another count'}"
-        )
+        return f"count: {'matches' if self.matches else 'differs from'} the paper ({self.expected} {unit})"
 
 
 def check_benchmarks(
@@ -100,14 +98,14 @@ def check_benchmarks(
     seed: int = 42,
     progress: bool = False,
 ) -> list[DataCheck]:
-    """Looks for everything that one or several benchmarks need, and tries whether it can be used.
+    """Check that all files of one or several benchmarks exist and can be used.
 
     Args:
-        name: What `load_benchmarks` takes: a benchmark, a group of the suite, or several with commas between them.
-        root: Folder of the files, or folders by the name of their benchmark; see `load_benchmarks`.
-        split: Split of benchmarks given by their own names; None: see `check_benchmark`.
-        seed: Seed of the references.
-        progress: Show a progress bar on a terminal.
+        name: A benchmark, a group of the suite, or a comma-separated list of these, as in `load_benchmarks`.
+        root: Folder of the files, or a mapping from benchmark names to folders; see `load_benchmarks`.
+        split: Split of benchmarks given by their own names; for None, see `check_benchmark`.
+        seed: Random seed of the references.
+        progress: Whether to show a progress bar on a terminal.
 
     Returns:
         One result per benchmark and split.
@@ -124,7 +122,7 @@ def check_benchmarks(
             row_name, None if row_name in PROCEDURAL else root_of(row_name, root), row_split, seed, progress
         )
     )
-    return list(dict.fromkeys(checks))  # a benchmark may be named alone and by its group
+    return list(dict.fromkeys(checks))  # a benchmark may be listed both by name and by its group
 
 
 def check_benchmark(
@@ -134,28 +132,29 @@ def check_benchmark(
     seed: int = 42,
     progress: bool = False,
 ) -> list[DataCheck]:
-    """Looks for everything that a benchmark needs, and tries whether it can be used.
+    """Check that all files of a benchmark exist and can be used.
 
-    Of target images only the headers are read; true masks, and all references that a seed may draw, are read whole.
+    Only the headers of target images are read. Ground-truth masks, and all references that any seed may draw, are
+    read completely.
 
     Args:
-        name: A benchmark.
-        root: The folder of its files, if it reads any.
-        split: One split; None: those of the paper, or all if the paper has none.
-        seed: Seed of the references.
-        progress: Show a progress bar on a terminal.
+        name: Name of the benchmark.
+        root: Folder of its files, if it reads any.
+        split: Split to check; None checks the splits of the paper, or all splits if the paper uses none.
+        seed: Random seed of the references.
+        progress: Whether to show a progress bar on a terminal.
 
     Returns:
         One result per split.
 
     Raises:
-        ValueError: If no benchmark, split or folder has that name.
-        ImportError: If a layout needs a package that is missing.
+        ValueError: If the benchmark, split or folder does not exist.
+        ImportError: If a layout needs a package that is not installed.
     """
     if name in PROCEDURAL:
-        drawn = split or "test"
-        samples = load_benchmark(name, root, drawn, seed=seed)
-        return [DataCheck(name, drawn, found=len(samples), images=len(samples), is_drawn=True)]
+        split = split or "test"
+        samples = load_benchmark(name, root, split, seed=seed)
+        return [DataCheck(name, split, found=len(samples), images=len(samples), is_drawn=True)]
     source = get_source(name)
     existing_folder(root, name)
     if split is not None:
@@ -163,7 +162,7 @@ def check_benchmark(
     else:
         try:
             splits = list_splits(source, root)
-        except (OSError, ValueError):  # what is wrong is said of the split that is always looked for
+        except (OSError, ValueError):  # the error is reported for the default split
             splits = ("test",)
     return [_check_split(name, root, each, seed, progress) for each in splits]
 
@@ -185,7 +184,7 @@ def _check_split(
         missing: tuple[tuple[str, Path], ...] = ()
     except MissingFilesError as error:
         missing = error.missing
-    lacking = {path for _, path in missing}
+    missing_paths = {path for _, path in missing}
     return DataCheck(
         name,
         split,
@@ -196,7 +195,7 @@ def _check_split(
         files=len({path for _, path in files}),
         missing=missing,
         without_references=samples.without_references,
-        inspection=inspect_files(samples, lacking, f"{name}, {split}" if progress else None),
+        inspection=inspect_files(samples, missing_paths, f"{name}, {split}" if progress else None),
     )
 
 

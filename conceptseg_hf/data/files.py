@@ -1,4 +1,4 @@
-"""Benchmarks that lie in files: an index of what there is, and samples that are read one by one."""
+"""Benchmarks stored in files: an index of the samples, which are read one at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .paths import check_files
 from .pools import ClassPool, FileReference, ReferencePool, draw_with_replacement, reference_count
 from .sample import ConceptSample, UnreadableSampleError
 
-_NAMED = 3  # classes or samples that a message names
+_MAX_LISTED = 3  # classes or samples listed in a message
 
 LOADERS = ("default", "released")
 """How references are drawn and masks are read; see `FileBenchmark`."""
@@ -29,16 +29,16 @@ LOADERS = ("default", "released")
 
 @dataclass(frozen=True)
 class FileItem:
-    """What is known of a sample before anything is read.
+    """A sample before its files are read.
 
     Attributes:
         sample_id: Unique within the benchmark and split.
         image: The target image.
-        ground_truth: Its truth.
-        prompt: The words.
-        level: See `ConceptSample`, as `group`, `family`, `think`, `rule` and `answer`.
-        concept: The class whose other images can serve as references.
-        references: References of its own; without them they are drawn from the class.
+        ground_truth: Its ground truth.
+        prompt: The user prompt.
+        level: See `ConceptSample`, also for `group`, `family`, `think`, `rule` and `answer`.
+        concept: The class from which references are drawn.
+        references: References listed for the sample; if empty, references are drawn from the class.
     """
 
     sample_id: str
@@ -55,29 +55,29 @@ class FileItem:
     answer: str | None = None
 
     def read_fields(self) -> dict[str, Any]:
-        """Those fields of the sample that need no pixels."""
+        """Return the fields of the sample that need no pixels."""
         names = ("sample_id", "prompt", "level", "group", "family", "think", "rule", "answer")
         return {name: getattr(self, name) for name in names}
 
     def read_image(self) -> tuple[Image.Image, int]:
-        """The target image, RGB and upright, and the EXIF orientation that was applied."""
+        """Return the target image, RGB and upright, and the EXIF orientation that was applied."""
         return load_oriented_image(self.image)
 
     def read_header(self) -> tuple[Size, int]:
-        """(width, height) of the upright target image and its EXIF orientation, without its pixels where possible."""
+        """Return (width, height) of the upright target image and its EXIF orientation, if possible without decoding."""
         return read_header(self.image)
 
 
 @dataclass(frozen=True)
 class Index:
-    """What a layout finds.
+    """Samples of a split, as listed by a layout.
 
     Attributes:
-        items: The samples of a split.
-        pool: Where references are drawn from; None: samples have their own, or none.
-        files: Further files that must be there, as pairs of kind and path.
-        partial: Samples that lack files fail one by one, as damaged ones do; otherwise they refuse the whole set, whose
-            numbers would not be its own without them.
+        items: The samples of the split.
+        pool: Pool from which references are drawn; None if references are listed for each sample, or there are none.
+        files: Additional files that must exist, as pairs of kind and path.
+        partial: Whether samples with missing files fail individually, like damaged ones. Otherwise missing files are an
+            error for the whole set, because results without these samples would not be comparable.
     """
 
     items: Sequence[FileItem]
@@ -88,13 +88,13 @@ class Index:
 
 @dataclass(frozen=True)
 class LoadedReferences:
-    """The references of an item, read.
+    """The references of an item after reading.
 
     Attributes:
-        files: Their files.
-        references: What the processor takes, one for each.
-        faults: What is wrong with those that were drawn and cannot be used, each naming its file.
-        lost: How many of them nothing could replace.
+        files: The files of the references.
+        references: The references in the form that the processor accepts, one for each element of `files`.
+        faults: Faults of references that cannot be used, each with the name of the file.
+        lost: Number of these that could not be replaced.
     """
 
     files: list[FileReference]
@@ -105,12 +105,12 @@ class LoadedReferences:
 
 @dataclass(frozen=True)
 class LoadedGroundTruth:
-    """A truth beside its image, as fields of a `ConceptSample`.
+    """Ground truth loaded for an image, as fields of a `ConceptSample`.
 
     Attributes:
-        fitted: At the size of the image.
-        stored: At the size it is stored in.
-        fault: None, or why its size cannot be the image's.
+        fitted: Fields at the size of the image.
+        stored: Fields at the stored size.
+        fault: Why the stored size does not match the image; None if it matches.
     """
 
     fitted: dict[str, Any]
@@ -119,24 +119,24 @@ class LoadedGroundTruth:
 
 
 class FileBenchmark(Sequence[ConceptSample]):
-    """Samples that are read from files when they are asked for; nothing is kept.
+    """Samples that are read from files on access and are not cached.
 
-    References are drawn from a seed and the sample's id: the same sample has the same references whatever else is read,
-    in whatever order. With the loader `"released"` they are drawn as the released code does, with replacement and from
-    one source of chance for all samples, in their order; and true masks keep their grey values (`soft_mask`).
+    References are drawn from the seed and the sample's id, so they do not depend on which samples are read or in which
+    order. With the loader `"released"` they are drawn as in the released code, with replacement and from one random
+    generator for all samples in order, and ground-truth masks keep their gray values (`soft_mask`).
 
     Args:
         name: Name of the benchmark.
-        split: Its split.
-        index: What there is.
-        root: The folder of the files, for messages.
-        limit: Only the first samples.
-        seed: Seed of the references.
+        split: Split of the benchmark.
+        index: The samples and the pool of references.
+        root: Folder of the files, for messages.
+        limit: Maximum number of samples.
+        seed: Random seed of the references.
         loader: One of `LOADERS`.
 
     Attributes:
-        items: What is known of the samples without reading them.
-        without_references: The classes whose samples should have references and can have none.
+        items: The samples before reading.
+        without_references: Classes from which references should be drawn but that have none.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class FileBenchmark(Sequence[ConceptSample]):
         self.items = index.items if limit is None else index.items[:limit]
         self._pool, self._files, self._partial = index.pool, index.files, index.partial
         self._tried: dict[FileReference, Reference] = {}
-        self._told: set[tuple[str, bool]] = set()
+        self._warned: set[tuple[str, bool]] = set()
         self._drawn = self._draw_in_order() if loader == "released" else None
         self.without_references = self._classes_without_references()
 
@@ -161,11 +161,11 @@ class FileBenchmark(Sequence[ConceptSample]):
         return len(self.items)
 
     def __getitem__(self, index: int) -> ConceptSample:  # type: ignore[override]
-        """Reads a sample.
+        """Read a sample.
 
         Raises:
-            IndexError: If there is none at that place.
-            UnreadableSampleError: If its image, its truth or its words cannot be read.
+            IndexError: If the index is out of range.
+            UnreadableSampleError: If its image, ground truth or prompt cannot be read.
         """
         if isinstance(index, slice):
             raise TypeError(f"{self.name}: slices are not supported; use limit= or itertools.islice.")
@@ -178,12 +178,19 @@ class FileBenchmark(Sequence[ConceptSample]):
             fields |= item.read_fields()
             image, orientation = item.read_image()
         except (OSError, ValueError) as error:
-            raise UnreadableSampleError(_because(item, error), fields, _ground_truth_or_none(item)) from error
+            raise UnreadableSampleError(
+                _describe_fault(item, error), fields, _ground_truth_or_none(item)
+            ) from error
         try:
             ground_truth = read_ground_truth(item.ground_truth, image.size, orientation)
             soft_mask = item.ground_truth.read_soft() if self.loader == "released" else None
-        except (OSError, ValueError) as error:  # it may be that only its frame is the wrong one
-            raise UnreadableSampleError(_because(item, error), fields, _ground_truth_or_none(item)) from error
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # without `size`, the mask is read without checking its orientation
+            raise UnreadableSampleError(
+                _describe_fault(item, error), fields, _ground_truth_or_none(item)
+            ) from error
         found = self.read_references(item)
         sample = ConceptSample(
             image=image,
@@ -196,7 +203,7 @@ class FileBenchmark(Sequence[ConceptSample]):
         )
         if ground_truth.fault is not None:
             raise UnreadableSampleError(
-                _because(item, ground_truth.fault), fields, ground_truth.stored, sample
+                _describe_fault(item, ground_truth.fault), fields, ground_truth.stored, sample
             )
         return sample
 
@@ -205,21 +212,21 @@ class FileBenchmark(Sequence[ConceptSample]):
             yield self[index]
 
     def references_of(self, item: FileItem) -> list[FileReference]:
-        """The references of an item, its own or those that the seed draws, whether they can be used or not."""
+        """Return the references of an item, listed or drawn, whether or not they can be used."""
         return self._draw(item)[0]
 
     def _draw(self, item: FileItem) -> tuple[list[FileReference], random.Random | None]:
-        """The references of an item, and the source of chance from which others can be drawn."""
+        """Return the references of an item, and the random generator for drawing replacements."""
         if item.references or self._pool is None:
             return list(item.references), None
-        # A text seeds through a hash that is the same in every process and release.
+        # Strings are seeded through a hash that is the same in all processes and Python versions.
         rng = random.Random(f"{self.seed}/{self.name}/{self.split}/{item.sample_id}")
         if self._drawn is not None:
             return self._drawn[item.sample_id], rng
         return self._pool.draw(item.concept, rng, item.image), rng
 
     def _draw_in_order(self) -> dict[str, list[FileReference]]:
-        """The references of all samples that draw some, by sample id, from one source of chance."""
+        """Draw references of all samples without listed ones from one random generator; return them by sample id."""
         if self._pool is None:
             return {}
         rng = random.Random(self.seed)
@@ -228,12 +235,14 @@ class FileBenchmark(Sequence[ConceptSample]):
             concept: list(self._pool.references(concept))
             for concept in dict.fromkeys(item.concept for item in items)
         }
-        return {item.sample_id: draw_with_replacement(classes[item.concept], rng, item.image) for item in items}
+        return {
+            item.sample_id: draw_with_replacement(classes[item.concept], rng, item.image) for item in items
+        }
 
     def read_references(self, item: FileItem) -> LoadedReferences:
-        """Reads the references of an item; others of its class take the places of those that cannot be used.
+        """Read the references of an item, and replace unusable ones with other references of its class.
 
-        Which ones do depends on seed and sample alone. A reference that is not usable is named once in a warning.
+        The replacements depend only on the seed and the sample. A warning is issued once for each unusable reference.
         """
         drawn, rng = self._draw(item)
         spares: Iterator[FileReference] | None = None
@@ -254,11 +263,11 @@ class FileBenchmark(Sequence[ConceptSample]):
                     spares = self._pool.spares(item.concept, rng, item.image, drawn)
                 candidate = next(spares, None)
         found = LoadedReferences(files, references, tuple(faults), len(drawn) - len(files))
-        self._warn_of(found, item)
+        self._warn_about(found, item)
         return found
 
     def _read_reference(self, file: FileReference) -> Reference:
-        """A reference, read and tried; those that are paths are tried once."""
+        """Read and check a reference; the result is cached if it consists of paths only."""
         if file not in self._tried:
             reference = file.read()
             if not isinstance(reference.image, Path) or isinstance(reference.mask, Image.Image):
@@ -266,21 +275,21 @@ class FileBenchmark(Sequence[ConceptSample]):
             self._tried[file] = reference
         return self._tried[file]
 
-    def _warn_of(self, found: LoadedReferences, item: FileItem) -> None:
+    def _warn_about(self, found: LoadedReferences, item: FileItem) -> None:
         for fault in found.faults:
-            notified = (fault, found.lost > 0)
-            if notified not in self._told:
-                self._told.add(notified)
+            key = (fault, found.lost > 0)
+            if key not in self._warned:
+                self._warned.add(key)
                 warnings.warn(
-                    f"{self.name}: a reference cannot be used, and others of its class take its place: {fault}"
+                    f"{self.name}: a reference cannot be used and is replaced by another one of its class: {fault}"
                     if found.lost == 0
-                    else f"{self.name}: a reference cannot be used, and there is no other to take its place, so that "
-                    f"sample {item.sample_id!r} has {found.lost} fewer: {fault}",
+                    else f"{self.name}: a reference cannot be used and no replacement is available, so sample "
+                    f"{item.sample_id!r} has {found.lost} fewer: {fault}",
                     stacklevel=4,
                 )
 
     def all_references(self) -> list[FileReference]:
-        """Everything that samples may have as a reference, whatever the seed, each once."""
+        """Return all references that samples may have with any seed, without duplicates."""
         own = [reference for item in self.items for reference in item.references]
         if self._pool is None:
             return list(dict.fromkeys(own))
@@ -289,7 +298,7 @@ class FileBenchmark(Sequence[ConceptSample]):
         return list(dict.fromkeys([*own, *drawable]))
 
     def files(self) -> Iterator[tuple[str, Path]]:
-        """All files that the samples need, as pairs of kind and path."""
+        """Iterate over all files that the samples need, as pairs of kind and path."""
         yield from self._files
         for item in self.items:
             yield from self._files_of(item)
@@ -297,35 +306,35 @@ class FileBenchmark(Sequence[ConceptSample]):
     def _files_of(self, item: FileItem) -> Iterator[tuple[str, Path]]:
         yield "image", item.image
         yield from (("mask", path) for path in item.ground_truth.files)
-        draws_freely = self._pool is None or not self._pool.reads_files
-        for reference in self.references_of(item) if draws_freely else item.references:
+        draws_without_reading = self._pool is None or not self._pool.reads_files
+        for reference in self.references_of(item) if draws_without_reading else item.references:
             yield "reference image", reference.image
             if reference.ground_truth is not None:
                 yield from (("reference mask", path) for path in reference.ground_truth.files)
 
     def check(self) -> None:
-        """Checks that samples and files are there; warns of samples that lack files and classes without references.
+        """Check that samples and files exist; warn about missing files of samples and classes without references.
 
         Raises:
             ValueError: If there are no samples.
-            MissingFilesError: If files are missing (where samples may lack some: if no sample has all of its own); it
-                counts and holds all of them.
+            MissingFilesError: If files are missing (for a partial index: if no sample has all of its files); the error
+                counts and lists all of them.
         """
         self.check_length()
         if self._partial:
-            self._warn_of_missing_files()
+            self._warn_about_missing_files()
         else:
             check_files(self.files(), self.name, self.root)
         if self.without_references:
             count = sum(item.concept in self.without_references for item in self.items)
             warnings.warn(
                 f"{self.name}: {describe_names(self.without_references)} no reference image in the train split "
-                f"besides the target; {count} of {len(self)} samples come without references.",
+                f"besides the target; {count} of {len(self)} samples have no references.",
                 stacklevel=3,
             )
 
     def check_length(self) -> None:
-        """Checks that there are samples.
+        """Check that there are samples.
 
         Raises:
             ValueError: If there are none.
@@ -336,15 +345,15 @@ class FileBenchmark(Sequence[ConceptSample]):
                 "give another split, or another root."
             )
 
-    def _warn_of_missing_files(self) -> None:
+    def _warn_about_missing_files(self) -> None:
         own = {item.sample_id: (item.image, *item.ground_truth.files) for item in self.items}
         lacking = [name for name, paths in own.items() if not all(map(is_file, paths))]
         if len(lacking) == len(self):
             check_files(self.files(), self.name, self.root)
         elif lacking:
             warnings.warn(
-                f"{self.name}: {len(lacking)} of {len(self)} samples lack files ({_shown(lacking)}) and will fail; "
-                "conceptseg data check names the files.",
+                f"{self.name}: {len(lacking)} of {len(self)} samples lack files ({_join_names(lacking)}) and will "
+                "fail; `conceptseg data check` lists the files.",
                 stacklevel=4,
             )
 
@@ -360,21 +369,21 @@ class FileBenchmark(Sequence[ConceptSample]):
 
 
 def describe_names(names: Sequence[str]) -> str:
-    """Subject and verb: "class 'a' has", or "4 classes ('a', 'b', 'c', ...) have"."""
+    """Return a subject with its verb: "class 'a' has", or "4 classes ('a', 'b', 'c', ...) have"."""
     if len(names) == 1:
         return f"class {names[0]!r} has"
-    return f"{len(names)} classes ({_shown(names)}) have"
+    return f"{len(names)} classes ({_join_names(names)}) have"
 
 
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
+def _join_names(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:_MAX_LISTED])) + (", ..." if len(names) > _MAX_LISTED else "")
 
 
 def read_ground_truth(ground_truth: GroundTruth, size: Size, orientation: int = 1) -> LoadedGroundTruth:
-    """Reads a truth, and resizes it (nearest pixel) where its size is not the image's.
+    """Read ground truth, and resize it (nearest neighbor) if its size differs from that of the image.
 
     Args:
-        ground_truth: The truth.
+        ground_truth: The ground truth.
         size: (width, height) of the image.
         orientation: EXIF orientation of the image.
 
@@ -382,15 +391,19 @@ def read_ground_truth(ground_truth: GroundTruth, size: Size, orientation: int = 
         OSError, ValueError: If it cannot be read.
     """
     mask, ignore = ground_truth.read(size, orientation)
-    found = mask.shape[::-1]
+    stored_size = mask.shape[::-1]
     stored = _ground_truth_fields(ground_truth, mask, ignore)
-    if found == size:
+    if stored_size == size:
         return LoadedGroundTruth(stored, stored)
     fitted = _ground_truth_fields(
         ground_truth, resize(mask, size), None if ignore is None else resize(ignore, size)
     )
     fitted["stored_mask"] = stored["mask"]
-    fault = None if is_similar_size(found, size) else describe_size_mismatch(ground_truth.name, found, size)
+    fault = (
+        None
+        if is_similar_size(stored_size, size)
+        else describe_size_mismatch(ground_truth.name, stored_size, size)
+    )
     return LoadedGroundTruth(fitted, stored, fault)
 
 
@@ -414,7 +427,7 @@ def _ground_truth_or_none(item: FileItem) -> dict[str, Any] | None:
         return None
 
 
-def _because(item: FileItem, error: Exception | str) -> str:
+def _describe_fault(item: FileItem, error: Exception | str) -> str:
     return f"sample {item.sample_id!r}: {error}"
 
 

@@ -1,4 +1,4 @@
-"""Which benchmarks a name stands for: one, a group of the paper's suite, or a list of both."""
+"""Benchmark names: single benchmarks, groups of the paper's suite, and comma-separated lists of these."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ GROUPS = {
         for level in ("CI", "CD", "CR")
     },
 }
-"""The rows of each group: all 23 sets of Table 5; the 20 of Table 1, which lie in the authors' tree; a level's."""
+"""Rows of each group: the 23 sets of Table 5, the 20 sets of Table 1 (the authors' data), the sets of each level."""
 
 OTHERS = "*"
-"""Stands, in a mapping of roots, for all benchmarks that it does not name."""
+"""Key for all benchmarks that are not listed in a mapping of roots."""
 
-_NAMED = 3
+_MAX_LISTED = 3  # benchmarks listed for each error
 
 
 @dataclass(frozen=True)
 class BenchmarkGroup:
-    """Several benchmarks that go together.
+    """Several benchmarks that are evaluated together.
 
     Attributes:
-        name: What they are called together.
-        members: The samples of each, by its name and split.
+        name: Name of the group.
+        members: Samples of each benchmark, by name and split.
     """
 
     name: str
@@ -55,25 +55,26 @@ def load_benchmarks(
     loader: str = "default",
     groups: Sequence[str] | None = None,
 ) -> Sequence[ConceptSample] | BenchmarkGroup:
-    """Loads what a name stands for; that all files are there is checked at once.
+    """Load one or several benchmarks, and check that all of their files exist.
 
     Args:
-        name: A benchmark that `load_benchmark` knows, one of `GROUPS` in any case ("CD"), or several of these with
-            commas between them.
-        root: Folder of the files; or folders by the name of their benchmark, `OTHERS` for all that are not named.
-        split: Split of benchmarks given by their own names; groups have the splits of the paper.
-        limit: Only the first samples of each benchmark.
-        seed: Seed of the references; see `load_benchmark`.
+        name: A benchmark that `load_benchmark` accepts, one of `GROUPS` in any case ("CD"), or a comma-separated list
+            of these.
+        root: Folder of the files, or a mapping from benchmark names to folders, with the key `OTHERS` for all
+            benchmarks that are not listed.
+        split: Split of benchmarks given by their own names; groups use the splits of the paper.
+        limit: Maximum number of samples of each benchmark.
+        seed: Random seed of the references; see `load_benchmark`.
         loader: See `load_benchmark`.
-        groups: Groups of the samples of a single benchmark; see `load_benchmark`.
+        groups: Groups of samples of a single benchmark; see `load_benchmark`.
 
     Returns:
-        The samples of a single benchmark, or a group.
+        The samples of a single benchmark, or a `BenchmarkGroup`.
 
     Raises:
-        ValueError: If a name, split or folder is none.
-        MissingFilesError: If files are missing: of all benchmarks at once, with counts.
-        ImportError: If a layout needs a package that is missing.
+        ValueError: If a name, split or folder does not exist.
+        MissingFilesError: If files are missing; the error counts them for all benchmarks.
+        ImportError: If a layout needs a package that is not installed.
     """
     for key in root if isinstance(root, Mapping) else ():
         if key != OTHERS:
@@ -87,65 +88,65 @@ def load_benchmarks(
         )
     if groups is not None:
         raise ValueError(
-            f"load_benchmarks: {name!r} stands for several benchmarks; leave groups out, or name 'concept-shapes'."
+            f"load_benchmarks: {name!r} stands for several benchmarks; leave groups out, or use 'concept-shapes'."
         )
     rows = list_rows(name, split)
     members: dict[str, Sequence[ConceptSample]] = {}
     faults: list[tuple[str, Exception]] = []
     for row_name, row_split in rows:
-        where = root_of(row_name, root) if row_name in SOURCES else None
+        row_root = root_of(row_name, root) if row_name in SOURCES else None
         try:
             samples = load_benchmark(
-                row_name, root=where, split=row_split or split, limit=limit, seed=seed, loader=loader
+                row_name, root=row_root, split=row_split or split, limit=limit, seed=seed, loader=loader
             )
             members[f"{row_name}-{row_split}"] = samples
         except (ValueError, OSError) as error:
             faults.append((row_name, error))
     if faults:
-        raise _joined(faults, len(rows))
+        raise _combine_errors(faults, len(rows))
     return BenchmarkGroup(name, members)
 
 
 def is_single(name: str) -> bool:
-    """Whether a name stands for one benchmark, and for no group or list."""
+    """Whether a name refers to a single benchmark rather than a group or a list."""
     return "," not in name and name.strip().lower() not in GROUPS
 
 
 def list_rows(name: str, split: str | None = "test") -> list[tuple[str, str | None]]:
-    """Benchmark and split of everything that a name stands for, once each.
+    """List the benchmarks and splits that a name refers to, without duplicates.
 
     Args:
         name: See `load_benchmarks`.
-        split: Split of benchmarks given by their own names; None leaves it open.
+        split: Split of benchmarks given by their own names; None leaves it unspecified.
 
     Raises:
-        ValueError: If a name is none, or a group is given a split.
+        ValueError: If a name does not exist, or a split is given for a group.
     """
-    return list(dict.fromkeys(row for word in name.split(",") for row in _rows(word.strip(), split)))
+    return list(dict.fromkeys(row for part in name.split(",") for row in _rows(part.strip(), split)))
 
 
 def root_of(name: str, root: Root | Mapping[str, Root]) -> Root:
-    """The folder of one benchmark; see `load_benchmarks`."""
+    """Return the folder of one benchmark; see `load_benchmarks`."""
     return root.get(name, root.get(OTHERS)) if isinstance(root, Mapping) else root
 
 
-def _rows(word: str, split: str | None) -> Sequence[tuple[str, str | None]]:
-    if word.lower() not in GROUPS:
-        if word not in BENCHMARKS:
-            get_source(word, GROUPS)  # says which there are
-        if split is None or word not in SOURCES:
-            return [(word, split)]
-        return [(word, SOURCES[word].aliases.get(split, split))]
+def _rows(name: str, split: str | None) -> Sequence[tuple[str, str | None]]:
+    if name.lower() not in GROUPS:
+        if name not in BENCHMARKS:
+            get_source(name, GROUPS)  # raises an error that lists the available names
+        if split is None or name not in SOURCES:
+            return [(name, split)]
+        return [(name, SOURCES[name].aliases.get(split, split))]
     if split not in (None, "test"):
         raise ValueError(
-            f"load_benchmarks: the group {word!r} has the paper's splits; leave split {split!r} out, or name "
+            f"load_benchmarks: the group {name!r} uses the paper's splits; leave split {split!r} out, or list "
             "benchmarks instead."
         )
-    return GROUPS[word.lower()]
+    return GROUPS[name.lower()]
 
 
-def _joined(faults: Sequence[tuple[str, Exception]], total: int) -> Exception:
-    """All that is wrong as one error; benchmarks with the same fault are named together."""
+def _combine_errors(faults: Sequence[tuple[str, Exception]], total: int) -> Exception:
+    """Combine the errors of several benchmarks into one; benchmarks with the same error are listed together."""
     if len(faults) == 1:
         return faults[0][1]
     reasons: dict[str, list[str]] = {}
@@ -154,8 +155,8 @@ def _joined(faults: Sequence[tuple[str, Exception]], total: int) -> Exception:
         reasons.setdefault(text.replace(repr(name), "it"), []).append(name)
     parts = []
     for reason, names in reasons.items():
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        parts.append(f"{', '.join(names[:_NAMED])}{more}: {reason}")
+        more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+        parts.append(f"{', '.join(names[:_MAX_LISTED])}{more}: {reason}")
     message = f"load_benchmarks: {len(faults)} of {total} benchmarks cannot be read ({' | '.join(parts)})."
     missing: tuple[tuple[str, Path], ...] = ()
     files = 0

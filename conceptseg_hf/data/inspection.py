@@ -1,4 +1,4 @@
-"""What is wrong with those files of a benchmark that are there: damaged ones, other sizes, unusable references."""
+"""Inspection of the files of a benchmark: damaged files, masks of different size, unusable references."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .files import FileBenchmark, FileItem, read_ground_truth
 from .ground_truths import LabelFile, MaskFile
 from .pools import FileReference
 
-_NAMED = 5
-_BATCH = 1024  # files that are handed to the threads at once
+_MAX_LISTED = 5  # faults listed in a report
+_BATCH = 1024  # files that are submitted to the threads at once
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What reading has shown; each fault is a sentence that names its file.
+    """Result of reading the files of a benchmark; each fault is a sentence with the name of the file.
 
     Attributes:
-        samples: How many samples were looked at.
-        unusable: What is wrong with samples whose image or true mask cannot be used.
-        resized: True masks of another size than their image that are resized to it.
-        references: How many references were read: all that samples may have, whatever the seed.
-        unusable_references: What is wrong with those that cannot be used.
-        rotated: Images that EXIF data rotates or mirrors beside a mask that has no such data.
+        samples: Number of samples that were inspected.
+        unusable: Faults of samples with an unusable image or ground-truth mask.
+        resized: Ground-truth masks that are resized because their size differs from that of their image.
+        references: Number of references that were read: all that any seed may draw.
+        unusable_references: Faults of references that cannot be used.
+        rotated: Images that are rotated or mirrored by EXIF data while their mask has no EXIF data.
     """
 
     samples: int = 0
@@ -43,41 +43,41 @@ class Inspection:
 
     @property
     def is_usable(self) -> bool:
-        """Whether every sample and every reference can be used."""
+        """Whether all samples and references can be used."""
         return not self.unusable and not self.unusable_references
 
     def lines(self) -> list[str]:
-        """What a person must know, line by line."""
+        """Return the report, line by line."""
         lines = []
         if self.unusable:
             lines.append(f"  samples: {len(self.unusable)} of {self.samples} cannot be used")
-            lines += _first(self.unusable)
+            lines += _first_lines(self.unusable)
         if self.resized:
             lines.append(
-                f"  true masks: {len(self.resized)} have nearly the size of their image and are resized to it"
+                f"  ground-truth masks: {len(self.resized)} differ in size from their image and are resized to it"
             )
-            lines += _first(self.resized)
+            lines += _first_lines(self.resized)
         if self.unusable_references:
             count = len(self.unusable_references)
             lines.append(
-                f"  references: {count} of {self.references} cannot be used; others of their class take their places, "
-                "and where there are none samples have fewer"
+                f"  references: {count} of {self.references} cannot be used; they are replaced by other images of "
+                "their class if there are any"
             )
-            lines += _first(self.unusable_references)
+            lines += _first_lines(self.unusable_references)
         elif self.references:
             lines.append(f"  references: all {self.references} can be used")
         if self.rotated:
             lines.append(
-                f"  EXIF: {len(self.rotated)} images are rotated or mirrored by it and their masks are not; masks must "
-                "be of the image as it is shown"
+                f"  EXIF: {len(self.rotated)} images are rotated or mirrored by their EXIF orientation and their masks "
+                "are not; masks must match the image as displayed"
             )
-            lines += _first(self.rotated)
+            lines += _first_lines(self.rotated)
         return lines
 
 
 @dataclass(frozen=True)
 class _Finding:
-    """What reading one sample has shown."""
+    """Result of reading one sample."""
 
     fault: str | None = None
     resized: str | None = None
@@ -87,14 +87,14 @@ class _Finding:
 def inspect_files(
     samples: FileBenchmark, missing: Collection[Path] = (), progress: str | None = None
 ) -> Inspection:
-    """Reads what samples need: of images the headers, true masks and references whole.
+    """Read the headers of target images, and all ground-truth masks and references.
 
     Args:
         samples: The samples.
-        missing: Files that are known to be missing; what needs them is passed over.
-        progress: What a progress bar is called; None: there is none.
+        missing: Files that are known to be missing; samples and references that need them are skipped.
+        progress: Description of the progress bar; None shows no progress bar.
     """
-    items = _different(item for item in samples.items if item.image not in missing)
+    items = _with_distinct_files(item for item in samples.items if item.image not in missing)
     items = [item for item in items if not any(path in missing for path in item.ground_truth.files)]
     references = [
         reference
@@ -108,7 +108,7 @@ def inspect_files(
         ThreadPoolExecutor(workers) as threads,
         nullcontext() if progress is None else progress_bar(total, "files", progress) as bar,
     ):
-        warnings.simplefilter("ignore")  # what they say is in the findings
+        warnings.simplefilter("ignore")  # the findings contain these messages
         findings, faults = [], []
         for batch in _batches(items):
             for finding in threads.map(_inspect_item, batch):
@@ -122,16 +122,16 @@ def inspect_files(
                     bar.update()
     return Inspection(
         samples=len(items),
-        unusable=_said(finding.fault for finding in findings),
-        resized=_said(finding.resized for finding in findings),
+        unusable=_unique(finding.fault for finding in findings),
+        resized=_unique(finding.resized for finding in findings),
         references=len(references),
-        unusable_references=_said(faults),
-        rotated=_said(finding.rotated for finding in findings),
+        unusable_references=_unique(faults),
+        rotated=_unique(finding.rotated for finding in findings),
     )
 
 
-def _different(items: Iterator[FileItem]) -> list[FileItem]:
-    """Items with different files: the classes of one map of labels are read once."""
+def _with_distinct_files(items: Iterator[FileItem]) -> list[FileItem]:
+    """Return items with distinct files: a label map of several classes is read once."""
     seen: dict[tuple[object, ...], FileItem] = {}
     for item in items:
         ground_truth = (
@@ -168,15 +168,15 @@ def _inspect_reference(reference: FileReference) -> str | None:
 
 
 def _batches(values: Sequence) -> Iterator[list]:
-    rest = iter(values)
-    while batch := list(islice(rest, _BATCH)):
+    remaining = iter(values)
+    while batch := list(islice(remaining, _BATCH)):
         yield batch
 
 
-def _said(sentences: Iterable[str | None]) -> tuple[str, ...]:
+def _unique(sentences: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(sentence for sentence in sentences if sentence is not None))
 
 
-def _first(sentences: Sequence[str]) -> list[str]:
-    more = [f"    and {len(sentences) - _NAMED} more"] if len(sentences) > _NAMED else []
-    return [*(f"    {sentence}" for sentence in sentences[:_NAMED]), *more]
+def _first_lines(sentences: Sequence[str]) -> list[str]:
+    more = [f"    and {len(sentences) - _MAX_LISTED} more"] if len(sentences) > _MAX_LISTED else []
+    return [*(f"    {sentence}" for sentence in sentences[:_MAX_LISTED]), *more]

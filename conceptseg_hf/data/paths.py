@@ -1,4 +1,4 @@
-"""Paths that stay inside a folder, files that are all there, and JSON of any encoding."""
+"""Path resolution inside a folder, checks for missing files, and reading of text and JSON files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 
 from ..images import is_file
 
-_NAMED = 3  # missing files that an error names
+_MAX_LISTED = 3  # missing files listed in an error message
 
 
 class MissingFilesError(FileNotFoundError):
-    """Files of a data set are missing.
+    """Raised when files of a dataset are missing.
 
     Attributes:
-        missing: Pairs of kind ("image", "mask", ...) and path, all of them.
-        total: How many files were looked for.
+        missing: Pairs of kind ("image", "mask", ...) and path of all missing files.
+        total: Number of files that were checked.
     """
 
     def __init__(self, message: str, missing: tuple[tuple[str, Path], ...] = (), total: int = 0) -> None:
@@ -30,32 +30,32 @@ class MissingFilesError(FileNotFoundError):
 
 
 def inside(root: Path, relative: str) -> Path:
-    """The path of a file below a folder.
+    """Return the path of a file below a folder.
 
     Args:
         root: The folder.
-        relative: The file's path as a data set writes it, with either kind of slash.
-
-    Raises:
-        ValueError: If the path is absolute or leaves the folder. (Links in the folder may lead anywhere.)
+        relative: Relative path as written in the dataset, with forward slashes or backslashes.
 
     Returns:
-        The path; of a file whose name on disk has its accents in the other Unicode form, that name.
+        The path, with names as they are on disk if these use the other Unicode form (NFC or NFD).
+
+    Raises:
+        ValueError: If the path is absolute or leaves the folder. (Symbolic links in the folder may point anywhere.)
     """
     if not isinstance(relative, str) or not relative or "\0" in relative:
-        raise ValueError(f"path {relative!r} is no path; give one relative to {str(root)!r}.")
-    windows = PureWindowsPath(relative)  # splits at both kinds of slash
+        raise ValueError(f"path {relative!r} is invalid; give a path relative to {str(root)!r}.")
+    windows = PureWindowsPath(relative)  # splits at slashes and backslashes
     parts = os.path.normpath("/".join(windows.parts)).split("/") if not windows.anchor else [".."]
     if parts[0] == "..":
         raise ValueError(
-            f"path {relative!r} leads out of {str(root)!r}; give paths relative to that folder, without '..'."
+            f"path {relative!r} is outside of {str(root)!r}; give paths relative to that folder, without '..'."
         )
     path = root.joinpath(*parts)
     return path if relative.isascii() or os.access(path, os.F_OK) else _as_on_disk(root, parts)
 
 
 def _as_on_disk(root: Path, parts: list[str]) -> Path:
-    """A path whose names are looked up by their composed Unicode form (macOS writes decomposed ones)."""
+    """Return a path with each name looked up by its NFC form (macOS writes names in NFD)."""
     path = root
     for part in parts:
         if not part.isascii() and not os.access(path / part, os.F_OK):
@@ -73,28 +73,28 @@ def _names_in(folder: Path) -> dict[str, str]:
 
 @lru_cache(maxsize=8)
 def _names_by_form(folder: Path, _modified: int) -> dict[str, str]:
-    """The names in a folder that are not ASCII, by their composed form; kept until the folder changes."""
+    """Return the non-ASCII names in a folder by their NFC form; cached until the folder changes."""
     return {composed(path.name): path.name for path in folder.iterdir() if not path.name.isascii()}
 
 
 def composed(name: str) -> str:
-    """A name in composed Unicode form (NFC), by which names that look alike are compared."""
+    """Return a name in composed Unicode form (NFC), so that equivalent names compare equal."""
     return unicodedata.normalize("NFC", name)
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a file is none of a data set's, such as the `._photo.jpg` that macOS writes beside `photo.jpg`."""
+    """Whether a file is hidden or a system file, such as the `._photo.jpg` that macOS writes next to `photo.jpg`."""
     return path.name.startswith(".") or "__MACOSX" in path.parts
 
 
 def existing_folder(root: str | os.PathLike | None, name: str) -> Path:
-    """The folder of a data set.
+    """Return the folder of a dataset.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If no folder is given or it does not exist.
     """
     if root is None:
-        raise ValueError(f"load_benchmark: {name!r} reads files; give root=, the folder that holds them.")
+        raise ValueError(f"load_benchmark: {name!r} reads files; give root=, the folder that contains them.")
     folder = Path(root).expanduser()
     if not os.access(folder, os.F_OK) or not folder.is_dir():
         raise ValueError(f"load_benchmark: root {str(root)!r} is not a folder; give the folder of {name!r}.")
@@ -102,10 +102,10 @@ def existing_folder(root: str | os.PathLike | None, name: str) -> Path:
 
 
 def required_file(path: Path, name: str) -> Path:
-    """A file without which nothing is known of a data set.
+    """Return the path of the index file of a dataset.
 
     Raises:
-        MissingFilesError: If it is missing.
+        MissingFilesError: If the file does not exist.
     """
     if not is_file(path):
         raise MissingFilesError(
@@ -117,15 +117,15 @@ def required_file(path: Path, name: str) -> Path:
 
 
 def check_files(files: Iterable[tuple[str, Path]], name: str, root: Path) -> None:
-    """Finds all missing files at once.
+    """Check that all files exist.
 
     Args:
         files: Pairs of kind and path; a path may occur more than once.
-        name: Name of the data set.
-        root: Its folder.
+        name: Name of the dataset.
+        root: Folder of the dataset.
 
     Raises:
-        MissingFilesError: If there are any.
+        MissingFilesError: If files are missing; the error lists all of them.
     """
     kinds: dict[Path, str] = {}
     for kind, path in files:
@@ -136,8 +136,8 @@ def check_files(files: Iterable[tuple[str, Path]], name: str, root: Path) -> Non
             f"{count} {kind if count == 1 else kind + 's'}"
             for kind, count in Counter(kind for kind, _ in missing).items()
         )
-        names = ", ".join(repr(os.path.relpath(path, root)) for _, path in missing[:_NAMED])
-        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        names = ", ".join(repr(os.path.relpath(path, root)) for _, path in missing[:_MAX_LISTED])
+        more = f" and {len(missing) - _MAX_LISTED} more" if len(missing) > _MAX_LISTED else ""
         raise MissingFilesError(
             f"load_benchmark: {name!r} lacks {len(missing)} of its {len(kinds)} files below {str(root)!r} ({counts}): "
             f"{names}{more}; put them there, or give another root.",
@@ -147,11 +147,11 @@ def check_files(files: Iterable[tuple[str, Path]], name: str, root: Path) -> Non
 
 
 def read_text(path: Path, fallback_encoding: str | None = None) -> str:
-    """A text file in UTF-8, with or without byte order mark, or else in another encoding.
+    """Read a text file in UTF-8, with or without byte order mark, or else in a fallback encoding.
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is in neither encoding.
+        ValueError: If it cannot be decoded.
     """
     content = path.read_bytes()
     for encoding in ("utf-8-sig", fallback_encoding):
@@ -164,7 +164,7 @@ def read_text(path: Path, fallback_encoding: str | None = None) -> str:
 
 
 def read_json(path: Path, fallback_encoding: str | None = None) -> Any:
-    """A JSON file; see `read_text`.
+    """Read a JSON file; see `read_text`.
 
     Raises:
         OSError: If it cannot be read.
@@ -174,5 +174,5 @@ def read_json(path: Path, fallback_encoding: str | None = None) -> Any:
         return json.loads(read_text(path, fallback_encoding))
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{str(path)!r} is not JSON (line {error.lineno}); fetch or write the file again."
+            f"{str(path)!r} is not JSON (line {error.lineno}); download or write the file again."
         ) from error

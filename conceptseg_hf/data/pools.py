@@ -1,4 +1,4 @@
-"""Reference images in files, and the pools that they are drawn from."""
+"""Reference images in files, and the pools from which they are drawn."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from .ground_truths import BoxGroundTruth, GroundTruth, MaskFile, PixelBox, Size
 
 @dataclass(frozen=True)
 class FileReference:
-    """A reference image, with its truth where there is one."""
+    """A reference image, with its ground truth if there is one."""
 
     image: Path
     ground_truth: GroundTruth | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that it reads."""
+        """The files that are read."""
         return self.image, *(() if self.ground_truth is None else self.ground_truth.files)
 
     def read(self) -> Reference:
-        """As the processor takes it; files that it can open itself stay paths.
+        """Read the reference in the form that the processor accepts; files that it can open itself stay paths.
 
-        Everything is read and tried here, so that a reference that cannot be used is found before it is shown.
+        All files are read and checked, so that an unusable reference is detected before it is passed to a model.
 
         Raises:
-            OSError, ValueError: If image or truth cannot be used; the message names the file.
+            OSError, ValueError: If the image or ground truth cannot be used; the message names the file.
         """
         if self.ground_truth is None:
             try_image(self.image)
@@ -58,71 +58,71 @@ class FileReference:
 
 
 def _read_mask(ground_truth: GroundTruth, size: Size, orientation: int) -> tuple[np.ndarray, bool]:
-    """The mask, (H, W) bool, at the size of the image, and whether it is stored at that size."""
+    """Return the mask, (H, W) bool, at the size of the image, and whether it is stored at that size."""
     mask, _ = ground_truth.read(size, orientation)
-    stored = mask.shape[::-1]
-    if stored != size and not is_similar_size(stored, size):
-        raise ValueError(describe_size_mismatch(ground_truth.name, stored, size))
+    stored_size = mask.shape[::-1]
+    if stored_size != size and not is_similar_size(stored_size, size):
+        raise ValueError(describe_size_mismatch(ground_truth.name, stored_size, size))
     if not mask.any():
         raise ValueError(no_foreground_message(ground_truth.files[0]))
-    return resize(mask, size), stored == size
+    return resize(mask, size), stored_size == size
 
 
 class ReferencePool(ABC):
-    """Images of which references are drawn."""
+    """Images from which references are drawn."""
 
     reads_files = False
     """Whether drawing opens files."""
 
     @abstractmethod
     def draw(self, concept: str, rng: random.Random, exclude: Path) -> list[FileReference]:
-        """Draws references of a class without replacement: 1 if the class has 2 images, else 4 or all there are.
+        """Draw references of a class without replacement: 1 if the class has 2 images, else at most 4.
 
         Args:
             concept: The class.
-            rng: Source of chance.
-            exclude: The target, which is never its own reference.
+            rng: Random generator.
+            exclude: The target image, which is never its own reference.
         """
 
     @abstractmethod
     def spares(
         self, concept: str, rng: random.Random, exclude: Path, drawn: Collection[FileReference]
     ) -> Iterator[FileReference]:
-        """The others of a class in random order, to take the places of references that cannot be used.
+        """Iterate over the remaining references of a class in random order, as replacements for unusable ones.
 
         Args:
             concept: The class.
-            rng: Source of chance, in the state that `draw` has left.
-            exclude: The target.
-            drawn: What `draw` has returned.
+            rng: Random generator, in the state in which `draw` left it.
+            exclude: The target image.
+            drawn: The result of `draw`.
         """
 
     @abstractmethod
     def references(self, concept: str) -> Iterable[FileReference]:
-        """Everything that can be drawn for a class."""
+        """Return all references that can be drawn for a class."""
 
     def has_reference(self, concept: str, exclude: Path) -> bool:
-        """Whether there is at least one reference; cheap, and True where only reading could tell."""
+        """Whether there is at least one reference; this opens no files, and is True if only reading could decide."""
         return True
 
 
 def reference_count(class_size: int) -> int:
-    """How many references a class of this size gives (as the paper's data loader): 1 of 2 images, else 4."""
+    """Return the number of references of a class, as in the paper's data loader: 1 if it has 2 images, else 4."""
     return 1 if class_size == 2 else 4
 
 
 def draw_with_replacement(
     everything: Sequence[FileReference], rng: random.Random, exclude: Path
 ) -> list[FileReference]:
-    """Draws references of a class with replacement, as the released code: 1 if the class has 2 images, else 4.
+    """Draw references of a class with replacement, as in the released code: 1 if the class has 2 images, else 4.
 
-    Each is drawn until it is not the target, so that a class with a single other image gives it four times; a class
-    with none gives none.
+    Each draw is repeated while it gives the target. A class with one image, if that is not the target, gives it four
+    times; a class without images other than the target gives no references.
 
     Args:
-        everything: All images of the class.
-        rng: Source of chance; the released code has one for all samples, in their order.
-        exclude: The target, which is never its own reference.
+        everything: All references of the class.
+        rng: Random generator; the released code uses one for all samples in order.
+        exclude: The target image, which is never its own reference.
     """
     if all(reference.image == exclude for reference in everything):
         return []
@@ -136,7 +136,7 @@ def draw_with_replacement(
 
 
 class ClassPool(ReferencePool):
-    """References by class, all known beforehand.
+    """References by class, all listed in advance.
 
     Args:
         references: The references of each class.
@@ -153,7 +153,7 @@ class ClassPool(ReferencePool):
         """See `ReferencePool.draw`."""
         everything = self._references.get(concept, ())
         count = reference_count(len(everything))
-        # As many more as could be the target itself: the rest is then a fair draw among the others.
+        # Draws as many more as there are copies of the target, so that the remaining ones are a uniform draw.
         copies = self._copies[concept][exclude] if everything else 0
         drawn = rng.sample(everything, min(count + copies, len(everything)))
         return [reference for reference in drawn if reference.image != exclude][:count]

@@ -1,4 +1,4 @@
-"""Benchmarks by name."""
+"""Registry of benchmarks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .sample import ConceptSample
 from .suite import SOURCES, Source
 
 PROCEDURAL = {"concept-shapes": ConceptShapes}
-"""Benchmarks that read no files."""
+"""Benchmarks that are generated and read no files."""
 
 BENCHMARKS = (*PROCEDURAL, *SOURCES)
-"""Every name that `load_benchmark` knows."""
+"""All names that `load_benchmark` accepts."""
 
 
 def load_benchmark(
@@ -30,40 +30,42 @@ def load_benchmark(
     loader: str = "default",
     groups: Sequence[str] | None = None,
 ) -> Sequence[ConceptSample]:
-    """Loads a benchmark.
+    """Load a benchmark.
 
-    Samples of files are read when they are asked for; that their files are there is checked at once.
+    Samples are read from files on access; whether the files exist is checked immediately.
 
     Args:
-        name: One of `BENCHMARKS`; `suite.SOURCES` says what each is, how its files lie, and where they are published.
-        root: Folder of its files; None for `"concept-shapes"`, which is drawn from seeds.
-        split: A split of that benchmark; "test" also names the split that is evaluated where its own name is another.
-        limit: Only the first samples of the split.
-        seed: Seed by which references are drawn, where samples come without any of their own, or are drawn themselves.
-        loader: How the files of a benchmark are read: `"default"`, or `"released"` as the released code does. Of
-            references drawn from a class there are four, with replacement, by one source of chance for all samples;
-            boxes of references that come with a sample (`ref_box`) are left out; true masks keep their grey values for
+        name: One of `BENCHMARKS`; `suite.SOURCES` describes each set, its file layout and where it is published.
+        root: Folder of its files; None for `"concept-shapes"`, which is generated from random seeds.
+        split: A split of the benchmark; "test" also refers to the split that is evaluated if that has another name.
+        limit: Maximum number of samples, taken from the start of the split.
+        seed: Random seed of references that are drawn from a class or generated. References listed for a sample do not
+            depend on it.
+        loader: How the files of a benchmark are read: `"default"`, or `"released"` as in the released code. With
+            `"released"`, four references are drawn from a class with replacement, by one random generator for all
+            samples; boxes of listed references (`ref_box`) are dropped; ground-truth masks keep their gray values for
             the protocol "released".
-        groups: Of `"concept-shapes"`, the groups to go round; see `ConceptShapes`.
+        groups: Groups of `"concept-shapes"` to generate; see `ConceptShapes`.
 
     Raises:
-        ValueError: If no benchmark, split, loader or group has that name, the split has no samples, or the files are
-            not what they should be.
-        MissingFilesError: If files are missing: all of them, with counts. (Of one's own data: if no sample has all of
-            its files; fewer are warned of, and fail when they are read.)
-        ImportError: If a layout needs a package that is missing.
+        ValueError: If the benchmark, split, loader or group does not exist, the split has no samples, or a file is
+            malformed.
+        MissingFilesError: If files are missing; the error counts and lists all of them. (For the benchmark "plain":
+            only if no sample has all of its files; otherwise a warning is issued, and incomplete samples fail when they
+            are read.)
+        ImportError: If a layout needs a package that is not installed.
     """
     if loader not in LOADERS:
         raise ValueError(f"load_benchmark: loader is {loader!r}; use {' or '.join(map(repr, LOADERS))}.")
     if name in PROCEDURAL:
         if root is not None:
             raise ValueError(
-                f"load_benchmark: {name!r} is drawn from seeds and reads no files; leave root out."
+                f"load_benchmark: {name!r} is generated from random seeds and reads no files; leave root out."
             )
         return PROCEDURAL[name](split, length=limit, seed=seed, groups=groups)
     if groups is not None:
         raise ValueError(
-            f"load_benchmark: {name!r} cannot be divided into groups; leave groups out, or name another benchmark."
+            f"load_benchmark: {name!r} has no groups; leave groups out, or use 'concept-shapes'."
         )
     samples = open_benchmark(name, root, split, limit, seed, loader)
     samples.check()
@@ -78,7 +80,7 @@ def open_benchmark(
     seed: int = 42,
     loader: str = "default",
 ) -> FileBenchmark:
-    """As `load_benchmark`, for benchmarks of files, without looking for the files of the samples."""
+    """Load a benchmark of files as `load_benchmark` does, without checking that the files of its samples exist."""
     source = get_source(name)
     if limit is not None and limit < 1:
         raise ValueError(f"load_benchmark: limit is {limit}; use at least 1.")
@@ -91,28 +93,28 @@ def open_benchmark(
 
 
 def get_source(name: str, groups: Iterable[str] = ()) -> Source:
-    """What is known of a benchmark of files.
+    """Return the metadata of a benchmark of files.
 
     Args:
-        name: Its name.
-        groups: Names of groups, where one of these could have been meant.
+        name: Name of the benchmark.
+        groups: Names of groups, which are included in suggestions for unknown names.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If no benchmark has that name.
     """
     if name not in SOURCES:
-        meant = did_you_mean(name, (*BENCHMARKS, *groups))
+        suggestion = did_you_mean(name, (*BENCHMARKS, *groups))
         raise ValueError(
-            f"load_benchmark: no benchmark is named {name!r}{meant}; use one of {', '.join(BENCHMARKS)}."
+            f"load_benchmark: no benchmark is named {name!r}{suggestion}; use one of {', '.join(BENCHMARKS)}."
         )
     return SOURCES[name]
 
 
 def list_splits(source: Source, root: str | os.PathLike | None) -> tuple[str, ...]:
-    """The splits that are looked at where none is named: the paper's, else all, be it that only the data knows them.
+    """Return the splits that are checked by default: those of the paper, or else all, read from the data if necessary.
 
     Raises:
-        ValueError, OSError: If the data must be read for it, and cannot be.
+        ValueError, OSError: If the data must be read and cannot be.
     """
     known = source.paper_splits or tuple(source.counts)
     if not known and source.layout in LISTED_SPLITS:
@@ -121,7 +123,7 @@ def list_splits(source: Source, root: str | os.PathLike | None) -> tuple[str, ..
 
 
 def resolve_split(source: Source, split: str) -> str:
-    """The split by its own name.
+    """Return the name of a split, with aliases resolved.
 
     Raises:
         ValueError: If the benchmark has no such split.

@@ -1,4 +1,4 @@
-"""What a benchmark yields: one image, one concept, and the true mask."""
+"""Samples of a benchmark: an image, a concept and its ground-truth mask."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..references import Reference
 
 @dataclass(frozen=True)
 class Candidate:
-    """An object that could be taken for the target.
+    """An object that could be mistaken for the target.
 
     Attributes:
-        role: "target", or what kind of mistake choosing it would be.
-        mask: (H, W) bool, its visible pixels.
+        role: "target", or the kind of mistake that choosing it would be.
+        mask: Its visible pixels, (H, W) bool.
     """
 
     role: str
@@ -27,37 +27,35 @@ class Candidate:
 
 @dataclass(frozen=True)
 class ConceptSample:
-    """One item of a benchmark.
+    """One sample of a benchmark.
 
     Attributes:
         image: The target image, RGB.
-        mask: The true mask, "L", 0 or 255, the size of the image; empty when the concept is absent.
-        prompt: The words the user would type.
+        mask: The ground-truth mask, "L", 0 or 255, at the size of the image; empty when the concept is absent.
+        prompt: The user prompt.
         level: "CI", "CD" or "CR" (paper, appendix A).
         group: A column of the paper's Table 1, such as "camouflage".
         family: The kind of task within the group.
-        references: Reference images; every reference with a box or mask carries its true one, the proxy
-            query included.
+        references: Reference images. Their boxes and masks are ground truth, including that of the proxy query.
         dataset: Name of the benchmark.
         sample_id: Unique within the benchmark and split.
-        box: (x1, y1, x2, y2) of the true mask in pixels of the image, x2 and y2 exclusive; None when the
+        box: (x1, y1, x2, y2) of the ground-truth mask in pixels of the image, x2 and y2 exclusive; None when the
             concept is absent.
-        think: Ground-truth reasoning, where the benchmark has one.
-        rule: Ground-truth rule, where the benchmark has one.
-        answer: Ground-truth noun phrase, where the benchmark has one.
-        split: The benchmark's split.
-        ignore: "L", 255 where pixels do not count, the size of the image; None when all pixels count.
-        box_only: The benchmark knows a box and no mask: `mask` is that box, filled, and no metric of masks
+        think: Ground-truth reasoning, if the benchmark provides it.
+        rule: Ground-truth rule, if the benchmark provides it.
+        answer: Ground-truth noun phrase, if the benchmark provides it.
+        split: Split of the benchmark.
+        ignore: "L", 255 for ignored pixels, at the size of the image; None when all pixels count.
+        box_only: Whether the ground truth is a box without a mask. `mask` is then the filled box, and no mask metric
             may be computed from it.
-        candidates: The target and the objects that could be taken for it, where the benchmark asks which one is meant.
-        stratum: Part of the group whose results are reported apart.
-        stored_mask: The true mask as it is stored, "L", where that has another size than the image; `mask` is then
+        candidates: The target and the objects that could be mistaken for it, if the benchmark asks which one is meant.
+        stratum: Part of the group; results of strata are reported separately.
+        stored_mask: The ground-truth mask as stored, "L", if its size differs from that of the image; `mask` is then
             resized.
-        reference_faults: What is wrong with references that were meant for the sample and cannot be used, a sentence
-            each.
-        references_lost: How many of these no other reference could replace.
-        soft_mask: The true mask with its soft edges, "L", at the size that it is stored in; only where it has some, and
-            the benchmark's loader keeps them.
+        reference_faults: One sentence for each reference that was selected for the sample but cannot be used.
+        references_lost: Number of these that could not be replaced.
+        soft_mask: The ground-truth mask with its soft edges, "L", at its stored size; None if it has none or the loader
+            of the benchmark does not keep them.
     """
 
     image: Image.Image
@@ -85,19 +83,19 @@ class ConceptSample:
 
     @property
     def present(self) -> bool:
-        """Whether the image shows the concept at all."""
+        """Whether the concept is present in the image."""
         return self.box is not None
 
 
 class UnreadableSampleError(ValueError):
-    """One sample of a benchmark cannot be read; the others can.
+    """Raised when one sample of a benchmark cannot be read; other samples are not affected.
 
     Attributes:
-        fields: What is known of it: those fields of its `ConceptSample` that need no pixels.
-        truth: `mask`, `box`, `ignore` and `box_only` of its `ConceptSample` if the truth can be read, else
-            None; at the size that it is stored in.
-        stretched: The sample with its mask stretched to the image, where nothing is wrong but that their shapes differ;
-            else None. For comparisons at a size that is neither's.
+        fields: Fields of its `ConceptSample` that need no pixels.
+        ground_truth: `mask`, `box`, `ignore` and `box_only` of its `ConceptSample`, at the stored size; None if the
+            ground truth cannot be read.
+        stretched: The sample with its mask stretched to the size of the image, if only their aspect ratios differ; else
+            None. It is used by protocols that resize images and masks to a fixed size.
     """
 
     def __init__(

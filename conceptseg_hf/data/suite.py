@@ -1,7 +1,7 @@
-"""The benchmark suite as data: what each set is called, what is asked, how many items there must be, and where it is.
+"""Metadata of the benchmark suite: name, prompt, number of samples and origin of each set.
 
-Counts are those of the paper's Tables 5 and 6 (Appendix B); a set with other counts is another set. The paper prints
-optical property under CI in Table 1 and under CD in Table 5; its text calls it CD, and so do we.
+Counts are those of the paper's Tables 5 and 6 (Appendix B); a set with different counts is a different set. The paper
+lists optical property under CI in Table 1 and under CD in Table 5; its text assigns it to CD, which is used here.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ CLASS_NAME = "{cls_name}"
 
 @dataclass(frozen=True)
 class Source:
-    """A set of samples with a name.
+    """A named set of samples in files.
 
     Attributes:
-        name: How `load_benchmark` knows it: `dataset_name` in the authors' metadata, where it is there.
-        title: What its publishers call it.
+        name: Name for `load_benchmark`: `dataset_name` in the authors' metadata, if the set is part of it.
+        title: Name used by its publishers.
         level: "CI", "CD" or "CR".
         group: Column of the paper's Table 1, or the task of Table 6.
-        problem: The words that are asked; `CLASS_NAME`: the name of the item's class; None: each item has its own.
-        layout: How its files lie: a key of `LAYOUTS` in `layouts`.
-        published: Where its owners publish it.
-        counts: Number of samples of each split in the paper; None: the paper does not count this split.
-        counts_images: The paper counts images, of which one can make several samples.
-        paper_splits: Splits of the paper: "train" for training sets, others for evaluation sets.
-        aliases: Other names of splits, such as "test" for the split that is evaluated.
-        note: What a user must know before comparing numbers.
+        problem: The prompt; `CLASS_NAME` stands for the class name of the item; None if each item has its own prompt.
+        layout: File layout, a key of `LAYOUTS` in `layouts`.
+        published: URL where its owners publish it.
+        counts: Number of samples of each split in the paper; None if the paper does not count this split.
+        counts_images: Whether the paper counts images, each of which can give several samples.
+        paper_splits: Splits used in the paper: "train" for training sets, others for evaluation sets.
+        aliases: Alternative names of splits, such as "test" for the split that is evaluated.
+        note: Information for users who compare results.
     """
 
     name: str
@@ -59,7 +59,7 @@ def _authors(
         problem,
         "authors",
         AUTHORS,
-        # Single images draw their references from the train split, which the paper counts only where it trains.
+        # Items with one image draw references from the train split, which the paper counts only for training sets.
         counts={"train": counts.get("train"), "test": counts.get("test")},
         paper_splits=tuple(counts),
         note=note,
@@ -133,7 +133,7 @@ _SUITE = (
         counts_images=True,
         paper_splits=("val",),
         aliases={"test": "val"},
-        note="one sample per image and present class; the owners keep the test labels to themselves: test is val",
+        note="one sample per image and present class; the test labels are not public, so test stands for val",
     ),
     Source(
         "reasonseg",
@@ -160,7 +160,7 @@ _OTHERS = (
             "authors",
             AUTHORS,
             counts={"train": None, "test": None},
-            note="known to the authors' loader; not in the paper",
+            note="supported by the authors' loader; not in the paper",
         )
         for name, title in (
             ("LVISRare", "LVIS, rare classes"),
@@ -171,25 +171,25 @@ _OTHERS = (
     ),
     Source(
         "reasonseg-hf",
-        "ReasonSeg, copy on the hub",
+        "ReasonSeg, Hugging Face copy",
         "CR",
         "reasoning",
         None,
         "reasonseg-hf",
         "https://huggingface.co/datasets/Ricky06662/ReasonSeg_test",
         counts={"val": 200, "test": 779},
-        note="ignore regions became foreground in this copy: its scores do not compare with those of reasonseg",
+        note="ignore regions are foreground in this copy, so its scores are not comparable with those of reasonseg",
     ),
     _coco20i(
         "coco20i",
         "COCO-20i",
-        "all 80 classes of COCO 2014, val images; the paper samples from them: coco2014_Living, coco2014_Artifact",
+        "all 80 classes of COCO 2014, val images; the paper's subsets are coco2014_Living and coco2014_Artifact",
     ),
     *(
         _coco20i(
             f"coco20i-{fold}",
             f"COCO-20i, fold {fold}",
-            f"the 20 classes whose place among the 80 leaves {fold} when divided by 4",
+            f"the 20 classes with zero-based index % 4 == {fold}",
         )
         for fold in range(4)
     ),
@@ -229,7 +229,7 @@ _OTHERS = (
 )
 
 SOURCES = {source.name: source for source in (*_SUITE, *_OTHERS)}
-"""Every named set that reads files: the paper's suite first."""
+"""All named sets that read files; the paper's suite comes first."""
 
 SUITE = tuple(source.name for source in _SUITE)
-"""Names of the paper's suite, Tables 5 and 6."""
+"""Names of the paper's suite (Tables 5 and 6)."""

@@ -1,4 +1,4 @@
-"""Samples as a `datasets.Dataset`."""
+"""Conversion of samples to a `datasets.Dataset`."""
 
 from __future__ import annotations
 
@@ -12,20 +12,31 @@ from .sample import ConceptSample
 if TYPE_CHECKING:
     import datasets
 
-_TEXTS = ("sample_id", "dataset", "split", "prompt", "level", "group", "family", "think", "rule", "answer")
+_STRING_FIELDS = (
+    "sample_id",
+    "dataset",
+    "split",
+    "prompt",
+    "level",
+    "group",
+    "family",
+    "think",
+    "rule",
+    "answer",
+)
 
 
 def as_dataset(samples: Sequence[ConceptSample]) -> datasets.Dataset:
-    """Samples as a `datasets.Dataset`, written to its cache once.
+    """Convert samples to a `datasets.Dataset`, which is written to its cache once.
 
-    Masks of references become boxes; the references are lists of images and of boxes. The cache knows samples by their
-    paths: after a file has changed in its place, clear it (`Dataset.cleanup_cache_files`).
+    Masks of references become boxes; references are stored as a list of images and a list of boxes. The cache
+    identifies samples by their paths: after changing a file in place, clear it (`Dataset.cleanup_cache_files`).
 
     Args:
-        samples: What `load_benchmark` gives, or any samples.
+        samples: The result of `load_benchmark`, or any sequence of samples.
 
     Raises:
-        ImportError: Without the package datasets.
+        ImportError: If the package datasets is not installed.
     """
     try:
         import datasets
@@ -35,7 +46,7 @@ def as_dataset(samples: Sequence[ConceptSample]) -> datasets.Dataset:
         ) from error
     box = datasets.List(datasets.Value("float32"))
     features = datasets.Features(
-        {name: datasets.Value("string") for name in _TEXTS}
+        {name: datasets.Value("string") for name in _STRING_FIELDS}
         | {
             "image": datasets.Image(),
             "mask": datasets.Image(),
@@ -53,12 +64,12 @@ def _rows(samples: Sequence[ConceptSample]) -> Iterator[dict[str, Any]]:
     for index in range(len(samples)):
         sample = samples[index]
         references = resolve_references(sample.references)
-        yield {name: getattr(sample, name) for name in _TEXTS} | {
+        yield {name: getattr(sample, name) for name in _STRING_FIELDS} | {
             "image": load_image(sample.image),
             "mask": sample.mask,
             "ignore": sample.ignore,
             "box": None if sample.box is None else list(sample.box),
             "box_only": sample.box_only,
             "reference_images": list(references.images),
-            "reference_boxes": [None if found is None else list(found) for found in references.boxes],
+            "reference_boxes": [None if box is None else list(box) for box in references.boxes],
         }

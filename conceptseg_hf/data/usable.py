@@ -1,4 +1,4 @@
-"""Samples of any origin without the references that cannot be used."""
+"""Removal of unusable references from samples of any origin."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .sample import ConceptSample
 
 
 def has_usable_references(samples: Sequence[ConceptSample]) -> bool:
-    """Whether references are drawn, or tried when a sample is read; also of samples in wrappers of torch."""
+    """Whether all references are usable: generated, or checked when a sample is read; torch wrappers are unwrapped."""
     if hasattr(samples, "datasets"):
         return all(map(has_usable_references, samples.datasets))
     if hasattr(samples, "dataset") and hasattr(samples, "indices"):
@@ -21,9 +21,9 @@ def has_usable_references(samples: Sequence[ConceptSample]) -> bool:
 
 
 def with_usable_references(sample: ConceptSample) -> ConceptSample:
-    """A sample without those references that cannot be read, of which it then says so; itself if all can be."""
+    """Return the sample without unusable references, and with their faults in `reference_faults`."""
     if not isinstance(sample, ConceptSample):
-        return sample  # whoever uses it says what is wrong
+        return sample  # the caller reports the wrong type
     usable, faults = usable_references(sample.references)
     if not faults:
         return sample

@@ -1,4 +1,4 @@
-"""Scoring: masks against masks, and a model against a benchmark."""
+"""Evaluation: metrics of masks, and the evaluation of a model on benchmarks."""
 
 from .metrics import MaskMetrics, box_iou, foreground_iou, presence_auc, score_masks
 from .reporting.comparison import compare

@@ -1,6 +1,6 @@
-"""The processes of one evaluation, as `accelerate launch` and torchrun start them.
+"""The processes of an evaluation that was launched with `accelerate launch` or torchrun.
 
-They share work by number and pass results on in files: all that they need of each other is to wait.
+They divide the work by rank and exchange results through files, so the process group is only used for barriers.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-# One process may have hours of work left when another has none.
-_PATIENCE = timedelta(days=7)
+# A process may finish hours before the others.
+_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Processes:
     """The processes that were launched together.
 
     Attributes:
-        rank: The number of this one, from 0.
-        world_size: How many there are.
-        state: accelerate's `PartialState`, None for a process that is alone.
+        rank: Rank of this process, from 0.
+        world_size: Number of processes.
+        state: accelerate's `PartialState`; None for a single process.
     """
 
     rank: int = 0
@@ -35,12 +35,12 @@ class Processes:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Returns when all have called it."""
+        """Wait until all processes have called it."""
         if self.state is not None:
             self.state.wait_for_everyone()
 
     def leave(self) -> None:
-        """Ends what joins them; the last call of a program, without which its exit may be aborted."""
+        """Destroy the process group; call it at the end of a program, which may otherwise abort on exit."""
         if self.state is not None:
             self.barrier()
             self.state.destroy_process_group()
@@ -51,18 +51,18 @@ ALONE = Processes()
 
 
 def wait_for_gloo_threads() -> None:
-    """Waits a second for gloo's threads, at the end of a program whose process group is gone.
+    """Wait a second for gloo's threads, at the end of a program that has destroyed its process group.
 
-    They let go of the last tensors, for which they need the interpreter: one that is taking itself apart meanwhile
-    aborts the process.
+    The threads release the last tensors, for which they need the interpreter. If the interpreter is being finalized at
+    that time, the process aborts.
     """
     time.sleep(1.0)
 
 
 def join_processes() -> Processes:
-    """Finds out which process this is; to be called before models are loaded, as it gives each process its device.
+    """Initialize the process group; call it before loading models, as it assigns a device to each process.
 
-    A process that no launcher has started is alone.
+    A process that was not started by a launcher runs alone.
     """
     if int(os.environ.get("LOCAL_RANK", -1)) < 0 or int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return ALONE
@@ -71,8 +71,7 @@ def join_processes() -> Processes:
     from ..devices import default_device
 
     device = default_device().type
-    # Where accelerate lets us choose: gloo, since nothing but waiting is asked of the group, and several processes may
-    # share a GPU.
+    # Use gloo where accelerate accepts a backend: the group is only used for barriers, and processes may share a GPU.
     backend = {"backend": "gloo"} if device in ("cpu", "cuda") else {}
-    state = PartialState(cpu=device == "cpu", timeout=_PATIENCE, **backend)
+    state = PartialState(cpu=device == "cpu", timeout=_TIMEOUT, **backend)
     return Processes(state.process_index, state.num_processes, state)

@@ -1,1 +1,1 @@
-"""Bridges to other systems; each folder needs an extra of its own."""
+"""Integrations with other libraries; each folder requires its own optional dependencies (an extra)."""

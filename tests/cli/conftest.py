@@ -1,4 +1,4 @@
-"""Shared by the tests of the command."""
+"""Fixtures for the tests of the CLI."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def checkpoint(model, processor, tmp_path_factory) -> str:
-    """The folder of a random model with its processor."""
+    """Folder of a checkpoint with a random model and its processor."""
     folder = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The command: what it reads, writes and refuses. One process; a random checkpoint of the nano preset."""
+"""Inputs, outputs and errors of the CLI, run in this process with a random checkpoint of the nano preset."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from conceptseg_hf.router import ROUTER_MODES
 
 @pytest.fixture()
 def files(tmp_path, monkeypatch):
-    """A folder with a picture, a mask and a name full of colons; the working directory of the test."""
+    """The working directory of a test, with an image, a mask and file names that contain colons."""
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (32, 24), (200, 30, 30)).save("a.png")
     mask = np.zeros((24, 32), dtype=np.uint8)
@@ -37,10 +37,10 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-def command(*words: str) -> int:
-    """The exit code of `conceptseg WORDS`, in this process."""
+def command(*arguments: str) -> int:
+    """Runs `conceptseg ARGUMENTS` in this process and returns the exit code."""
     try:
-        return cli.main(words)
+        return cli.main(arguments)
     except SystemExit as stop:
         return stop.code
 
@@ -64,7 +64,7 @@ def command(*words: str) -> int:
         ("a.png:https://host/m.png", "a.png", "https://host/m.png", None),
     ],
 )
-def test_reference_is_cut_at_the_right_colon(files, text, image, mask, box):
+def test_reference_is_split_at_the_right_colon(files, text, image, mask, box):
     reference = parse_reference(text)
     assert (reference.image, reference.mask, reference.box) == (image, mask, box)
 
@@ -94,7 +94,7 @@ def test_a_reference_may_have_several_boxes(files):
         ("a.png:" + "x" * 5000, "neither a mask file nor a box"),
     ],
 )
-def test_bad_references_are_explained(files, text, message):
+def test_invalid_references_are_explained(files, text, message):
     with pytest.raises(BadInputError, match=message):
         parse_reference(text)
 
@@ -108,7 +108,7 @@ def test_options_match_the_package():
 
 
 def test_segment_writes_mask_overlay_and_json(files, checkpoint, capsys):
-    words = (
+    arguments = (
         "segment",
         "a.png",
         "--prompt",
@@ -126,7 +126,7 @@ def test_segment_writes_mask_overlay_and_json(files, checkpoint, capsys):
         "--reference",
         "a.png",
     )
-    assert command(*words, *references, "--max-new-tokens", "6", "--output-dir", "out") == 0
+    assert command(*arguments, *references, "--max-new-tokens", "6", "--output-dir", "out") == 0
     mask = Image.open("out/a_mask.png")
     assert mask.mode == "L" and mask.size == (32, 24)
     assert set(np.unique(np.asarray(mask))) <= {0, 255}
@@ -138,13 +138,13 @@ def test_segment_writes_mask_overlay_and_json(files, checkpoint, capsys):
 
 
 def test_segment_on_the_shortcut_without_references(files, checkpoint, capsys):
-    words = ("segment", "a.png", "--prompt", "red circle", "--model", checkpoint, "--router", "sam_only")
-    assert command(*words, "--device", "cpu", "--dtype", "float32") == 0
+    arguments = ("segment", "a.png", "--prompt", "red circle", "--model", checkpoint, "--router", "sam_only")
+    assert command(*arguments, "--device", "cpu", "--dtype", "float32") == 0
     assert capsys.readouterr().out.startswith("shortcut: 'red circle'")
     assert (files / "conceptseg_output" / "a_mask.png").exists()
 
 
-def test_images_of_one_name_have_results_of_their_own(files, checkpoint):
+def test_images_with_the_same_name_have_separate_results(files, checkpoint):
     Image.new("RGB", (20, 10)).save("C:/a.png")
     Image.new("RGB", (10, 20)).save("a.jpg")
     images = ("a.png", "C:/a.png", "a.jpg", "C:/b.png")
@@ -162,60 +162,62 @@ def test_images_of_one_name_have_results_of_their_own(files, checkpoint):
     assert (files / "out" / "b.json").read_text() == '["mine"]'
 
 
-def segment_words(image, checkpoint, *options):
+def segment_arguments(image, checkpoint, *options):
     return (
         *("segment", str(image), "--prompt", "red circle", "--model", checkpoint, "--router", "sam_only"),
         *options,
     )
 
 
-def test_pictures_of_somebody_else_are_kept(files, checkpoint):
+def test_files_of_the_user_are_kept(files, checkpoint):
     shutil.copy("mask.png", "a_mask.png")
     (files / "b_overlay.png").write_text("mine")
     Image.new("RGB", (10, 10)).save("b.png")
     before = (files / "a_mask.png").read_bytes()
     options = ("--reference", "a.png:a_mask.png", "--output-dir", ".")
     for image in ("a.png", "a.png", "b.png"):
-        assert command(*segment_words(image, checkpoint, *options)) == 0
+        assert command(*segment_arguments(image, checkpoint, *options)) == 0
     assert (files / "a_mask.png").read_bytes() == before and not (files / "a.json").exists()
     assert (files / "b_overlay.png").read_text() == "mine"
     assert {path.name for path in files.glob("*.json")} == {"a-2.json", "b-2.json"}
 
 
-def test_a_mask_that_is_a_reference_now_is_kept(files, checkpoint):
-    assert command(*segment_words("a.png", checkpoint, "--output-dir", ".")) == 0
-    shutil.copy("mask.png", "a_mask.png")  # a result, drawn over by hand
+def test_results_used_as_references_are_kept(files, checkpoint):
+    assert command(*segment_arguments("a.png", checkpoint, "--output-dir", ".")) == 0
+    shutil.copy("mask.png", "a_mask.png")  # a result that was edited manually
     before = (files / "a_mask.png").read_bytes()
-    words = segment_words("a.png", checkpoint, "--output-dir", ".", "--reference", "C:/../a.png:./a_mask.png")
-    assert command(*words) == 0
+    arguments = segment_arguments(
+        "a.png", checkpoint, "--output-dir", ".", "--reference", "C:/../a.png:./a_mask.png"
+    )
+    assert command(*arguments) == 0
     assert (files / "a_mask.png").read_bytes() == before and (files / "a-2.json").exists()
 
 
-def test_images_of_two_working_directories_are_two(files, checkpoint, monkeypatch):
+def test_results_distinguish_working_directories(files, checkpoint, monkeypatch):
     options = ("--output-dir", str(files / "out"))
     for folder, size in (("x", (20, 10)), ("y", (10, 20))):
         (files / folder).mkdir()
         Image.new("RGB", size).save(files / folder / "a.png")
         monkeypatch.chdir(files / folder)
-        assert command(*segment_words("a.png", checkpoint, *options)) == 0
+        assert command(*segment_arguments("a.png", checkpoint, *options)) == 0
     monkeypatch.chdir(files)
-    assert command(*segment_words("x/a.png", checkpoint, *options)) == 0
-    found = {path.name: Image.open(path).size for path in (files / "out").glob("*_mask.png")}
-    assert found == {"a_mask.png": (20, 10), "a-2_mask.png": (10, 20)}
+    assert command(*segment_arguments("x/a.png", checkpoint, *options)) == 0
+    sizes = {path.name: Image.open(path).size for path in (files / "out").glob("*_mask.png")}
+    assert sizes == {"a_mask.png": (20, 10), "a-2_mask.png": (10, 20)}
     assert json.loads((files / "out" / "a-2.json").read_text())["image"] == str(files / "y" / "a.png")
 
 
 def test_segment_with_several_boxes_and_a_profile(files, checkpoint, capsys, monkeypatch):
-    given = []
+    calls = []
     prepare = ConceptSegProcessor.prepare
 
     def spy(self, image, prompt, references, **options):
         sample = prepare(self, image, prompt, references, **options)
-        given.append((references, sample))
+        calls.append((references, sample))
         return sample
 
     monkeypatch.setattr(ConceptSegProcessor, "prepare", spy)
-    words = (
+    arguments = (
         "segment",
         "a.png",
         "--prompt",
@@ -232,18 +234,18 @@ def test_segment_with_several_boxes_and_a_profile(files, checkpoint, capsys, mon
         "--reference",
         "a.png:8,6,16,12;20,6,24,18",
     )
-    assert command(*words, *references, *options, "--output-dir", "out") == 0
-    [(read, sample)] = given
-    assert [reference.boxes for reference in read] == [
+    assert command(*arguments, *references, *options, "--output-dir", "out") == 0
+    [(parsed, sample)] = calls
+    assert [reference.boxes for reference in parsed] == [
         ((0, 0, 16, 12), (16, 12, 32, 24)),
         ((8, 6, 16, 12), (20, 6, 24, 18)),
     ]
-    # The second of 2 x 2 cells on a canvas of 64 pixels, each a hundred sixty-fourths of the text's units; x2 and y2
-    # are the last pixels.
+    # The second of 2 x 2 cells on a canvas of 64 pixels, which are scaled to 100 text units; x2 and y2 are the last
+    # pixels.
     scale = 100 / 64
-    wanted = [(40, 8, 47, 15), (52, 8, 55, 23)]
+    expected = [(40, 8, 47, 15), (52, 8, 55, 23)]
     assert [pytest.approx(box) for box in sample.frame.support_boxes] == [
-        tuple(value * scale for value in box) for box in wanted
+        tuple(value * scale for value in box) for box in expected
     ]
     record = json.loads((files / "out" / "a.json").read_text())
     assert record["profile"] == "released" and record["references"] == list(references[1::2])
@@ -251,13 +253,13 @@ def test_segment_with_several_boxes_and_a_profile(files, checkpoint, capsys, mon
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (("segment", "missing.png", "--prompt", "x"), "image 'missing.png' is not a file"),
         (("segment", "a.png", "--prompt", " "), "--prompt is empty"),
         (("segment", "a.png"), "--prompt"),
         (("segment", "a.png", "--prompt", "x", "--router", "other"), "'other'"),
-        (("segment", "a.png", "--prompt", "x", "--max-new-tokens", "0"), "whole number"),
+        (("segment", "a.png", "--prompt", "x", "--max-new-tokens", "0"), "positive integer"),
         (("segment", "a.png", "--prompt", "x", "--reference", "b.png"), "'b.png' is not a file"),
         (("segment", "a.png", "--prompt", "x", "--model", "./missing"), "neither a folder nor a hub id"),
         (("info", "--model", "x" * 5000), "neither a folder nor a hub id"),
@@ -277,16 +279,19 @@ def test_segment_with_several_boxes_and_a_profile(files, checkpoint, capsys, mon
             ),
             "reference 0",
         ),
-        (("segment", "a.png", "--prompt", "x", "--model", "nobody/nothing"), "the hub did not give it"),
+        (
+            ("segment", "a.png", "--prompt", "x", "--model", "nobody/nothing"),
+            "cannot be downloaded from the Hub",
+        ),
         (("evaluate", "--benchmark", "other"), "no benchmark is named 'other'"),
         (("evaluate", "--split", "other"), "no split is named 'other'"),
         (("evaluate", "--groups", "which one,other"), "groups is ['which one', 'other']; use some of"),
         (("evaluate", "--groups", "saliency", "--benchmark", "cd"), "stands for several benchmarks"),
         (("evaluate", "--root", "data"), "reads no files"),
-        (("evaluate", "--limit", "none"), "whole number"),
+        (("evaluate", "--limit", "none"), "positive integer"),
         (("evaluate", "--benchmark", "cd"), "8 of 8 benchmarks cannot be read"),
-        (("evaluate", "--benchmark", "cd", "--split", "train"), "has the paper's splits"),
-        (("evaluate", "--judgements", "missing.csv", "--model", "CHECKPOINT"), "is no file"),
+        (("evaluate", "--benchmark", "cd", "--split", "train"), "uses the paper's splits"),
+        (("evaluate", "--judgements", "missing.csv", "--model", "CHECKPOINT"), "is not a file"),
         (("evaluate", "--protocol", "other", "--model", "CHECKPOINT"), "no protocol is named 'other'"),
         (("info", "--model", "./missing"), "neither a folder nor a hub id"),
         (
@@ -300,18 +305,18 @@ def test_segment_with_several_boxes_and_a_profile(files, checkpoint, capsys, mon
                 "--reference",
                 "a.png:.1,.1,.9,.9",
             ),
-            "in pixels",
+            "lies within one pixel",
         ),
         (("other",), "'other'"),
         ((), "SUBCOMMAND"),
     ],
 )
-def test_bad_input_exits_with_2_and_one_sentence(files, checkpoint, capsys, words, message):
-    assert command(*(checkpoint if word == "CHECKPOINT" else word for word in words)) == 2
+def test_invalid_input_exits_with_2_and_one_sentence(files, checkpoint, capsys, arguments, message):
+    assert command(*(checkpoint if argument == "CHECKPOINT" else argument for argument in arguments)) == 2
     captured = capsys.readouterr()
     assert message in captured.err
-    complaint = [line for line in captured.err.splitlines() if line.startswith("conceptseg")]
-    assert len(complaint) == 1 and complaint[0].endswith(".")
+    errors = [line for line in captured.err.splitlines() if line.startswith("conceptseg")]
+    assert len(errors) == 1 and errors[0].endswith(".")
     assert captured.out == ""
 
 
@@ -320,7 +325,7 @@ CONVERT = ("convert", "--checkpoint", "nobody/nothing", "--sam", "nobody/nothing
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (
             (*SEGMENT, "--output-dir", "text.png"),
@@ -342,11 +347,9 @@ CONVERT = ("convert", "--checkpoint", "nobody/nothing", "--sam", "nobody/nothing
         ((*CONVERT, "--out", "text.png/a"), "'text.png' is a file"),
     ],
 )
-def test_what_cannot_be_written_is_refused_before_anything_is_loaded(
-    files, monkeypatch, capsys, words, message
-):
+def test_unwritable_outputs_are_rejected_before_loading(files, monkeypatch, capsys, arguments, message):
     def never(*_, **__):
-        raise AssertionError("something was loaded")
+        raise AssertionError("a model or data was loaded")
 
     for subcommand in ("segment", "demo", "evaluate", "ablate"):
         monkeypatch.setattr(f"conceptseg_hf.cli.{subcommand}.load_model", never)
@@ -357,13 +360,13 @@ def test_what_cannot_be_written_is_refused_before_anything_is_loaded(
         (files / "taken" / name).mkdir(parents=True)
     (files / "taken" / "a.json").write_text(json.dumps({"image": "a.png"}))  # of an earlier run
     before = sorted(files.rglob("*"))
-    assert command(*words) == 2
+    assert command(*arguments) == 2
     error = capsys.readouterr().err
     assert message.lower() in error.lower() and error.count("\n") == 1 and "; give another" in error
     assert sorted(files.rglob("*")) == before
 
 
-def test_a_folder_is_tried_and_not_made(files, monkeypatch):
+def test_output_folder_is_checked_but_not_created(files, monkeypatch):
     assert check_output_dir("new/deep", "report.md").parts == ("new", "deep")
     assert not (files / "new").exists()
 
@@ -377,7 +380,7 @@ def test_a_folder_is_tried_and_not_made(files, monkeypatch):
         check_output_dir("new")
 
 
-def test_another_models_folder_is_refused(files, checkpoint, capsys):
+def test_checkpoint_of_another_model_is_rejected(files, checkpoint, capsys):
     folder = files / "other"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "bert"}')
@@ -391,13 +394,13 @@ def test_a_missing_embedded_checkpoint_is_explained(files, monkeypatch, capsys):
     assert "make nano" in capsys.readouterr().err
 
 
-def test_stopping_is_no_traceback(files, checkpoint, monkeypatch, capsys):
+def test_keyboard_interrupt_prints_no_traceback(files, checkpoint, monkeypatch, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("conceptseg_hf.cli.segment.load_model", interrupted)
     assert command("segment", "a.png", "--prompt", "x") == 130
-    assert "stopped" in capsys.readouterr().err
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_info_counts_parameters(checkpoint, capsys):
@@ -406,18 +409,28 @@ def test_info_counts_parameters(checkpoint, capsys):
     assert "transformers" in output and "qwen2_5_vl" in output and "M parameters" in output
 
 
-def test_evaluate_ends_with_one_line_of_iou(files, checkpoint, capsys):
-    words = ("evaluate", "--model", checkpoint, "--limit", "3", "--router", "sam_only", "--batch-size", "2")
-    assert command(*words) == 0
+def test_evaluate_prints_a_summary_and_can_be_repeated(files, checkpoint, capsys):
+    arguments = (
+        "evaluate",
+        "--model",
+        checkpoint,
+        "--limit",
+        "3",
+        "--router",
+        "sam_only",
+        "--batch-size",
+        "2",
+    )
+    assert command(*arguments) == 0
     first = capsys.readouterr().out
     assert first.splitlines()[-1].startswith("foreground IoU: CI ")
     folder = files / "evaluation_output" / "concept-shapes-test-sam_only"
     assert {path.name for path in folder.iterdir()} == {*evaluate.FILES}
-    assert command(*words) == 0
+    assert command(*arguments) == 0
     assert capsys.readouterr().out == first
 
 
-def test_metrics_may_have_spaces_between_them():
+def test_metrics_may_contain_spaces():
     assert parse_metrics(" giou, miou") == ("giou", "miou")
     assert parse_metrics(" all ")[-1] == "s_measure"
 
@@ -430,7 +443,7 @@ def write_own_data(root, color):
 
 
 @pytest.mark.parametrize("subcommand", [("evaluate",), ("ablate", "--config", "mine.yaml")])
-def test_records_of_another_root_are_refused(files, checkpoint, capsys, subcommand):
+def test_records_of_another_root_are_rejected(files, checkpoint, capsys, subcommand):
     (files / "mine.yaml").write_text("variants: {plain: {router: sam_only}, other: {router: sam_only}}")
     for root, color in (("A", "red"), ("B", "blue")):
         write_own_data(files / root, color)
@@ -438,10 +451,10 @@ def test_records_of_another_root_are_refused(files, checkpoint, capsys, subcomma
     assert command(*subcommand, *options, "--root", "A") == 0
     capsys.readouterr()
     assert command(*subcommand, *options, "--root", "B") == 2
-    assert "holds the records of another run (other samples, such as 'one')" in capsys.readouterr().err
+    assert "holds the records of another run (different samples, such as 'one')" in capsys.readouterr().err
 
 
-def test_a_reader_who_has_seen_enough_ends_no_traceback(files):
+def test_closed_pipe_prints_no_traceback(files):
     code = "import sys; from conceptseg_hf.cli import main; sys.exit(main(['data', 'list']))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()  # before anything is written
@@ -451,7 +464,7 @@ def test_a_reader_who_has_seen_enough_ends_no_traceback(files):
     assert "Traceback" not in error and "BrokenPipe" not in error
 
 
-def test_the_package_is_run_as_the_command(files):
+def test_package_can_be_run_as_a_module(files):
     done = subprocess.run(
         [sys.executable, "-m", "conceptseg_hf", "--version"], capture_output=True, text=True
     )
@@ -464,25 +477,23 @@ def test_compare_pairs_two_evaluations(files, checkpoint, capsys):
         assert command("evaluate", *options) == 0
     assert command("compare", "sam_only", "adaptive", "--output-dir", "both") == 0
     output = capsys.readouterr().out
-    assert "A: sam_only, B: adaptive; 3 samples of both." in output
+    assert "A: sam_only, B: adaptive; 3 samples in both runs." in output
     assert {path.name for path in (files / "both").iterdir()} == {*compare.FILES}
     assert command("compare", "sam_only", "nowhere") == 2
-    assert capsys.readouterr().err == (
-        "conceptseg compare: 'nowhere' is no folder; give an output folder of conceptseg evaluate.\n"
-    )
+    assert capsys.readouterr().err.startswith("conceptseg compare: 'nowhere' is not a folder;")
     assert command("evaluate", *options[:-1], "paper", "--protocol", "paper") == 0
     assert command("compare", "adaptive", "paper") == 2
     assert "protocols standard and paper" in capsys.readouterr().err
 
 
-def test_compare_does_without_pictures_it_cannot_read(files, checkpoint, capsys):
+def test_compare_without_data_writes_no_gallery(files, checkpoint, capsys):
     options = ("--model", checkpoint, "--limit", "1", "--router", "sam_only")
     for name in ("a", "b"):
         assert command("evaluate", *options, "--output-dir", name) == 0
         settings = json.loads((files / name / "settings.json").read_text()) | {"benchmark": "plain"}
         (files / name / "settings.json").write_text(json.dumps(settings))
     assert command("compare", "a", "b", "--output-dir", "both") == 0
-    assert "without pictures: give the benchmark's files with --root" in capsys.readouterr().out
+    assert "gallery.html was not written" in capsys.readouterr().out
     assert not (files / "both" / "gallery.html").exists()
 
 
@@ -498,7 +509,7 @@ def test_ablate_runs_the_variants_of_a_file(files, checkpoint, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--config", "other"], "ablation 'other' is neither a file nor one of"),
         (["--config", "concept_queries"], "variant 'L2 = 1' needs a checkpoint with 1 concept queries"),
@@ -513,16 +524,16 @@ def test_ablate_runs_the_variants_of_a_file(files, checkpoint, capsys):
         (["--config", "router", "--benchmark", "nothing"], "no benchmark is named 'nothing'"),
     ],
 )
-def test_ablate_refuses_in_one_sentence(files, checkpoint, capsys, words, message):
-    assert command("ablate", "--model", checkpoint, "--limit", "1", "--output-dir", "out", *words) == 2
-    *_, error = capsys.readouterr().err.splitlines()  # progress bars may come before
+def test_ablate_errors_are_one_sentence(files, checkpoint, capsys, arguments, message):
+    assert command("ablate", "--model", checkpoint, "--limit", "1", "--output-dir", "out", *arguments) == 2
+    *_, error = capsys.readouterr().err.splitlines()  # progress bars may be printed first
     assert error.startswith("conceptseg ablate: ") and message in error
 
 
-def test_evaluate_writes_a_sheet_and_takes_judgements(files, checkpoint, capsys):
+def test_evaluate_writes_an_annotation_sheet_and_reads_judgements(files, checkpoint, capsys):
     options = ("--limit", "1", "--router", "full_reasoning", "--output-dir", "out")
-    words = ("evaluate", "--model", checkpoint, *options)
-    assert command(*words, "--annotation-sheet", "new/sheet.csv", "--judgements", "exact-rule") == 0
+    arguments = ("evaluate", "--model", checkpoint, *options)
+    assert command(*arguments, "--annotation-sheet", "new/sheet.csv", "--judgements", "exact-rule") == 0
     assert "new/sheet.csv" in capsys.readouterr().out.splitlines()
     with (files / "new" / "sheet.csv").open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -533,12 +544,12 @@ def test_evaluate_writes_a_sheet_and_takes_judgements(files, checkpoint, capsys)
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    assert command(*words, "--judgements", "judged.csv") == 0
+    assert command(*arguments, "--judgements", "judged.csv") == 0
     outcomes = json.loads((files / "out" / "report.json").read_text())["outcomes"]
     assert sum(row["count"] for row in outcomes if row["think"] and row["rule"] is False) == 1
     capsys.readouterr()
-    assert command(*words, "--annotation-sheet", "new/sheet.csv") == 2
-    assert "exists already" in capsys.readouterr().err
+    assert command(*arguments, "--annotation-sheet", "new/sheet.csv") == 2
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_evaluate_several_benchmarks(files, checkpoint, capsys):
@@ -548,21 +559,31 @@ def test_evaluate_several_benchmarks(files, checkpoint, capsys):
         (files / "own" / folder).mkdir(parents=True)
         Image.open(name).save(f"own/{folder}/one.png")
     (files / "own" / "prompt.txt").write_text("red square")
-    words = ("evaluate", "--benchmark", "concept-shapes,plain", "--model", checkpoint, "--limit", "2")
+    arguments = ("evaluate", "--benchmark", "concept-shapes,plain", "--model", checkpoint, "--limit", "2")
     options = ("--router", "sam_only", "--metrics", "all", "--protocol", "paper", "--output-dir", "out")
-    assert command(*words, *options, "--root", "plain=own") == 0
+    assert command(*arguments, *options, "--root", "plain=own") == 0
     report = json.loads((files / "out" / "report.json").read_text())
     assert [row["samples"] for row in report["settings"]["benchmarks"]] == [2, 1]
     assert {*report["settings"]["metrics"]} > {"f_w", "s_measure"}
     assert (files / "out" / "plain-test" / "records.jsonl").is_file()
     capsys.readouterr()
-    assert command(*words, *options, "--root", "own", "--root", "other") == 2
+    assert command(*arguments, *options, "--root", "own", "--root", "other") == 2
     assert "second folder" in capsys.readouterr().err
 
 
-def test_demo_writes_a_picture_per_sample(files, checkpoint, capsys):
-    words = ("demo", "--model", checkpoint, "--samples", "3", "--router", "sam_only", "--output-dir", "demo")
-    assert command(*words) == 0
+def test_demo_writes_a_visualization_per_sample(files, checkpoint, capsys):
+    arguments = (
+        "demo",
+        "--model",
+        checkpoint,
+        "--samples",
+        "3",
+        "--router",
+        "sam_only",
+        "--output-dir",
+        "demo",
+    )
+    assert command(*arguments) == 0
     records = json.loads((files / "demo" / "results.json").read_text())
     assert [record["sample_id"] for record in records] == ["test-000000", "test-000001", "test-000002"]
     for record in records:
@@ -573,7 +594,7 @@ def test_demo_writes_a_picture_per_sample(files, checkpoint, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (nano_checkpoint() / "config.json").is_file(), reason="there is no embedded checkpoint"
+    not (nano_checkpoint() / "config.json").is_file(), reason="the embedded checkpoint is missing"
 )
 def test_demo_covers_levels_and_routes(tmp_path):
     command_line = [sys.executable, "-m", "conceptseg_hf.cli", "demo", "--output-dir", str(tmp_path)]

@@ -1,4 +1,4 @@
-"""How the command ends when it cannot go on: full disks, Ctrl-C, terminals without Unicode, misspelled words."""
+"""Failures of the CLI: full disks, Ctrl-C, terminals without Unicode, misspelled arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(conceptseg_hf.__file__).parents[1]
 
 @pytest.fixture()
 def files(tmp_path, monkeypatch):
-    """A picture of noise, in the working directory."""
+    """The working directory of a test, with a noise image."""
     monkeypatch.chdir(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
     Image.fromarray(pixels).save("a.png")
@@ -37,33 +37,33 @@ def environment():
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def command(*words: str) -> int:
-    """The exit code of `conceptseg WORDS`, in this process."""
+def command(*arguments: str) -> int:
+    """Runs `conceptseg ARGUMENTS` in this process and returns the exit code."""
     try:
-        return cli.main(words)
+        return cli.main(arguments)
     except SystemExit as stop:
         return stop.code
 
 
-def segment_words(image: str, checkpoint: str, folder: str = "out") -> list[str]:
-    words = ["segment", image, "--prompt", "red circle", "--model", checkpoint]
-    return [*words, "--router", "sam_only", "--output-dir", folder]
+def segment_arguments(image: str, checkpoint: str, folder: str = "out") -> list[str]:
+    arguments = ["segment", image, "--prompt", "red circle", "--model", checkpoint]
+    return [*arguments, "--router", "sam_only", "--output-dir", folder]
 
 
-# -- disks --
+# -- full disks --
 
-# No file may grow beyond so many bytes: what a disk is that is full, without one of one's own.
+# A limit of the file size simulates a full disk.
 LIMITED = """
 import json, resource, sys
 from conceptseg_hf import cli
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-codes = [cli.main(words) for words in json.loads(sys.argv[2])]
+codes = [cli.main(arguments) for arguments in json.loads(sys.argv[2])]
 print(codes)
 """
 
 
 def run_limited(limit: int, environment, *commands: list[str]) -> tuple[list[int], list[str]]:
-    """Exit codes and standard error of commands whose files are limited."""
+    """Runs commands with a limited file size and returns exit codes and standard error."""
     pytest.importorskip("resource")
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(limit), json.dumps(commands)],
@@ -75,74 +75,74 @@ def run_limited(limit: int, environment, *commands: list[str]) -> tuple[list[int
     return json.loads(done.stdout.splitlines()[-1]), done.stderr.splitlines()
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_no_half_of_anything(files, checkpoint, environment):
-    """The overlay is too large for the disk, a mask is not; then records; then a report of 300 samples."""
-    assert command(*segment_words("a.png", checkpoint)) == 0
+def test_full_disk_is_one_sentence_and_leaves_no_partial_files(files, checkpoint, environment):
+    """The overlay, the records and the visualizations exceed the limit; the mask does not."""
+    assert command(*segment_arguments("a.png", checkpoint)) == 0
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     evaluation = ["evaluate", "--model", checkpoint, "--router", "sam_only", "--limit", "60"]
     codes, errors = run_limited(
         20_000,
         environment,
-        segment_words("a.png", checkpoint),
-        segment_words("a.png", checkpoint, "new"),
+        segment_arguments("a.png", checkpoint),
+        segment_arguments("a.png", checkpoint, "new"),
         [*evaluation, "--output-dir", "ev"],
         ["demo", "--model", checkpoint, "--router", "sam_only", "--output-dir", "pictures"],
     )
-    said = "cannot be written: File too large; make room"
+    message = "cannot be written: File too large; free some disk space"
     assert codes == [2, 2, 2, 2]
     assert errors == [
-        f"conceptseg segment: 'out/a_overlay.png' {said}, or give another folder.",
-        f"conceptseg segment: 'new/a_overlay.png' {said}, or give another folder.",
-        f"conceptseg evaluate: 'ev/records.jsonl' {said} and run again, which goes on from the records that were made.",
-        f"conceptseg demo: 'pictures/01_CI_diverse-classes.png' {said}, or give another folder.",
+        f"conceptseg segment: 'out/a_overlay.png' {message}, or give another folder.",
+        f"conceptseg segment: 'new/a_overlay.png' {message}, or give another folder.",
+        f"conceptseg evaluate: 'ev/records.jsonl' {message} and run again to resume from the existing records.",
+        f"conceptseg demo: 'pictures/01_CI_diverse-classes.png' {message}, or give another folder.",
     ]
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
     assert list(Path("new").iterdir()) == list(Path("pictures").iterdir()) == []
 
-    made = Path("ev/records.jsonl").read_bytes().count(b"\n")
-    assert 0 < made < 60
+    count = Path("ev/records.jsonl").read_bytes().count(b"\n")
+    assert 0 < count < 60
     assert command(*evaluation, "--output-dir", "ev") == 0
     assert command(*evaluation, "--output-dir", "whole") == 0
     assert Path("ev/records.jsonl").read_bytes() == Path("whole/records.jsonl").read_bytes()
-    assert command(*segment_words("a.png", checkpoint, "new")) == 0
-    assert {path.name for path in Path("new").iterdir()} == before.keys(), "and no -2"
+    assert command(*segment_arguments("a.png", checkpoint, "new")) == 0
+    assert {path.name for path in Path("new").iterdir()} == before.keys(), "no files with suffix -2"
 
 
-def test_an_empty_file_of_an_earlier_version_takes_no_name(files, checkpoint):
+def test_empty_files_of_earlier_versions_are_overwritten(files, checkpoint):
     Path("out").mkdir()
     Path("out/a_mask.png").touch()
-    assert command(*segment_words("a.png", checkpoint)) == 0
+    assert command(*segment_arguments("a.png", checkpoint)) == 0
     assert {path.name for path in Path("out").iterdir()} == {"a.json", "a_mask.png", "a_overlay.png"}
 
 
-def test_a_disk_without_room_is_found_before_anything_is_loaded(files, environment):
-    codes, errors = run_limited(1000, environment, segment_words("a.png", "nobody/nothing"))
+def test_full_disk_is_detected_before_loading(files, environment):
+    codes, errors = run_limited(1000, environment, segment_arguments("a.png", "nobody/nothing"))
     assert codes == [2]
     assert errors == [
         "conceptseg segment: --output-dir 'out' cannot be written: '.': File too large; give another folder."
     ]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full, which is always full")
-def test_standard_output_that_is_full_is_one_sentence(environment):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is missing")
+def test_full_standard_output_is_one_sentence(environment):
     with Path("/dev/full").open("w") as full:
-        words = [sys.executable, "-m", "conceptseg_hf.cli", "data", "list"]
-        done = subprocess.run(words, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+        arguments = [sys.executable, "-m", "conceptseg_hf.cli", "data", "list"]
+        done = subprocess.run(arguments, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("conceptseg data: ") and done.stderr.count("\n") == 1
-    assert "cannot be written: No space left on device; make room there" in done.stderr
+    assert "cannot be written: No space left on device;" in done.stderr
 
 
 # -- Ctrl-C --
 
 
 def handle_interrupts() -> None:
-    """Background processes of some shells ignore the signal."""
+    """Restores the handler of SIGINT, which some shells ignore in background processes."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_an_evaluation_that_is_stopped_says_how_it_goes_on(files, checkpoint, environment):
-    words = [
+def test_interrupted_evaluation_explains_how_to_resume(files, checkpoint, environment):
+    arguments = [
         "evaluate",
         "--model",
         checkpoint,
@@ -154,7 +154,7 @@ def test_an_evaluation_that_is_stopped_says_how_it_goes_on(files, checkpoint, en
         "ev",
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "conceptseg_hf.cli", *words],
+        [sys.executable, "-m", "conceptseg_hf.cli", *arguments],
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
@@ -167,30 +167,29 @@ def test_an_evaluation_that_is_stopped_says_how_it_goes_on(files, checkpoint, en
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 130
-    assert error == (
-        "conceptseg evaluate: stopped; what was evaluated is kept in 'ev', and the same command goes on from there.\n"
-    )
+    assert error.startswith("conceptseg evaluate: interrupted; the records are kept in 'ev'")
+    assert error.count("\n") == 1
 
 
-def test_a_command_that_keeps_nothing_was_stopped(monkeypatch, capsys):
+def test_interrupted_segment_prints_one_line(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("conceptseg_hf.cli.segment.check_image", interrupted)
     assert command("segment", "a.png", "--prompt", "x") == 130
-    assert capsys.readouterr().err == "conceptseg segment: stopped.\n"
+    assert capsys.readouterr().err == "conceptseg segment: interrupted.\n"
 
 
 # -- names and encodings --
 
 
 @pytest.mark.parametrize("stem", ["a" * 251, "é" * 125, "概" * 83 + "é"], ids=["ASCII", "two bytes", "three"])
-def test_the_longest_names_have_results(files, checkpoint, stem, capsys):
+def test_results_of_images_with_the_longest_names(files, checkpoint, stem, capsys):
     image, twin = f"{stem}.png", f"{stem[:-1]}b.png"
     for name in (image, twin):
         Path(name).write_bytes(Path("a.png").read_bytes())
-        assert command(*segment_words(name, checkpoint)) == 0
-    assert command(*segment_words(image, checkpoint)) == 0
+        assert command(*segment_arguments(name, checkpoint)) == 0
+    assert command(*segment_arguments(image, checkpoint)) == 0
     names = {path.name for path in Path("out").iterdir()}
     kept = [path.stem for path in Path("out").glob("*.json")]
     assert len(kept) == 2 and all(stem.startswith(name.rpartition("-")[0]) for name in kept)
@@ -200,17 +199,17 @@ def test_the_longest_names_have_results(files, checkpoint, stem, capsys):
     assert images == {str(files / image), str(files / twin)}
 
 
-def test_names_are_cut_between_characters():
+def test_shorten_name_cuts_between_characters():
     assert shorten_name("a" * 240, 15) == "a" * 240
-    cut = shorten_name("a" + "é" * 200, 15)
-    assert cut.startswith("aé") and len(cut.encode()) <= 240 and cut.encode().decode() == cut
+    short = shorten_name("a" + "é" * 200, 15)
+    assert short.startswith("aé") and len(short.encode()) <= 240 and short.encode().decode() == short
     assert shorten_name("b" * 241, 15) != shorten_name("b" * 242, 15)
     assert len(shorten_name("\udcff" * 300, 15).encode("utf-8", "surrogateescape")) <= 240
 
 
 @pytest.fixture()
 def own_data(files):
-    """Two samples with names and words beyond ASCII; the mask of one is damaged."""
+    """Two samples with non-ASCII file names and prompts; the mask of one is damaged."""
     rows = []
     for name in ("grün", "blau_ü"):
         pixels = np.asarray(Image.open("a.png"))
@@ -218,7 +217,7 @@ def own_data(files):
             (files / "own" / folder).mkdir(parents=True, exist_ok=True)
             Image.fromarray(content).save(f"own/{folder}/{name}.png")
         rows.append({"image": f"images/{name}.png", "mask": f"masks/{name}.png", "prompt": "rotes Häuschen"})
-    Path("own/masks/blau_ü.png").write_bytes(b"no picture")
+    Path("own/masks/blau_ü.png").write_bytes(b"not an image")
     Path("own/samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return files / "own"
 
@@ -230,7 +229,7 @@ LOCALES = {
 
 
 @pytest.mark.parametrize("locale", LOCALES)
-def test_words_beyond_ascii_end_no_evaluation(own_data, checkpoint, environment, locale):
+def test_non_ascii_names_and_prompts_in_any_locale(own_data, checkpoint, environment, locale):
     base = [sys.executable, "-m", "conceptseg_hf.cli"]
     options = ["--model", checkpoint, "--router", "sam_only"]
     evaluation = ["evaluate", "--benchmark", "plain", "--root", "own", *options, "--output-dir", "ev"]
@@ -241,7 +240,7 @@ def test_words_beyond_ascii_end_no_evaluation(own_data, checkpoint, environment,
     assert done.stdout.splitlines()[-1].startswith("foreground IoU: ")
     assert {path.name for path in Path("ev").iterdir()} >= {"report.md", "report.json", "gallery.html"}
     report = Path("ev/report.md").read_text(encoding="utf-8")
-    assert "blau_ü" in report and "grün" not in report, "the sample that failed is named as it is"
+    assert "blau_ü" in report and "grün" not in report, "only the failed sample is named"
     segmentation = ["segment", "own/images/grün.png", "--prompt", "rotes Häuschen", *options]
     done = subprocess.run(
         [*base, *segmentation, "--output-dir", "out"],
@@ -254,19 +253,19 @@ def test_words_beyond_ascii_end_no_evaluation(own_data, checkpoint, environment,
     assert record["prompt"] == "rotes Häuschen" and record["image"].endswith("grün.png")
 
 
-def test_pipes_have_no_bars(files, checkpoint, environment):
-    words = [sys.executable, "-m", "conceptseg_hf.cli", "evaluate", "--model", checkpoint, "--limit", "9"]
-    words += ["--router", "sam_only", "--output-dir", "ev"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+def test_no_progress_bars_in_pipes(files, checkpoint, environment):
+    arguments = [sys.executable, "-m", "conceptseg_hf.cli", "evaluate", "--model", checkpoint, "--limit", "9"]
+    arguments += ["--router", "sam_only", "--output-dir", "ev"]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "\r" not in done.stdout
 
 
-# -- what may have been meant --
+# -- suggestions --
 
 
 @pytest.mark.parametrize(
-    ("words", "meant"),
+    ("arguments", "suggestion"),
     [
         (["segmnt", "a.png"], "'segment'"),
         (["--versin"], "'--version'"),
@@ -285,19 +284,19 @@ def test_pipes_have_no_bars(files, checkpoint, environment):
     ],
     ids=" ".join,
 )
-def test_a_misspelled_word_is_met_with_a_suggestion(files, capsys, words, meant):
-    assert command(*words) == 2
+def test_misspelled_arguments_cause_a_suggestion(files, capsys, arguments, suggestion):
+    assert command(*arguments) == 2
     error = capsys.readouterr().err
-    assert f"(did you mean {meant}?)" in error and error.count("\n") == 1
+    assert f"(did you mean {suggestion}?)" in error and error.count("\n") == 1
 
 
-def test_a_word_like_no_other_is_met_with_none(files, capsys):
-    for words in (["evaluate", "--benchmark", "zzz"], ["segment", "a.png", "--prompt", "x", "--zzz"]):
-        assert command(*words) == 2
+def test_unknown_arguments_without_similar_names_cause_no_suggestion(files, capsys):
+    for arguments in (["evaluate", "--benchmark", "zzz"], ["segment", "a.png", "--prompt", "x", "--zzz"]):
+        assert command(*arguments) == 2
         assert "did you mean" not in capsys.readouterr().err
 
 
-def test_recipes_are_named_by_the_help():
+def test_recipes_in_the_help_match_the_trainers():
     pytest.importorskip("trl")
     from conceptseg_trainers.scripts.recipe_parser import recipe_names
 

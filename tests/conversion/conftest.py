@@ -1,4 +1,4 @@
-"""A checkpoint in the authors' layout, written here by hand: random weights, their names, their config.json."""
+"""Checkpoints in the authors' layout with random weights, written independently of the converter."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ NUM_QUERIES = 6
 
 
 def spread(model: torch.nn.Module) -> None:
-    """Makes fresh weights differ as much as trained ones do, so that mistakes show."""
+    """Increase the variance of initial weights, so that errors change the outputs."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter)) if parameter.ndim == 1 else parameter.mul_(4)
 
 
 def old_layout(name: str) -> str:
-    """What Transformers before 4.52 called one of Qwen2.5-VL's tensors."""
+    """Convert a tensor name of Qwen2.5-VL to the layout of Transformers before 4.52."""
     if name.startswith("model.language_model."):
         return "model." + name[len("model.language_model.") :]
     return name[len("model.") :] if name.startswith("model.visual.") else name
 
 
 def old_config(config: Any, dtype: str = "float32") -> dict[str, Any]:
-    """What Transformers before 4.52 wrote of a Qwen2.5-VL configuration, with the authors' additions."""
+    """Convert a Qwen2.5-VL config to the format of Transformers before 4.52, with the authors' additional fields."""
     text, vision = config.text_config, config.vision_config
     return {
         "architectures": ["ConceptSegR1ForConditionalGeneration_qwen2p5"],
@@ -84,14 +84,14 @@ def old_config(config: Any, dtype: str = "float32") -> dict[str, Any]:
 
 
 def original_tensors(vlm: torch.nn.Module, ctm: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """All tensors of an authors' checkpoint, by their names."""
+    """Return all tensors of a checkpoint in the authors' layout."""
     tied = set(vlm.all_tied_weights_keys)
     tensors = {old_layout(name): value for name, value in vlm.state_dict().items() if name not in tied}
     return {name: value.clone().contiguous() for name, value in {**tensors, **ctm}.items()}
 
 
 def save_sharded(tensors: dict[str, torch.Tensor], folder: Path, count: int) -> None:
-    """Writes `count` shards and their index."""
+    """Write `count` shards and their index."""
     names, weight_map = list(tensors), {}
     for number in range(count):
         file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
@@ -104,7 +104,7 @@ def save_sharded(tensors: dict[str, torch.Tensor], folder: Path, count: int) -> 
 
 
 class Parts:
-    """Random parts, and the folders a user would have of them."""
+    """Random VLM, CTM and SAM 3, and the checkpoint folders that they are saved to."""
 
     def __init__(
         self,
@@ -165,5 +165,5 @@ def make_parts(processor, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def parts(make_parts):
-    """Shared by tests that leave it as it is."""
+    """Shared parts, which tests must not modify."""
     return make_parts(shards=3)

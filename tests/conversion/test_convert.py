@@ -1,4 +1,4 @@
-"""A converted checkpoint does what its parts do, wired by hand."""
+"""A converted checkpoint gives the same outputs as its parts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def converted(parts, tmp_path_factory):
     return convert(parts.checkpoint, parts.sam_folder, tmp_path_factory.mktemp("out") / "model")
 
 
-def test_auto_classes_load_it(converted):
+def test_auto_classes_load_the_converted_checkpoint(converted):
     model = AutoModel.from_pretrained(converted)
     processor = AutoProcessor.from_pretrained(converted)
     assert type(model) is ConceptSegForSegmentation and type(processor) is ConceptSegProcessor
@@ -39,45 +39,45 @@ def test_auto_classes_load_it(converted):
     assert "{reference_box_list}" in processor.template.with_proxy
 
 
-def test_another_profile_and_the_words_of_a_file(parts, tmp_path):
-    words = dict.fromkeys(
+def test_profile_and_custom_prompt_template(parts, tmp_path):
+    instructions = dict.fromkeys(
         ("with_proxy", "support_only", "single_reference", "no_reference"), "{problem} in my words"
     )
-    template = PromptTemplate(system="Short.", **words)
+    template = PromptTemplate(system="Short.", **instructions)
     folders = {
         profile: convert(parts.checkpoint, parts.sam_folder, tmp_path / profile, profile=profile)
         for profile in ("paper", "released")
     }
-    own = convert(parts.checkpoint, parts.sam_folder, tmp_path / "own", prompt_template=template)
-    config, processor = ConceptSegConfig.from_pretrained(own), AutoProcessor.from_pretrained(own)
+    custom = convert(parts.checkpoint, parts.sam_folder, tmp_path / "custom", prompt_template=template)
+    config, processor = ConceptSegConfig.from_pretrained(custom), AutoProcessor.from_pretrained(custom)
     assert processor.template == template and config.profile == "released"
     config = ConceptSegConfig.from_pretrained(folders["paper"])
     processor = AutoProcessor.from_pretrained(folders["paper"])
-    assert config.switches == {"profile": "paper"} and processor.mosaic is None
+    assert config.non_default_fields == {"profile": "paper"} and processor.mosaic is None
     assert processor.template == replace(OFFICIAL_TEMPLATE, system="You are a helpful assistant. ")
-    with pytest.raises(ValueError, match="no profile is named 'theirs'"):
+    with pytest.raises(ValueError, match="unknown profile 'theirs'"):
         convert(parts.checkpoint, parts.sam_folder, tmp_path / "none", profile="theirs")
 
-    # On the way back to the authors' layout and here again the settings are kept, unless others are asked for.
-    theirs = to_original(own, tmp_path / "theirs")
+    # A round trip through the authors' layout keeps the settings, unless another profile is given.
+    original = to_original(custom, tmp_path / "original")
     for profile, kept in ((None, "released"), ("paper", "paper")):
-        again = convert(theirs, parts.sam_folder, tmp_path / f"again-{profile}", profile=profile)
+        again = convert(original, parts.sam_folder, tmp_path / f"again-{profile}", profile=profile)
         config, processor = ConceptSegConfig.from_pretrained(again), AutoProcessor.from_pretrained(again)
         assert config.profile == kept and profile_changes(kept, config, processor) == {}
         assert processor.template == template
 
 
 @torch.no_grad()
-def test_same_completion_concept_tokens_and_mask_as_the_parts(converted, parts, picture):
+def test_outputs_match_the_parts(converted, parts, picture):
     model = AutoModel.from_pretrained(converted).eval()
     processor = AutoProcessor.from_pretrained(converted)
-    processor.canvas_size, processor.sam_text_length = 64, 8  # as small as the model
+    processor.canvas_size, processor.sam_text_length = 64, 8  # sizes of the nano model
     sample = processor.prepare(picture(1), "red circle", [{"image": picture(2), "box": (4, 4, 30, 30)}])
     inputs = dict(processor.collate([sample]))
     prompt_length = inputs["input_ids"].shape[1]
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 
-    # By hand: the VLM writes, reads its own words again, the formulas translate, SAM 3 decodes.
+    # Reference: the VLM generates and encodes the completion, the reference CTM translates, SAM 3 decodes.
     ids = parts.vlm.generate(**inputs, **options)
     token_types = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, ids.shape[1] - prompt_length))
     parts.vlm.model.rope_deltas = None
@@ -93,7 +93,7 @@ def test_same_completion_concept_tokens_and_mask_as_the_parts(converted, parts, 
     pixels = sample.sam_pixel_values[None]
     features = sam_prompt.encode_image(parts.sam, pixels)
     text, mask = sam_prompt.encode_text(parts.sam, text_ids, text_mask)
-    wanted = sam_prompt.decode(parts.sam, features, text, mask, concepts)
+    expected = sam_prompt.decode(parts.sam, features, text, mask, concepts)
 
     assert torch.equal(model.generate(**inputs, **options), ids)
     completion_mask = torch.zeros_like(ids, dtype=torch.bool)
@@ -110,15 +110,15 @@ def test_same_completion_concept_tokens_and_mask_as_the_parts(converted, parts, 
         sam_attention_mask=text_mask,
     )
     torch.testing.assert_close(output.concept_embeds, concepts, atol=1e-5, rtol=0)
-    torch.testing.assert_close(output.mask_logits, wanted.semantic_seg, atol=1e-5, rtol=0)
-    torch.testing.assert_close(output.presence_logits, wanted.presence_logits, atol=1e-5, rtol=0)
-    assert concepts.std() > 0.05 and wanted.semantic_seg.std() > 0.05  # else nothing was compared
+    torch.testing.assert_close(output.mask_logits, expected.semantic_seg, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.presence_logits, expected.presence_logits, atol=1e-5, rtol=0)
+    assert concepts.std() > 0.05 and expected.semantic_seg.std() > 0.05  # outputs are not trivial
 
 
 def test_manifest_and_card(converted, parts):
     text = (converted / MANIFEST_NAME).read_text()
     manifest = json.loads(text)
-    assert str(parts.checkpoint.parent) not in text  # names and hashes, no paths of this machine
+    assert str(parts.checkpoint.parent) not in text  # names and hashes, but no local paths
     sources = manifest["sources"]
     assert {role: source["name"] for role, source in sources.items()} == {
         "checkpoint": parts.checkpoint.name,
@@ -137,7 +137,7 @@ def test_manifest_and_card(converted, parts):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_precision(make_parts, tmp_path, dtype):
+def test_dtypes(make_parts, tmp_path, dtype):
     parts = make_parts(tied=False, dtype=dtype)
     model = AutoModel.from_pretrained(convert(parts.checkpoint, parts.sam_folder, tmp_path / "out"))
     assert {value.dtype for value in model.vlm.parameters()} == {dtype}
@@ -149,8 +149,8 @@ def test_precision(make_parts, tmp_path, dtype):
     assert low.vlm.dtype == torch.bfloat16 and low.sam.dtype == low.ctm.queries.dtype == torch.float32
 
 
-def test_the_newer_layout_is_read(parts, tmp_path):
-    """Transformers has written `model.language_model` and `model.visual` since 4.52."""
+def test_current_transformers_layout_is_read(parts, tmp_path):
+    """Since 4.52, Transformers uses the prefixes `model.language_model` and `model.visual`."""
     folder = tmp_path / "newer"
     shutil.copytree(parts.checkpoint, folder, ignore=shutil.ignore_patterns("model*"))
     tensors = {
@@ -158,14 +158,16 @@ def test_the_newer_layout_is_read(parts, tmp_path):
     }
     save_file({**tensors, **parts.ctm}, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
-    section = config["rope_scaling"]["mrope_section"]  # as a release saves it that has read "mrope" before
+    section = config["rope_scaling"]["mrope_section"]  # as saved by newer releases after loading "mrope"
     config["rope_scaling"] = {"type": "default", "rope_type": "default", "mrope_section": section}
     (folder / "config.json").write_text(json.dumps(config))
     model = AutoModel.from_pretrained(convert(folder, parts.sam_folder, tmp_path / "out"))
     for name, value in parts.vlm.state_dict().items():
         assert torch.equal(model.vlm.state_dict()[name], value), name
-    rope, wanted = (one.text_config.rope_parameters for one in (model.config.vlm_config, parts.vlm.config))
-    assert {name: rope[name] for name in wanted} == wanted
+    rope, expected = (
+        config.text_config.rope_parameters for config in (model.config.vlm_config, parts.vlm.config)
+    )
+    assert {name: rope[name] for name in expected} == expected
 
 
 def test_shards(parts, tmp_path):
@@ -178,29 +180,29 @@ def test_shards(parts, tmp_path):
     assert torch.equal(model.sam.text_projection.weight, parts.sam.text_projection.weight)
 
 
-def test_the_command(parts, tmp_path, capsys):
-    words = ["convert", "--checkpoint", str(parts.checkpoint), "--sam", str(parts.sam_folder)]
-    assert cli.main([*words, "--dry-run"]) == 0
+def test_command_line(parts, tmp_path, capsys):
+    arguments = ["convert", "--checkpoint", str(parts.checkpoint), "--sam", str(parts.sam_folder)]
+    assert cli.main([*arguments, "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "fits" and list(tmp_path.iterdir()) == []
     out = str(tmp_path / "out")
-    assert cli.main([*words, "--out", out]) == 0
+    assert cli.main([*arguments, "--out", out]) == 0
     assert capsys.readouterr().out.startswith(f"{out}: ")
     assert cli.main(["info", out, "--hashes"]) == 0
-    said = capsys.readouterr().out
-    for word in ("6 concept tokens", "ctm on disk", "float32", "sam from", "as converted", "preset"):
-        assert word in said
+    output = capsys.readouterr().out
+    for text in ("6 concept tokens", "ctm on disk", "float32", "sam from", "unchanged since", "preset"):
+        assert text in output
     with (tmp_path / "out" / "model.safetensors").open("r+b") as file:
         file.seek(-4, 2)
         file.write(b"abcd")
     assert cli.main(["info", out, "--hashes"]) == 0
-    assert "CHANGED since converted" in capsys.readouterr().out
-    assert "profile" in said and "released" in said
+    assert "CHANGED since conversion" in capsys.readouterr().out
+    assert "profile" in output and "released" in output
     assert cli.main(["info", out, "--model", out]) == 2
     back = ["convert", "--to-original", "--checkpoint", out, "--out", f"{out}-back"]
     assert cli.main([*back, "--profile", "paper"]) == 2
-    assert "--profile has no use with --to-original" in capsys.readouterr().err
-    (tmp_path / "words.json").write_text(json.dumps(OFFICIAL_TEMPLATE.to_dict()))
-    options = ["--profile", "paper", "--prompt-template", str(tmp_path / "words.json")]
-    assert cli.main([*words, "--out", f"{out}-paper", *options]) == 0
+    assert "--profile cannot be combined with --to-original" in capsys.readouterr().err
+    (tmp_path / "template.json").write_text(json.dumps(OFFICIAL_TEMPLATE.to_dict()))
+    options = ["--profile", "paper", "--prompt-template", str(tmp_path / "template.json")]
+    assert cli.main([*arguments, "--out", f"{out}-paper", *options]) == 0
     assert AutoProcessor.from_pretrained(f"{out}-paper").template == OFFICIAL_TEMPLATE
     assert cli.main(["convert", "--to-original", "--checkpoint", out, "--out", f"{out}-back"]) == 0

@@ -1,4 +1,4 @@
-"""Damaged and hostile inputs: one sentence, nothing left behind, nothing run."""
+"""Damaged and malicious inputs raise one-sentence errors, leave no output and execute no code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIRST = "model-00001-of-00003.safetensors"
 
 @pytest.fixture()
 def checkpoint(parts, tmp_path):
-    """A copy to damage."""
+    """A copy of the checkpoint that tests may damage."""
     return shutil.copytree(parts.checkpoint, tmp_path / "authors")
 
 
@@ -97,7 +97,7 @@ def add_tensor(folder):
 
 
 def add_twice(folder):
-    name = "model.language_model.norm.weight"  # the newer name of model.norm.weight
+    name = "model.language_model.norm.weight"  # the current name of model.norm.weight
     change_shard(folder, lambda tensors: tensors.update({name: torch.ones(128)}))
     index_name(folder, FIRST, name)
 
@@ -129,7 +129,7 @@ def put_infinity(folder):
     change_shard(folder, lambda tensors: next(iter(tensors.values())).view(-1)[-1:].fill_(float("inf")))
 
 
-def quantise(folder):
+def quantize(folder):
     def change(tensors):
         name = next(name for name, value in tensors.items() if value.ndim == 2)
         tensors[name] = tensors[name].to(torch.int8)
@@ -148,17 +148,17 @@ def break_tokenizer(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut_short, f"{FIRST}' is damaged or cut short"),
-        (cut_in_header, f"{FIRST}' is damaged or cut short"),
-        (lose_shard, f"{FIRST}' is not there"),
-        (lose_index, "model.safetensors' is not there"),
-        (lose_index_entry, "does not say that tensor 'model.norm.weight' is in"),
-        (promise_too_much, "names the tensor 'model.layers.99"),
-        (point_outside, "names a shard outside its folder"),
+        (cut_short, f"{FIRST}' is damaged or truncated"),
+        (cut_in_header, f"{FIRST}' is damaged or truncated"),
+        (lose_shard, f"{FIRST}' does not exist"),
+        (lose_index, "model.safetensors' does not exist"),
+        (lose_index_entry, "does not map tensor 'model.norm.weight' to"),
+        (promise_too_much, "lists tensor 'model.layers.99"),
+        (point_outside, "lists a shard outside its folder"),
         (break_index, "cannot be read as JSON"),
-        (lose_config, "has no config.json"),
+        (lose_config, "contains no config.json"),
         (wrong_config, "does not describe a model"),
-        (wrong_family, "is of the type 'llama'"),
+        (wrong_family, "has model_type 'llama'"),
         (add_tensor, r"1 unexpected \(optimizer.step\)"),
         (add_twice, "would both become 'vlm.model.language_model.norm.weight'"),
         (lose_tensor, r"1 missing \(vlm.model.language_model.norm.weight\)"),
@@ -166,30 +166,40 @@ def break_tokenizer(folder):
             wrong_number_of_queries,
             r"1 of another shape \(connector.pos_embed: \(1, 5, 128\) instead of \(1, 6, 128\)\)",
         ),
-        (put_nan, "holds NaN or infinite values"),
-        (put_infinity, "holds NaN or infinite values"),
-        (quantise, "no plain floating-point numbers"),
-        (lose_tokenizer, "has no tokenizer"),
-        (break_tokenizer, "do not make a processor"),
+        (put_nan, "contains NaN or infinite values"),
+        (put_infinity, "contains NaN or infinite values"),
+        (quantize, "does not have a floating-point dtype"),
+        (lose_tokenizer, "contains no tokenizer"),
+        (break_tokenizer, "cannot be combined in a processor"),
     ],
     ids=lambda value: value.__name__ if callable(value) else None,
 )
-def test_refused_in_one_sentence(checkpoint, parts, tmp_path, capsys, damage, message):
+def test_damaged_checkpoints_are_rejected_in_one_sentence(
+    checkpoint, parts, tmp_path, capsys, damage, message
+):
     damage(checkpoint)
     before = set(tmp_path.rglob("*"))
     out = tmp_path / "new" / "out"
-    words = ["convert", "--checkpoint", str(checkpoint), "--sam", str(parts.sam_folder), "--out", str(out)]
-    assert cli.main(words) == 2
+    arguments = [
+        "convert",
+        "--checkpoint",
+        str(checkpoint),
+        "--sam",
+        str(parts.sam_folder),
+        "--out",
+        str(out),
+    ]
+    assert cli.main(arguments) == 2
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    said = [line for line in lines if line.startswith("conceptseg convert: ")]
-    assert len(said) == 1 and said[0].endswith(".")
+    errors = [line for line in lines if line.startswith("conceptseg convert: ")]
+    assert len(errors) == 1 and errors[0].endswith(".")
     with pytest.raises(ConversionError, match=message):
         convert(checkpoint, parts.sam_folder, out)
     assert set(tmp_path.rglob("*")) == before
 
 
 class Bomb:
-    """Runs code where a pickle of it is loaded."""
+    """An object whose pickle executes code when it is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -199,26 +209,26 @@ class Bomb:
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_no_code_of_a_pickle_is_run(parts, tmp_path, save):
+def test_pickles_execute_no_code(parts, tmp_path, save):
     (tmp_path / "sam").mkdir()
     save(
         {"model": {"detector.x": torch.ones(2), "bomb": Bomb(tmp_path / "exploded")}},
         tmp_path / "sam" / "sam3.pt",
     )
     for sam in (tmp_path / "sam", tmp_path / "sam" / "sam3.pt"):
-        with pytest.raises(ConversionError, match="nothing else is read, because it could run code"):
+        with pytest.raises(ConversionError, match="not loaded because they could execute code"):
             convert(parts.checkpoint, sam, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"sam"}
 
 
-def test_a_pickle_beside_safetensors_is_not_opened(parts, sam_folder, checkpoint, tmp_path):
+def test_pickles_next_to_safetensors_are_not_opened(parts, sam_folder, checkpoint, tmp_path):
     torch.save(Bomb(tmp_path / "exploded"), sam_folder / "sam3.pt")
     torch.save(Bomb(tmp_path / "exploded"), checkpoint / "pytorch_model.bin")
     convert(checkpoint, sam_folder, tmp_path / "out")
     assert not (tmp_path / "exploded").exists()
 
 
-def test_code_in_a_repository_is_not_run(checkpoint, parts, tmp_path):
+def test_remote_code_is_not_executed(checkpoint, parts, tmp_path):
     (checkpoint / "evil.py").write_text(f"open({str(tmp_path / 'exploded')!r}, 'w')\nclass Evil: pass\n")
     automap = dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor"), "evil.Evil")
     change_json(checkpoint / "config.json", lambda content: content.update(auto_map=automap))
@@ -231,23 +241,23 @@ def test_code_in_a_repository_is_not_run(checkpoint, parts, tmp_path):
     assert not list(out.glob("*.py")) and "auto_map" not in (out / "config.json").read_text()
 
 
-def test_a_damaged_sam3_pt(parts, tmp_path):
+def test_damaged_sam3_pt(parts, tmp_path):
     torch.save({"model": {"detector.x": torch.ones(10_000)}}, tmp_path / "sam3.pt")
     (tmp_path / "sam3.pt").write_bytes((tmp_path / "sam3.pt").read_bytes()[:5000])
-    with pytest.raises(ConversionError, match="is damaged or cut short"):
+    with pytest.raises(ConversionError, match="is damaged or truncated"):
         convert(parts.checkpoint, tmp_path / "sam3.pt", tmp_path / "out")
     torch.save([1, 2], tmp_path / "sam3.pt")
-    with pytest.raises(ConversionError, match="holds no tensors by name"):
+    with pytest.raises(ConversionError, match="contains no state dict"):
         convert(parts.checkpoint, tmp_path / "sam3.pt", tmp_path / "out")
 
 
-def test_another_sam3(sam_folder, checkpoint, tmp_path):
+def test_sam_of_another_type_is_rejected(sam_folder, checkpoint, tmp_path):
     change_json(sam_folder / "config.json", lambda content: content.update(model_type="sam2"))
-    with pytest.raises(ConversionError, match="is of the type 'sam2'"):
+    with pytest.raises(ConversionError, match="has model_type 'sam2'"):
         convert(checkpoint, sam_folder, tmp_path / "out")
 
 
-def test_what_is_there_is_not_overwritten(parts, tmp_path):
+def test_existing_folder_is_not_overwritten(parts, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     for run in (
@@ -259,12 +269,12 @@ def test_what_is_there_is_not_overwritten(parts, tmp_path):
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
-def test_an_empty_folder_is_taken(parts, tmp_path):
+def test_empty_output_folder_is_accepted(parts, tmp_path):
     (tmp_path / "out").mkdir()
     assert (convert(parts.checkpoint, parts.sam_folder, tmp_path / "out") / "model.safetensors").is_file()
 
 
-def test_mismatches_may_be_left_out(checkpoint, parts, tmp_path):
+def test_mismatched_tensors_can_be_skipped(checkpoint, parts, tmp_path):
     add_tensor(checkpoint)
     out = convert(checkpoint, parts.sam_folder, tmp_path / "out", allow_mismatch=True)
     manifest = json.loads((out / "conversion.json").read_text())
@@ -276,7 +286,7 @@ def test_mismatches_may_be_left_out(checkpoint, parts, tmp_path):
 DISK_IS_FULL = """
 import resource, sys
 from conceptseg_hf.conversion import ConversionError, convert
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # no file grows beyond
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # limits the size of all files
 try:
     convert(*sys.argv[1:])
 except ConversionError as error:
@@ -284,13 +294,13 @@ except ConversionError as error:
 """
 
 
-def test_a_write_that_fails(parts, tmp_path, fresh_python):
-    said = fresh_python(DISK_IS_FULL, *map(str, (parts.checkpoint, parts.sam_folder, tmp_path / "a" / "out")))
-    assert "'model.safetensors' cannot be written" in said
+def test_failed_write_is_explained(parts, tmp_path, fresh_python):
+    arguments = map(str, (parts.checkpoint, parts.sam_folder, tmp_path / "a" / "out"))
+    assert "'model.safetensors' cannot be written" in fresh_python(DISK_IS_FULL, *arguments)
     assert not (tmp_path / "a").exists()
 
 
-def test_tied_embeddings_that_differ(checkpoint, parts, tmp_path):
+def test_tied_embeddings_must_be_equal(checkpoint, parts, tmp_path):
     change_json(checkpoint / "config.json", lambda content: content.update(tie_word_embeddings=True))
     weight = parts.tensors["model.embed_tokens.weight"]
 
@@ -303,44 +313,44 @@ def test_tied_embeddings_that_differ(checkpoint, parts, tmp_path):
         ConversionError, match=r"'lm_head\.weight' differs from 'model\.embed_tokens\.weight'"
     ):
         convert(checkpoint, parts.sam_folder, tmp_path / "out")
-    add_head(weight)  # written out all the same, as some savers do
+    add_head(weight)  # an equal tied tensor is accepted
     out = convert(checkpoint, parts.sam_folder, tmp_path / "out")
     with safe_open(out / "model.safetensors", "pt") as file:
         assert "vlm.lm_head.weight" not in file.keys()  # noqa: SIM118
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./a/b", "/no/such/folder", "a/b/c"])
-def test_names_of_nothing(name, parts, tmp_path):
-    with pytest.raises(ConversionError, match="neither a file, a folder nor a hub id"):
+def test_names_that_do_not_exist_are_rejected(name, parts, tmp_path):
+    with pytest.raises(ConversionError, match="neither an existing file or folder nor a hub id"):
         convert(name, parts.sam_folder, tmp_path / "out")
 
 
-def test_a_hub_that_does_not_answer(parts, tmp_path):
-    with pytest.raises(ConversionError, match="the hub did not give it"):  # the tests are offline
+def test_failed_download_is_explained(parts, tmp_path):
+    with pytest.raises(ConversionError, match="cannot be downloaded from the Hub"):  # the tests are offline
         convert("owner/name", parts.sam_folder, tmp_path / "out")
 
 
-def test_a_plain_vlm_is_told_where_to_go(parts, checkpoint, tmp_path):
+def test_plain_vlm_is_rejected_with_a_hint(parts, checkpoint, tmp_path):
     shutil.rmtree(checkpoint)
     parts.vlm.save_pretrained(checkpoint)
     with pytest.raises(ConversionError, match="from_backbones"):
         convert(checkpoint, parts.sam_folder, tmp_path / "out")
 
 
-def test_to_original_takes_ours(parts, tmp_path):
-    with pytest.raises(ConversionError, match="takes a checkpoint of ours"):
+def test_to_original_requires_a_converted_checkpoint(parts, tmp_path):
+    with pytest.raises(ConversionError, match="requires a converted checkpoint"):
         to_original(parts.checkpoint, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--checkpoint", "x", "--out", "y"], "--sam is missing"),
         (["--checkpoint", "x", "--sam", "z"], "--out is missing"),
-        (["--checkpoint", "x", "--sam", "z", "--out", "y", "--to-original"], "--sam has no use"),
-        (["--checkpoint", "x", "--to-original", "--dry-run"], "--dry-run has no use"),
+        (["--checkpoint", "x", "--sam", "z", "--out", "y", "--to-original"], "--sam cannot be combined"),
+        (["--checkpoint", "x", "--to-original", "--dry-run"], "--dry-run cannot be combined"),
     ],
 )
-def test_bad_options(words, message, capsys):
-    assert cli.main(["convert", *words]) == 2
+def test_invalid_options(arguments, message, capsys):
+    assert cli.main(["convert", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The memory table of docs/weights.md is what the configurations give."""
+"""The memory table of docs/weights.md matches the configurations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def test_memory_table(name):
         4 * count(model.sam),
         vlm + rest,
         vlm + rest - linear,  # one byte instead of two
-        vlm + rest - 2 * linear + linear * (1 / 2 + 4 / 64),  # a float32 scale for each block of 64
+        vlm
+        + rest
+        - 2 * linear
+        + linear * (1 / 2 + 4 / 64),  # 4 bits per weight, and a float32 scale per block of 64
     ]
     row = f"| {name.upper()} | {' | '.join(f'{size / 1e9:.1f}' for size in sizes)} |"
     assert row in DOCUMENT.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""The released sizes, without their weights: real names and shapes, in sparse files that hold nothing else."""
+"""Conversion plans for the released model sizes, with real names and shapes in sparse files without weights."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from transformers import Sam3Config, Sam3Model
 from conceptseg_hf import cli
 from conceptseg_hf.conversion import plan_conversion
 
-# hidden, intermediate, layers, width of keys and values, vocabulary, tied
+# hidden size, intermediate size, layers, width of keys and values, vocabulary size, tied embeddings
 SIZES = {"3b": (2048, 11008, 36, 256, 151936, True), "7b": (3584, 18944, 28, 512, 152064, False)}
-# Bytes of all tensors in bfloat16, as the published index files of Qwen2.5-VL say.
+# Total bytes of all tensors in bfloat16, from the published index files of Qwen2.5-VL.
 PUBLISHED_BYTES = {"3b": 7_509_245_952, "7b": 16_584_333_312}
 
 
-def qwen_shapes(hidden, wide, layers, kv, vocabulary, tied) -> dict[str, tuple[int, ...]]:
-    """Qwen2.5-VL in the layout in which it was published."""
+def qwen_shapes(hidden, intermediate, layers, kv_width, vocabulary, tied) -> dict[str, tuple[int, ...]]:
+    """Shapes of Qwen2.5-VL in the published layout."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def linear(name: str, inputs: int, outputs: int, bias: bool = True) -> None:
@@ -48,19 +48,21 @@ def qwen_shapes(hidden, wide, layers, kv, vocabulary, tied) -> dict[str, tuple[i
         shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
         linear(f"{layer}.self_attn.q_proj", hidden, hidden)
-        linear(f"{layer}.self_attn.k_proj", hidden, kv)
-        linear(f"{layer}.self_attn.v_proj", hidden, kv)
+        linear(f"{layer}.self_attn.k_proj", hidden, kv_width)
+        linear(f"{layer}.self_attn.v_proj", hidden, kv_width)
         linear(f"{layer}.self_attn.o_proj", hidden, hidden, bias=False)
-        linear(f"{layer}.mlp.gate_proj", hidden, wide, bias=False)
-        linear(f"{layer}.mlp.up_proj", hidden, wide, bias=False)
-        linear(f"{layer}.mlp.down_proj", wide, hidden, bias=False)
+        linear(f"{layer}.mlp.gate_proj", hidden, intermediate, bias=False)
+        linear(f"{layer}.mlp.up_proj", hidden, intermediate, bias=False)
+        linear(f"{layer}.mlp.down_proj", intermediate, hidden, bias=False)
     shapes["model.norm.weight"] = (hidden,)
     if not tied:
         shapes["lm_head.weight"] = (vocabulary, hidden)
     return shapes
 
 
-def published_config(hidden, wide, layers, kv, vocabulary, tied, model_type="qwen2_5_vl") -> dict:
+def published_config(
+    hidden, intermediate, layers, kv_width, vocabulary, tied, model_type="qwen2_5_vl"
+) -> dict:
     vision = {
         "depth": 32,
         "hidden_act": "silu",
@@ -77,17 +79,17 @@ def published_config(hidden, wide, layers, kv, vocabulary, tied, model_type="qwe
         "tokens_per_second": 2,
         "temporal_patch_size": 2,
     }
-    if model_type == "qwen2_vl":  # in that family's words `hidden_size` is the width of the language model
+    if model_type == "qwen2_vl":  # in Qwen2-VL, `hidden_size` is the width of the language model
         vision |= {"hidden_size": hidden, "embed_dim": 1280, "mlp_ratio": 4}
     return {
         "architectures": ["ConceptSegR1ForConditionalGeneration_qwen2p5"],
         "model_type": model_type,
         "num_of_query": 16,
         "hidden_size": hidden,
-        "intermediate_size": wide,
+        "intermediate_size": intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": hidden // 128,
-        "num_key_value_heads": kv // 128,
+        "num_key_value_heads": kv_width // 128,
         "vocab_size": vocabulary,
         "tie_word_embeddings": tied,
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
@@ -109,7 +111,7 @@ def published_config(hidden, wide, layers, kv, vocabulary, tied, model_type="qwe
 
 
 def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, itemsize: int) -> int:
-    """A safetensors file with a true header and a hole where the numbers would be; returns their size."""
+    """Write a safetensors file with a valid header and a hole instead of data, and return the data size."""
     header, offset = {}, 0
     for name, shape in shapes.items():
         end = offset + prod(shape) * itemsize
@@ -137,7 +139,7 @@ def write_sharded(folder: Path, shapes: dict[str, tuple[int, ...]], count: int) 
 
 @pytest.fixture(scope="module")
 def sam_folder(tmp_path_factory):
-    """SAM 3 as facebook/sam3 has it: the video model, whose detector is ours."""
+    """SAM 3 in the layout of facebook/sam3: the video model, which contains the detector."""
     folder = tmp_path_factory.mktemp("sam3")
     with torch.device("meta"):
         sam = Sam3Model(Sam3Config())
@@ -152,18 +154,18 @@ def sam_folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "model_type"), [("3b", "qwen2_5_vl"), ("7b", "qwen2_5_vl"), ("7b", "qwen2_vl")]
 )
-def test_every_tensor_has_its_place(tmp_path, sam_folder, name, model_type, capsys):
+def test_all_released_tensors_are_converted(tmp_path, sam_folder, name, model_type, capsys):
     size = SIZES[name]
     vlm, ctm = qwen_shapes(*size), ctm_shapes(size[0], 256, 8, 4)
     assert 2 * sum(map(prod, vlm.values())) == PUBLISHED_BYTES[name]
     (tmp_path / "config.json").write_text(json.dumps(published_config(*size, model_type)))
     written = write_sharded(tmp_path, {**vlm, **ctm}, 5)
 
-    found = plan_conversion(tmp_path, sam_folder)
-    plan, config = found.plan, found.config
+    conversion = plan_conversion(tmp_path, sam_folder)
+    plan, config = conversion.plan, conversion.config
     assert plan.fits, plan.mismatches()
     assert plan.ignored == ["tracker_model.memory.weight", "tracker_neck.fpn_layers.0.proj1.bias"]
-    assert config.ctm_config.num_queries == 8 and config.ctm_config.num_layers == 4  # as the tensors say
+    assert config.ctm_config.num_queries == 8 and config.ctm_config.num_layers == 4  # from the tensor shapes
     assert config.tie_word_embeddings is size[5] and config.hidden_size == size[0]
     assert (config.vlm_config.vision_config.hidden_size, config.vlm_config.vision_config.depth) == (1280, 32)
 
@@ -177,5 +179,5 @@ def test_every_tensor_has_its_place(tmp_path, sam_folder, name, model_type, caps
     assert written == PUBLISHED_BYTES[name] + 2 * sum(map(prod, ctm.values()))
     assert len(part("sam.")) == 1468 and {step.dtype for step in part("sam.")} == {torch.float32}
 
-    words = ["convert", "--checkpoint", str(tmp_path), "--sam", str(sam_folder), "--dry-run"]
-    assert cli.main(words) == 0 and capsys.readouterr().out.splitlines()[-1] == "fits"
+    arguments = ["convert", "--checkpoint", str(tmp_path), "--sam", str(sam_folder), "--dry-run"]
+    assert cli.main(arguments) == 0 and capsys.readouterr().out.splitlines()[-1] == "fits"

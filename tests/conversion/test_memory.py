@@ -1,4 +1,4 @@
-"""What a conversion holds in memory: a shard, whatever the size of the whole."""
+"""A conversion keeps at most one shard in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .conftest import NUM_QUERIES, old_config, original_tensors, save_sharded
 
 SHARDS = 5
 
-# Peak of resident memory over what was resident before, everything counted: heap, and files that are mapped.
+# Increase of the peak resident memory, including heap and memory-mapped files.
 MEASURE = """
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ def resident(field):
 
 warm_up, checkpoint, sam, out = sys.argv[1:]
 convert(warm_up, sam, out + "-warm")  # imports and allocator
-Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 before = resident("VmRSS")
 convert(checkpoint, sam, out, shard_bytes=30_000_000)
 print(resident("VmHWM") - before)

@@ -12,7 +12,7 @@ def ours():
     return list(expected_tensors(ConceptSegConfig.from_preset("nano"))[0])
 
 
-def test_there_and_back(ours):
+def test_names_round_trip(ours):
     kept = [name for name in ours if not name.startswith("sam.")]
     theirs = [names.to_original(name) for name in kept]
     assert len(set(theirs)) == len(kept) > 150
@@ -22,7 +22,7 @@ def test_there_and_back(ours):
     assert not [name for name in theirs if name.startswith(("model.visual", "model.language_model"))]
 
 
-def test_sam_has_no_place_in_the_authors_layout(ours):
+def test_sam_is_not_part_of_the_authors_layout(ours):
     assert {names.to_original(name) for name in ours if name.startswith("sam.")} == {None}
 
 
@@ -44,7 +44,7 @@ def test_known_names(theirs, ours):
     assert names.from_original(theirs) == ours and names.to_original(ours) == theirs
 
 
-def test_checkpoints_of_ours_in_the_original_format():
+def test_names_in_the_original_format_of_the_vlm():
     assert names.to_original("vlm.model.layers.0.mlp.up_proj.weight") == "model.layers.0.mlp.up_proj.weight"
     assert names.to_original("vlm.visual.blocks.0.norm1.weight") == "visual.blocks.0.norm1.weight"
 
@@ -54,14 +54,14 @@ def test_unknown_names(name):
     assert names.from_original(name) is None
 
 
-def test_a_fused_tensor_becomes_three():
+def test_fused_tensor_is_split_in_three():
     pieces = sam3.from_meta("detector.transformer.encoder.layers.4.self_attn.in_proj_weight")
     assert [(piece.target, piece.part) for piece in pieces] == [
         (f"detr_encoder.layers.4.self_attn.{part}_proj.weight", (i, 3)) for i, part in enumerate("qkv")
     ]
 
 
-def test_what_meta_has_and_we_do_not():
+def test_unused_and_unknown_tensors_of_sam():
     for name in (
         "tracker.maskmem_backbone.out_proj.weight",
         "detector.backbone.vision_backbone.sam2_convs.0.conv_1x1.weight",

@@ -1,4 +1,4 @@
-"""Tokenizers and image processors in the forms in which they are published."""
+"""Conversion of tokenizers and image processors in the published formats."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
 @pytest.fixture()
 def bare(parts, tmp_path):
-    """The weights alone: a folder for the checkpoint and one for SAM 3."""
+    """Folders of the checkpoint and SAM 3 that contain only config and weights."""
     folders = []
     for name, folder in (("c", parts.checkpoint), ("s", parts.sam_folder)):
         (tmp_path / name).mkdir()
@@ -49,7 +49,7 @@ def bare(parts, tmp_path):
 
 
 def old_preprocessor(folder) -> None:
-    """What Qwen2.5-VL was published with."""
+    """Write the image-processor config that Qwen2.5-VL was published with."""
     content = {
         "min_pixels": 3136,
         "max_pixels": 12845056,
@@ -64,7 +64,7 @@ def old_preprocessor(folder) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(content))
 
 
-def test_as_published(bare, tmp_path):
+def test_published_format(bare, tmp_path):
     checkpoint, sam = bare
     qwen_tokenizer().save_pretrained(checkpoint)
     old_preprocessor(checkpoint)
@@ -83,7 +83,7 @@ def test_as_published(bare, tmp_path):
     assert ids.shape == (1, 32) and ids[0][mask[0].bool()].tolist() == clip("the striped cat")["input_ids"]
 
 
-def test_as_saved_by_a_present_release(bare, tmp_path):
+def test_format_of_current_transformers(bare, tmp_path):
     checkpoint, sam = bare
     Qwen2_5_VLProcessor(
         Qwen2VLImageProcessor(patch_size=8, temporal_patch_size=1),
@@ -94,16 +94,16 @@ def test_as_saved_by_a_present_release(bare, tmp_path):
     write_vocabulary(sam / BPE_NAME)
     processor = AutoProcessor.from_pretrained(convert(checkpoint, sam, tmp_path / "out"))
     assert processor.image_processor.patch_size == 8 and processor.image_processor.temporal_patch_size == 1
-    assert processor.sam_image_processor.size["height"] == 128  # no file said so: the configuration does
+    assert processor.sam_image_processor.size["height"] == 128  # from the config, because there is no file
     assert processor.chat_template == CHAT
 
 
-def test_sam3_without_a_vocabulary(bare, parts, tmp_path):
-    with pytest.raises(ConversionError, match=f"put {BPE_NAME}"):
+def test_sam3_without_vocabulary_is_rejected(bare, parts, tmp_path):
+    with pytest.raises(ConversionError, match=f"copy {BPE_NAME}"):
         convert(parts.checkpoint, bare[1], tmp_path / "out")
 
 
-def test_a_damaged_vocabulary(bare, parts, tmp_path):
-    (bare[1] / BPE_NAME).write_bytes(b"no gzip")
+def test_damaged_vocabulary_is_rejected(bare, parts, tmp_path):
+    (bare[1] / BPE_NAME).write_bytes(b"not gzip")
     with pytest.raises(ConversionError, match="cannot be read"):
         convert(parts.checkpoint, bare[1], tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Ours in the authors' layout and back: not a bit lost."""
+"""Conversion to the authors' layout and back is lossless."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def all_tensors(folder) -> dict[str, torch.Tensor]:
     return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
-def assert_same(got, wanted) -> None:
-    assert set(got) == set(wanted)
-    for name in wanted:
-        assert got[name].dtype == wanted[name].dtype and torch.equal(got[name], wanted[name]), name
+def assert_same(actual, expected) -> None:
+    assert set(actual) == set(expected)
+    for name in expected:
+        assert actual[name].dtype == expected[name].dtype and torch.equal(actual[name], expected[name]), name
 
 
-def test_nano(tmp_path):
-    theirs = to_original(nano_checkpoint(), tmp_path / "theirs")
-    back = convert(theirs, nano_checkpoint(), tmp_path / "ours")
+def test_nano_round_trip(tmp_path):
+    original = to_original(nano_checkpoint(), tmp_path / "original")
+    back = convert(original, nano_checkpoint(), tmp_path / "ours")
     assert_same(all_tensors(back), all_tensors(nano_checkpoint()))
     processors = [AutoProcessor.from_pretrained(folder) for folder in (nano_checkpoint(), back)]
     for name in ("canvas_size", "coordinate_scale", "sam_text_length", "prompt_template"):
@@ -39,22 +39,24 @@ def test_nano(tmp_path):
         ConceptSegForSegmentation.from_pretrained(folder).config for folder in (nano_checkpoint(), back)
     ]
     assert configs[0].ctm_config.to_dict() == configs[1].ctm_config.to_dict()
-    assert configs[1].switches == {} and processors[1].to_dict() == processors[0].to_dict()
+    assert configs[1].non_default_fields == {} and processors[1].to_dict() == processors[0].to_dict()
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("original_format", [True, False], ids=["saved-original", "saved-ours"])
-def test_bfloat16_in_shards(make_model, processor, tmp_path, tied, original_format):
+def test_sharded_bfloat16_round_trip(make_model, processor, tmp_path, tied, original_format):
     model = make_model(tied=tied)
     model.vlm.to(torch.bfloat16)
     folder = tmp_path / "ours"
     model.save_pretrained(folder, max_shard_size="2MB", save_original_format=original_format)
     processor.save_pretrained(folder)
     assert len(list(folder.glob("*.safetensors"))) > 3
-    theirs = to_original(folder, tmp_path / "theirs", shard_bytes=1_500_000)
-    back = convert(theirs, folder, tmp_path / "back", shard_bytes=1_000_000)
-    wanted = {name: value for name, value in model.state_dict().items() if not tied or "lm_head" not in name}
-    assert_same(all_tensors(back), wanted)
+    original = to_original(folder, tmp_path / "original", shard_bytes=1_500_000)
+    back = convert(original, folder, tmp_path / "back", shard_bytes=1_000_000)
+    expected = {
+        name: value for name, value in model.state_dict().items() if not tied or "lm_head" not in name
+    }
+    assert_same(all_tensors(back), expected)
     loaded = ConceptSegForSegmentation.from_pretrained(back)
     assert_same(loaded.state_dict(), model.state_dict())
     assert (
@@ -62,21 +64,23 @@ def test_bfloat16_in_shards(make_model, processor, tmp_path, tied, original_form
     )
 
 
-def test_the_authors_layout(parts, tmp_path):
+def test_to_original_restores_the_authors_layout(parts, tmp_path):
     ours = convert(parts.checkpoint, parts.sam_folder, tmp_path / "ours")
-    theirs = to_original(ours, tmp_path / "theirs")
-    assert_same(all_tensors(theirs), parts.tensors)
-    config, wanted = json.loads((theirs / "config.json").read_text()), old_config(parts.vlm.config)
-    assert {name: config[name] for name in wanted if name not in ("vision_config", "sliding_window")} == {
-        name: value for name, value in wanted.items() if name not in ("vision_config", "sliding_window")
+    original = to_original(ours, tmp_path / "original")
+    assert_same(all_tensors(original), parts.tensors)
+    config, expected = json.loads((original / "config.json").read_text()), old_config(parts.vlm.config)
+    assert {name: config[name] for name in expected if name not in ("vision_config", "sliding_window")} == {
+        name: value for name, value in expected.items() if name not in ("vision_config", "sliding_window")
     }
-    assert wanted["vision_config"].items() <= config["vision_config"].items()
-    assert "sam" not in json.loads((theirs / MANIFEST_NAME).read_text())["sources"]
+    assert expected["vision_config"].items() <= config["vision_config"].items()
+    assert "sam" not in json.loads((original / MANIFEST_NAME).read_text())["sources"]
 
 
-def test_transformers_reads_the_vlm_of_the_authors_layout(parts, tmp_path):
-    theirs = to_original(convert(parts.checkpoint, parts.sam_folder, tmp_path / "ours"), tmp_path / "theirs")
-    vlm, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(theirs, output_loading_info=True)
+def test_transformers_loads_the_vlm_from_the_authors_layout(parts, tmp_path):
+    original = to_original(
+        convert(parts.checkpoint, parts.sam_folder, tmp_path / "ours"), tmp_path / "original"
+    )
+    vlm, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(original, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert_same(vlm.state_dict(), parts.vlm.state_dict())
     assert all(
@@ -85,14 +89,14 @@ def test_transformers_reads_the_vlm_of_the_authors_layout(parts, tmp_path):
     )
 
 
-def test_transformers_4_can_read_what_lies_beside(tmp_path):
-    theirs = to_original(nano_checkpoint(), tmp_path / "theirs")
-    tokenizer = json.loads((theirs / "tokenizer_config.json").read_text())
+def test_processor_files_are_compatible_with_transformers_4(tmp_path):
+    original = to_original(nano_checkpoint(), tmp_path / "original")
+    tokenizer = json.loads((original / "tokenizer_config.json").read_text())
     assert tokenizer["processor_class"] == "Qwen2_5_VLProcessor"
-    assert not isinstance(tokenizer.get("extra_special_tokens"), list)  # which would stop it
+    assert not isinstance(tokenizer.get("extra_special_tokens"), list)  # Transformers 4 fails on a list
     assert "<|image_pad|>" in tokenizer["additional_special_tokens"]
-    images = json.loads((theirs / "preprocessor_config.json").read_text())
+    images = json.loads((original / "preprocessor_config.json").read_text())
     assert images["min_pixels"] == images["size"]["shortest_edge"] and images["max_pixels"] > 0
-    template = json.loads((theirs / "chat_template.json").read_text())["chat_template"]
+    template = json.loads((original / "chat_template.json").read_text())["chat_template"]
     assert tokenizer["chat_template"] == template == (nano_checkpoint() / "chat_template.jinja").read_text()
-    assert (theirs / "generation_config.json").is_file()
+    assert (original / "generation_config.json").is_file()

@@ -8,7 +8,7 @@ from conceptseg_hf.conversion import ConversionError
 from conceptseg_hf.conversion.writer import new_folder
 
 
-def test_a_folder_appears_when_it_is_complete(tmp_path):
+def test_new_folder_is_renamed_when_complete(tmp_path):
     out = tmp_path / "a" / "b" / "out"
     with new_folder(out) as folder:
         (folder / "file").write_text("x")
@@ -18,7 +18,7 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError, ConversionError])
-def test_nothing_is_left_of_an_interrupted_one(tmp_path, interruption):
+def test_new_folder_is_removed_on_errors(tmp_path, interruption):
     (tmp_path / "a").mkdir()
     with pytest.raises(interruption), new_folder(tmp_path / "a" / "b" / "out") as folder:
         (folder / "file").write_text("x")
@@ -26,7 +26,7 @@ def test_nothing_is_left_of_an_interrupted_one(tmp_path, interruption):
     assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
 
 
-def test_a_full_disk_is_told_before(tmp_path):
+def test_insufficient_disk_space_is_detected_before_writing(tmp_path):
     with (
         pytest.raises(ConversionError, match=r"needs 1000000000\.0 GB"),
         new_folder(tmp_path / "a" / "out", 10**18),
@@ -35,23 +35,23 @@ def test_a_full_disk_is_told_before(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_is_one_sentence(tmp_path):
-    said = r"^'.*out' cannot be written: No space left on device; make room, or give another folder\.$"
-    with pytest.raises(ConversionError, match=said), new_folder(tmp_path / "out") as folder:
+def test_full_disk_is_one_sentence(tmp_path):
+    message = r"^'.*out' cannot be written: No space left on device; .* give another folder\.$"
+    with pytest.raises(ConversionError, match=message), new_folder(tmp_path / "out") as folder:
         (folder / "half").write_text("x")
         raise OSError(errno.ENOSPC, "whatever", str(folder / "half"))
     with pytest.raises(FileNotFoundError, match="source"), new_folder(tmp_path / "out"):
-        raise FileNotFoundError(errno.ENOENT, "whatever", "source")  # not of writing
+        raise FileNotFoundError(errno.ENOENT, "whatever", "source")  # not a write error
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_in_the_way(tmp_path):
+def test_output_path_that_is_a_file_is_rejected(tmp_path):
     (tmp_path / "out").write_text("mine")
     with (
         pytest.raises(ConversionError, match="is a file, not a folder; remove it or"),
         new_folder(tmp_path / "out"),
     ):
         pass
-    with pytest.raises(ConversionError, match="cannot be made"), new_folder(tmp_path / "out" / "inner"):
+    with pytest.raises(ConversionError, match="cannot be created"), new_folder(tmp_path / "out" / "inner"):
         pass
     assert (tmp_path / "out").read_text() == "mine"

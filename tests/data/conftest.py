@@ -1,4 +1,4 @@
-"""Fixtures of trees; see trees.py."""
+"""Fixtures for datasets on disk; see trees.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def authors_tree(tmp_path) -> AuthorsTree:
 
 @pytest.fixture()
 def polyp_root(authors_tree) -> Callable[..., Path]:
-    """Colon Polyp: 6 images to train, some to test."""
+    """Colon Polyp with 6 training images and a given number of test images."""
 
     def make(test: int = 3) -> Path:
         for number in range(6):

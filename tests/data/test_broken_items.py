@@ -1,4 +1,4 @@
-"""An evaluation goes on past items that cannot be read, and lists them."""
+"""An evaluation continues after samples that cannot be read, and lists them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SHORT = {"max_new_tokens": 4}
 
 
 def break_image(root):
-    (root / "Polyp/test/image/test_1.jpg").write_bytes(b"no picture")
+    (root / "Polyp/test/image/test_1.jpg").write_bytes(b"not an image")
 
 
 def break_mask(root):
-    (root / "Polyp/test/mask/test_1.png").write_bytes(b"no picture")
+    (root / "Polyp/test/mask/test_1.png").write_bytes(b"not an image")
 
 
 def resize_mask(root):
@@ -36,7 +36,7 @@ def truncate_image(root):
 
 
 @pytest.mark.parametrize(
-    ("damage", "words", "truth_is_known"),
+    ("damage", "match", "gt_is_known"),
     [
         (break_image, "damaged or not an image", True),
         (truncate_image, "damaged or not an image", True),
@@ -44,10 +44,10 @@ def truncate_image(root):
         (resize_mask, r"mask .*test_1.png. has 30 x 30 pixels, but its image has 24 x 16", True),
     ],
 )
-def test_one_broken_item(model, processor, polyp_root, tmp_path, damage, words, truth_is_known):
+def test_unreadable_sample_is_reported(model, processor, polyp_root, tmp_path, damage, match, gt_is_known):
     root = polyp_root()
     damage(root)
-    with pytest.raises(UnreadableSampleError, match=words) as raised:
+    with pytest.raises(UnreadableSampleError, match=match) as raised:
         load_benchmark("Polyp", root)[1]
     message = str(raised.value)
     assert message.startswith("sample '000001-test_1': ") and "\n" not in message
@@ -59,7 +59,7 @@ def test_one_broken_item(model, processor, polyp_root, tmp_path, damage, words, 
     assert broken["error"] == message and broken["prompt"] == "polyp colon segmentation"
     row = report.table[-1]
     assert (row["samples"], row["failed"]) == (3, 1)
-    if truth_is_known:
+    if gt_is_known:
         assert broken["scores"]["tp"] == 0 and broken["scores"]["fn"] == 64 and broken["foreground_iou"] == 0
     else:
         assert broken["scores"] is None and broken["foreground_iou"] is None and broken["present"] is None
@@ -67,26 +67,24 @@ def test_one_broken_item(model, processor, polyp_root, tmp_path, damage, words, 
         assert row["masks"] == pytest.approx(left.table[-1]["masks"], abs=1)
     markdown = report.to_markdown()
     assert f"- 000001-test_1: {message}" in markdown
-    assert ("1 samples have no mask" in markdown) is not truth_is_known
+    assert ("1 samples have no mask" in markdown) is not gt_is_known
     content = json.loads((tmp_path / "out/report.json").read_text())
     assert content["errors"] == [{"sample_id": "000001-test_1", "error": message}]
     again = evaluate(model, "Polyp", output_dir=tmp_path / "out", **options)
     assert again.records == report.records and again.table == report.table
 
 
-def test_nothing_but_broken_items(model, processor, polyp_root, tmp_path):
+def test_only_unreadable_samples(model, processor, polyp_root, tmp_path):
     root = polyp_root(test=2)
     break_mask(root)
-    (root / "Polyp/test/mask/test_0.png").write_bytes(b"no picture")
+    (root / "Polyp/test/mask/test_0.png").write_bytes(b"not an image")
     report = evaluate(model, "Polyp", processor=processor, root=root, output_dir=tmp_path / "out")
     assert report.table[-1]["masks"]["miou"] is None and report.table[-1]["foreground_iou"] is None
     assert "| -" in report.to_markdown()
 
 
-@pytest.mark.parametrize(("lost", "truth_is_known"), [("images/b.jpg", True), ("masks/b.png", False)])
-def test_a_missing_file_of_ones_own_data_costs_one_sample(
-    model, processor, tmp_path, capsys, lost, truth_is_known
-):
+@pytest.mark.parametrize(("lost", "gt_is_known"), [("images/b.jpg", True), ("masks/b.png", False)])
+def test_missing_file_of_custom_data_fails_one_sample(model, processor, tmp_path, capsys, lost, gt_is_known):
     for stem in "abc":
         save_image(tmp_path / f"images/{stem}.jpg", seed=ord(stem))
         save_mask(tmp_path / f"masks/{stem}.png")
@@ -95,26 +93,26 @@ def test_a_missing_file_of_ones_own_data_costs_one_sample(
     with pytest.warns(UserWarning, match="1 of 3 samples lack files"):
         report = evaluate(model, "plain", processor=processor, root=tmp_path, router="sam_only")
     assert [record["error"] is None for record in report.records] == [True, False, True]
-    assert (report.records[1]["scores"] is not None) is truth_is_known
+    assert (report.records[1]["scores"] is not None) is gt_is_known
     assert "- b: sample 'b': " in report.to_markdown()
 
 
-class OwnSamples(list):
+class CustomSamples(list):
     def __getitem__(self, index):
         if index == 0:
             raise OSError("the disk is gone")
         return super().__getitem__(index)
 
 
-def test_samples_of_ones_own_may_fail(model, processor, polyp_root):
+def test_custom_samples_may_fail(model, processor, polyp_root):
     root = polyp_root()
-    samples = OwnSamples(load_benchmark("Polyp", root))
+    samples = CustomSamples(load_benchmark("Polyp", root))
     report = evaluate(model, samples, processor=processor, router="sam_only")
     assert [record["error"] for record in report.records] == ["sample 0: the disk is gone", None, None]
     assert report.levels == ["CD", "?"]
 
 
-def test_settings_name_the_seed_of_the_references(model, processor, polyp_root, tmp_path):
+def test_settings_contain_the_seed_of_the_references(model, processor, polyp_root, tmp_path):
     options = {
         "processor": processor,
         "root": polyp_root(),
@@ -128,7 +126,7 @@ def test_settings_name_the_seed_of_the_references(model, processor, polyp_root, 
         42,
     )
     assert len(evaluate(model, "Polyp", limit=3, **options).records) == 3
-    with pytest.raises(ValueError, match="other seed"):
+    with pytest.raises(ValueError, match="different seed"):
         evaluate(model, "Polyp", limit=1, seed=7, **options)
 
 
@@ -162,7 +160,7 @@ def test_ignored_pixels_do_not_count():
     )
 
 
-def test_a_box_is_no_mask_to_compare_with():
+def test_box_only_ground_truth_gives_no_mask_scores():
     result = ConceptSegmentation(None, "a", 0.5, route="reasoning", completion="", box=(5, 5, 15, 10))
     record = make_record(sample_with(box_only=True), result)
     assert (record["scores"], record["foreground_iou"], record["box_iou"]) == (None, None, 1)
@@ -170,7 +168,7 @@ def test_a_box_is_no_mask_to_compare_with():
     json.dumps(record)
 
 
-def test_command(polyp_root, tmp_path, capsys):
+def test_command_reports_unreadable_samples_and_rejects_missing_files(polyp_root, tmp_path, capsys):
     root = polyp_root()
     break_image(root)
     out = tmp_path / "out"

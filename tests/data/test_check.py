@@ -1,4 +1,4 @@
-"""What `conceptseg data` says."""
+"""`conceptseg data check` and `conceptseg data list`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conceptseg_hf.cli import main
 from conceptseg_hf.data import GROUPS, SUITE, ConceptShapes, check_benchmark, check_benchmarks
 
 
-def test_a_whole_set_with_another_count(polyp_root):
+def test_complete_files_with_a_different_count(polyp_root):
     (check,) = check_benchmark("Polyp", polyp_root())
     assert (check.split, check.found, check.expected, check.matches, check.missing) == (
         "test",
@@ -23,7 +23,7 @@ def test_a_whole_set_with_another_count(polyp_root):
     assert not check.complete
 
 
-def test_the_papers_count(authors_tree):
+def test_count_of_the_paper(authors_tree):
     authors_tree.add("train", "ultra_rare", "Abies", "t")
     for number in range(52):
         authors_tree.add("test", "ultra_rare", "Abies", f"x{number}")
@@ -48,25 +48,25 @@ def test_command(polyp_root, tmp_path, capsys):
     output = capsys.readouterr().out
     assert (
         "Polyp, test: 3 samples of 3 images" in output
-        and "the paper has 798 samples: another count" in output
+        and "count: differs from the paper (798 samples)" in output
     )
     assert "files: all" in output and "published at https://" in output
 
     assert main(["data", "check", "Polyp", "--root", str(tmp_path)]) == 1
     assert "all_meta.json" in capsys.readouterr().out
 
-    for arguments, words in (
+    for arguments, message in (
         (["data", "check", "nothing", "--root", root], "no benchmark is named 'nothing'"),
         (["data", "check", "Polyp"], "'Polyp' reads files; give root="),
-        (["data", "check", "cd", "--root", root, "--split", "train"], "has the paper's splits"),
+        (["data", "check", "cd", "--root", root, "--split", "train"], "uses the paper's splits"),
         (["data", "check", "Polyp", "--root", f"{root}/nowhere"], "is not a folder"),
         (["data", "check", "Polyp", "--root", root, "--split", "dev"], "no split 'dev'"),
     ):
         assert main(arguments) == 2
-        assert words in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
-def test_groups_and_lists_as_evaluate_takes_them(polyp_root, tmp_path, capsys):
+def test_groups_and_lists_of_benchmarks(polyp_root, tmp_path, capsys):
     root = polyp_root()
     names = [(check.name, check.split) for check in check_benchmarks("CD,Polyp", root)]
     assert names == list(GROUPS["cd"])
@@ -87,15 +87,15 @@ def test_concept_shapes_needs_no_files(capsys):
     assert main(["data", "check", "concept-shapes"]) == 0
     output = capsys.readouterr().out
     assert output.startswith("concept-shapes, test: 1200 samples") and output.endswith("complete\n")
-    for arguments, words in (
+    for arguments, message in (
         (["--root", "data"], "reads no files; leave root out"),
         (["--split", "dev"], "no split is named 'dev'"),
     ):
         assert main(["data", "check", "concept-shapes", *arguments]) == 2
-        assert words in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
-def test_a_set_that_the_paper_does_not_count_is_complete_when_all_files_are_there(tmp_path, capsys):
+def test_benchmark_without_a_paper_count_is_complete_if_all_files_exist(tmp_path, capsys):
     ConceptShapes("val", length=3).export(tmp_path)
     assert main(["data", "check", "plain", "--root", str(tmp_path)]) == 0
     assert capsys.readouterr().out.endswith("complete\n")
@@ -103,13 +103,13 @@ def test_a_set_that_the_paper_does_not_count_is_complete_when_all_files_are_ther
     assert main(["data", "check", "plain", "--root", str(tmp_path)]) == 1
 
 
-def test_own_data_is_looked_at_in_all_its_splits(tmp_path, capsys):
+def test_custom_data_is_checked_in_all_splits(tmp_path, capsys):
     ConceptShapes("val", length=4).export(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     for line, split in zip(lines, ("train", "train", "val", "calibration"), strict=True):
         line["split"] = split
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / lines[3]["mask"]).write_bytes(b"no picture")
+    (tmp_path / lines[3]["mask"]).write_bytes(b"not an image")
     assert main(["data", "check", "plain", "--root", str(tmp_path)]) == 1
     output = capsys.readouterr().out
     assert [line for line in output.splitlines() if line.startswith("plain")] == [
@@ -122,7 +122,7 @@ def test_own_data_is_looked_at_in_all_its_splits(tmp_path, capsys):
     assert "val" not in capsys.readouterr().out
 
 
-def test_a_wrong_split_is_not_drawn_from_seeds(tmp_path, capsys):
+def test_unknown_split_is_an_error(tmp_path, capsys):
     ConceptShapes("val", length=2).export(tmp_path)
     text = (tmp_path / "samples.jsonl").read_text().replace('"prompt"', '"split": "train", "prompt"')
     (tmp_path / "samples.jsonl").write_text(text)
@@ -134,7 +134,7 @@ def test_a_wrong_split_is_not_drawn_from_seeds(tmp_path, capsys):
     assert check.fault is not None and not check.complete
 
 
-def test_a_set_that_the_tree_does_not_list(polyp_root, capsys):
+def test_benchmark_without_samples_in_the_metadata(polyp_root, capsys):
     (check,) = check_benchmark("rare", polyp_root())
     assert (check.found, check.complete, check.is_drawn) == (0, False, False)
     (line,) = check.lines()
@@ -158,13 +158,13 @@ def test_rotated_images_are_listed(tmp_path):
     assert "EXIF: 1 images are rotated or mirrored" in "\n".join(check.lines())
 
 
-def test_list_names_the_suite(capsys):
+def test_list_contains_the_suite(capsys):
     assert main(["data", "list"]) == 0
     output = capsys.readouterr().out
     assert all(f"  {name} " in output for name in SUITE) and "concept-shapes" in output
 
 
-def test_actions_are_required(capsys):
+def test_subcommand_is_required(capsys):
     with pytest.raises(SystemExit) as raised:
         main(["data"])
     assert raised.value.code == 2

@@ -1,4 +1,4 @@
-"""Cityscapes: one sample per image and present class."""
+"""Cityscapes, with one sample per image and present class."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_the_19_classes_have_their_training_ids_in_order():
+def test_classes_are_ordered_by_training_id():
     assert len(CLASSES) == 19 and list(CLASSES.values()) == sorted(CLASSES.values())
 
 
@@ -50,10 +50,10 @@ def test_one_sample_per_present_class(root):
     assert car.sample_id == "frankfurt_000000_000019-car" and car.group == "urban scenes"
     assert car.box == (4, 0, 8, SIZE[1])
     ignore = np.asarray(car.ignore) == 255
-    assert ignore[:, 8:].all() and not ignore[:, :8].any(), "other labels than the 19 do not count"
+    assert ignore[:, 8:].all() and not ignore[:, :8].any(), "labels other than the 19 are ignored"
 
 
-def test_references_show_the_class(root):
+def test_references_contain_the_class(root):
     samples = load_benchmark("cityscapes", root)
     car, road = samples[1], samples[0]
     assert len(car.references) == 4 and len(road.references) == 4
@@ -62,7 +62,7 @@ def test_references_show_the_class(root):
     assert [r.image.tobytes() for r in again.references] == [r.image.tobytes() for r in car.references]
 
 
-def test_a_class_of_two_images_gives_one_reference(root):
+def test_class_of_two_images_gives_one_reference(root):
     bus = CLASSES["bus"]
     for number in (20, 21):
         write(root, "train", "bremen", number, label_map(bus))
@@ -82,14 +82,14 @@ def test_without_train_images_there_are_no_references(tmp_path):
         assert load_benchmark("cityscapes", tmp_path)[0].references == []
 
 
-def test_companion_files_of_macos_are_no_samples(root):
+def test_companion_files_of_macos_are_skipped(root):
     before = [sample.sample_id for sample in load_benchmark("cityscapes", root)]
     for path in [*root.glob("leftImg8bit/*/*/*.png"), *root.glob("gtFine/*/*/*.png")]:
         path.with_name(f"._{path.name}").write_bytes(b"\x00\x05\x16\x07")
     assert [sample.sample_id for sample in load_benchmark("cityscapes", root)] == before
 
 
-def test_missing_and_unreadable_maps(root):
+def test_missing_and_unreadable_label_maps(root):
     path = root / "gtFine/val/munster/munster_000001_000019_gtFine_labelIds.png"
     path.write_bytes(b"broken")
     samples = load_benchmark("cityscapes", root)

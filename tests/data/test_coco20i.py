@@ -9,23 +9,23 @@ from trees import SIZE, save_image, save_json
 
 from conceptseg_hf.data import MissingFilesError, load_benchmark
 
-# Ids with gaps, as COCO's.
+# Ids with gaps, as in COCO.
 CATEGORIES = [
-    {"id": identity, "name": name} for identity, name in ((1, "person"), (2, "bicycle"), (4, "bus"))
+    {"id": category_id, "name": name} for category_id, name in ((1, "person"), (2, "bicycle"), (4, "bus"))
 ]
 
 
-def write(root, split, shown):
-    """`shown`: names of the classes in each image, from left to right, 4 columns each."""
-    places = {"person": 1, "bicycle": 2, "bus": 3}
+def write(root, split, names_by_image):
+    """Write a split; `names_by_image` lists the classes in each image, from left to right, with 4 columns each."""
+    labels_by_name = {"person": 1, "bicycle": 2, "bus": 3}
     ids = {category["name"]: category["id"] for category in CATEGORIES}
     content = {"images": [], "annotations": [], "categories": CATEGORIES}
-    for number, names in enumerate(shown):
+    for number, names in enumerate(names_by_image):
         file_name = f"COCO_{split}2014_{number:012d}.jpg"
         save_image(root / f"{split}2014" / file_name, seed=number)
         labels = np.zeros(SIZE[::-1], dtype=np.uint8)
         for column, name in enumerate(names):
-            labels[:, 4 * column : 4 * column + 4] = places[name]
+            labels[:, 4 * column : 4 * column + 4] = labels_by_name[name]
             content["annotations"].append(
                 {"image_id": number, "category_id": ids[name], "id": len(content["annotations"])}
             )
@@ -52,7 +52,7 @@ def test_one_sample_per_image_and_class(root):
     assert len(load_benchmark("coco20i", root / "COCO2014")) == 3
 
 
-def test_folds_take_every_fourth_class(root):
+def test_folds_contain_every_fourth_class(root):
     assert [sample.prompt for sample in load_benchmark("coco20i-0", root)] == ["person"]
     assert [sample.prompt for sample in load_benchmark("coco20i-1", root)] == ["bicycle"]
     with pytest.raises(
@@ -61,14 +61,14 @@ def test_folds_take_every_fourth_class(root):
         load_benchmark("coco20i-3", root)
 
 
-def test_a_training_target_is_no_reference_of_itself(root):
+def test_training_target_is_not_its_own_reference(root):
     samples = load_benchmark("coco20i", root, split="train")
     for sample, item in zip(samples, samples.items, strict=True):
         drawn = [reference.image.tobytes() for reference in sample.references]
         assert sample.image.tobytes() not in drawn and len(drawn) == (1 if item.concept == "bicycle" else 4)
 
 
-def test_missing_and_bad_files(root):
+def test_missing_and_malformed_files(root):
     (root / "COCO2014/annotations/val2014/COCO_val2014_000000000001.png").unlink()
     with pytest.raises(
         MissingFilesError, match=r"\(1 mask\): 'annotations/val2014|COCO2014/annotations/val2014"
@@ -76,7 +76,7 @@ def test_missing_and_bad_files(root):
         load_benchmark("coco20i", root)
     path = root / "COCO2014/annotations/instances_val2014.json"
     path.write_text('{"images": []}')
-    with pytest.raises(ValueError, match="is not COCO's file of instances"):
+    with pytest.raises(ValueError, match="is not a COCO instances file"):
         load_benchmark("coco20i", root)
     path.unlink()
     with pytest.raises(MissingFilesError, match=r"instances_val2014\.json"):

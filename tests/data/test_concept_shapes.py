@@ -26,7 +26,7 @@ def samples() -> list[ConceptSample]:
     return list(ConceptShapes("test", length=2 * ROUND))
 
 
-def test_groups_are_the_columns_of_table_1() -> None:
+def test_groups_match_table_1() -> None:
     assert {group for _, group, _ in GROUPS} == TABLE_1_GROUPS
 
 
@@ -51,12 +51,12 @@ def test_samples_are_consistent(samples: list[ConceptSample]) -> None:
                 assert 0 <= x1 < x2 <= reference.image.width and 0 <= y1 < y2 <= reference.image.height
 
 
-def test_reasoning_prompts_never_take_the_shortcut(samples: list[ConceptSample]) -> None:
+def test_only_reasoning_prompts_are_long(samples: list[ConceptSample]) -> None:
     assert all(len(sample.prompt.split()) >= 5 for sample in samples if sample.level == "CR")
     assert all(len(sample.prompt.split()) <= 3 for sample in samples if sample.level != "CR")
 
 
-def test_a_sample_is_a_function_of_split_and_index() -> None:
+def test_samples_depend_only_on_split_and_index() -> None:
     again = ConceptShapes("test")
     for index in (0, 5, 23):
         first, second = ConceptShapes("test")[index], again[index]
@@ -65,14 +65,14 @@ def test_a_sample_is_a_function_of_split_and_index() -> None:
     assert len(set(images.values())) == len(SPLITS)
 
 
-def test_pictures_are_the_same_on_every_machine() -> None:
+def test_images_are_identical_on_every_machine() -> None:
     digest = hashlib.sha256()
     for sample in ConceptShapes("test", length=len(GROUPS)):
         digest.update(sample.image.tobytes() + sample.mask.tobytes() + sample.prompt.encode())
     assert digest.hexdigest()[:16] == "58569503574c3812"
 
 
-def test_the_seed_of_the_benchmark_draws_all_from_one_source() -> None:
+def test_default_seed_uses_one_generator_per_task() -> None:
     shapes = ConceptShapes("test")
     for index in range(len(GROUPS)):
         plain = family_at(index)[2](np.random.default_rng([SPLITS["test"], index]), 128, False)
@@ -82,8 +82,8 @@ def test_the_seed_of_the_benchmark_draws_all_from_one_source() -> None:
             assert np.array_equal(scene.pixels, other.pixels) and box == other_box
 
 
-def test_another_seed_draws_other_references_for_the_same_targets() -> None:
-    drawn_anew = set()
+def test_different_seed_redraws_only_the_references() -> None:
+    redrawn = set()
     for first, second, third in zip(
         ConceptShapes("test", length=2 * ROUND),
         ConceptShapes("test", length=2 * ROUND, seed=43),
@@ -96,13 +96,13 @@ def test_another_seed_draws_other_references_for_the_same_targets() -> None:
         assert first.mask.tobytes() == second.mask.tobytes()
         pairs = list(zip(first.references, second.references, strict=True))
         changed = {one.image.tobytes() != other.image.tobytes() for one, other in pairs}
-        assert len(changed) <= 1, "all references of a sample are drawn anew, or none"
-        drawn_anew |= {first.family} if True in changed else set()
+        assert len(changed) <= 1, "all references of a sample are redrawn, or none"
+        redrawn |= {first.family} if True in changed else set()
         assert [one.image.tobytes() for one in second.references] == [
             one.image.tobytes() for one in third.references
         ]
-    assert {"attribute", "shadow", "camouflage", "same_object", "odd_one_out"} <= drawn_anew
-    assert not {"changed", "tracking", "view"} & drawn_anew, "a first frame or view is part of the question"
+    assert {"attribute", "shadow", "camouflage", "same_object", "odd_one_out"} <= redrawn
+    assert not {"changed", "tracking", "view"} & redrawn, "a first frame or view is part of the question"
 
 
 def _pairs(sample_index: int, split: str) -> set[tuple[str, str]]:
@@ -125,14 +125,14 @@ def test_held_out_pairs_are_drawn_only_in_the_compositional_split() -> None:
     assert all(_pairs(index, "test-compositional") & HELD_OUT_PAIRS for index in colored)
 
 
-def test_absent_phrases_name_nothing_in_the_scene() -> None:
+def test_absent_phrases_describe_no_object() -> None:
     shapes = ConceptShapes("test")
     for index in [i for i in range(10 * len(GROUPS)) if family_at(i)[2].__name__ == "absent"]:
         task = shapes.task(index)
         assert not any(item.look.matches(task.prompt.split()) for item in task.scene.objects)
 
 
-def test_present_phrases_name_exactly_the_mask() -> None:
+def test_present_phrases_describe_exactly_the_mask() -> None:
     shapes = ConceptShapes("test")
     for index in [i for i in range(10 * len(GROUPS)) if family_at(i)[2].__name__ == "attribute"]:
         task = shapes.task(index)
@@ -152,12 +152,12 @@ def test_a_changed_scene_differs_only_at_the_new_object() -> None:
 
 
 @pytest.mark.parametrize("size", [64, 224])
-def test_other_sizes(size: int) -> None:
+def test_image_sizes(size: int) -> None:
     for sample in ConceptShapes("val", length=len(GROUPS), size=size):
         assert sample.image.size == (size, size)
 
 
-def test_export_writes_what_it_describes(tmp_path) -> None:
+def test_exported_files_match_the_samples(tmp_path) -> None:
     index_path = ConceptShapes("val", length=len(GROUPS)).export(tmp_path / "shapes")
     rows = [json.loads(line) for line in index_path.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == len(GROUPS)
@@ -187,13 +187,13 @@ def test_sequence_protocol() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("call", "message"),
     [
         (lambda: load_benchmark("coco"), "no benchmark is named 'coco'"),
         (lambda: ConceptShapes("dev"), "no split is named 'dev'"),
         (lambda: ConceptShapes(size=8), "at least 32 pixels"),
     ],
 )
-def test_bad_arguments_say_what_to_do(call, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_invalid_arguments_raise_errors_with_a_remedy(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""The groups of ConceptShapes beside Table 1: "which one" and "hidden rule"."""
+"""The groups of ConceptShapes outside Table 1: "which one" and "hidden rule"."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def which_one() -> list[ConceptSample]:
     return list(ConceptShapes("test", length=120, groups=["which one"]))
 
 
-def _looks_like(first: ConceptSample, mask: np.ndarray) -> float:
+def _color_difference(first: ConceptSample, mask: np.ndarray) -> float:
     """Mean color difference between the pixels of the target and those of a mask."""
     pixels = np.asarray(first.image, dtype=float)
     target = np.asarray(first.mask) > 0
     return float(np.abs(pixels[target].mean(0) - pixels[mask].mean(0)).max())
 
 
-def test_every_family_of_which_one_comes_round(which_one: list[ConceptSample]) -> None:
+def test_which_one_contains_every_family(which_one: list[ConceptSample]) -> None:
     families = [family for members in FURTHER_GROUPS["which one"][1].values() for family in members]
     assert {sample.family for sample in which_one} == {family.__name__ for family in families}
     assert {sample.group for sample in which_one} == {"which one"}
@@ -41,7 +41,7 @@ def test_every_family_of_which_one_comes_round(which_one: list[ConceptSample]) -
     assert len({sample.sample_id for sample in which_one}) == len(which_one)
 
 
-def test_candidates_are_the_target_and_what_the_noun_does_not_exclude(which_one: list[ConceptSample]) -> None:
+def test_candidates_contain_the_target_and_siblings_with_its_noun(which_one: list[ConceptSample]) -> None:
     source = ConceptShapes("test", length=120, groups=["which one"])
     for index, sample in enumerate(which_one):
         roles = [candidate.role for candidate in sample.candidates]
@@ -54,7 +54,7 @@ def test_candidates_are_the_target_and_what_the_noun_does_not_exclude(which_one:
         assert sample.answer == looks[target.tobytes()].shape in SHAPES
         assert sample.think.endswith(sample.answer)
         siblings = [c.mask for c in sample.candidates if c.role in ("sibling", "other reading")]
-        assert siblings, "somebody must share the noun"
+        assert siblings, "at least one object must share the noun"
         for mask in siblings:
             if not mask.any():
                 continue
@@ -63,18 +63,18 @@ def test_candidates_are_the_target_and_what_the_noun_does_not_exclude(which_one:
                 assert looks[mask.tobytes()] == looks[target.tobytes()]
 
 
-def test_siblings_of_one_look_have_exactly_one_color(which_one: list[ConceptSample]) -> None:
+def test_siblings_with_identical_look_have_the_same_color(which_one: list[ConceptSample]) -> None:
     checked = 0
     for sample in which_one:
         if sample.stratum == "identical look":
             for candidate in sample.candidates:
                 if candidate.role == "sibling" and candidate.mask.sum() > 60:
-                    assert _looks_like(sample, candidate.mask) < 16
+                    assert _color_difference(sample, candidate.mask) < 16
                     checked += 1
     assert checked > 40
 
 
-def test_coexistence_asks_for_two_objects_of_one_picture_by_other_references() -> None:
+def test_coexistence_variants_differ_in_references_and_target_object() -> None:
     assert list(VARIANTS.items()) == [(coexistence, 2)]
     source = ConceptShapes("test", length=400, groups=["which one"])
     found = [sample for sample in source if sample.family == "coexistence"]
@@ -87,7 +87,7 @@ def test_coexistence_asks_for_two_objects_of_one_picture_by_other_references() -
         assert first.references[0].image.tobytes() != second.references[0].image.tobytes()
 
 
-def test_groups_of_table_1_keep_their_samples() -> None:
+def test_selected_groups_have_the_samples_of_the_whole_split() -> None:
     whole = [
         sample for sample in ConceptShapes("val", length=48) if sample.group in ("saliency", "difference")
     ]
@@ -97,7 +97,7 @@ def test_groups_of_table_1_keep_their_samples() -> None:
         assert first.image.tobytes() == second.image.tobytes() and first.prompt == second.prompt
 
 
-def test_splits_draw_other_samples() -> None:
+def test_splits_have_different_samples() -> None:
     images = {
         split: ConceptShapes(split, groups=["hidden rule"])[3].image.tobytes()
         for split in ("train", "val", "test", "test-compositional", "test-rules")
@@ -113,12 +113,12 @@ def test_splits_draw_other_samples() -> None:
         ("test-rules", ["saliency"], "hidden rule"),
     ],
 )
-def test_wrong_groups_are_refused(split: str, groups: list[str], message: str) -> None:
+def test_invalid_groups_are_rejected(split: str, groups: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ConceptShapes(split, groups=groups)
 
 
-def test_groups_of_a_benchmark_of_files_are_refused(tmp_path) -> None:
+def test_groups_of_a_file_benchmark_are_rejected(tmp_path) -> None:
     with pytest.raises(ValueError, match="groups"):
         load_benchmark("plain", tmp_path, groups=["which one"])
 
@@ -126,8 +126,8 @@ def test_groups_of_a_benchmark_of_files_are_refused(tmp_path) -> None:
 # Hidden rules
 
 
-def _obeying(scene: Scene, rule: Rule, size: int) -> list[int]:
-    """The objects that obey, worked out from the rule alone."""
+def _matching_objects(scene: Scene, rule: Rule, size: int) -> list[int]:
+    """Return the objects that satisfy a rule, computed independently."""
     has = [
         i
         for i, item in enumerate(scene.objects)
@@ -150,19 +150,19 @@ def _obeying(scene: Scene, rule: Rule, size: int) -> list[int]:
 
 
 @pytest.mark.parametrize("new", [False, True])
-def test_exactly_one_object_obeys_a_rule(new: bool) -> None:
+def test_exactly_one_object_satisfies_a_rule(new: bool) -> None:
     rng = np.random.default_rng(4)
     selectors = set()
     for _ in range(150):
         rule = random_rule(rng, new)
         scene, roles = rule_scene(rng, 96, rule, held_out=False)
-        assert _obeying(scene, rule, 96) == [0] and roles[0] == "target"
+        assert _matching_objects(scene, rule, 96) == [0] and roles[0] == "target"
         assert rule.is_held_out == new
         selectors.add(rule.selector)
     assert set(SELECTORS) <= selectors
 
 
-def test_some_distractor_obeys_a_part_of_a_joint_rule() -> None:
+def test_distractors_satisfy_parts_of_a_joint_rule() -> None:
     rng = np.random.default_rng(5)
     for _ in range(60):
         rule = random_rule(rng)
@@ -173,7 +173,7 @@ def test_some_distractor_obeys_a_part_of_a_joint_rule() -> None:
             assert roles.count("one attribute") >= 2
 
 
-def test_held_out_rules_are_drawn_in_their_split_alone() -> None:
+def test_held_out_rules_are_drawn_only_in_their_split() -> None:
     def rules(split: str) -> set[str]:
         return {sample.rule for sample in ConceptShapes(split, length=150, groups=["hidden rule"])}
 
@@ -182,13 +182,16 @@ def test_held_out_rules_are_drawn_in_their_split_alone() -> None:
     assert all(rule.split()[1] in SELECTORS and len(rule.split()) >= 3 for rule in new)
 
 
-def test_new_looks_appear_in_the_compositional_split_alone() -> None:
+def test_held_out_looks_appear_only_in_the_compositional_split() -> None:
     def pairs(split: str) -> set[tuple[str, str]]:
         source = ConceptShapes(split, length=60, groups=["which one", "hidden rule"])
         scenes = [
             scene
             for index in range(60)
-            for scene in (source.task(index).scene, *(shown for shown, _ in source.task(index).references))
+            for scene in (
+                source.task(index).scene,
+                *(reference for reference, _ in source.task(index).references),
+            )
         ]
         return {(item.look.color, item.look.shape) for scene in scenes for item in scene.objects}
 
@@ -202,7 +205,7 @@ def test_extent_is_the_square_root_of_the_area(shape: str) -> None:
     assert np.sqrt(area) / 100 == pytest.approx(_EXTENT[shape], abs=0.02)
 
 
-def test_pictures_are_the_same_on_every_machine() -> None:
+def test_images_are_identical_on_every_machine() -> None:
     digest = hashlib.sha256()
     for sample in ConceptShapes("test", length=40, groups=["which one", "hidden rule"]):
         digest.update(sample.image.tobytes() + sample.mask.tobytes() + sample.prompt.encode())

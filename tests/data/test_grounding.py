@@ -1,4 +1,4 @@
-"""MIG-Bench and MGrounding as their owners publish them: boxes, no masks."""
+"""MIG-Bench and MGrounding as published by their owners, with boxes and without masks."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def test_mig_bench(tmp_path):
     assert sample.prompt.endswith("second image.") and sample.image.size == SIZE
     assert [reference.image.name for reference in sample.references] == ["case097_1.png"]
     (tmp_path / "MIG_data.json").write_bytes((root / "MIG_data.json").read_bytes())
-    assert len(load_benchmark("mig-bench", tmp_path)) == 2, "the folder that holds MIG-Bench will do"
+    assert len(load_benchmark("mig-bench", tmp_path)) == 2, "root may also be the parent of MIG-Bench"
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"answer": None}, "item 0 of MIG_data.json lacks"),
         ({"images": []}, "has no images"),
-        ({"images": ["../../x.png"]}, "leads out of"),
+        ({"images": ["../../x.png"]}, "is outside of"),
     ],
 )
-def test_bad_items_are_one_sentence(tmp_path, change, words):
+def test_malformed_items_raise_an_error(tmp_path, change, message):
     save_json(tmp_path / "MIG_data.json", [mig_item(tmp_path, **change)])
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         load_benchmark("mig-bench", tmp_path)
 
 
@@ -82,7 +82,7 @@ def test_mgrounding(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "place"),
+    ("text", "index"),
     [
         ("It's in the third image.", 2),
         ("Like Image-1, in image 2", 1),
@@ -91,5 +91,5 @@ def test_mgrounding(tmp_path):
         ("somewhere", None),
     ],
 )
-def test_images_are_named_in_words(text, place):
-    assert named_image(text, 3) == place
+def test_named_image(text, index):
+    assert named_image(text, 3) == index

@@ -1,4 +1,4 @@
-"""Several benchmarks at once, on a tree in the authors' layout."""
+"""Groups of benchmarks, on a tree in the authors' layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from conceptseg_hf.evaluation import evaluate
 
 @pytest.fixture()
 def tree(authors_tree):
-    """All 20 data sets of Table 1, two samples each."""
+    """All 20 datasets of Table 1, with two samples each."""
     tree = authors_tree
     for name, _ in GROUPS["table1"]:
         for number in range(2):
@@ -29,7 +29,7 @@ def tree(authors_tree):
     return tree
 
 
-def test_the_rows_are_those_of_the_paper():
+def test_rows_match_the_paper():
     assert [len(GROUPS[name]) for name in ("all", "table1", "ci", "cd", "cr")] == [23, 20, 5, 8, 10]
     assert len({SOURCES[name].group for name, _ in GROUPS["table1"]}) == 10
     others = set(GROUPS["all"]) - set(GROUPS["table1"])
@@ -41,7 +41,7 @@ def test_the_rows_are_those_of_the_paper():
     )
 
 
-def test_a_name_is_a_benchmark_and_a_list_is_a_group(tree):
+def test_names_load_benchmarks_and_lists_load_groups(tree):
     assert len(load_benchmarks("concept-shapes", limit=3)) == 3
     assert load_benchmarks("Polyp", root=tree.root).name == "Polyp"
     group = load_benchmarks("Polyp, cd,concept-shapes", root=tree.root, limit=1)
@@ -55,7 +55,7 @@ def test_a_name_is_a_benchmark_and_a_list_is_a_group(tree):
     )
 
 
-def test_a_root_of_its_own(tree, tmp_path):
+def test_root_of_each_benchmark(tree, tmp_path):
     with pytest.raises(ValueError, match=r"nowhere' is not a folder; give the folder of 'Polyp'"):
         load_benchmarks("Polyp,DUTS", root={"*": tree.root, "Polyp": tmp_path / "nowhere"})
     with pytest.raises(ValueError, match="no benchmark is named 'other'"):
@@ -67,19 +67,17 @@ def test_a_root_of_its_own(tree, tmp_path):
     [
         ("other", {}, "no benchmark is named 'other'"),
         ("cd,other", {}, "no benchmark is named 'other'"),
-        ("cd", {"split": "train"}, "the group 'cd' has the paper's splits"),
+        ("cd", {"split": "train"}, "the group 'cd' uses the paper's splits"),
         ("cd", {}, "8 of 8 benchmarks cannot be read"),
         ("all", {"root": "nowhere"}, "and 20 more: root 'nowhere' is not a folder"),
     ],
 )
-def test_bad_names_and_roots(name, options, message):
+def test_invalid_names_and_roots(name, options, message):
     with pytest.raises(ValueError, match=message):
         load_benchmarks(name, **options)
 
 
-def test_missing_files_of_all_benchmarks_are_told_at_once_and_before_any_work(
-    model, processor, tree, tmp_path
-):
+def test_missing_files_of_all_benchmarks_are_reported_before_the_evaluation(model, processor, tree, tmp_path):
     gone = ["Polyp/test/image/test_1.jpg", "DUTS/test/mask/test_0.png", "DUTS/train/image/train_0.jpg"]
     for path in gone:
         (tree.root / path).unlink()
@@ -116,7 +114,7 @@ def test_a_group_is_evaluated_in_folders_and_reported_as_one(model, processor, t
     ]
 
     def never(*_, **__):
-        raise AssertionError("nothing is left to be run")
+        raise AssertionError("all results are complete")
 
     monkeypatch.setattr("conceptseg_hf.evaluation.running.evaluator.segment_samples", never)
     again = evaluate(model, "cd", **options)

@@ -1,4 +1,4 @@
-"""True masks of another size than their image: resized, or counted as failed, and told."""
+"""Ground-truth masks with a size that differs from that of their image: resized, or counted as failed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from conceptseg_hf.evaluation.records.samples import read_sample
 WIDTH, HEIGHT = SIZE  # 24 x 16
 
 
-def own_data(root, size, box, image_size=SIZE):
-    """Two samples; the mask of the first has another size."""
+def write_custom_data(root, size, box, image_size=SIZE):
+    """Write two samples; the mask of the first one has a different size."""
     for stem in ("a", "b"):
         save_image(root / f"images/{stem}.png", seed=ord(stem), size=image_size)
     save_mask(root / "masks/a.png", box=box, size=size)
@@ -35,17 +35,17 @@ def own_data(root, size, box, image_size=SIZE):
         ((25, 16), SIZE, True),  # 1 pixel
         ((23, 18), SIZE, True),  # 2 pixels
         ((24, 19), SIZE, False),  # 3 pixels
-        ((12, 8), SIZE, True),  # half of it
+        ((12, 8), SIZE, True),  # half the size
         ((48, 32), SIZE, True),
         ((400, 300), (1000, 753), True),  # within 1 %
         ((400, 300), (1000, 759), False),
         ((30, 30), SIZE, False),
-        ((16, 24), SIZE, False),  # lies on its side
+        ((16, 24), SIZE, False),  # rotated by 90 degrees
     ],
 )
-def test_masks_of_nearly_the_same_shape_are_resized(tmp_path, size, image_size, fits):
+def test_masks_of_similar_aspect_ratio_are_resized(tmp_path, size, image_size, fits):
     box = (size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2)
-    root = own_data(tmp_path, size, box, image_size)
+    root = write_custom_data(tmp_path, size, box, image_size)
     samples = load_benchmark("plain", root)
     if not fits:
         with pytest.raises(
@@ -55,9 +55,11 @@ def test_masks_of_nearly_the_same_shape_are_resized(tmp_path, size, image_size, 
         return
     sample = samples[0]
     assert sample.mask.size == sample.image.size == image_size and sample.stored_mask.size == size
-    assert set(np.unique(np.asarray(sample.mask))) == {0, 255}, "the nearest pixel makes no soft edges"
-    across, down = image_size[0] / size[0], image_size[1] / size[1]
-    expected = [box[0] * across, box[1] * down, box[2] * across, box[3] * down]
+    assert set(np.unique(np.asarray(sample.mask))) == {0, 255}, (
+        "nearest-neighbor interpolation gives no soft edges"
+    )
+    scale_x, scale_y = image_size[0] / size[0], image_size[1] / size[1]
+    expected = [box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y]
     assert np.abs(np.subtract(sample.box, expected)).max() <= 1
     assert samples[1].stored_mask is None
 
@@ -66,8 +68,8 @@ def full_mask(size):
     return Image.new("L", size, 255)
 
 
-def test_a_resized_truth_is_scored_at_the_images_size(tmp_path):
-    sample = load_benchmark("plain", own_data(tmp_path, (12, 8), (3, 2, 6, 4)))[0]
+def test_resized_ground_truth_is_scored_at_the_image_size(tmp_path):
+    sample = load_benchmark("plain", write_custom_data(tmp_path, (12, 8), (3, 2, 6, 4)))[0]
     mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     mask[4:8, 6:18] = 255
     record = make_record(sample, ConceptSegmentation(Image.fromarray(mask), "x", 0.5))
@@ -76,8 +78,8 @@ def test_a_resized_truth_is_scored_at_the_images_size(tmp_path):
     assert "mask_refused" not in record
 
 
-def test_a_truth_of_another_shape_counts_as_failed_or_is_stretched(tmp_path):
-    samples = load_benchmark("plain", own_data(tmp_path, (30, 30), (3, 6, 18, 21)))
+def test_ground_truth_of_different_aspect_ratio_fails_or_is_stretched(tmp_path):
+    samples = load_benchmark("plain", write_custom_data(tmp_path, (30, 30), (3, 6, 18, 21)))
     error = read_sample(samples, 0)
     record = make_error_record(error)
     assert (record["foreground_iou"], record["scores"]["tp"], record["scores"]["fn"]) == (0, 0, 15 * 15)
@@ -92,7 +94,7 @@ def test_a_truth_of_another_shape_counts_as_failed_or_is_stretched(tmp_path):
     half = np.zeros((600, 600), dtype=bool)
     half[:, 300:] = True
     expected = MaskMetrics("paper").update(half, stretched.stored_mask)
-    assert record["scores"] == expected, "the paper's protocol resizes the stored truth, once"
+    assert record["scores"] == expected, "the paper's protocol resizes the stored mask once"
     # 0.1 to 0.6 of the width, 0.2 to 0.7 of the height: a fifth of the square above and beside the half.
     assert record["scores"]["tp"] == pytest.approx(0.1 * 0.5 * 600**2, rel=0.02)
     assert record["scores"]["fn"] == pytest.approx(0.4 * 0.5 * 600**2, rel=0.02)
@@ -100,7 +102,9 @@ def test_a_truth_of_another_shape_counts_as_failed_or_is_stretched(tmp_path):
 
 
 @pytest.mark.parametrize(("protocol", "resized", "failed"), [("standard", 1, 1), ("paper", 2, 0)])
-def test_the_report_says_how_many(model, processor, authors_tree, tmp_path, protocol, resized, failed):
+def test_report_counts_resized_and_failed_masks(
+    model, processor, authors_tree, tmp_path, protocol, resized, failed
+):
     authors_tree.add("train", "COD10K1024", "COD", "t")
     for stem in ("a", "b", "c"):
         authors_tree.add("test", "COD10K1024", "COD", stem)
@@ -109,14 +113,14 @@ def test_the_report_says_how_many(model, processor, authors_tree, tmp_path, prot
     save_mask(root / "COD10K1024/test/mask/b.png", size=(30, 30))
     options = {"processor": processor, "router": "sam_only", "protocol": protocol}
     report = evaluate(model, "COD10K1024", root=root, output_dir=tmp_path / "out", **options)
-    assert all(record["scores"] is not None for record in report.records), "none vanishes from the score"
+    assert all(record["scores"] is not None for record in report.records), "every sample is scored"
     assert len(report.failed) == failed
     assert (
         f": {resized} resized to it, {failed} counted as failed (another aspect ratio)."
         in report.to_markdown()
     )
-    notified = json.loads((tmp_path / "out/report.json").read_text())["gt_masks_of_another_size"]
-    assert notified == {"resized": resized, "failed": failed}
+    counts = json.loads((tmp_path / "out/report.json").read_text())["gt_masks_of_another_size"]
+    assert counts == {"resized": resized, "failed": failed}
     (row,) = [row for row in report.rows if row.kind == "data set"]
     assert row.samples == 3
     again = evaluate(model, "COD10K1024", root=root, output_dir=tmp_path / "out", **options)
@@ -130,7 +134,7 @@ def test_data_check_compares_sizes(authors_tree, capsys):
     save_mask(root / "COD10K1024/test/mask/a.png", size=(WIDTH + 1, HEIGHT))
     assert main(["data", "check", "COD10K1024", "--root", str(root), "--split", "test"]) == 1
     output = capsys.readouterr().out
-    assert "true masks: 1 have nearly the size of their image and are resized to it" in output
+    assert "ground-truth masks: 1 differ in size from their image and are resized to it" in output
     assert "a.png' has 25 x 16 pixels, but its image has 24 x 16" in output
     (check,) = check_benchmark("COD10K1024", root, "test")
     assert check.inspection.is_usable
@@ -141,8 +145,8 @@ def test_data_check_compares_sizes(authors_tree, capsys):
 
 
 @pytest.mark.parametrize("protocol", ["standard", "paper"])
-def test_a_mask_of_the_stored_pixels_is_never_stretched(model, processor, tmp_path, protocol):
-    root = own_data(tmp_path / "own", (24, 16), (4, 2, 12, 10))
+def test_mask_of_the_image_before_exif_rotation_is_never_stretched(model, processor, tmp_path, protocol):
+    root = write_custom_data(tmp_path / "own", (24, 16), (4, 2, 12, 10))
     exif = Image.Exif()
     exif[0x0112] = 6
     save_image(root / "images/a.png", size=(24, 16))
@@ -150,28 +154,26 @@ def test_a_mask_of_the_stored_pixels_is_never_stretched(model, processor, tmp_pa
     options = {"processor": processor, "root": root, "router": "sam_only", "protocol": protocol}
     report = evaluate(model, "plain", **options)
     (failed,) = report.failed
-    assert (
-        "rotation of its EXIF orientation 6: the mask is of the pixels as they are stored" in failed["error"]
-    )
+    assert "orientation 6 is applied: the mask matches the stored pixels" in failed["error"]
     assert failed["foreground_iou"] == 0 and failed["scores"]["tp"] == 0 and failed["scores"]["fn"] > 0
     Image.open(root / "masks/a.png").transpose(Image.Transpose.ROTATE_270).save(root / "masks/a.png")
     sample = load_benchmark("plain", root)[0]
     assert sample.image.size == (16, 24) and sample.box == (6, 4, 14, 12)
 
 
-def test_mirrored_images_are_told(tmp_path):
-    root = own_data(tmp_path, SIZE, (4, 2, 12, 10))
+def test_warns_about_mirrored_images(tmp_path):
+    root = write_custom_data(tmp_path, SIZE, (4, 2, 12, 10))
     exif = Image.Exif()
     exif[0x0112] = 2
     Image.open(root / "images/a.png").save(root / "images/a.png", exif=exif)
     samples = load_benchmark("plain", root)
     with pytest.warns(
-        UserWarning, match=r"mask '.*a\.png' is taken to be of its image as it is shown.*orientation 2;"
+        UserWarning, match=r"mask '.*a\.png' is assumed to match its image after EXIF orientation 2"
     ):
         assert samples[0].box == (4, 2, 12, 10)
 
 
-def test_references_may_differ_by_as_much(authors_tree):
+def test_reference_masks_of_similar_aspect_ratio_are_resized(authors_tree):
     authors_tree.add("train", "Polyp", "Polyp", "t")
     authors_tree.add("test", "Polyp", "Polyp", "a")
     root = authors_tree.write()

@@ -1,4 +1,4 @@
-"""One's own data."""
+"""Custom data: the benchmark "plain"."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_jsonl(root):
     assert (second.sample_id, second.references, second.level) == ("second", [], "CR")
 
 
-def test_the_examples_of_the_documents_load(tmp_path):
+def test_examples_of_the_documentation_can_be_loaded(tmp_path):
     text = (Path(__file__).parents[2] / "docs/own_data.md").read_text(encoding="utf-8")
     lines = text.split("```json\n")[1].split("```")[0]
     table = text.split("```\nimage,mask,prompt")[1].split("```")[0]
@@ -71,7 +71,7 @@ def test_the_examples_of_the_documents_load(tmp_path):
     assert resolve_references(sample.references).boxes == ((4, 2, 12, 10), None)
 
 
-def test_lines_end_where_json_says(root):
+def test_only_newlines_separate_rows(root):
     line = json.dumps(A | {"prompt": "one\u2028two\x85three"}, ensure_ascii=False)
     (root / "samples.jsonl").write_text(line + "\r\n", encoding="utf-8")
     [sample] = load_benchmark("plain", root)
@@ -82,11 +82,11 @@ def prompts(root, split):
     return [sample.prompt for sample in load_benchmark("plain", root, split=split)]
 
 
-def test_rows_without_a_split_are_in_one_alone(root):
+def test_rows_without_a_split_are_in_test(root):
     write_lines(root, A | {"split": "train"}, B)
     for split, expected in (("train", ["scratch"]), ("test", ["dent"])):
         with pytest.warns(
-            UserWarning, match=r"plain: 1 of 2 rows name no split and count as 'test'; give each row"
+            UserWarning, match=r"plain: 1 of 2 rows have no split and are in 'test'; give each row"
         ):
             assert prompts(root, split) == expected
     with pytest.raises(
@@ -95,14 +95,14 @@ def test_rows_without_a_split_are_in_one_alone(root):
         load_benchmark("plain", root, split="val")
 
 
-def test_without_any_split_only_an_evaluation_is_silent(root):
+def test_warns_if_no_row_has_a_split_unless_the_split_is_test(root):
     write_lines(root, A, B)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert prompts(root, "test") == ["scratch", "dent"]
     for split in ("train", "val"):
         with pytest.warns(
-            UserWarning, match=f"no row names a split, so all 2 samples are in '{split}' as in every"
+            UserWarning, match=f"no row has a split, so all 2 samples are in '{split}' as in every"
         ):
             assert prompts(root, split) == ["scratch", "dent"]
     (root / "samples.jsonl").unlink()
@@ -114,7 +114,7 @@ def test_without_any_split_only_an_evaluation_is_silent(root):
 
 
 @pytest.mark.parametrize("split", ["dev", "Test", "tset"])
-def test_a_wrong_split_lists_those_there_are(root, split):
+def test_unknown_split_error_lists_the_splits(root, split):
     write_lines(root, A | {"split": "train"}, B | {"split": " test "})
     with pytest.raises(
         ValueError, match=rf"'plain' has no split '{split}'; its rows are in 'train' \(1\), 'test'"
@@ -123,7 +123,7 @@ def test_a_wrong_split_lists_those_there_are(root, split):
     assert prompts(root, "test") == ["dent"]
 
 
-def test_lists_without_samples_are_refused(root):
+def test_lists_without_samples_are_rejected(root):
     write_lines(root, "", "")
     with pytest.raises(ValueError, match="lists no samples; write one row for each"):
         load_benchmark("plain", root)
@@ -159,7 +159,7 @@ def test_folder(root):
     ]
 
 
-def test_companion_files_of_macos_are_no_samples(root):
+def test_companion_files_of_macos_are_skipped(root):
     (root / "prompt.txt").write_text("the scratch")
     for name in ("images/._a.jpg", "masks/._a.png", "images/.DS_Store", "images/.hidden.jpg"):
         (root / name).write_bytes(b"\x00\x05\x16\x07")
@@ -167,7 +167,7 @@ def test_companion_files_of_macos_are_no_samples(root):
 
 
 @pytest.mark.parametrize(("image_form", "mask_form"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
-def test_accents_pair_in_either_unicode_form(root, image_form, mask_form):
+def test_images_and_masks_are_paired_across_unicode_forms(root, image_form, mask_form):
     image = f"images/{unicodedata.normalize(image_form, 'Ärmel é')}.jpg"
     mask = f"masks/{unicodedata.normalize(mask_form, 'Ärmel é')}.png"
     save_image(root / image, seed=1)
@@ -191,10 +191,10 @@ def test_listed_names_are_found_in_either_unicode_form(root, form):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _, sample = load_benchmark("plain", root)
-    assert sample.box == (4, 2, 12, 10) and sample.sample_id == name, "as the list writes it"
+    assert sample.box == (4, 2, 12, 10) and sample.sample_id == name, "as written in the list"
 
 
-def test_rare_formats_are_taken_where_there_is_no_other(root):
+def test_rare_formats_are_used_if_there_is_no_common_one(root):
     (root / "prompt.txt").write_text("the scratch")
     (root / "images/a.heic").write_bytes(b"\x00\x00\x00\x1cftypheic")
     save_image(root / "images/c.png", seed=3)
@@ -206,7 +206,7 @@ def test_rare_formats_are_taken_where_there_is_no_other(root):
     assert samples.items[0].image.name == "a.jpg" and samples[2].box == (4, 2, 12, 10)
 
 
-def test_samples_that_lack_files_fail_alone(root):
+def test_samples_with_missing_files_fail_individually(root):
     (root / "prompt.txt").write_text("the scratch\n")
     (root / "masks/b.png").unlink()
     with pytest.warns(UserWarning, match=r"plain: 1 of 2 samples lack files \('b'\) and will fail"):
@@ -217,7 +217,7 @@ def test_samples_that_lack_files_fail_alone(root):
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "é" * 200])
-def test_names_that_no_file_can_have_are_missing_files(root, name):
+def test_invalid_file_names_are_missing_files(root, name):
     write_lines(root, A, B | {"image": f"images/{name}.jpg"}, B | {"references": f"images/{name}.jpg"})
     with pytest.warns(UserWarning, match="1 of 3 samples lack files"):
         samples = load_benchmark("plain", root)
@@ -242,7 +242,7 @@ def test_names_that_no_file_can_have_are_missing_files(root, name):
         ),
     ],
 )
-def test_without_one_whole_sample_the_set_is_refused(root, lost, message):
+def test_error_if_all_samples_have_missing_files(root, lost, message):
     write_lines(root, A, B)
     for path in lost:
         (root / path).unlink()
@@ -258,7 +258,7 @@ def test_a_single_reference_needs_no_list(root, reference):
     assert first == second and len(first) == 1
 
 
-def test_an_export_of_concept_shapes_comes_back(tmp_path):
+def test_export_of_concept_shapes_can_be_loaded(tmp_path):
     shapes = ConceptShapes("val", length=10)
     shapes.export(tmp_path)
     for sample, original in zip(load_benchmark("plain", tmp_path, split="val"), shapes, strict=True):
@@ -270,27 +270,27 @@ def test_an_export_of_concept_shapes_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"),
+    ("rows", "message"),
     [
         (["{"], "line 1 of samples.jsonl is not JSON"),
-        (["[]"], "line 1 of samples.jsonl is no object"),
+        (["[]"], "line 1 of samples.jsonl is not an object"),
         ([A, {"image": "images/a.jpg", "mask": "masks/a.png"}], "line 2 of samples.jsonl has no prompt"),
-        ([A, B | {"references": 5}], "line 2 of samples.jsonl has references that are no list"),
+        ([A, B | {"references": 5}], "line 2 of samples.jsonl has references that are not a list"),
         ([A | {"references": ["images/b.jpg", 5]}], "a reference without image"),
         ([A | {"references": [{"mask": "masks/a.png"}]}], "a reference without image"),
-        ([A | {"references": [{"image": "images/b.jpg", "box": [1]}]}], "box is not four numbers"),
+        ([A | {"references": [{"image": "images/b.jpg", "box": [1]}]}], "box that is not four numbers"),
         ([A, A], "two samples with the id 'images/a'"),
-        ([A | {"mask": "../a.png"}], "leads out of"),
+        ([A | {"mask": "../a.png"}], "is outside of"),
     ],
 )
-def test_bad_rows_are_one_sentence(root, rows, words):
+def test_malformed_rows_raise_a_one_sentence_error(root, rows, message):
     write_lines(root, *rows)
-    with pytest.raises(ValueError, match=words) as raised:
+    with pytest.raises(ValueError, match=message) as raised:
         load_benchmark("plain", root)
     assert "\n" not in str(raised.value)
 
 
-def test_nothing_to_list(tmp_path, root):
+def test_missing_prompt_and_missing_list(tmp_path, root):
     with pytest.raises(ValueError, match=r"no prompt\.txt"):
         load_benchmark("plain", root)
     (tmp_path / "empty").mkdir()

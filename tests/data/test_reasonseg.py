@@ -1,4 +1,4 @@
-"""ReasonSeg as LISA publishes it, and the copy on the hub."""
+"""ReasonSeg as published by LISA, and the copy on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write(folder, stem, shapes, text=("the thing one sits on",), sentence=True, 
     return save_json(folder / f"{stem}.json", content, encoding)
 
 
-def test_shapes_are_painted_large_to_small_and_ignored_pixels_do_not_count(tmp_path):
+def test_shapes_are_drawn_from_large_to_small_with_ignored_regions(tmp_path):
     shapes = [
         square("ignore", 4, 4, 3),  # inside the target, listed first
         square("target", 2, 2, 9),
@@ -59,14 +59,14 @@ def test_shapes_are_painted_large_to_small_and_ignored_pixels_do_not_count(tmp_p
     assert sample.box == (2, 2, 12, 12)
 
 
-def test_companion_files_and_unicode_forms(tmp_path):
+def test_companion_files_are_skipped_and_unicode_forms_are_paired(tmp_path):
     folder = tmp_path / "ReasonSeg/val"
     write(folder, "1_a", [square("target", 2, 2, 9)])
     for ending in ("jpg", "json"):
         (folder / f"._1_a.{ending}").write_bytes(b"\x00\x05\x16\x07")
     write(folder, unicodedata.normalize("NFC", "2_é"), [square("target", 2, 2, 9)])
-    picture = folder / f"{unicodedata.normalize('NFC', '2_é')}.jpg"
-    picture.rename(folder / f"{unicodedata.normalize('NFD', '2_é')}.jpg")
+    image_path = folder / f"{unicodedata.normalize('NFC', '2_é')}.jpg"
+    image_path.rename(folder / f"{unicodedata.normalize('NFD', '2_é')}.jpg")
     samples = load_benchmark("reasonseg", tmp_path, split="val")
     assert [sample.sample_id for sample in samples] == ["1_a", unicodedata.normalize("NFC", "2_é")]
 
@@ -80,7 +80,8 @@ def test_data_check_reads_annotations(tmp_path):
     assert (check.found, check.missing, check.inspection.samples) == (3, (), 3)
     without_text, without_points = check.inspection.unusable
     assert (
-        "2_b.json' has no text" in without_text and "3_c.json' is not a label with points" in without_points
+        "2_b.json' has no text" in without_text
+        and "3_c.json' has no valid label and points" in without_points
     )
 
 
@@ -96,7 +97,7 @@ def test_files_that_are_not_utf8_are_read_as_cp1252(tmp_path):
     assert sample.prompt == "the café’s door"
 
 
-def test_an_image_without_annotation_is_missing(tmp_path):
+def test_missing_annotation_is_reported(tmp_path):
     write(tmp_path / "test", "a", [square("target", 2, 2, 4)])
     save_image(tmp_path / "test/b.jpg")
     with pytest.raises(MissingFilesError, match=r"lacks 1 of its 4 files .*\(1 mask\): 'test/b.json'"):
@@ -106,17 +107,20 @@ def test_an_image_without_annotation_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ([], "no list of shapes"),
         ({"shapes": [], "text": [], "is_sentence": True}, "has no text"),
-        ({"shapes": [{"label": "target"}], "text": ["a"], "is_sentence": True}, "not a label with points"),
+        (
+            {"shapes": [{"label": "target"}], "text": ["a"], "is_sentence": True},
+            "has no valid label and points",
+        ),
     ],
 )
-def test_bad_annotations_are_one_sentence(tmp_path, content, words):
+def test_malformed_annotations_raise_a_one_sentence_error(tmp_path, content, message):
     save_image(tmp_path / "test/a.jpg")
     save_json(tmp_path / "test/a.json", content)
-    with pytest.raises(UnreadableSampleError, match=words) as raised:
+    with pytest.raises(UnreadableSampleError, match=message) as raised:
         load_benchmark("reasonseg", tmp_path)[0]
     assert raised.value.fields["sample_id"] == "a" and "\n" not in str(raised.value)
 
@@ -128,7 +132,7 @@ def datasets(tmp_path, monkeypatch):
     return datasets
 
 
-def test_the_copy_on_the_hub_is_another_source(tmp_path, datasets):
+def test_hub_copy(tmp_path, datasets):
     mask = np.zeros(SIZE[::-1], dtype=bool)
     mask[2:6, 3:9] = True
     features = datasets.Features(
@@ -142,21 +146,21 @@ def test_the_copy_on_the_hub_is_another_source(tmp_path, datasets):
             "img_width": datasets.Value("int64"),
         }
     )
-    picture = Image.open(save_image(tmp_path / "a.png"))
-    row = {"image": picture, "text": "the thing", "mask": mask.tolist(), "image_id": "a", "ann_id": "0"}
+    image = Image.open(save_image(tmp_path / "a.png"))
+    row = {"image": image, "text": "the thing", "mask": mask.tolist(), "image_id": "a", "ann_id": "0"}
     row |= {"img_height": SIZE[1], "img_width": SIZE[0]}
     folder = tmp_path / "ReasonSeg_val/data"
     folder.mkdir(parents=True)
     datasets.Dataset.from_list([row], features=features).to_parquet(folder / "test-00000-of-00001.parquet")
     (sample,) = load_benchmark("reasonseg-hf", tmp_path, split="val")
     assert (sample.prompt, sample.dataset, sample.box) == ("the thing", "reasonseg-hf", (3, 2, 9, 6))
-    assert sample.image.tobytes() == picture.tobytes() and sample.ignore is None
+    assert sample.image.tobytes() == image.tobytes() and sample.ignore is None
     assert len(load_benchmark("reasonseg-hf", tmp_path / "ReasonSeg_val", split="val")) == 1
     with pytest.raises(MissingFilesError, match=r"ReasonSeg_test.*download Ricky06662/ReasonSeg_test"):
         load_benchmark("reasonseg-hf", tmp_path)
 
 
-def test_a_parquet_file_that_is_none(tmp_path, datasets):
+def test_invalid_parquet_file(tmp_path, datasets):
     folder = tmp_path / "ReasonSeg_test"
     folder.mkdir()
     (folder / "a.parquet").write_bytes(b"nothing")

@@ -21,7 +21,7 @@ def total(pairs: list[tuple[str, str]]) -> int:
     return sum(SOURCES[name].counts[split] for name, split in pairs)
 
 
-def test_there_are_23_evaluation_sets_and_the_totals_are_the_papers():
+def test_evaluation_sets_match_the_paper():
     evaluation = rows(training=False)
     assert len(evaluation) == 23
     extra = [(name, split) for name, split in evaluation if name in ("cityscapes", "reasonseg")]
@@ -29,7 +29,7 @@ def test_there_are_23_evaluation_sets_and_the_totals_are_the_papers():
     assert total(evaluation) - total(extra) == 29_696
 
 
-def test_the_training_sets_have_the_papers_total():
+def test_training_sets_match_the_paper():
     training = rows(training=True)
     # Table 5 counts MGrounding twice, once for each group.
     assert {name for name, _ in training} == {
@@ -38,7 +38,7 @@ def test_the_training_sets_have_the_papers_total():
     assert total(training) == 42_860
 
 
-def test_groups_are_those_of_table_1():
+def test_groups_match_table_1():
     evaluated = {SOURCES[name].group for name, _ in rows(training=False)}
     assert evaluated == TABLE_1_GROUPS | {"urban scenes", "reasoning"}
 
@@ -50,7 +50,7 @@ def test_every_source_has_a_layout_and_every_layout_a_source():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ({"name": "coco"}, "no benchmark is named 'coco'"),
         ({"name": "DUTS"}, "'DUTS' reads files; give root="),
@@ -60,6 +60,6 @@ def test_every_source_has_a_layout_and_every_layout_a_source():
         ({"name": "concept-shapes", "root": "."}, "reads no files; leave root out"),
     ],
 )
-def test_bad_arguments_say_what_to_do(arguments, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_arguments_raise_errors_with_a_remedy(arguments, message):
+    with pytest.raises(ValueError, match=message):
         load_benchmark(**arguments)

@@ -1,4 +1,4 @@
-"""Small trees in the layouts that the data sets' owners publish."""
+"""Small datasets in the published layouts."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def save_json(path: Path, content: Any, encoding: str = "utf-8") -> Path:
 
 
 class AuthorsTree:
-    """all_meta.json and what it names; `write` puts it on disk."""
+    """all_meta.json and the files that it lists; `write` writes all_meta.json."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.metadata: dict[str, dict[str, list[dict[str, Any]]]] = {"train": {}, "test": {}}
 
     def add(self, split: str, dataset: str, concept: str, stem: str, **changes: Any) -> dict[str, Any]:
-        """One item with a single image, with its files."""
+        """Add an item with a single image and write its files."""
         item = {
             "img_path": [f"{dataset}/{split}/image/{stem}.jpg"],
             "mask_path": f"{dataset}/{split}/mask/{stem}.png",

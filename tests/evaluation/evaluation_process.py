@@ -1,4 +1,4 @@
-"""What each process of `test_processes.py` runs, under torchrun: `conceptseg evaluate`, and a note of what it did.
+"""Script that `test_distributed.py` runs with torchrun: runs `conceptseg evaluate` and writes a note per process.
 
 Usage: `torchrun --nproc_per_node N evaluation_process.py NOTES_DIR OPTION...`
 """

@@ -1,4 +1,4 @@
-"""Ablations: configurations that are refused or run, and a table that compares each variant with the baseline."""
+"""Tests of ablations: valid and invalid definitions, and the comparison of each variant with the baseline."""
 
 from __future__ import annotations
 
@@ -27,26 +27,28 @@ def write(tmp_path):
     return write
 
 
-def test_those_of_the_package_are_sound():
+def test_ablations_of_the_package_are_valid():
     assert ablation_names() == ["concept_queries", "prompt", "reference_seeds", "references", "router"]
-    found = {name: load_ablation(name) for name in ablation_names()}
-    routers = {settings.get("router") for one in found.values() for settings in one.variants.values()}
+    ablations = {name: load_ablation(name) for name in ablation_names()}
+    routers = {
+        settings.get("router") for ablation in ablations.values() for settings in ablation.variants.values()
+    }
     assert routers - {None} == set(ROUTER_MODES)
-    prompts = {settings.get("sam_prompt") for settings in found["prompt"].variants.values()}
+    prompts = {settings.get("sam_prompt") for settings in ablations["prompt"].variants.values()}
     assert prompts - {None} == set(SAM_PROMPTS)
-    assert [settings["num_queries"] for settings in found["concept_queries"].variants.values()] == [
+    assert [settings["num_queries"] for settings in ablations["concept_queries"].variants.values()] == [
         1,
         2,
         4,
         8,
         16,
     ]
-    assert len({settings["seed"] for settings in found["reference_seeds"].variants.values()}) == 3
-    assert found["reference_seeds"].deviation
-    assert found["references"].variants["1x1"]["max_references"] == 1
+    assert len({settings["seed"] for settings in ablations["reference_seeds"].variants.values()}) == 3
+    assert ablations["reference_seeds"].deviation
+    assert ablations["references"].variants["1x1"]["max_references"] == 1
 
 
-def test_a_file_of_ones_own(write):
+def test_loads_a_user_file(write):
     ablation = load_ablation(write(TWO))
     assert (ablation.name, ablation.baseline, list(ablation.variants)) == ("mine", "one", ["one", "two"])
 
@@ -57,25 +59,25 @@ def test_a_file_of_ones_own(write):
         ("variants: [", "is not YAML"),
         ("- a", "has no variants"),
         ("variants: {one: {}}", "it has 1 variants"),
-        (TWO + "color: red", "'color' means nothing here"),
-        (TWO + "baseline: three", "the baseline 'three' is no variant"),
-        ("variants: {one: {learning_rate: 1}, two: {}}", "variant 'one'.*'learning_rate' cannot be set"),
-        ("variants: {one: {seed: many}, two: {}}", "seed is 'many'; give a whole number"),
+        (TWO + "color: red", "unknown key 'color'"),
+        (TWO + "baseline: three", "the baseline 'three' is not a variant"),
+        ("variants: {one: {learning_rate: 1}, two: {}}", "variant 'one'.*unknown setting 'learning_rate'"),
+        ("variants: {one: {seed: many}, two: {}}", "seed is 'many'; give an integer"),
         ("variants: {one: {max_references: true}, two: {}}", "max_references is True"),
-        ("variants: {one: [], two: 3}", "variant 'two': 3 are no settings"),
-        ("variants: {a b: {}, a-b: {}}", "one folder name"),
+        ("variants: {one: [], two: 3}", "variant 'two': the settings are 3"),
+        ("variants: {a b: {}, a-b: {}}", "share a folder name"),
         (
             f"variants: {{{'ü' * 128}: {{}}, b: {{}}}}",
-            r"the variant name 'ü{40}'\.\.\. is longer than a folder's name",
+            r"the variant name 'ü{40}'\.\.\. is too long for a folder name",
         ),
     ],
 )
-def test_bad_files_are_refused(write, text, message):
+def test_invalid_files_raise(write, text, message):
     with pytest.raises(ValueError, match=message):
         load_ablation(write(text))
 
 
-def test_an_unknown_name_is_refused():
+def test_unknown_name_raises():
     with pytest.raises(FileNotFoundError, match="'other' is neither a file nor one of concept_queries"):
         load_ablation("other")
 
@@ -84,7 +86,7 @@ def run(model, processor, ablation, folder, **options):
     return ablate(ablation, model, folder, processor=processor, **({"limit": 12} | options))
 
 
-def test_each_variant_is_an_evaluation_that_resumes(model, processor, write, tmp_path):
+def test_evaluates_each_variant_and_resumes(model, processor, write, tmp_path):
     ablation = load_ablation(write(TWO))
     report = run(model, processor, ablation, tmp_path / "out", limit=24)
     assert [row.variant for row in report.table] == ["one", "two"]
@@ -97,9 +99,9 @@ def test_each_variant_is_an_evaluation_that_resumes(model, processor, write, tmp
     )
     records = tmp_path / "out" / "two" / "records.jsonl"
     before = records.stat().st_mtime_ns, records.read_text()
-    again = run(model, processor, ablation, tmp_path / "out", limit=24)
+    resumed = run(model, processor, ablation, tmp_path / "out", limit=24)
     assert records.read_text() == before[1]
-    assert again.to_markdown() == report.to_markdown()
+    assert resumed.to_markdown() == report.to_markdown()
     assert {path.name for path in (tmp_path / "out" / "one").iterdir()} >= {"report.md", "gallery.html"}
 
     assert (tmp_path / "out" / "ablation.md").read_text() == report.to_markdown() + "\n"
@@ -110,15 +112,15 @@ def test_each_variant_is_an_evaluation_that_resumes(model, processor, write, tmp
     assert (lines[0]["difference mean"], lines[0]["samples"]) == ("", "24")
 
 
-def test_seeds_have_a_deviation(model, processor, write, tmp_path):
+def test_reports_the_deviation_over_seeds(model, processor, write, tmp_path):
     text = "deviation: true\nvariants:\n" + "".join(
         f"  s{seed}: {{router: full_reasoning, seed: {seed}, generation: {{max_new_tokens: 4}}}}\n"
         for seed in (42, 43)
     )
     report = run(model, processor, load_ablation(write(text)), tmp_path / "out")
     assert [row.stated["seed"] for row in report.table] == [42, 43]
-    levels = [[row.values["miou"] for row in found.rows if row.level == "CD" and row.kind == "level"]
-              for found in report.reports.values()]  # fmt: skip
+    levels = [[row.values["miou"] for row in variant.rows if row.level == "CD" and row.kind == "level"]
+              for variant in report.reports.values()]  # fmt: skip
     first, second = levels[0][0], levels[1][0]
     mean, deviation = report.deviations["CD"]["miou"]
     assert mean == pytest.approx((first + second) / 2)
@@ -126,14 +128,14 @@ def test_seeds_have_a_deviation(model, processor, write, tmp_path):
     assert "Mean ± standard deviation over the 2 variants" in report.to_markdown()
 
 
-def test_concept_queries_need_checkpoints_of_their_own(model, processor, make_model, write, tmp_path):
+def test_concept_queries_require_separate_checkpoints(model, processor, make_model, write, tmp_path):
     text = "variants: {L2 = 8: {num_queries: 8}, L2 = 4: {num_queries: 4}}"
     ablation = load_ablation(write(text))
     with pytest.raises(
-        ValueError, match=r"variant 'L2 = 4' needs a checkpoint with 4 concept queries, and .* has 8"
+        ValueError, match=r"variant 'L2 = 4' needs a checkpoint with 4 concept queries, but .* has 8"
     ):
         run(model, processor, ablation, tmp_path / "out")
-    assert not (tmp_path / "out").exists(), "what is missing is found before anything is run"
+    assert not (tmp_path / "out").exists(), "missing checkpoints must be detected before any variant is run"
     with pytest.raises(ValueError, match="has no variant 'L2 = 5'"):
         run(model, processor, ablation, tmp_path / "out", models={"L2 = 5": "x"})
     other = make_model(ctm_config=model.config.ctm_config.to_dict() | {"num_queries": 4})
@@ -145,7 +147,7 @@ def test_concept_queries_need_checkpoints_of_their_own(model, processor, make_mo
     assert [row.stated["checkpoint"] for row in report.table][1] == "four"
 
 
-def test_one_reference_reaches_the_model(model, processor, write, tmp_path):
+def test_max_references_limits_the_references(model, processor, write, tmp_path):
     text = (
         "variants:\n  all: {router: full_reasoning, generation: {max_new_tokens: 4}}\n"
         "  one: {router: full_reasoning, max_references: 1, generation: {max_new_tokens: 4}}\n"

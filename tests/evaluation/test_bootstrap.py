@@ -1,4 +1,4 @@
-"""Bootstrap intervals: where they lie, that they cover, and that they repeat."""
+"""Tests of bootstrap intervals: position, coverage and reproducibility."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from conceptseg_hf.evaluation.reporting.bootstrap import average, resample
 
 
-def test_close_to_the_normal_interval():
+def test_interval_is_close_to_the_normal_approximation():
     values = np.random.default_rng(0).normal(3, 2, 400)
     interval = resample(values).interval()
     half = 1.96 * values.std() / 20
@@ -21,7 +21,7 @@ def test_close_to_the_normal_interval():
     assert interval.samples == 400
 
 
-def test_it_covers_the_mean_as_often_as_it_says():
+def test_interval_covers_the_mean_with_its_confidence():
     rng = np.random.default_rng(1)
     covered = 0
     for trial in range(300):
@@ -32,29 +32,29 @@ def test_it_covers_the_mean_as_often_as_it_says():
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=40))
-def test_within_the_values_and_the_same_again(values):
-    first, again = resample(values, resamples=300), resample(values, resamples=300)
+def test_interval_is_within_the_values_and_reproducible(values):
+    first, second = resample(values, resamples=300), resample(values, resamples=300)
     interval = first.interval()
     assert min(values) - 1e-9 <= interval.low <= interval.high <= max(values) + 1e-9
-    assert np.array_equal(first.means, again.means)
+    assert np.array_equal(first.means, second.means)
 
 
-def test_the_blocks_do_not_change_the_number_of_resamples():
+def test_number_of_resamples_does_not_depend_on_blocks():
     assert len(resample(np.arange(1_000_000), resamples=7).means) == 7
 
 
-def test_parts_count_alike_and_are_independent():
+def test_averaged_parts_have_equal_weights_and_are_independent():
     many, few = resample(np.zeros(1000), "a"), resample([1.0, 3.0], "b")
-    both = average([many, None, few])
-    assert both.mean == 1
-    assert (both.samples, both.smallest) == (1002, 2)
+    mean = average([many, None, few])
+    assert mean.mean == 1
+    assert (mean.samples, mean.smallest) == (1002, 2)
     values = np.random.default_rng(2).random(50)
-    alone, twice = resample(values, "a"), average([resample(values, "a"), resample(values, "b")])
-    widths = [found.interval().high - found.interval().low for found in (alone, twice)]
+    single, averaged = resample(values, "a"), average([resample(values, "a"), resample(values, "b")])
+    widths = [resampled.interval().high - resampled.interval().low for resampled in (single, averaged)]
     assert widths[1] == pytest.approx(widths[0] / np.sqrt(2), rel=0.1)
 
 
-def test_nothing_and_one_value():
+def test_no_values_and_one_value():
     assert resample([]) is None
     assert average([]) is None and average([None]) is None
     interval = resample([0.5]).interval()

@@ -1,4 +1,4 @@
-"""Which object was chosen, in records and reports."""
+"""Tests of the object choice in records and reports."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_no_overlap_chooses_nothing() -> None:
     assert choice_values(SAMPLE, _mask())["sibling_fraction"] == 0.0
 
 
-def test_samples_without_candidates_say_nothing() -> None:
+def test_samples_without_candidates_have_no_choice() -> None:
     assert choice_values(replace(SAMPLE, candidates=()), _mask(0)) == {}
     assert choice_table([{"group": "saliency"}]) == []
 

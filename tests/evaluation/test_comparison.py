@@ -1,4 +1,4 @@
-"""Paired comparison: what is paired, what is refused, and that differences have the right sign."""
+"""Tests of the paired comparison: pairing, rejected inputs, and the sign of differences."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS = {
 
 @pytest.fixture()
 def write_run(tmp_path, record_like):
-    """Writes an output folder with samples of the given foreground IoUs."""
+    """Write an output folder with samples of the given foreground IoUs."""
 
     def write(name, ious, records=None, **settings):
         folder = tmp_path / name
@@ -38,7 +38,7 @@ def write_run(tmp_path, record_like):
     return write
 
 
-def test_wins_ties_and_losses_of_the_second(write_run):
+def test_wins_ties_and_losses_of_the_second_run(write_run):
     first, second = (
         write_run("a", [0.2, 0.5, 0.5, 0.9]),
         write_run("b", [0.6, 0.5, 0.4, 1.0], router="sam_only"),
@@ -51,20 +51,20 @@ def test_wins_ties_and_losses_of_the_second(write_run):
     assert row.difference.mean == pytest.approx(0.1)
     assert row.second - row.first == pytest.approx(row.difference.mean)
     assert row.difference.low < 0.1 < row.difference.high
-    back = compare(second, first).table[-1]
-    assert back.difference.mean == pytest.approx(-0.1)
-    assert (back.wins, back.losses) == (1, 2)
+    swapped = compare(second, first).table[-1]
+    assert swapped.difference.mean == pytest.approx(-0.1)
+    assert (swapped.wins, swapped.losses) == (1, 2)
     assert "router adaptive / sam_only" in " ".join(result.remarks)
 
 
-def test_equal_runs_differ_by_nothing(write_run):
+def test_equal_runs_have_no_difference(write_run):
     result = compare(write_run("a", [0.2, 0.7]), write_run("b", [0.2, 0.7]))
     difference = result.table[-1].difference
     assert (difference.mean, difference.low, difference.high) == (0, 0, 0)
     assert "The settings are the same." in result.remarks
 
 
-def test_pairs_are_found_by_id_whatever_the_order(write_run, record_like):
+def test_samples_are_paired_by_id(write_run, record_like):
     first = write_run("a", [0.2, 0.8])
     second = write_run("b", [], [record_like(0.8, sample_id="s1"), record_like(0.3, sample_id="s0")])
     result = compare(first, second)
@@ -74,14 +74,14 @@ def test_pairs_are_found_by_id_whatever_the_order(write_run, record_like):
     }
 
 
-def test_samples_of_one_run_only_are_counted(write_run):
+def test_samples_of_only_one_run_are_counted(write_run):
     result = compare(write_run("a", [0.2, 0.8, 0.4]), write_run("b", [0.2, 0.8]))
     assert len(result.pairs) == 2
     assert result.unpaired == (1, 0)
     assert "1 samples of a are not in the other run" in " ".join(result.remarks)
 
 
-def test_absent_concepts_have_their_own_row(write_run, record_like):
+def test_absent_concepts_have_a_separate_row(write_run, record_like):
     def records(iou):
         return [
             record_like(0.5, sample_id="s0"),
@@ -92,15 +92,15 @@ def test_absent_concepts_have_their_own_row(write_run, record_like):
     assert [(row.group, row.difference.mean) for row in result.table[-2:]] == [("all", 0), ("absent", 1)]
 
 
-def test_the_mean_of_groups_weighs_groups_alike(write_run, record_like):
+def test_mean_of_groups_has_equal_weights(write_run, record_like):
     def records(saliency):
-        of_one = [record_like(1.0, sample_id=f"s{index}") for index in range(9)]
-        return [*of_one, record_like(saliency, sample_id="t", level="CD", group="saliency")]
+        first_group = [record_like(1.0, sample_id=f"s{index}") for index in range(9)]
+        return [*first_group, record_like(saliency, sample_id="t", level="CD", group="saliency")]
 
     result = compare(write_run("a", [], records(0.0)), write_run("b", [], records(1.0)))
     name, interval = result.mean_of_groups
     assert name == "diverse classes, saliency"
-    background = 300 / 400  # of the sample that is missed
+    background = 300 / 400  # background IoU of the missed sample
     assert interval.mean == pytest.approx((0 + 100 * (1 - (0 + background) / 2)) / 2)
 
 
@@ -108,24 +108,24 @@ def test_the_mean_of_groups_weighs_groups_alike(write_run, record_like):
     ("changes", "message"),
     [
         ({"protocol": "paper"}, "protocols standard and paper"),
-        ({"benchmark": "other"}, "is of mine/test and .* of other/test"),
+        ({"benchmark": "other"}, "is of mine/test, but .* is of other/test"),
         ({"split": "val"}, "mine/val"),
     ],
 )
-def test_other_data_or_protocols_are_refused(write_run, changes, message):
+def test_different_data_or_protocols_raise(write_run, changes, message):
     first, second = write_run("a", [0.2]), write_run("b", [0.2], **changes)
     with pytest.raises(ValueError, match=message):
         compare(first, second)
 
 
-def test_another_truth_is_refused(write_run, record_like):
+def test_different_ground_truths_raise(write_run, record_like):
     other = record_like(0.5, sample_id="s0")
     other["scores"] = other["scores"] | {"fn": 7.0}
-    with pytest.raises(ValueError, match="truth of sample 's0'"):
+    with pytest.raises(ValueError, match="ground truth of sample 's0'"):
         compare(write_run("a", [0.5]), write_run("b", [], [other]))
 
 
-def test_nothing_in_common_and_no_run_are_refused(write_run, record_like, tmp_path):
+def test_runs_without_common_samples_and_missing_runs_raise(write_run, record_like, tmp_path):
     with pytest.raises(ValueError, match="no sample with a mask in common"):
         compare(write_run("a", [0.5]), write_run("b", [], [record_like(0.5, sample_id="else")]))
     (tmp_path / "empty").mkdir()
@@ -133,7 +133,7 @@ def test_nothing_in_common_and_no_run_are_refused(write_run, record_like, tmp_pa
         compare(tmp_path / "a", tmp_path / "empty")
 
 
-def test_folders_of_several_benchmarks(write_run, tmp_path):
+def test_compares_folders_of_several_benchmarks(write_run, tmp_path):
     for run, iou in (("a", 0.2), ("b", 0.6)):
         write_run(f"{run}/one-test", [iou], benchmark="one")
         write_run(f"{run}/two-val", [iou, iou], benchmark="two", split="val")
@@ -143,7 +143,7 @@ def test_folders_of_several_benchmarks(write_run, tmp_path):
     assert result.settings[0]["benchmark"] == "one+two"
 
 
-def test_real_runs_with_their_gallery(model, processor, tmp_path):
+def test_compares_evaluations_and_writes_a_gallery(model, processor, tmp_path):
     samples = load_benchmark("concept-shapes")
     for name, router in (("a", "sam_only"), ("b", "full_reasoning")):
         options = {"limit": 6, "router": router, "generation_config": {"max_new_tokens": 4}}

@@ -1,4 +1,4 @@
-"""The eight outcomes, and that nobody's judgement is taken for another's."""
+"""Tests of the decomposition: the eight outcomes, and the assignment of judgements to records."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def judged(think, rule, iou) -> dict:
     return a_record(foreground_iou=iou, judgement={"think": think, "rule": rule})
 
 
-def test_eight_outcomes_by_hand():
+def test_decompose_counts_eight_outcomes():
     records = [
         judged(True, True, 0.5),  # at the threshold a prediction is right
         judged(True, True, 0.49),
@@ -81,7 +81,7 @@ def test_every_judged_record_has_one_outcome(parts):
         assert row["count"] == len(matching)
 
 
-def test_exact_rule_compares_words_and_is_silent_about_the_think():
+def test_exact_rule_compares_words_and_does_not_judge_the_think():
     assert exact_rule(a_record(rule="The object, unlike others!")) == {"think": None, "rule": True}
     assert exact_rule(a_record(rule="the object that stands out")) == {"think": None, "rule": False}
     assert exact_rule(a_record(rule=None)) == {"think": None, "rule": False}
@@ -95,7 +95,7 @@ def test_only_reasoned_samples_are_judged():
     assert ["judgement" in record for record in records] == [True, False, False]
 
 
-def test_a_sheet_that_is_filled_in_is_read(tmp_path):
+def test_reads_a_completed_annotation_sheet(tmp_path):
     records = [a_record(number, rule=f"rule {number}, straße") for number in range(4)]
     records.append(a_record(4, route="shortcut"))
     path = tmp_path / "sheet.csv"
@@ -125,7 +125,7 @@ def test_a_sheet_that_is_filled_in_is_read(tmp_path):
         ]
 
 
-def test_json_lines_by_sample_alone_or_with_data_set(tmp_path):
+def test_reads_json_lines_with_and_without_dataset(tmp_path):
     records = [a_record(), a_record(1), a_record(1, dataset="c")]
     path = tmp_path / "judgements.jsonl"
     lines = [
@@ -144,17 +144,17 @@ def test_json_lines_by_sample_alone_or_with_data_set(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"think": true}', "line 1: there is no sample_id"),
+        ('{"think": true}', "line 1: sample_id is missing"),
         ('{"sample_id": "test-9"}', "'test-9' is not among the records"),
-        ('{"sample_id": "test-1"}', "in several data sets"),
-        ('{"sample_id": "test-0"}\n{"sample_id": "test-0"}', "line 2: sample 'test-0' was judged before"),
+        ('{"sample_id": "test-1"}', "in several datasets"),
+        ('{"sample_id": "test-0"}\n{"sample_id": "test-0"}', "line 2: sample 'test-0' is judged twice"),
         ('{"sample_id": "test-0", "rule": "perhaps"}', "rule is 'perhaps'; give true or false"),
-        ('{"sample_id": "test-0", "rule_text": "another"}', "is not what the record holds"),
-        ("[1]", "no JSON object"),
-        ("sample_id,think", "no JSON object"),
+        ('{"sample_id": "test-0", "rule_text": "another"}', "differs from the rule of the record"),
+        ("[1]", "not a JSON object"),
+        ("sample_id,think", "not a JSON object"),
     ],
 )
-def test_judgements_that_do_not_fit_are_refused(tmp_path, text, message):
+def test_invalid_judgements_raise(tmp_path, text, message):
     path = tmp_path / "judgements.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
@@ -162,8 +162,8 @@ def test_judgements_that_do_not_fit_are_refused(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_judge_must_exist(tmp_path):
+def test_check_judge_rejects_missing_files(tmp_path):
     check_judge("exact-rule")
     check_judge(exact_rule)
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         check_judge(tmp_path / "missing.csv")

@@ -1,4 +1,4 @@
-"""An evaluation that is shared, stopped, killed and resumed ends with the table of one that was not."""
+"""Tests that distributed, interrupted and resumed evaluations give the same results as a single run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def command(*options: str) -> list[str]:
 
 @pytest.fixture()
 def run_two(run_two_processes) -> Callable[..., list[dict]]:
-    """Runs `conceptseg evaluate` in two processes; returns what each did."""
+    """Run `conceptseg evaluate` in two processes and return the note of each process."""
 
     def run(folder: Path, *options: str) -> list[dict]:
         notes = folder / "notes"
@@ -43,7 +43,7 @@ def run_two(run_two_processes) -> Callable[..., list[dict]]:
         result = run_two_processes(str(SCRIPT), str(notes), *options, env=environment)
         assert result.returncode == 0, result.stderr[-20000:]
         assert result.stdout.count("foreground IoU: ") == 1, "only the main process prints"
-        assert "\r" not in result.stderr, "a pipe has no bars"
+        assert "\r" not in result.stderr, "no progress bars without a terminal"
         return [json.loads((notes / f"{rank}.json").read_text()) for rank in range(2)]
 
     return run
@@ -55,40 +55,40 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @needs_nano
 @pytest.mark.slow
-def test_two_processes_give_the_table_of_one_to_the_last_digit(run_two, tmp_path):
+def test_two_processes_give_the_same_results_as_one(run_two, tmp_path):
     options = ("--limit", "29", "--batch-size", "4", "--metrics", "miou,giou,ciou,mae,ber,mdice")
     model, processor = load_model_and_processor(device="cpu")
-    whole = tmp_path / "whole"
-    evaluate(model, "concept-shapes", processor=processor, limit=29, batch_size=4, output_dir=whole)
+    expected = tmp_path / "expected"
+    evaluate(model, "concept-shapes", processor=processor, limit=29, batch_size=4, output_dir=expected)
 
     shared = tmp_path / "shared"
     notes = run_two(tmp_path / "a", *options, "--output-dir", str(shared))
     assert [note["world_size"] for note in notes] == [2, 2]
     assert sorted(note["samples"] for note in notes) == [13, 16], (
-        "batches of 4: four, and three with one of 1"
+        "four batches of 4, and three batches of 4 with one batch of 1"
     )
     assert not any(note["joined"] for note in notes)
-    assert contents(shared) == contents(whole)
+    assert contents(shared) == contents(expected)
 
-    # One process makes three batches and one sample of the fourth; two make the rest, and that batch anew.
+    # One process runs three batches and one sample of the fourth; two processes run the fourth batch and the rest.
     resumed = tmp_path / "resumed"
     evaluate(model, "concept-shapes", processor=processor, limit=13, batch_size=4, output_dir=resumed)
     notes = run_two(tmp_path / "b", *options, "--output-dir", str(resumed))
     assert sum(note["samples"] for note in notes) == 17
-    assert contents(resumed) == contents(whole)
+    assert contents(resumed) == contents(expected)
 
 
 @needs_nano
 @pytest.mark.slow
-def test_kill_9_in_the_middle_of_500_samples(tmp_path, monkeypatch):
-    """The killed run goes on, redoes at most one batch, and ends with the same files."""
+def test_resumes_after_sigkill(tmp_path, monkeypatch):
+    """The resumed run repeats at most one batch and ends with the same files."""
     batch, limit = 8, 500
     model, processor = load_model_and_processor(device="cpu")
     options = {"processor": processor, "limit": limit, "batch_size": batch, "router": "sam_only"}
-    evaluate(model, "concept-shapes", output_dir=tmp_path / "whole", **options)
+    evaluate(model, "concept-shapes", output_dir=tmp_path / "expected", **options)
 
     killed = tmp_path / "killed"
-    words = (
+    arguments = (
         "--limit",
         str(limit),
         "--batch-size",
@@ -99,15 +99,15 @@ def test_kill_9_in_the_middle_of_500_samples(tmp_path, monkeypatch):
         str(killed),
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(command(*words), stderr=subprocess.DEVNULL, env=environment) as process:
+    with subprocess.Popen(command(*arguments), stderr=subprocess.DEVNULL, env=environment) as process:
         records = killed / "records.jsonl"
         while not records.exists() or records.read_bytes().count(b"\n") < limit // 3:
-            assert process.poll() is None, "it ended before it was killed"
+            assert process.poll() is None, "the process ended before it was killed"
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    found = records.read_bytes().count(b"\n")
-    assert limit // 3 <= found < limit
+    count = records.read_bytes().count(b"\n")
+    assert limit // 3 <= count < limit
     assert not (killed / "report.md").exists()
 
     segmented = []
@@ -119,13 +119,13 @@ def test_kill_9_in_the_middle_of_500_samples(tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluator, "segment_samples", counting)
     evaluate(model, "concept-shapes", output_dir=killed, **options)
-    assert limit - found <= sum(segmented) <= limit - found + batch
-    assert contents(killed) == contents(tmp_path / "whole")
+    assert limit - count <= sum(segmented) <= limit - count + batch
+    assert contents(killed) == contents(tmp_path / "expected")
 
 
-def test_a_batch_that_was_cut_in_two_is_run_again(model, processor, tmp_path, monkeypatch):
+def test_partly_written_batch_is_run_again(model, processor, tmp_path, monkeypatch):
     options = {"processor": processor, "limit": 7, "batch_size": 3, "router": "sam_only"}
-    evaluate(model, "concept-shapes", output_dir=tmp_path / "whole", **options)
+    evaluate(model, "concept-shapes", output_dir=tmp_path / "expected", **options)
     evaluate(model, "concept-shapes", output_dir=tmp_path / "cut", **options)
     path = tmp_path / "cut" / "records.jsonl"
     lines = path.read_text().splitlines(keepends=True)
@@ -140,17 +140,17 @@ def test_a_batch_that_was_cut_in_two_is_run_again(model, processor, tmp_path, mo
     monkeypatch.setattr(evaluator, "segment_samples", counting)
     evaluate(model, "concept-shapes", output_dir=tmp_path / "cut", **options)
     assert segmented == [[f"test-00000{i}" for i in (3, 4, 5)], ["test-000006"]]
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "expected")
 
 
 def a_line(index, record) -> str:
     return json.dumps({"index": index, **record}) + "\n"
 
 
-def test_files_of_killed_processes_are_found_by_any_number(tmp_path, record_like):
+def test_files_of_killed_processes_are_merged(tmp_path, record_like):
     with RecordStore(tmp_path, {"a": 1}) as store:
         store.add([(0, record_like(label="zero"))])
-    # Two processes were killed, one while it wrote; what they had is newer than what was there.
+    # Two processes were killed, one of them during a write; their records are newer than the merged ones.
     lines = [a_line(0, record_like(label="new")), a_line(4, record_like(label="four"))]
     (tmp_path / "records.0.jsonl").write_text("".join(lines))
     (tmp_path / "records.1.jsonl").write_text(
@@ -173,7 +173,7 @@ def test_files_of_killed_processes_are_found_by_any_number(tmp_path, record_like
         *(f'{{"index": {index}}}' for index in ("3", "999", "-1", '"x"', "null", "true", "[1]")),
     ],
 )
-def test_lines_that_are_no_records_are_dropped(tmp_path, record_like, line):
+def test_invalid_lines_are_dropped(tmp_path, record_like, line):
     with RecordStore(tmp_path, {}) as store:
         store.add([(3, record_like())])
     path = tmp_path / "records.jsonl"
@@ -186,7 +186,7 @@ def test_lines_that_are_no_records_are_dropped(tmp_path, record_like, line):
 
 
 @pytest.mark.parametrize("change", [{"index": -1}, {"index": True}, {"index": "x"}, {"scores": 3}])
-def test_whole_records_of_a_wrong_place_or_kind_are_dropped(tmp_path, record_like, change):
+def test_records_with_invalid_fields_are_dropped(tmp_path, record_like, change):
     (tmp_path / "settings.json").write_text("{}")
     (tmp_path / "records.jsonl").write_text(json.dumps({"index": 0, **record_like()} | change) + "\n")
     with RecordStore(tmp_path, {}) as store:
@@ -195,7 +195,7 @@ def test_whole_records_of_a_wrong_place_or_kind_are_dropped(tmp_path, record_lik
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "7", ""])
-def test_settings_that_are_none_are_refused_in_a_sentence(tmp_path, text):
+def test_invalid_settings_file_raises(tmp_path, text):
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(
         ValueError, match=r"settings\.json' does not hold the settings of a run; give another"
@@ -204,34 +204,34 @@ def test_settings_that_are_none_are_refused_in_a_sentence(tmp_path, text):
     assert (tmp_path / "settings.json").read_text() == text
 
 
-def test_records_have_the_fields_that_are_asked_of_them(record_like):
+def test_records_have_all_required_fields(record_like):
     assert record_like().keys() == RECORD_FIELDS
 
 
-def test_records_that_nobody_can_name_are_kept(tmp_path):
+def test_records_without_settings_raise_and_are_kept(tmp_path):
     (tmp_path / "records.jsonl").write_text('{"index": 0}\n')
     with pytest.raises(ValueError, match=r"records without settings\.json"):
         RecordStore(tmp_path, {})
     assert (tmp_path / "records.jsonl").read_text() == '{"index": 0}\n'
 
 
-def test_several_processes_need_a_folder():
-    with pytest.raises(ValueError, match="give output_dir"):
+def test_several_processes_require_a_folder():
+    with pytest.raises(ValueError, match="give an output_dir"):
         RecordStore(None, {}, Processes(0, 2))
 
 
-def test_processes_that_do_not_share_a_folder_are_found_out(model, processor, tmp_path, monkeypatch):
+def test_processes_without_a_shared_folder_raise(model, processor, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluator, "join_processes", lambda: Processes(0, 2))
     options = {"processor": processor, "limit": 5, "batch_size": 2, "router": "sam_only"}
-    with pytest.raises(ValueError, match="2 of 5 records that other processes made are not in"):
+    with pytest.raises(ValueError, match="2 of 5 records, made by other processes, are missing"):
         evaluate(model, "concept-shapes", output_dir=tmp_path, **options)
-    assert (tmp_path / "records.jsonl").read_text().count("\n") == 3, "what was made is kept"
+    assert (tmp_path / "records.jsonl").read_text().count("\n") == 3, "existing records must be kept"
     monkeypatch.undo()
     evaluate(model, "concept-shapes", output_dir=tmp_path, **options)
     assert (tmp_path / "records.jsonl").read_text().count("\n") == 5
 
 
-def test_a_process_that_nobody_launched_is_alone(monkeypatch):
+def test_process_without_a_launcher_runs_alone(monkeypatch):
     for name in ("LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     processes = join_processes()

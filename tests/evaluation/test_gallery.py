@@ -1,4 +1,4 @@
-"""The gallery: which cases are on it, that it needs nothing else, and that text stays text."""
+"""Tests of the gallery: the cases shown, the self-contained page, and escaping."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SETTINGS = {"benchmark": "mine", "protocol": "standard", "router": "adaptive"}
 
 
 class Page(HTMLParser):
-    """Collects what a page asks for, and its headings."""
+    """Collect the tags, sources and alternative texts of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def a_sample(**changes) -> ConceptSample:
     return ConceptSample(**(values | changes))
 
 
-def test_worst_first_then_the_middle(record_like, tmp_path):
+def test_shows_the_worst_and_the_median_cases(record_like, tmp_path):
     ious = [0.9, 0.1, 0.5, 1.0, 0.2, 0.6, 0.4, 0.8, 0.3, 0.7]
     records = [record_like(iou, sample_id=f"id{iou}") for iou in ious]
     write_gallery(tmp_path / "g.html", records, SETTINGS, [a_sample()] * 10, count=2)
@@ -66,27 +66,27 @@ def test_few_samples_are_shown_once(record_like, tmp_path):
     assert "None." in text
 
 
-def test_pictures_are_embedded_and_nothing_else_is_loaded(record_like, tmp_path):
+def test_images_are_embedded_and_nothing_else_is_loaded(record_like, tmp_path):
     references = [Reference(Image.new("RGB", (9, 9)), box=(1, 1, 5, 5))] * 2
     record = record_like(0.5, box=[1, 2, 10, 12])
     write_gallery(tmp_path / "g.html", [record], SETTINGS, [a_sample(references=references)])
     page = Page((tmp_path / "g.html").read_text())
     assert "script" not in page.tags and "link" not in page.tags
-    assert page.alts == ["references", "truth", "prediction and the VLM's box"]
+    assert page.alts == ["references", "ground truth", "prediction and the VLM's box"]
     for source in page.sources:
         head, _, data = source.partition(",")
         assert head == "data:image/jpeg;base64"
         assert Image.open(io.BytesIO(base64.b64decode(data))).height == 224
 
 
-def test_references_that_cannot_be_drawn_are_left_out(record_like, tmp_path):
+def test_invalid_references_are_omitted(record_like, tmp_path):
     references = [Reference(Image.new("RGB", (9, 9)), box=(20, 20, 30, 30))]
     record = record_like(0.5, error="reference 0: box lies outside its image.")
     write_gallery(tmp_path / "g.html", [record], SETTINGS, [a_sample(references=references)])
-    assert Page((tmp_path / "g.html").read_text()).alts == ["truth"]
+    assert Page((tmp_path / "g.html").read_text()).alts == ["ground truth"]
 
 
-def test_the_check_box_is_drawn_in_the_mosaic(record_like, tmp_path):
+def test_check_box_is_drawn_in_the_mosaic(record_like, tmp_path):
     references = [Reference(Image.new("RGB", (9, 9)), box=(1, 1, 5, 5))] * 2
     brightest = {}
     for check in (None, [1, 1, 7, 7]):
@@ -94,41 +94,41 @@ def test_the_check_box_is_drawn_in_the_mosaic(record_like, tmp_path):
         write_gallery(tmp_path / "g.html", [record], SETTINGS, [a_sample(references=references)])
         page = Page((tmp_path / "g.html").read_text())
         mosaic = np.asarray(Image.open(io.BytesIO(base64.b64decode(page.sources[0].partition(",")[2]))))
-        brightest[page.alts[0]] = mosaic[:110, :110].max()  # the proxy query, whose own box is not shown
+        brightest[page.alts[0]] = mosaic[:110, :110].max()  # the proxy query, which is drawn without its box
     assert brightest["references"] < 60 < 120 < brightest["references and the check box"]
 
 
 def test_text_is_escaped(record_like, tmp_path):
-    evil = "<script>alert(1)</script>\"'&"
+    script = "<script>alert(1)</script>\"'&"
     record = record_like(
         0.5,
         route="reasoning",
-        rule=evil,
-        answer=evil,
-        sample_id=evil,
-        group=evil,
-        prompt=evil,
-        gt_answer=evil,
+        rule=script,
+        answer=script,
+        sample_id=script,
+        group=script,
+        prompt=script,
+        gt_answer=script,
     )
-    write_gallery(tmp_path / "g.html", [record], SETTINGS | {"benchmark": evil}, [a_sample()])
+    write_gallery(tmp_path / "g.html", [record], SETTINGS | {"benchmark": script}, [a_sample()])
     text = (tmp_path / "g.html").read_text()
     assert "<script" not in text
     assert text.count("&lt;script&gt;alert(1)") == 7
     assert Page(text).tags.count("article") == 1
 
 
-def test_the_prediction_is_that_of_the_record(record_like):
+def test_prediction_image_shows_the_mask_of_the_record(record_like):
     sample = a_sample()
-    found, missed = record_like(1.0), record_like(0.0)
-    whole, nothing = (np.asarray(prediction_image(sample, record)).astype(int) for record in (found, missed))
+    records = record_like(1.0), record_like(0.0)
+    hit, miss = (np.asarray(prediction_image(sample, record)).astype(int) for record in records)
     inside, outside = (slice(80, 140), slice(80, 140)), (slice(0, 40), slice(0, 40))
-    assert np.abs(whole[inside] - nothing[inside]).mean() > 20
-    assert np.abs(whole[outside] - nothing[outside]).mean() < 1
+    assert np.abs(hit[inside] - miss[inside]).mean() > 20
+    assert np.abs(hit[outside] - miss[outside]).mean() < 1
 
 
-def test_one_reference_where_the_run_showed_one(record_like, tmp_path):
+def test_max_references_limits_the_references_shown(record_like, tmp_path):
     references = [Reference(Image.new("RGB", (9, 9), color), box=(1, 1, 5, 5)) for color in ("red", "blue")]
-    sizes = {}
+    has_blue = {}
     for limit in (None, 1):
         path = tmp_path / f"{limit}.html"
         write_gallery(
@@ -136,11 +136,11 @@ def test_one_reference_where_the_run_showed_one(record_like, tmp_path):
         )
         data = Page(path.read_text()).sources[0].partition(",")[2]
         mosaic = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-        sizes[limit] = (mosaic[..., 2] > 200).any()
-    assert sizes == {None: True, 1: False}
+        has_blue[limit] = (mosaic[..., 2] > 200).any()
+    assert has_blue == {None: True, 1: False}
 
 
-def test_failed_and_unreadable_samples_are_told(record_like, tmp_path):
+def test_failed_and_unreadable_samples_are_reported(record_like, tmp_path):
     class Samples:
         def __getitem__(self, index):
             raise UnreadableSampleError("gone.", {"sample_id": "one"})
@@ -151,16 +151,16 @@ def test_failed_and_unreadable_samples_are_told(record_like, tmp_path):
     assert "broken &amp; sad." in text and "<img" not in text
 
 
-def test_a_page_stays_small(tmp_path):
+def test_page_size_is_limited(tmp_path):
     cases = (f"<article>{'x' * 1_000_000}</article>" for _ in range(8))
     write_page(tmp_path / "g.html", "t", "s", [Section("h", "n.", cases)])
     text = (tmp_path / "g.html").read_text()
     assert len(text) < 5_000_000
-    assert "4 are left out" in text
+    assert "4 are omitted" in text
 
 
 @pytest.mark.parametrize("router", ["sam_only", "full_reasoning"])
-def test_evaluate_writes_it(model, processor, tmp_path, router):
+def test_evaluate_writes_a_gallery(model, processor, tmp_path, router):
     options = {"limit": 3, "router": router, "generation_config": {"max_new_tokens": 4}}
     evaluate(model, load_benchmark("concept-shapes"), processor=processor, output_dir=tmp_path, **options)
     text = (tmp_path / "gallery.html").read_text()

@@ -1,4 +1,4 @@
-"""Metrics against numbers worked out by hand, and against brute force."""
+"""Tests of metrics against values computed by hand, reference implementations and other libraries."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_presence_auc_examples():
     assert presence_auc([0.5, 0.5, 0.5], [True, False, False]) == 0.5
     assert presence_auc([0.5, 0.7], [True, True]) is None
     assert presence_auc([], []) is None
-    with pytest.raises(ValueError, match="one each"):
+    with pytest.raises(ValueError, match="one score per label"):
         presence_auc([0.5], [])
 
 
@@ -55,15 +55,15 @@ def test_presence_auc_examples():
 def test_presence_auc_is_the_probability_that_a_positive_ranks_higher(pairs):
     positives = [score for score, present in pairs if present]
     negatives = [score for score, present in pairs if not present]
-    found = presence_auc([score for score, _ in pairs], [present for _, present in pairs])
+    auc = presence_auc([score for score, _ in pairs], [present for _, present in pairs])
     if not positives or not negatives:
-        assert found is None
+        assert auc is None
     else:
         wins = sum((p > n) + 0.5 * (p == n) for p in positives for n in negatives)
-        assert found == pytest.approx(wins / (len(positives) * len(negatives)))
+        assert auc == pytest.approx(wins / (len(positives) * len(negatives)))
 
 
-def test_scores_by_hand():
+def test_scores_match_manual_calculation():
     scores = score_masks([LEFT, FULL], [TOP, LEFT])
     # Image 1: one pixel of each of tp, fp, fn, tn. Image 2: 2 tp, 2 fp.
     assert scores["giou"] == pytest.approx(100 * (1 / 3 + 1 / 2) / 2)
@@ -74,12 +74,12 @@ def test_scores_by_hand():
     assert scores["mdice"] == pytest.approx(100 * (1 / 2 + 2 / 3) / 2)
 
 
-def test_nothing_found_where_nothing_is_is_perfect():
+def test_empty_prediction_of_an_empty_ground_truth_is_perfect():
     scores = score_masks([EMPTY], [EMPTY])
     assert scores == {"miou": 100, "giou": 100, "ciou": 100, "mae": 0, "ber": 0, "mdice": 100}
 
 
-def test_something_found_where_nothing_is():
+def test_nonempty_prediction_of_an_empty_ground_truth():
     scores = score_masks([LEFT], [EMPTY])
     assert (scores["giou"], scores["mdice"], scores["ber"]) == (0, 0, 50)
 
@@ -88,14 +88,14 @@ def test_ignored_pixels_do_not_count():
     labels = np.array([[1, 255], [0, 0]])
     assert score_masks([TOP], [labels])["giou"] == 100
     assert score_masks([TOP], [labels])["mae"] == 0
-    # Without an ignored label 255 would be an unknown one.
+    # Without `ignore_index`, 255 is an unknown label.
     with pytest.raises(ValueError, match="labels"):
         score_masks([TOP], [labels], ignore_index=None)
-    everything = np.array([[1, 255], [255, 255]])
-    assert score_masks([TOP], [everything])["giou"] == 100
+    mostly_ignored = np.array([[1, 255], [255, 255]])
+    assert score_masks([TOP], [mostly_ignored])["giou"] == 100
 
 
-def test_a_mask_of_0_and_255_is_no_label_map():
+def test_masks_of_0_and_255_are_rejected_as_label_maps():
     with pytest.raises(ValueError, match="bool array"):
         score_masks([LEFT], [LEFT.astype(np.uint8) * 255])
     assert score_masks([LEFT], [Image.fromarray(LEFT.astype(np.uint8) * 255)])["giou"] == 100
@@ -103,8 +103,8 @@ def test_a_mask_of_0_and_255_is_no_label_map():
 
 @pytest.mark.parametrize("top", [1, 255])
 @pytest.mark.parametrize("mode", ["L", "P", "I"])
-def test_pictures_are_read_as_masks_of_0_and_1_or_255(top, mode):
-    left, above = (Image.fromarray(found.astype(np.uint8) * top) for found in (LEFT, TOP))
+def test_images_are_read_as_masks_of_0_and_1_or_255(top, mode):
+    left, above = (Image.fromarray(array.astype(np.uint8) * top) for array in (LEFT, TOP))
     if mode == "P":
         left.putpalette([0, 0, 0] * 256)
     left = left.convert(mode)
@@ -115,22 +115,23 @@ def test_pictures_are_read_as_masks_of_0_and_1_or_255(top, mode):
     assert MaskMetrics().update(TOP, LEFT, ignore=left)["tn"] == 1
 
 
-def test_the_papers_protocol_compares_masks_of_any_size():
+def test_paper_protocol_compares_masks_of_any_size():
     small, large = (np.zeros(size, dtype=bool) for size in ((20, 30), (41, 59)))
     small[:, :15], large[:, 30:] = True, True
     assert score_masks([small], [small], "paper")["giou"] == 100
     assert score_masks([small], [~large], "paper")["giou"] == pytest.approx(100, abs=2)
     assert score_masks([small], [large], "paper")["giou"] < 2
     with pytest.raises(ValueError, match="prediction 0 has shape"):
-        score_masks([small], [np.where(large, 1, 255)], "paper")  # ignored pixels keep the truth's size
+        # With ignored pixels, the ground truth is not resized.
+        score_masks([small], [np.where(large, 1, 255)], "paper")
 
 
-def test_f_w_of_nothing_is_0_as_in_the_library():
+def test_f_w_of_an_empty_ground_truth_is_0_as_in_pysodmetrics():
     pytest.importorskip("scipy")
     assert score_masks([EMPTY], [EMPTY], metrics=("f_w", "giou")) == {"f_w": 0, "giou": 100}
 
 
-def test_probabilities_are_thresholded_but_mae_is_not():
+def test_mae_is_computed_on_probabilities_without_threshold():
     probabilities = np.where(LEFT, 0.75, 0.25).astype(np.float32)
     scores = score_masks([probabilities], [LEFT])
     assert scores["giou"] == 100
@@ -138,21 +139,21 @@ def test_probabilities_are_thresholded_but_mae_is_not():
     assert score_masks([np.full((2, 2), 0.5)], [EMPTY])["giou"] == 100, "0.5 is not above 0.5"
 
 
-def test_accepts_generators_and_chosen_metrics():
+def test_accepts_generators_and_a_selection_of_metrics():
     assert list(score_masks((m for m in [LEFT]), iter([LEFT]), metrics=("ber", "giou"))) == ["ber", "giou"]
 
 
 @pytest.mark.parametrize(
-    ("predictions", "truths", "options", "message"),
+    ("predictions", "ground_truths", "options", "message"),
     [
         ([], [], {}, "no masks"),
-        ([LEFT], [LEFT, TOP], {}, "one prediction per truth"),
-        ([LEFT, TOP], [LEFT], {}, "one prediction per truth"),
+        ([LEFT], [LEFT, TOP], {}, "one prediction per ground truth"),
+        ([LEFT, TOP], [LEFT], {}, "one prediction per ground truth"),
         ([LEFT], [mask("#..")], {}, "size"),
         ([LEFT.astype(np.uint8)], [LEFT], {}, "bool, or probabilities"),
         ([np.full((2, 2), 1.5)], [LEFT], {}, "bool, or probabilities"),
         ([LEFT], [np.full((2, 2), 7)], {}, "labels"),
-        ([LEFT[None]], [LEFT[None]], {}, r"truth 0 has shape \(1, 2, 2\); give \(H, W\)"),
+        ([LEFT[None]], [LEFT[None]], {}, r"ground truth 0 has shape \(1, 2, 2\); give \(H, W\)"),
         ([LEFT[..., None]], [LEFT], {}, r"prediction 0 has shape \(2, 2, 1\); give \(H, W\)"),
         ([LEFT], [LEFT], {"protocol": "other"}, "no protocol is named 'other'"),
         ([LEFT], [LEFT], {"metrics": ("iou",)}, "no metric is named 'iou'"),
@@ -165,15 +166,15 @@ def test_errors_are_one_sentence(predictions, ground_truths, options, message):
 
 
 @pytest.mark.parametrize(("metric", "module"), [("s_measure", "py_sod_metrics"), ("f_w", "scipy")])
-def test_a_missing_library_is_found_before_any_work(monkeypatch, metric, module):
+def test_missing_library_raises_on_construction(monkeypatch, metric, module):
     load_library.cache_clear()
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match="pip install"):
         MaskMetrics(metrics=(metric,))
 
 
-def test_s_measure_of_a_mask_is_that_of_its_probabilities():
-    """From counts and by the library; among them centroids at the border, over which the library alone says NaN."""
+def test_s_measure_of_bool_masks_equals_that_of_probabilities():
+    """Compares our counts with the library, also for centroids at the border, where the library itself returns NaN."""
     pytest.importorskip("py_sod_metrics", exc_type=ImportError)
     for prediction, ground_truth in pairs(300):
         assert s_measure(prediction, ground_truth) == pytest.approx(
@@ -187,7 +188,7 @@ def test_library_metrics():
     perfect = score_masks([disk], [disk], metrics=("f_w", "s_measure", "giou"))
     assert perfect["f_w"] == pytest.approx(100, abs=1e-3)
     assert perfect["s_measure"] == pytest.approx(100, abs=1)
-    # In float, near-edge misses cost something; with integer masks the smoothed errors would be truncated away.
+    # With floats, misses near the border lower the score; with integers, the smoothed errors would be truncated to 0.
     eroded = np.hypot(*np.mgrid[-20:20, -20:20]) < 5
     assert 40 < score_masks([eroded], [disk], metrics=("f_w",))["f_w"] < 90
 
@@ -196,7 +197,7 @@ _KINDS = ("empty", "full", "pixel", "line", "noise", "sparse", "disk", "stripes"
 
 
 def draw(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A mask of one of the kinds that metrics stumble over."""
+    """Draw a random mask of a kind that is an edge case for metrics."""
     kind = _KINDS[int(rng.integers(len(_KINDS)))]
     mask = np.zeros((height, width), dtype=bool)
     if kind == "full":
@@ -224,14 +225,14 @@ def pairs(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return result
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the library's, over empty regions
-def test_500_pairs_equal_pysodmetrics():
-    """To 1e-6; where a ratio has nothing to count, the library says 0 (BER: 0.5), and we what the docstrings say."""
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # raised by the library for empty regions
+def test_scores_of_500_pairs_equal_pysodmetrics():
+    """Up to 1e-6. A ratio with a denominator of 0 is 0 in the library (BER: 0.5), but 1 here."""
     sod = pytest.importorskip("py_sod_metrics", exc_type=ImportError)
     options = {"with_dynamic": False, "with_adaptive": False, "with_binary": True, "sample_based": True}
     empty_unions = missing_classes = empty_regions = 0
     for prediction, ground_truth in pairs(500):
-        found = score_masks(
+        scores = score_masks(
             [prediction], [ground_truth], metrics=("giou", "mdice", "ber", "mae", "f_w", "s_measure")
         )
         handlers = {
@@ -240,28 +241,28 @@ def test_500_pairs_equal_pysodmetrics():
             "ber": sod.BERHandler(**options),
         }
         tables = sod.FmeasureV2(metric_handlers=handlers)
-        others = {"f_w": sod.WeightedFmeasure(beta=1), "s_measure": sod.Smeasure(), "mae": sod.MAE()}
-        for metric in (tables, *others.values()):
+        other_metrics = {"f_w": sod.WeightedFmeasure(beta=1), "s_measure": sod.Smeasure(), "mae": sod.MAE()}
+        for metric in (tables, *other_metrics.values()):
             metric.step(pred=prediction.astype(np.float64), gt=ground_truth, normalize=False)
         expected = {name: float(value["binary"]) for name, value in tables.get_results().items()}
         keys = {"f_w": "wfm", "s_measure": "sm", "mae": "mae"}
-        expected |= {name: float(metric.get_results()[keys[name]]) for name, metric in others.items()}
+        expected |= {name: float(metric.get_results()[keys[name]]) for name, metric in other_metrics.items()}
         if not (prediction | ground_truth).any():
             empty_unions += 1
             assert (expected["giou"], expected["mdice"]) == (0, 0)
             expected |= {"giou": 1, "mdice": 1}
         if ground_truth.all() or not ground_truth.any():
             missing_classes += 1
-            # The library counts a class that does not occur as missed altogether; we leave it out.
+            # The library counts a class without pixels with a recall of 0; we exclude the class.
             expected["ber"] = 2 * expected["ber"] - 1
         if np.isnan(expected["s_measure"]):  # the centroid is at the border; see `load_library`
             empty_regions += 1
-            assert 0 <= found["s_measure"] <= 100
+            assert 0 <= scores["s_measure"] <= 100
             del expected["s_measure"]
         for name, value in expected.items():
-            assert found[name] / 100 == pytest.approx(value, abs=1e-6), (name, prediction.shape)
+            assert scores[name] / 100 == pytest.approx(value, abs=1e-6), (name, prediction.shape)
     assert empty_unions > 5 and missing_classes > 50 and empty_regions < 100, (
-        "the convention of empty masks was tried as well"
+        "the random pairs must include the edge cases"
     )
 
 
@@ -287,8 +288,8 @@ def test_ciou_equals_torchmetrics():
     )
 
 
-def test_giou_is_the_mean_of_the_images_and_one_where_the_union_is_empty():
-    """The definition of LISA's evaluation, in its own order of operations."""
+def test_giou_is_the_mean_over_images_and_1_for_an_empty_union():
+    """Follows the definition in LISA's evaluation."""
     total = 0.0
     for prediction, ground_truth in pairs(200):
         intersection, union = (prediction & ground_truth).sum(), (prediction | ground_truth).sum()
@@ -298,36 +299,36 @@ def test_giou_is_the_mean_of_the_images_and_one_where_the_union_is_empty():
 
 @settings(max_examples=25, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(1, 5))
-def test_order_and_processes_never_change_a_digit(chance: random.Random, processes: int):
-    every = pairs(40)
-    whole = MaskMetrics()
-    for pair in every:
-        whole.update(*pair)
-    chance.shuffle(every)
-    fractions = [MaskMetrics() for _ in range(processes)]
-    for pair in every:
-        chance.choice(fractions).update(*pair)
-    merged = fractions[0]
-    for fraction in fractions[1:]:
-        merged.merge(fraction)
-    assert merged.compute() == whole.compute()
+def test_results_do_not_depend_on_order_or_number_of_processes(rng: random.Random, processes: int):
+    all_pairs = pairs(40)
+    single = MaskMetrics()
+    for pair in all_pairs:
+        single.update(*pair)
+    rng.shuffle(all_pairs)
+    accumulators = [MaskMetrics() for _ in range(processes)]
+    for pair in all_pairs:
+        rng.choice(accumulators).update(*pair)
+    merged = accumulators[0]
+    for accumulator in accumulators[1:]:
+        merged.merge(accumulator)
+    assert merged.compute() == single.compute()
 
 
-def test_scores_can_travel():
-    """What `update` returns is all that another process needs."""
-    here, there = MaskMetrics(), MaskMetrics()
-    there.merge([here.update(*pair) for pair in pairs(20)])
-    assert there.compute() == here.compute()
+def test_returned_scores_can_be_merged():
+    """The return values of `update` are sufficient for another process to compute the metrics."""
+    local, remote = MaskMetrics(), MaskMetrics()
+    remote.merge([local.update(*pair) for pair in pairs(20)])
+    assert remote.compute() == local.compute()
     with pytest.raises(ValueError, match="no masks"):
         MaskMetrics().compute()
 
 
-def test_the_papers_protocol_compares_at_600_pixels_with_thresholded_predictions():
+def test_paper_protocol_compares_at_600_pixels_with_thresholded_predictions():
     ground_truth = np.zeros((60, 40), dtype=bool)
     ground_truth[20:40, 10:30] = True
     probability = np.where(ground_truth, 0.9, 0.1)
     paper = score_masks([probability], [ground_truth], protocol="paper", metrics=("giou", "mae"))
-    assert paper == {"giou": 100, "mae": 0}, "MAE sees the thresholded mask"
+    assert paper == {"giou": 100, "mae": 0}, "MAE is computed on the thresholded mask"
     assert score_masks([probability], [ground_truth])["mae"] == pytest.approx(10)
     metrics = MaskMetrics("paper")
     score = metrics.update(probability, ground_truth)
@@ -335,13 +336,13 @@ def test_the_papers_protocol_compares_at_600_pixels_with_thresholded_predictions
     assert score["tp"] == pytest.approx(600 * 600 * 400 / 2400, rel=0.01)
     labels = ground_truth.astype(np.uint8)
     labels[0] = 255
-    ignoring = MaskMetrics("paper")
-    score = ignoring.update(probability, labels)
-    assert score["tp"] + score["tn"] == 59 * 40, "ReasonSeg is compared at its own size"
+    metrics = MaskMetrics("paper")
+    score = metrics.update(probability, labels)
+    assert score["tp"] + score["tn"] == 59 * 40, "with ignored pixels, the ground truth keeps its size"
 
 
-def test_whole_number_errors_forgive_misses_near_the_border():
-    """The figures of the effect: a disk of radius 8, eroded by 3 pixels."""
+def test_whole_number_errors_ignore_misses_near_the_border():
+    """The prediction is a disk of radius 8, eroded by 3 pixels."""
     y, x = np.mgrid[:64, :64]
     disk, eroded = np.hypot(y - 32, x - 32) < 8, np.hypot(y - 32, x - 32) < 5
     pytest.importorskip("scipy")
@@ -351,35 +352,36 @@ def test_whole_number_errors_forgive_misses_near_the_border():
     assert 0.6 < weighted_f_measure(eroded, disk) < 0.8
     with pytest.raises(ValueError, match="bool prediction"):
         weighted_f_measure(eroded.astype(float), disk, integer_errors=True)
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises(ValueError, match="same size"):
         weighted_f_measure(eroded, disk[1:])
 
 
-def test_whole_number_errors_equal_pysodmetrics_fed_with_integers():
+def test_whole_number_errors_equal_pysodmetrics_with_integer_masks():
     sod = pytest.importorskip("py_sod_metrics", exc_type=ImportError)
     from conceptseg_hf.evaluation.metrics.weighted_f import weighted_f_measure
 
     y, x = np.mgrid[:64, :64]
     disk = np.hypot(y - 32, x - 30) < 20
     assert weighted_f_measure(np.zeros_like(disk), disk, integer_errors=True) < 0.3, (
-        "a missed object is no hit"
+        "a missed object must have a low score"
     )
     for prediction, ground_truth in [*pairs(300), (np.zeros_like(disk), disk), (np.roll(disk, 9, 0), disk)]:
         if ground_truth.any():
             expected = sod.WeightedFmeasure(beta=1).cal_wfm(prediction.astype(np.int64), ground_truth)
-            found = weighted_f_measure(prediction, ground_truth, integer_errors=True)
-            assert found == pytest.approx(expected, abs=1e-6), prediction.shape
+            score = weighted_f_measure(prediction, ground_truth, integer_errors=True)
+            assert score == pytest.approx(expected, abs=1e-6), prediction.shape
 
 
-def test_the_papers_protocol_scores_f_w_where_pixels_are_ignored_and_where_not():
+def test_paper_protocol_computes_f_w_with_and_without_ignored_pixels():
     pytest.importorskip("scipy")
     ground_truth = np.hypot(*np.mgrid[-30:30, -30:30]) < 20
     labels = ground_truth.astype(np.uint8)
     labels[:9] = 255
     for target in (ground_truth, labels):
-        scores = score_masks([target], [target], protocol="paper", metrics=("f_w", "giou"))
+        scores = score_masks([ground_truth], [target], protocol="paper", metrics=("f_w", "giou"))
         assert scores == pytest.approx({"f_w": 100, "giou": 100}, abs=1e-3)
-    assert score_masks([target & False], [target], protocol="paper", metrics=("f_w",))["f_w"] < 30
+    empty = ground_truth & False
+    assert score_masks([empty], [ground_truth], protocol="paper", metrics=("f_w",))["f_w"] < 30
 
 
 def test_every_metric_is_a_percentage():
@@ -389,7 +391,7 @@ def test_every_metric_is_a_percentage():
     )
 
 
-# -- the protocol "released" --
+# -- protocol "released" --
 
 
 def disk(size: int, radius: float) -> np.ndarray:
@@ -398,7 +400,7 @@ def disk(size: int, radius: float) -> np.ndarray:
 
 
 def s_measure_by_definition(prediction: np.ndarray, ground_truth: np.ndarray) -> float:
-    """Fan et al. with epsilons of 1e-8, deviations of the population, and covariances of the sample."""
+    """Compute the S-measure of Fan et al. with epsilons of 1e-8, population deviations and sample covariances."""
 
     def of_region(values: np.ndarray) -> float:
         return 2 * values.mean() / (values.mean() ** 2 + 1 + values.std() + 1e-8)
@@ -423,15 +425,15 @@ def s_measure_by_definition(prediction: np.ndarray, ground_truth: np.ndarray) ->
 
 @pytest.mark.parametrize("area", [0.0005, 0.002, 0.01, 0.2])
 @pytest.mark.parametrize("shift", [0, 2, 40])
-def test_released_s_measure_by_its_definition(area, shift):
+def test_released_s_measure_matches_its_definition(area, shift):
     ground_truth = disk(600, 600 * (area / np.pi) ** 0.5)
     prediction = np.roll(disk(600, 580 * (area / np.pi) ** 0.5), shift, axis=1)
-    wanted = s_measure_by_definition(prediction.astype(float), ground_truth)
-    assert s_measure(prediction, ground_truth, released=True) == pytest.approx(wanted, abs=1e-9)
+    expected = s_measure_by_definition(prediction.astype(float), ground_truth)
+    assert s_measure(prediction, ground_truth, released=True) == pytest.approx(expected, abs=1e-9)
 
 
-def test_released_s_measure_costs_small_objects():
-    """At 0.2 % of the image; beside the authors' toolkit 0.836 against 0.941 was measured on another such pair."""
+def test_released_s_measure_is_lower_for_small_objects():
+    """For an object of 0.2 % of the image; the authors' toolkit gave 0.836 instead of 0.941 for a similar pair."""
     ground_truth, prediction = disk(600, 15.139), disk(600, 13.7)
     assert ground_truth.mean() == pytest.approx(0.002, abs=2e-5)
     assert s_measure(prediction, ground_truth) == pytest.approx(0.9399, abs=1e-4)
@@ -443,17 +445,17 @@ def test_released_s_measure_costs_small_objects():
         s_measure(large.astype(float), large, True)
 
 
-def test_released_truths_are_resized_by_pillow_with_their_soft_edges():
+def test_released_protocol_resizes_ground_truths_with_pillow_and_soft_edges():
     rng = np.random.default_rng(0)
     soft = Image.fromarray(rng.integers(0, 256, (37, 41), dtype=np.uint8)).resize((123, 97))
-    wanted = np.asarray(soft.resize((600, 600), Image.Resampling.BICUBIC)) > 127
+    resized_soft = np.asarray(soft.resize((600, 600), Image.Resampling.BICUBIC)) > 127
     hard = np.asarray(soft) >= 128
     mask = Image.fromarray(hard.astype(np.uint8) * 255)
-    of_hard = np.asarray(mask.resize((600, 600), Image.Resampling.BICUBIC)) > 127
+    resized_hard = np.asarray(mask.resize((600, 600), Image.Resampling.BICUBIC)) > 127
     bilinear = torch.nn.functional.interpolate(
         torch.from_numpy(hard.astype(np.float32))[None, None], size=(600, 600), mode="bilinear"
     )[0, 0].numpy()
-    ground_truths = {"soft": wanted, "hard": of_hard, "paper": bilinear > 0.5}
+    ground_truths = {"soft": resized_soft, "hard": resized_hard, "paper": bilinear > 0.5}
     assert len({ground_truth.tobytes() for ground_truth in ground_truths.values()}) == 3
     for (name, ground_truth), stored in zip(ground_truths.items(), (soft, mask, mask), strict=True):
         protocol = "paper" if name == "paper" else "released"
@@ -461,8 +463,8 @@ def test_released_truths_are_resized_by_pillow_with_their_soft_edges():
         assert score["fp"] == score["fn"] == 0 and score["tp"] == np.count_nonzero(ground_truth)
 
 
-def test_released_ber_takes_an_absent_class_for_wrong():
-    """Recall of a class without pixels is 0: half of the mean."""
+def test_released_ber_counts_an_absent_class_as_wrong():
+    """The recall of a class without pixels is 0 and counts as half of the mean."""
     assert score_masks([EMPTY], [EMPTY], protocol="released", metrics=["ber"])["ber"] == 50
     assert score_masks([FULL], [FULL], protocol="released", metrics=["ber"])["ber"] == 50
     assert score_masks([FULL], [EMPTY], protocol="released", metrics=["ber"])["ber"] == 100

@@ -1,4 +1,4 @@
-"""The paper's figures: that they hang together, and some read again from the paper."""
+"""Tests of the paper's figures: consistency of the tables, and values that were checked again in the paper."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def test_data_sets_are_those_of_the_suite():
+def test_datasets_are_those_of_the_suite():
     assert len(paper_figures.data_sets()) == 20
     assert len(paper_figures.groups()) == 10
     for level in ("CI", "CD", "CR"):
@@ -37,36 +37,33 @@ def test_groups_of_table_1_are_means_of_table_8(method, metric):
 
 @pytest.mark.parametrize("method", OWN)
 @pytest.mark.parametrize("metric", ["f_w", "miou"])
-def test_the_mean_is_that_of_the_ten_groups(method, metric):
+def test_mean_is_over_the_ten_groups(method, metric):
     row = paper_figures.table_1()[method][metric]
     assert row["mean"] == pytest.approx(mean([row[group] for group in paper_figures.groups()]), abs=0.051)
 
 
 @pytest.mark.parametrize("method", OWN)
 @pytest.mark.parametrize("metric", ["mae", "ber", "f_w", "s_measure", "miou", "mdice"])
-def test_levels_of_table_8_are_means_of_their_data_sets(method, metric):
+def test_levels_of_table_8_are_means_of_their_datasets(method, metric):
     row = paper_figures.table_8()[method][metric]
     for level in ("CI", "CD", "CR"):
-        if (method, metric, level) != (
-            "ConceptSeg-R1-7B",
-            "ber",
-            "CR",
-        ):  # printed 15.82; its columns give 15.76
+        # This mean is printed as 15.82, but its columns give 15.76.
+        if (method, metric, level) != ("ConceptSeg-R1-7B", "ber", "CR"):
             assert row[level] == pytest.approx(
                 mean([row[name] for name in paper_figures.data_sets(level)]), abs=0.0151
             )
 
 
-def test_table_10_repeats_table_8():
+def test_table_10_agrees_with_table_8():
     ten, eight = paper_figures.table(10), paper_figures.table_8()
     assert tuple(ten) == paper_figures.data_sets()
     for name, row in ten.items():
-        for place, metric in enumerate(("f_w", "miou")):
-            assert row["adaptive"][place] == eight["ConceptSeg-R1-3B"][metric][name]
-            assert row["sam_only"][place] == eight["SAM 3"][metric][name]
+        for index, metric in enumerate(("f_w", "miou")):
+            assert row["adaptive"][index] == eight["ConceptSeg-R1-3B"][metric][name]
+            assert row["sam_only"][index] == eight["SAM 3"][metric][name]
 
 
-def test_figures_read_again():
+def test_selected_figures_match_the_paper():
     one, eight = paper_figures.table_1(), paper_figures.table_8()
     assert one["ConceptSeg-R1-7B"]["miou"]["mean"] == 82.8
     assert one["ConceptSeg-R1-3B"]["f_w"]["rationality"] == 46.6

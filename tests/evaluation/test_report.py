@@ -1,4 +1,4 @@
-"""Reports: the paper's layout, whose figures stand beside ours and when, and what every number says of itself."""
+"""Tests of reports: the paper's layout, when the paper's figures are shown, and the provenance of every number."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SETTINGS = {
 }
 
 
-def of_source(record_like, name, found, **changes):
+def of_source(record_like, name, iou, **changes):
     source = SOURCES[name]
-    return record_like(found, dataset=name, level=source.level, group=source.group, split="test", **changes)
+    return record_like(iou, dataset=name, level=source.level, group=source.group, split="test", **changes)
 
 
 @pytest.fixture()
 def suite(record_like):
-    """One sample of each data set of Table 1; the two of optical property differ."""
+    """One sample of each dataset of Table 1; those of the group "optical property" have different IoUs."""
     return [
         of_source(record_like, name, 0.5 if name == "transparent1024" else 1.0)
         for name in paper_figures.data_sets()
@@ -52,18 +52,18 @@ def cells(markdown, start):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_groups_are_means_of_data_sets_not_of_samples(record_like):
+def test_groups_are_means_over_datasets_not_over_samples(record_like):
     records = [of_source(record_like, "Shadow_detection", 1.0) | {"sample_id": str(i)} for i in range(3)]
     records.append(of_source(record_like, "transparent1024", 0.5))
     rows = aggregate(records, "standard", METRICS)
     kinds = [(row.kind, row.samples, row.values["giou"]) for row in rows]
     assert kinds == [("data set", 3, 100), ("data set", 1, 50), ("group", 4, 75), ("level", 4, 75)]
-    assert rows[2].intervals["miou"] is None, "a data set with one sample"
+    assert rows[2].intervals["miou"] is None, "a dataset has only one sample"
     rows = aggregate([*records, records[-1]], "standard", METRICS)
     assert rows[2].intervals["miou"].mean == pytest.approx(rows[2].values["miou"])
 
 
-def test_the_mean_needs_all_ten_groups(suite):
+def test_mean_requires_all_ten_groups(suite):
     _, rows = rows_of(suite)
     mean = next(row for row in rows.values() if row.kind == "mean")
     assert mean.values["giou"] == pytest.approx(97.5)  # nine groups of 100 and one of 75
@@ -72,11 +72,11 @@ def test_the_mean_needs_all_ten_groups(suite):
     assert all(row.kind != "mean" for row in rows.values())
 
 
-def test_printed_figures_stand_beside_whole_rows_only(suite):
+def test_paper_figures_are_only_compared_with_complete_rows(suite):
     _, rows = rows_of(suite)
-    found = {row.kind: row for row in rows.values()}
-    assert paper_value(found["mean"], "miou", "ConceptSeg-R1-7B", SETTINGS) == (82.8, 1)
-    assert paper_value(found["mean"], "mae", "ConceptSeg-R1-7B", SETTINGS) is None
+    mean = next(row for row in rows.values() if row.kind == "mean")
+    assert paper_value(mean, "miou", "ConceptSeg-R1-7B", SETTINGS) == (82.8, 1)
+    assert paper_value(mean, "mae", "ConceptSeg-R1-7B", SETTINGS) is None
     level = rows["level", "CD", "", "Shadow_detection"]
     assert paper_value(level, "f_w", "ConceptSeg-R1-3B", SETTINGS) == (76.55, 8)
     lesion = rows["group", "CD", "medical lesion", "Polyp"]
@@ -90,7 +90,7 @@ def test_printed_figures_stand_beside_whole_rows_only(suite):
     assert paper_value(polyp, "miou", "ConceptSeg-R1-3B", SETTINGS) == (74.31, 8)
 
 
-def test_markdown_side_by_side(suite):
+def test_markdown_shows_the_paper_figures(suite):
     report, _ = rows_of(suite)
     text = report.to_markdown()
     head = cells(text, "| F_w / mIoU")
@@ -98,7 +98,7 @@ def test_markdown_side_by_side(suite):
     assert cells(text, "| ConceptSeg-R1-7B (Table 1)")[-1] == "74.9 / 82.8"
     assert cells(text, "| SAM 3 (Table 1)")[-1] == "- / -"
     assert len(cells(text, "| this run")) == 12
-    assert "This run has not as many samples as the paper: coco2014_Living 1 of 1700" in text
+    assert "not have the same number of samples as the paper: coco2014_Living 1 of 1700" in text
     assert cells(text, "| iNaturalist ultra rare")[1:] == [
         "1",
         "100.0",
@@ -111,12 +111,12 @@ def test_markdown_side_by_side(suite):
     assert "3B, adaptive (Table 10): to SAM 3 (%)" in text
 
 
-def test_a_partial_group_says_so_and_other_settings_are_told(suite):
+def test_markdown_reports_partial_groups_and_the_router(suite):
     records = [record for record in suite if record["dataset"] == "Polyp"]
     report, _ = rows_of(records, router="sam_only")
     text = report.to_markdown()
-    assert "medical lesion (1 of 3 data sets)" in text
-    assert "this run of sam_only" in text
+    assert "medical lesion (1 of 3 datasets)" in text
+    assert "this run uses sam_only" in text
     assert "3B, sam_only (Table 10)" in text and "17.46" in text
 
 
@@ -134,25 +134,25 @@ def test_a_partial_group_says_so_and_other_settings_are_told(suite):
         ),
     ],
 )
-def test_printed_figures_stand_beside_runs_that_were_made_as_they_were(suite, protocol, profile, made):
-    """The paper's figures come from the released code: beside a run that differs in one setting they would mislead."""
+def test_paper_figures_are_omitted_for_runs_with_other_settings(suite, protocol, profile, made):
+    """The paper's figures come from the released code and would be misleading for a run with any other setting."""
     report, rows = rows_of(suite, protocol=protocol, profile=profile)
     mean = next(row for row in rows.values() if row.kind == "mean")
     assert paper_value(mean, "miou", "ConceptSeg-R1-7B", report.settings) is None
     text = report.to_markdown()
-    assert f"this run under {made}: they do not compare, and are left out" in text
+    assert f"this run under {made}; they are not comparable" in text
     assert "(Table" not in text and "82.8" not in text
     assert not any(line["paper table"] for line in csv.DictReader(io.StringIO(report.to_csv())))
     assert not any(row["paper"] for row in report.to_dict()["paper_layout"])
 
 
-def test_the_prompts_words_are_told_where_they_are_not_the_released_ones(suite):
+def test_markdown_reports_the_wording_of_the_prompt(suite):
     report, _ = rows_of(suite, prompt_words="paper")
-    assert "the released structure and the paper's words; --prompt-template gives" in report.to_markdown()
-    assert "the paper's words" not in rows_of(suite)[0].to_markdown()
+    assert "the released structure and the paper's wording; use --prompt-template" in report.to_markdown()
+    assert "the paper's wording" not in rows_of(suite)[0].to_markdown()
 
 
-def test_without_printed_figures_the_layout_stands_alone(record_like):
+def test_layout_for_datasets_without_paper_figures(record_like):
     report, _ = rows_of([record_like(1.0), record_like(0.5)])
     text = report.to_markdown()
     assert "The paper prints no figures for mine" in text
@@ -160,16 +160,16 @@ def test_without_printed_figures_the_layout_stands_alone(record_like):
     assert cells(text, "| this run")[1].endswith("/ " + f"{report.rows[0].values['miou']:.1f}")
 
 
-def test_reasonseg_and_cityscapes_have_their_tables(record_like):
+def test_reasonseg_and_cityscapes_have_separate_tables(record_like):
     records = [of_source(record_like, name, 1.0) for name in ("reasonseg-hf", "reasonseg")]
     records += [
-        of_source(record_like, "cityscapes", found) | {"prompt": name}
-        for name, found in (("road", 1.0), ("bus", 0.5))
+        of_source(record_like, "cityscapes", iou) | {"prompt": name}
+        for name, iou in (("road", 1.0), ("bus", 0.5))
     ]
     report, rows = rows_of(records)
-    hub, owners = (rows["data set", "CR", "reasoning", name] for name in ("reasonseg-hf", "reasonseg"))
-    assert paper_value(hub, "ciou", "ConceptSeg-R1-7B", SETTINGS) == (59.3, 3)  # Table 3 is of the hub's copy
-    assert paper_value(owners, "ciou", "ConceptSeg-R1-7B", SETTINGS) is None
+    hub, original = (rows["data set", "CR", "reasoning", name] for name in ("reasonseg-hf", "reasonseg"))
+    assert paper_value(hub, "ciou", "ConceptSeg-R1-7B", SETTINGS) == (59.3, 3)  # Table 3 uses the hub's copy
+    assert paper_value(original, "ciou", "ConceptSeg-R1-7B", SETTINGS) is None
     text = report.to_markdown()
     assert "ConceptSeg-R1-7B (Table 3)" in text
     assert cells(text, "| IoU ") == ["IoU", "road", "bus", "mean"]
@@ -182,7 +182,7 @@ def test_reasonseg_and_cityscapes_have_their_tables(record_like):
     assert "| this run" in text and "75.0" in text
 
 
-def test_every_number_says_how_it_was_made(suite, tmp_path):
+def test_every_number_has_its_provenance(suite, tmp_path):
     report, _ = rows_of(suite)
     lines = list(csv.DictReader(io.StringIO(report.to_csv())))
     assert len(lines) == len(report.rows) * (len(METRICS) + 1)
@@ -217,7 +217,7 @@ def test_every_number_says_how_it_was_made(suite, tmp_path):
     assert not (tmp_path / "gallery.html").exists()
 
 
-def test_box_only_samples_and_failures_do_not_break_the_tables(record_like):
+def test_tables_support_box_only_samples_and_failures(record_like):
     records = [record_like(1.0, scores=None, foreground_iou=None, error="broken.", route=None)]
     report, _ = rows_of(records)
     assert report.rows[0].values["miou"] is None
@@ -226,7 +226,7 @@ def test_box_only_samples_and_failures_do_not_break_the_tables(record_like):
     assert report.table[-1]["foreground_iou_interval"] is None
 
 
-def test_routing_regret_has_columns_where_it_was_asked_for(record_like):
+def test_routing_regret_has_columns_only_if_recorded(record_like):
     report, _ = rows_of([record_like(1.0, routing_regret=0.0), record_like(0.5, routing_regret=0.5)])
     assert report.table[-1]["routing_regret"] == 0.25
     assert report.table[-1]["regretted"] == 0.5
@@ -235,7 +235,7 @@ def test_routing_regret_has_columns_where_it_was_asked_for(record_like):
     assert "regret" not in report.sample_tables()
 
 
-def test_the_eight_outcomes_are_laid_out(record_like):
+def test_markdown_shows_the_outcomes_of_judgements(record_like):
     records = [record_like(1.0, judgement={"think": True, "rule": False}), record_like(1.0)]
     report, _ = rows_of(records, judgements="exact-rule", prediction_threshold=0.5)
     text = report.to_markdown()

@@ -1,4 +1,4 @@
-"""Masks as text: the round trip, and that it is COCO's encoding."""
+"""Tests of run-length encoded masks: the round trip, and compatibility with COCO's encoding."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def test_long_runs_and_borders():
         assert (decode_mask(encode_mask(np.full((90, 70), value))) == value).all()
 
 
-def test_it_is_cocos_text():
-    # Column by column the runs are 5 2 2 2 2 2 5; from the fourth on, each less the one two before it.
+def test_encoding_equals_coco():
+    # The runs in column-major order are 5 2 2 2 2 2 5; from the fourth on, the run two places before is subtracted.
     mask = np.zeros((4, 5), dtype=bool)
     mask[1:3, 1:4] = True
     assert encode_mask(mask) == {"size": [4, 5], "counts": "5220003"}
 
 
-def test_pycocotools_reads_it():
+def test_pycocotools_decodes_and_encodes_the_same():
     coco = pytest.importorskip("pycocotools.mask")
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -44,7 +44,7 @@ def test_pycocotools_reads_it():
         assert coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode() == encoded["counts"]
 
 
-def test_damaged_text_is_told():
+def test_damaged_encoding_raises():
     encoded = encode_mask(np.eye(8, dtype=bool))
     with pytest.raises(ValueError, match="8 x 8"):
         decode_mask(encoded | {"counts": encoded["counts"][:-2]})

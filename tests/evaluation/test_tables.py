@@ -1,4 +1,4 @@
-"""Tables as text, and the line that says how numbers were made."""
+"""Tests of formatted tables and of the provenance line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from conceptseg_hf.evaluation.reporting.tables import (
 )
 
 
-def test_cells_cannot_break_a_table():
+def test_special_characters_in_cells_are_escaped():
     lines = markdown_table(["a", "b"], [["x|y", "1\n2"], ["", "long cell"]])
     assert lines == [
         "| a    | b         |",
@@ -28,7 +28,7 @@ def test_cells_cannot_break_a_table():
     ]
 
 
-def test_csv_quotes_and_leaves_none_empty():
+def test_csv_quotes_strings_and_writes_none_as_empty_cells():
     text = csv_text([{"a": 'say "x", y', "b": None}, {"a": "é", "b": 1.5}])
     assert list(csv.DictReader(io.StringIO(text))) == [{"a": 'say "x", y', "b": ""}, {"a": "é", "b": "1.5"}]
     assert csv_text([]) == "\n"
@@ -50,11 +50,11 @@ def test_intervals():
         (None, "in memory"),
     ],
 )
-def test_a_checkpoint_is_named_without_its_place(model, name):
+def test_checkpoint_name_omits_the_parent_folders(model, name):
     assert checkpoint_name({"model": model}) == name
 
 
-def test_the_line_leaves_out_what_is_as_usual():
+def test_provenance_line_omits_default_values():
     settings = {
         "benchmark": "DUTS",
         "split": "test",

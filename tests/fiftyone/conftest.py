@@ -1,6 +1,6 @@
-"""A real MongoDB, a real headless Chromium, real App servers, started only when a test asks for them.
+"""Fixtures that start MongoDB, headless Chromium and App servers when a test requests them.
 
-FiftyOne reads its settings when it is imported: test modules import it inside fixtures and tests, after `folder`.
+FiftyOne reads its settings on import, so test modules import it inside of fixtures and tests, after `folder`.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ def _installed(name: str) -> bool:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """Where FiftyOne keeps everything; its settings are made here."""
+    """Return the folder for all files of FiftyOne, after setting FiftyOne's environment variables."""
     if not _installed("fiftyone"):
         pytest.skip("FiftyOne is not installed: pip install -e '.[fiftyone]'")
     if find_mongod() is None:
         pytest.skip(
-            "there is no MongoDB: see conceptseg_hf/integrations/fiftyone_app/mongodb.py for where it is looked for"
+            "mongod was not found: see conceptseg_hf/integrations/fiftyone_app/mongodb.py for the searched locations"
         )
     folder = tmp_path_factory.mktemp("fiftyone")
     (folder / "plugins").mkdir()
     (folder / "plugins" / "conceptseg").symlink_to(ROOT / "fiftyone_plugin", target_is_directory=True)
-    official = os.environ.get("CONCEPTSEG_ZOO_PLUGIN")  # test_model_zoo.py says how to get it
-    if official is not None:
-        (folder / "plugins" / "zoo").symlink_to(Path(official).absolute(), target_is_directory=True)
+    zoo_plugin = os.environ.get("CONCEPTSEG_ZOO_PLUGIN")  # see test_model_zoo.py
+    if zoo_plugin is not None:
+        (folder / "plugins" / "zoo").symlink_to(Path(zoo_plugin).absolute(), target_is_directory=True)
     os.environ |= {
         "FIFTYONE_DATABASE_NAME": "conceptseg_tests",
         "FIFTYONE_DATABASE_VALIDATION": "false",
@@ -63,7 +63,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def fo(folder) -> Any:
-    """The module fiftyone."""
+    """Return the module `fiftyone`."""
     import fiftyone
 
     return fiftyone
@@ -71,7 +71,7 @@ def fo(folder) -> Any:
 
 @pytest.fixture()
 def make_dataset(fo, request) -> Iterator[Callable[..., Any]]:
-    """Makes a ConceptShapes dataset of the test's own."""
+    """Return a function that creates ConceptShapes datasets for the test."""
     from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
 
     names = []
@@ -87,9 +87,9 @@ def make_dataset(fo, request) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="session")
 def run_operator(fo) -> Callable[..., Any]:
-    """Runs an operator of the plugin as Python users do.
+    """Return a function that runs an operator of the plugin like a Python user.
 
-    In a thread of its own: where Playwright's event loop runs, FiftyOne would return a task that nobody awaits.
+    It uses a separate thread, because FiftyOne would return an unawaited task while Playwright's event loop is running.
     """
     import fiftyone.operators as foo
 
@@ -103,7 +103,7 @@ def run_operator(fo) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def run_queued(fo) -> Callable[[Any], None]:
-    """Runs what is scheduled for a dataset, as a worker does; in a thread, for the same reason."""
+    """Return a function that runs the scheduled operations of a dataset like a worker, in a separate thread, too."""
     from fiftyone.operators.delegated import DelegatedOperationService
 
     def run(dataset: Any) -> None:
@@ -116,42 +116,42 @@ def run_queued(fo) -> Callable[[Any], None]:
 
 @pytest.fixture()
 def server(fo, folder) -> Iterator[str]:
-    """Address of an App server of the test's own: it remembers the dataset that was last looked at."""
+    """Start an App server for the test, as a server remembers the last dataset, and return its address."""
     port = free_port()
     with mock.patch.dict(os.environ, audited(os.environ, folder / "hosts")):
         process = start_server(port, folder / "server.log")
     yield f"http://127.0.0.1:{port}"
-    process.kill()  # at once: it would wait for connections of the page
+    process.kill()  # `terminate` would wait for connections of the page
     process.wait()
 
 
 @pytest.fixture()
 def hosts_reached(server, folder) -> Callable[[], set[str]]:
-    """Says which hosts the server's Python has asked for since it was started."""
+    """Return a function that returns the hosts that the server's Python process has contacted."""
     return lambda: hosts_in(folder / "hosts")
 
 
 def find_chromium() -> str | None:
-    """A Chromium to drive: named by CONCEPTSEG_CHROMIUM or on the PATH."""
+    """Return the path of Chromium from CONCEPTSEG_CHROMIUM or PATH, or None."""
     names = (os.environ.get("CONCEPTSEG_CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
     return next((path for path in map(shutil.which, filter(None, names)) if path), None)
 
 
 def launch_chromium(playwright: Any) -> Any:
-    """Starts it, or Playwright's own."""
+    """Launch Chromium, by default the one installed by Playwright."""
     from playwright.sync_api import Error
 
     try:
         return playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
     except Error as error:
         pytest.skip(
-            f"there is no Chromium that runs; name one in CONCEPTSEG_CHROMIUM: {error.message.splitlines()[0]}"
+            f"Chromium does not start; set CONCEPTSEG_CHROMIUM to its path: {error.message.splitlines()[0]}"
         )
 
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
-    """A headless browser."""
+    """Return a headless browser."""
     if not _installed("playwright"):
         pytest.skip("Playwright is not installed: pip install playwright")
     from playwright.sync_api import sync_playwright
@@ -164,13 +164,13 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture()
 def outside() -> list[str]:
-    """The addresses outside loopback that the page of a test asked for."""
+    """Return the list of URLs outside of the loopback interface that the test's page requested."""
     return []
 
 
 @pytest.fixture()
 def page(chromium, outside, folder, request) -> Iterator[Any]:
-    """A fresh page that reaches loopback only."""
+    """Return a new page that can only access the loopback interface."""
     context = chromium.new_context(viewport={"width": 1440, "height": 900})
     context.set_default_timeout(600_000)
 
@@ -188,5 +188,5 @@ def page(chromium, outside, folder, request) -> Iterator[Any]:
     yield page
     if request.session.testsfailed > failed:
         page.screenshot(path=folder / f"{request.node.name}.png")
-        warnings.warn(f"the page as it was: {folder / request.node.name}.png", stacklevel=1)
+        warnings.warn(f"screenshot of the page: {folder / request.node.name}.png", stacklevel=1)
     context.close()

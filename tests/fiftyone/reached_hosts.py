@@ -1,4 +1,4 @@
-"""Which hosts a Python process and its Python children ask for: `audit/sitecustomize.py` writes each down."""
+"""Record the hosts that a Python process and its Python children contact, with `audit/sitecustomize.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def audited(environment: Mapping[str, str], file: Path) -> dict[str, str]:
-    """An environment in which Python notes the hosts in a file."""
+    """Return environment variables that make Python write the contacted hosts to a file."""
     paths = [str(Path(__file__).parent / "audit"), environment.get("PYTHONPATH", "")]
     return {
         **environment,
@@ -18,5 +18,5 @@ def audited(environment: Mapping[str, str], file: Path) -> dict[str, str]:
 
 
 def hosts_in(file: Path) -> set[str]:
-    """The hosts noted so far."""
+    """Return the hosts recorded so far."""
     return set(file.read_text(encoding="utf-8").splitlines())

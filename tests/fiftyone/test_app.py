@@ -1,4 +1,4 @@
-"""A curator's way through the App, in a real browser."""
+"""End-to-end tests of the plugin in FiftyOne's App, in a browser."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def app(page, server):
     return App(page, server)
 
 
-def test_a_curators_walk(app, fo, outside, hosts_reached, request):
+def test_load_segment_evaluate_and_explore_in_the_app(app, fo, outside, hosts_reached, request):
     from app_driver import eventually
     from playwright.sync_api import expect
 
@@ -28,13 +28,13 @@ def test_a_curators_walk(app, fo, outside, hosts_reached, request):
     page = app.page
     request.addfinalizer(lambda: fo.dataset_exists(DATASET) and fo.delete_dataset(DATASET))
 
-    # From an empty database: load ConceptShapes.
+    # Load ConceptShapes into an empty database.
     app.open()
     page.get_by_text("browse operations").click()
     form = app.open_form("ConceptSeg: load a benchmark", "Split", browse=False)
     form.locator("input").last.fill(DATASET)
     expect(form.locator("input").last).to_have_value(DATASET)
-    page.wait_for_timeout(1500)  # the form resolves what was typed
+    page.wait_for_timeout(1500)  # wait until the form has processed the input
     app.shot("1-load")
     app.execute(form)
     page.wait_for_url(re.compile(f"/datasets/{DATASET}"))
@@ -44,15 +44,17 @@ def test_a_curators_walk(app, fo, outside, hosts_reached, request):
     targets = dataset.load_saved_view("targets")
     assert len(targets) == 60
 
-    # Three references of one task lie before their target.
+    # The three references of a task precede their target.
     for index in range(3):
         app.select(index)
     expect(page.get_by_text("3", exact=True).first).to_be_visible()
     app.shot("2-references")
 
-    # Segment from the form; it says what is missing before it can be sent.
+    # Segment with the form, which first shows that the prompt is missing.
     form = app.open_form("ConceptSeg: segment a concept", "Checkpoint")
-    expect(form.get_by_text("There is no prompt; give words, or the field that holds them.")).to_be_visible()
+    expect(
+        form.get_by_text("Prompt is empty; enter a prompt, or choose the field that contains the prompts.")
+    ).to_be_visible()
     assert form.get_by_text("The selected samples (3)").count() == 1
     form.locator("input[type=string]").first.fill("the same object")
     expect(form.get_by_text("60 samples will be segmented")).to_be_visible()
@@ -66,7 +68,7 @@ def test_a_curators_walk(app, fo, outside, hosts_reached, request):
     assert references.count("concept") == 0 and set(references.values("role")) == {"reference"}
     assert set(dataset.distinct("concept.prompt")) == {"the same object"}
 
-    # The same, each sample with its own prompt and references.
+    # Segment again, with a prompt and references per sample.
     form = app.open_form("ConceptSeg: segment a concept", "Checkpoint")
     form.get_by_text("Prompts in a field").click()
     expect(form.get_by_text("Prompt field", exact=True)).to_be_visible()
@@ -79,7 +81,7 @@ def test_a_curators_walk(app, fo, outside, hosts_reached, request):
     routes = dataset.count_values("concept.route")
     assert routes["shortcut"] > 5 and routes["reasoning"] > 20
 
-    # The mask, and its rule in the tooltip.
+    # The tooltip of the mask shows the rule.
     reasoned = dataset.match({"concept.rule": {"$ne": None}}).first()
     page.goto(f"{app.address}/datasets/{DATASET}?view=targets&id={reasoned.id}")
     page.locator("[data-cy=modal-looker-container]").wait_for()
@@ -90,7 +92,7 @@ def test_a_curators_walk(app, fo, outside, hosts_reached, request):
     app.shot("4-tooltip")
     page.keyboard.press("Escape")
 
-    # Evaluate; the numbers are those of the package.
+    # Evaluate.
     form = app.open_form("ConceptSeg: evaluate masks", "Protocol")
     app.execute(form)
     expect(page.get_by_text("foreground IoU:").first).to_be_visible()
@@ -101,7 +103,7 @@ def test_a_curators_walk(app, fo, outside, hosts_reached, request):
     metrics = {metric["key"]: metric["value"] for metric in results.custom_metrics.values()}
     assert metrics["giou"] > 50
 
-    # Its numbers in the explorer; a rule leads to its samples.
+    # The explorer shows the metrics, and the samples of a rule.
     app.open_panel("Concept explorer")
     expect(page.get_by_text("Rules and the samples they produced")).to_be_visible()
     expect(page.get_by_text(re.compile(r"foreground IoU: CI \d"))).to_be_visible()
@@ -125,26 +127,26 @@ def test_a_curators_walk(app, fo, outside, hosts_reached, request):
     row.click()
     eventually(page, lambda: page.get_by_text(f"{count} samples", exact=True).count() == 1)
 
-    # A mask that was made since is no part of the run.
+    # The explorer reports a mask that was replaced after the evaluation.
     list(segment_collection(dataset.select(reasoned.id), SegmentationJob(prompt="star", router="sam_only")))
-    page.get_by_role("button", name="Read again").click()
-    expect(page.get_by_text("Masks made since: 1; evaluate again.")).to_be_visible()
+    page.get_by_role("button", name="Refresh").click()
+    expect(page.get_by_text("Masks replaced after the evaluation: 1; evaluate again.")).to_be_visible()
 
-    # The run is in FiftyOne's own panel, too.
+    # FiftyOne's Model Evaluation panel shows the run, too.
     app.open_panel("Model Evaluation")
     card = page.get_by_role("button", name=re.compile("Evaluation type: Segmentation concepts"))
     app.click_until(card.get_by_text("concepts", exact=True), page.get_by_text("gIoU (mean").first)
     for name in ("gIoU (mean foreground IoU) (%)", "mIoU (%)", "MAE (%)"):
         expect(page.get_by_text(name).first).to_be_visible()
     row = page.locator("tr", has=page.get_by_text("mIoU (%)", exact=True)).first
-    expect(row).to_contain_text(str(metrics["miou"])[:4])  # FiftyOne rounds elsewhere
+    expect(row).to_contain_text(str(metrics["miou"])[:4])  # FiftyOne rounds differently
     app.shot("9-model-evaluation")
 
     assert outside == [] and hosts_reached() == {"127.0.0.1"}
 
 
-def test_a_run_is_scheduled(app, make_dataset, run_queued):
-    """Scheduled in the form, done by a worker; then what to look at first."""
+def test_scheduled_run_and_uncertain_samples(app, make_dataset, run_queued):
+    """Schedule a run in the form, execute it with a worker, and find uncertain samples."""
     from app_driver import eventually
     from fiftyone.operators.delegated import DelegatedOperationService
     from playwright.sync_api import expect
@@ -154,7 +156,7 @@ def test_a_run_is_scheduled(app, make_dataset, run_queued):
     form = app.open_form("ConceptSeg: segment a concept", "Checkpoint")
     form.get_by_text("Prompts in a field").click()
     expect(form.get_by_text("Prompt field", exact=True)).to_be_visible()
-    app.choose(form, "None: the words alone", "Each sample's own (field reference_ids)")
+    app.choose(form, "None (prompt only)", "Each sample's own (field reference_ids)")
     expect(form.get_by_text("12 samples will be segmented")).to_be_visible()
     app.shot("10-schedule")
     app.schedule(form)
@@ -174,7 +176,7 @@ def test_a_run_is_scheduled(app, make_dataset, run_queued):
     expect(form.get_by_text("Routes disagree below IoU")).to_be_visible()
     app.shot("12-uncertain")
     app.execute(form)
-    expect(page.get_by_text("Samples to look at")).to_be_visible()
+    expect(page.get_by_text("Samples to review")).to_be_visible()
     app.shot("13-uncertain-found")
     page.get_by_role("button", name="Close").click()
     dataset.reload()
@@ -185,23 +187,23 @@ def test_a_run_is_scheduled(app, make_dataset, run_queued):
     eventually(page, lambda: page.get_by_text(f"{shown} samples", exact=True).count() == 1)
 
 
-def test_a_run_is_cancelled_and_a_failure_stays_on_the_page(app, fo, make_dataset, request):
+def test_cancelled_run_can_be_resumed_and_failure_remains_visible(app, fo, make_dataset, request):
     from app_driver import eventually
     from playwright.sync_api import expect
 
     dataset, page = make_dataset(60), app.page
 
-    def ask():
+    def open_form():
         form = app.open_form("ConceptSeg: segment a concept", "Checkpoint")
         form.locator("input[type=string]").first.fill("the same object")
         app.choose(form, "Adaptive", "Always reason")
         return form
 
     app.open(dataset.name)
-    form = ask()
+    form = open_form()
     expect(form.get_by_text("60 samples will be segmented")).to_be_visible()
     form.locator("input[type=number]").last.fill("1")
-    page.wait_for_timeout(1500)  # the form resolves what was typed
+    page.wait_for_timeout(1500)  # wait until the form has processed the input
     app.execute(form)
     expect(page.get_by_text(re.compile(r"[1-9]\d* of 60 segmented, about .* left"))).to_be_visible()
     app.shot("14-progress")
@@ -213,14 +215,14 @@ def test_a_run_is_cancelled_and_a_failure_stays_on_the_page(app, fo, make_datase
     done = dataset.count("concept")
     assert 0 < done < 60
 
-    # Its form offers to go on.
-    form = ask()
+    # The form offers to resume the run.
+    form = open_form()
     expect(form.get_by_text(f"{60 - done} samples will be segmented")).to_be_visible()
-    expect(form.get_by_text("Go on with the interrupted run")).to_be_visible()
+    expect(form.get_by_text("Resume the interrupted run")).to_be_visible()
     app.shot("16-resume")
     form.get_by_role("button", name="Cancel").click()
 
-    # What failed says so until it is read, and not only in a message that goes.
+    # The dialog keeps showing a failure after the notification has disappeared.
     other = fo.Dataset("someones_samples")
     request.addfinalizer(other.delete)
     other.add_sample(fo.Sample(filepath="nothing.png"))
@@ -230,10 +232,10 @@ def test_a_run_is_cancelled_and_a_failure_stays_on_the_page(app, fo, make_datase
     app.execute(form)
     failed = page.locator("[data-cy=operators-prompt-view-modal]")
     expect(failed).to_contain_text(
-        "Failed: dataset 'someones_samples' is there already and holds other samples"
+        "Failed: dataset 'someones_samples' already exists and holds other samples"
     )
     message = page.get_by_text("Failed: dataset 'someones_samples'")
-    eventually(page, lambda: message.count() == 1)  # the message has gone
+    eventually(page, lambda: message.count() == 1)  # the notification has disappeared
     expect(failed).to_contain_text("Failed: ")
     assert failed.get_by_text("of 60 samples").count() == 0
     app.shot("17-failed")

@@ -1,4 +1,4 @@
-"""Benchmarks as flat datasets."""
+"""Tests of importing benchmarks as flat datasets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from conceptseg_hf.data import load_benchmark
 from conceptseg_hf.images import load_image, load_mask
 
 
-def test_concept_shapes(fo, make_dataset):
+def test_concept_shapes_samples_match_the_benchmark(fo, make_dataset):
     dataset = make_dataset(12)
     samples = load_benchmark("concept-shapes", limit=12)
     targets = list(dataset.load_saved_view("targets"))
@@ -49,17 +49,17 @@ def test_loading_again_adds_what_is_missing(fo, make_dataset):
     from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
 
     dataset = make_dataset(4)
-    before, seen = dataset.values("id"), []
-    load_concept_benchmark(limit=6, dataset_name=dataset.name, progress=lambda *step: seen.append(step))
+    before, reports = dataset.values("id"), []
+    load_concept_benchmark(limit=6, dataset_name=dataset.name, progress=lambda *step: reports.append(step))
     dataset.reload()
     assert dataset.values("id")[: len(before)] == before
     assert len(dataset.load_saved_view("targets")) == 6
-    assert seen == [(0, 6), (6, 6)]
+    assert reports == [(0, 6), (6, 6)]
 
 
 @pytest.fixture()
 def plain(tmp_path) -> Path:
-    """A benchmark of files: two targets that share a reference with a mask, and one whose mask is damaged."""
+    """Benchmark in files: two targets that share a reference with a mask, and a target with a damaged mask."""
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
     rng = np.random.default_rng(0)
@@ -80,13 +80,13 @@ def plain(tmp_path) -> Path:
     return tmp_path
 
 
-def test_files_stay_where_they_are(fo, plain):
+def test_image_files_are_referenced_in_place_and_shared_references_stored_once(fo, plain):
     from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
 
     dataset = load_concept_benchmark("plain", root=plain, dataset_name="plain-files")
     try:
         first, second, third = dataset.load_saved_view("targets")
-        [reference] = dataset.load_saved_view("references")  # once, though both use it
+        [reference] = dataset.load_saved_view("references")  # stored once, although both targets use it
         assert first.filepath == str(plain / "images" / "a.jpg")
         assert first["reference_ids"] == second["reference_ids"] == [reference.id]
         assert reference.filepath == str(plain / "images" / "r.jpg")
@@ -98,7 +98,7 @@ def test_files_stay_where_they_are(fo, plain):
         fo.delete_dataset("plain-files")
 
 
-def test_targets_share_a_reference_only_with_its_mark(fo, plain, monkeypatch):
+def test_targets_share_a_reference_only_if_its_mark_is_equal(fo, plain, monkeypatch):
     from conceptseg_hf.integrations.fiftyone import benchmarks, load_concept_benchmark
 
     def save_mask(name, columns):
@@ -121,7 +121,7 @@ def test_targets_share_a_reference_only_with_its_mark(fo, plain, monkeypatch):
     monkeypatch.setattr(benchmarks, "load_image", lambda image: read.append(image) or load_image(image))
     try:
         load_concept_benchmark("plain", root=plain, dataset_name="plain-marks", limit=5)
-        assert len(read) == 3 + 1  # each mask's file and box once
+        assert len(read) == 3 + 1  # each mask file and box is read once
         monkeypatch.chdir(plain.parent)
         dataset = load_concept_benchmark("plain", root=plain.name, dataset_name="plain-marks")
         [ids] = zip(*dataset.load_saved_view("targets").values("reference_ids"))
@@ -136,7 +136,7 @@ def test_targets_share_a_reference_only_with_its_mark(fo, plain, monkeypatch):
         fo.delete_dataset("plain-marks")
 
 
-def test_a_dataset_holds_a_benchmark_from_one_folder(fo, plain, tmp_path_factory):
+def test_a_dataset_rejects_the_same_benchmark_from_another_folder(fo, plain, tmp_path_factory):
     from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
 
     other = tmp_path_factory.mktemp("other") / "project"
@@ -146,33 +146,33 @@ def test_a_dataset_holds_a_benchmark_from_one_folder(fo, plain, tmp_path_factory
         ids = dataset.values("id")
         with pytest.raises(ValueError) as refused:
             load_concept_benchmark("plain", root=other, dataset_name="plain-roots")
-        assert all(word in str(refused.value) for word in (str(plain), str(other), "another dataset_name"))
+        assert all(part in str(refused.value) for part in (str(plain), str(other), "another dataset_name"))
         load_concept_benchmark("plain", root=str(plain / "images" / ".."), dataset_name="plain-roots")
-        assert dataset.values("id")[:-1] == ids[:-1]  # the last has a load_error and was tried again
+        assert dataset.values("id")[:-1] == ids[:-1]  # the last one has a load_error and was retried
         load_concept_benchmark(limit=1, dataset_name="plain-roots")  # another benchmark
         assert set(dataset.distinct("benchmark")) == {"plain", "concept-shapes"}
     finally:
         fo.delete_dataset("plain-roots")
 
 
-def test_a_field_named_benchmark_makes_no_dataset_ours(fo):
+def test_a_user_dataset_with_a_benchmark_field_is_rejected(fo):
     from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
 
     other = fo.Dataset("someones")
     try:
-        load_concept_benchmark(limit=1, dataset_name="someones")  # one without samples is
+        load_concept_benchmark(limit=1, dataset_name="someones")  # a dataset without samples is accepted
         other.clear()
         other.info = {}
         other.save()
         other.add_sample(fo.Sample(filepath="nothing.png", benchmark="mine"))
-        with pytest.raises(ValueError, match="'someones' is there already and holds other samples"):
+        with pytest.raises(ValueError, match="'someones' already exists and holds other samples"):
             load_concept_benchmark(limit=1, dataset_name="someones")
         assert len(other) == 1
     finally:
         fo.delete_dataset("someones")
 
 
-def test_edited_views_stay_and_new_levels_get_theirs(fo, plain):
+def test_edited_views_are_kept_and_new_levels_get_a_view(fo, plain):
     from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
 
     def load():
@@ -182,7 +182,7 @@ def test_edited_views_stay_and_new_levels_get_theirs(fo, plain):
         dataset = load()
         dataset.save_view("targets", dataset.limit(1), overwrite=True)
         dataset.delete_saved_view("episodes")
-        dataset.save_view("Episodes", dataset.limit(2))  # the same name to FiftyOne
+        dataset.save_view("Episodes", dataset.limit(2))  # FiftyOne treats both names as equal
         rows = [json.loads(line) for line in (plain / "samples.jsonl").read_text().splitlines()]
         rows.append(rows[0] | {"id": "new", "level": "late"})
         (plain / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -194,19 +194,19 @@ def test_edited_views_stay_and_new_levels_get_theirs(fo, plain):
         fo.delete_dataset("plain-views")
 
 
-def test_what_cannot_be_read_is_shown_and_tried_again(fo, plain):
+def test_unreadable_samples_have_load_error_and_are_retried(fo, plain):
     from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
 
-    picture, mask = plain / "images" / "b.jpg", plain / "masks" / "c.png"
-    picture.rename(plain / "kept.jpg")
+    image, mask = plain / "images" / "b.jpg", plain / "masks" / "c.png"
+    image.rename(plain / "kept.jpg")
     try:
         with pytest.warns(UserWarning, match="1 of 3 samples lack files"):
             dataset = load_concept_benchmark("plain", root=plain, dataset_name="plain-broken")
         errors = dict(zip(*dataset.exists("load_error").values(["filepath", "load_error"])))
-        assert errors.keys() == {str(picture), str(plain / "images" / "c.jpg")}
-        assert str(picture) in errors[str(picture)]
+        assert errors.keys() == {str(image), str(plain / "images" / "c.jpg")}
+        assert str(image) in errors[str(image)]
 
-        (plain / "kept.jpg").rename(picture)
+        (plain / "kept.jpg").rename(image)
         load_concept_benchmark("plain", root=plain, dataset_name="plain-broken")
         assert dataset.exists("load_error").values("filepath") == [str(plain / "images" / "c.jpg")]
         Image.fromarray(np.zeros((40, 60), dtype=np.uint8)).save(mask)
@@ -217,7 +217,7 @@ def test_what_cannot_be_read_is_shown_and_tried_again(fo, plain):
         fo.delete_dataset("plain-broken")
 
 
-def test_an_unknown_benchmark_is_named(fo):
+def test_unknown_benchmark_raises(fo):
     from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
 
     with pytest.raises(ValueError, match="no benchmark is named 'nothing'"):
@@ -226,7 +226,7 @@ def test_an_unknown_benchmark_is_named(fo):
 
 
 @pytest.mark.parametrize(("params", "limit"), [({}, 60), ({"limit": None}, None), ({"limit": 3}, 3)])
-def test_the_operator_loads_as_many_as_its_form_says(fo, run_operator, monkeypatch, params, limit):
+def test_the_operator_has_the_default_limit_of_its_form(fo, run_operator, monkeypatch, params, limit):
     from conceptseg_hf.integrations.fiftyone import benchmarks
 
     limits = []
@@ -235,7 +235,7 @@ def test_the_operator_loads_as_many_as_its_form_says(fo, run_operator, monkeypat
     assert limits == [limit]
 
 
-def test_a_target_goes_on_without_a_damaged_reference(fo, plain):
+def test_a_target_is_loaded_without_its_damaged_reference(fo, plain):
     from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
 
     (plain / "images" / "broken.jpg").write_bytes(b"no picture")
@@ -255,8 +255,8 @@ def test_a_target_goes_on_without_a_damaged_reference(fo, plain):
         fo.delete_dataset("plain-reference")
 
 
-def test_a_mask_without_its_photo_stops_no_load(fo, plain):
-    """FiftyOne takes a file without a known ending for no image, and refuses it beside images."""
+def test_a_mask_without_its_image_does_not_stop_the_load(fo, plain):
+    """FiftyOne does not recognize a file without an image extension and rejects it in an image dataset."""
     from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
 
     (plain / "samples.jsonl").unlink()
@@ -276,7 +276,7 @@ def test_a_mask_without_its_photo_stops_no_load(fo, plain):
         fo.delete_dataset("plain-photo")
 
 
-def test_pictures_that_fiftyone_does_not_know_are_copied(fo, plain):
+def test_images_with_unknown_extensions_are_copied_as_png(fo, plain):
     from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
 
     for name in "ar":
@@ -284,7 +284,7 @@ def test_pictures_that_fiftyone_does_not_know_are_copied(fo, plain):
     rows = (plain / "samples.jsonl").read_text().splitlines()
     (plain / "samples.jsonl").write_text(rows[0].replace(".jpg", ".tga") + "\n" + rows[1])
     try:
-        for _ in range(2):  # a second load finds what the first has copied
+        for _ in range(2):  # the second load finds the copies of the first one
             dataset = load_concept_benchmark("plain", root=plain, dataset_name="plain-tga")
             copied, kept = dataset.load_saved_view("targets")
             assert kept.filepath == str(plain / "images" / "b.jpg")

@@ -1,4 +1,4 @@
-"""The backend "conceptseg": the package's numbers, kept as a run."""
+"""Tests of the evaluation backend "conceptseg" and of `find_uncertain`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture()
 def segmented(make_dataset):
-    """A dataset with predictions; two of its targets have none."""
+    """Return a dataset with predictions for all targets except two."""
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
 
     dataset = make_dataset(12)
@@ -24,19 +24,19 @@ def segmented(make_dataset):
 
 
 def pairs(dataset):
-    """Predictions and truths; no prediction is an empty mask."""
-    found = []
+    """Return (prediction, ground truth) per target; a missing prediction is an empty mask."""
+    masks = []
     for sample in dataset.load_saved_view("targets"):
         ground_truth = load_mask(sample["ground_truth"].mask_path)
         label = sample["concept"]
-        found.append(
+        masks.append(
             (np.zeros_like(ground_truth) if label is None else load_mask(label.mask_path), ground_truth)
         )
-    return found
+    return masks
 
 
 @pytest.mark.parametrize("protocol", ["standard", "paper"])
-def test_numbers_are_the_packages(fo, segmented, protocol):
+def test_metrics_equal_score_masks(fo, segmented, protocol):
     from conceptseg_hf.integrations.fiftyone import evaluate_concepts
 
     names = ("miou", "giou", "ciou", "mae", "ber", "mdice", "f_w", "s_measure")
@@ -66,7 +66,7 @@ def test_numbers_are_the_packages(fo, segmented, protocol):
     assert not [name for name in segmented.get_field_schema() if name.startswith("run_")]
 
 
-def test_the_report_speaks_of_levels_and_groups(segmented):
+def test_report_has_levels_and_groups(segmented):
     from conceptseg_hf.integrations.fiftyone import evaluate_concepts
     from conceptseg_hf.integrations.fiftyone.evaluation import report_of
 
@@ -80,11 +80,11 @@ def test_the_report_speaks_of_levels_and_groups(segmented):
     for level, values in ious.items():
         assert rows[level, "all"]["foreground_iou"] == pytest.approx(np.mean(values))
     assert rows["all", "all"]["samples"] == 12
-    with pytest.raises(ValueError, match="there is no evaluation 'other'"):
+    with pytest.raises(ValueError, match="evaluation 'other' does not exist"):
         report_of(segmented, "other")
 
 
-def test_probabilities_can_be_scored(segmented):
+def test_heatmap_is_used_for_mae(segmented):
     from conceptseg_hf.integrations.fiftyone import evaluate_concepts
 
     hard = evaluate_concepts(segmented, metrics=("mae", "giou"))
@@ -93,7 +93,7 @@ def test_probabilities_can_be_scored(segmented):
     assert soft.custom_metrics["conceptseg_mae"] != hard.custom_metrics["conceptseg_mae"]
 
 
-def test_fiftyones_own_way_in(fo, segmented):
+def test_evaluate_segmentations_with_method_conceptseg(fo, segmented):
     from conceptseg_hf.integrations.fiftyone import register_evaluation_backend
 
     register_evaluation_backend()
@@ -101,7 +101,7 @@ def test_fiftyones_own_way_in(fo, segmented):
     assert results.custom_metrics["conceptseg_giou"]["value"] > 0
 
 
-def test_what_is_missing_is_said(segmented):
+def test_missing_fields_and_masks_raise(segmented):
     from conceptseg_hf.integrations.fiftyone import evaluate_concepts
 
     with pytest.raises(ValueError, match="field 'nothing' is not in the dataset"):
@@ -112,8 +112,8 @@ def test_what_is_missing_is_said(segmented):
         evaluate_concepts(segmented, heatmap_field="concept")
 
 
-def test_objects_are_scored_once_they_are_masks(segmented):
-    """As the message says."""
+def test_detections_can_be_scored_after_conversion_to_segmentations(segmented):
+    """The error message suggests this conversion."""
     import fiftyone.utils.labels as foul
 
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, evaluate_concepts, segment_collection
@@ -126,11 +126,11 @@ def test_objects_are_scored_once_they_are_masks(segmented):
     foul.objects_to_segmentations(targets, "objects", "rendered")
     of_objects, of_masks = evaluate_concepts(targets, "rendered"), evaluate_concepts(targets)
     giou = [results.custom_metrics["conceptseg_giou"]["value"] for results in (of_objects, of_masks)]
-    assert giou[0] == pytest.approx(giou[1], abs=1)  # boxes are rendered on whole pixels
+    assert giou[0] == pytest.approx(giou[1], abs=1)  # boxes are rounded to integer pixels
 
 
-def test_masks_made_since_are_named(segmented):
-    """The report keeps the run's scores, and does not pass a newer label's route for theirs."""
+def test_replaced_masks_are_reported(segmented):
+    """The report contains the scores of the run, without the routes of newer labels."""
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, evaluate_concepts, segment_collection
     from conceptseg_hf.integrations.fiftyone.evaluation import replaced_since, report_of
 
@@ -138,10 +138,10 @@ def test_masks_made_since_are_named(segmented):
     before = report_of(segmented, "run").table
     assert replaced_since(segmented, "run") == []
     ids = segmented.load_saved_view("targets").values("id")
-    made = ids[:3] + ids[-1:]  # the last had no prediction
+    replaced = ids[:3] + ids[-1:]  # the last sample had no prediction
     job = SegmentationJob(prompt_field="prompt", router="full_reasoning")
-    list(segment_collection(segmented.select(made), job))
-    assert replaced_since(segmented, "run") == made
+    list(segment_collection(segmented.select(replaced), job))
+    assert replaced_since(segmented, "run") == replaced
     after = report_of(segmented, "run").table
     assert [row["masks"] for row in after] == [row["masks"] for row in before]
     assert after[-1]["shortcut_share"] == before[-1]["shortcut_share"] == 1
@@ -155,9 +155,9 @@ def test_uncertain_samples_are_tagged(segmented):
     near, failed, wrong = targets[:3]
     near["concept"]["threshold"] = near["concept"]["presence"] + 0.02
     for sample in targets[1:]:
-        sample["concept"]["threshold"] = 2.0  # out of reach of any presence
+        sample["concept"]["threshold"] = 2.0  # above any presence
     failed["concept"]["check_iou"] = 0.1
-    wrong["concept"]["error"] = "an error of the test."
+    wrong["concept"]["error"] = "error of the test."
     for sample in targets:
         sample.save()
     found = find_uncertain(segmented)
@@ -173,10 +173,10 @@ def test_uncertain_samples_are_tagged(segmented):
         find_uncertain(segmented, field="ground_truth")
 
 
-def test_a_run_that_fails_replaces_none(segmented):
+def test_a_failing_run_does_not_replace_the_stored_run(segmented):
     from conceptseg_hf.integrations.fiftyone import evaluate_concepts
 
-    kept = evaluate_concepts(segmented, eval_key="run").custom_metrics
+    stored = evaluate_concepts(segmented, eval_key="run").custom_metrics
     segmented.clone_sample_field("concept", "other")
     segmented.add_sample_field("mine_iou", segmented.get_field("run_iou").__class__)
     nobody = segmented.match({"role": "nobody"})
@@ -184,28 +184,28 @@ def test_a_run_that_fails_replaces_none(segmented):
         (nobody, {"eval_key": "run"}, "no sample has a mask in 'ground_truth'"),
         (segmented, {"eval_key": "run", "protocol": "nothing"}, "protocol"),
         (segmented, {"eval_key": "run", "metrics": ["nothing"]}, "no metric is named 'nothing'"),
-        (segmented, {"eval_key": "run", "pred_field": "other"}, "evaluation 'run' is of other fields"),
-        (segmented, {"eval_key": "mine"}, "field 'mine_iou' is there already"),
-        (segmented, {"eval_key": "no name"}, "'no name' cannot be a run's name"),
+        (segmented, {"eval_key": "run", "pred_field": "other"}, "evaluation 'run' uses other fields"),
+        (segmented, {"eval_key": "mine"}, "field 'mine_iou' already exists"),
+        (segmented, {"eval_key": "no name"}, "run name 'no name' is invalid"),
     ):
         with pytest.raises(ValueError, match=fault):
             evaluate_concepts(samples, **arguments)
     assert segmented.list_evaluations() == ["run"]
-    assert segmented.load_evaluation_results("run").custom_metrics == kept
+    assert segmented.load_evaluation_results("run").custom_metrics == stored
     assert segmented.count("run_iou") == 12
 
 
 def test_a_run_of_another_method_is_not_replaced(segmented):
-    """FiftyOne's own evaluation of the same fields."""
+    """FiftyOne's default evaluation of the same fields is kept."""
     from conceptseg_hf.integrations.fiftyone import evaluate_concepts
 
     theirs = segmented.evaluate_segmentations("concept", gt_field="ground_truth", eval_key="simple")
-    with pytest.raises(ValueError, match="evaluation 'simple' is of other fields or another method"):
+    with pytest.raises(ValueError, match="evaluation 'simple' uses other fields or another method"):
         evaluate_concepts(segmented, eval_key="simple")
     assert segmented.load_evaluation_results("simple").metrics() == theirs.metrics()
 
 
-def test_what_cannot_be_scored_is_left_out_and_named(segmented, tmp_path):
+def test_samples_that_cannot_be_scored_are_skipped_and_reported(segmented, tmp_path):
     from PIL import Image
 
     from conceptseg_hf.integrations.fiftyone import evaluate_concepts
@@ -220,7 +220,7 @@ def test_what_cannot_be_scored_is_left_out_and_named(segmented, tmp_path):
     assert segmented.count("run_iou") == 10
 
 
-def test_fields_of_other_people_are_not_a_benchmarks(segmented):
+def test_user_fields_of_another_type_are_not_used_as_levels(segmented):
     from conceptseg_hf.integrations.fiftyone import evaluate_concepts
     from conceptseg_hf.integrations.fiftyone.evaluation import report_of
 
@@ -230,8 +230,8 @@ def test_fields_of_other_people_are_not_a_benchmarks(segmented):
     assert {row["level"] for row in report_of(segmented, "run").table} == {"?", "all"}
 
 
-def test_gt_masks_of_nearly_the_size_are_resized(segmented, tmp_path):
-    """As in `conceptseg evaluate`: rounding and scale do no harm, another size only under "paper"."""
+def test_gt_masks_of_similar_size_are_resized(segmented, tmp_path):
+    """As in `conceptseg evaluate`: rounding and scale are allowed, other sizes only with the protocol "paper"."""
     import numpy as np
     from PIL import Image
 
@@ -249,7 +249,7 @@ def test_gt_masks_of_nearly_the_size_are_resized(segmented, tmp_path):
         sample.save()
     unscored = evaluate_concepts(segmented, eval_key="sized").backend.unscored
     assert not before and unscored.keys() == {other.id}
-    assert "the true mask has 20 x 30 pixels, but the predicted one 128 x 128" in unscored[other.id]
+    assert "ground-truth mask has 20 x 30 pixels, but the predicted mask has 128 x 128" in unscored[other.id]
     segmented.reload()
     assert segmented[doubled.id]["sized_iou"] == segmented[doubled.id]["before_iou"]
     columns, rows = (np.floor((np.arange(128) + 0.5) * n / 128).astype(int) for n in (129, 130))

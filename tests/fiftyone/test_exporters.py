@@ -1,4 +1,4 @@
-"""FiftyOne's exporters take every label that is written, errors and empty masks among them."""
+"""Tests that FiftyOne's exporters accept all predicted labels, including errors and empty masks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from fake_pipeline import FakePipeline
 from PIL import Image
 
 DETECTIONS = (
@@ -37,30 +38,30 @@ READ_BACK = (
 REGIONS = {(5, 3, 20, 9), (30, 20, 31, 50)}  # x1, y1, x2, y2
 
 
-def answer(items, **settings):
-    """A pipeline that finds two regions; with a rule and thoughts, as the model has."""
+def two_regions(items, **settings):
+    """Return results with two regions per image, and with the text attributes of the model."""
     results = []
     for item in items:
         width, height = Image.open(item["image"]).size
         mask = np.zeros((height, width), dtype=np.uint8)
         for x1, y1, x2, y2 in REGIONS:
             mask[y1:y2, x1:x2] = 255
-        texts = {
+        attributes = {
             "think": "two of them",
             "rule": "the same shape",
             "answer": "an answer",
             "route": "reasoning",
         }
-        results.append({"mask": Image.fromarray(mask), "label": "an answer", "score": 0.5, **texts})
+        results.append({"mask": Image.fromarray(mask), "label": "an answer", "score": 0.5, **attributes})
         results[-1]["heatmap"] = mask.astype(np.float32) / 255
         results[-1] |= {"presence": 0.1, "threshold": 0.5, "decode_presence": 0.9, "check_iou": 0.7}
-    results[-1]["mask"] = Image.new("L", results[-1]["mask"].size)  # nothing found in the last
+    results[-1]["mask"] = Image.new("L", results[-1]["mask"].size)  # empty mask for the last item
     return results
 
 
 @pytest.fixture(scope="module")
 def predicted(fo):
-    """Four targets: two with regions, one with an empty mask, one with an error; and one without a prediction."""
+    """Return five targets: two with regions, one with an empty mask, one with an error, one without a prediction."""
     from conceptseg_hf.integrations.fiftyone import (
         SegmentationJob,
         load_concept_benchmark,
@@ -74,16 +75,16 @@ def predicted(fo):
     failed.save()
     outputs = ("segmentation", "detections", "heatmap")
     job = SegmentationJob(prompt_field="prompt", outputs=outputs, batch_size=4)
-    *_, progress = segment_collection(targets.limit(4), job, pipeline=answer)
+    *_, progress = segment_collection(targets.limit(4), job, pipeline=FakePipeline(two_regions))
     assert (progress.done, len(progress.errors)) == (4, 1)
     job = SegmentationJob("chosen", prompt_field="prompt", outputs=("detections",), label="rust")
-    list(segment_collection(targets.limit(4), job, pipeline=answer))
+    list(segment_collection(targets.limit(4), job, pipeline=FakePipeline(two_regions)))
     yield dataset
     fo.delete_dataset("exported")
 
 
 @pytest.mark.parametrize(("field", "name"), EXPORTS)
-def test_every_exporter_takes_every_label(fo, predicted, tmp_path, field, name):
+def test_exporter_accepts_all_labels(fo, predicted, tmp_path, field, name):
     import fiftyone.types as fot
 
     samples = predicted.load_saved_view("targets") if field != "ref_boxes" else predicted.exists(field)
@@ -91,15 +92,15 @@ def test_every_exporter_takes_every_label(fo, predicted, tmp_path, field, name):
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
-def test_no_exporter_was_forgotten(fo, predicted, tmp_path):
-    """What FiftyOne can export of these labels, by its own word, is in the list above."""
+def test_all_exporters_of_these_labels_are_tested(fo, predicted, tmp_path):
+    """`EXPORTS` contains all dataset types for which FiftyOne's exporters accept these labels."""
     import fiftyone.types as fot
     from fiftyone.utils.data.exporters import LabeledImageDatasetExporter
 
-    others = {"TFObjectDetectionDataset", "TFImageClassificationDataset"}  # need TensorFlow
+    excluded = {"TFObjectDetectionDataset", "TFImageClassificationDataset"}  # require TensorFlow
     for name in fot.__all__:
         kind = getattr(fot, name)
-        if not isinstance(kind, type) or name in others or not issubclass(kind, fot.LabeledImageDataset):
+        if not isinstance(kind, type) or name in excluded or not issubclass(kind, fot.LabeledImageDataset):
             continue
         try:
             exporter = kind().get_dataset_exporter_cls()
@@ -112,14 +113,14 @@ def test_no_exporter_was_forgotten(fo, predicted, tmp_path):
         except ImportError:
             continue
         classes = label_cls.values() if isinstance(label_cls, dict) else [label_cls]
-        taken = {one for some in classes for one in (some if isinstance(some, (list, tuple)) else [some])}
-        if fo.Detections in taken:
+        accepted = {one for some in classes for one in (some if isinstance(some, (list, tuple)) else [some])}
+        if fo.Detections in accepted:
             assert ("concept_detections", name) in EXPORTS
-        if fo.Segmentation in taken:
+        if fo.Segmentation in accepted:
             assert ("concept", name) in EXPORTS
 
 
-def test_coco_has_the_boxes_the_prompts_and_the_answers(predicted, tmp_path):
+def test_coco_export_has_boxes_prompts_and_answers(predicted, tmp_path):
     import fiftyone.types as fot
 
     targets = predicted.load_saved_view("targets")
@@ -130,12 +131,12 @@ def test_coco_has_the_boxes_the_prompts_and_the_answers(predicted, tmp_path):
     classes = {category["id"]: category["name"] for category in content["categories"]}
     annotations = content["annotations"]
     assert len(annotations) == 2 * len(REGIONS)
-    shown = [
+    with_regions = [
         sample
         for sample in targets
         if sample["concept_detections"] and sample["concept_detections"].detections
     ]
-    assert set(classes.values()) == {sample["prompt"] for sample in shown}
+    assert set(classes.values()) == {sample["prompt"] for sample in with_regions}
     for annotation in annotations:
         x, y, width, height = annotation["bbox"]
         assert tuple(round(value, 6) for value in (x, y, x + width, y + height)) in REGIONS
@@ -144,7 +145,7 @@ def test_coco_has_the_boxes_the_prompts_and_the_answers(predicted, tmp_path):
 
 
 @pytest.mark.parametrize("name", READ_BACK)
-def test_a_class_of_the_users_choice_is_the_only_one(fo, predicted, tmp_path, name):
+def test_label_is_the_only_exported_class(fo, predicted, tmp_path, name):
     import fiftyone.types as fot
 
     kind = getattr(fot, name)
@@ -159,7 +160,7 @@ def test_a_class_of_the_users_choice_is_the_only_one(fo, predicted, tmp_path, na
         read.delete()
 
 
-def test_masks_are_exported_as_they_are(predicted, tmp_path):
+def test_exported_masks_equal_the_predictions(predicted, tmp_path):
     import fiftyone.types as fot
 
     targets = predicted.load_saved_view("targets").exists("concept")
@@ -174,7 +175,7 @@ def test_masks_are_exported_as_they_are(predicted, tmp_path):
         assert np.array_equal(again > 0, mask > 0)
 
 
-def test_the_masks_are_named_by_the_runs(make_dataset):
+def test_mask_targets_have_the_label_of_the_runs(make_dataset):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
 
     dataset = make_dataset(4)
@@ -182,14 +183,14 @@ def test_the_masks_are_named_by_the_runs(make_dataset):
 
     def run(samples, label):
         job = SegmentationJob(prompt="star", router="sam_only", label=label)
-        list(segment_collection(samples, job, pipeline=answer))
+        list(segment_collection(samples, job, pipeline=FakePipeline(two_regions)))
         return dataset.mask_targets["concept"]
 
     assert run(targets, None) == {255: "concept"}
     assert run(targets, "rust") == {255: "rust"}
-    assert run(targets.limit(2), "dent") == {255: "concept"}  # both are there
+    assert run(targets.limit(2), "dent") == {255: "concept"}  # the field holds predictions of both runs
     assert run(targets, "dent") == {255: "dent"}
     dataset.mask_targets = {"concept": {255: "mine"}}
-    assert run(targets, None) == {255: "mine"}  # nobody's run called it so
+    assert run(targets, None) == {255: "mine"}  # "mine" is not the label of a run
     with pytest.raises(ValueError, match="label is empty"):
         run(targets, " ")

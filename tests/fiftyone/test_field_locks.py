@@ -1,4 +1,4 @@
-"""One run at a time writes to a field; one that was interrupted goes on; any can be cancelled."""
+"""Tests of locking fields, resuming interrupted runs, and cancelling runs."""
 
 from __future__ import annotations
 
@@ -7,44 +7,49 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from fake_pipeline import FakePipeline
 from PIL import Image
 
 pytestmark = pytest.mark.slow
 
-# A run of another process, slow enough to be met; "again" goes on with it.
-OTHER = """
+# A slow run in another process; a line on stdin starts it again.
+OTHER_PROCESS = """
 import sys, time
+sys.path.append(sys.argv[2])
 import fiftyone as fo
+from fake_pipeline import FakePipeline
 from PIL import Image
 from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
 
 def slow(items, **settings):
     time.sleep(0.2)
-    pictures = [Image.new("L", Image.open(item["image"]).size, 255) for item in items]
-    return [{"mask": picture, "label": "star", "score": 1.0} for picture in pictures]
+    masks = [Image.new("L", Image.open(item["image"]).size, 255) for item in items]
+    return [{"mask": mask, "label": "star", "score": 1.0} for mask in masks]
 
 targets = fo.load_dataset(sys.argv[1]).load_saved_view("targets")
 for _ in range(2):
-    for progress in segment_collection(targets, SegmentationJob(prompt="star", batch_size=1), pipeline=slow):
+    job = SegmentationJob(prompt="star", batch_size=1)
+    for progress in segment_collection(targets, job, pipeline=FakePipeline(slow)):
         print(progress.done, progress.total, flush=True)
     print("ended", progress.cancelled, flush=True)
     sys.stdin.readline()
 """
 
 
-def quick(items, **settings):
-    """A pipeline that takes every pixel."""
-    pictures = [Image.new("L", Image.open(item["image"]).size, 255) for item in items]
-    return [{"mask": picture, "label": "star", "score": 1.0} for picture in pictures]
+def full_masks(items, **settings):
+    """Return results with masks that contain all pixels."""
+    masks = [Image.new("L", Image.open(item["image"]).size, 255) for item in items]
+    return [{"mask": mask, "label": "star", "score": 1.0} for mask in masks]
 
 
 def run(samples, field="concept", prompt="star", **settings):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
 
     job = SegmentationJob(field, prompt=prompt, **{"batch_size": 2} | settings)
-    return segment_collection(samples, job, pipeline=quick)
+    return segment_collection(samples, job, pipeline=FakePipeline(full_masks))
 
 
 def test_a_second_run_into_a_field_is_refused(fo, make_dataset):
@@ -57,8 +62,8 @@ def test_a_second_run_into_a_field_is_refused(fo, make_dataset):
     for field, settings in (
         ("concept", {}),
         ("concept", {"prompt": "circle", "outputs": ("detections",)}),
-        ("concept_detections", {"outputs": ("detections",)}),  # written by the first, too
-        ("concept_other_route", {}),  # cleared by the first
+        ("concept_detections", {"outputs": ("detections",)}),  # written by the first run, too
+        ("concept_other_route", {}),  # cleared by the first run
     ):
         with pytest.raises(
             ValueError, match=rf"^field '{field}' is being written by another run {holder}; wait for"
@@ -72,13 +77,15 @@ def test_a_second_run_into_a_field_is_refused(fo, make_dataset):
     assert again.done == 6 and set(targets.values("concept.prompt")) == {"circle"}
 
 
-def test_runs_of_other_processes_are_known_cancelled_and_survived(fo, make_dataset):
+def test_run_of_another_process_is_detected_cancelled_and_resumed(fo, make_dataset):
     from conceptseg_hf.integrations.fiftyone import cancel_segmentation
     from conceptseg_hf.integrations.fiftyone.field_locks import holders, interrupted_run
 
     dataset = make_dataset(30)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    other = subprocess.Popen([sys.executable, "-c", OTHER, dataset.name], **pipes)
+    other = subprocess.Popen(
+        [sys.executable, "-c", OTHER_PROCESS, dataset.name, str(Path(__file__).parent)], **pipes
+    )
     try:
         assert other.stdout.readline() == "0 30\n"
         with pytest.raises(ValueError, match=rf"field 'concept' is being written .* process {other.pid} on "):
@@ -90,8 +97,8 @@ def test_runs_of_other_processes_are_known_cancelled_and_survived(fo, make_datas
         assert 0 < done < 30 and len(dataset.exists("concept")) == done
         assert (interrupted_run(dataset, "concept").done, holders(dataset)) == (done, [])
 
-        # It goes on where it ended, and is killed then.
-        other.stdin.write("again\n")
+        # Resume the run, then kill it.
+        other.stdin.write("\n")
         other.stdin.flush()
         assert other.stdout.readline() == f"0 {30 - done}\n"
         assert other.stdout.readline() == f"1 {30 - done}\n"
@@ -116,39 +123,39 @@ def _done_when_cancelled(process) -> int:
     return int(lines[-1].split()[0])
 
 
-def test_only_the_same_run_goes_on(make_dataset):
-    """With other settings everything is done anew, as it is after a run that was finished."""
+def test_only_a_run_with_equal_settings_is_resumed(make_dataset):
+    """After other settings or a finished run, all samples are segmented again."""
     dataset = make_dataset(6)
     targets = dataset.load_saved_view("targets")
 
     def totals(*settings):
-        return [next(iter(run(targets, **some))).total for some in settings]  # each is interrupted again
+        return [next(iter(run(targets, **some))).total for some in settings]  # each run is interrupted again
 
     list(run(targets, prompt="circle"))
     for stop in (run(targets), run(targets)):
         next(stop), next(stop)
         stop.close()
-    assert len(targets.match({"concept.prompt": "star"})) == 4  # two each time
+    assert len(targets.match({"concept.prompt": "star"})) == 4  # two per run
     assert totals({}, {"skip_existing": False}, {"skip_existing": True}, {"prompt": "circle"}) == [2, 6, 0, 6]
-    assert totals({}) == [6]  # the last run was another one
+    assert totals({}) == [6]  # the last run had other settings
     list(run(targets))
     assert totals({}) == [6]
 
 
-def test_a_run_that_is_cancelled_at_its_end_is_whole(make_dataset):
+def test_a_run_cancelled_in_its_last_batch_is_complete(make_dataset):
     from conceptseg_hf.integrations.fiftyone import cancel_segmentation
     from conceptseg_hf.integrations.fiftyone.field_locks import interrupted_run
 
     dataset = make_dataset(2)
-    whole = run(dataset.load_saved_view("targets"))
-    next(whole)
+    last_batch = run(dataset.load_saved_view("targets"))
+    next(last_batch)
     assert cancel_segmentation(dataset)
-    [last] = whole
+    [last] = last_batch
     assert (last.done, last.cancelled, interrupted_run(dataset, "concept")) == (2, False, None)
 
 
-def test_a_run_that_nobody_iterates_any_more_holds_nothing(make_dataset):
-    """As the App leaves one whose page was closed: in a cycle, which only the garbage collector ends."""
+def test_an_abandoned_generator_releases_its_lock(make_dataset):
+    """Closing a page of the App leaves the generator in a reference cycle, as here."""
     dataset = make_dataset(4)
     abandoned = [run(dataset.load_saved_view("targets"))]
     next(abandoned[0])
@@ -158,7 +165,7 @@ def test_a_run_that_nobody_iterates_any_more_holds_nothing(make_dataset):
     assert start.total == 4
 
 
-def test_a_machine_that_fell_silent_holds_nothing_and_is_told(make_dataset):
+def test_lock_without_heartbeat_expires_and_its_run_raises(make_dataset):
     from conceptseg_hf.integrations.fiftyone import field_locks
 
     dataset = make_dataset(6)
@@ -180,7 +187,7 @@ def test_a_machine_that_fell_silent_holds_nothing_and_is_told(make_dataset):
     assert field_locks._collection().count_documents({"dataset": dataset._doc.id}) == 0
 
 
-def test_loads_and_evaluations_are_not_doubled(fo, make_dataset):
+def test_loads_and_evaluations_are_locked(fo, make_dataset):
     from conceptseg_hf.integrations.fiftyone import evaluate_concepts, load_concept_benchmark
     from conceptseg_hf.integrations.fiftyone.benchmarks import LOADING, import_benchmark
     from conceptseg_hf.integrations.fiftyone.field_locks import locked, request_cancel
@@ -206,15 +213,15 @@ def test_loads_and_evaluations_are_not_doubled(fo, make_dataset):
     assert evaluate_concepts(targets, eval_key="run").custom_metrics
 
 
-def test_runs_of_deleted_datasets_are_forgotten(fo, make_dataset):
+def test_lock_documents_of_deleted_datasets_are_removed(fo, make_dataset):
     from conceptseg_hf.integrations.fiftyone import field_locks, load_concept_benchmark
 
-    gone = load_concept_benchmark(limit=2, dataset_name="gone")
-    interrupted = run(gone)
+    deleted = load_concept_benchmark(limit=2, dataset_name="deleted")
+    interrupted = run(deleted)
     next(interrupted)
     interrupted.close()
-    assert field_locks._collection().count_documents({"dataset": gone._doc.id}) == 1
-    identifier = gone._doc.id
-    gone.delete()
+    assert field_locks._collection().count_documents({"dataset": deleted._doc.id}) == 1
+    identifier = deleted._doc.id
+    deleted.delete()
     list(run(make_dataset(2)))
     assert field_locks._collection().count_documents({"dataset": identifier}) == 0

@@ -1,4 +1,4 @@
-"""`make app`: one command, on loopback, and nothing left behind."""
+"""Tests of `python -m conceptseg_hf.integrations.fiftyone_app` (`make app`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from conceptseg_hf.integrations.fiftyone_app.mongodb import find_mongod, start_m
 
 
 def listening(process: psutil.Process) -> set[str]:
-    """The addresses at which a process and its children listen."""
+    """Return the addresses on which a process and its children listen."""
     family = [process, *process.children(recursive=True)]
     return {
         connection.laddr.ip
@@ -29,14 +29,14 @@ def listening(process: psutil.Process) -> set[str]:
     }
 
 
-def reached(process: psutil.Process) -> set[str]:
-    """The addresses that a process and its children are connected to."""
+def connected(process: psutil.Process) -> set[str]:
+    """Return the addresses to which a process and its children are connected."""
     family = [process, *process.children(recursive=True)]
     connections = (connection for member in family for connection in member.net_connections(kind="inet"))
     return {connection.raddr.ip for connection in connections if connection.raddr}
 
 
-# Schedules a run as the App does, and waits for the worker.
+# Schedule a run like the App, and wait for the worker.
 SCHEDULE = """
 import time
 import fiftyone as fo
@@ -57,7 +57,7 @@ print(state, dataset.count("concept"))
 
 
 def running(process: psutil.Process) -> bool:
-    """Whether a process is there and not merely unburied."""
+    """Whether a process is running and not a zombie."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -65,14 +65,14 @@ def running(process: psutil.Process) -> bool:
 
 
 def handle_interrupts() -> None:
-    """What a shell runs in the background ignores Ctrl-C, and so would what it starts."""
+    """Restore SIGINT, which is ignored by background processes of a shell and inherited by their children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])  # a closing terminal: below
-def test_one_command_opens_the_app_and_a_signal_ends_it(folder, tmp_path, ending):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FIFTYONE_")}
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])  # SIGHUP is tested below
+def test_command_starts_the_app_and_a_signal_stops_it(folder, tmp_path, ending):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FIFTYONE_")}
     command = [
         sys.executable,
         "-m",
@@ -86,7 +86,7 @@ def test_one_command_opens_the_app_and_a_signal_ends_it(folder, tmp_path, ending
         command,
         stdout=subprocess.PIPE,
         text=True,
-        env=audited(kept, tmp_path / "hosts"),
+        env=audited(environment, tmp_path / "hosts"),
         preexec_fn=handle_interrupts,
     )
     children = []
@@ -97,12 +97,14 @@ def test_one_command_opens_the_app_and_a_signal_ends_it(folder, tmp_path, ending
         process = psutil.Process(app.pid)
         children = process.children(recursive=True)
         assert {"mongod"} < {child.name() for child in children}
-        assert listening(process) == {"127.0.0.1"} == reached(process)
-        notified = [app.stdout.readline() for _ in range(3)]
-        assert "Scheduled runs are done by a worker" in notified[0] and "in a second terminal" in notified[1]
+        assert listening(process) == {"127.0.0.1"} == connected(process)
+        lines = [app.stdout.readline() for _ in range(3)]
+        assert "A worker process executes scheduled runs" in lines[0] and "in a second terminal" in lines[1]
         if ending == signal.SIGTERM:
-            shell = [notified[2].strip(), shlex.join([sys.executable, "-c", SCHEDULE])]
-            done = subprocess.run("\n".join(shell), shell=True, capture_output=True, text=True, env=kept)
+            shell = [lines[2].strip(), shlex.join([sys.executable, "-c", SCHEDULE])]
+            done = subprocess.run(
+                "\n".join(shell), shell=True, capture_output=True, text=True, env=environment
+            )
             assert done.stdout == "completed 3\n", done.stderr
         children = process.children(recursive=True)
         app.send_signal(ending)
@@ -119,19 +121,19 @@ def test_one_command_opens_the_app_and_a_signal_ends_it(folder, tmp_path, ending
     assert {"database", "data", "plugins", "zoo"} <= written
 
 
-def test_a_worker_that_ends_is_told(tmp_path, monkeypatch, capsys):
+def test_end_of_the_worker_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fiftyone_app, "_WORK", "raise SystemExit(3)")
     log = tmp_path / "worker.log"
     worker = fiftyone_app.start_worker(log)
     assert worker.wait() == 3
     server = subprocess.Popen([sys.executable, "-c", ""])
     assert fiftyone_app._wait(server, worker, log) == 0
-    said = capsys.readouterr().out
-    assert f"The worker has ended, so scheduled runs wait; {log} says why." in said
-    assert "fiftyone delegated launch" in said
+    output = capsys.readouterr().out
+    assert "The worker has ended" in output and str(log) in output
+    assert "fiftyone delegated launch" in output
 
 
-def test_settings_survive_a_shell():
+def test_export_line_is_quoted_for_the_shell():
     settings = {"FIFTYONE_A": "a b'c", "FIFTYONE_B": "mongodb://127.0.0.1:1/"}
     line = fiftyone_app.export_line(settings)
     done = subprocess.run(f"{line}; env", shell=True, capture_output=True, text=True, check=True)
@@ -139,20 +141,20 @@ def test_settings_survive_a_shell():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--samples", "0"], "--samples is 0; use at least 1."),
         (["--plugin", "nowhere"], "has no fiftyone.yml"),
     ],
 )
-def test_bad_words_end_with_one_sentence(words, message, capsys):
+def test_invalid_arguments_exit_with_a_message(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_:
-        fiftyone_app.main(words)
+        fiftyone_app.main(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_second_signal_does_not_cut_the_end_off_and_nohup_counts():
+def test_second_signal_does_not_interrupt_cleanup_and_ignored_signals_stay_ignored():
     code = """if True:
         import os, signal
         from conceptseg_hf.integrations.fiftyone_app import app as fiftyone_app
@@ -175,7 +177,7 @@ def test_a_second_signal_does_not_cut_the_end_off_and_nohup_counts():
     assert done.stdout == "closed\nended\n"
 
 
-def test_an_interrupted_start_leaves_no_server(tmp_path, monkeypatch):
+def test_an_interrupted_start_kills_the_server(tmp_path, monkeypatch):
     servers = []
 
     def interrupted(server, port):
@@ -191,12 +193,12 @@ def test_an_interrupted_start_leaves_no_server(tmp_path, monkeypatch):
     assert servers[0].wait() != 0
 
 
-def test_a_database_in_use_is_told_by_its_process(tmp_path):
+def test_a_database_in_use_raises_with_the_process_id(tmp_path):
     if find_mongod() is None:
-        pytest.skip("there is no MongoDB")
+        pytest.skip("mongod was not found")
     start_mongod(tmp_path)
     pid = next(
         child.pid for child in psutil.Process().children() if str(tmp_path) in " ".join(child.cmdline())
     )
-    with pytest.raises(RuntimeError, match=rf"process {pid} uses '.*'; end the app .*: kill {pid}$"):
+    with pytest.raises(RuntimeError, match=rf"process {pid} uses '.*'; stop the app .*: kill {pid}$"):
         start_mongod(tmp_path)

@@ -1,4 +1,4 @@
-"""The App server: its page asks nobody but it, and neither does its Python."""
+"""Tests that neither the App server nor its page contacts other hosts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reached_hosts import audited, hosts_in
 
 from conceptseg_hf.integrations.fiftyone_app.server import POLICY, confined
 
-# What a plugin's code could try, from the page and from a worker; each promise says how it ended.
+# Requests that code of a plugin could make from the page and from a worker; each returns its outcome.
 ATTEMPTS = """async () => {
     const get = "fetch('https://outside.invalid/').then(() => 'answered', () => 'refused')";
     const worker = new Worker(URL.createObjectURL(new Blob([get + ".then(postMessage)"])));
@@ -22,7 +22,7 @@ ATTEMPTS = """async () => {
 }"""
 
 
-def test_headers_come_with_each_answer_and_streams_stay_streams():
+def test_headers_are_added_and_responses_are_still_streamed():
     async def application(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": [(b"server", b"x")]})
         for part in (b"one", b"two"):
@@ -33,14 +33,14 @@ def test_headers_come_with_each_answer_and_streams_stay_streams():
         sent.append(message)
 
     sent = []
-    with ThreadPoolExecutor(1) as thread:  # Playwright's event loop may be in this one
+    with ThreadPoolExecutor(1) as thread:  # Playwright's event loop may run in the main thread
         thread.submit(asyncio.run, confined(application)({"type": "http"}, None, send)).result()
     assert len(sent) == 3
     headers = dict(sent[0]["headers"])
     assert headers[b"server"] == b"x" and headers[b"content-security-policy"] == POLICY.encode()
 
 
-def test_the_audit_sees_what_a_process_asks_for(tmp_path):
+def test_audit_hook_records_contacted_hosts(tmp_path):
     code = """if True:
         import socket
         socket.getaddrinfo("127.0.0.2", 80)
@@ -53,12 +53,12 @@ def test_the_audit_sees_what_a_process_asks_for(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_app_works_and_nothing_leaves_the_machine(page, outside, server, make_dataset, hosts_reached):
+def test_the_app_contacts_only_loopback(page, outside, server, make_dataset, hosts_reached):
     from app_driver import App
 
     for path in ("", "/datasets/any", "/fiftyone", "/plugins/conceptseg/fiftyone.yml"):
-        with urllib.request.urlopen(server + path) as answer:
-            assert answer.headers["Content-Security-Policy"] == POLICY
+        with urllib.request.urlopen(server + path) as response:
+            assert response.headers["Content-Security-Policy"] == POLICY
     App(page, server).open(make_dataset(3).name)  # waits for the grid
     assert page.evaluate(ATTEMPTS) == ["refused", "refused"]
     assert outside == []

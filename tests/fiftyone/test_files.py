@@ -1,4 +1,4 @@
-"""Pictures on disk."""
+"""Tests of writing image files."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ import pytest
 from PIL import Image
 
 
-def grey(value: int) -> Image.Image:
+def gray_image(value: int) -> Image.Image:
     return Image.fromarray(np.full((4, 6), value, dtype=np.uint8))
 
 
 def test_a_file_is_written_once(fo, tmp_path):
     from conceptseg_hf.integrations.fiftyone.files import write_image
 
-    first = write_image(grey(1), tmp_path / "masks", "a")
+    first = write_image(gray_image(1), tmp_path / "masks", "a")
     written = Path(first).stat().st_mtime_ns
-    assert write_image(grey(1), tmp_path / "masks", "a") == first
+    assert write_image(gray_image(1), tmp_path / "masks", "a") == first
     assert Path(first).stat().st_mtime_ns == written
-    assert write_image(grey(2), tmp_path / "masks", "a") != first
+    assert write_image(gray_image(2), tmp_path / "masks", "a") != first
 
 
-def test_an_edited_file_stays_and_is_not_taken_for_what_it_was(fo, tmp_path):
+def test_an_edited_file_is_kept_and_not_reused(fo, tmp_path):
     from conceptseg_hf.integrations.fiftyone.files import write_image
 
-    first = write_image(grey(1), tmp_path, "a")
-    grey(9).save(first)
-    second = write_image(grey(1), tmp_path, "a")
-    assert second != first == write_image(grey(1), tmp_path, "b").replace("b-", "a-")
+    first = write_image(gray_image(1), tmp_path, "a")
+    gray_image(9).save(first)
+    second = write_image(gray_image(1), tmp_path, "a")
+    assert second != first == write_image(gray_image(1), tmp_path, "b").replace("b-", "a-")
     assert np.asarray(Image.open(first)).max() == 9 and np.asarray(Image.open(second)).max() == 1
-    assert write_image(grey(1), tmp_path, "a") == second
+    assert write_image(gray_image(1), tmp_path, "a") == second
     Path(second).write_bytes(b"half")
-    third = write_image(grey(1), tmp_path, "a")
+    third = write_image(gray_image(1), tmp_path, "a")
     assert third not in (first, second) and np.asarray(Image.open(third)).max() == 1
-    assert len(list(tmp_path.iterdir())) == 4  # nothing temporary
+    assert len(list(tmp_path.iterdir())) == 4  # no temporary files
 
 
 @pytest.mark.parametrize("name", ["/tmp/x", "../../x", "..", "a/../../../x", "..\\x"])
-def test_no_name_leads_out_of_the_folder(fo, name):
+def test_names_cannot_escape_the_folder(fo, name):
     from conceptseg_hf.integrations.fiftyone.files import default_folder
 
     base = Path(fo.config.default_dataset_dir, "conceptseg")

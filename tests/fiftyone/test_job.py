@@ -1,4 +1,4 @@
-"""What a run was asked is kept with the dataset."""
+"""Tests of `SegmentationJob`: stored settings, references and output fields."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def test_settings_are_kept_and_found_again(make_dataset):
+def test_settings_are_stored_and_loaded(make_dataset):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob
 
     dataset = make_dataset(3)
@@ -15,30 +15,30 @@ def test_settings_are_kept_and_found_again(make_dataset):
     job = SegmentationJob(prompt="the same", reference_ids=ids, router="full_reasoning", proxy=False)
     key = job.keep(dataset)
     assert key.startswith("concept_") and dataset.list_runs(method="segment_concept") == [key]
-    found = SegmentationJob.load(dataset, key)
-    assert (found.prompt, found.reference_ids, found.router) == ("the same", ids, "full_reasoning")
-    assert not found.proxy and found.keep(dataset) == key
+    loaded = SegmentationJob.load(dataset, key)
+    assert (loaded.prompt, loaded.reference_ids, loaded.router) == ("the same", ids, "full_reasoning")
+    assert not loaded.proxy and loaded.keep(dataset) == key
     resumed = SegmentationJob(
         prompt="the same", reference_ids=ids, router="full_reasoning", proxy=False, skip_existing=True
     )
     assert resumed.keep(dataset) == key
     assert SegmentationJob(prompt="another").keep(dataset) != key
-    with pytest.raises(ValueError, match="run 'nothing' is not kept"):
+    with pytest.raises(ValueError, match="run 'nothing' is not stored"):
         SegmentationJob.load(dataset, "nothing")
 
 
-def test_references_from_outside_cannot_be_repeated(make_dataset):
+def test_a_run_with_references_outside_the_dataset_cannot_be_loaded(make_dataset):
     from conceptseg_hf import Reference
     from conceptseg_hf.integrations.fiftyone import SegmentationJob
 
     dataset = make_dataset(1)
     job = SegmentationJob(prompt="star", references=[Reference(dataset.first().filepath)])
     key = job.keep(dataset)
-    with pytest.raises(ValueError, match="references that are no samples of the dataset"):
+    with pytest.raises(ValueError, match="references were not samples of the dataset"):
         SegmentationJob.load(dataset, key)
 
 
-def test_shared_references_are_samples(make_dataset):
+def test_shared_reference_samples_are_not_segmented(make_dataset):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
 
     dataset = make_dataset(6)
@@ -52,12 +52,12 @@ def test_shared_references_are_samples(make_dataset):
     assert (progress.done, progress.skipped) == (8 - len(left_out), 0)
     assert dataset.select(ids).count("concept") == 0
     assert len(set(dataset.exists("concept").values("concept.run"))) == 1
-    for wrong in ("0" * 24, "no id"):
+    for invalid in ("0" * 24, "no id"):
         with pytest.raises(ValueError, match="1 of 2 references are not in the dataset"):
-            SegmentationJob(prompt="star", reference_ids=[ids[0], wrong]).check(dataset)
+            SegmentationJob(prompt="star", reference_ids=[ids[0], invalid]).check(dataset)
 
 
-def test_references_can_be_shown_unmarked(make_dataset):
+def test_references_without_marks_have_no_check(make_dataset):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
 
     dataset = make_dataset(9)
@@ -73,24 +73,26 @@ def test_references_can_be_shown_unmarked(make_dataset):
     assert set(targets.values("unmarked.check_iou")) == {None}
 
 
-def test_other_labels_are_never_written_to(fo, make_dataset):
+def test_fields_with_other_labels_are_rejected(fo, make_dataset):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob
 
     dataset = make_dataset(2)
     for field, message in (
-        ("ground_truth", "holds labels that ConceptSeg did not make there"),
-        ("ref_boxes", "is there already and holds no Segmentation"),
-        ("prompt", "is there already and holds no Segmentation"),
+        ("ground_truth", "holds labels that ConceptSeg did not create there"),
+        ("ref_boxes", "already exists and holds no Segmentation"),
+        ("prompt", "already exists and holds no Segmentation"),
     ):
         with pytest.raises(ValueError, match=f"field '{field}' {message}"):
             SegmentationJob(prompt="star", field=field).check(dataset)
-    with pytest.raises(ValueError, match="field 'ref_boxes' holds labels that ConceptSeg did not make there"):
+    with pytest.raises(
+        ValueError, match="field 'ref_boxes' holds labels that ConceptSeg did not create there"
+    ):
         SegmentationJob(prompt="star", field="ref_boxes", outputs=("detections",)).check(dataset)
     with pytest.raises(ValueError, match="reference field 'nothing' is not in the dataset"):
         SegmentationJob(prompt="star", reference_label_field="nothing").check(dataset)
 
 
-def test_a_broken_reference_spoils_no_predictions(make_dataset):
+def test_a_damaged_reference_leaves_predictions_unchanged(make_dataset):
     from pathlib import Path
 
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
@@ -112,7 +114,7 @@ def test_a_broken_reference_spoils_no_predictions(make_dataset):
     assert targets.values("concept.id") == before
 
 
-def test_outputs_of_an_earlier_run_do_not_stay(make_dataset):
+def test_missing_outputs_of_a_new_run_are_cleared(make_dataset):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
 
     dataset = make_dataset(4)
@@ -127,8 +129,8 @@ def test_outputs_of_an_earlier_run_do_not_stay(make_dataset):
     assert len(targets.exists("concept_detections")) == 1
 
 
-def test_fields_are_those_that_runs_wrote(fo, make_dataset):
-    """Neither a name nor a type makes a field a run's, nor does a view that hides it."""
+def test_a_run_writes_only_to_fields_of_its_earlier_runs(fo, make_dataset):
+    """Neither the name nor the type of a field is sufficient, and hiding it in a view has no effect."""
     import numpy as np
 
     from conceptseg_hf.integrations.fiftyone import (
@@ -162,18 +164,18 @@ def test_fields_are_those_that_runs_wrote(fo, make_dataset):
     for field in ("corrected", "ground_truth"):
         for samples in (targets, targets.select_fields("prompt")):
             with pytest.raises(
-                ValueError, match=f"field '{field}' holds labels that ConceptSeg did not make there"
+                ValueError, match=f"field '{field}' holds labels that ConceptSeg did not create there"
             ):
                 run(field, samples)
     assert targets.values("ground_truth.id") == ground_truths
 
-    made = targets.values("defect.id")
+    label_ids = targets.values("defect.id")
     hidden = targets.exclude_fields("defect")
     assert run("defect", hidden, skip_existing=True)[-1].skipped == 3
-    assert targets.values("defect.id") == made
+    assert targets.values("defect.id") == label_ids
 
 
-def test_labels_in_other_slices_are_seen(fo, make_dataset):
+def test_labels_in_other_group_slices_are_checked(fo, make_dataset):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob
 
     path = make_dataset(1).first().filepath
@@ -186,13 +188,13 @@ def test_labels_in_other_slices_are_seen(fo, make_dataset):
             filepath=path, group=group.element("right"), ground_truth=fo.Segmentation(mask_path=path)
         )
         dataset.add_samples([left, right])
-        with pytest.raises(ValueError, match="field 'truth' holds labels"):
-            SegmentationJob("truth", prompt="star").check(dataset.select_group_slices("left"))
+        with pytest.raises(ValueError, match="field 'ground_truth' holds labels"):
+            SegmentationJob("ground_truth", prompt="star").check(dataset.select_group_slices("left"))
     finally:
         fo.delete_dataset("slices")
 
 
-def test_filtered_labels_of_references_count_alone(fo, make_dataset, run_operator):
+def test_only_filtered_labels_of_references_are_used(fo, make_dataset, run_operator):
     from fiftyone import ViewField as F
 
     from conceptseg_hf.integrations.fiftyone import SegmentationJob
@@ -215,8 +217,8 @@ def test_filtered_labels_of_references_count_alone(fo, make_dataset, run_operato
     assert len(job.shared_references(dataset)) == 2
 
 
-def test_what_is_kept_tells_runs_apart(make_dataset):
-    """References outside the dataset, and the field that was likeliest when the run was made."""
+def test_different_references_have_different_keys(make_dataset):
+    """The key depends on references outside the dataset; `"auto"` is stored as the selected field."""
     from conceptseg_hf import Reference
     from conceptseg_hf.integrations.fiftyone import SegmentationJob
 
@@ -236,11 +238,11 @@ def test_what_is_kept_tells_runs_apart(make_dataset):
     ids = dataset.load_saved_view("references").values("id")[:1]
     job = SegmentationJob(prompt="star", reference_ids=ids)
     assert SegmentationJob.load(dataset, job.keep(dataset)).reference_label_field == "ref_boxes"
-    with pytest.raises(ValueError, match="several kinds of references"):
+    with pytest.raises(ValueError, match="several kinds of references are set"):
         SegmentationJob(prompt="star", reference_ids=ids, references=[Reference(first)]).check(dataset)
 
 
-def test_a_mask_of_several_classes_is_no_reference(fo, make_dataset):
+def test_a_reference_mask_with_several_classes_raises(fo, make_dataset):
     import numpy as np
 
     from conceptseg_hf.integrations.fiftyone import SegmentationJob
@@ -252,5 +254,5 @@ def test_a_mask_of_several_classes_is_no_reference(fo, make_dataset):
     sample["classes"] = fo.Segmentation(mask=classes)
     sample.save()
     job = SegmentationJob(prompt="star", reference_ids=[sample.id], reference_label_field="classes")
-    with pytest.raises(ValueError, match=r"mask holds several classes \(pixel values 15, 255\)"):
+    with pytest.raises(ValueError, match=r"mask contains several classes \(pixel values 15, 255\)"):
         job.check(dataset)

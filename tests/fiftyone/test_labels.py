@@ -1,4 +1,4 @@
-"""Labels turn back into what they were made of, pixel by pixel."""
+"""Tests that labels can be converted back to the same masks and boxes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIZES = st.integers(1, 300)
 
 @st.composite
 def masks(draw) -> np.ndarray:
-    """Rectangles (of one pixel's width, too) and blobs in images of many sizes; regions touch, nest and fill."""
+    """Generate masks of rectangles (including lines) and noise, with regions that touch, nest or fill the image."""
     width, height = draw(SIZES), draw(SIZES)
     mask = np.zeros((height, width), dtype=bool)
     for _ in range(draw(st.integers(1, 5))):
@@ -31,27 +31,27 @@ def labels_of(mask: np.ndarray, outputs=("detections",), prompt="star", label=No
     from conceptseg_hf.integrations.fiftyone.labels import attributes_of, to_labels
     from conceptseg_hf.outputs import ConceptSegmentation
 
-    picture = Image.fromarray(mask.astype(np.uint8) * 255)
-    result = ConceptSegmentation(mask=picture, label="an answer", score=0.25, **values)
+    mask_image = Image.fromarray(mask.astype(np.uint8) * 255)
+    result = ConceptSegmentation(mask=mask_image, label="an answer", score=0.25, **values)
     return to_labels(result, attributes_of(result, prompt), outputs, label=label)
 
 
 @settings(max_examples=100, deadline=None)
 @given(mask=masks())
-def test_detections_of_a_mask_turn_back_into_it(fo, mask):
-    """By FiftyOne's own conversion, which cuts coordinates off."""
+def test_detections_restore_the_mask(fo, mask):
+    """FiftyOne's conversion rounds coordinates down."""
     detections = labels_of(mask)["detections"]
     size = mask.shape[::-1]
-    back = detections.to_segmentation(frame_size=size, mask_targets={255: "star"}).get_mask()
-    assert np.array_equal(back > 0, mask)
+    restored = detections.to_segmentation(frame_size=size, mask_targets={255: "star"}).get_mask()
+    assert np.array_equal(restored > 0, mask)
     for one in detections.detections[:5]:
         assert np.count_nonzero(one.to_segmentation(frame_size=size).get_mask()) == one.mask.sum()
 
 
 @settings(max_examples=400, deadline=None)
 @given(data=st.data(), size=st.tuples(st.integers(1, 20_000), st.integers(1, 20_000)))
-def test_whole_pixels_come_back(fo, data, size):
-    """By cutting off, by rounding, and as numbers, whichever an exporter or the mosaic does."""
+def test_integer_coordinates_are_restored(fo, data, size):
+    """They are restored by rounding down, by rounding, and by `pixel_box`, as used in exporters and the mosaic."""
     from conceptseg_hf.integrations.fiftyone.labels import pixel_box, relative_box
 
     starts = [data.draw(st.integers(0, length - 1)) for length in size]
@@ -59,28 +59,33 @@ def test_whole_pixels_come_back(fo, data, size):
     box = (*starts, *ends)
     x, y, width, height = relative_box(box, size)
     for convert in (int, round):
-        found = [
+        restored = [
             convert(x * size[0]),
             convert(y * size[1]),
             convert((x + width) * size[0]),
             convert((y + height) * size[1]),
         ]
-        assert tuple(found) == box
+        assert tuple(restored) == box
     assert x + width <= 1 and y + height <= 1
     assert (round(width * size[0]), round(height * size[1])) == (ends[0] - starts[0], ends[1] - starts[1])
     assert pixel_box((x, y, width, height), size) == box
-    divided = (starts[0] / size[0], starts[1] / size[1], width, height)  # as others write it
+    divided = (
+        starts[0] / size[0],
+        starts[1] / size[1],
+        width,
+        height,
+    )  # fractions as written by other software
     assert pixel_box(divided, size)[:2] == box[:2]
 
 
-def test_fractions_of_pixels_stay(fo):
+def test_fractional_coordinates_are_restored(fo):
     from conceptseg_hf.integrations.fiftyone.labels import pixel_box, relative_box
 
     box = (1.25, 2.5, 30.75, 40.4)
     assert pixel_box(relative_box(box, (64, 48)), (64, 48)) == pytest.approx(box)
 
 
-def test_the_class_is_the_prompt_or_the_users_choice(fo):
+def test_the_class_is_the_prompt_or_the_label(fo):
     mask = np.zeros((20, 30), dtype=bool)
     mask[2:5, 3:9] = mask[10:12, 20:22] = True
     first, second = labels_of(mask, prompt="red\n star", answer="a red star")["detections"].detections
@@ -95,13 +100,13 @@ def test_a_failed_result_has_an_empty_mask_of_the_images_size(fo, tmp_path):
     from conceptseg_hf.outputs import ConceptSegmentation
 
     result = ConceptSegmentation.failed("it failed.", "star")
-    upright = tmp_path / "turned.jpg"
+    rotated = tmp_path / "rotated.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (30, 20)).save(upright, exif=exif)
+    Image.new("RGB", (30, 20)).save(rotated, exif=exif)
     (tmp_path / "empty.png").write_bytes(b"")
     for image, shape in (
-        (upright, (30, 20)),
+        (rotated, (30, 20)),
         (tmp_path / "empty.png", (1, 1)),
         (np.zeros((5, 7, 3)), (5, 7)),
     ):

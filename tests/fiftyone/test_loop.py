@@ -1,4 +1,4 @@
-"""One loop behind the operator, delegated runs and Python: equal masks, errors of their own, nothing lost."""
+"""Tests of the segmentation loop in the operator, in delegated runs and in Python."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_pipeline import FakePipeline
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -27,15 +28,15 @@ DelegatedOperationService().execute_queued_operations(dataset_name=sys.argv[1])
 
 
 def masks(dataset, field):
-    """The masks of the targets, by sample id."""
+    """Return the masks of the targets by sample id."""
     view = dataset.load_saved_view("targets")
     return {sample.id: sample[field].get_mask() for sample in view.exists(field)}
 
 
 def full_masks(items, **settings):
-    """A pipeline that takes every pixel."""
-    pictures = [Image.new("L", Image.open(item["image"]).size, 255) for item in items]
-    return [{"mask": picture, "label": "star", "score": 1.0} for picture in pictures]
+    """Return results with masks that contain all pixels."""
+    masks = [Image.new("L", Image.open(item["image"]).size, 255) for item in items]
+    return [{"mask": mask, "label": "star", "score": 1.0} for mask in masks]
 
 
 def assert_equal_masks(first, second):
@@ -43,7 +44,9 @@ def assert_equal_masks(first, second):
     assert all(np.array_equal(first[key], second[key]) for key in first)
 
 
-def test_equal_masks_everywhere(fo, make_dataset, run_operator, run_queued, folder):
+def test_operator_delegated_run_and_apply_model_have_equal_masks(
+    fo, make_dataset, run_operator, run_queued, folder
+):
     from fiftyone.operators.delegated import DelegatedOperationService
 
     from conceptseg_hf.integrations.fiftyone import ConceptSegFiftyOneModel, declare_prediction_fields
@@ -80,7 +83,7 @@ def test_equal_masks_everywhere(fo, make_dataset, run_operator, run_queued, fold
     assert (operation.run_state, operation.status.progress) == ("completed", 1.0)
 
 
-def test_masks_are_the_pipelines(make_dataset):
+def test_labels_equal_the_pipeline_outputs(make_dataset):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, get_pipeline, segment_collection
 
     dataset = make_dataset(8)
@@ -95,44 +98,46 @@ def test_masks_are_the_pipelines(make_dataset):
         assert sample["concept"]["presence"] == pytest.approx(result["presence"], abs=1e-4)
         assert np.allclose(sample["concept_heatmap"].get_map() / 255, result["heatmap"], atol=1 / 255)
         detections = sample["concept_detections"]
-        again = detections.to_segmentation(frame_size=mask.shape[::-1], mask_targets={255: "star"}).mask
-        assert np.array_equal(again, mask)
+        restored = detections.to_segmentation(frame_size=mask.shape[::-1], mask_targets={255: "star"}).mask
+        assert np.array_equal(restored, mask)
 
 
-def test_an_error_stays_with_its_sample(make_dataset):
+def test_errors_of_samples_do_not_affect_other_samples(make_dataset):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
     from conceptseg_hf.integrations.fiftyone.loop import pending_ids
 
     dataset = make_dataset(9)
-    broken, wordless, lonely, *_ = list(dataset.load_saved_view("targets").match({"level": "CD"}))
-    picture = Path(broken.filepath).read_bytes()
-    Path(broken.filepath).write_bytes(picture[:200])
-    wordless["prompt"] = None
-    wordless.save()
-    lonely["reference_ids"] = ["0" * 24, "no id"]
-    lonely.save()
+    damaged, promptless, missing_references, *_ = list(
+        dataset.load_saved_view("targets").match({"level": "CD"})
+    )
+    content = Path(damaged.filepath).read_bytes()
+    Path(damaged.filepath).write_bytes(content[:200])
+    promptless["prompt"] = None
+    promptless.save()
+    missing_references["reference_ids"] = ["0" * 24, "no id"]
+    missing_references.save()
     job = SegmentationJob(
         prompt_field="prompt", reference_ids_field="reference_ids", batch_size=4, skip_existing=True
     )
     targets = dataset.load_saved_view("targets")
     *_, progress = segment_collection(targets, job)
-    assert progress.done == 9 and set(progress.errors) == {broken.id, wordless.id, lonely.id}
-    assert "damaged" in progress.errors[broken.id]
-    assert "there is no prompt" in progress.errors[wordless.id]
-    assert "references are not in the dataset" in progress.errors[lonely.id]
+    assert progress.done == 9 and set(progress.errors) == {damaged.id, promptless.id, missing_references.id}
+    assert "damaged" in progress.errors[damaged.id]
+    assert "prompt field 'prompt' is empty" in progress.errors[promptless.id]
+    assert "references are not in the dataset" in progress.errors[missing_references.id]
     assert len(dataset.match({"concept.mask_path": {"$ne": None}})) == 6
     assert set(dataset.match({"concept.error": {"$ne": None}}).values("id")) == set(progress.errors)
 
-    # What failed is tried again, and only that.
-    Path(broken.filepath).write_bytes(picture)
+    # Only the failed samples are retried.
+    Path(damaged.filepath).write_bytes(content)
     targets = dataset.load_saved_view("targets")
     assert set(pending_ids(targets, job)) == set(progress.errors)
     *_, again = segment_collection(targets, job)
-    assert (again.total, again.skipped, set(again.errors)) == (3, 6, {wordless.id, lonely.id})
+    assert (again.total, again.skipped, set(again.errors)) == (3, 6, {promptless.id, missing_references.id})
 
 
-def test_images_of_one_line_have_detections(fo, make_dataset, tmp_path):
-    """FiftyOne itself makes none of a mask that is one pixel high."""
+def test_images_of_one_pixel_height_have_detections(fo, make_dataset, tmp_path):
+    """FiftyOne's own conversion creates no detections from a mask that is one pixel high."""
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
 
     dataset = make_dataset(1)
@@ -140,63 +145,67 @@ def test_images_of_one_line_have_detections(fo, make_dataset, tmp_path):
     line = fo.Sample(filepath=str(tmp_path / "line.png"))
     dataset.add_sample(line)
     job = SegmentationJob(prompt="star", router="sam_only", outputs=("detections",))
-    *_, progress = segment_collection(dataset.select(line.id), job, pipeline=full_masks)
+    *_, progress = segment_collection(dataset.select(line.id), job, pipeline=FakePipeline(full_masks))
     assert progress.done == 1 and progress.errors == {}
-    [found] = line["concept"].detections
-    assert found.bounding_box == [0, 0, 1, 1] and found.mask.shape == (1, 64) and found.mask.all()
+    [detection] = line["concept"].detections
+    assert detection.bounding_box == [0, 0, 1, 1] and detection.mask.shape == (1, 64) and detection.mask.all()
 
 
-def test_a_mask_that_cannot_be_written_ends_no_run(fo, make_dataset, tmp_path):
+def test_a_mask_that_cannot_be_written_does_not_end_the_run(fo, make_dataset, tmp_path):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
     from conceptseg_hf.integrations.fiftyone.files import write_image
 
     targets = make_dataset(3).load_saved_view("targets")
-    unlucky = targets.first()
-    name = write_image(Image.new("L", Image.open(unlucky.filepath).size, 255), tmp_path / "masks", unlucky.id)
+    unwritable = targets.first()
+    name = write_image(
+        Image.new("L", Image.open(unwritable.filepath).size, 255), tmp_path / "masks", unwritable.id
+    )
     Path(name).unlink()
-    Path(name).mkdir()  # nothing can be written there
+    Path(name).mkdir()  # so that no file can be written there
     job = SegmentationJob(prompt="star", router="sam_only", folder=tmp_path)
-    *_, progress = segment_collection(targets, job, pipeline=full_masks)
-    assert progress.done == 3 and progress.errors.keys() == {unlucky.id}
-    assert "the mask cannot be written" in progress.errors[unlucky.id]
-    assert [mask.any() for mask in masks(unlucky._dataset, "concept").values()] == [False, True, True]
+    *_, progress = segment_collection(targets, job, pipeline=FakePipeline(full_masks))
+    assert progress.done == 3 and progress.errors.keys() == {unwritable.id}
+    assert "mask cannot be written" in progress.errors[unwritable.id]
+    assert [mask.any() for mask in masks(unwritable._dataset, "concept").values()] == [False, True, True]
 
 
-def test_no_sample_is_its_own_reference(make_dataset):
+def test_a_sample_that_is_its_own_reference_has_an_error(make_dataset):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
 
     dataset = make_dataset(4)
     targets = dataset.load_saved_view("targets")
-    vain = targets.first()
-    vain["reference_ids"] = [vain.id]
-    vain.save()
+    self_referencing = targets.first()
+    self_referencing["reference_ids"] = [self_referencing.id]
+    self_referencing.save()
     job = SegmentationJob(prompt="star", reference_ids_field="reference_ids", router="sam_only")
     *_, progress = segment_collection(targets, job)
-    assert progress.errors == {vain.id: "the sample is listed among its own references; take it out."}
+    assert progress.errors == {
+        self_referencing.id: "sample is listed among its own references; remove it from the list."
+    }
 
 
-def test_samples_deleted_during_the_run_are_named(make_dataset):
-    """Those that were not read yet, and those whose labels cannot be saved any more."""
+def test_samples_deleted_during_the_run_have_an_error(make_dataset):
+    """They are deleted before they are read, or before their labels are saved."""
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, get_pipeline, segment_collection
 
     dataset = make_dataset(6)
     targets = dataset.load_saved_view("targets")
     first, read, waiting, *others = targets.values("id")
 
-    def deletes(items, **settings):
+    def delete_samples(items, **settings):
         if progress.done == 1:
             dataset.delete_samples([read, waiting])
         return get_pipeline()(items, **settings)
 
     job = SegmentationJob(prompt_field="prompt", router="sam_only", batch_size=1)
-    for progress in segment_collection(targets, job, pipeline=deletes):  # noqa: B007 (`deletes` looks at it)
+    for progress in segment_collection(targets, job, pipeline=FakePipeline(delete_samples)):  # noqa: B007 (used in `delete_samples`)
         pass
     assert str(progress) == "6 of 6 segmented, 2 with an error"
-    assert progress.errors == dict.fromkeys((read, waiting), "the sample was deleted during the run.")
+    assert progress.errors == dict.fromkeys((read, waiting), "sample was deleted during the run.")
     assert dataset.exists("concept").values("id") == [first, *others]
 
 
-def test_a_killed_run_loses_nothing_that_was_written(fo, make_dataset, run_operator, run_queued):
+def test_a_killed_run_keeps_its_predictions_and_can_be_resumed(fo, make_dataset, run_operator, run_queued):
     from fiftyone.operators.delegated import DelegatedOperationService
 
     dataset = make_dataset(60)
@@ -215,13 +224,13 @@ def test_a_killed_run_loses_nothing_that_was_written(fo, make_dataset, run_opera
     written = dict(zip(*dataset.exists("concept").values(["id", "concept.mask_path"])))
     assert 20 <= len(written) < 60
     for path in written.values():
-        with Image.open(path) as picture:
-            picture.load()
-            assert picture.size == (128, 128)
+        with Image.open(path) as image:
+            image.load()
+            assert image.size == (128, 128)
 
     service = DelegatedOperationService()
     [operation] = service.list_operations(dataset_name=dataset.name)
-    assert operation.run_state == "running"  # for ever: FiftyOne does not notice
+    assert operation.run_state == "running"  # permanently: FiftyOne does not detect a killed worker
     service.set_failed(operation.id)
     again = service.rerun_operation(operation.id)
     run_queued(dataset)
@@ -247,7 +256,7 @@ def test_references_are_read_from_boxes_and_masks(fo, make_dataset):
     assert {reference.role for reference in references_from(samples, "ref_boxes", proxy=False)} == {"support"}
     [masked] = references_from([target], "ground_truth")
     assert masked.mask == target["ground_truth"].mask_path
-    with pytest.raises(ValueError, match="has neither box nor mask in 'ref_boxes'"):
+    with pytest.raises(ValueError, match="has no box or mask in 'ref_boxes'"):
         references_from([target], "ref_boxes")
     assert [reference.box for reference in references_from([target], None)] == [None]
     with pytest.raises(ValueError, match="at most 9"):
@@ -256,28 +265,30 @@ def test_references_are_read_from_boxes_and_masks(fo, make_dataset):
     assert view.values("id") == [*target["reference_ids"], target.id]
 
 
-def test_the_loop_calls_the_model_once_a_batch_and_keeps_nothing(make_dataset):
-    """What it adds in seconds and megabytes is in `make bench`."""
+def test_the_loop_calls_the_model_once_per_batch_and_frees_the_masks(make_dataset):
+    """`make bench` measures the time and memory overhead."""
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, get_pipeline, segment_collection
 
     dataset = make_dataset(20)
     batches, masks_of = [], []
 
-    def watched(items, **settings):
+    def record_batches(items, **settings):
         results = get_pipeline()(items, **settings)
         batches.append(len(items))
         masks_of.append([weakref.ref(result["mask"]) for result in results])
         return results
 
     job = SegmentationJob(prompt="star", router="sam_only", batch_size=8)
-    for _ in segment_collection(dataset.load_saved_view("targets"), job, pipeline=watched):
+    for _ in segment_collection(
+        dataset.load_saved_view("targets"), job, pipeline=FakePipeline(record_batches)
+    ):
         gc.collect()
         alive = [sum(mask() is not None for mask in masks) for masks in masks_of[:-1]]
         assert not any(alive), "masks of earlier batches"
     assert batches == [8, 8, 4]
 
 
-def test_the_model_is_shared_and_freed(fo, make_dataset, run_operator):
+def test_the_pipeline_is_cached_and_released(fo, make_dataset, run_operator):
     from conceptseg_hf.integrations.fiftyone import get_pipeline, release_models
 
     release_models()
@@ -289,7 +300,7 @@ def test_the_model_is_shared_and_freed(fo, make_dataset, run_operator):
         get_pipeline("nowhere")
 
 
-def test_grouped_datasets_have_all_slices(fo, folder):
+def test_grouped_datasets_with_all_slices_and_with_one(fo, folder):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, find_uncertain, segment_collection
 
     dataset = fo.Dataset("grouped")
@@ -321,16 +332,16 @@ def test_grouped_datasets_have_all_slices(fo, folder):
         fo.delete_dataset("grouped")
 
 
-def test_only_whole_images_are_segmented(fo, make_dataset):
+def test_patches_and_videos_are_rejected(fo, make_dataset):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob
 
     job = SegmentationJob(prompt="star")
-    with pytest.raises(ValueError, match="a view of patches, whose labels are not kept"):
+    with pytest.raises(ValueError, match="samples are a view of patches"):
         job.check(make_dataset(2).to_patches("ref_boxes"))
     video = fo.Dataset("moving")
     try:
         video.add_sample(fo.Sample(filepath="nothing.mp4"))
-        with pytest.raises(ValueError, match="these samples are of type 'video'"):
+        with pytest.raises(ValueError, match="samples have media type 'video'"):
             job.check(video)
     finally:
         fo.delete_dataset("moving")

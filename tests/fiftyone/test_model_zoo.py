@@ -1,4 +1,4 @@
-"""FiftyOne's model zoo: the copied source, an archive from a server, and FiftyOne's own operator "Apply zoo model"."""
+"""Tests of the model zoo source, installed or from an archive, and of FiftyOne's operator "Apply zoo model"."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ OWN = {
     "own_references": True,
     "reference_field": "reference_ids",
 }
-NO_PROMPT = "There is no prompt; give words, or the field that holds them."
+NO_PROMPT = "Prompt is empty; enter a prompt, or choose the field that contains the prompts."
 
 
 @pytest.fixture()
 def installed(fo):
-    """The zoo model as FiftyOne finds it."""
+    """Install the model source and return the zoo model."""
     import fiftyone.zoo as foz
 
     from conceptseg_hf.integrations.fiftyone import install_zoo_models
@@ -38,7 +38,7 @@ def installed(fo):
 
 
 def context(dataset, values, **params):
-    """What the operator is given: `values` is our part of its form."""
+    """Return the operator's execution context; `values` are the values of the model's inputs."""
     from fiftyone.operators.executor import ExecutionContext
 
     params = {"model": MODEL, "remote_params": dict(values), **params}
@@ -46,7 +46,7 @@ def context(dataset, values, **params):
 
 
 def form_of(dataset, values, **params):
-    """Our part of the form, and what FiftyOne holds against it."""
+    """Return the model's inputs in the form, and FiftyOne's validation errors."""
     import fiftyone.zoo as foz
     from fiftyone.operators import types
     from fiftyone.operators.executor import ValidationContext
@@ -55,13 +55,13 @@ def form_of(dataset, values, **params):
     ctx = context(dataset, values, **params)
     inputs = types.Object()
     inputs.add_property("remote_params", foz.get_zoo_model(MODEL).resolve_input(ctx))
-    some_operator = OperatorRegistry().get_operator("@conceptseg/conceptseg/release_model")
-    found = ValidationContext(ctx, types.Property(inputs), some_operator).errors
-    return inputs.properties["remote_params"].type.properties, [error.reason for error in found]
+    any_operator = OperatorRegistry().get_operator("@conceptseg/conceptseg/release_model")
+    errors = ValidationContext(ctx, types.Property(inputs), any_operator).errors
+    return inputs.properties["remote_params"].type.properties, [error.reason for error in errors]
 
 
 def apply_as_operator(dataset, label_field, values, skip_existing=False, **arguments):
-    """The calls that the operator makes for a form that was sent, in its order."""
+    """Make the calls of the operator after its form was submitted, in the same order."""
     import fiftyone.zoo as foz
 
     ctx = context(dataset, values, label_field=label_field, skip_existing=skip_existing)
@@ -99,7 +99,7 @@ def test_zoo_models_load_and_apply(fo, make_dataset):
     from conceptseg_hf.integrations.fiftyone import install_zoo_models
 
     install_zoo_models()
-    install_zoo_models()  # again: nothing breaks
+    install_zoo_models()  # repeated calls are allowed
     assert {"conceptseg-nano", "conceptseg-r1-7b"} <= set(foz.list_zoo_models())
     dataset = make_dataset(3)
     model = foz.load_zoo_model("conceptseg-nano", prompt="star", router="sam_only")
@@ -108,11 +108,11 @@ def test_zoo_models_load_and_apply(fo, make_dataset):
     assert dataset.count("zoo") == len(dataset)
 
 
-def test_the_form_offers_what_the_dataset_has(fo, installed, make_dataset):
+def test_the_form_depends_on_the_fields_of_the_dataset(fo, installed, make_dataset):
     dataset = make_dataset(2)
     assert "label" in form_of(dataset, {"prompt": "star", "output": "detections"})[0]
-    words, errors = form_of(dataset, {"prompt": "star"})
-    assert list(words) == ["prompt_source", "prompt", "own_references", "router", "output"] and errors == []
+    inputs, errors = form_of(dataset, {"prompt": "star"})
+    assert list(inputs) == ["prompt_source", "prompt", "own_references", "router", "output"] and errors == []
     own, errors = form_of(dataset, OWN)
     assert list(own) == [
         *("prompt_source", "prompt_field", "own_references", "reference_field", "router", "output")
@@ -129,21 +129,21 @@ def test_the_form_offers_what_the_dataset_has(fo, installed, make_dataset):
     bare = fo.Dataset("zoo_bare")
     try:
         bare.add_sample(fo.Sample(filepath="nothing.png"))
-        words, errors = form_of(bare, {"prompt": "star"})
-        assert "own_references" not in words and errors == []
+        inputs, errors = form_of(bare, {"prompt": "star"})
+        assert "own_references" not in inputs and errors == []
         _, errors = form_of(bare, {"prompt_source": "field"})
-        assert errors == ["The dataset has no text field; add one that holds a prompt for each sample."]
+        assert errors == ["The dataset has no string field; add one with a prompt for each sample."]
         bare.add_sample_field("words", fo.StringField)
         own, errors = form_of(bare, {"prompt_source": "field", "prompt_field": "words"})
         assert own["prompt_field"].default == "words" and errors == []
         assert own["without_prompt"].view.label == (
-            "1 of 1 samples have no text in 'words': they get an error and no mask."
+            "1 of 1 samples have no prompt in 'words' and will get an error."
         )
     finally:
         fo.delete_dataset("zoo_bare")
 
 
-def test_the_form_says_what_cannot_work(fo, installed, make_dataset):
+def test_the_form_shows_invalid_values(fo, installed, make_dataset):
     from fiftyone.operators import types
 
     dataset = make_dataset(2)
@@ -158,15 +158,15 @@ def test_the_form_says_what_cannot_work(fo, installed, make_dataset):
     assert faults({"prompt": "  "}) == [NO_PROMPT]
     assert faults({"prompt_source": "text", "prompt_field": "prompt"}) == [
         NO_PROMPT
-    ]  # of the tab that was left
+    ]  # the value of the inactive tab is ignored
     assert faults({"prompt_source": "text", "prompt": "star", "prompt_field": "gone"}) == []
     assert faults({"prompt_source": "field"}) == ["Required property"]
     [fault, _] = faults({"prompt_source": "field", "prompt_field": "nothing"})
-    assert fault == "Field 'nothing' is not in the dataset; give one of its fields."
+    assert fault == "Field 'nothing' is not in the dataset; use one of its fields."
     [fault] = faults({"prompt": "star"}, label_field="Two words")
-    assert fault.startswith("Field 'Two words' cannot be a field's name")
+    assert fault.startswith("Field name 'Two words' is invalid")
     [fault] = faults({"prompt": "star"}, label_field="ref_boxes")
-    assert fault == "Field 'ref_boxes' is there already and holds no Segmentation; give another label field."
+    assert fault == "Field 'ref_boxes' already exists and holds no Segmentation; use another label field."
     assert faults({"prompt": "star", "output": "detections"}, label_field="ref_boxes") == []
     form, _ = form_of(dataset, {"prompt": "star"}, label_field="ground_truth")
     assert "the run will replace them" in form["overwriting"].view.label
@@ -175,14 +175,14 @@ def test_the_form_says_what_cannot_work(fo, installed, make_dataset):
     try:
         video.add_sample(fo.Sample(filepath="nothing.mp4"))
         assert form_of(video, {"prompt": "star"})[1] == [
-            "These samples are of type 'video'; choose a dataset or view of images."
+            "Samples have media type 'video'; choose a dataset or view of images."
         ]
     finally:
         fo.delete_dataset("zoo_video")
 
 
-def test_the_form_says_that_the_package_is_missing(fo, installed):
-    """In a process where `conceptseg_hf` cannot be imported."""
+def test_the_form_shows_that_the_package_is_missing(fo, installed):
+    """The form is created in a process that cannot import `conceptseg_hf`."""
     code = """
 import sys
 sys.modules["conceptseg_hf"] = None
@@ -193,7 +193,7 @@ print(foz.get_zoo_model("conceptseg-nano").resolve_input(None).type.properties["
     assert "pip install 'conceptseg-hf[fiftyone]'" in done.stdout, done.stderr
 
 
-def test_values_become_arguments(fo, installed, make_dataset):
+def test_form_values_are_converted_to_arguments(fo, installed, make_dataset):
     dataset = make_dataset(2)
 
     def arguments(values, **params):
@@ -210,19 +210,19 @@ def test_values_become_arguments(fo, installed, make_dataset):
     }
     assert arguments({"prompt": "star", "prompt_field": None, "router": ""}) == {"prompt": "star"}
     assert arguments({"prompt": "star", "label": "defect"}) == {"prompt": "star", "label": "defect"}
-    # FiftyOne keeps what was written into the form of the model that was chosen before.
+    # FiftyOne keeps the values of the form of the previously selected model.
     assert arguments({"prompt": "star", "classes": ["cat"]}) == {"prompt": "star"}
 
 
-def test_words_for_all_as_the_operator_runs_it(fo, installed, make_dataset, tmp_path):
+def test_operator_with_one_prompt_for_all(fo, installed, make_dataset, tmp_path):
     from conceptseg_hf.integrations.fiftyone import get_pipeline
     from conceptseg_hf.integrations.fiftyone.schema import PREDICTION_ATTRIBUTES, REGION_ATTRIBUTES
 
     dataset = make_dataset(4)
-    words = {"prompt_source": "text", "prompt": "star", "router": "adaptive", "output": "segmentation"}
-    apply_as_operator(dataset, "zoo", words)
+    values = {"prompt_source": "text", "prompt": "star", "router": "adaptive", "output": "segmentation"}
+    apply_as_operator(dataset, "zoo", values)
     apply_as_operator(
-        dataset, "files", words, batch_size=3, output_dir=str(tmp_path / "masks"), num_workers=1
+        dataset, "files", values, batch_size=3, output_dir=str(tmp_path / "masks"), num_workers=1
     )
     assert dataset.count("zoo") == dataset.count("files") == len(dataset)
     assert_equal_masks(masks(dataset, "zoo"), masks(dataset, "files"))
@@ -233,28 +233,31 @@ def test_words_for_all_as_the_operator_runs_it(fo, installed, make_dataset, tmp_
         assert sample["zoo"]["route"] == result["route"]
         assert sample["zoo"]["presence"] == pytest.approx(result["presence"], abs=1e-4)
     assert set(dataset.distinct("zoo.prompt")) == {"star"}
-    # Declared, so that the sidebar filters by them.
+    # The attributes are declared, so that the sidebar can filter by them.
     schema = dataset.get_field_schema(flat=True)
     assert {f"zoo.{name}" for name in PREDICTION_ATTRIBUTES} <= set(schema)
     assert dataset.mask_targets["zoo"] == {255: "concept"}
 
     apply_as_operator(
-        dataset, "boxes", words | {"output": "detections"}, output_dir=str(tmp_path / "regions")
+        dataset, "boxes", values | {"output": "detections"}, output_dir=str(tmp_path / "regions")
     )
     schema = set(dataset.get_field_schema(flat=True))
     assert {f"boxes.detections.{name}" for name in REGION_ATTRIBUTES} <= schema
     assert "boxes.detections.score" not in schema  # see `REGION_ATTRIBUTES`
     for sample in dataset:
         regions = fo.Segmentation(mask=sample["zoo"].mask).to_detections(mask_types="thing").detections
-        found = sample["boxes"].detections
-        assert {one.label for one in found} <= {"star"}
-        assert np.array([one.bounding_box for one in found]) == pytest.approx(
-            np.array([one.bounding_box for one in regions])
+        detections = sample["boxes"].detections
+        assert {detection.label for detection in detections} <= {"star"}
+        assert np.array([detection.bounding_box for detection in detections]) == pytest.approx(
+            np.array([region.bounding_box for region in regions])
         )
-        assert all(np.array_equal(one.get_mask() > 0, other.mask) for one, other in zip(found, regions))
+        assert all(
+            np.array_equal(detection.get_mask() > 0, region.mask)
+            for detection, region in zip(detections, regions)
+        )
 
 
-def test_own_prompts_and_references_as_the_operator_runs_it(fo, installed, make_dataset):
+def test_operator_with_prompts_and_references_per_sample(fo, installed, make_dataset):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
 
     dataset = make_dataset(8)
@@ -270,7 +273,7 @@ def test_own_prompts_and_references_as_the_operator_runs_it(fo, installed, make_
 
 
 @pytest.mark.parametrize("output", ["segmentation", "detections"])
-def test_damaged_files_spoil_no_other(fo, installed, make_dataset, tmp_path, output):
+def test_damaged_files_do_not_affect_other_samples(fo, installed, make_dataset, tmp_path, output):
     dataset = make_dataset(6)
     cut, empty = dataset.load_saved_view("targets").limit(2)
     contents = {Path(sample.filepath): Path(sample.filepath).read_bytes() for sample in (cut, empty)}
@@ -283,7 +286,7 @@ def test_damaged_files_spoil_no_other(fo, installed, make_dataset, tmp_path, out
         assert dataset.exists("zoo", False).values("id") == []
         assert "cannot be read" in dataset[cut.id]["zoo"]["error"]
         assert "is empty (0 bytes)" in dataset[empty.id]["zoo"]["error"]
-        if output == "segmentation":  # FiftyOne wants a mask to write
+        if output == "segmentation":  # FiftyOne requires a mask to write
             shapes = [masks(dataset, "zoo")[damaged.id].shape for damaged in (cut, empty)]
             assert shapes == [(128, 128), (1, 1)]
         good = dataset.exclude([cut.id, empty.id])
@@ -297,34 +300,34 @@ def test_damaged_files_spoil_no_other(fo, installed, make_dataset, tmp_path, out
     assert good.values("zoo.id") == before
 
 
-def test_an_error_is_its_samples_own(fo, installed, make_dataset):
+def test_errors_of_samples_do_not_affect_other_samples(fo, installed, make_dataset):
     dataset = make_dataset(4)
-    wordless, lost, wrong, *_ = dataset.load_saved_view("targets")
-    wordless["prompt"] = None
-    lost["reference_ids"] = ["0" * 24]
-    wrong["reference_ids"] = ["no id"]
-    for sample in (wordless, lost, wrong):
+    promptless, missing, invalid, *_ = dataset.load_saved_view("targets")
+    promptless["prompt"] = None
+    missing["reference_ids"] = ["0" * 24]
+    invalid["reference_ids"] = ["no id"]
+    for sample in (promptless, missing, invalid):
         sample.save()
     apply_as_operator(dataset, "zoo", OWN, batch_size=4)
     failed = dataset.match({"zoo.error": {"$ne": None}})
     errors = dict(zip(*failed.values(["id", "zoo.error"])))
-    assert errors.keys() == {wordless.id, lost.id, wrong.id}
-    assert "prompt" in errors[wordless.id]
-    assert all("references are not in the dataset" in errors[sample.id] for sample in (lost, wrong))
+    assert errors.keys() == {promptless.id, missing.id, invalid.id}
+    assert "prompt" in errors[promptless.id]
+    assert all("references are not in the dataset" in errors[sample.id] for sample in (missing, invalid))
 
 
-def test_a_model_remembers_no_dataset(fo, installed, make_dataset):
+def test_a_model_can_be_applied_to_datasets_with_other_fields(fo, installed, make_dataset):
     import fiftyone.zoo as foz
 
     fields = {"prompt_field": "prompt", "reference_field": "reference_ids"}
-    model = foz.load_zoo_model(MODEL, **fields)  # kept, so that FiftyOne's cache has it
+    model = foz.load_zoo_model(MODEL, **fields)  # FiftyOne caches it while it is referenced
     one, other = make_dataset(6), make_dataset(6)
     other.delete_sample_fields(["ground_truth", "ignore"])
     other.rename_sample_field("ref_boxes", "marks")
     other.rename_sample_field("prompt", "words")
     apply_as_operator(one, "zoo", fields)
     assert foz.load_zoo_model(MODEL, **fields) is model
-    other.apply_model(model, "zoo", prompt_field="words")  # goes first, for this one run
+    other.apply_model(model, "zoo", prompt_field="words")  # takes precedence in this call
     assert model.needs_fields == fields
     pairs = zip(one.sort_by("filepath"), other.sort_by("filepath"), strict=True)
     assert all(np.array_equal(left["zoo"].mask, right["zoo"].mask) for left, right in pairs)
@@ -333,7 +336,7 @@ def test_a_model_remembers_no_dataset(fo, installed, make_dataset):
         foz.load_zoo_model(MODEL, prompt="star", router="fast")
 
 
-def test_predictions_mark_no_references(fo, installed, make_dataset):
+def test_predictions_are_not_used_as_reference_labels(fo, installed, make_dataset):
     from conceptseg_hf.integrations.fiftyone.reference_samples import AUTO, resolve_label_field
 
     dataset = make_dataset(2)
@@ -344,7 +347,7 @@ def test_predictions_mark_no_references(fo, installed, make_dataset):
 
 
 def test_released_weights_are_refused_before_they_are_downloaded(tmp_path):
-    """In a process whose hub is a cache folder with the authors' config.json, and no network."""
+    """The model is loaded in a process without network access, with the authors' config.json in the hub's cache."""
     from conceptseg_hf.integrations.fiftyone.model_zoo import SOURCE
 
     repo = tmp_path / "hub" / "models--zhaoyuan666--ConceptSeg-R1-7B"
@@ -360,10 +363,10 @@ runpy.run_path(sys.argv[1])["download_model"]("conceptseg-r1-7b", sys.argv[2])
     offline = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=offline)
     assert "is not in the format of conceptseg-hf; convert the released checkpoint" in done.stderr
-    assert not (tmp_path / "weights").exists()  # where `conceptseg convert` will write
+    assert not (tmp_path / "weights").exists()  # the output folder of `conceptseg convert`
 
 
-def test_other_weights_are_told_from_ours(fo, tmp_path):
+def test_checkpoint_in_another_format_raises(fo, tmp_path):
     from conceptseg_hf.integrations.fiftyone import zoo
 
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
@@ -371,7 +374,7 @@ def test_other_weights_are_told_from_ours(fo, tmp_path):
         zoo.load_model("conceptseg-r1-7b", str(tmp_path))
 
 
-def test_a_checkpoint_of_ours_loads_as_the_large_one(fo, tmp_path):
+def test_converted_checkpoint_is_loaded_from_the_zoo_folder(fo, tmp_path):
     import fiftyone.zoo as foz
 
     from conceptseg_hf import nano_checkpoint
@@ -386,7 +389,7 @@ def test_a_checkpoint_of_ours_loads_as_the_large_one(fo, tmp_path):
         shutil.rmtree(folder)
 
 
-def test_a_source_can_be_an_archive(fo, tmp_path, monkeypatch):
+def test_model_source_can_be_an_archive(fo, tmp_path, monkeypatch):
     import fiftyone.zoo as foz
 
     from conceptseg_hf.integrations.fiftyone.model_zoo import SOURCE
@@ -407,7 +410,7 @@ def test_a_source_can_be_an_archive(fo, tmp_path, monkeypatch):
 
 
 class ZooForm:
-    """The form of the official operator, driven as a person does."""
+    """Page object for the form of FiftyOne's operator "Apply zoo model"."""
 
     def __init__(self, app):
         self.app, self.page = app, app.page
@@ -424,7 +427,7 @@ class ZooForm:
         self._fill_in(2, label_field, enter=True)
 
     def own(self):
-        """Chooses each sample's own prompt and references."""
+        """Select prompts and references per sample."""
         from playwright.sync_api import expect
 
         self.modal.get_by_text("Prompts in a field").click()
@@ -440,7 +443,7 @@ class ZooForm:
         from playwright.sync_api import expect
 
         expect(self.modal.get_by_text(NO_PROMPT)).to_have_count(0)
-        self.page.wait_for_timeout(2500)  # the form resolves what was written last
+        self.page.wait_for_timeout(2500)  # wait until the form has processed the last input
         self.modal.locator("button[aria-haspopup=menu]").click()
         self.page.get_by_role("menuitem", name=how).click()
         self.modal.get_by_role("button", name=how, exact=True).click()
@@ -453,10 +456,10 @@ class ZooForm:
             field.press("Enter")
 
 
-def test_the_official_operator_in_the_app(
+def test_apply_zoo_model_operator_in_the_app(
     fo, installed, make_dataset, page, server, run_queued, tmp_path, request
 ):
-    """Run it where the official plugin is: see the sentence below."""
+    """Requires FiftyOne's zoo plugin, see the message below."""
     if "CONCEPTSEG_ZOO_PLUGIN" not in os.environ:
         pytest.skip(
             "CONCEPTSEG_ZOO_PLUGIN does not name the folder of FiftyOne's zoo plugin; get it with: fiftyone plugins "
@@ -480,7 +483,7 @@ def test_the_official_operator_in_the_app(
         done = dataset.has_field(field) and dataset.count(field) == len(dataset)
         return done and dataset.count(f"{field}.error") == errors
 
-    # Each sample's own prompt and references, at once, into files; one image is damaged.
+    # Immediate execution with prompts and references per sample and mask files; one image is damaged.
     Path(damaged.filepath).write_bytes(content[:300])
     app.open(dataset.name)
     form.open("own")
@@ -494,7 +497,7 @@ def test_the_official_operator_in_the_app(
     assert "cannot be read" in dataset[damaged.id]["own"]["error"]
     assert {Path(path).parent for path in dataset.values("own.mask_path")} == {tmp_path / "masks"}
 
-    # Once it is mended, only that one is left to do; then all are what the plugin's own operator makes.
+    # Restore the image: only its sample is segmented again, and all masks equal those of the segmentation loop.
     Path(damaged.filepath).write_bytes(content)
     kept = dataset.exclude([damaged.id]).values("own.id")
     form.open("own")
@@ -510,7 +513,7 @@ def test_the_official_operator_in_the_app(
     dataset.reload()
     assert_equal_masks(masks(dataset, "loop"), masks(dataset, "own"))
 
-    # Attributes in the sidebar and the tooltip.
+    # The sidebar and the tooltip show the attributes.
     app.open(dataset.name)
     page.locator("[data-cy=checkbox-own]").click()
     page.locator("[data-cy=sidebar-field-arrow-enabled-own]").click()
@@ -527,7 +530,7 @@ def test_the_official_operator_in_the_app(
     app.shot("zoo-3-tooltip")
     page.keyboard.press("Escape")
 
-    # One prompt for all, on schedule, into the database.
+    # Scheduled execution with one prompt for all, with masks in the database.
     app.open(dataset.name)
     form.open("words")
     form.modal.locator("input[type=string]").first.fill("star")

@@ -1,4 +1,4 @@
-"""The route that was not taken: the same prompt and references, the other way."""
+"""Tests of `segment_other_route` and of comparing routes in `find_uncertain`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-OTHER = "concept_other_route"
+OTHER_FIELD = "concept_other_route"
 
 
 def masks(samples, field):
@@ -16,7 +16,7 @@ def masks(samples, field):
 
 @pytest.fixture()
 def segmented(make_dataset):
-    """Targets with predictions by both routes, and three references that serve all."""
+    """Return a dataset with predictions by both routes, and the jobs with own and with shared references."""
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
 
     dataset = make_dataset(15)
@@ -30,7 +30,7 @@ def segmented(make_dataset):
     return dataset, own, shared
 
 
-def test_prompt_and_references_are_the_same(segmented):
+def test_the_other_route_uses_the_same_prompt_and_references(segmented):
     from dataclasses import replace
 
     from conceptseg_hf.integrations.fiftyone import segment_collection, segment_other_route
@@ -39,7 +39,7 @@ def test_prompt_and_references_are_the_same(segmented):
     targets = dataset.load_saved_view("targets")
     *_, progress = segment_other_route(targets)
     assert (progress.total, progress.done, progress.errors) == (15, 15, {})
-    routes = list(zip(targets.values("concept.route"), targets.values(f"{OTHER}.route")))
+    routes = list(zip(targets.values("concept.route"), targets.values(f"{OTHER_FIELD}.route")))
     assert set(routes) == {("shortcut", "reasoning"), ("reasoning", "shortcut")}
     expected = {}
     for samples, job in ((targets[:12], own), (targets[12:], shared)):
@@ -49,15 +49,16 @@ def test_prompt_and_references_are_the_same(segmented):
     for sample in targets:
         router = "full_reasoning" if sample["concept"]["route"] == "shortcut" else "sam_only"
         expected[sample.id] = sample[router].get_mask()
-    found = masks(targets, OTHER)
-    assert found.keys() == expected.keys() and all(np.array_equal(found[key], expected[key]) for key in found)
+    results = masks(targets, OTHER_FIELD)
+    assert results.keys() == expected.keys()
+    assert all(np.array_equal(results[key], expected[key]) for key in results)
 
-    # It is there already; a prediction made anew makes it void.
+    # Existing results are skipped; replacing a prediction clears its result.
     *_, progress = segment_other_route(targets)
     assert (progress.total, progress.skipped) == (0, 15)
     for _ in segment_collection(targets[:2], own):
         pass
-    assert targets.count(OTHER) == 13
+    assert targets.count(OTHER_FIELD) == 13
     *_, progress = segment_other_route(targets)
     assert (progress.done, progress.skipped) == (2, 13)
 
@@ -69,14 +70,14 @@ def test_the_operator_compares_routes(segmented, run_operator):
     params = {"other_route": True, "margin": 0, "check_iou": 0, "routes_iou": 0.5}
     result = run_operator("find_uncertain", dataset, params).result
     targets = dataset.load_saved_view("targets")
-    first, second = masks(targets, "concept"), masks(targets, OTHER)
+    first, second = masks(targets, "concept"), masks(targets, OTHER_FIELD)
     disagree = {key for key in first if foreground_iou(first[key] > 0, second[key] > 0) < 0.5}
     assert 0 < len(disagree) < 15
     assert result == {"total": len(disagree), "presence": 0, "check": 0, "routes": len(disagree), "error": 0}
     assert set(dataset.match_tags("uncertain: routes disagree").values("id")) == disagree
 
 
-def test_what_cannot_be_repeated_is_said(make_dataset):
+def test_predictions_without_a_stored_run_raise(make_dataset):
     from conceptseg_hf.integrations.fiftyone import (
         ConceptSegFiftyOneModel,
         declare_prediction_fields,
@@ -90,7 +91,7 @@ def test_what_cannot_be_repeated_is_said(make_dataset):
     for output, field in (("segmentation", "applied"), ("detections", "boxes")):
         declare_prediction_fields(dataset, field, [output])
         dataset.apply_model(ConceptSegFiftyOneModel(prompt="star", output=output, router="sam_only"), field)
-    with pytest.raises(ValueError, match="not known what to repeat"):
+    with pytest.raises(ValueError, match="there is no run to repeat"):
         next(segment_other_route(dataset, "applied"))
     with pytest.raises(ValueError, match="'boxes' holds no Segmentation"):
         find_uncertain(dataset, "applied", other_field="boxes")

@@ -1,4 +1,4 @@
-"""What the plugin registers, and what its forms say."""
+"""Tests of the plugin's operators and forms."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ OPERATORS = {
 
 @pytest.fixture()
 def form_of(fo):
-    """The fields of an operator's form for some values."""
+    """Return a function that returns the inputs of an operator's form for given values."""
     from fiftyone.operators.executor import ExecutionContext
     from fiftyone.operators.registry import OperatorRegistry
 
-    def ask(operator: str, dataset, params=None, **context):
+    def build_form(operator: str, dataset, params=None, **context):
         request = {"dataset_name": dataset.name, "params": params or {}, **context}
-        found = OperatorRegistry().get_operator(f"{PLUGIN}/{operator}")
-        return found.resolve_input(ExecutionContext(request)).type.properties
+        instance = OperatorRegistry().get_operator(f"{PLUGIN}/{operator}")
+        return instance.resolve_input(ExecutionContext(request)).type.properties
 
-    return ask
+    return build_form
 
 
 @pytest.fixture()
 def messages(form_of):
-    """The warnings that a form shows for some values; all of them keep it from being sent."""
+    """Return a function that returns the blocking warnings in a form for given values."""
     from fiftyone.operators import types
 
-    def ask(operator: str, dataset, params=None, **context):
+    def blocking_warnings(operator: str, dataset, params=None, **context):
         return [
             field.view.label
             for field in form_of(operator, dataset, params, **context).values()
             if isinstance(field.view, types.Warning) and field.invalid
         ]
 
-    return ask
+    return blocking_warnings
 
 
-def test_everything_is_registered(fo):
+def test_all_operators_and_icons_are_registered(fo):
     from fiftyone.operators.registry import OperatorRegistry
 
     registry = OperatorRegistry()
@@ -63,7 +63,7 @@ def test_everything_is_registered(fo):
                 assert (ROOT / "fiftyone_plugin" / icon.lstrip("/")).is_file()
 
 
-def test_the_form_says_what_is_missing(fo, make_dataset, messages):
+def test_segment_form_shows_missing_and_invalid_values(fo, make_dataset, messages):
     dataset = make_dataset(3)
     target = dataset.match({"role": "target"}).first().id
     reference = dataset.match({"role": "reference"}).first().id
@@ -72,57 +72,63 @@ def test_the_form_says_what_is_missing(fo, make_dataset, messages):
         return messages("segment_concept", dataset, params, **(context or {}))
 
     assert ask(prompt="star") == []
-    assert ask() == ["There is no prompt; give words, or the field that holds them."]
-    assert ask(prompt="  ") == ["There is no prompt; give words, or the field that holds them."]
+    assert ask() == ["Prompt is empty; enter a prompt, or choose the field that contains the prompts."]
+    assert ask(prompt="  ") == [
+        "Prompt is empty; enter a prompt, or choose the field that contains the prompts."
+    ]
     assert ask(prompt_source="field", prompt_field="nothing") == [
-        "Prompt field 'nothing' is not in the dataset; give one of its fields."
+        "Prompt field 'nothing' is not in the dataset; use one of its fields."
     ]
     assert ask(prompt="star", checkpoint="nowhere") == [
-        "Checkpoint 'nowhere' was not found; give 'nano', a folder, or a hub id such as owner/name."
+        "Checkpoint 'nowhere' was not found; use 'nano', a folder, or a hub id such as owner/name."
     ]
     [folder] = ask(prompt="star", checkpoint=str(ROOT / "tests"))
     assert "is a folder without config.json" in folder
     assert ask(prompt="star", references="selected") == [
-        "No samples are selected; select the references in the grid."
+        "No sample is selected; select references in the grid."
     ]
     assert ask({"selected": [reference]}, prompt="star") == []
-    assert ask({"selected": [target]}, prompt="star") == []  # a mask marks it, where a box marks others
+    assert ask({"selected": [target]}, prompt="star") == []  # marked by a mask
     [unmarked] = ask({"selected": [target]}, prompt="star", reference_label_field="ref_boxes")
-    assert "has neither box nor mask in 'ref_boxes'" in unmarked
+    assert "has no box or mask in 'ref_boxes'" in unmarked
     assert ask({"selected": [target]}, prompt="star", reference_label_field="ground_truth") == []
     assert ask({"selected": [target]}, prompt="star", reference_label_field="none") == []
     [view] = ask(prompt="star", references="saved_view", saved_view="nothing")
     assert "saved view 'nothing' is not in the dataset" in view.lower()
-    nothing = "There is nothing to segment: the view is empty, or all its samples are done."
-    assert ask({"view": dataset.match({"level": "none"})._serialize()}, prompt="star") == [nothing]
+    [empty] = ask({"view": dataset.match({"level": "none"})._serialize()}, prompt="star")
+    assert empty.startswith("No samples to segment: the view is empty")
     [field] = ask(prompt="star", field="no name")
-    assert "cannot be a field's name" in field
+    assert "Field name 'no name' is invalid" in field
     [outputs] = ask(prompt="star", segmentation=False)
-    assert "give segmentation, detections or both" in outputs
+    assert "use segmentation, detections or both" in outputs
 
 
-def test_other_forms_say_what_is_missing(fo, make_dataset, messages, tmp_path):
+def test_other_forms_show_missing_and_invalid_values(fo, make_dataset, messages, tmp_path):
     dataset = make_dataset(2)
     bare = fo.Dataset("bare")
     try:
-        assert messages("find_uncertain", bare) == ["There are no predictions; run segment_concept first."]
-        assert "No field has masks; run segment_concept first." in messages("evaluate_concepts", bare)
-        assert "have no field reference_ids" in messages("show_references", bare)[0]
+        assert messages("find_uncertain", bare) == [
+            "The dataset has no predictions; run segment_concept first."
+        ]
+        assert "The dataset has no field with masks; run segment_concept first." in messages(
+            "evaluate_concepts", bare
+        )
+        assert "has no field reference_ids" in messages("show_references", bare)[0]
     finally:
         fo.delete_dataset("bare")
     assert messages("show_references", dataset) == [
-        "No sample is selected or open; select the targets in the grid."
+        "No sample is selected or open; select targets in the grid."
     ]
     assert messages("evaluate_concepts", dataset, {"eval_key": "no name"}) == [
-        "'no name' cannot be a run's name; use letters, digits and underscores."
+        "Run name 'no name' is invalid; use letters, digits and underscores."
     ]
     assert messages("load_concept_benchmark", dataset, {"benchmark": "DUTS"}) == []
     [fault] = messages("load_concept_benchmark", dataset, {"benchmark": "DUTS", "root": str(tmp_path / "no")})
     assert "is not a folder" in fault
 
 
-def test_a_missing_package_is_said_in_every_form(fo):
-    """In a process where `conceptseg_hf` cannot be imported."""
+def test_all_forms_show_that_the_package_is_missing(fo):
+    """The forms are created in a process that cannot import `conceptseg_hf`."""
     code = """
 import sys
 sys.modules["conceptseg_hf"] = None
@@ -144,21 +150,21 @@ for name in ("segment_concept", "evaluate_concepts", "load_concept_benchmark", "
     assert len(lines) == 4 and all("pip install 'conceptseg-hf[fiftyone]'" in line for line in lines)
 
 
-def test_errors_reach_python_as_one_sentence(fo, make_dataset, run_operator):
+def test_operator_errors_are_raised_in_python(fo, make_dataset, run_operator):
     dataset = make_dataset(2)
-    with pytest.raises(Exception, match="There is no prompt; give words"):
+    with pytest.raises(Exception, match="Prompt is empty; enter a prompt"):
         run_operator("segment_concept", dataset, {"prompt": ""})
 
 
-def test_references_stand_beside_targets(fo, make_dataset, run_operator):
+def test_show_references(fo, make_dataset, run_operator):
     dataset = make_dataset(3)
     target = dataset.match({"role": "target"}).exists("reference_ids").last()
     result = run_operator("show_references", dataset, selected=[target.id])
     assert result.error is None
 
 
-def test_a_view_that_hides_fields_changes_nothing(fo, make_dataset, run_operator):
-    """Neither which samples are references, nor what marks the concept in them."""
+def test_hidden_fields_do_not_affect_the_run(fo, make_dataset, run_operator):
+    """The fields `role` and `ref_boxes` are read from the dataset, even if the view hides them."""
     dataset = make_dataset(3)
     view = dataset.exclude_fields(["role", "ref_boxes"])
     run_operator("segment_concept", dataset, {"prompt": "star", "router": "sam_only"}, view=view)
@@ -175,21 +181,19 @@ def test_dynamic_groups_are_flattened(fo, make_dataset, run_operator):
     assert run_operator("evaluate_concepts", dataset, {}, view=view).result["table"]
 
 
-def test_a_benchmark_is_not_mixed_into_other_samples(fo, run_operator):
+def test_a_benchmark_is_not_loaded_into_a_user_dataset(fo, run_operator):
     other = fo.Dataset("someone_elses")
     try:
         other.add_sample(fo.Sample(filepath="nothing.png"))
-        with pytest.raises(
-            Exception, match="dataset 'someone_elses' is there already and holds other samples"
-        ):
+        with pytest.raises(Exception, match="dataset 'someone_elses' already exists and holds other samples"):
             run_operator("load_concept_benchmark", None, {"dataset_name": "someone_elses", "limit": 2})
         assert len(other) == 1
     finally:
         fo.delete_dataset("someone_elses")
 
 
-def test_the_form_takes_what_marks_the_selection(fo, make_dataset, form_of, run_operator):
-    """Where the likeliest field has nothing, another one; where none has, the images alone."""
+def test_the_form_shows_the_field_that_marks_the_selection(fo, make_dataset, form_of, run_operator):
+    """Another field is used if the most likely one is empty; without any marks, the images are used alone."""
     from conceptseg_hf.integrations.fiftyone import SegmentationJob
 
     dataset = make_dataset(3)
@@ -198,15 +202,15 @@ def test_the_form_takes_what_marks_the_selection(fo, make_dataset, form_of, run_
     bare.save()
     reference = dataset.exists("ref_boxes").first()
 
-    def found(sample):
+    def automatic_choice(sample):
         form = form_of("segment_concept", dataset, {"prompt": "star"}, selected=[sample.id])
         marks = form["reference_label_field"]
         assert marks.default == "auto" and "fault" not in form
         return marks.view.choices[0].label
 
-    assert found(reference) == "Automatic: ref_boxes"
-    assert found(target) == "Automatic: ground_truth"
-    assert found(bare) == "Automatic: nothing, so the images alone"
+    assert automatic_choice(reference) == "Automatic: ref_boxes"
+    assert automatic_choice(target) == "Automatic: ground_truth"
+    assert automatic_choice(bare) == "Automatic: none (images without marks)"
     params = {"prompt": "star", "router": "sam_only", "reference_label_field": "auto"}
     run_operator("segment_concept", dataset, params, selected=[target.id])
     dataset.reload()
@@ -214,7 +218,7 @@ def test_the_form_takes_what_marks_the_selection(fo, make_dataset, form_of, run_
     assert SegmentationJob.load(dataset, key).reference_label_field == "ground_truth"
 
 
-def test_an_interrupted_run_goes_on_by_default(make_dataset, form_of, run_operator):
+def test_an_interrupted_run_is_resumed_by_default(make_dataset, form_of, run_operator):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
 
     dataset = make_dataset(6)
@@ -234,18 +238,18 @@ def test_an_interrupted_run_goes_on_by_default(make_dataset, form_of, run_operat
     assert form(resume=False)["summary"].view.label.startswith("6 samples will be segmented;")
     for other in ({"prompt": "circle"}, {"field": "another"}):
         assert "resume" not in form(**other) and form(**other)["skip_existing"].default is None
-    kept = dict(zip(*dataset.exists("concept").values(["id", "concept.id"])))
+    existing = dict(zip(*dataset.exists("concept").values(["id", "concept.id"])))
     run_operator("segment_concept", dataset, {"prompt": "star", "router": "sam_only", "resume": True})
     dataset.reload()
-    assert kept.items() <= dict(zip(*dataset.exists("concept").values(["id", "concept.id"]))).items()
+    assert existing.items() <= dict(zip(*dataset.exists("concept").values(["id", "concept.id"]))).items()
     assert dataset.count("concept") == 6 and "resume" not in form()
 
 
-def test_a_run_is_cancelled_from_its_form(make_dataset, form_of, run_operator):
+def test_a_run_can_be_cancelled_by_the_operator(make_dataset, form_of, run_operator):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
 
     dataset = make_dataset(4)
-    assert form_of("cancel_run", dataset)["none"].view.label == "No run writes to this dataset now."
+    assert form_of("cancel_run", dataset)["none"].view.label == "No run is writing to this dataset."
     assert run_operator("cancel_run", dataset).result == {"cancelled": False}
     job = SegmentationJob(prompt="star", router="sam_only", batch_size=1)
     run = segment_collection(dataset.load_saved_view("targets"), job)
@@ -257,8 +261,8 @@ def test_a_run_is_cancelled_from_its_form(make_dataset, form_of, run_operator):
     assert last.cancelled and str(last) == "2 of 4 segmented, cancelled"
 
 
-def test_what_an_evaluation_leaves_out_is_named(fo, make_dataset, run_operator):
-    """Of the samples that it was given, each one is either scored or named."""
+def test_evaluate_operator_lists_skipped_samples(fo, make_dataset, run_operator):
+    """Each sample is either scored or listed."""
     dataset = make_dataset(5)
     run_operator("segment_concept", dataset, {"prompt": "star", "router": "sam_only"})
     dataset.reload()
@@ -280,13 +284,13 @@ def test_what_an_evaluation_leaves_out_is_named(fo, make_dataset, run_operator):
     assert "'/nowhere/mask.png' is not a file" in why and named == (1, lost.filename)
 
 
-def test_a_load_names_what_it_could_not_read(fo, tmp_path):
-    """And a failure takes the place of the progress."""
+def test_load_operator_lists_unreadable_samples(fo, tmp_path):
+    """A failure replaces the progress in the dialog."""
     from fiftyone.operators.executor import ExecutionContext, Executor
     from fiftyone.operators.registry import OperatorRegistry
     from PIL import Image
 
-    def shown(params):
+    def dialog_labels(params):
         operator = OperatorRegistry().get_operator(f"{PLUGIN}/load_concept_benchmark")
         context = ExecutionContext({"params": params}, executor=Executor())
         labels = []
@@ -307,13 +311,13 @@ def test_a_load_names_what_it_could_not_read(fo, tmp_path):
     (tmp_path / "images" / "b.png").write_bytes(b"no picture")
     params = {"benchmark": "plain", "root": str(tmp_path), "dataset_name": "shown"}
     try:
-        start, end, last = shown(params)
+        start, end, last = dialog_labels(params)
         assert start == ["0 of 2 samples", "Cancel the run"] and end == ["2 of 2 samples"]
         assert last == ["2 of 2 samples; 1 could not be read, see load_error (b.png)"]
-        message = "dataset 'shown' is there already and holds other samples; give another dataset_name."
+        message = "dataset 'shown' already exists and holds other samples; use another dataset_name."
         dataset = fo.load_dataset("shown")
         dataset.info = {}
         dataset.save()
-        assert shown(params) == [[f"Failed: {message}"], message]
+        assert dialog_labels(params) == [[f"Failed: {message}"], message]
     finally:
         fo.delete_dataset("shown")

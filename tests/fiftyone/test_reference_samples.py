@@ -1,4 +1,4 @@
-"""What cannot be a reference is found before a run, by the name of its file."""
+"""Tests of references that are samples: validation before a run, label fields, boxes and masks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture()
 def samples(fo, tmp_path):
-    """Three images of 60 x 40 pixels in a dataset of their own."""
+    """Return a dataset of three images with 60 x 40 pixels."""
     dataset = fo.Dataset("references-of-a-user")
     for name in "abc":
         Image.new("RGB", (60, 40), "gray").save(tmp_path / f"{name}.png")
@@ -53,7 +53,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_shared_references_are_tried_before_the_run(fo, samples, fault):
+def test_shared_references_are_validated_before_the_run(fo, samples, fault):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
 
     make, message = FAULTS[fault]
@@ -74,7 +74,7 @@ def test_shared_references_are_tried_before_the_run(fo, samples, fault):
     assert not samples.has_field("concept")
 
 
-def test_unreadable_references_are_named(fo, samples, tmp_path):
+def test_unreadable_references_raise_with_their_file_name(fo, samples, tmp_path):
     from conceptseg_hf import Reference
     from conceptseg_hf.integrations.fiftyone import ConceptSegFiftyOneModel, SegmentationJob
 
@@ -95,7 +95,7 @@ def test_unreadable_references_are_named(fo, samples, tmp_path):
             attempt()
 
 
-def test_bad_references_of_single_samples_are_known_at_the_start(fo, make_dataset):
+def test_invalid_references_of_single_samples_are_reported_at_the_start(fo, make_dataset):
     from conceptseg_hf.integrations.fiftyone import SegmentationJob, segment_collection
 
     dataset = make_dataset(9)
@@ -103,15 +103,15 @@ def test_bad_references_of_single_samples_are_known_at_the_start(fo, make_datase
         dataset.load_saved_view("targets").exists("reference_ids").match({"reference_ids.0": {"$ne": None}})
     )
     first, second, *others = targets
-    flat, broken = (dataset[target["reference_ids"][-1]] for target in (first, second))
+    flat, damaged = (dataset[target["reference_ids"][-1]] for target in (first, second))
     flat["ref_boxes"] = box(fo, 0.2, 0.2, 0, 0.1)
     flat.save()
-    content = Path(broken.filepath).read_bytes()
-    Path(broken.filepath).write_bytes(content[:100])
+    content = Path(damaged.filepath).read_bytes()
+    Path(damaged.filepath).write_bytes(content[:100])
     job = SegmentationJob(prompt_field="prompt", reference_ids_field="reference_ids", router="sam_only")
     run = segment_collection(targets, job)
     start = next(run)
-    assert start.done == 0 and start.bad_references.keys() == {flat.filepath, broken.filepath}
+    assert start.done == 0 and start.bad_references.keys() == {flat.filepath, damaged.filepath}
     assert "has no extent" in start.bad_references[flat.filepath]
     assert "2 references cannot be used (" in str(start)
     *_, progress = run
@@ -119,8 +119,8 @@ def test_bad_references_of_single_samples_are_known_at_the_start(fo, make_datase
     assert progress.errors[first.id].startswith(f"reference {flat.filename!r} cannot be used: ")
 
 
-def test_the_field_that_marks_the_selection_is_taken(fo, samples):
-    """The likeliest field, if it marks them; else the one that marks the most of them."""
+def test_auto_selects_the_field_that_marks_the_references(fo, samples):
+    """The most likely field is selected if no other field marks more of the references."""
     from conceptseg_hf.integrations.fiftyone import SegmentationJob
     from conceptseg_hf.integrations.fiftyone.reference_samples import AUTO, resolve_label_field
 
@@ -130,20 +130,20 @@ def test_the_field_that_marks_the_selection_is_taken(fo, samples):
     for sample in (first, second, third):
         sample.save()
 
-    def found(*chosen):
+    def resolve(*chosen):
         return resolve_label_field(samples, AUTO, [sample.id for sample in chosen])
 
-    assert resolve_label_field(samples, AUTO) == found(first) == "ref_boxes"
-    assert found(second) == found(second, third) == found(first, second, third) == "mine"
-    assert found(first, second) == "ref_boxes"  # as many each
+    assert resolve_label_field(samples, AUTO) == resolve(first) == "ref_boxes"
+    assert resolve(second) == resolve(second, third) == resolve(first, second, third) == "mine"
+    assert resolve(first, second) == "ref_boxes"  # a tie
     job = SegmentationJob(prompt="star", reference_ids=[second.id, third.id])
     job.check(samples)
     assert [reference.box for reference in job.shared_references(samples)] == [(6, 4, 36, 24)] * 2
     assert SegmentationJob.load(samples, job.keep(samples)).reference_label_field == "mine"
 
 
-def test_boxes_are_whole_pixels_in_the_mosaic(fo, samples):
-    """29 / 100 * 100 is less than 29, and the mosaic rounds down."""
+def test_boxes_have_integer_coordinates(fo, samples):
+    """29 / 100 * 100 is less than 29 in floating point, and the mosaic rounds down."""
     from conceptseg_hf.integrations.fiftyone import references_from
 
     sample = samples.first()
@@ -153,8 +153,8 @@ def test_boxes_are_whole_pixels_in_the_mosaic(fo, samples):
     assert reference.box == (29, 57, 57, 87)
 
 
-def test_the_boxes_of_an_image_are_one_reference_where_that_is_asked_for(fo, samples):
-    """By default each box is a reference of its own, in a cell of its own."""
+def test_boxes_together_creates_one_reference_per_sample(fo, samples):
+    """By default, each box is a separate reference in a separate cell of the mosaic."""
     from conceptseg_hf.integrations.fiftyone import ConceptSegFiftyOneModel, SegmentationJob, references_from
     from conceptseg_hf.integrations.fiftyone.runs import load_run
 
@@ -167,8 +167,8 @@ def test_the_boxes_of_an_image_are_one_reference_where_that_is_asked_for(fo, sam
         sample["marks"] = fo.Detections(detections=detections)
         sample.save()
     chosen = [first, second]
-    apart = references_from(chosen, "marks")
-    assert [reference.box for reference in apart] == [(6, 4, 36, 24), (30, 20, 60, 40)] * 2
+    separate = references_from(chosen, "marks")
+    assert [reference.box for reference in separate] == [(6, 4, 36, 24), (30, 20, 60, 40)] * 2
     together = references_from(chosen, "marks", boxes_together=True)
     assert [reference.box for reference in together] == [None, None]
     assert [reference.boxes for reference in together] == [[(6, 4, 36, 24), (30, 20, 60, 40)]] * 2
@@ -182,7 +182,7 @@ def test_the_boxes_of_an_image_are_one_reference_where_that_is_asked_for(fo, sam
     plain, joined = (job.keep(samples) for job in jobs)
     assert plain != joined
     assert [SegmentationJob.load(samples, key).boxes_together for key in (plain, joined)] == [False, True]
-    assert "boxes_together" not in load_run(samples, plain), "as the runs of before"
+    assert "boxes_together" not in load_run(samples, plain), "keys of earlier runs must not change"
 
     first["reference_ids"] = [second.id]
     first.save()

@@ -1,4 +1,4 @@
-"""What a run says of itself."""
+"""Tests of `Progress` and `time_left`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture()
 def clock(fo, monkeypatch):
-    """The time, which stands still."""
+    """Replace the clock by a constant and return it."""
     from conceptseg_hf.integrations.fiftyone import progress
 
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: 1000.0))
@@ -27,13 +27,13 @@ def clock(fo, monkeypatch):
         (1, 61, 130, "about 2 h 10 min left"),
     ],
 )
-def test_the_time_that_is_left(clock, done, total, seconds, text):
+def test_time_left(clock, done, total, seconds, text):
     from conceptseg_hf.integrations.fiftyone.progress import time_left
 
     assert time_left(done, total, clock - seconds) == text
 
 
-def test_one_line_says_it_all(clock):
+def test_progress_as_a_string(clock):
     from conceptseg_hf.integrations.fiftyone import Progress
 
     bad = {f"/a/folder/{name}.png": "it is empty" for name in "abcd"}

@@ -1,6 +1,6 @@
-"""Meta's SAM 3 (package `sam3`) on a CPU with random weights: small by default, with the released code path.
+"""Meta's SAM 3 (package `sam3`) on the CPU with random weights: small by default, with the released code path.
 
-The package takes a GPU for granted: three of its lines are changed while a model is built and run (`on_cpu`).
+The package requires a GPU. Three of its functions are patched while a model is built and run (see `on_cpu`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from conceptseg_hf.conversion.sam_weights import read_sam
 
 IMAGE_SIZE = 112
 
-# Arguments of Meta's classes that make the model small; the rest is what its builder says.
+# Arguments of Meta's classes for a small model; the remaining arguments are set by its builder.
 _SMALL = {
     "ViT": {
         "img_size": IMAGE_SIZE,
@@ -44,7 +44,7 @@ _SMALL = {
     "SequenceGeometryEncoder": {"num_layers": 1},
 }
 
-# The same in Transformers' words.
+# The equivalent configuration in Transformers.
 SMALL_CONFIG: dict[str, Any] = {
     "vision_config": {
         "backbone_config": {
@@ -80,8 +80,8 @@ _WORDS = ["circle", "square", "the", "odd", "one", "red", "a", "cat", "striped"]
 
 
 def write_vocabulary(path: Path) -> Path:
-    """A vocabulary of the size and form of CLIP's, whose first merges make up a few words."""
-    merges: dict[str, tuple[str, str]] = {}  # by what they make, which must be new
+    """Write a vocabulary of CLIP's size and format, whose first merges form a few words."""
+    merges: dict[str, tuple[str, str]] = {}  # by merged token, which must be unique
     for word in _WORDS:
         pieces = [*word[:-1], word[-1] + "</w>"]
         while len(pieces) > 1:
@@ -98,7 +98,7 @@ def write_vocabulary(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _triton() -> Iterator[None]:
-    """Stands in for Triton while Meta's package is imported; others must not take it for the real one."""
+    """Provide a stub of Triton while Meta's package is imported, and remove it for other packages."""
     if importlib.util.find_spec("triton") is not None:
         yield
         return
@@ -116,7 +116,7 @@ def _triton() -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
-    """Lets Meta's package build and run without a GPU, and without Triton, which no tested line uses."""
+    """Patch Meta's package to run without a GPU, and without Triton, which the tested code does not use."""
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
         with _triton():
@@ -143,7 +143,7 @@ def on_cpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_memory() -> Iterator[None]:
-    """Builds models on the meta device, except for the few numbers that a builder reads."""
+    """Build models on the meta device, except for the few values that the builder reads."""
     linspace = torch.linspace
     on_cpu = mock.patch.object(torch, "linspace", lambda *a, **k: linspace(*a, **{**k, "device": "cpu"}))
     with on_cpu, torch.device("meta"):
@@ -151,7 +151,7 @@ def without_memory() -> Iterator[None]:
 
 
 def build(vocabulary: Path, small: bool = True) -> torch.nn.Module:
-    """Meta's image model with random weights, in eval mode; inside `on_cpu` only."""
+    """Build Meta's image model with random weights in eval mode; must be called within `on_cpu`."""
     from sam3 import model_builder
 
     def with_arguments(kind: Any, changes: dict[str, Any]) -> Any:
@@ -168,9 +168,9 @@ def build(vocabulary: Path, small: bool = True) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if not p.is_meta):
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:  # biases and norms start at 0 and 1, which would hide a mix-up
+            if parameter.ndim == 1:  # initial biases and norms are 0 and 1, which would hide swapped tensors
                 parameter.add_(0.1 * noise)
-            else:  # some of Meta's are left uninitialised
+            else:  # some of Meta's parameters are uninitialized
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)
     return model.eval()
 
@@ -179,7 +179,7 @@ def build(vocabulary: Path, small: bool = True) -> torch.nn.Module:
 def run_theirs(
     meta: torch.nn.Module, pixels: torch.Tensor, prompts: list[str], concepts: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Meta's outputs; concept tokens (B, L2, 256) go before the text, as the authors' fork has them."""
+    """Return Meta's outputs; concept tokens (B, L2, 256) are prepended to the text, as in the authors' fork."""
     from sam3.model.data_misc import FindStage
 
     features = meta.backbone.forward_image(pixels)
@@ -187,8 +187,8 @@ def run_theirs(
     text = features["language_features"].transpose(0, 1)
     if concepts is not None:
         features["language_features"] = torch.cat([concepts, text], dim=1).transpose(0, 1)
-        shown = features["language_mask"].new_zeros(concepts.shape[:2])  # true where there is nothing
-        features["language_mask"] = torch.cat([shown, features["language_mask"]], dim=1)
+        not_padded = features["language_mask"].new_zeros(concepts.shape[:2])  # the mask is True for padding
+        features["language_mask"] = torch.cat([not_padded, features["language_mask"]], dim=1)
     rows = torch.arange(len(prompts))
     stage = FindStage(rows, rows, None, None, None, None, None)
     output = meta.forward_grounding(features, stage, None, meta._get_dummy_prompt(len(prompts)))
@@ -209,7 +209,7 @@ def run_ours(
     attention_mask: torch.Tensor,
     concepts: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Our outputs for the same, by the names of `run_theirs`."""
+    """Return the outputs of our model with the keys of `run_theirs`."""
     text, mask = sam_prompt.encode_text(sam, input_ids, attention_mask)
     output = sam_prompt.decode(sam, sam_prompt.encode_image(sam, pixels), text, mask, concepts)
     return {
@@ -221,13 +221,13 @@ def run_ours(
     }
 
 
-def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest difference over the largest value."""
-    return float((got - wanted).abs().max() / wanted.abs().max())
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the maximum absolute difference, divided by the maximum absolute expected value."""
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def load_ours(path: Path) -> Sam3Model:
-    """Our SAM 3 with the weights of a `sam3.pt`, brought over by the converter."""
+    """Load a `sam3.pt` in `Sam3Model` with the converter."""
     weights = read_sam(path)
     model = Sam3Model(weights.config).eval()
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -238,5 +238,5 @@ def load_ours(path: Path) -> Sam3Model:
 
 
 def save(meta: torch.nn.Module, path: Path) -> None:
-    """Writes a `sam3.pt` as Meta publishes it."""
+    """Write a `sam3.pt` in the format that Meta publishes."""
     torch.save({"model": {f"detector.{name}": value for name, value in meta.state_dict().items()}}, path)

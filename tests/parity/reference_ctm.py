@@ -1,6 +1,6 @@
-"""The released Concept Translation Module, from its formulas alone: functions of a dictionary of its tensors.
+"""Reference implementation of the released Concept Translation Module, as functions of a dictionary of its tensors.
 
-q is (L2, C), the hidden states H are (L1, C); one sample at a time, no masks, softmax written out.
+The queries q have shape (L2, C), the hidden states H (L1, C). One sample at a time, without masks.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ HEADS = 16
 
 
 def layer_norm(x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
-    centred = x - x.mean(dim=-1, keepdim=True)
-    variance = (centred**2).mean(dim=-1, keepdim=True)
-    return centred / torch.sqrt(variance + 1e-6) * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
+    centered = x - x.mean(dim=-1, keepdim=True)
+    variance = (centered**2).mean(dim=-1, keepdim=True)
+    return centered / torch.sqrt(variance + 1e-6) * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
 
 
 def linear(x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
@@ -44,7 +44,7 @@ def mlp(x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
 
 
 def translate(tensors: dict[str, Tensor], states: Tensor) -> Tensor:
-    """Z, (L2, 256), of the hidden states of one completion, (L1, C)."""
+    """Compute the concept embeddings Z, (L2, 256), from the hidden states of one completion, (L1, C)."""
     q = tensors["learnable_query.param.weight"] + tensors["connector.pos_embed"][0]
     depth = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("connector.blocks."))
     for number in range(depth):
@@ -62,7 +62,7 @@ def translate(tensors: dict[str, Tensor], states: Tensor) -> Tensor:
 
 
 def ctm_shapes(width: int, sam_width: int, num_queries: int, depth: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the released module's tensors."""
+    """Return names and shapes of the tensors of the released module."""
     shapes = {
         "learnable_query.param.weight": (num_queries, width),
         "connector.pos_embed": (1, num_queries, width),
@@ -86,7 +86,7 @@ def ctm_shapes(width: int, sam_width: int, num_queries: int, depth: int) -> dict
 
 
 def random_ctm(width: int, sam_width: int, num_queries: int, depth: int) -> dict[str, Tensor]:
-    """Random tensors of the released module."""
+    """Return random tensors with the names and shapes of the released module."""
     return {
         name: torch.randn(shape) * (0.3 if len(shape) == 1 else shape[-1] ** -0.5)
         for name, shape in ctm_shapes(width, sam_width, num_queries, depth).items()

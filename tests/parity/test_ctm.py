@@ -1,4 +1,4 @@
-"""Our Concept Translation Module and the formulas of the released one, on the same tensors."""
+"""Our Concept Translation Module matches the reference implementation with the same tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load(tensors, width, num_queries, depth, sam_width) -> ConceptTranslationMod
     ("width", "num_queries", "depth", "sam_width"), [(64, 8, 4, 32), (128, 1, 4, 64), (32, 16, 2, 256)]
 )
 @torch.no_grad()
-def test_same_concept_tokens(width, num_queries, depth, sam_width):
+def test_concept_tokens_match_the_reference(width, num_queries, depth, sam_width):
     torch.manual_seed(0)
     tensors = random_ctm(width, sam_width, num_queries, depth)
     module = load(tensors, width, num_queries, depth, sam_width)
@@ -35,14 +35,14 @@ def test_same_concept_tokens(width, num_queries, depth, sam_width):
     lengths = [11, 7, 1]
     mask = torch.arange(11)[None] < torch.tensor(lengths)[:, None]
     concepts = module(states, mask)
-    for row, length in enumerate(lengths):  # padding is not seen
-        wanted = translate(tensors, states[row, :length])
-        torch.testing.assert_close(concepts[row], wanted, atol=2e-5, rtol=1e-4)
-        assert wanted.std() > 0.1
+    for row, length in enumerate(lengths):  # padding has no effect
+        expected = translate(tensors, states[row, :length])
+        torch.testing.assert_close(concepts[row], expected, atol=2e-5, rtol=1e-4)
+        assert expected.std() > 0.1
     assert not torch.allclose(concepts[0], concepts[1], atol=1e-3)
 
 
-def test_names_are_the_released_ones():
+def test_names_and_shapes_match_the_released_module():
     shapes = ctm_shapes(3584, 256, 8, 4)
     with torch.device("meta"):
         module = ConceptTranslationModule(ConceptTranslationConfig(hidden_size=3584))

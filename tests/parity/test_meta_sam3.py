@@ -1,4 +1,4 @@
-"""Meta's SAM 3 and ours, from the same weights: what `sam3.pt` becomes gives Meta's outputs."""
+"""A converted `sam3.pt` gives the outputs of Meta's SAM 3."""
 
 from __future__ import annotations
 
@@ -53,29 +53,29 @@ def ours(meta, folder):
     return meta_sam3.load_ours(folder)
 
 
-def test_tokens(meta, folder):
+def test_tokens_match(meta, folder):
     tokenizer = read_bpe(folder / BPE_NAME)
     ids = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=32, return_tensors="pt")
     mask = ids["attention_mask"].bool()
-    wanted = meta.backbone.language_backbone.tokenizer(PROMPTS, context_length=32)
-    assert torch.equal(ids["input_ids"] * mask, wanted) and mask.sum() == (wanted != 0).sum()
+    expected = meta.backbone.language_backbone.tokenizer(PROMPTS, context_length=32)
+    assert torch.equal(ids["input_ids"] * mask, expected) and mask.sum() == (expected != 0).sum()
 
 
-def test_pixels(meta, picture):
+def test_pixel_values_match(meta, picture):
     from sam3.model.sam3_image_processor import Sam3Processor
 
     image = picture(3, (150, 90))
     theirs = Sam3Processor(meta, resolution=meta_sam3.IMAGE_SIZE, device="cpu")
     from torchvision.transforms.v2 import functional
 
-    wanted = theirs.transform(functional.to_image(image))
+    expected = theirs.transform(functional.to_image(image))
     size = {"height": meta_sam3.IMAGE_SIZE, "width": meta_sam3.IMAGE_SIZE}
     pixels = Sam3ImageProcessor(size=size)(images=image, return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(pixels, wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("with_concepts", [False, True])
-def test_outputs(meta, ours, folder, picture, with_concepts):
+def test_outputs_match(meta, ours, folder, picture, with_concepts):
     size = {"height": meta_sam3.IMAGE_SIZE, "width": meta_sam3.IMAGE_SIZE}
     images = [picture(seed, (150, 90)) for seed in range(2)]
     pixels = Sam3ImageProcessor(size=size)(images=images, return_tensors="pt")["pixel_values"]
@@ -85,16 +85,16 @@ def test_outputs(meta, ours, folder, picture, with_concepts):
     )
     concepts = torch.randn(2, 8, 256, generator=torch.Generator().manual_seed(1)) if with_concepts else None
 
-    wanted = meta_sam3.run_theirs(meta, pixels, prompts, concepts)
-    got = meta_sam3.run_ours(ours, pixels, text["input_ids"], text["attention_mask"], concepts)
+    expected = meta_sam3.run_theirs(meta, pixels, prompts, concepts)
+    actual = meta_sam3.run_ours(ours, pixels, text["input_ids"], text["attention_mask"], concepts)
     mask = text["attention_mask"].bool()
-    assert torch.equal(got["text"][mask], wanted["text"][mask])
+    assert torch.equal(actual["text"][mask], expected["text"][mask])
     for name in ("semantic_seg", "presence", "boxes", "masks"):
-        assert meta_sam3.relative_error(got[name], wanted[name]) < 1e-4, name
-        assert wanted[name].std() > 0.01 or name == "presence", name  # else nothing was compared
+        assert meta_sam3.relative_error(actual[name], expected[name]) < 1e-4, name
+        assert expected[name].std() > 0.01 or name == "presence", name  # outputs are not trivial
 
 
-def test_concepts_matter(meta, picture):
+def test_concepts_change_the_outputs(meta, picture):
     size = {"height": meta_sam3.IMAGE_SIZE, "width": meta_sam3.IMAGE_SIZE}
     pixels = Sam3ImageProcessor(size=size)(images=[picture(0)], return_tensors="pt")["pixel_values"]
     plain = meta_sam3.run_theirs(meta, pixels, PROMPTS[:1])
@@ -102,21 +102,21 @@ def test_concepts_matter(meta, picture):
     assert meta_sam3.relative_error(other["semantic_seg"], plain["semantic_seg"]) > 0.01
 
 
-def test_sam3_pt_beside_its_vocabulary_is_enough(meta, ours, folder, make_parts, tmp_path, picture):
-    """The whole way: `convert --sam sam3.pt`, then the processor and the model by their Auto classes."""
-    parts = make_parts(prompt_width=256)  # as Meta's model has it, small or not
+def test_convert_with_sam3_pt_and_vocabulary(meta, ours, folder, make_parts, tmp_path, picture):
+    """End-to-end test of `convert` with `sam3.pt`, loading model and processor with Auto classes."""
+    parts = make_parts(prompt_width=256)  # the width of Meta's model at all sizes
     out = convert(parts.checkpoint, folder / "sam3.pt", tmp_path / "out")
     model, processor = AutoModel.from_pretrained(out), AutoProcessor.from_pretrained(out)
     for name, value in model.sam.state_dict().items():
         assert torch.equal(value, ours.state_dict()[name]), name
     ids, mask = processor.sam_text(["the striped cat"])
-    wanted = meta.backbone.language_backbone.tokenizer(["the striped cat"], context_length=32)
-    assert torch.equal(ids * mask, wanted)
+    expected = meta.backbone.language_backbone.tokenizer(["the striped cat"], context_length=32)
+    assert torch.equal(ids * mask, expected)
     assert processor.prepare(picture(1), "cat", lazy=True).sam_pixel_values.shape == (3, 112, 112)
 
 
 class Described(WeightSource):
-    """Names and shapes without numbers."""
+    """A weight source with names and shapes, but without data."""
 
     def __init__(self, shapes):
         self.tensors = {
@@ -125,12 +125,12 @@ class Described(WeightSource):
         self.files = [Path("sam3.pt")]
 
     def read(self, name):
-        raise AssertionError("a plan reads nothing")
+        raise AssertionError("planning must not read weights")
 
     release = read
 
 
-def test_every_tensor_of_the_released_size_has_its_place(cpu, folder):
+def test_all_tensors_of_the_released_size_are_converted(cpu, folder):
     with meta_sam3.without_memory():
         state = meta_sam3.build(folder / BPE_NAME, small=False).state_dict()
     with torch.device("meta"):

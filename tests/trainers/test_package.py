@@ -1,4 +1,4 @@
-"""The package imports without the extra `train`."""
+"""Tests that the package can be imported without the extra `train`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 
 sys.path.insert(0, sys.argv[1])
 for name in ("trl", "deepspeed", "peft", "datasets"):
-    sys.modules[name] = None  # to import it raises ImportError
+    sys.modules[name] = None  # importing it raises ImportError
 import conceptseg_trainers
 import conceptseg_trainers.nano.loop
 
@@ -25,11 +25,11 @@ except ImportError as error:
 """
 
 
-def test_nothing_of_the_extra_is_imported_early(fresh_python) -> None:
+def test_extra_is_imported_lazily(fresh_python) -> None:
     assert fresh_python(WITHOUT_EXTRA, TRAINERS).splitlines() == ["[]", "ImportError"]
 
 
-def test_every_name_is_there() -> None:
+def test_every_public_name_exists() -> None:
     pytest.importorskip("trl", "1.16")
     for name in conceptseg_trainers.__all__:
         assert getattr(conceptseg_trainers, name).__module__.startswith("conceptseg_trainers.")

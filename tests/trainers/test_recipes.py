@@ -1,4 +1,4 @@
-"""The recipes and launch files that are shipped: they parse, agree with the paper, and fit their hardware."""
+"""Tests for the shipped recipes and launch files: they can be parsed and agree with the paper."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from conceptseg_trainers.scripts import meta_grpo, sft
 FOLDER = Path(__file__).parents[2] / "trainers"
 RECIPES = sorted(path.name for path in (FOLDER / "recipes").glob("*.yaml"))
 LAUNCH_FILES = sorted((FOLDER / "accelerate_configs").glob("*.yaml"))
-# What TrainingArguments checks against the hardware, which is not here.
+# Overrides of settings that TrainingArguments checks against the hardware.
 ON_CPU = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--optim", "adamw_torch"]
 
 
@@ -31,7 +31,7 @@ def parse(name: str):
     return script.make_parser().parse(["--config", str(FOLDER / "recipes" / name), *ON_CPU])
 
 
-def test_all_recipes_are_there():
+def test_all_recipes_exist():
     stages = [f"{size}_{stage}.yaml" for size in ("3b", "7b", "nano") for stage in ("sft", "meta_grpo")]
     assert set(stages) | {"3b_meta_grpo_lora.yaml"} == set(RECIPES)
 
@@ -47,7 +47,7 @@ def test_recipes_parse(name):
 
 
 @pytest.mark.parametrize("size", ["3b", "7b"])
-def test_large_recipes_are_table_7(size):
+def test_large_recipes_match_table_7(size):
     _, model, args = parse(f"{size}_sft.yaml")
     assert (args.learning_rate, args.num_train_epochs, 8 * args.per_device_train_batch_size) == (
         3e-5,
@@ -68,8 +68,8 @@ def test_large_recipes_are_table_7(size):
     )
 
 
-def test_defaults_are_table_7(tmp_path):
-    """What the recipes say of the paper is also what comes without them."""
+def test_defaults_match_table_7(tmp_path):
+    """Hyperparameters that the recipes take from the paper are also the defaults."""
     for script, name in ((sft, "3b_sft.yaml"), (meta_grpo, "3b_meta_grpo.yaml")):
         _, _, default = script.make_parser().parse(["--output_dir", str(tmp_path), *ON_CPU])
         _, _, recipe = parse(name)
@@ -86,7 +86,7 @@ def test_defaults_are_table_7(tmp_path):
             assert getattr(default, field, None) == getattr(recipe, field, None), (name, field)
 
 
-def test_the_lora_recipe_trains_adapters_and_the_ctm():
+def test_lora_recipe_trains_adapters_and_the_ctm():
     _, policy, args = parse("3b_meta_grpo_lora.yaml")
     config = policy.peft_config()
     assert config.modules_to_save == ["ctm"]
@@ -105,7 +105,7 @@ def test_four_bits_need_adapters(tmp_path):
         meta_grpo.make_parser().parse(["--load_in_4bit", "true", "--output_dir", str(tmp_path), *ON_CPU])
 
 
-def test_every_hyperparameter_of_the_paper_says_so():
+def test_hyperparameters_of_the_paper_cite_table_7():
     for name in RECIPES:
         for line in (FOLDER / "recipes" / name).read_text().splitlines():
             if re.match(r"(learning_rate|num_train_epochs|beta|num_generations|seed|max_\w+_length):", line):
@@ -113,7 +113,7 @@ def test_every_hyperparameter_of_the_paper_says_so():
 
 
 @pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.stem)
-def test_launch_files_are_known_to_accelerate(path):
+def test_launch_files_are_valid(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(path))
@@ -135,8 +135,8 @@ LARGE = sorted(name for name in RECIPES if not name.startswith("nano"))
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_large_recipes_train_on_the_papers_sets(name, tmp_path):
-    """Two items of each set, in the authors' tree."""
+def test_large_recipes_train_on_the_datasets_of_the_paper(name, tmp_path):
+    """Two items of each dataset, in the layout of the authors' release."""
     data, _, args = parse(name)
     names = data.benchmark.split(",")
     assert set(names) == {source for source in SUITE if "train" in SOURCES[source].paper_splits}

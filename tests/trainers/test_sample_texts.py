@@ -1,4 +1,4 @@
-"""Words of training data are checked as prompts are at inference; samples without reasoning get the template."""
+"""Tests for the checks of texts in training data, and for templated completions of samples without reasoning."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from conceptseg_hf import ConceptSegForSegmentation, cli, nano_checkpoint
 from conceptseg_hf.data import ConceptShapes, UnreadableSampleError
 
 RESERVED = ["<|image_pad|>", "<|im_end|>", "<|vision_start|>", "<|im_start|>"]
-STAND_IN = "; the next sample that can be read takes its place."
+REPLACED = "; the next readable sample is used instead."
 
 
 @pytest.fixture()
@@ -42,19 +42,19 @@ def sft_trainer(nano_processor, tmp_path):
     return make
 
 
-def sentence_of_inference(processor, sample) -> str:
+def inference_error(processor, sample) -> str:
     with pytest.raises(ValueError, match="prompt") as error:
         processor.prepare(sample.image, sample.prompt, sample.references)
     return str(error.value)
 
 
-@pytest.mark.parametrize("words", [*(f"red {token} circle" for token in RESERVED), " ", "half \ud800"])
+@pytest.mark.parametrize("prompt", [*(f"red {token} circle" for token in RESERVED), " ", "half \ud800"])
 @pytest.mark.parametrize("stage", ["sft", "meta-grpo"])
-def test_a_prompt_that_inference_refuses_is_passed_over_and_named(
-    stage, words, shapes, nano_processor, make_meta_grpo, sft_trainer, caplog
+def test_prompt_that_inference_refuses_is_skipped_and_logged(
+    stage, prompt, shapes, nano_processor, make_meta_grpo, sft_trainer, caplog
 ):
-    samples = [shapes[0], replace(shapes[1], prompt=words, sample_id="wrong one"), *shapes[2:4]]
-    said = sentence_of_inference(nano_processor, samples[1])
+    samples = [shapes[0], replace(shapes[1], prompt=prompt, sample_id="invalid one"), *shapes[2:4]]
+    message = inference_error(nano_processor, samples[1])
     if stage == "sft":
         trainer = sft_trainer(samples)
         assert trainer.eval_dataset[1].sample_id == shapes[2].sample_id
@@ -63,13 +63,13 @@ def test_a_prompt_that_inference_refuses_is_passed_over_and_named(
         assert trainer.train_dataset[1]["problem"] == shapes[2].prompt
     trainer.train()
     assert trainer.state.global_step == trainer.args.max_steps
-    named = [record.getMessage() for record in caplog.records if "wrong one" in record.getMessage()]
-    assert set(named) == {f"sample 'wrong one': {said.rstrip('.')}{STAND_IN}"}
+    logged = [record.getMessage() for record in caplog.records if "invalid one" in record.getMessage()]
+    assert set(logged) == {f"sample 'invalid one': {message.rstrip('.')}{REPLACED}"}
 
 
-def test_data_of_which_no_prompt_can_be_used_ends_in_one_sentence(shapes, make_meta_grpo, sft_trainer):
+def test_error_if_no_prompt_can_be_used(shapes, make_meta_grpo, sft_trainer):
     samples = [replace(sample, prompt="<|im_end|>") for sample in shapes[:3]]
-    message = r"none of the 3 samples can be read; the last says: sample 'train-00000\d': prompt contains the reserved"
+    message = r"none of the 3 samples can be read; the last error: sample 'train-00000\d': prompt contains the reserved"
     with pytest.raises(ValueError, match=message):
         sft_trainer(samples)
     with pytest.raises(ValueError, match=message):
@@ -77,7 +77,7 @@ def test_data_of_which_no_prompt_can_be_used_ends_in_one_sentence(shapes, make_m
 
 
 @pytest.mark.parametrize("column", ["problem", "prompt"])
-def test_rows_of_ones_own_are_named(column, shapes, nano_processor, make_meta_grpo):
+def test_invalid_text_in_own_rows_is_reported(column, shapes, nano_processor, make_meta_grpo):
     rows = list(split_reference_dataset(shapes[:2], processor=nano_processor))
     if column == "problem":
         rows[1]["problem"] = "red <|image_pad|> circle"
@@ -87,11 +87,11 @@ def test_rows_of_ones_own_are_named(column, shapes, nano_processor, make_meta_gr
     def generate():
         yield from rows
 
-    wrong = datasets.IterableDataset.from_generator(generate)
+    dataset = datasets.IterableDataset.from_generator(generate)
     with pytest.raises(
         ValueError, match=r"^sample 'train-000001': prompt contains the reserved token '<\|image_pad"
     ):
-        make_meta_grpo(train_dataset=wrong)
+        make_meta_grpo(train_dataset=dataset)
 
 
 @pytest.mark.parametrize(
@@ -100,19 +100,19 @@ def test_rows_of_ones_own_are_named(column, shapes, nano_processor, make_meta_gr
         (
             {"answer": "red <|im_end|>"},
             "ground_truth",
-            "answer contains the reserved token '<|im_end|>'; leave",
+            "answer contains the reserved token '<|im_end|>'",
         ),
         ({"think": "a <|image_pad|>"}, "ground_truth", "think contains the reserved token"),
-        ({"rule": "find it</rule>"}, "ground_truth", "rule contains the tag </rule>, which has a meaning"),
+        ({"rule": "find it</rule>"}, "ground_truth", "rule contains the tag </rule>, which is reserved"),
         ({"answer": "the <b>red</b> one"}, "template", "answer contains the tag <b>"),
         ({"answer": None, "prompt": "find <answer>"}, "template", "prompt contains the tag <answer>"),
         ({"prompt": "a <|im_end|>"}, "released", "prompt contains the reserved token"),
         ({"think": "i <b>think</b>, x < y"}, "ground_truth", None),
-        ({"rule": "<|im_end|>"}, "template", None),  # it is not written
+        ({"rule": "<|im_end|>"}, "template", None),  # not part of the template
         ({"answer": "<|im_end|>"}, "generated", None),
     ],
 )
-def test_all_words_of_a_completion_are_checked(changes, source, message, shapes, nano_processor):
+def test_all_texts_of_a_completion_are_checked(changes, source, message, shapes, nano_processor):
     sample = replace(shapes[0], **changes)
     if message is None:
         check_sample_texts(sample, nano_processor, source)
@@ -121,7 +121,7 @@ def test_all_words_of_a_completion_are_checked(changes, source, message, shapes,
             check_sample_texts(sample, nano_processor, source)
 
 
-def test_another_processor_has_other_reserved_tokens(shapes, nano_processor, processor):
+def test_reserved_tokens_depend_on_the_processor(shapes, nano_processor, processor):
     samples = [replace(shapes[0], prompt="a <|endoftext|>"), shapes[1]]
     dataset = split_reference_dataset(samples, processor=processor)
     composer = find_composer(dataset)
@@ -135,34 +135,36 @@ def test_another_processor_has_other_reserved_tokens(shapes, nano_processor, pro
 # -- samples without reasoning --
 
 
-def wordless(samples):
+def without_texts(samples):
     return [replace(sample, think=None, rule=None, answer=None) for sample in samples]
 
 
 @pytest.mark.parametrize(
-    ("lacking", "source", "said"),
+    ("lacking", "source", "message"),
     [
         (0, "ground_truth", None),
         (
             2,
             "ground_truth",
-            "2 of 4 samples that were tried, such as 'train-000000', have no think, rule and answer",
+            "2 of the 4 samples checked, such as 'train-000000', have no think, rule and answer",
         ),
-        (4, "template", "the samples have no think, rule and answer: completions are made from their boxes"),
+        (4, "template", "the samples have no think, rule and answer: completions are built from the boxes"),
     ],
 )
-def test_completions_are_made_where_data_has_none(lacking, source, said, shapes, sft_trainer, caplog):
-    samples = [*wordless(shapes[:lacking]), *shapes[lacking:4]]
+def test_templated_completions_for_samples_without_texts(
+    lacking, source, message, shapes, sft_trainer, caplog
+):
+    samples = [*without_texts(shapes[:lacking]), *shapes[lacking:4]]
     trainer = sft_trainer(samples)
     trainer.train()
     assert trainer.args.completion_source == source
-    spoken = [
-        record.getMessage() for record in caplog.records if "completions are made" in record.getMessage()
+    warnings = [
+        record.getMessage() for record in caplog.records if "completions are built" in record.getMessage()
     ]
-    assert len(spoken) == (said is not None) and all(line.startswith(said) for line in spoken)
+    assert len(warnings) == (message is not None) and all(line.startswith(message) for line in warnings)
 
 
-def test_what_cannot_be_read_decides_nothing(caplog):
+def test_unreadable_samples_do_not_change_the_completion_source(caplog):
     class Unreadable:
         def __len__(self):
             return 3
@@ -176,23 +178,21 @@ def test_what_cannot_be_read_decides_nothing(caplog):
     assert args.completion_source == "ground_truth" and not caplog.records
 
 
-def test_own_data_without_words_is_trained_and_said_before_the_model_is_loaded(
-    tmp_path, monkeypatch, caplog, capsys
-):
+def test_warns_of_data_without_texts_before_the_model_is_loaded(tmp_path, monkeypatch, caplog, capsys):
     monkeypatch.chdir(tmp_path)
     index = ConceptShapes("train", length=4, size=48).export("own")
     rows = [json.loads(line) for line in index.read_text().splitlines()]
-    kept = ("image", "mask", "prompt")
-    index.write_text("".join(json.dumps({name: row[name] for name in kept}) + "\n" for row in rows))
-    words = ["--config", "nano_sft", "--benchmark", "plain", "--root", "own", "--max_steps", "1"]
-    words += ["--output_dir", "run", "--per_device_train_batch_size", "2", "--eval_strategy", "no"]
+    columns = ("image", "mask", "prompt")
+    index.write_text("".join(json.dumps({name: row[name] for name in columns}) + "\n" for row in rows))
+    argv = ["--config", "nano_sft", "--benchmark", "plain", "--root", "own", "--max_steps", "1"]
+    argv += ["--output_dir", "run", "--per_device_train_batch_size", "2", "--eval_strategy", "no"]
 
-    said = []
+    messages = []
     load = ModelArguments.load
-    monkeypatch.setattr(ModelArguments, "load", lambda self: said.extend(caplog.messages) or load(self))
+    monkeypatch.setattr(ModelArguments, "load", lambda self: messages.extend(caplog.messages) or load(self))
     with caplog.at_level(logging.WARNING):
-        assert cli.main(["train", "sft", *words]) == 0
-    assert any("the samples have no think, rule and answer" in message for message in said)
-    assert caplog.text.count("completions are made") == 1
+        assert cli.main(["train", "sft", *argv]) == 0
+    assert any("the samples have no think, rule and answer" in message for message in messages)
+    assert caplog.text.count("completions are built") == 1
     assert (tmp_path / "run" / "model.safetensors").is_file()
-    assert sft.make_parser().parse(words)[2].completion_source == "ground_truth"
+    assert sft.make_parser().parse(argv)[2].completion_source == "ground_truth"

@@ -1,4 +1,4 @@
-"""Samples that cannot be read give way to others, the same ones in every process."""
+"""Tests that unreadable samples are replaced deterministically, and for the checks of models and data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from conceptseg_hf.data import ConceptShapes, UnreadableSampleError, load_benchm
 
 
 class Broken:
-    """ConceptShapes of which some samples cannot be read."""
+    """ConceptShapes with some unreadable samples."""
 
     def __init__(self, length: int, broken: set[int]) -> None:
         self.samples = ConceptShapes("train", length=length, size=48)
@@ -36,17 +36,17 @@ class Broken:
         return self.samples[index]
 
 
-def test_the_next_readable_sample_takes_the_place(caplog):
+def test_broken_sample_is_replaced_by_the_next_readable_one(caplog):
     samples = ReadableSamples(Broken(6, {1, 2, 5}))
     with caplog.at_level(logging.WARNING):
-        found = [samples[index].sample_id for index in range(len(samples))]
+        sample_ids = [samples[index].sample_id for index in range(len(samples))]
     names = [sample.sample_id for sample in samples.samples.samples]
-    assert found == [names[index] for index in (0, 3, 3, 3, 4, 0)]
+    assert sample_ids == [names[index] for index in (0, 3, 3, 3, 4, 0)]
     assert "sample 5: its image is cut off" in caplog.text
     assert samples[-1].sample_id == names[0]
 
 
-def test_a_broken_sample_is_tried_and_named_once(caplog):
+def test_broken_sample_is_read_and_logged_once(caplog):
     samples = ReadableSamples(Broken(4, {2}))
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -55,14 +55,14 @@ def test_a_broken_sample_is_tried_and_named_once(caplog):
     assert samples.samples.reads == 4
 
 
-def test_the_order_of_reading_does_not_matter():
+def test_replacement_does_not_depend_on_the_reading_order():
     one, other = (ReadableSamples(Broken(8, {0, 3, 4})) for _ in range(2))
     forwards = [one[index].sample_id for index in range(8)]
     backwards = [other[index].sample_id for index in reversed(range(8))]
     assert forwards == backwards[::-1]
 
 
-def test_a_missing_file_of_ones_own_data_is_a_broken_sample(tmp_path, caplog):
+def test_missing_file_is_a_broken_sample(tmp_path, caplog):
     ConceptShapes("train", length=3, size=48).export(tmp_path)
     missing = sorted((tmp_path / "images").iterdir())[1]
     missing.unlink()
@@ -74,7 +74,7 @@ def test_a_missing_file_of_ones_own_data_is_a_broken_sample(tmp_path, caplog):
 
 @pytest.fixture()
 def class_of_images(tmp_path):
-    """A class in the authors' layout, 8 images, of which one has a photo of another size for its mask."""
+    """A class with 8 images in the authors' layout; the mask of one of them is a photo of another size."""
     items = []
     for number, sample in enumerate(ConceptShapes("train", length=8, size=48)):
         item = {"img_path": [f"image/{number}.png"], "mask_path": f"mask/{number}.png", "cls_name": "shape"}
@@ -90,13 +90,13 @@ def class_of_images(tmp_path):
     return tmp_path
 
 
-def test_a_bad_reference_ends_no_training(class_of_images, make_meta_grpo, nano_processor, tmp_path):
+def test_bad_reference_does_not_stop_the_training(class_of_images, make_meta_grpo, nano_processor, tmp_path):
     pytest.importorskip("trl")
     from conceptseg_trainers import ConceptSFTConfig, ConceptSFTTrainer, split_reference_dataset
 
     samples = load_benchmark("fewshot1000", class_of_images, split="train")
-    drawn = [file.image.name for item in samples.items for file in samples.references_of(item)]
-    assert "5.png" in drawn
+    reference_names = [file.image.name for item in samples.items for file in samples.references_of(item)]
+    assert "5.png" in reference_names
     with pytest.warns(
         UserWarning, match=r"fewshot1000: a reference cannot be used.*5\.png' is a photo, not a mask"
     ):
@@ -105,7 +105,7 @@ def test_a_bad_reference_ends_no_training(class_of_images, make_meta_grpo, nano_
     rows = [dataset[index] for index in range(8)]
     assert all(row["gt_check_box"] is not None and len(row["images"]) == 2 for row in rows)
     assert [row["sample_id"] for row in rows[4:7]] == ["000004-4", "000006-6", "000006-6"], (
-        "the target gives way"
+        "the target is replaced"
     )
     trainer.train()
     assert trainer.state.global_step == 2
@@ -119,7 +119,7 @@ def test_a_bad_reference_ends_no_training(class_of_images, make_meta_grpo, nano_
     assert trainer.state.global_step == 2
 
 
-def test_samples_of_ones_own_go_on_without_a_bad_reference(tmp_path, caplog):
+def test_bad_references_of_own_samples_are_dropped(tmp_path, caplog):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "empty.png").write_bytes(b"")
     sample = next(
@@ -134,13 +134,13 @@ def test_samples_of_ones_own_go_on_without_a_bad_reference(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert samples[0].references == sample.references and samples[0].references_lost == 3
-    assert len(caplog.records) == 3, "each is named once"
+    assert len(caplog.records) == 3, "each is logged once"
     assert "lies outside its image of 48 x 48 pixels" in caplog.text
-    assert f"sample {sample.sample_id!r} goes on without a reference: image" in caplog.text
+    assert f"sample {sample.sample_id!r} is used without a reference: image" in caplog.text
     assert "broken.png' cannot be read" in caplog.text and "empty.png' is empty" in caplog.text
 
 
-def test_an_evaluation_on_trained_images_is_told(tmp_path, caplog):
+def test_warns_if_evaluation_images_are_training_images(tmp_path, caplog):
     ConceptShapes("train", length=3, size=48).export(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     listed = [
@@ -154,30 +154,28 @@ def test_an_evaluation_on_trained_images_is_told(tmp_path, caplog):
     train, evaluation = (load_benchmark("plain", tmp_path, split=split) for split in ("train", "val"))
     with caplog.at_level(logging.WARNING):
         warn_of_shared_images(train, ConcatDataset([evaluation, ConceptShapes("val", length=1)]))
-    assert (
-        f"1 of the 2 images of the evaluation are trained on, too, such as {str(train.items[1].image)!r}"
-        in caplog.text
-    )
+    image = str(train.items[1].image)
+    assert f"1 of the 2 evaluation images, such as {image!r}, are also training images" in caplog.text
     caplog.clear()
     warn_of_shared_images(ConceptShapes("train", length=2), evaluation)
     assert not caplog.records
 
 
-def test_nothing_to_read_is_an_error():
-    with pytest.raises(ValueError, match="none of the 3 samples can be read; the last says: sample"):
+def test_error_if_no_sample_can_be_read():
+    with pytest.raises(ValueError, match="none of the 3 samples can be read; the last error: sample"):
         ReadableSamples(Broken(3, {0, 1, 2}))[0]
     with pytest.raises(IndexError):
         ReadableSamples(Broken(3, set()))[3]
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 5000])
-def test_indices_are_spread_over_the_data(length):
+def test_spread_indices(length):
     indices = spread_indices(length)
     assert indices[0] == 0 and indices[-1] == length - 1
     assert len(indices) == len(set(indices)) == min(length, 32)
 
 
-def test_training_passes_over_what_cannot_be_read(make_meta_grpo):
+def test_training_skips_unreadable_samples(make_meta_grpo):
     pytest.importorskip("trl")
     from conceptseg_trainers import split_reference_dataset
 
@@ -188,7 +186,7 @@ def test_training_passes_over_what_cannot_be_read(make_meta_grpo):
     assert trainer.state.global_step == 4
 
 
-def test_an_offloaded_model_is_refused(make_meta_grpo):
+def test_offloaded_model_is_refused(make_meta_grpo):
     model = ConceptSegForSegmentation.from_pretrained(nano_checkpoint(), device_map={"ctm": "disk"})
     with pytest.raises(ValueError, match=r"MetaGRPOTrainer: weights of the model are offloaded.*DeepSpeed"):
         make_meta_grpo(model=model)

@@ -1,4 +1,4 @@
-"""Recipes at work: `conceptseg train`, resuming after a kill, two processes, and what bad input is answered with."""
+"""Tests for the training scripts: `conceptseg train`, resuming after a kill, two processes, and error messages."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ RECIPES = Path(__file__).parents[2] / "trainers" / "recipes"
 STEPS = 6
 
 
-def sft_words(folder: Path, **changes) -> list[str]:
-    """The command line of a few small steps of the nano recipe."""
+def sft_argv(folder: Path, **changes) -> list[str]:
+    """Return the command line for a few small steps of the nano recipe."""
     options = {
         "max_steps": STEPS,
         "train_samples": 32,
@@ -50,12 +50,12 @@ def sft_words(folder: Path, **changes) -> list[str]:
         "output_dir": folder,
         **changes,
     }
-    words = ["--config", str(RECIPES / "nano_sft.yaml")]
-    return words + [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    argv = ["--config", str(RECIPES / "nano_sft.yaml")]
+    return argv + [argument for name, value in options.items() for argument in (f"--{name}", str(value))]
 
 
-def meta_grpo_words(folder: Path) -> list[str]:
-    """The same of stage II: one group of four completions a step."""
+def meta_grpo_argv(folder: Path) -> list[str]:
+    """Return the command line for stage II, with one group of four completions per step."""
     options = {
         "max_steps": STEPS,
         "train_samples": 32,
@@ -68,11 +68,11 @@ def meta_grpo_words(folder: Path) -> list[str]:
         "log_examples_steps": 2,
         "output_dir": folder,
     }
-    words = ["--config", str(RECIPES / "nano_meta_grpo.yaml")]
-    return words + [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    argv = ["--config", str(RECIPES / "nano_meta_grpo.yaml")]
+    return argv + [argument for name, value in options.items() for argument in (f"--{name}", str(value))]
 
 
-STAGES = {"sft": (sft, sft_words), "meta_grpo": (meta_grpo, meta_grpo_words)}
+STAGES = {"sft": (sft, sft_argv), "meta_grpo": (meta_grpo, meta_grpo_argv)}
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +82,13 @@ def environment():
 
 @pytest.fixture(scope="module")
 def whole_runs(tmp_path_factory):
-    """The folder of a run of one process from start to end, by stage; each is made once."""
+    """Return a function that runs a stage in one process without interruption and returns its folder; cached."""
 
     @functools.cache
     def folder_of(stage: str) -> Path:
         folder = tmp_path_factory.mktemp(stage)
-        script, words = STAGES[stage]
-        run(script.prepare(words(folder)))
+        script, make_argv = STAGES[stage]
+        run(script.prepare(make_argv(folder)))
         return folder
 
     return folder_of
@@ -104,15 +104,15 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_model_init_kwargs_of_a_recipe_are_used(tmp_path, caplog):
-    words = meta_grpo_words(tmp_path)
-    trainer = meta_grpo.prepare([*words, "--model_init_kwargs", '{"attn_implementation": "eager"}'])
+    argv = meta_grpo_argv(tmp_path)
+    trainer = meta_grpo.prepare([*argv, "--model_init_kwargs", '{"attn_implementation": "eager"}'])
     assert trainer.concept_model.vlm.config.get_text_config()._attn_implementation == "eager"
     assert "will be ignored" not in caplog.text
 
 
 def test_conceptseg_train_runs_a_recipe(tmp_path, capsys):
-    words = sft_words(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2, eval_samples=4)
-    assert cli.main(["train", "sft", *words]) == 0
+    argv = sft_argv(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2, eval_samples=4)
+    assert cli.main(["train", "sft", *argv]) == 0
     assert (tmp_path / "config.json").is_file() and (tmp_path / "processor_config.json").is_file()
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert [entry for entry in state["log_history"] if "eval_mask_iou" in entry]
@@ -120,7 +120,7 @@ def test_conceptseg_train_runs_a_recipe(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_of_meta_grpo_leaves_figures_pictures_and_a_complete_model(whole_runs):
+def test_meta_grpo_run_writes_logs_example_images_and_a_complete_model(whole_runs):
     folder = whole_runs("meta_grpo")
     state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     for name in (
@@ -144,137 +144,142 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-FINISHED = "is finished, so nothing was trained; give another --output_dir"
+FINISHED = "is finished, so nothing was trained"
 
 
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory):
-    """A finished run of two steps at a constant rate, and its command line without a folder."""
+    """A finished run of two steps with a constant learning rate, and its command line."""
     folder = tmp_path_factory.mktemp("two_steps")
-    words = sft_words(folder, max_steps=2, save_total_limit=2, log_examples=0)
-    words += ["--lr_scheduler_type", "constant", "--train_samples", "16"]
-    run(sft.prepare(words))
-    return folder, words
+    argv = sft_argv(folder, max_steps=2, save_total_limit=2, log_examples=0)
+    argv += ["--lr_scheduler_type", "constant", "--train_samples", "16"]
+    run(sft.prepare(argv))
+    return folder, argv
 
 
 @pytest.fixture()
 def copy_of_two_steps(two_steps, tmp_path):
-    folder, words = two_steps
-    shutil.copytree(folder, tmp_path / "run")  # with the times of its files
-    return tmp_path / "run", [*words, "--output_dir", str(tmp_path / "run")]
+    folder, argv = two_steps
+    shutil.copytree(folder, tmp_path / "run")  # keeps modification times
+    return tmp_path / "run", [*argv, "--output_dir", str(tmp_path / "run")]
 
 
 @pytest.mark.parametrize("changes", [[], ["--learning_rate", "0.5"], ["--max_steps", "1"]])
-def test_a_finished_run_is_left_as_it_is(copy_of_two_steps, caplog, changes):
-    folder, words = copy_of_two_steps
+def test_finished_run_is_not_changed(copy_of_two_steps, caplog, changes):
+    folder, argv = copy_of_two_steps
     before = contents(folder)
-    run(sft.prepare([*words, *changes]))
+    run(sft.prepare([*argv, *changes]))
     assert contents(folder) == before
     assert caplog.text.count(FINISHED) == 1 and "checkpoint-2" in caplog.text
 
 
-def test_a_run_of_epochs_that_is_finished_is_left_as_it_is(copy_of_two_steps, caplog):
-    folder, words = copy_of_two_steps  # 16 samples, 4 a step: half an epoch
+def test_finished_run_of_epochs_is_not_changed(copy_of_two_steps, caplog):
+    folder, argv = copy_of_two_steps  # 16 samples, 4 per step: half an epoch
     before = contents(folder)
-    run(sft.prepare([*words, "--max_steps", "-1", "--num_train_epochs", "0.5"]))
+    run(sft.prepare([*argv, "--max_steps", "-1", "--num_train_epochs", "0.5"]))
     assert contents(folder) == before and FINISHED in caplog.text
 
 
-@pytest.mark.parametrize("loss", ["none saved", "an earlier one saved"])
-def test_a_run_that_was_killed_before_its_model_was_saved_is_made_up_for(copy_of_two_steps, loss):
-    folder, words = copy_of_two_steps
+@pytest.mark.parametrize("model_state", ["missing", "outdated"])
+def test_model_of_a_finished_run_is_saved_if_it_is_missing_or_outdated(copy_of_two_steps, model_state):
+    folder, argv = copy_of_two_steps
     before = contents(folder)
     for path in folder.glob("*.*"):
-        if path.is_file() and loss == "none saved":
+        if path.is_file() and model_state == "missing":
             path.unlink()
         elif path.is_file():
             os.utime(path, (0, 0))
     weights = folder / "model.safetensors"
     weights.write_bytes(b"")
-    run(sft.prepare(words))
+    run(sft.prepare(argv))
     after = contents(folder)
     assert after[str(weights)] == before[str(weights)]
     assert after.keys() == before.keys()
-    run(sft.prepare(words))
+    run(sft.prepare(argv))
     assert contents(folder) == after
 
 
-def test_a_finished_run_goes_on_when_more_steps_are_asked_for(copy_of_two_steps, caplog):
-    folder, words = copy_of_two_steps
-    run(sft.prepare([*words, "--max_steps", "3", "--learning_rate", "0.5"]))
+def test_finished_run_continues_with_more_steps(copy_of_two_steps, caplog):
+    folder, argv = copy_of_two_steps
+    run(sft.prepare([*argv, "--max_steps", "3", "--learning_rate", "0.5"]))
     assert (folder / "checkpoint-3").is_dir() and FINISHED not in caplog.text
-    assert "learning_rate is 0.5, but" in caplog.text and "goes on with its own, 0.0003" in caplog.text
+    assert "learning_rate is 0.5, but" in caplog.text and "continues with its own, 0.0003" in caplog.text
 
 
-def test_a_finished_run_of_meta_grpo_is_left_as_it_is(tmp_path, caplog):
-    words = [*meta_grpo_words(tmp_path), "--max_steps", "1"]
-    run(meta_grpo.prepare(words))
+def test_finished_run_of_meta_grpo_is_not_changed(tmp_path, caplog):
+    argv = [*meta_grpo_argv(tmp_path), "--max_steps", "1"]
+    run(meta_grpo.prepare(argv))
     before = contents(tmp_path)
-    run(meta_grpo.prepare(words))
+    run(meta_grpo.prepare(argv))
     assert contents(tmp_path) == before and FINISHED in caplog.text
     (tmp_path / "model.safetensors").unlink()
     os.utime(tmp_path / "processor_config.json", (0, 0))
-    run(meta_grpo.prepare(words))
+    run(meta_grpo.prepare(argv))
     after = contents(tmp_path)
     name = str(tmp_path / "model.safetensors")
     assert after[name] == before[name] and not (tmp_path / "checkpoint-2").exists()
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("place", [".", "run"])
-def test_a_file_in_the_way_is_found_before_the_model_is_loaded(stage, place, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", [".", "run"])
+def test_output_dir_that_is_a_file_is_reported_before_the_model_is_loaded(
+    stage, name, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(ModelArguments, "load", lambda self: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("")
-    words = STAGES[stage][1](tmp_path / "file" / place)
-    assert cli.main(["train", stage.replace("_", "-"), *words]) == 2
+    output_dir = tmp_path / "file" / name
+    argv = STAGES[stage][1](output_dir)
+    assert cli.main(["train", stage.replace("_", "-"), *argv]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(
-        f"conceptseg train: output_dir {str(tmp_path / 'file' / place)!r} cannot be written: "
-    )
-    assert error.endswith("is a file; give another folder.")
+    assert error.startswith(f"conceptseg train: output_dir {str(output_dir)!r} cannot be written: ")
+    assert "is a file" in error
 
 
-def test_conceptseg_train_wants_a_recipe(capsys):
+def test_conceptseg_train_requires_a_recipe(capsys):
     assert cli.main(["train", "sft"]) == 2
-    assert "no recipe is given; name one: --config nano_sft, for example." in capsys.readouterr().err
+    assert "no recipe is given; give one, for example --config nano_sft." in capsys.readouterr().err
 
 
-def test_a_run_says_that_it_resumes_and_where_results_lie(tmp_path, capsys, monkeypatch):
+def test_run_reports_resuming_and_the_paths_of_its_results(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["train", "sft", *sft_words(Path("my run"), log_examples=1, log_examples_steps=2)]
-    assert cli.main([*words, "--max_steps", "2"]) == 0
+    argv = ["train", "sft", *sft_argv(Path("my run"), log_examples=1, log_examples_steps=2)]
+    assert cli.main([*argv, "--max_steps", "2"]) == 0
     assert capsys.readouterr().out.splitlines()[-3:] == [
-        "the trained model is in 'my run', checkpoints of the run in its folders checkpoint-*.",
-        "example pictures are in 'my run/examples'.",
+        "the trained model is in 'my run'; its subfolders checkpoint-* are the checkpoints of the run.",
+        "example images are in 'my run/examples'.",
         "try it with: conceptseg segment IMAGE --prompt TEXT --model 'my run'",
     ]
-    assert cli.main([*words, "--max_steps", "3"]) == 0
+    assert cli.main([*argv, "--max_steps", "3"]) == 0
     output = capsys.readouterr()
     assert "resuming from 'my run/checkpoint-2', after step 2." in output.out.splitlines()
-    assert "\r" not in output.out + output.err, "bars in a pipe"
+    assert "\r" not in output.out + output.err, "no progress bars in a pipe"
 
 
-def test_a_run_that_is_stopped_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+def test_interrupted_run_reports_how_to_resume(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = sft_words(Path("run"))
-    for stop, resume, said in (
-        (0, "auto", "stopped after step 0; no checkpoint was saved yet, so the same command begins anew."),
-        (2, "auto", "stopped after step 2; the same command goes on from 'run/checkpoint-2'."),
+    argv = sft_argv(Path("run"))
+    for stop, resume, message in (
+        (
+            0,
+            "auto",
+            "stopped after step 0; no checkpoint has been saved, so the same command starts from scratch.",
+        ),
+        (2, "auto", "stopped after step 2; run the same command to resume from 'run/checkpoint-2'."),
         (
             3,
             None,
-            "stopped after step 3; with --resume_from_checkpoint auto it goes on from 'run/checkpoint-3'.",
+            "stopped after step 3; add --resume_from_checkpoint auto to the command to resume from 'run/checkpoint-3'.",
         ),
     ):
-        trainer = sft.prepare(words)
+        trainer = sft.prepare(argv)
         trainer.args.resume_from_checkpoint = resume
         trainer.add_callback(Interrupt(stop))
-        with pytest.raises(KeyboardInterrupt, match=f"^{re.escape(said)}$"):
+        with pytest.raises(KeyboardInterrupt, match=f"^{re.escape(message)}$"):
             run(trainer)
 
 
 class Interrupt(TrainerCallback):
-    """Ctrl-C at the beginning of a step."""
+    """Simulate Ctrl-C at the beginning of a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -285,15 +290,15 @@ class Interrupt(TrainerCallback):
 
 
 def test_conceptseg_train_runs_meta_grpo(tmp_path):
-    assert cli.main(["train", "meta-grpo", *meta_grpo_words(tmp_path), "--max_steps", "1"]) == 0
+    assert cli.main(["train", "meta-grpo", *meta_grpo_argv(tmp_path), "--max_steps", "1"]) == 0
     assert (tmp_path / "config.json").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_run_ends_as_if_it_had_not_been_killed(stage, whole_runs, tmp_path, environment):
-    script, words = STAGES[stage]
-    command = [sys.executable, "-m", f"conceptseg_trainers.scripts.{stage}", *words(tmp_path)]
+def test_killed_run_ends_with_the_same_weights_after_resuming(stage, whole_runs, tmp_path, environment):
+    script, make_argv = STAGES[stage]
+    command = [sys.executable, "-m", f"conceptseg_trainers.scripts.{stage}", *make_argv(tmp_path)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not (tmp_path / "checkpoint-2" / "trainer_state.json").exists():
@@ -304,14 +309,14 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(stage, whole_runs, tmp_p
         process.wait()
     assert not (tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json").exists()
 
-    run(script.prepare(words(tmp_path)))  # the recipe resumes by itself
+    run(script.prepare(make_argv(tmp_path)))  # the recipe sets resume_from_checkpoint: auto
     whole = whole_runs(stage)
     for name, value in trained(whole).items():
         assert torch.equal(value, trained(tmp_path)[name]), name
     assert losses(tmp_path) == losses(whole)
 
 
-# DeepSpeed would compile this operation for minutes; gloo alone will do.
+# Skips the compilation of a DeepSpeed operation, which takes minutes and is not needed with gloo.
 WORKER = """
 import sys
 import deepspeed.ops
@@ -322,7 +327,7 @@ sys.exit(main(sft.prepare))
 """
 
 
-def deepspeed_words(folder: Path, stage: int) -> list[str]:
+def deepspeed_options(folder: Path, stage: int) -> list[str]:
     path = folder / "deepspeed.json"
     path.write_text(json.dumps(deepspeed_config(stage)))
     return ["--deepspeed", str(path)]
@@ -330,30 +335,30 @@ def deepspeed_words(folder: Path, stage: int) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3"])
-def test_two_processes_are_one_with_twice_the_batches(
+def test_two_processes_match_one_process_with_accumulation(
     kind, whole_runs, tmp_path, environment, run_two_processes
 ):
     whole_run = whole_runs("sft")
-    words = sft_words(tmp_path, gradient_accumulation_steps=1)
+    argv = sft_argv(tmp_path, gradient_accumulation_steps=1)
     if kind == "ddp":
-        program = ["-m", "conceptseg_trainers.scripts.sft", *words]
+        program = ["-m", "conceptseg_trainers.scripts.sft", *argv]
     else:
         pytest.importorskip("deepspeed")
         worker = tmp_path / "worker.py"
         worker.write_text(WORKER)
-        program = [str(worker), *words, *deepspeed_words(tmp_path, int(kind[-1]))]
+        program = [str(worker), *argv, *deepspeed_options(tmp_path, int(kind[-1]))]
 
     def train():
         result = run_two_processes(*program, env={**environment, "DS_ACCELERATOR": "cpu"})
         assert result.returncode == 0, result.stderr
 
     train()
-    # One random state per process: there were two.
+    # One random state per process shows that there were two.
     assert sorted(path.name for path in (tmp_path / "checkpoint-1").glob("rng_state*")) == [
         "rng_state_0.pth",
         "rng_state_1.pth",
     ]
-    assert bool(list(tmp_path.glob("checkpoint-1/global_step*"))) is (kind != "ddp")  # DeepSpeed was there
+    assert bool(list(tmp_path.glob("checkpoint-1/global_step*"))) is (kind != "ddp")  # DeepSpeed was used
     assert losses(tmp_path) == pytest.approx(losses(whole_run), abs=1e-5)
     for step, tolerance in ((1, 1e-5), (STEPS, 1e-4)):
         expected = trained(whole_run, step)
@@ -368,15 +373,15 @@ def test_two_processes_are_one_with_twice_the_batches(
         final = trained(tmp_path)
         for step in range(4, STEPS + 1):
             shutil.rmtree(tmp_path / f"checkpoint-{step}")
-        train()  # from checkpoint 3, as the recipe says
+        train()  # resumes from checkpoint 3
         for name, value in trained(tmp_path).items():
             assert torch.equal(value, final[name]), name
 
 
-def test_adapters_train_on_a_4_bit_vlm(tmp_path):
+def test_adapters_can_be_trained_on_a_4_bit_vlm(tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    words = [*meta_grpo_words(tmp_path), "--use_peft", "true", "--load_in_4bit", "true"]
-    trainer = meta_grpo.prepare([*words, "--max_steps", "2", "--learning_rate", "1e-2"])
+    argv = [*meta_grpo_argv(tmp_path), "--use_peft", "true", "--load_in_4bit", "true"]
+    trainer = meta_grpo.prepare([*argv, "--max_steps", "2", "--learning_rate", "1e-2"])
     four_bit = {
         name
         for name, module in trainer.concept_model.named_modules()
@@ -391,21 +396,21 @@ def test_adapters_train_on_a_4_bit_vlm(tmp_path):
         for name, value in trainer.model.named_parameters()
         if not torch.equal(
             value, before[name].to(value.dtype)
-        )  # biases of 4-bit layers are cast when first used
+        )  # biases of 4-bit layers are cast on first use
     }
     assert any("lora_" in name for name in changed) and any("ctm" in name for name in changed)
     assert [name for name in changed if "lora_" not in name and "modules_to_save" not in name] == []
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
-BAD_WORDS = {
-    "no recipe": (["--config", "/nowhere.yaml"], "'/nowhere.yaml' is not a file"),
-    "recipe cut off": (["--config"], "is not a file"),
-    "no number": (["--learning_rate", "high"], "invalid float value: 'high'"),
+BAD_ARGUMENTS = {
+    "no recipe": (["--config", "/nowhere.yaml"], "'/nowhere.yaml' is neither a file"),
+    "missing recipe name": (["--config"], "is neither a file"),
+    "not a number": (["--learning_rate", "high"], "invalid float value: 'high'"),
     "unknown option": (["--learning_rat", "1", "--bogus", "2"], "unrecognized arguments: --bogus;"),
-    "checkpointing of what is frozen": (
+    "gradient checkpointing of a frozen model": (
         ["--gradient_checkpointing", "true"],
-        "the VLM is frozen and keeps no",
+        "the VLM is frozen and stores no",
     ),
     "misspelled option": (["--completion_sorce", "x"], "(did you mean '--completion_source'?)"),
     "misspelled choice": (["--completion_source", "groundtruth"], "(did you mean 'ground_truth'?)"),
@@ -413,29 +418,29 @@ BAD_WORDS = {
     "path of a recipe": (["--config", "/nowhere/recipes/nano_sft.yaml"], "(did you mean 'nano_sft'?)"),
     "recipe of the other stage": (
         ["--config", "nano_meta_grpo"],
-        "a recipe of the other stage; those of this one",
+        "this is a recipe of the other stage",
     ),
     "unknown source": (["--completion_source", "thin_air"], "completion_source"),
     "unknown benchmark": (["--benchmark", "nothing"], "no benchmark is named 'nothing'"),
     "no samples": (["--train_samples", "0"], "train_samples is 0"),
-    "no such model": (["--model_name_or_path", "/nowhere"], "/nowhere"),
-    "half of the backbones": (["--vlm_name_or_path", "a/b"], "belong together"),
+    "missing model": (["--model_name_or_path", "/nowhere"], "/nowhere"),
+    "only one backbone": (["--vlm_name_or_path", "a/b"], "only one of vlm_name_or_path and"),
     "unknown tracker": (["--report_to", "paper"], "report_to is 'paper'; use one of"),
-    "no checkpoint": (["--resume_from_checkpoint", "/nowhere"], "no complete checkpoint"),
+    "missing checkpoint": (["--resume_from_checkpoint", "/nowhere"], "not a complete checkpoint"),
 }
 
 
-@pytest.mark.parametrize("case", BAD_WORDS)
-def test_bad_input_is_answered_in_one_sentence(case, tmp_path, capsys):
-    words, message = BAD_WORDS[case]
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_input_is_reported_in_one_sentence(case, tmp_path, capsys):
+    argv, message = BAD_ARGUMENTS[case]
     options = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
-    assert cli.main(["train", "sft", *options, *words]) == 2
+    assert cli.main(["train", "sft", *options, *argv]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("conceptseg train: ") and message in error
     assert not list(tmp_path.glob("out/checkpoint-*"))
 
 
-BAD_META_GRPO_WORDS = {
+BAD_META_GRPO_ARGUMENTS = {
     "unknown reward": (["--rewards", "beauty"], "rewards is ['beauty']"),
     "groups that do not fit": (
         ["--per_device_train_batch_size", "6", "--num_generations", "4"],
@@ -447,11 +452,11 @@ BAD_META_GRPO_WORDS = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_META_GRPO_WORDS)
-def test_bad_input_of_meta_grpo_is_answered_in_one_sentence(case, tmp_path, capsys):
-    words, message = BAD_META_GRPO_WORDS[case]
+@pytest.mark.parametrize("case", BAD_META_GRPO_ARGUMENTS)
+def test_bad_input_of_meta_grpo_is_reported_in_one_sentence(case, tmp_path, capsys):
+    argv, message = BAD_META_GRPO_ARGUMENTS[case]
     recipe = ["--config", str(RECIPES / "nano_meta_grpo.yaml"), "--output_dir", str(tmp_path / "out")]
-    assert cli.main(["train", "meta-grpo", *recipe, *words]) == 2
+    assert cli.main(["train", "meta-grpo", *recipe, *argv]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("conceptseg train: ") and message in error
 
@@ -461,31 +466,31 @@ def test_bad_input_of_meta_grpo_is_answered_in_one_sentence(case, tmp_path, caps
     [
         (
             "learning_rates: 1.0",
-            r"sets 'learning_rates', which conceptseg train sft .* \(did you mean 'learning_rate",
+            r"sets 'learning_rates', which is not a field of conceptseg train sft \(did you mean 'learning_rate",
         ),
         ("- learning_rate", "YAML mapping"),
         ("", "YAML mapping"),
         ("a: [1", "not valid YAML"),
     ],
 )
-def test_bad_recipes_are_explained(recipe, message, tmp_path):
+def test_bad_recipes_are_reported(recipe, message, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe)
     with pytest.raises(ValueError, match=message):
         sft.make_parser().parse([f"--config={path}", "--output_dir", str(tmp_path)])
 
 
-def test_a_recipe_is_found_by_its_name_wherever_one_is(tmp_path, monkeypatch):
+def test_recipe_is_found_by_its_name_in_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_recipe("nano_sft") == find_recipe("nano_sft.yaml") == RECIPES / "nano_sft.yaml"
     (tmp_path / "nano_sft").write_text("learning_rate: 0.25\noutput_dir: here")
-    assert find_recipe("nano_sft") == Path("nano_sft"), "a file of one's own comes first"
+    assert find_recipe("nano_sft") == Path("nano_sft"), "a local file takes precedence"
     _, _, args = sft.make_parser().parse(["--config", "nano_sft"])
     assert (args.learning_rate, args.output_dir) == (0.25, "here")
 
 
 @pytest.mark.parametrize("name", ["root", "benchmark_root", "benchmark-root"])
-def test_the_folder_of_the_data_has_the_name_it_has_elsewhere(name, tmp_path):
+def test_aliases_of_benchmark_root(name, tmp_path):
     (data, *_) = sft.make_parser().parse(["--config", "nano_sft", f"--{name}", "mine"])
     assert data.benchmark_root == "mine"
     (tmp_path / "recipe.yaml").write_text(f"{name}: mine\noutput_dir: x\nenv: {{MINE_ALONE: 1}}")
@@ -497,7 +502,7 @@ def test_the_folder_of_the_data_has_the_name_it_has_elsewhere(name, tmp_path):
     assert data.benchmark_root == "mine"
 
 
-def test_each_of_several_benchmarks_may_have_a_folder(tmp_path):
+def test_benchmark_root_per_benchmark(tmp_path):
     for name in ("mine", "odd=name"):
         ConceptShapes("train", length=3, size=48).export(tmp_path / name)
     args = ConceptSFTConfig(output_dir=str(tmp_path), use_cpu=True)
@@ -508,52 +513,52 @@ def test_each_of_several_benchmarks_may_have_a_folder(tmp_path):
         DataArguments("plain,DUTS", f"plain={tmp_path / 'mine'},DUTS={tmp_path}").load(args)
 
 
-def test_the_loader_and_the_profile_are_checked(tmp_path):
+def test_loader_and_profile_are_checked(tmp_path):
     ConceptShapes("train", length=3, size=48).export(tmp_path / "mine")
     args = ConceptSFTConfig(output_dir=str(tmp_path), use_cpu=True)
-    words = ["--benchmark", "plain", "--root", str(tmp_path / "mine"), "--output_dir", str(tmp_path)]
+    argv = ["--benchmark", "plain", "--root", str(tmp_path / "mine"), "--output_dir", str(tmp_path)]
     data, model, _ = sft.make_parser().parse(
-        [*words, "--benchmark_loader", "released", "--profile", "released"]
+        [*argv, "--benchmark_loader", "released", "--profile", "released"]
     )
     assert data.load(args)[0].loader == model.profile == "released"
     with pytest.raises(ValueError, match="loader is 'theirs'"):
         DataArguments("plain", str(tmp_path / "mine"), benchmark_loader="theirs").load(args)
-    with pytest.raises(ValueError, match="no profile is named 'theirs'"):
+    with pytest.raises(ValueError, match="unknown profile 'theirs'"):
         ModelArguments(profile="theirs")
 
 
-def test_without_samples_for_evaluation_the_remedy_is_named(tmp_path):
+def test_error_for_a_missing_evaluation_split_names_the_remedy(tmp_path):
     args = ConceptSFTConfig(output_dir=str(tmp_path), use_cpu=True, eval_strategy="steps", eval_steps=1)
-    message = r"no split is named 'vall' \(did you mean 'val'\?\); .* \(for the evaluation while training: give another"
+    message = r"no split is named 'vall' \(did you mean 'val'\?\); .* \(for the evaluation during training: use another"
     with pytest.raises(ValueError, match=message):
         DataArguments(eval_split="vall").load(args)
 
 
-def test_the_command_line_beats_the_recipe(tmp_path):
-    words = ["--config", str(RECIPES / "nano_sft.yaml"), "--learning_rate", "0.5"]
-    _, _, args = sft.make_parser().parse(words)
+def test_command_line_overrides_the_recipe(tmp_path):
+    argv = ["--config", str(RECIPES / "nano_sft.yaml"), "--learning_rate", "0.5"]
+    _, _, args = sft.make_parser().parse(argv)
     assert (args.learning_rate, args.per_device_train_batch_size) == (0.5, 32)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_missing_tracker_is_named_before_the_model_is_loaded(stage, tmp_path, monkeypatch, capsys):
-    def never(self):
+def test_missing_tracker_is_reported_before_the_model_is_loaded(stage, tmp_path, monkeypatch, capsys):
+    def fail(self):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(ModelArguments, "load", never)
+    monkeypatch.setattr(ModelArguments, "load", fail)
     monkeypatch.setattr(running, "get_available_reporting_integrations", lambda: ["tensorboard"])
-    words = [*STAGES[stage][1](tmp_path), "--report_to", "wandb"]
-    assert cli.main(["train", stage.replace("_", "-"), *words]) == 2
+    argv = [*STAGES[stage][1](tmp_path), "--report_to", "wandb"]
+    assert cli.main(["train", stage.replace("_", "-"), *argv]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1] == (
         "conceptseg train: report_to is 'wandb', a package that is not installed; install it with: pip install wandb"
     )
 
 
-def test_optional_kernels_are_not_spoken_of():
+def test_no_warning_about_optional_kernels():
     assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 
-def test_missing_packages_are_named(monkeypatch, capsys):
+def test_missing_packages_are_reported(monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith("conceptseg_trainers.scripts.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "trl", None)
@@ -569,17 +574,17 @@ def test_resuming_from_the_last_complete_checkpoint(tmp_path):
     assert find(None) is None and find("auto") is None
     for step, state in ((5, "{}"), (40, "{}"), (300, None), (400, '{"best'), (500, "")):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:  # when the run was killed, or the disk was full
+        if state is not None:  # None if the run was killed or the disk was full
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert find("auto") == str(tmp_path / "checkpoint-40")
     assert find(str(tmp_path / "checkpoint-5")) == str(tmp_path / "checkpoint-5")
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
         find(str(tmp_path / "checkpoint-300"))
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
         find(str(tmp_path / "checkpoint-400"))
 
 
-def test_backbones_are_joined(model, processor, tmp_path):
+def test_model_is_built_from_backbones(model, processor, tmp_path):
     model.vlm.save_pretrained(tmp_path / "vlm")
     processor.tokenizer.save_pretrained(tmp_path / "vlm")
     processor.image_processor.save_pretrained(tmp_path / "vlm")

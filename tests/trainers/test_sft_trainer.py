@@ -1,4 +1,4 @@
-"""Stage I: what trains, what is saved, and that a run that was stopped ends as if it had not been."""
+"""Tests for stage I: trained parameters, losses, saving, and resuming."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def digest(weight_hash):
     return lambda trainer: weight_hash(trainer.concept_model.ctm)
 
 
-def test_only_the_ctm_trains(make_trainer):
+def test_only_the_ctm_is_trained(make_trainer):
     trainer = make_trainer()
     before = weights(trainer)
     trainer.train()
@@ -78,18 +78,18 @@ def test_only_the_ctm_trains(make_trainer):
     assert 0 <= log["mask_iou"] <= 1
 
 
-def test_the_loss_is_that_of_the_model(make_trainer, samples):
+def test_loss_matches_the_loss_of_the_model(make_trainer, samples):
     trainer = make_trainer()
     batch = trainer.data_collator(samples[:3])
     loss = trainer.compute_loss(trainer.model, dict(batch))
-    shown, labels, ignored = (batch.pop(name) for name in ("shown", "mask_labels", "ignored"))
+    examples, labels, ignored = (batch.pop(name) for name in ("shown", "mask_labels", "ignored"))
     output = trainer.concept_model(**batch, mask_labels=torch.stack(labels))
-    assert [example.target for example in shown] == [sample.image for sample in samples[:3]]
+    assert [example.target for example in examples] == [sample.image for sample in samples[:3]]
     assert ignored == [None] * 3
     assert loss.item() == pytest.approx(output.loss.item(), abs=1e-5)
 
 
-def test_the_released_loss_is_a_setting(make_trainer, samples):
+def test_released_loss_is_a_binary_cross_entropy(make_trainer, samples):
     trainer = make_trainer(dice_weight=0.0, focal_alpha=-1.0, focal_gamma=0.0)
     batch = trainer.data_collator(samples[:2])
     loss, masks = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
@@ -103,10 +103,8 @@ def test_the_released_loss_is_a_setting(make_trainer, samples):
     assert all(np.array_equal(mask, row.detach().numpy() > 0) for mask, row in zip(masks, full))
 
 
-def test_the_ctm_reads_the_end_of_turn_token_where_the_model_does(
-    make_trainer, samples, processor, monkeypatch
-):
-    """Released code: every state after the prompt, in training as in inference."""
+def test_ctm_reads_the_end_of_turn_token_if_configured(make_trainer, samples, processor, monkeypatch):
+    """As in the released code: all states after the prompt, in training and in inference."""
     plain = make_trainer(completion_source="template")
     assert not plain.data_collator.end_of_turn
     model = plain.concept_model
@@ -121,10 +119,12 @@ def test_the_ctm_reads_the_end_of_turn_token_where_the_model_does(
 
     cut = TrainingCompletion(processor.tokenizer("a star")["input_ids"], "star", is_truncated=True)
     monkeypatch.setattr(trainer.data_collator, "row", lambda sample: (_prepared(processor, sample), cut))
-    assert trainer.data_collator(samples[:1])["completion_mask"].sum() == 2, "a cut completion has no end"
+    assert trainer.data_collator(samples[:1])["completion_mask"].sum() == 2, (
+        "a truncated completion has no end-of-turn token"
+    )
 
 
-def test_the_limit_of_a_completion_counts_its_words_alone(make_trainer, samples, processor):
+def test_max_completion_length_does_not_count_the_end_of_turn_token(make_trainer, samples, processor):
     trainer = make_trainer(completion_source="template")
     longest = int(trainer.data_collator(samples[:1])["completion_mask"].sum())
     trainer.data_collator.args.max_completion_length = longest
@@ -143,7 +143,7 @@ def _prepared(processor, sample):
     return processor.prepare(sample.image, sample.prompt, sample.references)
 
 
-def test_images_of_several_sizes(make_trainer, samples):
+def test_batch_with_images_of_several_sizes(make_trainer, samples):
     mixed = [samples[0], next(iter(ConceptShapes("train", size=64)))]
     trainer = make_trainer()
     both = trainer.compute_loss(trainer.model, trainer.data_collator(mixed))
@@ -151,7 +151,7 @@ def test_images_of_several_sizes(make_trainer, samples):
     assert both.item() == pytest.approx(torch.stack(alone).mean().item(), abs=1e-4)
 
 
-def test_checkpoints_hold_the_ctm_and_the_end_everything(make_trainer):
+def test_checkpoints_contain_the_ctm_and_the_final_model_everything(make_trainer):
     trainer = make_trainer()
     trainer.train()
     trainer.save_model()
@@ -166,13 +166,13 @@ def test_checkpoints_hold_the_ctm_and_the_end_everything(make_trainer):
     assert "use_cache" not in config and (folder / "processor_config.json").is_file()
 
 
-def test_the_card_names_the_licence_of_sam(make_trainer, monkeypatch):
+def test_model_card_names_the_license_of_sam(make_trainer, monkeypatch):
     monkeypatch.setattr("conceptseg_hf.cards._holds_released_sam", lambda *_: True)
     trainer = make_trainer()
     trainer.save_model()
     path = Path(trainer.args.output_dir) / "README.md"
     saved = path.read_text()
-    # As `push_to_hub` does afterwards; the Trainer's own card would take the place of ours.
+    # As in `push_to_hub`; the card of the Trainer would replace ours.
     trainer.create_model_card(model_name="run", license="mit", tags="mine", dataset="me/data", tasks="x")
     card = ModelCard.load(path)
     assert (card.data.license, card.data.license_name) == ("other", "sam-license")
@@ -181,7 +181,7 @@ def test_the_card_names_the_licence_of_sam(make_trainer, monkeypatch):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resuming_is_exact(make_trainer, digest, accumulation):
-    # 8 samples, so with accumulation the checkpoint at step 2 ends an epoch and the run goes on in the next.
+    # With 8 samples and accumulation, step 2 ends an epoch, and the resumed run starts with the next one.
     settings = {"gradient_accumulation_steps": accumulation}
     whole = make_trainer("whole", **settings)
     whole.train()
@@ -191,32 +191,32 @@ def test_resuming_is_exact(make_trainer, digest, accumulation):
     assert digest(resumed) == digest(whole)
 
 
-def test_workers_change_nothing(make_trainer, digest):
-    alone, helped = make_trainer("alone"), make_trainer("helped", dataloader_num_workers=2)
-    for trainer in (alone, helped):
+def test_dataloader_workers_do_not_change_the_result(make_trainer, digest):
+    without, with_workers = make_trainer("without"), make_trainer("with", dataloader_num_workers=2)
+    for trainer in (without, with_workers):
         trainer.train()
-    assert digest(alone) == digest(helped)
+    assert digest(without) == digest(with_workers)
 
 
-def test_generated_completions_are_trained_on_and_kept(make_trainer, samples, digest):
+def test_generated_completions_are_used_and_cached(make_trainer, samples, digest):
     settings = {"completion_source": "generated", "max_completion_length": 6, "generation_batch_size": 4}
     trainer = make_trainer(evaluation=samples[:2], **settings)
     folder = Path(trainer.args.output_dir) / "completions"
-    kept = (folder / "completions-00000.jsonl").read_bytes()
-    assert len(kept.splitlines()) == len(samples)  # the two for evaluation are among them
+    cached = (folder / "completions-00000.jsonl").read_bytes()
+    assert len(cached.splitlines()) == len(samples)  # including the two evaluation samples
     _, completion = trainer.data_collator.row(samples[0])
-    assert completion.text == json.loads(kept.splitlines()[0])["token_ids"]
-    with pytest.raises(ValueError, match="completion_source is generated, but there is no cache"):
+    assert completion.text == json.loads(cached.splitlines()[0])["token_ids"]
+    with pytest.raises(ValueError, match="completion_source is generated, but cache is None"):
         replace(trainer.data_collator, cache=None).row(samples[0])
     trainer.train()
-    # The CTM has changed, the VLM has not: nothing is generated again.
+    # Only the CTM has changed and not the VLM, so nothing is generated again.
     resumed = make_trainer(evaluation=samples[:2], **settings)
     resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-2"))
     assert digest(resumed) == digest(trainer)
-    assert (folder / "completions-00000.jsonl").read_bytes() == kept
+    assert (folder / "completions-00000.jsonl").read_bytes() == cached
 
 
-def test_a_checkpoint_of_another_ctm_is_refused(make_trainer):
+def test_checkpoint_of_another_ctm_is_refused(make_trainer):
     trainer = make_trainer(max_steps=2)
     trainer.train()
     path = Path(trainer.args.output_dir) / "checkpoint-2" / "model.safetensors"
@@ -227,7 +227,7 @@ def test_a_checkpoint_of_another_ctm_is_refused(make_trainer):
         make_trainer().train(resume_from_checkpoint=str(path.parent))
 
 
-def test_references_are_composed_anew_in_each_epoch(make_trainer, samples):
+def test_references_are_composed_in_each_epoch(make_trainer, samples):
     sample = next(sample for sample in samples if len(sample.references) > 2)
     collator = make_trainer().data_collator
 
@@ -241,33 +241,33 @@ def test_references_are_composed_anew_in_each_epoch(make_trainer, samples):
     assert mosaics == [mosaic(epoch) for epoch in range(8)]
     collator.set_epoch(3)
     prepared, completion = collator.row(sample)
-    # The text says what the mosaic shows: the check box is where the proxy query of this epoch lies.
+    # The completion matches the mosaic: the check box is the box of the proxy query in this epoch.
     parsed = collator.processor.decode_completion(
         collator.processor.tokenizer(completion.text)["input_ids"], prepared
     )
     assert prepared.frame.check_iou(parsed.check) > 0.5
 
 
-def test_the_epoch_reaches_the_collator_on_resuming(make_trainer):
+def test_collator_gets_the_epoch_after_resuming(make_trainer):
     epochs = []
 
-    class Listening(ConceptSFTCollator):
+    class RecordingCollator(ConceptSFTCollator):
         def __call__(self, batch):
             epochs.append(self.epoch)
             return super().__call__(batch)
 
     trainer = make_trainer(max_steps=6, save_steps=5)
-    trainer.data_collator.__class__ = Listening
+    trainer.data_collator.__class__ = RecordingCollator
     trainer.train()
-    assert epochs[:4] == [0] * 4 and set(epochs[4:]) == {1}  # batches are fetched ahead
+    assert epochs[:4] == [0] * 4 and set(epochs[4:]) == {1}  # batches are prefetched
     epochs.clear()
     resumed = make_trainer(max_steps=6)
-    resumed.data_collator.__class__ = Listening
+    resumed.data_collator.__class__ = RecordingCollator
     resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-5"))
     assert set(epochs) == {1}
 
 
-def test_evaluation_measures_masks_and_leaves_pictures(make_trainer, samples):
+def test_evaluation_logs_mask_iou_and_example_images(make_trainer, samples):
     trainer = make_trainer(evaluation=samples[:3], per_device_eval_batch_size=2, log_examples=2)
     shuffle = trainer.data_collator.shuffle
     metrics = trainer.evaluate()
@@ -287,8 +287,8 @@ def test_evaluation_measures_masks_and_leaves_pictures(make_trainer, samples):
     assert len(list((Path(trainer.args.output_dir) / "examples").glob("*.png"))) == 2
 
 
-def test_pixels_to_ignore_do_not_count(make_trainer, samples):
-    """What the truth says below the ignore mask does not matter."""
+def test_ignored_pixels_have_no_effect(make_trainer, samples):
+    """The ground truth at ignored pixels has no effect."""
     left, other = Image.new("L", (48, 48)), samples[0].mask.copy()
     for mask in (left, other):
         mask.paste(255, (0, 0, 24, 48))
@@ -318,16 +318,16 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_bad_samples_are_explained_before_training(make_trainer, samples, fault):
+def test_bad_samples_are_reported_before_training(make_trainer, samples, fault):
     change, message = BROKEN[fault]
     with pytest.raises(ValueError, match=message):
         make_trainer(train=[samples[0], replace(samples[1], **change(samples[1]))])
 
 
-def test_bad_arguments_are_explained(make_trainer, make_model, processor, samples, tmp_path):
+def test_bad_arguments_are_reported(make_trainer, make_model, processor, samples, tmp_path):
     with pytest.raises(ValueError, match="no samples"):
         make_trainer(train=[])
-    with pytest.raises(ValueError, match="give ConceptSamples"):
+    with pytest.raises(ValueError, match="sample 0 is a dict; pass ConceptSamples"):
         make_trainer(train=[{"image": None}])
     with pytest.raises(ValueError, match="completion_source is 'true'"):
         ConceptSFTConfig(output_dir=str(tmp_path), completion_source="true")

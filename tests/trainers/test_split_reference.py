@@ -1,4 +1,4 @@
-"""Split-reference data: one mosaic for all copies of a prompt, another in the next epoch, and boxes of one frame."""
+"""Tests for split-reference datasets: one mosaic per prompt and epoch, and boxes in the frame of the mosaic."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def mosaics(dataset) -> list[bytes]:
     return [row["images"][0].tobytes() for row in dataset]
 
 
-def test_rows_have_the_columns(dataset, shapes) -> None:
+def test_rows_have_all_columns(dataset, shapes) -> None:
     assert set(COLUMNS) < set(dataset.column_names) and len(dataset) == len(shapes)
     row, sample = dataset[3], shapes[3]
     assert set(row) == set(dataset.column_names)
@@ -36,14 +36,14 @@ def test_rows_have_the_columns(dataset, shapes) -> None:
     assert sample.prompt in row["prompt"][1]["content"]
 
 
-def test_boxes_are_text_units_of_the_mosaic(dataset, shapes) -> None:
+def test_boxes_are_in_text_units_of_the_mosaic(dataset, shapes) -> None:
     for row, sample in zip(dataset, shapes, strict=True):
         expected = None if sample.box is None else [value * SCALE / CANVAS for value in sample.box]
         assert row["gt_box"] == (None if expected is None else pytest.approx(expected))
         if len(sample.references) < 2:
             assert row["gt_check_box"] is None
             continue
-        # The proxy query lies in the top left cell; its box is one of the references', on that cell.
+        # The proxy query is in the top left cell; its box is that of one of the references, scaled to the cell.
         on_cell = [
             [v * CELL / reference.image.width * SCALE / CANVAS for v in reference.box]
             for reference in sample.references
@@ -52,7 +52,7 @@ def test_boxes_are_text_units_of_the_mosaic(dataset, shapes) -> None:
 
 
 def test_several_boxes_of_a_proxy_query_are_alternatives(shapes, nano_processor) -> None:
-    """Of several boxes the one that fits best is right; as released, the box around all of them."""
+    """The best of several boxes counts by default; the released code uses the enclosing box."""
     sample = next(sample for sample in shapes if len(sample.references) > 1)
     boxes = [(2, 2, 20, 20), (30, 24, 60, 44)]
     size = sample.references[0].image.size
@@ -64,39 +64,41 @@ def test_several_boxes_of_a_proxy_query_are_alternatives(shapes, nano_processor)
         return row["gt_check_box"]
 
     scale = [CELL / size[0] * SCALE / CANVAS, CELL / size[1] * SCALE / CANVAS] * 2
-    wanted = [[value * by for value, by in zip(box, scale, strict=True)] for box in boxes]
-    found = check_of(nano_processor)
-    assert [pytest.approx(box) for box in found] == wanted
+    expected = [[value * factor for value, factor in zip(box, scale, strict=True)] for box in boxes]
+    check_boxes = check_of(nano_processor)
+    assert [pytest.approx(box) for box in check_boxes] == expected
     enclosing = check_of(nano_processor.with_settings(mosaic={"several_boxes": "enclosing"}))
-    assert enclosing == pytest.approx([*wanted[0][:2], *wanted[1][2:]])
+    assert enclosing == pytest.approx([*expected[0][:2], *expected[1][2:]])
 
 
-def test_the_proxy_box_is_neither_drawn_nor_told(dataset, shapes) -> None:
+def test_proxy_box_is_neither_drawn_nor_in_the_prompt(dataset, shapes) -> None:
     for row, sample in zip(dataset, shapes, strict=True):
         if row["gt_check_box"] is None:
             continue
         cell = row["images"][0].crop((0, 0, CELL, CELL))
-        bare = [
+        unmarked = [
             reference.image.resize((CELL, CELL), Image.Resampling.BICUBIC) for reference in sample.references
         ]
-        assert cell.tobytes() in [image.tobytes() for image in bare]
-        notified = ",".join(str(int(np.floor(value + 0.5))) for value in row["gt_check_box"])
-        assert f"[{notified}]" not in row["prompt"][1]["content"]
+        assert cell.tobytes() in [image.tobytes() for image in unmarked]
+        numbers = ",".join(str(int(np.floor(value + 0.5))) for value in row["gt_check_box"])
+        assert f"[{numbers}]" not in row["prompt"][1]["content"]
 
 
-def test_deterministic_in_seed_epoch_and_sample(shapes, nano_processor, dataset) -> None:
-    def again(samples=shapes, **kwargs):
+def test_rows_depend_only_on_seed_epoch_and_sample(shapes, nano_processor, dataset) -> None:
+    def recreate(samples=shapes, **kwargs):
         return split_reference_dataset(samples, processor=nano_processor, **kwargs)
 
     first = mosaics(dataset)
-    assert mosaics(dataset) == first == mosaics(again())
-    assert mosaics(again(shapes[5:])) == first[5:]  # whatever else is in the data
+    assert mosaics(dataset) == first == mosaics(recreate())
+    assert mosaics(recreate(shapes[5:])) == first[5:]  # independent of the other samples
     assert mosaics(dataset.select([7, 2])) == [first[7], first[2]]
-    assert sum(map(np.not_equal, mosaics(again(seed=1)), first)) >= 4  # of the six that can be composed
+    assert (
+        sum(map(np.not_equal, mosaics(recreate(seed=1)), first)) >= 4
+    )  # of six samples with several possible compositions
     set_epoch(dataset, 1)
     second = mosaics(dataset)
     assert sum(map(np.not_equal, second, first)) >= 4
-    assert sum(map(np.not_equal, mosaics(again(seed=1)), second)) >= 4
+    assert sum(map(np.not_equal, mosaics(recreate(seed=1)), second)) >= 4
     set_epoch(dataset, 0)
     assert mosaics(dataset) == first
 
@@ -109,7 +111,7 @@ def test_workers_read_the_same_rows(dataset) -> None:
         assert read == mosaics(dataset)
 
 
-def test_every_reference_becomes_the_proxy_query_some_time(dataset) -> None:
+def test_every_reference_becomes_the_proxy_query_in_some_epoch(dataset) -> None:
     seen = set()
     for epoch in range(40):
         set_epoch(dataset, epoch)
@@ -117,7 +119,7 @@ def test_every_reference_becomes_the_proxy_query_some_time(dataset) -> None:
     assert len(seen) == 4
 
 
-def test_frames_keep_their_order(shapes, nano_processor) -> None:
+def test_order_is_kept_without_a_proxy_query(shapes, nano_processor) -> None:
     frames = [replace(reference, box=None) for reference in shapes[0].references]
     frames[1] = shapes[0].references[1]
     rows = split_reference_dataset([replace(shapes[0], references=frames)], processor=nano_processor)
@@ -128,18 +130,18 @@ def test_frames_keep_their_order(shapes, nano_processor) -> None:
         assert rows[0]["images"][0].tobytes() == before
 
 
-def test_one_cell_has_no_proxy_query(shapes, nano_processor) -> None:
+def test_mosaic_of_one_cell_has_no_proxy_query(shapes, nano_processor) -> None:
     row = split_reference_dataset(shapes, grid=1, processor=nano_processor)[0]
     assert row["gt_check_box"] is None and len(row["images"]) == 2
 
 
-def test_without_references_the_target_alone(shapes, nano_processor) -> None:
+def test_without_references_only_the_target_is_shown(shapes, nano_processor) -> None:
     row = split_reference_dataset([replace(shapes[0], references=[])], processor=nano_processor)[0]
     assert row["gt_check_box"] is None and len(row["images"]) == 1
 
 
-def test_the_vlm_processor_makes_what_inference_makes(dataset, nano_processor, processor) -> None:
-    for each in (nano_processor, processor):  # with a chat template of its own, and without
+def test_vlm_processor_matches_inference(dataset, nano_processor, processor) -> None:
+    for each in (nano_processor, processor):  # with and without a chat template
         find_composer(dataset).processor = each
         row = dataset[1]
         plain = each.vlm_processor()
@@ -173,7 +175,7 @@ def _prepared(processor: ConceptSegProcessor, row):
     )
 
 
-def test_bad_input_is_named(shapes, nano_processor) -> None:
+def test_bad_input_is_reported(shapes, nano_processor) -> None:
     with pytest.raises(ValueError, match="there are no samples"):
         split_reference_dataset([])
     with pytest.raises(ValueError, match="grid is 5; use 1, 2 or 3"):

@@ -1,4 +1,4 @@
-"""What is relied on in TRL beyond its documentation; a version that fails here needs work in `trl_adapter` alone."""
+"""Tests for the private names of TRL that are used; if a version fails here, only `trl_adapter` has to change."""
 
 from __future__ import annotations
 
@@ -57,27 +57,27 @@ def test_every_override_is_listed() -> None:
         assert overridden <= set(PRIVATE_NAMES[owner])
 
 
-def test_the_trainer_hides_no_private_name_of_trl() -> None:
-    meant = {"_name", "_save", "_tag_names"}  # as TRL's own trainers set them; `_save` is the Trainer's
+def test_trainer_overrides_no_private_name_of_trl() -> None:
+    intended = {"_name", "_save", "_tag_names"}  # TRL's own trainers set them; `_save` belongs to the Trainer
     own = {name for name in vars(MetaGRPOTrainer) if name.startswith("_") and not name.startswith("__")}
-    assert own & set(dir(GRPOTrainer)) <= meant
+    assert own & set(dir(GRPOTrainer)) <= intended
 
 
-def test_no_other_module_touches_private_names() -> None:
+def test_no_other_module_uses_private_names() -> None:
     private = {*ARGUMENTS, *ATTRIBUTES}
     folder = Path(conceptseg_trainers.__file__).parent
-    found = {
+    users = {
         path.name
         for path in folder.rglob("*.py")
-        if path.name != "sft_trainer.py"  # a plain Trainer, with attributes of its own
+        if path.name != "sft_trainer.py"  # a Trainer without TRL, with its own attributes
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if getattr(node, "attr", getattr(node, "name", None)) in private
     }
-    assert found == {Path(trl_adapter.__file__).name}
+    assert users == {Path(trl_adapter.__file__).name}
 
 
-def test_the_installed_version_is_admitted() -> None:
-    import tomllib  # with Python 3.11, as TRL 1.16
+def test_installed_version_is_allowed() -> None:
+    import tomllib  # needs Python 3.11, as does TRL 1.16
 
     pyproject = Path(__file__).parents[2] / "pyproject.toml"
     extras = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
@@ -86,7 +86,7 @@ def test_the_installed_version_is_admitted() -> None:
     assert any(item.operator == "<" and item.version.count(".") == 1 for item in requirement.specifier)
 
 
-def test_generation_is_replaced_for_a_while() -> None:
+def test_generate_is_replaced_temporarily() -> None:
     class Model:
         def generate(self) -> str:
             return "own"
@@ -98,8 +98,8 @@ def test_generation_is_replaced_for_a_while() -> None:
     assert model.generate() == "own"
 
 
-def test_forward_passes_without_labels_are_left_alone(model) -> None:
-    """TRL's own calls without a fused head, and generation, see the model's forward."""
+def test_forward_passes_without_labels_are_not_changed(model) -> None:
+    """Generation, and calls of TRL without a fused head, use the original forward pass."""
     calls = []
 
     class Inner(torch.nn.Module):
@@ -109,6 +109,6 @@ def test_forward_passes_without_labels_are_left_alone(model) -> None:
 
     inner = Inner()
     trl_adapter.read_prompts_once(inner, model.vlm)
-    nothing = torch.full((1, 2), -100)
-    assert inner(x=1) == inner(labels=nothing, fused_lm_head=True) == inner(labels=nothing + 101) == "output"
+    ignored = torch.full((1, 2), -100)
+    assert inner(x=1) == inner(labels=ignored, fused_lm_head=True) == inner(labels=ignored + 101) == "output"
     assert [list(kwargs) for kwargs in calls] == [["x"], ["labels", "fused_lm_head"], ["labels"]]

@@ -1,4 +1,4 @@
-"""vLLM rollouts. The engine needs a GPU; what is sent to it, and what it is built from, does not."""
+"""Tests for rollouts with vLLM, without the engine, which needs a GPU: its weights and its arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 @pytest.fixture
 def build(monkeypatch, tmp_path):
-    """Builds the backend up to the point where TRL would start the engine, and says what it would start from."""
+    """Return a function that builds the backend, and records the name from which TRL would build the engine."""
 
     def make(model, **kwargs):
         started_from = []
@@ -34,16 +34,16 @@ def build(monkeypatch, tmp_path):
     return make
 
 
-def test_only_the_vlm_is_sent_under_its_own_names(build, model) -> None:
+def test_engine_gets_only_the_weights_of_the_vlm(build, model) -> None:
     backend, started_from = build(model)
     sent = dict(backend._iter_named_params())
-    own = dict(model.vlm.named_parameters())
-    assert sent.keys() == own.keys()
-    assert all(torch.equal(sent[name], own[name]) for name in own)
+    expected = dict(model.vlm.named_parameters())
+    assert sent.keys() == expected.keys()
+    assert all(torch.equal(sent[name], expected[name]) for name in expected)
     assert started_from == ["an/vlm"] and model.name_or_path != "an/vlm"
 
 
-def test_adapters_are_sent_merged(build, make_model) -> None:
+def test_engine_gets_merged_adapters(build, make_model) -> None:
     model = make_model()
     expected = {name: parameter.clone() for name, parameter in model.vlm.named_parameters()}
     adapted = get_peft_model(
@@ -55,7 +55,7 @@ def test_adapters_are_sent_merged(build, make_model) -> None:
             if "lora_B" in name:
                 parameter.fill_(0.1)
     backend, started_from = build(adapted)
-    # A merged weight is only there while it is being sent.
+    # Weights are only merged while they are sent.
     sent = {name: parameter.clone() for name, parameter in backend._iter_named_params()}
     assert sent.keys() == expected.keys()
     changed = {name for name in sent if not torch.equal(sent[name], expected[name])}
@@ -65,13 +65,13 @@ def test_adapters_are_sent_merged(build, make_model) -> None:
     assert started_from == ["an/vlm"]
 
 
-def test_image_tokens_cannot_be_sampled_and_other_biases_stay(build, model) -> None:
+def test_image_tokens_are_suppressed_and_other_biases_kept(build, model) -> None:
     backend, _ = build(model, generation_kwargs={"seed": 1, "logit_bias": {3: 2.0}})
     assert backend.generation_kwargs == {"seed": 1, "logit_bias": {3: 2.0, 7: -100.0, 9: -100.0}}
     assert suppress_tokens(None, []) == {"logit_bias": {}}
 
 
-def test_without_vllm_one_sentence_says_so(model) -> None:
+def test_error_if_vllm_is_not_installed(model) -> None:
     with pytest.raises(ImportError, match="vLLM"):
         ConceptVLLMGeneration(
             model, Accelerator(cpu=True), None, vlm_name_or_path="an/vlm", suppressed_tokens=[]

@@ -1,6 +1,6 @@
-"""What each process of `test_distributed.py` runs, under torchrun: one kind of training on CPU, figures as JSON.
+"""Worker of `test_distributed.py` for torchrun: run one kind of training on CPU and write its results as JSON.
 
-Usage: `torchrun --nproc_per_node N two_processes.py KIND OUTPUT_DIR`, KIND one of ddp, zero2, zero3, fsdp2.
+Usage: `torchrun --nproc_per_node N two_processes.py KIND OUTPUT_DIR`, where KIND is ddp, zero2, zero3 or fsdp2.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GROUP, STEPS = 4, 3
 
 
 def skip_compilation() -> None:
-    """DeepSpeed would compile this operation for minutes; gloo alone will do."""
+    """Skip the compilation of a DeepSpeed operation, which takes minutes and is not needed with gloo."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -51,7 +51,7 @@ def make_trainer(kind: str, folder: Path, **settings):
     from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
 
     class Scripted(MetaGRPOTrainer):
-        """Completions that depend on the prompt and their place in the group alone: sampling differs by process."""
+        """Use completions that depend only on the prompt and the index in the group, as sampling differs by process."""
 
         def _generate_single_turn(
             self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
@@ -60,14 +60,14 @@ def make_trainer(kind: str, folder: Path, **settings):
                 prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
             )
             assert all(0 < len(ids) <= self.max_completion_length for ids in sampled)
-            return [self._written(ids, row % GROUP) for row, ids in enumerate(prompt_ids)], None
+            return [self._scripted_completion(ids, row % GROUP) for row, ids in enumerate(prompt_ids)], None
 
-        def _written(self, prompt: list[int], place: int) -> list[int]:
-            rng = np.random.default_rng([sum(prompt), place])
+        def _scripted_completion(self, prompt: list[int], index: int) -> list[int]:
+            rng = np.random.default_rng([sum(prompt), index])
             boxes = [sorted(rng.integers(0, 101, 2)) for _ in range(4)]
             check, bbox = ([a[0], b[0], a[1], b[1]] for a, b in (boxes[:2], boxes[2:]))
-            text = format_completion("", "same", check, bbox, "star" if place % 2 else "red circle", 100)
-            text = text if place else text.partition("</answer>")[0]  # so that rewards differ in a group
+            text = format_completion("", "same", check, bbox, "star" if index % 2 else "red circle", 100)
+            text = text if index else text.partition("</answer>")[0]  # so that rewards differ within a group
             tokenizer = self.concept_processor.tokenizer
             return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
@@ -127,7 +127,7 @@ def train(kind: str, folder: Path, **settings) -> dict:
 
 
 def shard_and_generate() -> dict:
-    """FSDP2 by hand: accelerate offers it on GPUs only."""
+    """Shard manually with FSDP2, which accelerate only supports on GPUs."""
     from conceptseg_trainers.distributed import make_generate_gather
     from torch.distributed.fsdp import fully_shard
 
@@ -165,7 +165,7 @@ def _hash(module) -> str:
 
 
 def _file_hash(folder: Path) -> str:
-    path = folder / "model.safetensors"  # the main process writes it
+    path = folder / "model.safetensors"  # written by the main process
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
@@ -182,4 +182,4 @@ if __name__ == "__main__":
     if torch.distributed.get_rank() == 0:
         write(figures, folder)
     torch.distributed.barrier()
-    os._exit(0)  # gloo's threads abort an interpreter that takes itself apart, once in some six runs
+    os._exit(0)  # otherwise gloo's threads abort the interpreter at exit in about one of six runs

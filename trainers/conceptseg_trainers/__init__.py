@@ -1,6 +1,6 @@
 """Training of ConceptSeg: stage I, Meta-GRPO, and `conceptseg_trainers.nano`, which trains the embedded checkpoint.
 
-The trainers need the extra `train` (TRL, DeepSpeed, PEFT, Datasets); nothing of it is imported before a name is used.
+The trainers need the extra `train` (TRL, DeepSpeed, PEFT, Datasets), which is only imported when one of them is used.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import conceptseg_hf as conceptseg_hf  # before transformers: it makes torchvision importable beside a CPU torch
+import conceptseg_hf as conceptseg_hf  # before transformers: makes torchvision importable with a CPU-only torch
 
 if TYPE_CHECKING:
     from .meta_grpo_config import MetaGRPOConfig
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .sft_trainer import ConceptSFTTrainer
     from .split_reference import split_reference_dataset
 
-_HOMES = {
+_MODULES = {
     "ConceptSFTConfig": "sft_config",
     "ConceptSFTTrainer": "sft_trainer",
     "MetaGRPOConfig": "meta_grpo_config",
@@ -44,9 +44,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
     globals()[name] = value
     return value
 

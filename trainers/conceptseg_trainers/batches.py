@@ -1,4 +1,4 @@
-"""Which completions of a generation batch are trained on, and in which order."""
+"""Select and reorder the completions of a generation batch for training."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .trl_adapter import Batch, split_pixel_values_by_grid, unsplit_pixel_values
 
 
 def best_and_worst(values: Tensor, group_size: int, count: int) -> list[int]:
-    """Rows with the largest and the smallest values of each group.
+    """Return the indices of the rows with the largest and the smallest values in each group.
 
     Args:
-        values: (B,) of whole groups, group after group.
-        group_size: Rows of a group.
-        count: How many of the largest, and as many of the smallest; at most half a group.
+        values: (B,) values of whole groups, one group after another.
+        group_size: Number of rows of a group.
+        count: Number of largest values, and of smallest values, per group; at most half of `group_size`.
 
     Returns:
-        Their indices in ascending order. Of equal values the first ones count as larger.
+        Indices in ascending order. Of equal values, the first is treated as larger.
     """
     order = values.view(-1, group_size).sort(dim=1, descending=True, stable=True).indices
     kept = torch.cat([order[:, :count], order[:, group_size - count :]], dim=1)
@@ -33,20 +33,20 @@ def best_and_worst(values: Tensor, group_size: int, count: int) -> list[int]:
 
 
 def select_rows(batch: Batch, rows: Sequence[int]) -> Batch:
-    """A batch of some completions; their images come along."""
+    """Return a batch with the given completions and their images."""
     size = len(batch["completion_ids"])
     split = split_pixel_values_by_grid(batch)
     return unsplit_pixel_values_by_grid({name: _select(value, rows, size) for name, value in split.items()})
 
 
 def group_rows(batches: Sequence[Batch], key: Callable[[Batch, int], Hashable]) -> list[Batch]:
-    """The same completions, those of one prompt side by side, in batches of the same sizes.
+    """Reorder completions such that those of a prompt are adjacent, in batches of the same sizes.
 
-    A batch that holds all completions of a prompt reads the prompt once.
+    A batch that contains all completions of a prompt processes the prompt once.
 
     Args:
         batches: The batches of one generation.
-        key: The prompt of a row.
+        key: Function of a batch and a row that returns a key of the row's prompt.
     """
     split = [split_pixel_values_by_grid(batch) for batch in batches]
     places = [

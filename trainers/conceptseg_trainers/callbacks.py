@@ -1,4 +1,4 @@
-"""What both trainers show while they run: example pictures, and a warning when only the format is learned."""
+"""Callbacks of both trainers: example images, and a warning if only the format reward increases."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _REWARD = re.compile(r"rewards/(.+)/mean")
 
 @dataclass(frozen=True, eq=False)
 class TrainingExample:
-    """One completion and its mask, as a trainer saw them.
+    """A completion and its mask during training.
 
     Attributes:
         target: The target image.
-        gt_mask: (H, W) bool, of the target's size; None shows none.
-        predicted_mask: (H, W) bool, likewise.
-        mosaic: The references as the VLM saw them, if there were any.
-        rule: The rule of the completion; None when it is missing.
-        answer: The noun phrase of the completion; None when it is missing.
-        rewards: Numbers to print below, by name, such as the parts of the reward.
+        gt_mask: Ground-truth mask, (H, W) bool, of the target's size, or None.
+        predicted_mask: Predicted mask, (H, W) bool, of the target's size, or None.
+        mosaic: The reference mosaic that the VLM reads, or None without references.
+        rule: The rule of the completion; None if it is missing.
+        answer: The noun phrase of the completion; None if it is missing.
+        rewards: Values to print in the caption, by name, such as the parts of the reward.
     """
 
     target: Image.Image
@@ -50,42 +50,42 @@ class TrainingExample:
 
     @property
     def caption(self) -> str:
-        """Rule, answer and numbers, a line each."""
+        """Rule, answer and rewards, one per line."""
         lines = [f"rule: {self.rule or 'none given'}", f"answer: {self.answer or 'none given'}"]
         if self.rewards:
             lines.append("; ".join(f"{name} {value:.2f}" for name, value in self.rewards.items()))
         return "\n".join(lines)
 
     def draw(self, height: int = 320) -> Image.Image:
-        """Mosaic | target and true mask | target and predicted mask, over the caption."""
+        """Draw the mosaic, and the target with the ground-truth and with the predicted mask, above the caption."""
         tiles = [] if self.mosaic is None else [("references", self.mosaic)]
-        tiles.append(("target, true mask", scaled_overlay(self.target, self.gt_mask, height)))
-        tiles.append(("target, predicted mask", scaled_overlay(self.target, self.predicted_mask, height)))
+        tiles.append(("target, ground truth", scaled_overlay(self.target, self.gt_mask, height)))
+        tiles.append(("target, prediction", scaled_overlay(self.target, self.predicted_mask, height)))
         return side_by_side(tiles, self.caption, height)
 
 
 class TrainerWithExamples(Protocol):
-    """A trainer whose examples can be drawn."""
+    """A trainer that keeps examples for `ExampleImagesCallback`."""
 
     examples: list[TrainingExample]
     callback_handler: CallbackHandler
 
 
 def reported_to(args: TrainingArguments) -> list[str]:
-    """`report_to`, of which Transformers makes a list although its type admits more."""
+    """Return `report_to`, which Transformers always converts to a list although its type is wider."""
     return cast(list[str], args.report_to)
 
 
 class ExampleImagesCallback(TrainerCallback):
-    """Draws `trainer.examples` every some steps and after each evaluation, each example once.
+    """Draw `trainer.examples` every `every` steps and after each evaluation; each example is drawn once.
 
-    The pictures go to `<output_dir>/examples/step_<step>_<number>.png`, and to TensorBoard, trackio and
-    Weights & Biases where `report_to` names them.
+    The images are saved to `<output_dir>/examples/step_<step>_<number>.png`, and logged to TensorBoard, trackio and
+    Weights & Biases if `report_to` includes them.
 
     Args:
-        trainer: Fills its list `examples` with `TrainingExample`s.
-        every: Steps between pictures; 0 draws after evaluations only.
-        count: Pictures at a time.
+        trainer: Trainer that fills its list `examples` with `TrainingExample`s.
+        every: Number of steps between images; 0 draws only after evaluations.
+        count: Maximum number of images to draw at once.
     """
 
     def __init__(self, trainer: TrainerWithExamples, every: int, count: int) -> None:
@@ -96,14 +96,14 @@ class ExampleImagesCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draws at multiples of `every`."""
+        """Draw the examples at multiples of `every`."""
         if self.every and state.global_step % self.every == 0:
             self._draw(args, state)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draws what the evaluation left."""
+        """Draw the examples of the evaluation."""
         self._draw(args, state)
 
     def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -112,40 +112,38 @@ class ExampleImagesCallback(TrainerCallback):
             return
         folder = Path(run_folder(args)) / "examples"
         for number, example in enumerate(examples):
-            picture = example.draw()
+            image = example.draw()
             path = folder / f"step_{state.global_step:06d}_{number}.png"
             try:
-                write_file(path, image_bytes(picture))
-            except OSError as error:  # no reason to end a training
+                write_file(path, image_bytes(image))
+            except OSError as error:  # should not end the training
                 logger.warning("%s", error)
-            self._report(f"examples/{number}", picture, example.caption, args, state.global_step)
+            self._report(f"examples/{number}", image, example.caption, args, state.global_step)
 
-    def _report(
-        self, key: str, picture: Image.Image, caption: str, args: TrainingArguments, step: int
-    ) -> None:
+    def _report(self, key: str, image: Image.Image, caption: str, args: TrainingArguments, step: int) -> None:
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                callback.tb_writer.add_image(key, np.asarray(picture), step, dataformats="HWC")
+                callback.tb_writer.add_image(key, np.asarray(image), step, dataformats="HWC")
         if "wandb" in reported_to(args):
             import wandb
 
-            wandb.log({key: wandb.Image(picture, caption=caption), "train/global_step": step})
+            wandb.log({key: wandb.Image(image, caption=caption), "train/global_step": step})
         if "trackio" in reported_to(args):
             import trackio
 
-            trackio.log({key: trackio.Image(picture, caption=caption)})  # lists of images are dropped there
+            trackio.log({key: trackio.Image(image, caption=caption)})  # trackio drops lists of images
 
 
 class FormatOnlyWarning(TrainerCallback):
-    """Warns when the format reward rises and no other reward does.
+    """Warn if the format reward increases and no other reward does.
 
-    The mean of the last `window` logged values is compared with that of the first `window`, every `window`
-    logs. A policy that learns the template alone looks like progress in the total reward.
+    Every `window` logs, the mean of the last `window` logged values is compared with the mean of the first `window`. A
+    policy that learns only the template also increases the total reward.
 
     Args:
-        window: Logged values that are averaged.
-        rise: What the format reward must have gained.
-        tolerance: What no other reward has gained.
+        window: Number of logged values to average.
+        rise: Minimum increase of the format reward for a warning.
+        tolerance: Increase of another reward from which on there is no warning.
     """
 
     def __init__(self, window: int = 10, rise: float = 0.1, tolerance: float = 0.02) -> None:
@@ -162,7 +160,7 @@ class FormatOnlyWarning(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keeps the mean of each reward (`rewards/<name>/mean`, if it has one) and looks at them now and then."""
+        """Store the finite means of the rewards (`rewards/<name>/mean`) and compare them every `window` logs."""
         rewards = {
             match[1]: float(value)
             for key, value in (logs or {}).items()
@@ -177,15 +175,15 @@ class FormatOnlyWarning(TrainerCallback):
         format_gain = gains.pop("format")
         if format_gain >= self.rise and gains and max(gains.values()) < self.tolerance:
             logger.warning(
-                "Only the format reward rises (format %+.2f, %s since the start): the policy learns the template, "
-                "not the task; weigh the other rewards more (reward_weights), sample more completions at a higher "
-                "temperature, or begin with a model of stage I whose masks are not empty.",
+                "Only the format reward increases (format %+.2f, %s since the start), so the policy learns the "
+                "template and not the task; increase the reward_weights of the other rewards, sample more completions "
+                "at a higher temperature, or start from a stage I model that predicts non-empty masks.",
                 format_gain,
                 ", ".join(f"{name} {gain:+.2f}" for name, gain in gains.items()),
             )
 
     def _gain(self, name: str) -> float:
-        """How much a reward gained between the first and the last window; 0 while it has no value."""
+        """Return the increase of a reward from the first to the last window; 0 if one of them has no value."""
         means = []
         for logs in (self.history[: self.window], self.history[-self.window :]):
             values = [entry[name] for entry in logs if name in entry]
@@ -195,10 +193,10 @@ class FormatOnlyWarning(TrainerCallback):
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the data which epoch begins, on resuming too; accelerate's own `set_epoch` stops at the sampler.
+    """Pass the epoch to the dataset or collator, also after resuming; accelerate only passes it to the sampler.
 
     Args:
-        set_epoch: Called with the number of the epoch, from 0.
+        set_epoch: Called with the index of the epoch, starting at 0.
     """
 
     def __init__(self, set_epoch: Callable[[int], None]) -> None:
@@ -207,5 +205,5 @@ class EpochCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Epoch 1.25, where a resumed run begins, belongs to epoch 1."""
+        """Set the epoch; a run that resumes at epoch 1.25 is in epoch 1."""
         self.set_epoch(int(state.epoch or 0))

@@ -1,4 +1,4 @@
-"""The model card of what a trainer has trained."""
+"""Model cards of trained checkpoints."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def write_training_card(
     tags: Sequence[str] = (),
     **metadata: Any,
 ) -> None:
-    """Writes the card of a checkpoint that was trained, in the place of the one that the trainer's base class writes.
+    """Write the model card of a trained checkpoint, instead of the card that the trainer's base class writes.
 
     Args:
-        folder: The checkpoint's folder.
-        config: The model's configuration; the checkpoint that it was loaded from becomes a base model.
-        training: How it was trained.
+        folder: Folder of the checkpoint.
+        config: Configuration of the model; the checkpoint that it was loaded from is listed as base model.
+        training: Description of the training.
         tags: Further tags.
         **metadata: Further fields of `ModelCardData`.
     """
@@ -34,7 +34,7 @@ def write_training_card(
 
 
 def as_list(values: str | Sequence[str] | None) -> list[str]:
-    """One value, several or none, as a list."""
+    """Return one value, several values or None as a list."""
     return [values] if isinstance(values, str) else list(values or ())
 
 

@@ -1,4 +1,4 @@
-"""The folders of a run: which checkpoints are complete, and how one is written so that no half of it stays."""
+"""Find the complete checkpoints of a run, and write checkpoints and models without leaving partial results."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from conceptseg_hf.finite import is_finite
 from conceptseg_hf.writing import write_error
 
-TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
-PROCESSOR = "processor_config.json"  # both trainers write it after the weights of the complete model
+TRAINER_STATE = "trainer_state.json"  # the last file that the Trainer writes to a checkpoint
+PROCESSOR = "processor_config.json"  # both trainers write it after the weights of a complete model
 _STAGING = ".saving"
 _CARD = "README.md"
 
 
 def run_folder(args: TrainingArguments) -> str:
-    """The folder of a run: `output_dir`, which Transformers fills in although its type admits None."""
+    """Return the folder of a run: `output_dir`, which Transformers always sets although its type is optional."""
     return cast(str, args.output_dir)
 
 
 def complete_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """The checkpoints of a run in the order of their steps, without those that a kill or a full disk cut off."""
+    """Return the checkpoints of a run, ordered by step, without incomplete ones (after a kill or on a full disk)."""
     folders = [
         folder for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(folder)
     ]
@@ -37,7 +37,7 @@ def complete_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
 
 
 def is_complete(folder: str | os.PathLike) -> bool:
-    """Whether a folder is a checkpoint that was written to its end."""
+    """Whether a folder is a completely written checkpoint."""
     try:
         return isinstance(json.loads((Path(folder) / TRAINER_STATE).read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
@@ -45,17 +45,17 @@ def is_complete(folder: str | os.PathLike) -> bool:
 
 
 def step_of(folder: Path) -> int:
-    """The step after which a checkpoint was written; -1 for a folder with another kind of name."""
+    """Return the step of a checkpoint from the name of its folder, or -1 for other names."""
     number = folder.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
 
 
 def last_good_checkpoint(output_dir: str | os.PathLike, step: int) -> Path | None:
-    """The last checkpoint of a run whose loss was seen to be finite: one before `step`, with finite weights.
+    """Return the last checkpoint with finite weights before `step`, which is therefore known to give a finite loss.
 
     Args:
         output_dir: Folder of the run.
-        step: Number of steps after which the loss is not finite.
+        step: Number of completed steps when a loss that is not finite occurs.
     """
     for folder in reversed(complete_checkpoints(output_dir)):
         if step_of(folder) < step and _has_finite_weights(folder):
@@ -67,7 +67,7 @@ def _has_finite_weights(folder: Path) -> bool:
     try:
         for path in folder.glob("*.safetensors"):
             with safe_open(path, "pt") as file:
-                # a safetensors file is no mapping
+                # `safe_open` does not return a mapping
                 if not all(is_finite(file.get_tensor(name)) for name in file.keys()):  # noqa: SIM118
                     return False
     except (OSError, SafetensorError):
@@ -79,42 +79,43 @@ def _has_finite_weights(folder: Path) -> bool:
 def checkpoint_writer(
     checkpoint: str | os.PathLike, output_dir: str | os.PathLike, is_writer: bool
 ) -> Iterator[None]:
-    """A block that writes a checkpoint of a run: if that fails, the half that was written is removed.
+    """Context manager for writing a checkpoint that removes a partially written checkpoint after an error.
 
     Args:
-        checkpoint: Its folder.
+        checkpoint: Folder of the checkpoint.
         output_dir: Folder of the run.
         is_writer: Whether this process writes.
 
     Raises:
-        WriteError: If it cannot be written; names the last one that was.
+        WriteError: If the checkpoint cannot be written; the message names the last complete one.
     """
     checkpoint = Path(checkpoint)
     if is_writer:
-        (checkpoint / TRAINER_STATE).unlink(missing_ok=True)  # an old one would make it look complete
+        (checkpoint / TRAINER_STATE).unlink(missing_ok=True)  # an old file would make it look complete
     try:
         yield
     except BaseException as error:
         if is_writer and not is_complete(checkpoint):
             shutil.rmtree(checkpoint, ignore_errors=True)
-        if not _is_of_writing(error) or is_complete(checkpoint):  # then what failed came later: an upload
+        # An error after the checkpoint is complete has another cause, such as an upload.
+        if not _is_write_error(error) or is_complete(checkpoint):
             raise
         last = next(reversed(complete_checkpoints(output_dir)), None)
-        kept = "none was saved before" if last is None else f"{str(last)!r} is complete"
-        remedy = f"make room and resume, or give another output_dir; {kept}"
-        raise write_error(checkpoint, _plain(error), remedy) from error
+        status = "no earlier checkpoint was saved" if last is None else f"{str(last)!r} is complete"
+        remedy = f"free some disk space and resume, or use another output_dir; {status}"
+        raise write_error(checkpoint, _with_reason(error), remedy) from error
 
 
 @contextmanager
 def staged(target: str | os.PathLike, is_writer: bool) -> Iterator[Path]:
-    """A folder whose files go into `target`, in the place of those of the same names, when the block is through.
+    """Context manager that returns a staging folder; its files are moved to `target` on success.
 
     Args:
-        target: Where to.
-        is_writer: Whether this process writes; the others only need the name.
+        target: Destination folder, in which files of the same names are replaced.
+        is_writer: Whether this process writes; other processes only use the name of the folder.
 
     Raises:
-        WriteError: If the files cannot be written; `target` is then as it was.
+        WriteError: If the files cannot be written; `target` is not changed in this case.
     """
     target = Path(target)
     staging = target / _STAGING
@@ -122,15 +123,17 @@ def staged(target: str | os.PathLike, is_writer: bool) -> Iterator[Path]:
         if is_writer:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-            if (target / _CARD).is_file():  # a model card is only written where there is none
+            if (target / _CARD).is_file():  # the Trainer only writes a model card if there is none
                 shutil.copy2(target / _CARD, staging / _CARD)
         yield staging
         if is_writer:
             _move_files(staging, target)
     except Exception as error:
-        if not _is_of_writing(error):
+        if not _is_write_error(error):
             raise
-        raise write_error(target, _plain(error), "make room, or give another folder") from error
+        raise write_error(
+            target, _with_reason(error), "free some disk space, or use another folder"
+        ) from error
     finally:
         if is_writer:
             shutil.rmtree(staging, ignore_errors=True)
@@ -138,28 +141,28 @@ def staged(target: str | os.PathLike, is_writer: bool) -> Iterator[Path]:
 
 def _move_files(staging: Path, target: Path) -> None:
     files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
-    files.sort(key=lambda path: path.name == PROCESSOR)  # last: it says that all are there
+    files.sort(key=lambda path: path.name == PROCESSOR)  # last, as it marks the model as complete
     weights = {path.name for path in files if path.parent == Path() and path.name.startswith("model")}
     for path in files:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         (staging / path).replace(target / path)
     for old in target.glob("model*.safetensors*") if weights else ():
-        if old.name not in weights:  # shards of another division
+        if old.name not in weights:  # a shard of the previous model
             old.unlink()
 
 
-def _is_of_writing(error: BaseException) -> TypeGuard[Exception]:
-    """Whether an error is one of files; PyTorch's own writer raises RuntimeErrors, which may be anything."""
-    from_pytorch = ("inline_container", "PytorchStreamWriter")
+def _is_write_error(error: BaseException) -> TypeGuard[Exception]:
+    """Whether an error occurred while writing a file; PyTorch raises RuntimeErrors, which have other causes, too."""
+    pytorch_sources = ("inline_container", "PytorchStreamWriter")
     return isinstance(error, (OSError, SafetensorError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in from_pytorch)
+        isinstance(error, RuntimeError) and any(source in str(error) for source in pytorch_sources)
     )
 
 
-def _plain(error: Exception) -> Exception:
-    """What PyTorch's writer means, which knows no reason."""
+def _with_reason(error: Exception) -> Exception:
+    """Replace the RuntimeError of PyTorch's file writer, which does not contain the reason, by an OSError."""
     return (
-        OSError("PyTorch could write a file only in part, as on a full disk")
+        OSError("PyTorch wrote a file only partially, which happens if the disk is full")
         if isinstance(error, RuntimeError)
         else error
     )

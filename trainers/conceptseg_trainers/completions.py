@@ -1,4 +1,4 @@
-"""What the CTM reads in stage I: true completions, templated ones, or the frozen VLM's own, kept on disk."""
+"""Completions that the CTM reads in stage I: ground truth, templates, or cached generations of the frozen VLM."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from .sft_config import ConceptSFTConfig
 
 logger = logging.getLogger(__name__)
 
-_TRUE_TEXTS = ("think", "rule", "answer")
-# The released code's stage I: one space in each tag but that of the box, no rule and no check.
-_RELEASED_FORM = " <think> </think> <color> </color><bbox>{box}</bbox> <answer> </answer>"
-_RELEASED_WORD = "visual"
+_GT_FIELDS = ("think", "rule", "answer")
+# Stage I of the released code: a space in each tag except <bbox>, and neither <rule> nor <check>.
+_RELEASED_TEMPLATE = " <think> </think> <color> </color><bbox>{box}</bbox> <answer> </answer>"
+_RELEASED_SAM_TEXT = "visual"
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,11 @@ class TrainingCompletion:
     """A completion for teacher forcing.
 
     Attributes:
-        text: The text, or the token ids without the end-of-turn token.
-        sam_text: What SAM 3 gets as the answer.
-        rule: The rule in it, for example pictures.
-        is_truncated: Whether it was generated and ended by its limit, without an end-of-turn token.
+        text: Text of the completion, or its token ids without the end-of-turn token.
+        sam_text: Text prompt of SAM 3.
+        rule: Rule of the completion, shown in the example images.
+        is_truncated: Whether the completion was generated and truncated at the length limit, so that it has no
+            end-of-turn token.
     """
 
     text: str | list[int]
@@ -53,7 +54,7 @@ class TrainingCompletion:
 def ground_truth_completion(
     sample: ConceptSample, frame: CoordinateFrame, processor: ConceptSegProcessor
 ) -> TrainingCompletion:
-    """The sample's reasoning, rule, boxes and answer; where it lacks one of them, what `template_completion` makes."""
+    """Return the sample's reasoning, rule, boxes and answer, or `template_completion` if one of them is missing."""
     texts = _gt_texts(sample)
     if texts is None:
         return template_completion(sample, frame, processor)
@@ -62,73 +63,74 @@ def ground_truth_completion(
 
 
 def has_reasoning(sample: ConceptSample) -> bool:
-    """Whether a sample has true reasoning, rule and answer."""
+    """Whether a sample has ground-truth reasoning, rule and answer."""
     return _gt_texts(sample) is not None
 
 
 def _gt_texts(sample: ConceptSample) -> tuple[str, str, str] | None:
-    """Reasoning, rule and answer of a sample that has all of them."""
+    """Return reasoning, rule and answer of a sample, or None if one of them is missing."""
     think, rule, answer = sample.think, sample.rule, sample.answer
     return None if think is None or rule is None or answer is None else (think, rule, answer)
 
 
 def check_sample_texts(sample: ConceptSample, processor: ConceptSegProcessor, source: str) -> None:
-    """Checks the words of a sample before they are trained on, as inference checks a prompt.
+    """Check the texts of a sample before training, as inference checks a prompt.
 
     Args:
         sample: The sample.
-        processor: Knows the reserved tokens.
-        source: See `ConceptSFTConfig.completion_source`; says which words stand in completions.
+        processor: Processor that defines the reserved tokens.
+        source: See `ConceptSFTConfig.completion_source`; determines which texts are written into completions.
 
     Raises:
-        ValueError: If the prompt cannot be used, or a text of the completion holds a reserved token or a tag.
+        ValueError: If the prompt cannot be used, or a text of the completion contains a reserved token or a tag.
     """
     processor.check_prompt(sample.prompt)
     written: dict[str, str] = {}
     if source == "ground_truth" and has_reasoning(sample):
-        written = {name: getattr(sample, name) for name in _TRUE_TEXTS}
+        written = {name: getattr(sample, name) for name in _GT_FIELDS}
     elif source in ("ground_truth", "template"):
         written = {"prompt": sample.prompt} if sample.answer is None else {"answer": sample.answer}
     for name, text in written.items():
         processor.check_text(text, name)
         tag = find_markup(text) if name == "answer" else find_template_tag(text)
         if tag is not None:
-            raise ValueError(
-                f"{name} contains the tag {tag}, which has a meaning in completions; leave it out."
-            )
+            raise ValueError(f"{name} contains the tag {tag}, which is reserved in completions; remove it.")
 
 
 def resolve_completion_source(
     samples: Sequence[ConceptSample], args: ConceptSFTConfig, list_some: bool = True
 ) -> None:
-    """Goes over to templated completions where samples have no reasoning, rule and answer of their own, and says so.
+    """Switch to templated completions, with a warning, if the samples have no reasoning, rule and answer.
 
-    Some samples are tried. A sample without them gets a templated completion in any case.
+    The decision is based on a few samples. A sample without these texts gets a templated completion in any case.
 
     Args:
         samples: The samples to train on.
-        args: `completion_source` may change from `"ground_truth"` to `"template"`.
-        list_some: Whether to speak of it, too, if only some lack them.
+        args: The settings; `completion_source` may change from `"ground_truth"` to `"template"`.
+        list_some: Whether to warn as well if only some of the samples lack these texts.
     """
     if args.completion_source != "ground_truth":
         return
-    tried = list(_try_samples(samples))
-    lacking = [sample for sample in tried if not has_reasoning(sample)]
-    made = "completions are made from their boxes and their answers, else prompts"
-    if lacking and len(lacking) == len(tried):
+    checked = list(_readable_samples(samples))
+    lacking = [sample for sample in checked if not has_reasoning(sample)]
+    fallback = "completions are built from the boxes and from the answer or the prompt"
+    if lacking and len(lacking) == len(checked):
         args.completion_source = "template"
-        logger.warning("the samples have no think, rule and answer: %s (completion_source template).", made)
+        logger.warning(
+            "the samples have no think, rule and answer: %s (completion_source=template).", fallback
+        )
     elif lacking and list_some:
         logger.warning(
-            "%d of %d samples that were tried, such as %r, have no think, rule and answer: %s.",
+            "%d of the %d samples checked, such as %r, have no think, rule and answer: %s.",
             len(lacking),
-            len(tried),
+            len(checked),
             lacking[0].sample_id,
-            made,
+            fallback,
         )
 
 
-def _try_samples(samples: Sequence[ConceptSample]) -> Iterator[ConceptSample]:
+def _readable_samples(samples: Sequence[ConceptSample]) -> Iterator[ConceptSample]:
+    """Yield the samples at a few indices that can be read."""
     for index in spread_indices(len(samples)):
         with suppress(UnreadableSampleError):
             if isinstance(sample := samples[index], ConceptSample):
@@ -138,7 +140,7 @@ def _try_samples(samples: Sequence[ConceptSample]) -> Iterator[ConceptSample]:
 def template_completion(
     sample: ConceptSample, frame: CoordinateFrame, processor: ConceptSegProcessor
 ) -> TrainingCompletion:
-    """The sample's boxes and its answer (else its prompt), with empty reasoning and rule."""
+    """Return the sample's boxes and its answer (or its prompt), with empty reasoning and rule."""
     answer = sample.answer or sample.prompt
     return TrainingCompletion(_write(sample, frame, processor, "", "", answer), answer)
 
@@ -146,10 +148,10 @@ def template_completion(
 def released_completion(
     sample: ConceptSample, frame: CoordinateFrame, processor: ConceptSegProcessor
 ) -> TrainingCompletion:
-    """The target's box between blank tags, as a list of Python; SAM 3 gets the word "visual"."""
+    """Return the target box, as a Python list, between blank tags; the text prompt of SAM 3 is "visual"."""
     box = (0.0, 0.0, 0.0, 0.0) if sample.box is None else frame.image_box_to_text(sample.box)
-    written = format_box_list([box], processor.coordinate_scale)[1:-1]
-    return TrainingCompletion(_RELEASED_FORM.format(box=written), _RELEASED_WORD)
+    box_text = format_box_list([box], processor.coordinate_scale)[1:-1]
+    return TrainingCompletion(_RELEASED_TEMPLATE.format(box=box_text), _RELEASED_SAM_TEXT)
 
 
 def _write(
@@ -165,18 +167,18 @@ def _write(
 
 
 class CompletionCache:
-    """Completions of one frozen VLM in a folder, a JSON line each: generated once, whoever asks how often.
+    """On-disk cache of the completions of one frozen VLM: a folder of JSON Lines files with one completion per line.
 
-    Every process writes a file of its own and reads all of them, so a run that was killed goes on where it
-    was, with any number of processes. A line belongs to what the VLM read (prompt, picture, references), whatever
-    the name of the sample, so that data sets may share a folder. Lines of another VLM, template, canvas or length
-    limit are passed over.
+    Each process appends to its own file and reads all files, so that an interrupted run can be resumed with any number
+    of processes. An entry is identified by the inputs of the VLM (prompt, image, references), not by the name of the
+    sample, so that datasets may share a folder. Entries of another VLM, template, canvas size or length limit are
+    ignored.
 
     Args:
-        folder: Created if missing.
-        model: Its VLM is the one that writes.
-        processor: Writes the prompts.
-        max_new_tokens: Limit of a completion.
+        folder: Folder of the files, which `generate` creates if it is missing.
+        model: Model that contains the VLM.
+        processor: Processor that formats the prompts.
+        max_new_tokens: Maximum number of tokens of a completion.
     """
 
     def __init__(
@@ -201,17 +203,17 @@ class CompletionCache:
         return _digest(sample, self.processor) in self._token_ids
 
     def reload(self) -> None:
-        """Reads what all processes have written so far."""
+        """Read the entries that all processes have written so far."""
         for path in sorted(self.folder.glob("*.jsonl")):
             self._token_ids.update(
                 (row["inputs"], row["token_ids"])
                 for row in _rows(path)
-                # early versions went by the sample's name alone
+                # early versions identified entries by the sample's name only
                 if row["policy"] == self.policy and "inputs" in row
             )
 
     def completion(self, sample: ConceptSample) -> TrainingCompletion:
-        """The completion of a sample that `generate` has seen; SAM 3 gets what it would in inference."""
+        """Return the cached completion of a sample; the text prompt of SAM 3 is the one that inference would use."""
         token_ids = self._token_ids[_digest(sample, self.processor)]
         parsed = self.processor.decode_completion(token_ids)
         return TrainingCompletion(
@@ -229,30 +231,32 @@ class CompletionCache:
         process: int = 0,
         processes: int = 1,
     ) -> None:
-        """Lets the VLM complete, greedily, those of every `processes`-th sample that are missing.
+        """Generate, with greedy decoding, the missing completions of every `processes`-th sample.
 
         Args:
-            model: The one that the cache was made for.
-            samples: References as they are (not composed at random).
-            batch_size: Prompts at a time.
-            process: Number of this process, from 0.
-            processes: How many processes share the work.
+            model: The model that the cache was created for.
+            samples: The samples; their references are used as they are (not composed at random).
+            batch_size: Number of prompts per batch.
+            process: Rank of this process.
+            processes: Number of processes that share the samples.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(self.folder, error) from error
         path = self.folder / f"completions-{process:05d}.jsonl"
-        _drop_torn_line(path)
+        _drop_incomplete_line(path)
         if not isinstance(samples, ReadableSamples):
             samples = ReadableSamples(samples)
         batch: dict[str, ConceptSample] = {}
-        mine = range(process, len(samples), processes)
-        progress = progress_bar(len(mine), "samples", "completions", mininterval=5) if process == 0 else None
+        indices = range(process, len(samples), processes)
+        progress = (
+            progress_bar(len(indices), "samples", "completions", mininterval=5) if process == 0 else None
+        )
         with nullcontext() if progress is None else progress:
-            for index in mine:
+            for index in indices:
                 sample = samples[index]
-                # what stands in for another has its own turn
+                # a replacement is processed at its own index
                 if index not in samples.replacements:
                     digest = _digest(sample, self.processor)
                     if digest not in self._token_ids:
@@ -292,7 +296,7 @@ class CompletionCache:
         ):
             ids = token_ids[mask].tolist()
             yield {
-                # for people who read the file
+                # only for readers of the file
                 "sample": "/".join((sample.dataset, sample.split, sample.sample_id)),
                 "text": self.processor.tokenizer.decode(ids),
                 "inputs": digest,
@@ -302,20 +306,20 @@ class CompletionCache:
 
 
 def _digest(sample: ConceptSample, processor: ConceptSegProcessor) -> str:
-    """A hash of all that the VLM reads of a sample: the words, the picture, the references as they are shown."""
+    """Hash everything that the VLM reads of a sample: the prompt, the image, and the references as they are drawn."""
     references = resolve_references(sample.references, processor.canvas_size, processor.mosaic_settings)
     has_several = any(len(boxes) > 1 for boxes in references.all_boxes)
     boxes = references.all_boxes if has_several else references.boxes
-    # default: numbers may be NumPy's
-    words = json.dumps([sample.prompt, boxes, references.proxy], default=float)
-    digest = hashlib.sha256(words.encode())
+    # `default=float` handles NumPy scalars.
+    text = json.dumps([sample.prompt, boxes, references.proxy], default=float)
+    digest = hashlib.sha256(text.encode())
     for image in (load_image(sample.image), *references.images):
         digest.update(f"{image.size}".encode() + image.tobytes())
     return digest.hexdigest()[:16]
 
 
 def _policy(model: ConceptSegForSegmentation, processor: ConceptSegProcessor, max_new_tokens: int) -> str:
-    """A hash of everything but the sample that decides what the VLM writes."""
+    """Hash everything except the sample that determines the completion of the VLM."""
     settings = {
         "weights": fingerprint(model.vlm)["weights"],
         "prompt_template": processor.prompt_template,
@@ -329,15 +333,15 @@ def _policy(model: ConceptSegForSegmentation, processor: ConceptSegProcessor, ma
 
 
 def _rows(path: Path) -> Iterator[dict]:
-    """The complete lines of a file; the last one may have been cut off when a run was killed."""
+    """Yield the rows of a file, without a last line that was truncated when a run was killed."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             if line.endswith("\n"):
                 yield json.loads(line)
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cuts the file behind its last complete line, so that the next line does not begin in a torn one."""
+def _drop_incomplete_line(path: Path) -> None:
+    """Truncate the file after its last complete line, so that the next line is not appended to an incomplete one."""
     if path.exists():
         content = path.read_bytes()
         if not content.endswith(b"\n"):

@@ -1,4 +1,4 @@
-"""What sharded training needs for the parts of a model that must stay whole (DeepSpeed ZeRO-3, FSDP2)."""
+"""Helpers for sharded training (DeepSpeed ZeRO-3, FSDP2) with model parts that must not be sharded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def materialize(module: Module) -> Module:
-    """Makes the parameters of a module whole again, in every process and in place, where ZeRO-3 has sharded them."""
+    """Gather the parameters of a module that ZeRO-3 has sharded, in place and in every process."""
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
             if is_sharded(parameter):
@@ -27,29 +27,29 @@ def materialize(module: Module) -> Module:
 
 
 def clone_unsharded(model: PreTrainedModel) -> PreTrainedModel:
-    """A frozen copy in eval mode with whole parameters, whether or not ZeRO-3 has sharded the original."""
+    """Return a frozen copy in eval mode with unsharded parameters, even if ZeRO-3 has sharded the original."""
     if not any(is_sharded(parameter) for parameter in model.parameters()):
         return copy.deepcopy(model).requires_grad_(False).eval()
     with without_zero_init():
         clone = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
     with torch.no_grad():
-        # Parameter by parameter: the whole original need not fit.
-        for ours, theirs in zip(clone.parameters(), model.parameters(), strict=True):
-            with gathered([theirs]):
-                ours.data = theirs.data.to(ours.device, copy=True)
-        for our_buffer, their_buffer in zip(clone.buffers(), model.buffers(), strict=True):
-            our_buffer.data = their_buffer.data.to(our_buffer.device, copy=True)
+        # One parameter at a time, as the full original may not fit into memory.
+        for copied, parameter in zip(clone.parameters(), model.parameters(), strict=True):
+            with gathered([parameter]):
+                copied.data = parameter.data.to(copied.device, copy=True)
+        for copied_buffer, buffer in zip(clone.buffers(), model.buffers(), strict=True):
+            copied_buffer.data = buffer.data.to(copied_buffer.device, copy=True)
     return clone.requires_grad_(False).eval()
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 manages this parameter, which is then empty outside of `gathered`."""
+    """Whether a parameter is sharded by ZeRO-3, so that it is empty outside of `gathered`."""
     return hasattr(parameter, "ds_id")
 
 
 @contextmanager
 def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Parameters are whole inside; a collective operation under ZeRO-3, nothing without it."""
+    """Gather parameters temporarily: a collective operation with ZeRO-3, a no-op without it."""
     sharded = [parameter for parameter in parameters if is_sharded(parameter)]
     if sharded:
         import deepspeed
@@ -59,7 +59,7 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def without_zero_init() -> Iterator[None]:
-    """Models made inside are whole, although a ZeRO-3 configuration would have Transformers shard them."""
+    """Temporarily prevent Transformers from sharding new models because of a ZeRO-3 configuration."""
     reference = hf_deepspeed._hf_deepspeed_config_weak_ref
     hf_deepspeed._hf_deepspeed_config_weak_ref = None
     try:
@@ -69,9 +69,9 @@ def without_zero_init() -> Iterator[None]:
 
 
 def make_generate_gather(model: nn.Module) -> None:
-    """Lets `model.generate` gather FSDP2's shards as `forward` does; other models stay as they are.
+    """Make `model.generate` gather the shards of FSDP2, as `forward` does; other models are not changed.
 
-    Generation calls the vision tower outside of the root's forward.
+    Generation calls the vision tower outside of the forward pass of the root module.
     """
     from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 

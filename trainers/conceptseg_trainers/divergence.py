@@ -1,4 +1,4 @@
-"""A training that diverged stops: at a loss that is not finite, and before weights that are not finite are saved."""
+"""Stop a training that has diverged: when the loss is not finite, or before weights that are not finite are saved."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from conceptseg_hf.finite import find_nonfinite
 
-from .checkpoints import last_good_checkpoint, run_folder, staged, checkpoint_writer
+from .checkpoints import checkpoint_writer, last_good_checkpoint, run_folder, staged
 
 
 class DivergedError(RuntimeError):
-    """The loss or the weights of a training are no longer finite; the message is one sentence."""
+    """Raised when the loss or the weights are not finite; the message is one sentence."""
 
 
 class DivergenceCheckTrainer(Trainer):
-    """A Trainer that stops, and saves nothing more, once its numbers are not finite; and saves nothing by halves."""
+    """A Trainer that stops without saving if loss or weights are not finite, and leaves no partially written files."""
 
     model: nn.Module
 
     def check_loss(self, loss: Tensor) -> None:
-        """To be called with each loss.
+        """Check that a loss is finite; subclasses call this method with each loss.
 
         Raises:
-            DivergedError: If it is not finite.
+            DivergedError: If the loss is not finite.
         """
         if not math.isfinite(value := loss.detach().item()):
             step = self.state.global_step
@@ -35,13 +35,13 @@ class DivergenceCheckTrainer(Trainer):
             raise self.diverged(f"the loss is {value} {where}")
 
     def check_weights(self) -> None:
-        """To be called before weights are saved.
+        """Check that the trained weights are finite, before they are saved.
 
         Raises:
-            DivergedError: If one that is trained is not finite.
+            DivergedError: If a trained weight is not finite.
         """
         trained = (
-            (name, _own_part(weight))
+            (name, _local_shard(weight))
             for name, weight in self.model.named_parameters()
             if weight.requires_grad
         )
@@ -51,18 +51,18 @@ class DivergenceCheckTrainer(Trainer):
             )
 
     def diverged(self, what: str) -> DivergedError:
-        """The error that ends the training; names the last good checkpoint."""
+        """Return the error that ends the training; its message names the last good checkpoint."""
         good = last_good_checkpoint(run_folder(self.args), self.state.global_step)
         where = (
             "no checkpoint was saved before" if good is None else f"the last good checkpoint is {str(good)!r}"
         )
         return DivergedError(
-            f"the training diverged: {what}; {where}; train again with a lower learning_rate than "
-            f"{self.args.learning_rate:g}, in another output_dir."
+            f"the training diverged: {what}; {where}; train again with a learning_rate below "
+            f"{self.args.learning_rate:g} and another output_dir."
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the model; the Trainer's own calls save a checkpoint, see `_save_checkpoint`."""
+        """Save the model; internal calls of the Trainer save a checkpoint, see `_save_checkpoint`."""
         self.check_weights()
         if _internal_call and output_dir is not None:
             super().save_model(output_dir, _internal_call)
@@ -74,7 +74,7 @@ class DivergenceCheckTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_weights()
-        if not math.isfinite(self.state.best_metric or 0.0):  # where nothing was measured yet
+        if not math.isfinite(self.state.best_metric or 0.0):  # if no metric has been computed yet
             self.state.best_metric = None
         run = self._get_output_dir(trial=trial)
         folder = f"{run}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -83,18 +83,18 @@ class DivergenceCheckTrainer(Trainer):
 
 
 class FiniteLogs(TrainerCallback):
-    """Keeps numbers that are not finite (a reward that no sample has) out of trainer_state.json, as JSON has none."""
+    """Remove NaN and infinity (e.g. a reward that no sample has) from the log, as JSON cannot represent them."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """What a resumed run has logged so far."""
+        """Clean the log of a resumed run."""
         state.log_history = [_finite(entry) for entry in state.log_history]
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The last entry."""
+        """Clean the last entry of the log."""
         if state.log_history:
             state.log_history[-1] = _finite(state.log_history[-1])
 
@@ -105,7 +105,7 @@ def _finite(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _own_part(weight: Tensor) -> Tensor:
-    """The share of a weight that this process holds under ZeRO-3 or FSDP2, else all of it."""
+def _local_shard(weight: Tensor) -> Tensor:
+    """Return the shard of a weight that this process holds with ZeRO-3 or FSDP2, otherwise the full weight."""
     weight = getattr(weight, "ds_tensor", weight)
     return weight.to_local() if hasattr(weight, "to_local") else weight

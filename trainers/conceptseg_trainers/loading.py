@@ -1,4 +1,4 @@
-"""From the name of a checkpoint to what a trainer trains, as GRPOTrainer loads models."""
+"""Load models and processors by name with the settings of a trainer, as GRPOTrainer does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
 
-# Arguments of `from_pretrained` that say where files come from; the second group belongs to one repository.
+# Arguments of `from_pretrained` for locating files; the second group is specific to one repository.
 _SOURCE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 _REPOSITORY_ARGUMENTS = ("revision", "subfolder", "variant")
 
@@ -23,27 +23,33 @@ def load_model(
     quantization_config: Any = None,
     another_repository: bool = False,
 ) -> ConceptSegForSegmentation:
-    """Loads a checkpoint as the settings say, like GRPOTrainer.
+    """Load a checkpoint with `args.model_init_kwargs`, as GRPOTrainer does.
+
+    Args:
+        checkpoint: Folder or hub id of the checkpoint.
+        args: Settings of the trainer.
+        quantization_config: Quantization of the VLM, if any.
+        another_repository: Whether to ignore arguments that are specific to the repository of the trained model.
 
     Raises:
-        ValueError: If a quantisation is given twice, or the checkpoint cannot be used.
+        ValueError: If a quantization is given twice, or the checkpoint cannot be used.
     """
     options = _options(args)
     if quantization_config is not None:
         if "quantization_config" in options:
             raise ValueError(
-                "MetaGRPOTrainer: quantization_config is given as an argument and in model_init_kwargs; give it once."
+                "MetaGRPOTrainer: quantization_config is passed as an argument and in model_init_kwargs; pass it once."
             )
         options["quantization_config"] = quantization_config
     if another_repository:
         options = {name: value for name, value in options.items() if name not in _REPOSITORY_ARGUMENTS}
     if args.distributed_state.distributed_type in (DistributedType.MULTI_GPU, DistributedType.DEEPSPEED):
-        options.pop("device_map", None)  # every process holds the model on its own device
+        options.pop("device_map", None)  # each process puts the model on its own device
     return ConceptSegForSegmentation.from_pretrained(checkpoint, **options)
 
 
 def load_processor(checkpoint: str | os.PathLike, args: TrainingArguments) -> ConceptSegProcessor:
-    """Loads the processor of a checkpoint from where `load_model` takes the model."""
+    """Load the processor of a checkpoint from the same location as `load_model`."""
     options = _options(args)
     names = (*_SOURCE_ARGUMENTS, *_REPOSITORY_ARGUMENTS[:2])
     return ConceptSegProcessor.from_pretrained(
@@ -57,14 +63,14 @@ def _options(args: TrainingArguments) -> dict[str, Any]:
 
 @contextmanager
 def changed_settings(settings: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    """Attributes of an object (arguments, a config) have other values inside."""
-    before = {name: getattr(settings, name) for name in values}
+    """Temporarily change attributes of an object, such as training arguments or a config."""
+    original = {name: getattr(settings, name) for name in values}
     for name, value in values.items():
         setattr(settings, name, value)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in original.items():
             setattr(settings, name, value)
 
 

@@ -1,4 +1,4 @@
-"""The settings of stage II."""
+"""Settings of stage II."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .rewards import REWARDS, WITHOUT_PROXY
 
 _UNSUPPORTED = {
     "sync_ref_model": "the reference policy of Meta-GRPO is fixed",
-    "cast_lm_head_to_fp32": "TRL looks for the head on the model itself, not on its VLM",
-    "remove_unused_columns": "SAM 3 and the rewards need columns that the VLM does not",
-    "dataloader_persistent_workers": "workers that outlive an epoch would go on with its mosaics",
+    "cast_lm_head_to_fp32": "TRL expects the head on the model itself, not on its VLM",
+    "remove_unused_columns": "SAM 3 and the rewards need columns that the VLM does not use",
+    "dataloader_persistent_workers": "persistent workers would keep the mosaics of the first epoch",
 }
 
 
 @contextmanager
 def without_renaming_warnings() -> Iterator[None]:
-    """A block in which TRL may call activation checkpointing by its old name without a warning each time."""
+    """Temporarily suppress the deprecation warnings for the old name of activation checkpointing, which TRL uses."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
         yield
@@ -32,97 +32,103 @@ def without_renaming_warnings() -> Iterator[None]:
 class MetaGRPOConfig(GRPOConfig):
     """Stage II of the paper: Meta-GRPO on the VLM and the CTM (eq. 6, 7 and 8).
 
-    The fields of `trl.GRPOConfig`, with the defaults of Table 7 (2 epochs at 1e-6, linear, AdamW, seed 42; G 8; beta
-    0.04; 768 completion tokens; batch 64, which is 8 completions on each of 8 GPUs) and the loss of GRPO's own paper
-    (`loss_type="grpo"`), and these:
+    This class includes all fields of `trl.GRPOConfig`, with the defaults of Table 7 (2 epochs, learning rate 1e-6,
+    linear schedule, AdamW, seed 42, G 8, beta 0.04, 768 completion tokens, batch size 64, i.e. 8 completions on each of
+    8 GPUs) and the loss of the GRPO paper (`loss_type="grpo"`), and the fields below.
 
     > Parameters that control the data
 
-        max_prompt_length: Tokens of a prompt, images included (Table 7); a longer one is refused.
+        max_prompt_length: Maximum number of tokens of a prompt, including image tokens (Table 7); longer prompts raise
+            an error.
 
     > Parameters that control the rewards
 
-        rewards: The parts of the reward (eq. 6), of `"format"`, `"mask"`, `"meta"` and `"box"`; TRL's
-            `reward_weights` weighs them in this order. `"box"` in the place of `"meta"` is the ablation without meta
-            reward.
-        meta_without_proxy: R_meta where there is no proxy query. `"none"`: no reward, as eq. 2 has none; `"square"`:
-            IoU(bbox)^2, as in the released code; `"box"`: IoU(bbox).
-        sam_decode_batch_size: Masks that SAM 3 decodes, and images it encodes, at a time.
+        rewards: Parts of the reward (eq. 6): `"format"`, `"mask"`, `"meta"` or `"box"`. TRL's `reward_weights` are in
+            the same order. `"box"` instead of `"meta"` is the ablation without the meta reward.
+        meta_without_proxy: R_meta if there is no proxy query, for which eq. 2 is not defined. `"none"`: no reward;
+            `"square"`: IoU(bbox)^2, as in the released code; `"box"`: IoU(bbox).
+        meta_reasoning: Whether completions contain `<rule>` and `<check>`. False for the ablation without meta
+            reasoning, which needs a processor whose prompt template does not ask for them, such as
+            `prompt_template.TEMPLATE_WITHOUT_META_REASONING`.
+        sam_decode_batch_size: Batch size for decoding masks and encoding images with SAM 3.
 
     > Parameters that control the loss
 
         seg_loss_weight: Weight of L_seg in eq. 8: 1 in the paper, 0.01 in the released code.
-        detach_hidden_states: Stop the gradient of L_seg at the CTM's input, as the released code does; in the paper
-            it reaches the VLM.
+        detach_hidden_states: Stop the gradient of L_seg at the input of the CTM, as in the released code; in the paper
+            it is backpropagated to the VLM.
         dice_weight: Weight of the dice loss in L_seg (eq. 5).
         focal_weight: Weight of the focal loss in L_seg.
-        focal_alpha: Its weight of foreground pixels; negative: none.
-        focal_gamma: Its discount of well-classified pixels. `focal_alpha=-1, focal_gamma=0` is the released code's
-            binary cross-entropy.
-
-        num_best_and_worst: Train on this many of the best and as many of the worst completions of each group alone, by
-            their advantage; all completions are sampled and rewarded. None: on all, as in the paper. Speeds up a step
-            with large groups, whose middle carries little signal.
+        focal_alpha: Weight of foreground pixels in the focal loss; a negative value disables the weighting.
+        focal_gamma: Focusing parameter of the focal loss. `focal_alpha=-1, focal_gamma=0` is the binary cross-entropy
+            of the released code.
+        num_best_and_worst: Train only on this number of completions with the largest and with the smallest advantage in
+            each group; all completions are sampled and rewarded. None trains on all, as in the paper. This speeds up
+            steps with large groups, in which intermediate completions carry little signal.
 
     > Parameters that control the models
 
-        ref_model_name_or_path: A ConceptSeg checkpoint whose VLM is the reference policy; by default the model as
-            it is given to the trainer. Needed when a run goes on with a model that was trained before.
-        freeze_vision_tower: Leave the VLM's vision tower as it is; the paper trains all of the VLM.
-        vllm_vlm_name_or_path: With `use_vllm`, the folder or id of the plain VLM that a colocated engine starts
-            from.
+        ref_model_name_or_path: ConceptSeg checkpoint of which the VLM is the reference policy; by default a copy of
+            the model that is passed to the trainer. Needed to continue training a model with its original reference.
+        freeze_vision_tower: Freeze the vision tower of the VLM; the paper trains the full VLM.
+        vllm_vlm_name_or_path: Folder or id of the VLM alone, from which `use_vllm` builds a colocated engine.
 
-    > Parameters that control the example pictures
+    > Parameters that control the example images
 
-        log_examples: Pictures at a time; 0 for none.
-        log_examples_steps: Steps between pictures.
+        log_examples: Number of example images per log; 0 disables them.
+        log_examples_steps: Number of steps between example images.
     """
 
     # Table 7.
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW."})
-    num_train_epochs: float = field(default=2, metadata={"help": "Passes over the data."})
-    max_completion_length: int | None = field(default=768, metadata={"help": "Tokens of a completion."})
+    num_train_epochs: float = field(default=2, metadata={"help": "Number of training epochs."})
+    max_completion_length: int | None = field(
+        default=768, metadata={"help": "Maximum tokens of a completion."}
+    )
     beta: float = field(default=0.04, metadata={"help": "Weight of the KL to the reference policy (eq. 7)."})
     loss_type: str = field(default="grpo", metadata={"help": "See trl.GRPOConfig."})
-    # Pictures would be pickled across processes at every generation.
+    # Images would be pickled across processes in every generation.
     log_multimodal: bool = field(
-        default=False, metadata={"help": "Log images beside completions; slow across processes."}
+        default=False, metadata={"help": "Log images with the completions; slow with several processes."}
     )
 
-    max_prompt_length: int = field(default=2048, metadata={"help": "Tokens of a prompt; longer is refused."})
+    max_prompt_length: int = field(default=2048, metadata={"help": "Maximum tokens of a prompt."})
     rewards: list[str] = field(
         default_factory=lambda: ["format", "mask", "meta"], metadata={"help": "Parts of the reward (eq. 6)."}
     )
     meta_without_proxy: str = field(
         default="none",
-        metadata={"help": "R_meta where there is no proxy query.", "choices": list(WITHOUT_PROXY)},
+        metadata={"help": "R_meta without a proxy query.", "choices": list(WITHOUT_PROXY)},
     )
-    sam_decode_batch_size: int = field(default=8, metadata={"help": "Masks that SAM 3 decodes at a time."})
+    meta_reasoning: bool = field(
+        default=True, metadata={"help": "Whether completions contain <rule> and <check>."}
+    )
+    sam_decode_batch_size: int = field(default=8, metadata={"help": "Batch size for decoding masks."})
     seg_loss_weight: float = field(default=1.0, metadata={"help": "Weight of L_seg (eq. 8)."})
     detach_hidden_states: bool = field(
         default=False, metadata={"help": "Stop the gradient of L_seg at the CTM's input."}
     )
     dice_weight: float = field(default=1.0, metadata={"help": "Weight of the dice loss."})
     focal_weight: float = field(default=1.0, metadata={"help": "Weight of the focal loss."})
-    focal_alpha: float = field(default=0.25, metadata={"help": "Focal loss: weight of the foreground."})
-    focal_gamma: float = field(default=2.0, metadata={"help": "Focal loss: discount of easy pixels."})
+    focal_alpha: float = field(default=0.25, metadata={"help": "Foreground weight of the focal loss."})
+    focal_gamma: float = field(default=2.0, metadata={"help": "Focusing parameter of the focal loss."})
     num_best_and_worst: int | None = field(
         default=None,
-        metadata={"help": "Train on so many of the best and of the worst of each group; all by default."},
+        metadata={"help": "Number of best and of worst completions per group to train on; all by default."},
     )
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint of the reference policy."}
     )
-    freeze_vision_tower: bool = field(default=False, metadata={"help": "Do not train the vision tower."})
+    freeze_vision_tower: bool = field(default=False, metadata={"help": "Freeze the vision tower."})
     vllm_vlm_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Plain VLM that a vLLM engine starts from.",
-            "aliases": ["--vllm_mllm_name_or_path"],  # its name before
+            "help": "VLM from which the vLLM engine is built.",
+            "aliases": ["--vllm_mllm_name_or_path"],  # previous name
         },
     )
-    log_examples: int = field(default=4, metadata={"help": "Example pictures at a time; 0 for none."})
-    log_examples_steps: int = field(default=50, metadata={"help": "Steps between example pictures."})
+    log_examples: int = field(default=4, metadata={"help": "Example images per log; 0 for none."})
+    log_examples_steps: int = field(default=50, metadata={"help": "Steps between example images."})
 
     def __post_init__(self) -> None:
         self._check_fields()
@@ -133,30 +139,30 @@ class MetaGRPOConfig(GRPOConfig):
             group_size = self.num_generations
             if self.generation_batch_size and group_size and self.generation_batch_size % group_size:
                 raise ValueError(
-                    f"MetaGRPOConfig: {self.generation_batch_size} completions at a time "
-                    "(per_device_train_batch_size x processes x steps_per_generation) do not make whole groups of "
-                    f"num_generations = {group_size}; make them a multiple of it."
+                    f"MetaGRPOConfig: a generation batch of {self.generation_batch_size} completions "
+                    "(per_device_train_batch_size x processes x steps_per_generation) does not consist of whole groups "
+                    f"of num_generations = {group_size}; make it a multiple of num_generations."
                 ) from error
             raise
         self._check_groups()
 
     def _check_groups(self) -> None:
-        """What is trained on must make whole batches on each process."""
+        """Check that the selected completions fill whole batches on each process."""
         count = self.num_best_and_worst
         if count is None:
             return
-        # GRPOConfig has filled in both, although their types admit None.
+        # GRPOConfig sets both, although their types are optional.
         group_size, steps = cast(int, self.num_generations), cast(int, self.steps_per_generation)
         if not 1 <= count <= group_size // 2:
             raise ValueError(
-                f"MetaGRPOConfig: num_best_and_worst is {count}; use 1 to {group_size // 2}, half of "
-                f"num_generations."
+                f"MetaGRPOConfig: num_best_and_worst is {count}; use 1 to {group_size // 2} (half of "
+                f"num_generations)."
             )
-        on_process = self.per_device_train_batch_size * steps
-        if on_process % group_size or self.per_device_train_batch_size * 2 * count % group_size:
+        num_completions = self.per_device_train_batch_size * steps
+        if num_completions % group_size or self.per_device_train_batch_size * 2 * count % group_size:
             raise ValueError(
-                f"MetaGRPOConfig: of {self.per_device_train_batch_size} completions per device, num_best_and_worst = "
-                f"{count} of groups of {group_size} leaves no whole number in each batch; make "
+                f"MetaGRPOConfig: num_best_and_worst = {count} does not select a whole number of the "
+                f"{self.per_device_train_batch_size} completions per device from groups of {group_size}; make "
                 "per_device_train_batch_size a multiple of num_generations."
             )
 
@@ -164,7 +170,12 @@ class MetaGRPOConfig(GRPOConfig):
         unknown = [name for name in self.rewards if name not in REWARDS]
         if unknown or not self.rewards or len(set(self.rewards)) < len(self.rewards):
             raise ValueError(
-                f"MetaGRPOConfig: rewards is {self.rewards}; name some of {', '.join(REWARDS)}, each once."
+                f"MetaGRPOConfig: rewards is {self.rewards}; use one or more of {', '.join(REWARDS)}, each once."
+            )
+        if "meta" in self.rewards and not self.meta_reasoning:
+            raise ValueError(
+                "MetaGRPOConfig: rewards contains 'meta', which compares `<check>`, but meta_reasoning is false; use "
+                "'box' instead of 'meta'."
             )
         if self.meta_without_proxy not in WITHOUT_PROXY:
             raise ValueError(
@@ -186,9 +197,9 @@ class MetaGRPOConfig(GRPOConfig):
                 raise ValueError(f"MetaGRPOConfig: {name} is {getattr(self, name)}; use 0 or more.")
         for name, reason in _UNSUPPORTED.items():
             if getattr(self, name):
-                raise ValueError(f"MetaGRPOConfig: {name} is true, but {reason}; leave it out.")
+                raise ValueError(f"MetaGRPOConfig: {name} is true, but {reason}; remove it.")
         if self.use_vllm and not self.vllm_vlm_name_or_path:
             raise ValueError(
-                "MetaGRPOConfig: use_vllm is true without vllm_vlm_name_or_path; name the plain VLM that the engine "
-                "starts from."
+                "MetaGRPOConfig: use_vllm is true without vllm_vlm_name_or_path; set it to the VLM from which the "
+                "engine is built."
             )

@@ -35,7 +35,7 @@ from .callbacks import EpochCallback, ExampleImagesCallback, FormatOnlyWarning, 
 from .cards import as_list, write_training_card
 from .checkpoints import run_folder
 from .distributed import clone_unsharded, make_generate_gather, materialize
-from .divergence import FiniteLogs, DivergenceCheckTrainer
+from .divergence import DivergenceCheckTrainer, FiniteLogs
 from .loading import load_model, load_processor
 from .meta_grpo_config import MetaGRPOConfig, without_renaming_warnings
 from .rewards import REWARDS, Reward, box_iou_or_zero, completion_text
@@ -61,35 +61,34 @@ logger = logging.getLogger(__name__)
 class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
     """GRPOTrainer for the VLM and the CTM of a ConceptSeg model.
 
-    The only changes with respect to GRPOTrainer are that each completion is also translated to concept tokens, from
-    which SAM 3 decodes the mask that its reward is about, and that L_seg (eq. 8) is added to the policy loss, on the
-    same forward pass.
+    There are two differences to GRPOTrainer. Each completion is also translated to concept tokens, from which SAM 3
+    decodes the mask for the mask reward. And L_seg (eq. 8), computed in the same forward pass, is added to the policy
+    loss.
 
-    SAM 3 is frozen and taken out of the module tree, so that nothing trains, shards or wraps it; it encodes the image
-    of a prompt once for all of its completions. Checkpoints of a run go without it; `save_model()` writes the
-    complete model (an adapter alone with PEFT) and its processor. The reference policy is a copy of the VLM as it
-    is given to the constructor: to resume a run, construct the trainer with the model that the run began with.
+    SAM 3 is frozen and removed from the module tree, so that it is neither trained nor sharded nor wrapped; it encodes
+    the image of a prompt once for all completions. Checkpoints of a run do not contain SAM 3; `save_model()` writes
+    the complete model (with PEFT only the adapter) and its processor. The reference policy is a copy of the VLM that is
+    passed to the constructor: to resume a run, construct the trainer with the model that the run started from.
 
-    Logged beside what GRPOTrainer logs: `loss/grpo`, `loss/seg`, `loss/dice`, `loss/focal`, `mask_iou`, `box_iou` and
-    `check_iou` (where there is a proxy query). A training that diverges ends with a `DivergedError`.
+    Metrics logged in addition to those of GRPOTrainer: `loss/grpo`, `loss/seg`, `loss/dice`, `loss/focal`, `mask_iou`,
+    `box_iou` and `check_iou` (if there is a proxy query). A training that diverges raises a `DivergedError`.
 
     Args:
-        model: The model, a PEFT model around one, or the folder or id of a checkpoint, which is loaded with
-            `args.model_init_kwargs` (and `quantization_config`, if that is given); its dtype is the checkpoint's where
-            they name none.
-        reward_funcs: Reward functions as GRPOTrainer takes them; by default those that `args.rewards` names.
-            They get the columns of the data set, and the column `predicted_mask`, (H, W) bool arrays.
+        model: The model, a PEFT model that wraps one, or the folder or id of a checkpoint, which is loaded with
+            `args.model_init_kwargs` (and `quantization_config`, if given). The default dtype is the checkpoint's.
+        reward_funcs: Reward functions, as for GRPOTrainer; by default those of `args.rewards`. They receive the
+            columns of the dataset and the column `predicted_mask`, (H, W) bool arrays.
         args: The settings.
-        train_dataset: Rows as `split_reference_dataset` makes them.
-        eval_dataset: The same for evaluation, or several by name.
-        processing_class: The model's processor; by default that of the checkpoint `model` names.
-        ref_model: The reference policy, a ConceptSeg model or its VLM, instead of a copy.
+        train_dataset: Dataset with the columns of `split_reference_dataset`.
+        eval_dataset: Evaluation dataset with the same columns, or a dictionary of several.
+        processing_class: The model's processor; by default that of the checkpoint, if `model` is a folder or id.
+        ref_model: Reference policy to use instead of a copy: a ConceptSeg model or its VLM.
         **kwargs: Further arguments of GRPOTrainer, such as `peft_config` and `callbacks`.
 
     Attributes:
         concept_model: The model, without any wrapper.
-        concept_processor: Its processor. `processing_class` is the VLM's plain one.
-        examples: What `ExampleImagesCallback` draws next.
+        concept_processor: The model's processor; `processing_class` is the processor of the VLM alone.
+        examples: The examples that `ExampleImagesCallback` draws next.
 
     Raises:
         ValueError: If model, processor or data cannot be used.
@@ -113,7 +112,7 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
         **kwargs: Any,
     ) -> None:
         args = MetaGRPOConfig("meta-grpo") if args is None else args
-        if named := isinstance(model, (str, os.PathLike)):
+        if is_checkpoint := isinstance(model, (str, os.PathLike)):
             if processing_class is None:
                 processing_class = load_processor(model, args)
             model = load_model(model, args, kwargs.pop("quantization_config", None))
@@ -131,9 +130,11 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
         if args.freeze_vision_tower:
             vlm_backbone.vision_tower(self.concept_model.vlm).requires_grad_(False)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        # They have been used; TRL would warn that they are ignored.
-        used = (
-            ["model_init_kwargs"] if named and not any(isinstance(reward, str) for reward in rewards) else []
+        # `model_init_kwargs` has been applied; TRL would warn that it is ignored.
+        applied = (
+            ["model_init_kwargs"]
+            if is_checkpoint and not any(isinstance(reward, str) for reward in rewards)
+            else []
         )
         use_vllm = args.use_vllm
         with without_renaming_warnings():
@@ -142,7 +143,7 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
                 reward_funcs=_default_rewards(args) if reward_funcs is None else reward_funcs,
                 args=args,
                 keep_beta=adapted,
-                ignored_settings=used,
+                ignored_settings=applied,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=self._vlm_processor,
@@ -172,15 +173,15 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
     # -- construction --
 
     def _check_dataset(self, dataset: Any, name: str) -> None:
-        """Puts this model's processor to work in a split-reference data set, and tries some rows."""
+        """Set the processor of a split-reference dataset, and check some rows."""
         if (composer := find_composer(dataset)) is not None:
             composer.processor = self.concept_processor
         for number, row in enumerate(rows_to_check(dataset)):
             missing = [column for column in COLUMNS if column not in row]
             if missing:
                 raise ValueError(
-                    f"{name} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; make it with "
-                    "split_reference_dataset, or add them."
+                    f"{name} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; create it with "
+                    "split_reference_dataset, or add the missing columns."
                 )
             self._reader.read(row)
             if number == 0 and composer is None:
@@ -193,12 +194,12 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
         return clone_unsharded(model.vlm if isinstance(model, ConceptSegForSegmentation) else model)
 
     def _suppress_image_tokens(self) -> None:
-        """No completion may hold a token that stands for an image: the next forward pass would miss the image."""
-        given = self.generation_kwargs.get("suppress_tokens") or ()
-        tokens = sorted({*given, *vlm_backbone.vision_token_ids(self.concept_model.config.vlm_config)})
+        """Suppress image tokens in completions, as the next forward pass would expect an image for each of them."""
+        configured = self.generation_kwargs.get("suppress_tokens") or ()
+        tokens = sorted({*configured, *vlm_backbone.vision_token_ids(self.concept_model.config.vlm_config)})
         self.generation_kwargs["suppress_tokens"] = tokens
         self.generation_config.suppress_tokens = tokens
-        # A policy that diverged gives no probabilities to sample from; the loss, which comes next, says so.
+        # A policy that has diverged has no valid probabilities; `check_loss` reports this in the following step.
         self.generation_config.remove_invalid_values = True
 
     def _start_vllm(self) -> None:
@@ -206,14 +207,14 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
 
         tokens = vlm_backbone.vision_token_ids(self.concept_model.config.vlm_config)
         name = self.args.vllm_vlm_name_or_path
-        assert name is not None  # MetaGRPOConfig asks for it
+        assert name is not None  # checked by MetaGRPOConfig
         self.set_engine(ConceptVLLMGeneration.from_trainer(self, name, tokens))
 
     # -- rollouts --
 
     @contextmanager
     def rollout_context(self, inputs: Rows) -> Iterator[None]:
-        """What the completions of a prompt share is at hand; each prompt is read once, and hidden states are kept."""
+        """Encode each prompt once for all of its completions, and record the hidden states of generation."""
         make_generate_gather(self.model_wrapped)
         self._prompts = self._encode_prompts(inputs)
         with replaced_generate(self.concept_model, self._generate_recorded), without_renaming_warnings():
@@ -236,8 +237,8 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
         return sequences
 
     def finish_rollouts(self, output: Batch) -> Batch:
-        """Adds what the loss needs of each completion, and keeps the completions that are trained on."""
-        # A list is shuffled and split with the tensors; its entries share what belongs to their prompt.
+        """Add the rollouts, which the loss needs, and select the completions to train on."""
+        # TRL shuffles and splits the list along with the tensors; completions of a prompt share one `Prompt`.
         output["rollouts"] = self._rollouts
         count = self.args.num_best_and_worst
         if not self.model.training or count is None:
@@ -248,19 +249,19 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
         return output
 
     def arrange_batches(self, batches: list[Batch]) -> list[Batch]:
-        """The completions of a prompt come side by side, so that a batch reads it once."""
+        """Place the completions of a prompt next to each other, so that a batch processes the prompt once."""
         return group_rows(batches, lambda batch, row: id(batch["rollouts"][row].prompt))
 
     def _encode_prompts(self, inputs: list[dict[str, Any]]) -> dict[Key, Prompt]:
-        """What all completions of a prompt share."""
+        """Read the prompts of the rows and encode their targets with SAM 3."""
         rows = {prompt_key(row): row for row in inputs}
         prompts = {key: self._reader.read(row) for key, row in rows.items()}
         features: list[ImageFeatures] = []
         with torch.no_grad():
-            for part in self._chunks([prompt.target for prompt in prompts.values()]):
-                pixels = self.concept_processor.sam_image_processor(images=list(part), return_tensors="pt")
+            for chunk in self._chunks([prompt.target for prompt in prompts.values()]):
+                pixels = self.concept_processor.sam_image_processor(images=list(chunk), return_tensors="pt")
                 encoded = self.concept_model.encode_image(pixels["pixel_values"])
-                features += [encoded.select(torch.tensor([number])) for number in range(len(part))]
+                features += [encoded.select(torch.tensor([number])) for number in range(len(chunk))]
         device = self.accelerator.device
         return {
             key: replace(
@@ -275,7 +276,7 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
     def before_rewards(
         self, inputs: Rows, completions: Sequence[Any], completion_ids: list[list[int]]
     ) -> None:
-        """Adds `predicted_mask`: what SAM 3 decodes from the concept tokens of each completion."""
+        """Add the column `predicted_mask`, which SAM 3 decodes from the concept tokens of each completion."""
         parsed = [parse_completion(completion_text(completion)) for completion in completions]
         self._rollouts = [
             Rollout(
@@ -293,7 +294,7 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
             row["predicted_mask"] = np.asarray(mask) > 0
 
     def after_rewards(self, inputs: Rows, completions: Sequence[Any], rewards: Tensor) -> None:
-        """Logs how good boxes and masks are, and keeps examples for the pictures."""
+        """Log the IoUs of boxes and masks, and store examples for the example images."""
         ious = []
         for row, rollout in zip(inputs, self._rollouts, strict=True):
             prompt, completion = rollout.prompt, rollout.completion
@@ -309,55 +310,55 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
         self._keep_examples(inputs, rewards.tolist())
 
     def _translate(self, completion_ids: list[list[int]]) -> Tensor:
-        """(B, L2, D) concept tokens of the completions in `_rollouts`, by the policy as it is.
+        """Return the (B, L2, D) concept tokens of the completions in `_rollouts` under the current policy.
 
-        From the hidden states of generation where they are at hand: not with vLLM, and not of the last token of a
-        completion that was cut off.
+        The hidden states of generation are reused if they are available: they are not with vLLM, nor for the last token
+        of a truncated completion.
         """
         ends = set(self.eos_token_ids)
-        words = [[token for token in ids if token not in ends] for ids in completion_ids]
-        # Those tokens whose states the CTM reads.
-        read, counts = words, [False] * len(words)
+        text_tokens = [[token for token in ids if token not in ends] for ids in completion_ids]
+        # The CTM computes the concept tokens from the hidden states of these tokens.
+        ctm_tokens, has_end = text_tokens, [False] * len(text_tokens)
         if self.concept_model.config.end_of_turn_state:
-            counts = [not ends.isdisjoint(ids) for ids in completion_ids]
-            read = [truncate_after_end(ids, ends) for ids in completion_ids]
+            has_end = [not ends.isdisjoint(ids) for ids in completion_ids]
+            ctm_tokens = [truncate_after_end(ids, ends) for ids in completion_ids]
         concepts: dict[int, Tensor] = {}
         tokens, states = self._generated
         if states is not None and not self.is_fsdp_enabled:
-            known = states.shape[1]
-            at_hand = [
+            num_states = states.shape[1]
+            reusable = [
                 row
-                for row, (ids, generated) in enumerate(zip(read, tokens, strict=True))
-                if len(ids) <= known and generated[: len(ids)] == ids
+                for row, (ids, generated) in enumerate(zip(ctm_tokens, tokens, strict=True))
+                if len(ids) <= num_states and generated[: len(ids)] == ids
             ]
-            if at_hand:
+            if reusable:
                 device = self.accelerator.device
-                lengths = torch.tensor([len(read[row]) for row in at_hand], device=device)
-                mask = torch.arange(known, device=device) < lengths[:, None]
-                embeds = self.concept_model.encode_concepts(states[at_hand].to(device), mask)
-                concepts = dict(zip(at_hand, embeds, strict=True))
-        others = [row for row in range(len(words)) if row not in concepts]
+                lengths = torch.tensor([len(ctm_tokens[row]) for row in reusable], device=device)
+                mask = torch.arange(num_states, device=device) < lengths[:, None]
+                embeds = self.concept_model.encode_concepts(states[reusable].to(device), mask)
+                concepts = dict(zip(reusable, embeds, strict=True))
+        remaining = [row for row in range(len(text_tokens)) if row not in concepts]
         training = self.model.training
         size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
-        for start in range(0, len(others), size):
-            rows = others[start : start + size]
+        for start in range(0, len(remaining), size):
+            rows = remaining[start : start + size]
             batch = self.concept_processor.collate(
                 [self._rollouts[row].prompt.prepared for row in rows],
-                [words[row] for row in rows],
+                [text_tokens[row] for row in rows],
                 device=self.accelerator.device,
-                end_of_turn=[counts[row] for row in rows],
+                end_of_turn=[has_end[row] for row in rows],
             )
             concepts |= zip(rows, self.model(**batch).concept_embeds, strict=True)
-        return torch.stack([concepts[row] for row in range(len(words))])
+        return torch.stack([concepts[row] for row in range(len(text_tokens))])
 
     def _decode(self, rollouts: Sequence[Rollout], concept_embeds: Tensor) -> Tensor:
-        """(B, 1, h, w) mask logits of the prompts [Z; E_text(answer)] (eq. 4), differentiable in Z."""
+        """Return the (B, 1, h, w) mask logits for the prompts [Z; E_text(answer)] (eq. 4), differentiable in Z."""
         logits = []
-        for part in self._chunks(list(zip(rollouts, concept_embeds, strict=True))):
-            some_rollouts, some_concepts = zip(*part, strict=True)
-            features = ImageFeatures.concatenate([rollout.prompt.features for rollout in some_rollouts])
-            text = self.concept_processor.sam_text([rollout.sam_text for rollout in some_rollouts])
-            mask_logits, _ = self.concept_model.decode_masks(features, *text, torch.stack(some_concepts))
+        for chunk in self._chunks(list(zip(rollouts, concept_embeds, strict=True))):
+            chunk_rollouts, chunk_concepts = zip(*chunk, strict=True)
+            features = ImageFeatures.concatenate([rollout.prompt.features for rollout in chunk_rollouts])
+            text = self.concept_processor.sam_text([rollout.sam_text for rollout in chunk_rollouts])
+            mask_logits, _ = self.concept_model.decode_masks(features, *text, torch.stack(chunk_concepts))
             logits.append(mask_logits)
         return torch.cat(logits)
 
@@ -366,13 +367,13 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
         return (items[start : start + size] for start in range(0, len(items), size))
 
     def _keep_examples(self, inputs: Rows, rewards: list[list[float]]) -> None:
-        """Keeps the first completion of some prompts for the pictures."""
+        """Store the first completion of some prompts for the example images."""
         self.examples = []
         first_rows = {prompt_key(row): number for number, row in reversed(list(enumerate(inputs)))}
         for number in sorted(first_rows.values())[: self.args.log_examples]:
             row, rollout = inputs[number], self._rollouts[number]
             prompt, completion = rollout.prompt, rollout.completion
-            named = zip(self.reward_func_names, rewards[number], strict=True)
+            named_rewards = zip(self.reward_func_names, rewards[number], strict=True)
             self.examples.append(
                 TrainingExample(
                     target=prompt.target,
@@ -381,27 +382,27 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
                     mosaic=row["images"][0] if len(row["images"]) > 1 else None,
                     rule=completion.rule,
                     answer=completion.answer,
-                    rewards={name: value for name, value in named if value == value},
+                    rewards={name: value for name, value in named_rewards if value == value},
                 )
             )
 
     # -- the loss --
 
     def forward_arguments(self, inputs: Batch) -> dict[str, Any]:
-        """The tokens that the CTM translates: those of the completion, its end left out unless the config says so."""
+        """Return the mask of the tokens that the CTM reads; the end of turn is only included if the config says so."""
         completion_ids = inputs["completion_ids"]
-        words = inputs["completion_mask"].bool()
+        ctm_tokens = inputs["completion_mask"].bool()
         if not self.concept_model.config.end_of_turn_state:
             ends = torch.tensor(self.eos_token_ids, device=completion_ids.device)
-            words = words & ~torch.isin(completion_ids, ends)
+            ctm_tokens = ctm_tokens & ~torch.isin(completion_ids, ends)
         prompts = torch.zeros_like(inputs["prompt_mask"], dtype=torch.bool)
-        return {"concept_mask": torch.cat([prompts, words], dim=1)}
+        return {"concept_mask": torch.cat([prompts, ctm_tokens], dim=1)}
 
     def add_to_loss(self, policy_loss: Tensor, output: Any, inputs: Batch, steps: int) -> Tensor:
-        """Adds L_seg (eq. 8), from the concept tokens of the same forward pass."""
-        # A truncated completion that `mask_truncated_completions` leaves out has no tokens.
-        counts = inputs["completion_mask"].any(dim=1).tolist()
-        dice, focal = self._segmentation_losses(inputs["rollouts"], output.concept_embeds, counts)
+        """Add L_seg (eq. 8), computed from the concept tokens of the same forward pass."""
+        # `mask_truncated_completions` masks all tokens of a truncated completion.
+        included = inputs["completion_mask"].any(dim=1).tolist()
+        dice, focal = self._segmentation_losses(inputs["rollouts"], output.concept_embeds, included)
         seg_loss = self.args.dice_weight * dice + self.args.focal_weight * focal
         parts = {"grpo": policy_loss * steps, "seg": seg_loss, "dice": dice, "focal": focal}
         for name, value in parts.items():
@@ -411,9 +412,9 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
         return loss
 
     def _segmentation_losses(
-        self, rollouts: Sequence[Rollout], concept_embeds: Tensor, counts: Sequence[bool]
+        self, rollouts: Sequence[Rollout], concept_embeds: Tensor, included: Sequence[bool]
     ) -> tuple[Tensor, Tensor]:
-        """Dice and focal loss (eq. 5): means over the rows that count, at the size of their images."""
+        """Return the dice and focal loss (eq. 5) at the resolution of the images, as means over the included rows."""
         logits = self._decode(rollouts, concept_embeds)
         parts = [
             segmentation_loss(
@@ -423,24 +424,24 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
                 self.args.focal_gamma,
                 None if rollout.prompt.ignore is None else rollout.prompt.ignore[None],
             )[1:]
-            for rollout, row_logits, row_counts in zip(rollouts, logits, counts, strict=True)
-            if row_counts
+            for rollout, row_logits, is_included in zip(rollouts, logits, included, strict=True)
+            if is_included
         ]
         if not parts:
-            nothing = concept_embeds.sum() * 0
-            return nothing, nothing
+            zero = concept_embeds.sum() * 0
+            return zero, zero
         dice, focal = (torch.stack(part).mean() for part in zip(*parts, strict=True))
         return dice, focal
 
     # -- saving --
 
-    def create_model_card(  # type: ignore[override]  # TRL's arguments are not the Trainer's
+    def create_model_card(  # type: ignore[override]  # TRL's signature differs from the Trainer's
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
     ) -> None:
-        """Writes our model card into `output_dir`, which names the licence of SAM 3; adapters get TRL's."""
+        """Write our model card, which names the license of SAM 3, to `output_dir`; adapters get TRL's model card."""
         if is_peft_model(self.model):
             super().create_model_card(model_name, dataset_name, tags)
         elif self.is_world_process_zero():
@@ -459,8 +460,8 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the complete model; the Trainer's own calls, for the checkpoints of a run, leave SAM 3 out."""
-        to_hub = output_dir is None  # the Trainer's own call without a folder
+        """Save the complete model; internal calls of the Trainer, for checkpoints of a run, omit SAM 3."""
+        to_hub = output_dir is None  # the Trainer calls it without a folder before a push
         self._saves_everything = (to_hub or not _internal_call) and not is_peft_model(self.model)
         try:
             super().save_model(output_dir, _internal_call)
@@ -486,13 +487,14 @@ def _without_adapters(model: ConceptSegForSegmentation | PeftModel) -> nn.Module
 def _default_rewards(args: MetaGRPOConfig) -> list[Reward]:
     rewards: dict[str, Reward] = {
         **REWARDS,
+        "format": functools.partial(REWARDS["format"], meta_reasoning=args.meta_reasoning),
         "meta": functools.partial(REWARDS["meta"], without_proxy=args.meta_without_proxy),
     }
     return [rewards[name] for name in args.rewards]
 
 
 def _warn_of_inexact_resume(args: MetaGRPOConfig) -> None:
-    """Completions of a batch that is not used up are not in a checkpoint: resumed, the run makes others."""
+    """Warn if a checkpoint may be saved inside of a generation batch, as checkpoints do not contain its completions."""
     generation = steps_per_generation(args) * args.num_iterations
     if (
         args.save_strategy == "steps"
@@ -500,8 +502,8 @@ def _warn_of_inexact_resume(args: MetaGRPOConfig) -> None:
         and args.save_steps * args.gradient_accumulation_steps % generation
     ):
         logger.warning(
-            "save_steps is %d, which lies inside of a generation batch: a run that is resumed there goes on with other "
-            "completions; make save_steps * gradient_accumulation_steps a multiple of %d.",
+            "save_steps is %d, so checkpoints are saved inside of a generation batch and a resumed run continues with "
+            "different completions; make save_steps * gradient_accumulation_steps a multiple of %d.",
             args.save_steps,
             generation,
         )

@@ -1,6 +1,6 @@
-"""The rewards of Meta-GRPO (eq. 2 and 6): pure functions of completions and columns, for any `trl.GRPOTrainer`.
+"""Rewards of Meta-GRPO (eq. 2 and 6): pure functions of completions and dataset columns for any `trl.GRPOTrainer`.
 
-TRL logs a reward under its function's `__name__`: `rewards/format/mean` and so on.
+TRL logs a reward with the `__name__` of its function, e.g. `rewards/format/mean`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ WITHOUT_PROXY = ("none", "box", "square")
 
 
 def format_reward(
-    completions: Completions, gt_check_box: Sequence[Sequence[float] | None] | None = None, **columns: Any
+    completions: Completions,
+    gt_check_box: Sequence[Sequence[float] | None] | None = None,
+    meta_reasoning: bool = True,
+    **columns: Any,
 ) -> list[float]:
-    """R_format of eq. 6: 1 if the completion has the form of the template, else 0.
+    """Compute R_format of eq. 6: 1 if the completion follows the template, otherwise 0.
 
     Args:
-        completions: Texts, or conversations of one assistant message.
-        gt_check_box: The withheld box of each prompt's proxy query, or None where there is none: `<check>` must be
-            there in the first case and must not in the second. Without the column both will do.
+        completions: Strings, or conversations with one assistant message.
+        gt_check_box: Withheld box of the proxy query, or None for prompts without a proxy query. `<check>` is required
+            in the first case and not allowed in the second. If the column is missing, `<check>` is optional.
+        meta_reasoning: False for the ablation without meta reasoning: neither `<rule>` nor `<check>` is allowed.
         **columns: Ignored.
 
     Example:
@@ -38,7 +42,7 @@ def format_reward(
     """
     checks = [None] * len(completions) if gt_check_box is None else [box is not None for box in gt_check_box]
     return [
-        float(_parse(completion, expect_check).is_valid)
+        float(_parse(completion, expect_check if meta_reasoning else False, meta_reasoning).is_valid)
         for completion, expect_check in zip(completions, checks, strict=True)
     ]
 
@@ -50,25 +54,25 @@ def mask_reward(
     ignore_mask: Sequence[Any] | None = None,
     **columns: Any,
 ) -> list[float]:
-    """R_mask of eq. 6: foreground IoU of the mask that SAM 3 decodes from this completion with the true mask.
+    """Compute R_mask of eq. 6: foreground IoU of the mask that SAM 3 decodes from a completion with the ground truth.
 
     Args:
-        completions: Their number alone counts.
+        completions: Only their number is used.
         predicted_mask: (H, W) bool per completion; `MetaGRPOTrainer` adds this column.
-        gt_mask: True masks of the same sizes: images or arrays, see `images.load_mask`.
-        ignore_mask: Pixels that do not count, as such masks, or None where all do.
+        gt_mask: Ground-truth masks of the same sizes: images or arrays, see `images.load_mask`.
+        ignore_mask: Masks of the pixels to ignore, in the same format, or None.
         **columns: Ignored.
 
     Returns:
-        1 where both masks are empty.
+        IoU per completion; 1 if both masks are empty.
 
     Raises:
         ValueError: If a column is missing.
     """
     if predicted_mask is None or gt_mask is None:
         raise ValueError(
-            "mask_reward: the column predicted_mask or gt_mask is missing; train with MetaGRPOTrainer, which decodes "
-            "the masks, on a data set that has gt_mask."
+            "mask_reward: the column predicted_mask or gt_mask is missing; use MetaGRPOTrainer, which adds "
+            "predicted_mask, and a dataset with gt_mask."
         )
     ignored = [None] * len(completions) if ignore_mask is None else ignore_mask
     return [
@@ -90,23 +94,22 @@ def meta_reward(
     without_proxy: str = "none",
     **columns: Any,
 ) -> list[float | None]:
-    """R_meta of eq. 2: IoU(bbox, GT box) * IoU(check, GT check box).
+    """Compute R_meta of eq. 2: IoU(bbox, GT box) * IoU(check, GT check box).
 
-    Boxes are taken as written, in text units: the part of a box outside of the image counts against it. A missing or
-    malformed box has an IoU of 0.
+    Boxes are in text units and are not clipped: any part outside of the image reduces the IoU. A missing or malformed
+    box has an IoU of 0.
 
     Args:
-        completions: Texts, or conversations of one assistant message.
-        gt_box: The true box in text units; None where the concept is absent, whose right answer is an empty box.
-        gt_check_box: The withheld box of the proxy query in text units, or several, of which the best counts; None
-            where there is none.
-        without_proxy: What the reward is where there is no proxy query. `"none"`: no reward, as eq. 2 has none; TRL
-            leaves these completions out of the mean. `"box"`: IoU(bbox, GT box). `"square"`: its square, as in the
-            released code.
+        completions: Strings, or conversations with one assistant message.
+        gt_box: Ground-truth box in text units; None if the concept is absent, for which an empty box is correct.
+        gt_check_box: Withheld box of the proxy query in text units, or several boxes, of which the one with the largest
+            IoU is used; None without a proxy query.
+        without_proxy: Reward without a proxy query, for which eq. 2 is not defined. `"none"`: None, which TRL excludes
+            from the mean. `"box"`: IoU(bbox, GT box). `"square"`: IoU(bbox, GT box)^2, as in the released code.
         **columns: Ignored.
 
     Raises:
-        ValueError: If `without_proxy` is not one of these.
+        ValueError: If `without_proxy` has another value.
     """
     if without_proxy not in WITHOUT_PROXY:
         raise ValueError(
@@ -127,10 +130,10 @@ def meta_reward(
 def box_reward(
     completions: Completions, gt_box: Sequence[Sequence[float] | None], **columns: Any
 ) -> list[float]:
-    """IoU(bbox, GT box) alone: what stands in for R_meta in the ablation without meta reward.
+    """Compute IoU(bbox, GT box), which replaces R_meta in the ablation without the meta reward.
 
     Args:
-        completions: Texts, or conversations of one assistant message.
+        completions: Strings, or conversations with one assistant message.
         gt_box: As in `meta_reward`.
         **columns: Ignored.
     """
@@ -143,21 +146,22 @@ def box_reward(
 def box_iou_or_zero(
     box: Sequence[float] | None, ground_truth: Sequence[float] | Sequence[Sequence[float]] | None
 ) -> float:
-    """IoU of a box with the true one, or the best with several, all in text units; a missing box scores 0.
+    """Return the IoU of a box with the ground truth, or the largest IoU with several boxes, all in text units.
 
-    Where there is nothing to locate (`truth` is None), an empty box is right.
+    The result is 0 if the box is missing. If there is nothing to locate (`ground_truth` is None), it is 1 for an empty
+    box and 0 otherwise.
     """
     if box is None:
         return 0.0
     if ground_truth is None:
         return float(box[0] == box[2] or box[1] == box[3])
-    if several := [one for one in ground_truth if isinstance(one, Sequence)]:
-        return max(box_iou(box, one) for one in several)
-    return box_iou(box, [side for side in ground_truth if not isinstance(side, Sequence)])
+    if boxes := [item for item in ground_truth if isinstance(item, Sequence)]:
+        return max(box_iou(box, gt_box) for gt_box in boxes)
+    return box_iou(box, [value for value in ground_truth if not isinstance(value, Sequence)])
 
 
 def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
-    """The text of a completion, which TRL gives as a string or as a conversation of one assistant message."""
+    """Return the text of a completion: a string, or a conversation with one assistant message."""
     if isinstance(completion, str):
         return completion
     content = completion[-1]["content"] if completion else ""
@@ -166,8 +170,10 @@ def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
     return content or ""
 
 
-def _parse(completion: str | Sequence[dict[str, Any]], expect_check: bool | None = None) -> Completion:
-    return parse_completion(completion_text(completion), expect_check=expect_check)
+def _parse(
+    completion: str | Sequence[dict[str, Any]], expect_check: bool | None = None, expect_rule: bool = True
+) -> Completion:
+    return parse_completion(completion_text(completion), expect_check=expect_check, expect_rule=expect_rule)
 
 
 Reward: TypeAlias = Callable[..., Sequence[float | None]]
@@ -178,7 +184,7 @@ REWARDS: dict[str, Reward] = {
     "meta": meta_reward,
     "box": box_reward,
 }
-"""The rewards by the names under which they are logged and `MetaGRPOConfig.rewards` asks for them."""
+"""Rewards by the names that are used in logs and in `MetaGRPOConfig.rewards`."""
 
 for _name, _reward in REWARDS.items():
     _reward.__name__ = _name

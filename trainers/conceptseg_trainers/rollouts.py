@@ -1,4 +1,4 @@
-"""Prompts and their completions, as `MetaGRPOTrainer` keeps them from generation to the loss."""
+"""Prompts and completions that `MetaGRPOTrainer` keeps from generation to the loss."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Key: TypeAlias = tuple[str, int | None]
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What the completions of a prompt share.
+    """Inputs that all completions of a prompt share.
 
     Attributes:
-        prepared: The VLM's input.
+        prepared: Inputs of the VLM.
         target: The target image.
-        mask: (H, W) bool, its true mask.
-        ignore: (H, W) bool, the pixels that do not count; None when all do.
-        features: What SAM 3 sees in it, a batch of one.
+        mask: Ground-truth mask of the target, (H, W) bool.
+        ignore: Pixels to ignore, (H, W) bool, or None.
+        features: SAM 3 features of the target, with batch size 1; None until the target is encoded.
     """
 
     prepared: PreparedSample
@@ -44,7 +44,7 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """One completion: its prompt, its parts, and the words that SAM 3 gets."""
+    """A completion: its prompt, its parsed parts, and the text prompt of SAM 3."""
 
     prompt: Prompt
     completion: Completion
@@ -53,12 +53,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class PromptReader:
-    """Reads the rows of a data set.
+    """Reader of dataset rows.
 
     Attributes:
-        processor: The model's processor.
-        vlm_processor: The VLM's plain one.
-        max_prompt_length: The most tokens of a prompt.
+        processor: Processor of the model.
+        vlm_processor: Processor of the VLM alone.
+        max_prompt_length: Maximum number of tokens of a prompt.
     """
 
     processor: ConceptSegProcessor
@@ -66,10 +66,10 @@ class PromptReader:
     max_prompt_length: int
 
     def read(self, row: dict[str, Any]) -> Prompt:
-        """Reads a row; SAM 3 has not seen the image yet.
+        """Read a row, without encoding the target with SAM 3.
 
         Raises:
-            ValueError: If the prompt cannot be used or is too long, or the mask is not of the image's size.
+            ValueError: If the prompt is invalid or too long, or the mask does not have the image's size.
         """
         where = f"sample {row['sample_id']!r}"
         try:
@@ -82,12 +82,12 @@ class PromptReader:
         masks: dict[str, Tensor] = {}
         for column in ("gt_mask", IGNORE):
             try:
-                if (given := row.get(column)) is not None:
-                    masks[column] = torch.from_numpy(load_mask(given, target.size))
+                if (mask := row.get(column)) is not None:
+                    masks[column] = torch.from_numpy(load_mask(mask, target.size))
             except ValueError as error:
                 raise ValueError(f"{where}: {column}: {error}") from error
         if "gt_mask" not in masks:
-            raise ValueError(f"{where}: gt_mask is None; give each row a mask, if only an empty one.")
+            raise ValueError(f"{where}: gt_mask is None; provide a mask for each row, which may be empty.")
         messages = prepare_multimodal_messages(row["prompt"], images=row["images"])
         text = self.vlm_processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         prepared = self.processor.prepare_vlm(
@@ -98,18 +98,18 @@ class PromptReader:
 
 
 def prompt_key(row: dict[str, Any]) -> Key:
-    """What the copies of a row share, and no other row has."""
+    """Return a key that identifies the prompt of a row; all copies of the row have the same key."""
     return row["sample_id"], row.get(INDEX)
 
 
 def truncate_after_end(ids: list[int], ends: set[int]) -> list[int]:
-    """The tokens up to the first that ends a completion, and with it."""
-    place = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    return ids[: place + 1]
+    """Return the tokens up to and including the first end-of-turn token."""
+    position = next((position for position, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: position + 1]
 
 
 def _texts(messages: Sequence[dict[str, Any]]) -> Iterable[str]:
-    """The words of a prompt, before images are put between them."""
+    """Yield the text parts of a prompt, before images are inserted."""
     for message in messages:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -1,4 +1,4 @@
-"""The settings of stage I."""
+"""Settings of stage I."""
 
 from __future__ import annotations
 
@@ -13,49 +13,51 @@ COMPLETION_SOURCES = ("ground_truth", "template", "released", "generated")
 class ConceptSFTConfig(TrainingArguments):
     """Stage I of the paper: supervised fine-tuning of the Concept Translation Module on L_seg (eq. 5).
 
-    The fields of `transformers.TrainingArguments`, with the defaults of Table 7 (20 epochs at 3e-5, linear,
-    AdamW, seed 42; batch 128 on 8 GPUs), and these:
+    This class includes all fields of `transformers.TrainingArguments`, with the defaults of Table 7 (20 epochs,
+    learning rate 3e-5, linear schedule, AdamW, seed 42, batch size 128 on 8 GPUs), and the fields below.
 
     > Parameters that control the completions
 
-        completion_source: Where the completions come from that the CTM reads. `"ground_truth"`: the sample's
-            reasoning, rule, boxes and answer; of a sample that lacks one of these, the template. `"template"`: its
-            boxes and answer (or prompt), with empty reasoning and rule. `"generated"`: the frozen VLM's own, written
-            once and kept in `completion_dir`. `"released"`: what the released code does, the target's box between
-            blank tags, and to SAM 3 the word "visual". The paper does not say.
-        completion_dir: Folder of the generated completions; `<output_dir>/completions` by default. Runs of
-            one model may share it, whatever their data.
-        generation_batch_size: Prompts at a time while completions are generated.
-        max_prompt_length: Tokens of a prompt, images included (Table 7); a longer one is refused.
-        max_completion_length: Tokens of a completion (Table 7); longer ones are cut when generated, else
-            refused.
+        completion_source: Source of the completions that the CTM reads; the paper does not specify it.
+            `"ground_truth"`: the sample's reasoning, rule, boxes and answer, or the template if one of the texts is
+            missing. `"template"`: the sample's boxes and answer (or prompt), with empty reasoning and rule.
+            `"generated"`: completions of the frozen VLM, generated once and cached in `completion_dir`.
+            `"released"`: as in the released code, the target box between blank tags, with "visual" as the text prompt
+            of SAM 3.
+        completion_dir: Folder of the generated completions; `<output_dir>/completions` by default. Runs with the same
+            model may share a folder, even with different datasets.
+        generation_batch_size: Batch size for generating completions.
+        max_prompt_length: Maximum number of tokens of a prompt, including image tokens (Table 7); longer prompts raise
+            an error.
+        max_completion_length: Maximum number of tokens of a completion (Table 7); longer ones are truncated if they are
+            generated, and raise an error otherwise.
 
     > Parameters that control the data
 
-        shuffle_references: Compose the references at random, anew in each epoch, as in stage II (see
-            `compose_references`). Generated completions belong to one mosaic, so theirs stays as it is.
-        grid: Cells per side of that mosaic, K.
+        shuffle_references: Compose the references at random in each epoch, as in stage II (see `compose_references`).
+            Has no effect on generated completions, each of which belongs to one mosaic.
+        grid: Number of cells per side of the mosaic, K.
 
     > Parameters that control the loss
 
         dice_weight: Weight of the dice loss.
         focal_weight: Weight of the focal loss.
-        focal_alpha: Its weight of foreground pixels; negative: none.
-        focal_gamma: Its discount of well-classified pixels. `focal_alpha=-1, focal_gamma=0` is the released
-            code's binary cross-entropy.
+        focal_alpha: Weight of foreground pixels in the focal loss; a negative value disables the weighting.
+        focal_gamma: Focusing parameter of the focal loss. `focal_alpha=-1, focal_gamma=0` is the binary cross-entropy
+            of the released code.
 
-    > Parameters that control the example pictures
+    > Parameters that control the example images
 
-        log_examples: Pictures at a time; 0 for none.
-        log_examples_steps: Steps between pictures of training batches; evaluations have theirs in any case.
+        log_examples: Number of example images per log; 0 disables them.
+        log_examples_steps: Number of steps between example images of training batches. Evaluations always log theirs.
     """
 
     # Table 7; batch: 8 GPUs x 16 = 128.
     learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate of AdamW."})
-    num_train_epochs: float = field(default=20, metadata={"help": "Passes over the data."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Samples per device and step."})
+    num_train_epochs: float = field(default=20, metadata={"help": "Number of training epochs."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Batch size per device."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between logs."})
-    # Every step uses every weight of the CTM, and nothing changes a buffer.
+    # Every step uses all weights of the CTM, and no buffer changes.
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "As in Trainer."})
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "As in Trainer."})
     # A sample is an object, not a row of columns.
@@ -63,22 +65,24 @@ class ConceptSFTConfig(TrainingArguments):
 
     completion_source: str = field(
         default="ground_truth",
-        metadata={"help": "Where completions come from.", "choices": list(COMPLETION_SOURCES)},
+        metadata={"help": "Source of the completions.", "choices": list(COMPLETION_SOURCES)},
     )
     completion_dir: str | None = field(default=None, metadata={"help": "Folder of generated completions."})
-    generation_batch_size: int = field(default=16, metadata={"help": "Prompts at a time while generating."})
-    max_prompt_length: int = field(default=2048, metadata={"help": "Tokens of a prompt; longer is refused."})
-    max_completion_length: int = field(default=768, metadata={"help": "Tokens of a completion."})
+    generation_batch_size: int = field(
+        default=16, metadata={"help": "Batch size for generating completions."}
+    )
+    max_prompt_length: int = field(default=2048, metadata={"help": "Maximum tokens of a prompt."})
+    max_completion_length: int = field(default=768, metadata={"help": "Maximum tokens of a completion."})
     shuffle_references: bool = field(
         default=True, metadata={"help": "Compose the references at random in each epoch."}
     )
-    grid: int = field(default=2, metadata={"help": "Cells per side of the mosaic of references."})
+    grid: int = field(default=2, metadata={"help": "Cells per side of the reference mosaic."})
     dice_weight: float = field(default=1.0, metadata={"help": "Weight of the dice loss."})
     focal_weight: float = field(default=1.0, metadata={"help": "Weight of the focal loss."})
-    focal_alpha: float = field(default=0.25, metadata={"help": "Focal loss: weight of the foreground."})
-    focal_gamma: float = field(default=2.0, metadata={"help": "Focal loss: discount of easy pixels."})
-    log_examples: int = field(default=4, metadata={"help": "Example pictures at a time; 0 for none."})
-    log_examples_steps: int = field(default=500, metadata={"help": "Steps between example pictures."})
+    focal_alpha: float = field(default=0.25, metadata={"help": "Foreground weight of the focal loss."})
+    focal_gamma: float = field(default=2.0, metadata={"help": "Focusing parameter of the focal loss."})
+    log_examples: int = field(default=4, metadata={"help": "Example images per log; 0 for none."})
+    log_examples_steps: int = field(default=500, metadata={"help": "Steps between example images."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,10 +101,10 @@ class ConceptSFTConfig(TrainingArguments):
             raise ValueError(f"ConceptSFTConfig: grid is {self.grid}; use 1, 2 or 3 cells per side.")
         if self.gradient_checkpointing:
             raise ValueError(
-                "ConceptSFTConfig: gradient_checkpointing is true, but the VLM is frozen and keeps no activations; "
-                "leave it out."
+                "ConceptSFTConfig: gradient_checkpointing is true, but the VLM is frozen and stores no activations; "
+                "remove it."
             )
         if self.remove_unused_columns:
             raise ValueError(
-                "ConceptSFTConfig: remove_unused_columns is true, but samples have no columns; leave it out."
+                "ConceptSFTConfig: remove_unused_columns is true, but samples have no columns; remove it."
             )

@@ -1,4 +1,4 @@
-"""Stage I: the VLM and SAM 3 are frozen, the Concept Translation Module learns to speak to SAM 3 (eq. 5)."""
+"""Stage I: train the Concept Translation Module (CTM) with a frozen VLM and a frozen SAM 3 (eq. 5)."""
 
 from __future__ import annotations
 
@@ -33,39 +33,39 @@ from .completions import (
     template_completion,
 )
 from .distributed import is_sharded
-from .divergence import FiniteLogs, DivergenceCheckTrainer
+from .divergence import DivergenceCheckTrainer, FiniteLogs
 from .samples import ReadableSamples, check_arguments, check_prompt_length, check_sample, spread_indices
 from .sft_config import ConceptSFTConfig
 from .split_reference import compose_references
 
 
 class ConceptSFTTrainer(DivergenceCheckTrainer):
-    """A Trainer of the CTM alone: what it wraps, shards and saves in checkpoints holds no other parameter.
+    """A Trainer that only wraps, shards and checkpoints the parameters of the CTM.
 
-    Checkpoints of a run have only `ctm.*`; `save_model()` writes the complete model and its processor, which
-    `ConceptSegForSegmentation.from_pretrained` and stage II take. Masks are compared at the size of their
-    images. Logged beside the loss: `loss/dice`, `loss/focal` and `mask_iou`, the mean foreground IoU. A training that
-    diverges ends with a `DivergedError`.
+    Checkpoints of a run contain only `ctm.*`; `save_model()` writes the complete model and its processor, which
+    `ConceptSegForSegmentation.from_pretrained` and stage II load. Masks are compared at the resolution of their images.
+    Metrics logged in addition to the loss: `loss/dice`, `loss/focal` and `mask_iou`, the mean foreground IoU. A
+    training that diverges raises a `DivergedError`.
 
     Args:
-        model: The model; every process holds its VLM and SAM 3 whole.
+        model: The model; every process holds the full VLM and SAM 3.
         args: The settings.
-        train_dataset: Samples that can be indexed, such as `load_benchmark` gives; one that cannot be read gives way
-            to the next.
-        eval_dataset: Samples for evaluation; their references stay as they are.
+        train_dataset: Samples that can be indexed, such as the result of `load_benchmark`; unreadable samples are
+            replaced by the next one.
+        eval_dataset: Samples for evaluation; their references are not composed at random.
         processing_class: The model's processor.
-        callbacks: Further callbacks.
+        callbacks: Additional callbacks.
         optimizers: As in `Trainer`.
 
     Attributes:
         concept_model: The model.
-        examples: What `ExampleImagesCallback` draws next.
+        examples: The examples that `ExampleImagesCallback` draws next.
 
     Raises:
         ValueError: If model, processor or data cannot be used.
     """
 
-    # Each batch has a mean of its own, which the Trainer divides by the number of accumulated batches.
+    # The loss is the mean of its batch, so the Trainer must divide it by the number of accumulated batches.
     loss_is_scaled_for_ga = False
 
     args: ConceptSFTConfig
@@ -91,7 +91,7 @@ class ConceptSFTTrainer(DivergenceCheckTrainer):
         eval_dataset = None if eval_dataset is None else ReadableSamples(eval_dataset, check)
         collator = ConceptSFTCollator(processor, args, end_of_turn=model.config.end_of_turn_state)
         for samples in (train_dataset, eval_dataset or ()):
-            _try_samples(samples, collator)
+            _check_samples(samples, collator)
         self.concept_model = model.requires_grad_(False).eval()
         model.ctm.requires_grad_(True)
         config_fields = set(vars(model.config))
@@ -106,9 +106,9 @@ class ConceptSFTTrainer(DivergenceCheckTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        for name in set(vars(model.config)) - config_fields:  # the Trainer notes its own `use_cache` there
+        for name in set(vars(model.config)) - config_fields:  # e.g. `use_cache`, which the Trainer sets
             delattr(model.config, name)
-        model.to(args.device)  # type: ignore[arg-type]  # Transformers wraps `to` without its arguments
+        model.to(args.device)  # type: ignore[arg-type]  # the wrapper in Transformers has no signature
         self.examples: list[TrainingExample] = []
         self._metrics: list[Tensor] = []
         self._saves_everything = False
@@ -144,9 +144,9 @@ class ConceptSFTTrainer(DivergenceCheckTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, list[np.ndarray]]:
-        """L_seg, a mean over the rows; with `return_outputs` also the predicted masks, (H, W) bool."""
+        """Return L_seg, the mean over the rows, and with `return_outputs` the predicted masks, (H, W) bool."""
         inputs = dict(inputs)
-        shown, labels, ignored = (inputs.pop(name) for name in ("shown", "mask_labels", "ignored"))
+        examples, labels, ignored = (inputs.pop(name) for name in ("shown", "mask_labels", "ignored"))
         logits = model(**inputs).mask_logits
         full_size = [
             nn.functional.interpolate(
@@ -174,7 +174,7 @@ class ConceptSFTTrainer(DivergenceCheckTrainer):
             self._metrics.append(torch.stack([dice.detach(), focal.detach(), dice.new_tensor(iou)]))
             every = self.args.log_examples_steps
             if every and (self.state.global_step + 1) % every == 0:
-                self.examples = _examples(shown, masks, labels, ignored)
+                self.examples = _with_masks(examples, masks, labels, ignored)
         return (loss, masks) if return_outputs else loss
 
     def prediction_step(
@@ -184,25 +184,25 @@ class ConceptSFTTrainer(DivergenceCheckTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The loss, and the foreground IoU of each row (twice: the Trainer wants labels to compare with)."""
+        """Return the loss and the foreground IoU of each row (twice, as the Trainer expects predictions and labels)."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, masks = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
         ground_truth = inputs["mask_labels"], inputs["ignored"]
-        examples = _examples(inputs["shown"], masks, *ground_truth)
+        examples = _with_masks(inputs["shown"], masks, *ground_truth)
         self.examples += examples[: self.args.log_examples - len(self.examples)]
         ious = torch.tensor(_ious(masks, *ground_truth), device=loss.device)
         return loss.detach(), ious, ious
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, with new examples."""
+        """Run the evaluation loop of the Trainer and collect new examples."""
         self.examples = []
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means, over all processes, of what the steps since the last log have left."""
+        """Add the means of the metrics over all processes and over the steps since the last log."""
         if "loss" in logs and self._metrics:
             means = self.accelerator.reduce(torch.stack(self._metrics).mean(0), "mean").tolist()
             logs |= dict(zip(("loss/dice", "loss/focal", "mask_iou"), means, strict=True))
@@ -212,7 +212,7 @@ class ConceptSFTTrainer(DivergenceCheckTrainer):
     # -- data --
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
-        """The Trainer's, over references as they are."""
+        """Return the evaluation dataloader, in which references are not composed at random."""
         training_collator = self.data_collator
         self.data_collator = replace(training_collator, shuffle=False)
         try:
@@ -231,15 +231,15 @@ class ConceptSFTTrainer(DivergenceCheckTrainer):
         dataset: str | list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes our model card into `output_dir`, which names the licence of SAM 3.
+        """Write our model card, which names the license of SAM 3, to `output_dir`.
 
         Args:
             language: Language of the prompts.
-            license: Licence of the checkpoint; that of SAM 3, where its released weights are in it, goes before it.
-            tags: Further tags.
-            *args: What else `Trainer.create_model_card` takes; not used.
-            dataset: Hub ids of the data.
-            **kwargs: As `args`.
+            license: License of the checkpoint; overridden by the license of SAM 3 if its released weights are included.
+            tags: Additional tags.
+            *args: Further arguments of `Trainer.create_model_card`; ignored.
+            dataset: Hub ids of the datasets.
+            **kwargs: Further arguments of `Trainer.create_model_card`; ignored.
         """
         if self.is_world_process_zero():
             self._write_card(
@@ -256,17 +256,17 @@ class ConceptSFTTrainer(DivergenceCheckTrainer):
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the complete model; the Trainer's own calls, for the checkpoints of a run, save the CTM."""
-        self._saves_everything = not _internal_call or output_dir is None  # without a folder: for the hub
+        """Save the complete model; internal calls of the Trainer, for checkpoints of a run, save only the CTM."""
+        self._saves_everything = not _internal_call or output_dir is None  # without a folder: before a push
         super().save_model(output_dir, _internal_call)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Refuses a checkpoint with other weights than the CTM's; the Trainer would only warn."""
-        wrong = [*load_result.missing_keys, *load_result.unexpected_keys]
-        if wrong:
+        """Raise an error if the weights of a checkpoint do not match the CTM; the Trainer would only warn."""
+        mismatched = [*load_result.missing_keys, *load_result.unexpected_keys]
+        if mismatched:
             raise ValueError(
-                f"the checkpoint's weights are not those of this CTM ({wrong[0]} and {len(wrong) - 1} others differ); "
-                "resume from a checkpoint of stage I of the same model."
+                f"the checkpoint does not match this CTM ({mismatched[0]} and {len(mismatched) - 1} other weights); "
+                "resume from a stage I checkpoint of the same model."
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -274,7 +274,7 @@ class ConceptSFTTrainer(DivergenceCheckTrainer):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder = output_dir or run_folder(self.args)
-            # A sharding engine hands the CTM's weights over; the model itself has only its share of them.
+            # With sharding, `state_dict` contains the gathered weights of the CTM, and the model only its shards.
             trained = self.model.state_dict() if state_dict is None else state_dict
             self._write_card(folder)
             self.concept_model.save_pretrained(
@@ -284,10 +284,10 @@ class ConceptSFTTrainer(DivergenceCheckTrainer):
 
 
 class _TrainedPart(nn.Module):
-    """The model as the Trainer sees it: its forward pass is whole, its parameters are the CTM's.
+    """The module for the Trainer: the forward pass of the full model, with only the parameters of the CTM.
 
-    DDP, DeepSpeed and FSDP therefore move, shard and save the CTM only, as `ctm.*`; SAM 3 could not be
-    sharded, and the VLM stays in eval mode.
+    DDP, DeepSpeed and FSDP therefore move, shard and save only the CTM, as `ctm.*`. SAM 3 cannot be sharded, and the
+    VLM must stay in eval mode.
     """
 
     accepts_loss_kwargs = False
@@ -296,7 +296,7 @@ class _TrainedPart(nn.Module):
         super().__init__()
         self.ctm = model.ctm
         self.config = model.config
-        self._model = (model,)  # in a tuple it is no submodule
+        self._model = (model,)  # a tuple, so that the model is not registered as a submodule
 
     def forward(self, **inputs: Any) -> ConceptSegOutput:
         """See `ConceptSegForSegmentation.forward`."""
@@ -305,17 +305,18 @@ class _TrainedPart(nn.Module):
 
 @dataclass(eq=False)
 class ConceptSFTCollator:
-    """From samples to a batch: prompts with completions, SAM 3's images and answers, true masks.
+    """Collate samples to a batch: prompts with completions, images and text prompts of SAM 3, ground-truth masks.
 
-    What is drawn at random depends on the seed, the epoch and the sample alone.
+    Random composition depends only on the seed, the epoch and the sample.
 
     Attributes:
         processor: The model's processor.
         args: The settings.
-        cache: The generated completions, if they are what is trained on.
+        cache: The generated completions, with `completion_source="generated"`.
         shuffle: Whether references may be composed at random.
-        epoch: The epoch.
-        end_of_turn: Whether the CTM reads the end-of-turn token's state; see `ConceptSegConfig.end_of_turn_state`.
+        epoch: Index of the epoch.
+        end_of_turn: Whether the CTM reads the hidden state of the end-of-turn token; see
+            `ConceptSegConfig.end_of_turn_state`.
     """
 
     processor: ConceptSegProcessor
@@ -326,15 +327,15 @@ class ConceptSFTCollator:
     end_of_turn: bool = False
 
     def set_epoch(self, epoch: int) -> None:
-        """Called before the batches of an epoch."""
+        """Set the epoch; must be called before its batches."""
         self.epoch = epoch
 
     def __call__(self, samples: Sequence[ConceptSample]) -> dict[str, Any]:
-        """A batch.
+        """Collate a batch.
 
         Returns:
-            The arguments of the model's forward; `mask_labels`, a list of (H, W) bool; `ignored`, the same of
-            pixels that do not count, or None; and `shown`, the first rows as examples that lack their masks.
+            The arguments of the model's forward; `mask_labels`, a list of (H, W) bool; `ignored`, a list of masks of
+            pixels to ignore, or None; and `shown`, the first rows as examples without masks.
         """
         rows = [self.row(sample) for sample in samples]
         prepared, completions = zip(*rows, strict=True)
@@ -346,12 +347,12 @@ class ConceptSFTCollator:
             if length > self.args.max_completion_length:
                 raise ValueError(
                     f"sample {sample.sample_id!r} has a completion of {length} tokens, more than "
-                    f"max_completion_length = {self.args.max_completion_length}; raise that, or shorten its text."
+                    f"max_completion_length = {self.args.max_completion_length}; increase it, or shorten the text."
                 )
         sam_input_ids, sam_attention_mask = self.processor.sam_text(
             [completion.sam_text for completion in completions]
         )
-        shown = list(zip(samples, prepared, completions))[: self.args.log_examples]
+        first_rows = list(zip(samples, prepared, completions))[: self.args.log_examples]
         return {
             **batch,
             "sam_pixel_values": torch.stack([item.sam_pixel_values for item in prepared]),
@@ -369,12 +370,12 @@ class ConceptSFTCollator:
                     rule=completion.rule,
                     answer=completion.sam_text,
                 )
-                for sample, item, completion in shown
+                for sample, item, completion in first_rows
             ],
         }
 
     def row(self, sample: ConceptSample) -> tuple[PreparedSample, TrainingCompletion]:
-        """The prompt of a sample, and its completion.
+        """Return the prompt and the completion of a sample.
 
         Raises:
             ValueError: If the sample cannot be used.
@@ -384,7 +385,7 @@ class ConceptSFTCollator:
             references = compose_references(references, self.args.grid, seeds, sample.sample_id)
         prepared = self.prepare(sample, references)
         frame = prepared.frame
-        assert frame is not None  # only a failed sample has none
+        assert frame is not None  # None only for failed samples
         match self.args.completion_source:
             case "ground_truth":
                 completion = ground_truth_completion(sample, frame, self.processor)
@@ -395,14 +396,14 @@ class ConceptSFTCollator:
             case "generated":
                 if self.cache is None:
                     raise ValueError(
-                        "ConceptSFTCollator: completion_source is generated, but there is no cache; give the one that "
-                        "has the completions."
+                        "ConceptSFTCollator: completion_source is generated, but cache is None; pass the "
+                        "CompletionCache of the completions."
                     )
                 completion = self.cache.completion(sample)
         return prepared, completion
 
     def prepare(self, sample: ConceptSample, references: Sequence[Any]) -> PreparedSample:
-        """The prompt of a sample.
+        """Return the prompt of a sample.
 
         Raises:
             ValueError: If the sample has no mask of its image's size, or the prompt is too long.
@@ -422,17 +423,17 @@ def _ious(
     ]
 
 
-def _examples(
-    shown: Sequence[TrainingExample],
+def _with_masks(
+    examples: Sequence[TrainingExample],
     masks: Sequence[np.ndarray],
     labels: Sequence[Tensor],
     ignored: Sequence[Tensor | None],
 ) -> list[TrainingExample]:
-    """The examples of a batch, with their masks."""
+    """Return the examples of a batch with their masks."""
     ious = _ious(masks, labels, ignored)
     return [
         replace(example, gt_mask=label.cpu().numpy(), predicted_mask=mask, rewards={"mask IoU": iou})
-        for example, mask, label, iou in zip(shown, masks, labels, ious)
+        for example, mask, label, iou in zip(examples, masks, labels, ious)
     ]
 
 
@@ -448,22 +449,22 @@ def _check_arguments(
 ) -> ConceptSegProcessor:
     _, checked = check_arguments("ConceptSFTTrainer", model, args, ConceptSFTConfig, processor)
     if train_dataset is None or not len(train_dataset):
-        raise ValueError("ConceptSFTTrainer: train_dataset has no samples; give some to train on.")
+        raise ValueError("ConceptSFTTrainer: train_dataset has no samples; pass at least one.")
     if any(map(is_sharded, model.parameters())):
         raise ValueError(
-            "ConceptSFTTrainer: ZeRO-3 has sharded the model while it was loaded, but stage I shards the CTM alone; "
-            "load the model before the ConceptSFTConfig is made, or train with `conceptseg train sft`."
+            "ConceptSFTTrainer: ZeRO-3 has sharded the model during loading, but stage I only shards the CTM; "
+            "load the model before creating the ConceptSFTConfig, or use `conceptseg train sft`."
         )
     return checked
 
 
-def _try_samples(samples: Sequence[ConceptSample], collator: ConceptSFTCollator) -> None:
+def _check_samples(samples: Sequence[ConceptSample], collator: ConceptSFTCollator) -> None:
     for index in spread_indices(len(samples)):
         sample = samples[index]
         if not isinstance(sample, ConceptSample):
             raise ValueError(
-                f"ConceptSFTTrainer: sample {index} is a {type(sample).__name__}; give ConceptSamples, as "
-                "load_benchmark does."
+                f"ConceptSFTTrainer: sample {index} is a {type(sample).__name__}; pass ConceptSamples, "
+                "such as those of load_benchmark."
             )
         if collator.args.completion_source == "generated":
             collator.prepare(sample, sample.references)

@@ -1,7 +1,7 @@
-"""Split-reference data for Meta-GRPO (paper, section on split-reference training; App. D.3).
+"""Split-reference datasets for Meta-GRPO (paper, section on split-reference training; App. D.3).
 
-Each row shows a mosaic of references, one of which, the proxy query, lies in the top left cell without its box: the
-policy must locate it (`<check>`) with the rule that it induced from the others.
+Each row contains a mosaic of references. One of them, the proxy query, is in the top left cell without its box: the
+policy must locate its object (`<check>`) with the rule that it has induced from the other references.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COLUMNS = (
 )
 IGNORE = "ignore_mask"
 INDEX = "sample_index"
-# Rows that are kept: TRL reads a row once per completion and once per step of a generation batch.
+# TRL reads a row once per completion and once per step of a generation batch.
 _CACHED_ROWS = 64
 
 
@@ -44,38 +44,38 @@ def split_reference_dataset(
     seed: int = 42,
     processor: ConceptSegProcessor | None = None,
 ) -> datasets.Dataset:
-    """A data set for `MetaGRPOTrainer`, whose references are composed at random, anew in each epoch.
+    """Create a dataset for `MetaGRPOTrainer` in which references are composed at random in each epoch.
 
-    Rows are made when they are read, from (seed, epoch, sample) alone: all G copies of a prompt see one mosaic, in
-    any process. `set_epoch` changes the epoch; the trainer calls it.
+    Rows are computed on access and depend only on (seed, epoch, sample): all G copies of a prompt have the same mosaic
+    in every process. `set_epoch` changes the epoch; the trainer calls it.
 
     Args:
-        samples: What `load_benchmark` gives, or any indexable samples; one that cannot be read gives way to the next.
-        grid: Cells per side of the mosaic, K. Where a sample has more than K * K references, so many are drawn.
-        seed: Of the composition.
-        processor: Writes prompts and boxes. `MetaGRPOTrainer` puts its own in place; None, until then: that of the
-            embedded nano checkpoint.
+        samples: Result of `load_benchmark`, or other indexable samples; unreadable ones are replaced by the next one.
+        grid: Number of cells per side of the mosaic, K. At most K * K references of a sample are used.
+        seed: Random seed of the composition.
+        processor: Processor that formats prompts and boxes; by default that of the embedded nano checkpoint.
+            `MetaGRPOTrainer` replaces it with its own.
 
     Returns:
-        A data set with the columns
+        A dataset with the columns
         prompt: messages, text only (TRL inserts the images);
-        images: what the VLM sees, of canvas size: the mosaic (if there are references), then the target;
-        target_image: the target as it is, for SAM 3;
-        gt_mask: its mask, "L", of its size;
-        gt_box: box of the target in text units (x1, y1, x2, y2), None where the concept is absent;
-        gt_check_box: box of the proxy query on the mosaic in text units, None where there is none; where several count
-        (see `ConceptSegProcessor.check_iou`), a list of them;
-        sample_id, problem (the user's words), sample_index;
-        ignore_mask: "L", 255 where pixels do not count, None where all do (the one column that may be missing).
+        images: images for the VLM, of canvas size: the mosaic (if there are references), then the target;
+        target_image: the original target image, for SAM 3;
+        gt_mask: ground-truth mask, mode "L", of the target's size;
+        gt_box: box of the target in text units (x1, y1, x2, y2), None if the concept is absent;
+        gt_check_box: box of the proxy query on the mosaic in text units, None without a proxy query; a list of boxes if
+        there are several correct ones (see `ConceptSegProcessor.check_iou`);
+        sample_id, problem (the user's prompt), sample_index;
+        ignore_mask: mode "L", 255 for pixels to ignore, None without such pixels (the only optional column).
 
     Raises:
         ValueError: If there are no samples, or the grid is not between 1 and 3.
     """
     if not len(samples):
-        raise ValueError("split_reference_dataset: there are no samples; give at least one.")
+        raise ValueError("split_reference_dataset: there are no samples; pass at least one.")
     if grid not in (1, 2, 3):
         raise ValueError(f"split_reference_dataset: grid is {grid}; use 1, 2 or 3 cells per side.")
-    # The table holds row numbers alone; its other columns are there to be named.
+    # The table only contains row indices; the other columns are placeholders for their names.
     table = {INDEX: range(len(samples)), **{name: [None] * len(samples) for name in (*COLUMNS, IGNORE)}}
     dataset = datasets.Dataset.from_dict(table)
     dataset.set_transform(SplitReferences(samples, grid, seed, processor))
@@ -83,13 +83,13 @@ def split_reference_dataset(
 
 
 def set_epoch(dataset: Any, epoch: int) -> None:
-    """Recomposes the references of a split-reference data set for an epoch; other data sets stay as they are."""
+    """Set the epoch of a split-reference dataset, for which its references are composed; ignore other datasets."""
     if (composer := find_composer(dataset)) is not None:
         composer.epoch = epoch
 
 
 def find_composer(dataset: Any) -> SplitReferences | None:
-    """What makes the rows of a data set, if `split_reference_dataset` made it."""
+    """Return the row transform of a dataset from `split_reference_dataset`, or None for other datasets."""
     if not isinstance(dataset, datasets.Dataset):
         return None
     transform = dataset.format["format_kwargs"].get("transform")
@@ -97,16 +97,16 @@ def find_composer(dataset: Any) -> SplitReferences | None:
 
 
 class SplitReferences:
-    """Makes the rows of a split-reference data set.
+    """Transform that computes the rows of a split-reference dataset.
 
     Args:
         samples: The samples.
-        grid: Cells per side of the mosaic.
-        seed: Of the composition.
+        grid: Number of cells per side of the mosaic.
+        seed: Random seed of the composition.
         processor: See `split_reference_dataset`.
 
     Attributes:
-        epoch: The epoch, from 0.
+        epoch: Index of the epoch, starting at 0.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class SplitReferences:
         seed: int,
         processor: ConceptSegProcessor | None = None,
     ) -> None:
-        self.samples = ReadableSamples(samples, self._check_words)
+        self.samples = ReadableSamples(samples, self._check_prompt)
         self.grid = grid
         self.seed = seed
         self.epoch = 0
@@ -124,14 +124,12 @@ class SplitReferences:
         self._rows: OrderedDict[tuple[int, int], dict[str, Any]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **vars(self),
-            "_rows": OrderedDict(),
-        }  # what is pickled, or hashed, is not what was read so far
+        # Pickles, and hashes of them, must not depend on the cached rows.
+        return {**vars(self), "_rows": OrderedDict()}
 
     @property
     def processor(self) -> ConceptSegProcessor:
-        """Writes prompts and boxes."""
+        """Processor that formats prompts and boxes."""
         if self._processor is None:
             self._processor = ConceptSegProcessor.from_pretrained(nano_checkpoint())
         return self._processor
@@ -140,15 +138,15 @@ class SplitReferences:
     def processor(self, processor: ConceptSegProcessor) -> None:
         self._processor = processor
         self._rows.clear()
-        self.samples.replacements.clear()  # another tokenizer, other reserved tokens
+        self.samples.replacements.clear()  # another tokenizer may have other reserved tokens
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """The rows whose numbers are in the batch, as columns."""
+        """Return the rows with the indices in the batch, as columns."""
         rows = [self.row(index) for index in batch[INDEX]]
         return {name: [row[name] for row in rows] for name in (*COLUMNS, IGNORE, INDEX)}
 
     def row(self, index: int) -> dict[str, Any]:
-        """One row.
+        """Return one row.
 
         Raises:
             ValueError: If the sample cannot be used.
@@ -160,7 +158,7 @@ class SplitReferences:
                 self._rows.popitem(last=False)
         return self._rows[key]
 
-    def _check_words(self, sample: ConceptSample) -> None:
+    def _check_prompt(self, sample: ConceptSample) -> None:
         self.processor.check_prompt(sample.prompt)
 
     def _compose(self, index: int) -> dict[str, Any]:
@@ -169,13 +167,13 @@ class SplitReferences:
         image = load_image(sample.image)
         check_sample(replace(sample, sample_id=sample_id), image.size)
         references = compose_references(sample.references, self.grid, [self.seed, self.epoch], sample_id)
-        frame, pictures = self.processor.draw_images(image, references)
+        frame, vlm_images = self.processor.draw_images(image, references)
         return {
             "prompt": [
                 {"role": "system", "content": self.processor.template.system},
                 {"role": "user", "content": self.processor.instruction(sample.prompt, frame)},
             ],
-            "images": list(pictures),
+            "images": list(vlm_images),
             "target_image": image,
             "gt_mask": sample.mask,
             IGNORE: sample.ignore,
@@ -196,16 +194,16 @@ class SplitReferences:
 def compose_references(
     references: Sequence[Reference], grid: int, seeds: Sequence[int], sample_id: str
 ) -> list[Reference]:
-    """Up to grid * grid references, drawn in random order: the first with a box becomes the proxy query.
+    """Return up to grid * grid references in random order; the first one with a box becomes the proxy query.
 
-    Where fewer than two have a box or mask there is no proxy query to choose, and the order may mean something
-    (frames of a video): it stays.
+    If fewer than two references have a box or mask, there is no proxy query to choose, and the order is kept, as it may
+    be meaningful (frames of a video).
 
     Args:
-        references: All references of a sample; their roles are not regarded.
-        grid: Cells per side of the mosaic.
-        seeds: Numbers that, with the sample's id, decide what is drawn.
-        sample_id: The sample's id.
+        references: All references of a sample; their roles are ignored.
+        grid: Number of cells per side of the mosaic.
+        seeds: Random seeds, to which the hash of the sample's id is added.
+        sample_id: Id of the sample.
     """
     order: range | np.ndarray = range(len(references))
     if sum(reference.is_marked for reference in references) > 1:

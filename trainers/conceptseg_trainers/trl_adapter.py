@@ -1,9 +1,9 @@
-"""Everything that depends on private names of TRL, in one place.
+"""All code that depends on private names of TRL.
 
 `GRPOTrainerAdapter` and `VLLMGenerationAdapter` turn private methods of `GRPOTrainer` and `VLLMGeneration` into hooks
-with documented arguments, and the functions below extend the forward pass that TRL patches. `PRIVATE_NAMES` lists what
-is relied on; tests/trainers/test_trl_adapter.py checks that the installed TRL has it, and pyproject.toml admits the
-minor versions that were tested.
+with documented arguments, and the functions below extend the forward pass that TRL patches. `PRIVATE_NAMES` lists
+these names; tests/trainers/test_trl_adapter.py checks that the installed TRL defines them, and pyproject.toml restricts
+TRL to the minor versions that were tested.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        f"MetaGRPOTrainer needs TRL 1.16, and that Python 3.11; here TRL is {__version__}. Install it with: "
-        "pip install -U 'trl~=1.16.0'."
+        f"MetaGRPOTrainer needs TRL 1.16 (Python 3.11 or newer), but TRL {__version__} is installed; upgrade it with: "
+        "pip install -U 'trl~=1.16.0'"
     ) from error
 
 Batch: TypeAlias = dict[str, Any]
-"""Columns by name, as GRPOTrainer has them: tensors and lists with an entry per completion, and scalars."""
+"""Columns by name, as in GRPOTrainer: tensors and lists with one entry per completion, and scalars."""
 Rows: TypeAlias = list[dict[str, Any]]
-"""Rows of the data set, one for each completion."""
+"""Rows of the dataset, one for each completion."""
 
 PRIVATE_NAMES = {
     GRPOTrainer: (
@@ -56,22 +56,22 @@ PRIVATE_NAMES = {
     ),
     VLLMGeneration: ("_init_vllm", "_iter_named_params"),
 }
-"""Private methods that are overridden or called, by class. Attributes of instances: `_buffered_inputs`, `_metrics`,
-`_step` and `_last_loaded_step` of a GRPOTrainer."""
+"""Private methods that are overridden or called, by class. The private attributes `_buffered_inputs`, `_metrics`,
+`_step` and `_last_loaded_step` of a GRPOTrainer are used as well."""
 
 
 class GRPOTrainerAdapter(GRPOTrainer):
-    """GRPOTrainer with hooks in the place of its private methods.
+    """GRPOTrainer with documented hooks instead of private methods.
 
-    Its reference policy is made by `set_reference` and its vLLM engine by `set_engine`, as TRL would load a second
-    composite model for either.
+    Call `set_reference` to set the reference policy and `set_engine` to set the vLLM engine; TRL would load a second
+    composite model for each of them.
 
     Args:
-        model: The model, loaded.
+        model: The loaded model.
         reward_funcs: Reward functions.
         args: The settings.
-        keep_beta: Leave the reference policy to TRL, which turns adapters off for it.
-        ignored_settings: Settings that have been used already.
+        keep_beta: Let TRL handle the reference policy, which is the model with its adapters disabled.
+        ignored_settings: Settings that have already been applied and are hidden from TRL.
         **kwargs: Further arguments of GRPOTrainer.
     """
 
@@ -96,47 +96,47 @@ class GRPOTrainerAdapter(GRPOTrainer):
             super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         self.beta = beta
 
-    # Hooks
+    # -- hooks --
 
     def rollout_context(self, inputs: Rows) -> AbstractContextManager[None]:
-        """A block in which completions of rows are generated and scored."""
+        """Return a context manager in which the completions of rows are generated and scored."""
         return nullcontext()
 
     def finish_rollouts(self, output: Batch) -> Batch:
-        """Changes what generation and rewards have given; see `Batch`."""
+        """Modify the output of generation and rewards; see `Batch`."""
         return output
 
     def arrange_batches(self, batches: list[Batch]) -> list[Batch]:
-        """Arranges the batches of one generation, which TRL has shuffled and split."""
+        """Rearrange the batches of one generation after TRL has shuffled and split them."""
         return batches
 
     def before_rewards(
         self, inputs: Rows, completions: Sequence[Any], completion_ids: list[list[int]]
     ) -> None:
-        """Adds columns to the rows before reward functions see them."""
+        """Add columns to the rows before the reward functions are called."""
 
     def after_rewards(self, inputs: Rows, completions: Sequence[Any], rewards: Tensor) -> None:
-        """Sees the (B, number of functions) rewards of this process's completions; NaN where a function gave none."""
+        """Process the (B, number of functions) rewards of this process; NaN where a function returned None."""
 
     def forward_arguments(self, inputs: Batch) -> dict[str, Any]:
-        """Further arguments of the forward pass from which the policy loss is computed."""
+        """Return additional arguments of the forward pass from which the policy loss is computed."""
         return {}
 
     def add_to_loss(self, policy_loss: Tensor, output: Any, inputs: Batch, steps: int) -> Tensor:
-        """The loss of a batch.
+        """Return the loss of a batch.
 
         Args:
-            policy_loss: TRL's loss, divided by `steps` already.
-            output: The output of the only forward pass.
+            policy_loss: TRL's loss, already divided by `steps`.
+            output: Output of the single forward pass.
             inputs: The batch.
-            steps: Batches whose gradients are accumulated; 1 in an evaluation.
+            steps: Number of gradient accumulation steps; 1 during evaluation.
         """
         return policy_loss
 
-    # For subclasses
+    # -- methods for subclasses --
 
     def set_reference(self, reference: PreTrainedModel) -> None:
-        """Makes a frozen VLM the reference policy."""
+        """Set a frozen VLM as the reference policy."""
         add_fused_lm_head(reference, temperature=self.temperature)
         read_prompts_once(reference, reference)
         if self.is_deepspeed_enabled:
@@ -147,25 +147,25 @@ class GRPOTrainerAdapter(GRPOTrainer):
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     def set_engine(self, generation: VLLMGeneration) -> None:
-        """Makes a vLLM engine write the completions."""
+        """Use a vLLM engine for generation."""
         self.use_vllm = True
         self._last_loaded_step = -1
         self.vllm_generation = generation
 
     def log_mean(self, name: str, value: Tensor) -> None:
-        """Logs a number of this batch; the mean over processes and batches is reported."""
+        """Log a scalar of this batch; the mean over processes and batches is reported."""
         mode = "train" if self.model.training else "eval"
         self._metrics[mode][name].append(self.accelerator.gather(value.detach()).mean().item())
 
     def log_rollout(self, name: str, value: float) -> None:
-        """Logs a number of one completion, as reward functions do."""
+        """Log a scalar of one completion, as reward functions do."""
         self._log_metric(name, value)
 
     def log_column(self, name: str, values: list[Any]) -> None:
-        """Adds a column to the table of completions, one value for each."""
+        """Add a column to the completions table, with one value per completion."""
         self._log_completion_extra(name, values)
 
-    # What the hooks replace
+    # -- overridden private methods of TRL --
 
     def _generate_and_score_completions(self, inputs: Rows) -> Batch:
         with self.rollout_context(inputs):
@@ -207,14 +207,14 @@ class GRPOTrainerAdapter(GRPOTrainer):
 
 
 class VLLMGenerationAdapter(VLLMGeneration):
-    """TRL's vLLM backend with hooks for what the engine is built from and which weights it gets."""
+    """TRL's vLLM backend with hooks for the model that the engine loads and for the weights that it receives."""
 
     def engine_context(self) -> AbstractContextManager[None]:
-        """A block in which the engine is built from `model.name_or_path`."""
+        """Return a context manager in which the engine is built from `model.name_or_path`."""
         return nullcontext()
 
     def engine_name(self, name: str) -> str | None:
-        """The engine's name of a parameter of the model; None leaves it out."""
+        """Return the engine's name of a model parameter, or None to omit the parameter."""
         return name
 
     def _init_vllm(self) -> None:
@@ -222,30 +222,30 @@ class VLLMGenerationAdapter(VLLMGeneration):
             super()._init_vllm()
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
-        # Every parameter is walked, even those left out: to gather one is a collective operation.
+        # Iterate over all parameters, even the omitted ones: gathering a parameter is a collective operation.
         for name, parameter in super()._iter_named_params():
-            if (known_as := self.engine_name(name)) is not None:
-                yield known_as, parameter
+            if (engine_name := self.engine_name(name)) is not None:
+                yield engine_name, parameter
 
 
 def steps_per_generation(args: GRPOConfig) -> int:
-    """The setting, which GRPOConfig fills in although its type admits None."""
+    """Return `steps_per_generation`, which GRPOConfig always sets although its type is optional."""
     return cast(int, args.steps_per_generation)
 
 
 @dataclass
 class ConceptLMOutput(FusedCausalLMOutput):
-    """TRL's log-probabilities, and the concept tokens (B, L2, D) of the same forward pass."""
+    """TRL's log-probabilities and the concept tokens (B, L2, D) of the same forward pass."""
 
     concept_embeds: Tensor | None = None
 
 
 def read_prompts_once(model: PreTrainedModel, vlm: PreTrainedModel) -> None:
-    """Lets `model(..., fused_lm_head=True, labels=labels)` read each prompt of a batch once.
+    """Patch `model.forward` to process each prompt of a batch once in `model(..., fused_lm_head=True, labels=labels)`.
 
     Args:
         model: A model with TRL's fused head.
-        vlm: The VLM in it, or itself.
+        vlm: The VLM of the model, or the model itself.
     """
     inner = model.forward
 
@@ -264,9 +264,9 @@ def read_prompts_once(model: PreTrainedModel, vlm: PreTrainedModel) -> None:
 
 
 def add_concept_head(model: ConceptSegForSegmentation, detach_hidden_states: bool) -> None:
-    """Lets `model(..., fused_lm_head=True, concept_mask=mask)` return concept tokens beside log-probabilities.
+    """Patch `model.forward` to return concept tokens in `model(..., fused_lm_head=True, concept_mask=mask)`.
 
-    All that is trained must run inside the forward pass that DDP, DeepSpeed or FSDP has wrapped.
+    All trained modules must run inside the forward pass that DDP, DeepSpeed or FSDP wraps.
 
     Args:
         model: The model, with TRL's fused head.
@@ -295,7 +295,7 @@ def add_concept_head(model: ConceptSegForSegmentation, detach_hidden_states: boo
 
 @contextmanager
 def replaced_generate(model: ConceptSegForSegmentation, generate: Callable[..., Tensor]) -> Iterator[None]:
-    """A block in which TRL, which calls `model.generate`, gets its completions from another function."""
+    """Temporarily replace `model.generate`, which TRL calls to sample completions."""
     model.generate = generate  # type: ignore[method-assign]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Rollouts with vLLM: the VLM alone goes to the engine, under its own names; CTM and SAM 3 stay with the trainer."""
+"""Rollouts with vLLM: the engine runs only the VLM; the CTM and SAM 3 stay in the trainer."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _VLM = "vlm."
-# The engine has no list of forbidden tokens; the least bias it accepts makes one impossible in practice.
-_NEVER = -100.0
+# vLLM has no option to suppress tokens; with the smallest bias that it accepts, a token is practically never sampled.
+_MIN_LOGIT_BIAS = -100.0
 
 
 class ConceptVLLMGeneration(VLLMGenerationAdapter):
     """TRL's vLLM backend for the VLM inside a `ConceptSegForSegmentation`.
 
-    What differs from `VLLMGeneration`: the engine starts from the VLM's own folder or id, receives only the VLM's
-    weights, and never samples the suppressed tokens.
+    Unlike in `VLLMGeneration`, the engine is built from the folder or id of the VLM, receives only the weights of the
+    VLM, and never samples the suppressed tokens.
 
     Args:
-        model: The trainer's: a composite, or a PEFT model around one.
+        model: Model of the trainer: a composite, or a PEFT model that wraps one.
         accelerator: As for `VLLMGeneration`.
         processing_class: As for `VLLMGeneration`.
-        vlm_name_or_path: Folder or id of a Qwen2.5-VL of the same shape with its processor: what a colocated engine
-            is built from. A server is started with it by hand.
-        suppressed_tokens: Ids of tokens that stand for images; a completion must not hold any.
-        generation_kwargs: Further sampling parameters of vLLM.
+        vlm_name_or_path: Folder or id of a Qwen2.5-VL of the same architecture, with its processor, from which a
+            colocated engine is built. A server must be started with it manually.
+        suppressed_tokens: Ids of image tokens, which a completion must not contain.
+        generation_kwargs: Additional sampling parameters of vLLM.
         **kwargs: As for `VLLMGeneration`.
     """
 
@@ -62,7 +62,7 @@ class ConceptVLLMGeneration(VLLMGenerationAdapter):
     def from_trainer(
         cls, trainer: GRPOTrainerAdapter, vlm_name_or_path: str, suppressed_tokens: Sequence[int]
     ) -> ConceptVLLMGeneration:
-        """The backend that a trainer's arguments describe; see `ConceptVLLMGeneration` for the others."""
+        """Create the backend from the settings of a trainer; see `ConceptVLLMGeneration` for the other arguments."""
         args = trainer.args
         return cls(
             model=trainer.model,
@@ -91,30 +91,33 @@ class ConceptVLLMGeneration(VLLMGenerationAdapter):
             top_k=args.top_k,
             min_p=args.min_p,
             max_completion_length=args.max_completion_length,
-            # GRPOConfig has read what was given as a string.
+            # GRPOConfig has parsed a value that was given as a string.
             generation_kwargs=cast(dict[str, Any] | None, args.generation_kwargs),
         )
 
     @contextmanager
     def engine_context(self) -> Iterator[None]:
-        """The engine is built from `model.name_or_path`, which names the composite's folder."""
+        """Temporarily set `model.name_or_path`, from which TRL builds the engine, to that of the VLM."""
         composite = next(
             module for module in self.model.modules() if isinstance(module, ConceptSegForSegmentation)
         )
-        own = composite.name_or_path
+        original = composite.name_or_path
         composite.name_or_path = self.vlm_name_or_path
         try:
             yield
         finally:
-            composite.name_or_path = own
+            composite.name_or_path = original
 
     def engine_name(self, name: str) -> str | None:
-        """The VLM's own name of a parameter; the engine gets no others."""
+        """Return the VLM's name of a parameter, or None for parameters of the CTM and SAM 3."""
         return name.removeprefix(_VLM) if name.startswith(_VLM) else None
 
 
 def suppress_tokens(generation_kwargs: Mapping[str, Any] | None, tokens: Sequence[int]) -> dict[str, Any]:
-    """Sampling parameters of vLLM under which some tokens are never sampled; other biases are kept."""
+    """Return sampling parameters of vLLM with which some tokens are never sampled; other biases are kept."""
     kwargs = dict(generation_kwargs or {})
-    kwargs["logit_bias"] = {**(kwargs.get("logit_bias") or {}), **dict.fromkeys(map(int, tokens), _NEVER)}
+    kwargs["logit_bias"] = {
+        **(kwargs.get("logit_bias") or {}),
+        **dict.fromkeys(map(int, tokens), _MIN_LOGIT_BIAS),
+    }
     return kwargs

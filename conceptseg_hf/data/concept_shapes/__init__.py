@@ -1,4 +1,4 @@
-"""ConceptShapes: a procedural benchmark of concept segmentation that needs no files."""
+"""ConceptShapes: a procedurally generated concept segmentation benchmark that needs no files."""
 
 from .benchmark import SPLITS, ConceptShapes
 

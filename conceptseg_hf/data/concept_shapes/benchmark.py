@@ -1,4 +1,4 @@
-"""ConceptShapes as a sequence of samples, as a `datasets.Dataset`, and as a folder of PNG files."""
+"""ConceptShapes as a sequence of samples, with conversion to a `datasets.Dataset` and export to PNG files."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ if TYPE_CHECKING:
     import datasets
 
 NAME = "concept-shapes"
-# The number of each split enters the seed of each of its samples; its length is only where iteration ends.
+# The number of a split is part of the seed of its samples; its length only limits iteration.
 SPLITS = {"train": 0, "val": 1, "test": 2, "test-compositional": 3, "test-rules": 4}
 SEED = 42
-"""Seed of the references that are part of the benchmark."""
+"""Default seed, which gives the references that are part of the benchmark."""
 
 _LENGTHS = {"train": 1_000_000} | dict.fromkeys(("val", "test", "test-compositional", "test-rules"), 1_200)
 _RULES_SPLIT, _RULES_GROUP = "test-rules", "hidden rule"
-# Enters the seeds of the groups beside Table 1, so that they differ from each other and from the others.
+# Part of the seeds of the groups outside Table 1, so that no two groups share random numbers.
 _FURTHER_SEEDS = {name: 1_000_000_007 + i for i, name in enumerate(FURTHER_GROUPS)}
 
 
 @dataclass(frozen=True)
 class Slot:
-    """What a place of the benchmark draws.
+    """What is generated at an index of the benchmark.
 
     Attributes:
         level: "CI", "CD" or "CR".
         group: The group.
-        stratum: The part of the group, where it has parts.
-        family: The family.
+        stratum: Part of the group, if the group is divided.
+        family: Function that generates the task.
         sample_id: Unique within the split.
-        seeds: What the task is drawn from, besides the split.
-        options: Further arguments of the family.
+        seeds: Random seeds of the task, in addition to that of the split.
+        options: Additional arguments of the family.
     """
 
     level: str
@@ -58,23 +58,24 @@ class Slot:
 class ConceptShapes(Sequence[ConceptSample]):
     """Scenes of shapes with one concept to segment in each; identical on every machine.
 
-    Samples go round the groups of the paper's Table 1, so any prefix of a split is balanced. In the split
-    `test-compositional` the concept always joins a color and a shape that no other split ever draws
-    together, wherever the family has a colored target.
+    Samples cycle through the groups of the paper's Table 1, so any prefix of a split is balanced. In the split
+    `test-compositional`, the concept always combines a color and a shape that no other split draws together, in all
+    families with a colored target.
 
     Args:
-        split: `"train"`, `"val"`, `"test"`, `"test-compositional"`, or `"test-rules"`: the group "hidden rule"
-            alone, with rules that no other split draws.
-        length: Number of samples; the split's own by default.
-        size: Side of the target images in pixels.
-        seed: Another than `SEED` draws other references for the same targets, wherever references are examples of a
-            concept; a first frame or view, which is part of the question, stays.
-        groups: Go round these groups instead: groups of Table 1 (their samples are those that the whole split has),
-            "which one" (siblings that the answer's noun does not tell apart) and "hidden rule" (the references obey a
-            rule that nobody states).
+        split: `"train"`, `"val"`, `"test"`, `"test-compositional"`, or `"test-rules"`, which has only the group
+            "hidden rule", with rules that no other split draws.
+        length: Number of samples; defaults to the length of the split.
+        size: Side length of the target images in pixels.
+        seed: Random seed of the references. Seeds other than `SEED` draw different references for the same targets, in
+            families with examples of a concept as references; first frames and views, which are part of the question,
+            do not change.
+        groups: Groups to cycle through instead: groups of Table 1 (with the same samples as in the whole split),
+            "which one" (objects that the noun of the answer does not distinguish) and "hidden rule" (the references
+            follow an unstated rule).
 
     Raises:
-        ValueError: If there is no such split or group, or the size is under 32 pixels.
+        ValueError: If the split or a group does not exist, or the size is less than 32 pixels.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class ConceptShapes(Sequence[ConceptSample]):
                 f"{', '.join(SPLITS)}."
             )
         if size < 32:
-            raise ValueError(f"ConceptShapes: size is {size}, too small to draw in; use at least 32 pixels.")
+            raise ValueError(f"ConceptShapes: size is {size}, which is too small; use at least 32 pixels.")
         if groups is None:
             groups = (_RULES_GROUP,) if split == _RULES_SPLIT else TABLE_1_GROUPS
         unknown = [group for group in groups if group not in (*TABLE_1_GROUPS, *FURTHER_GROUPS)]
@@ -101,7 +102,7 @@ class ConceptShapes(Sequence[ConceptSample]):
             )
         if split == _RULES_SPLIT and tuple(groups) != (_RULES_GROUP,):
             raise ValueError(
-                f"ConceptShapes: the split {split!r} has the group {_RULES_GROUP!r} alone; leave groups out."
+                f"ConceptShapes: the split {split!r} has only the group {_RULES_GROUP!r}; leave groups out."
             )
         self.name = NAME
         self.split = split
@@ -109,13 +110,13 @@ class ConceptShapes(Sequence[ConceptSample]):
         self.seed = seed
         self.groups = tuple(groups)
         self.length = _LENGTHS[split] if length is None else length
-        # One round: the places of Table 1's round that are wanted, and one place for each further group.
+        # One round: the selected positions in the round of Table 1, and one position for each additional group.
         self._round: list[int | str] = [i for i, (_, group, _) in enumerate(GROUPS) if group in groups]
         self._round += [group for group in FURTHER_GROUPS if group in groups]
 
     @property
     def is_whole(self) -> bool:
-        """Whether it goes round all groups of Table 1 and no others."""
+        """Whether the samples cycle through all groups of Table 1 and no others."""
         return self._round == list(range(len(GROUPS)))
 
     def __len__(self) -> int:
@@ -149,28 +150,28 @@ class ConceptShapes(Sequence[ConceptSample]):
         )
 
     def task(self, index: int) -> Task:
-        """The task behind a sample, with its scenes."""
+        """Return the task of a sample, with its scenes."""
         slot = self.slot(index)
         rng = TaskRng([SPLITS[self.split], *slot.seeds], None if self.seed == SEED else self.seed)
         return slot.family(rng, self.size, self.split == "test-compositional", **slot.options)
 
     def slot(self, index: int) -> Slot:
-        """What is drawn at an index."""
-        number, place = divmod(index, len(self._round))
-        group = self._round[place]
+        """Return what is generated at an index."""
+        number, position = divmod(index, len(self._round))
+        group = self._round[position]
         if isinstance(group, int):
             index = number * len(GROUPS) + group
             level, name, family = family_at(index)
             return Slot(level, name, "", family, f"{self.split}-{index:06d}", (index,), {})
         level, strata = FURTHER_GROUPS[group]
         families = [(stratum, family) for stratum, members in strata.items() for family in members]
-        occurrence, which = divmod(number, len(families))
-        stratum, family = families[which]
+        occurrence, family_index = divmod(number, len(families))
+        stratum, family = families[family_index]
         options: dict[str, Any] = {"new": True} if self.split == _RULES_SPLIT else {}
         seeds: tuple[int, ...] = (_FURTHER_SEEDS[group], number)
         if family in VARIANTS:
             occurrence, variant = divmod(occurrence, VARIANTS[family])
-            seeds, options = (*seeds[:1], which, occurrence), {"variant": variant}
+            seeds, options = (*seeds[:1], family_index, occurrence), {"variant": variant}
         return Slot(
             level,
             group,
@@ -186,20 +187,20 @@ class ConceptShapes(Sequence[ConceptSample]):
             yield self[index]
 
     def to_dataset(self) -> datasets.Dataset:
-        """The split as a `datasets.Dataset`; see `as_dataset`."""
+        """Convert the split to a `datasets.Dataset`; see `as_dataset`."""
         from ..tables import as_dataset
 
         return as_dataset(self)
 
     def export(self, folder: str | Path) -> Path:
-        """Writes the split as PNG files and `samples.jsonl`.
+        """Write the split as PNG files and `samples.jsonl`.
 
         Args:
-            folder: Created if missing. Images go to `images/`, masks to `masks/`, references to
+            folder: Output folder, created if missing. Images are written to `images/`, masks to `masks/`, references to
                 `references/`.
 
         Returns:
-            The path of `samples.jsonl`, one JSON object a line, with paths relative to the folder.
+            The path of `samples.jsonl`, with one JSON object per line and paths relative to the folder.
         """
         folder = Path(folder)
         index_path = folder / "samples.jsonl"
@@ -226,7 +227,7 @@ class ConceptShapes(Sequence[ConceptSample]):
 
 
 def family_at(index: int) -> tuple[str, str, Family]:
-    """Level, group and family of the sample at an index of any split."""
+    """Return the level, group and family of the sample at an index of any split."""
     round_number, slot = divmod(index, len(GROUPS))
     level, group, families = GROUPS[slot]
     return level, group, families[round_number % len(families)]

@@ -1,8 +1,8 @@
-"""Drawing: backgrounds, shapes and textures as NumPy arrays.
+"""Drawing of backgrounds, shapes and textures as NumPy arrays.
 
-Everything is elementary float32 or integer arithmetic in a fixed order, without BLAS or transcendental
-functions, so that one seed gives the same picture on every machine. Lengths are in pixels unless said
-otherwise; x grows to the right, y downwards; pixel centres are integers.
+All operations are elementary float32 or integer arithmetic in a fixed order, without BLAS or transcendental functions,
+so that a seed gives the same image on every machine. Lengths are in pixels unless stated otherwise; x grows to the
+right, y downwards; pixel centers are integers.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ _DISTANCES: dict[str, Callable[[FloatArray, FloatArray], FloatArray]] = {
     "ring": _ring,
     "bar": _bar,
 }
-# Turning a square by 45 degrees would make it look like a diamond, and so on: each shape turns only as far
-# as it keeps its name.
+# Allowed rotations in steps of 15 degrees. A square rotated by 45 degrees would look like a diamond, for instance, so
+# each shape is rotated only as far as its name remains correct.
 _TURNS: dict[str, tuple[int, ...]] = {
     "circle": (0,),
     "square": (0, 1, 23),
@@ -103,7 +103,7 @@ _TURNS: dict[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class Patch:
-    """A drawn region of an image: its top-left corner and its coverage, (h, w) between 0 and 1."""
+    """A drawn region of an image: top-left corner, coverage (h, w) between 0 and 1, and coordinates in the shape."""
 
     x: int
     y: int
@@ -112,14 +112,14 @@ class Patch:
     v: FloatArray
 
     def paste(self, image: FloatArray, color: FloatArray, opacity: float = 1.0) -> None:
-        """Blends a color, (3,) or (h, w, 3), into the image, (S, S, 3), in place."""
+        """Blend a color, (3,) or (h, w, 3), into the image, (S, S, 3), in place."""
         h, w = self.coverage.shape
         region = image[self.y : self.y + h, self.x : self.x + w]
         alpha = (self.coverage * np.float32(opacity))[:, :, None]
         region += (color - region) * alpha
 
     def mask(self, size: int) -> BoolArray:
-        """The pixels more than half covered, (size, size)."""
+        """Return a mask of the pixels that are more than half covered, (size, size)."""
         mask = np.zeros((size, size), dtype=bool)
         h, w = self.coverage.shape
         mask[self.y : self.y + h, self.x : self.x + w] = self.coverage > 0.5
@@ -127,12 +127,12 @@ class Patch:
 
 
 def turns_of(shape: str) -> tuple[int, ...]:
-    """The rotations, in steps of 15 degrees, under which a shape keeps its name."""
+    """Return the allowed rotations of a shape, in steps of 15 degrees."""
     return _TURNS[shape]
 
 
 def draw_shape(size: int, shape: str, cx: float, cy: float, radius: float, turn: int = 0) -> Patch:
-    """The coverage of a shape centred at (cx, cy) on a (size, size) image, anti-aliased over one pixel."""
+    """Draw the coverage of a shape centered at (cx, cy) on a (size, size) image, anti-aliased over one pixel."""
     reach = radius * 1.1 + 1.0
     x0, x1 = max(0, int(cx - reach)), min(size, int(cx + reach) + 2)
     y0, y1 = max(0, int(cy - reach)), min(size, int(cy + reach) + 2)
@@ -146,7 +146,7 @@ def draw_shape(size: int, shape: str, cx: float, cy: float, radius: float, turn:
 
 
 def texture_color(patch: Patch, texture: str, color: FloatArray, period: float) -> FloatArray:
-    """The colors of a textured object: (3,) when plain, else (h, w, 3) of the color and a darker tone."""
+    """Return the colors of a textured object: (3,) if plain, else (h, w, 3) with the color and a darker tone."""
     if texture == "plain":
         return color
     u, v = np.floor(patch.u / np.float32(period / 2)), np.floor(patch.v / np.float32(period / 2))
@@ -162,7 +162,7 @@ def texture_color(patch: Patch, texture: str, color: FloatArray, period: float) 
 
 
 def smooth_noise(rng: np.random.Generator, size: int, cells: int, amplitude: int) -> FloatArray:
-    """Random values on a coarse grid, interpolated to (size, size) in integers, so exact everywhere."""
+    """Interpolate random values on a coarse grid to (size, size), in integers so that results are reproducible."""
     grid = rng.integers(-amplitude, amplitude + 1, (cells + 1, cells + 1))
     position = np.arange(size) * cells * 64 // size
     index, weight = position // 64, position % 64
@@ -172,7 +172,7 @@ def smooth_noise(rng: np.random.Generator, size: int, cells: int, amplitude: int
 
 
 def draw_background(rng: np.random.Generator, size: int) -> FloatArray:
-    """A muted background, (size, size, 3): one of six patterns over smooth noise, in a dull tone."""
+    """Draw a muted background, (size, size, 3): one of six patterns over smooth noise, in a dull tone."""
     level = int(rng.integers(70, 190))
     tone = level + rng.integers(-14, 15, 3).astype(np.float32)
     shade = smooth_noise(rng, size, int(rng.integers(2, 7)), 18)
@@ -193,5 +193,5 @@ def draw_background(rng: np.random.Generator, size: int) -> FloatArray:
 
 
 def to_uint8(image: FloatArray) -> NDArray[np.uint8]:
-    """Rounds and clips an image to 8 bits."""
+    """Round and clip an image to 8 bits."""
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)

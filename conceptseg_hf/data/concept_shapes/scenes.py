@@ -1,7 +1,7 @@
-"""Scenes: what is drawn, and under which words each thing goes.
+"""Scenes: drawn objects, and the words that describe each of them.
 
-A `Scene` is the truth behind a picture. Families (`families.py`) compose scenes into samples; training code
-may ask a scene for any phrase that names something in it.
+A `Scene` is an image with its ground truth. Families (`families/`) combine scenes into tasks; training code can query
+the mask of any phrase that describes objects of a scene.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .rendering import (
     turns_of,
 )
 
-# Every eighth pair of color and shape is never drawn outside the split "test-compositional".
+# Every eighth pair of color and shape is drawn only in the split "test-compositional".
 HELD_OUT_PAIRS = frozenset(
     (color, shape) for i, color in enumerate(COLORS) for j, shape in enumerate(SHAPES) if (3 * i + j) % 8 == 5
 )
@@ -37,7 +37,7 @@ HELD_OUT_PAIRS = frozenset(
 
 @dataclass(frozen=True)
 class Look:
-    """The attributes of an object; a `kind` ("shadow", "scratch") stands in its name for the others."""
+    """The attributes of an object; a `kind` ("shadow", "scratch") replaces the other attributes in its name."""
 
     shape: str
     color: str = GREY
@@ -46,7 +46,7 @@ class Look:
 
     @property
     def phrase(self) -> str:
-        """The noun phrase, 1 to 3 words, that names an object of this look."""
+        """Noun phrase of 1 to 3 words for an object of this look."""
         if self.kind in ("hidden", "glass", "core"):
             return {"core": f"{self.color} core"}.get(self.kind, f"{self.kind} {self.shape}")
         if self.kind:
@@ -55,7 +55,7 @@ class Look:
         return f"{texture}{self.color} {self.shape}"
 
     def matches(self, words: Sequence[str]) -> bool:
-        """Whether every word describes this look; "object" describes all that has a shape and a color."""
+        """Whether every word describes this look; "object" describes every look with a shape and a color."""
         if self.kind:
             own = {self.kind, *self.phrase.split(), *(("transparent",) if self.kind == "glass" else ())}
         else:
@@ -65,7 +65,7 @@ class Look:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """An object: its look, centre and radius in pixels, turn in steps of 15 degrees, visible pixels (S, S)."""
+    """An object: look, center and radius in pixels, rotation in steps of 15 degrees, visible pixels (S, S)."""
 
     look: Look
     cx: float
@@ -76,19 +76,19 @@ class SceneObject:
 
     @property
     def box(self) -> Box | None:
-        """(x1, y1, x2, y2) of the mask, x2 and y2 exclusive; None where nothing of it is visible."""
+        """(x1, y1, x2, y2) of the mask, x2 and y2 exclusive; None if no pixel is visible."""
         return mask_to_box(self.mask)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture (S, S, 3) and the objects in it."""
+    """An image (S, S, 3) and the objects in it."""
 
     pixels: NDArray[np.uint8]
     objects: tuple[SceneObject, ...]
 
     def mask_of(self, words: Sequence[str]) -> BoolArray:
-        """The union of all objects that answer to the words, (S, S)."""
+        """Return the union of the masks of all objects that the words describe, (S, S)."""
         mask = np.zeros(self.pixels.shape[:2], dtype=bool)
         for item in self.objects:
             if item.look.matches(words):
@@ -97,17 +97,16 @@ class Scene:
 
 
 def pick(rng: np.random.Generator, items: Sequence[str]) -> str:
-    """One item, uniformly."""
+    """Draw one item uniformly."""
     return items[int(rng.integers(len(items)))]
 
 
 def random_look(rng: np.random.Generator, held_out: bool = False, **fixed: str) -> Look:
-    """A look drawn at random, plain half of the time.
+    """Draw a random look; half of all looks are plain.
 
     Args:
-        rng: Source of randomness.
-        held_out: Whether the pair of color and shape must be one that is held out from training; otherwise
-            it never is.
+        rng: Random generator.
+        held_out: Whether the pair of color and shape must be held out from training; if False, it must not be.
         **fixed: Attributes that are given.
 
     Raises:
@@ -131,8 +130,8 @@ def random_look(rng: np.random.Generator, held_out: bool = False, **fixed: str) 
 def place(
     rng: np.random.Generator, size: int, radii: Sequence[float], taken: Sequence[SceneObject] = ()
 ) -> list[tuple[float, float]]:
-    """Centres for circles of the given radii, inside the image and as far apart as 24 tries allow."""
-    centres: list[tuple[float, float]] = []
+    """Draw centers of circles with the given radii, inside the image and as far apart as 24 tries allow."""
+    centers: list[tuple[float, float]] = []
     others = [(item.cx, item.cy, item.radius) for item in taken]
     for radius in radii:
         best, best_gap = (size / 2, size / 2), -1e9
@@ -147,35 +146,35 @@ def place(
                 best, best_gap = (cx, cy), gap
             if gap >= 0:
                 break
-        centres.append(best)
+        centers.append(best)
         others.append((*best, radius))
-    return centres
+    return centers
 
 
 def random_radius(rng: np.random.Generator, size: int, low: float = 0.09, high: float = 0.18) -> float:
-    """A radius between two fractions of the image's side."""
+    """Draw a radius between two fractions of the image's side length."""
     return size * (low + (high - low) * float(rng.random()))
 
 
 def make_objects(
     rng: np.random.Generator, size: int, looks: Sequence[Look], low: float = 0.09, high: float = 0.18
 ) -> list[SceneObject]:
-    """Objects of the given looks at random places and sizes, not yet drawn; smaller ones in crowded scenes."""
+    """Create objects of the given looks with random positions and sizes, not yet drawn; smaller in crowded scenes."""
     if len(looks) > 4:
         high = max(low, high - 0.02 * (len(looks) - 4))
     radii = [random_radius(rng, size, low, high) for _ in looks]
     # The largest are placed first: they are the hardest to fit.
     order = sorted(range(len(looks)), key=lambda i: -radii[i])
-    centres = dict(zip(order, place(rng, size, [radii[i] for i in order]), strict=True))
+    centers = dict(zip(order, place(rng, size, [radii[i] for i in order]), strict=True))
     turns = [turns_of(look.shape) for look in looks]
     return [
-        SceneObject(look, *centres[i], radii[i], turns[i][int(rng.integers(len(turns[i])))])
+        SceneObject(look, *centers[i], radii[i], turns[i][int(rng.integers(len(turns[i])))])
         for i, look in enumerate(looks)
     ]
 
 
 def color_value(rng: np.random.Generator, color: str) -> FloatArray:
-    """The RGB value of a color word, varied a little; "grey" is any grey."""
+    """Draw an RGB value near that of a color word; "grey" gives any gray."""
     if color == GREY:
         return np.full(3, int(rng.integers(60, 200)), dtype=np.float32) + rng.integers(-6, 7, 3).astype(
             np.float32
@@ -186,7 +185,7 @@ def color_value(rng: np.random.Generator, color: str) -> FloatArray:
 def draw_object(
     rng: np.random.Generator, image: FloatArray, item: SceneObject, earlier: list[SceneObject]
 ) -> SceneObject:
-    """Draws an object and returns it with its mask; its pixels no longer belong to the objects below it."""
+    """Draw an object and return it with its mask; its pixels are removed from the masks of the objects below it."""
     size = image.shape[0]
     patch = draw_shape(size, item.look.shape, item.cx, item.cy, item.radius, item.turn)
     mask = patch.mask(size)
@@ -203,8 +202,7 @@ def draw_object(
             :, :, None
         ] * np.float32(0.55)
     elif kind == "hidden":
-        # The object's own background: same tone and pattern family, shifted phase, so that only the border
-        # betrays it.
+        # The object is filled with its background, shifted and mirrored, so that only its border is visible.
         h, w = patch.coverage.shape
         under = image[patch.y : patch.y + h, patch.x : patch.x + w]
         twin = np.roll(under[::-1, ::-1], (h // 3, w // 3), axis=(0, 1))
@@ -221,7 +219,7 @@ def draw_object(
 def draw_scene(
     rng: np.random.Generator, size: int, objects: Sequence[SceneObject], background: FloatArray | None = None
 ) -> Scene:
-    """Draws objects, in order, on a background (a random one by default)."""
+    """Draw objects, in order, on a background (a random one by default)."""
     image = draw_background(rng, size) if background is None else background.copy()
     drawn: list[SceneObject] = []
     for item in objects:
@@ -230,7 +228,7 @@ def draw_scene(
 
 
 def soften(mask: FloatArray, radius: int) -> FloatArray:
-    """A box blur of (S, S) with the given radius, twice per axis; edges are repeated."""
+    """Blur (S, S) with a box filter of the given radius, twice per axis; edges are repeated."""
     result = mask
     for axis in (0, 1, 0, 1):
         padding = [(0, 0), (0, 0)]
@@ -245,7 +243,7 @@ def soften(mask: FloatArray, radius: int) -> FloatArray:
 
 
 def draw_product(rng: np.random.Generator, size: int) -> FloatArray:
-    """A regular industrial surface, (S, S, 3): brushed metal, tiles, a perforated plate or woven mesh."""
+    """Draw a regular industrial surface, (S, S, 3): brushed metal, tiles, a perforated plate or woven mesh."""
     level = np.float32(rng.integers(110, 180))
     tone = level + rng.integers(-10, 11, 3).astype(np.float32)
     axis = np.arange(size)
@@ -269,7 +267,7 @@ def draw_product(rng: np.random.Generator, size: int) -> FloatArray:
 
 
 def draw_tissue(rng: np.random.Generator, size: int) -> FloatArray:
-    """Speckled tissue of low contrast, (S, S, 3), pinkish or grey."""
+    """Draw speckled tissue of low contrast, (S, S, 3), pinkish or gray."""
     tones = ((176, 120, 112), (150, 150, 150), (120, 96, 92), (190, 160, 140))
     tone = np.asarray(tones[int(rng.integers(len(tones)))], dtype=np.float32)
     shade = (
@@ -281,7 +279,7 @@ def draw_tissue(rng: np.random.Generator, size: int) -> FloatArray:
 
 
 def blob_coverage(rng: np.random.Generator, size: int, cx: float, cy: float, radius: float) -> FloatArray:
-    """An irregular round region, (S, S) between 0 and 1: a circle disturbed by smooth noise."""
+    """Draw an irregular round region, (S, S) between 0 and 1: a circle distorted by smooth noise."""
     x = np.arange(size, dtype=np.float32) - np.float32(cx)
     y = np.arange(size, dtype=np.float32) - np.float32(cy)
     stretch = np.float32(0.75 + 0.5 * rng.random())
@@ -291,7 +289,7 @@ def blob_coverage(rng: np.random.Generator, size: int, cx: float, cy: float, rad
 
 
 def stroke_coverage(size: int, x0: float, y0: float, x1: float, y1: float, width: float) -> FloatArray:
-    """A straight scratch from one point to another, (S, S) between 0 and 1."""
+    """Draw a straight scratch from one point to another, (S, S) between 0 and 1."""
     dx, dy = x1 - x0, y1 - y0
     length2 = max(dx * dx + dy * dy, 1e-3)
     x = np.arange(size, dtype=np.float32)[None, :] - np.float32(x0)

@@ -1,4 +1,4 @@
-"""How data sets lie on disk: one module per layout, each with `index_files(root, source, split) -> Index`."""
+"""File layouts of datasets: one module per layout, each with `index_files(root, source, split) -> Index`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ LAYOUTS: dict[str, Callable[[Path, Source, str], Index]] = {
 }
 
 LISTED_SPLITS: dict[str, Callable[[Path, Source], tuple[str, ...]]] = {"plain": plain.list_splits}
-"""Layouts whose splits stand in the data alone, and what lists them."""
+"""Functions that list the splits of layouts in which only the data defines them."""
 
 __all__ = ["LAYOUTS", "LISTED_SPLITS"]

@@ -1,8 +1,8 @@
-"""The tree that the authors of ConceptSeg-R1 publish: `all_meta.json` beside one folder per data set.
+"""The datasets published by the authors of ConceptSeg-R1: `all_meta.json` next to one folder per dataset.
 
-`{"train": {class: [item]}, "test": {class: [item]}}`; an item has `img_path` (a list: the last one is the target,
-earlier ones are references), `mask_path`, `cls_name`, `dataset_name`, `task_name`, and where a set needs them `problem`
-and `ref_box`. All paths are relative to the folder.
+`{"train": {class: [item]}, "test": {class: [item]}}`; an item has `img_path` (a list: the last path is the target,
+earlier ones are references), `mask_path`, `cls_name`, `dataset_name`, `task_name`, and in some datasets `problem` and
+`ref_box`. All paths are relative to the folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FIELDS = ("img_path", "mask_path", "cls_name", "dataset_name")
 
 
 def index_files(root: Path, source: Source, split: str) -> Index:
-    """Lists the samples of one data set of the tree; see `Index`."""
+    """List the samples of one dataset of the tree; see `Index`."""
     path = required_file(root / METADATA, source.name)
     metadata = _read_metadata(path, path.stat().st_mtime_ns)
     items: list[FileItem] = []
@@ -44,9 +44,11 @@ def index_files(root: Path, source: Source, split: str) -> Index:
 
 
 def drop_reference_boxes(index: Index) -> Index:
-    """An index whose items' own references have no boxes: the released loader does not read `ref_box`."""
+    """Remove the boxes of listed references from an index: the released loader does not read `ref_box`."""
     items = [
-        replace(item, references=tuple(replace(own, ground_truth=None) for own in item.references))
+        replace(
+            item, references=tuple(replace(reference, ground_truth=None) for reference in item.references)
+        )
         for item in index.items
     ]
     return replace(index, items=items)
@@ -59,7 +61,7 @@ def _item(
     problem = entry.get("problem") if source.problem is None else source.problem
     if not isinstance(problem, str):
         raise ValueError(
-            f"{METADATA}: an item of class {concept!r} of {source.name!r} has no problem text; fetch the file again."
+            f"{METADATA}: an item of class {concept!r} of {source.name!r} has no problem; download the file again."
         )
     if problem == CLASS_NAME:
         problem = entry["cls_name"].replace(source.name, "").replace("_", " ").strip()
@@ -80,9 +82,9 @@ def _item(
 
 
 def _own_references(images: list[Path], entry: dict[str, Any], split: str) -> tuple[FileReference, ...]:
-    """References that come with the item.
+    """Return the references that are listed for an item.
 
-    Boxes are shown in training only: the released evaluation shows these references without boxes.
+    Boxes are used in training only: the released evaluation shows these references without boxes.
     """
     boxes = entry.get("ref_box") if split == "train" else None
     if not isinstance(boxes, list) or len(boxes) != len(images):
@@ -94,18 +96,18 @@ def _own_references(images: list[Path], entry: dict[str, Any], split: str) -> tu
 
 @lru_cache(maxsize=2)
 def _read_metadata(path: Path, _modified: int) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """The checked metadata; kept, as every data set of the tree asks for it."""
+    """Read and check the metadata; cached, because all datasets of the tree share it."""
     metadata = read_json(path)
     if not isinstance(metadata, dict) or not all(
         isinstance(metadata.get(split), dict) for split in ("train", "test")
     ):
-        raise ValueError(f"{str(path)!r} has no objects 'train' and 'test'; fetch the file again.")
+        raise ValueError(f"{str(path)!r} has no objects 'train' and 'test'; download the file again.")
     for split in ("train", "test"):
         for concept, entries in metadata[split].items():
             if not isinstance(entries, list) or not all(map(_is_entry, entries)):
                 raise ValueError(
                     f"{str(path)!r}: class {concept!r} of {split!r} has an item without {', '.join(_FIELDS)}; "
-                    "fetch the file again."
+                    "download the file again."
                 )
     return metadata
 

@@ -1,8 +1,8 @@
-"""Cityscapes as its owners publish it, in two trees with one folder per split and city.
+"""Cityscapes as published by its owners, in two trees with one folder per split and city.
 
-`leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` are the images, `gtFine/SPLIT/CITY/*_gtFine_labelIds.png` the maps of labels.
-Each class of the 19 that an image shows is one sample; pixels of the other labels do not count. Which classes an image
-shows stands in its labels only: listing a split reads all its label images once.
+`leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` are the images, `gtFine/SPLIT/CITY/*_gtFine_labelIds.png` the label maps.
+Each of the 19 evaluated classes in an image is one sample; pixels with other labels are ignored. The classes in an
+image are known only from its label map, so listing a split reads all of its label maps once.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ CLASSES = {
 }  # fmt: skip
 _LABELS = frozenset(CLASSES.values())
 _IGNORED = frozenset(range(256)) - _LABELS
-_MOST_REFERENCES = 4
+_MAX_REFERENCES = 4
 _IMAGE, _MAP = "_leftImg8bit.png", "_gtFine_labelIds.png"
 
 
 class StreetPool(ReferencePool):
-    """Draws train images, looking into their labels until there are enough of the class.
+    """Draws training images, and reads their label maps until enough of them contain the class.
 
     Args:
-        pairs: Images and maps of labels.
+        pairs: Images and label maps.
     """
 
     reads_files = True
@@ -52,9 +52,11 @@ class StreetPool(ReferencePool):
                 class_size += 1
                 if image != exclude:
                     drawn.append(FileReference(image, LabelFile(labels, label)))
-            if len(drawn) == _MOST_REFERENCES:
+            if len(drawn) == _MAX_REFERENCES:
                 return drawn
-        return drawn[: reference_count(class_size)]  # all were seen, so the size of the class is known
+        return drawn[
+            : reference_count(class_size)
+        ]  # all label maps were read, so the size of the class is known
 
     def spares(
         self, concept: str, rng: random.Random, exclude: Path, drawn: Collection[FileReference]
@@ -75,7 +77,7 @@ class StreetPool(ReferencePool):
 
     @staticmethod
     def _may_show(label: int, labels: Path) -> bool:
-        """Whether a map holds a label; True if it cannot be read, which is found when the reference is read."""
+        """Whether a label map contains a label; True if it cannot be read, which fails when the reference is read."""
         present = _present_or_unknown(labels)
         return present is None or label in present
 
@@ -85,7 +87,7 @@ class StreetPool(ReferencePool):
 
 
 def index_files(root: Path, source: Source, split: str) -> Index:
-    """Lists the samples of a split; see `Index`."""
+    """List the samples of a split; see `Index`."""
     pairs = _pairs(root, split)
     if not pairs:
         folder = root / "leftImg8bit" / split
@@ -100,7 +102,7 @@ def index_files(root: Path, source: Source, split: str) -> Index:
     items = []
     for image, labels in pairs:
         for concept, label in CLASSES.items():
-            # A map that cannot be read is one sample, which will say so when it is its turn.
+            # A label map that cannot be read gives one sample, which raises an error when it is read.
             if label in (_present_or_unknown(labels) or {CLASSES["road"]}):
                 items.append(
                     FileItem(
@@ -118,7 +120,7 @@ def index_files(root: Path, source: Source, split: str) -> Index:
 
 
 def _pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
-    """Every image that has a file of its own or a map of labels, with both paths."""
+    """List the paths of images and label maps of a split, including pairs with one file missing."""
     images, maps = root / "leftImg8bit" / split, root / "gtFine" / split
     stems = {
         path.relative_to(folder).as_posix().removesuffix(ending)
@@ -138,5 +140,5 @@ def _present_or_unknown(path: Path) -> frozenset[int] | None:
 
 @lru_cache(maxsize=4096)
 def _present(path: Path) -> frozenset[int]:
-    """The evaluated labels that a map holds."""
+    """Return the evaluated labels in a label map."""
     return _LABELS.intersection(np.unique(read_labels(path)).tolist())

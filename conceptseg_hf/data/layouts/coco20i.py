@@ -1,13 +1,13 @@
-"""COCO-20i as the few-shot literature lays it out (HSNet, Matcher): a folder `COCO2014`, or what is in it.
+"""COCO-20i in the layout of the few-shot literature (HSNet, Matcher): a folder `COCO2014`, or its contents.
 
 - `train2014/`, `val2014/`: the images of COCO 2014,
 - `annotations/instances_train2014.json`, `annotations/instances_val2014.json`: COCO's own annotations,
-- `annotations/train2014/`, `annotations/val2014/`: PNG maps of labels, 0 background, 1 to 80 the classes in COCO's
-  order.
+- `annotations/train2014/`, `annotations/val2014/`: PNG label maps, 0 for background and 1 to 80 for the classes in
+  COCO's order.
 
-Which class an image shows is read from COCO's annotations: the lists that come with that layout are pickles, which are
-programs. Each class that an image shows is a sample; fold i holds the classes whose place among the 80 leaves i when it
-is divided by 4. Objects that others hide completely in a map give an empty mask; such an image is no reference.
+The classes in an image are read from COCO's annotations: the lists that come with that layout are pickles, which can
+execute code. Each class in an image is a sample. Fold i contains the classes with zero-based index % 4 == i. Objects
+that are completely occluded in a label map give an empty mask; such an image is not used as a reference.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ FOLDS = 4
 
 
 class CocoPool(ReferencePool):
-    """Draws train images of a class.
+    """Draws training images of a class.
 
     Args:
-        root: The folder.
+        root: Folder of the dataset.
         labels: Label of each class.
         names: File names of the images that show each label.
     """
@@ -42,7 +42,7 @@ class CocoPool(ReferencePool):
         label = self._labels[concept]
         names = self._names.get(label, [])
         count = reference_count(len(names))
-        drawn = rng.sample(names, min(count + 1, len(names)))  # one more, as one may be the target
+        drawn = rng.sample(names, min(count + 1, len(names)))  # one more, because one may be the target
         references = [FileReference(*_paths(self._root, "train", name, label)) for name in drawn]
         return [reference for reference in references if reference.image != exclude][:count]
 
@@ -70,13 +70,13 @@ class CocoPool(ReferencePool):
 
 
 def index_files(root: Path, source: Source, split: str) -> Index:
-    """Lists the samples of a split; the name of the source says which fold; see `Index`."""
+    """List the samples of a split; the name of the source contains the fold; see `Index`."""
     root = root / "COCO2014" if (root / "COCO2014").is_dir() else root
     _, _, fold = source.name.partition("-")
-    labels, shown = _read_annotations(root, source, split)
+    labels, labels_by_name = _read_annotations(root, source, split)
     concepts = {label: concept for concept, label in labels.items()}
     items = []
-    for name, present in sorted(shown.items()):
+    for name, present in sorted(labels_by_name.items()):
         for label in sorted(present):
             if fold and (label - 1) % FOLDS != int(fold):
                 continue
@@ -93,7 +93,7 @@ def index_files(root: Path, source: Source, split: str) -> Index:
                     concept=concepts[label],
                 )
             )
-    train = shown if split == "train" else _read_annotations(root, source, "train")[1]
+    train = labels_by_name if split == "train" else _read_annotations(root, source, "train")[1]
     names = defaultdict(list)
     for name, present in sorted(train.items()):
         for label in present:
@@ -108,18 +108,18 @@ def _paths(root: Path, split: str, name: str, label: int) -> tuple[Path, LabelFi
 
 
 def _read_annotations(root: Path, source: Source, split: str) -> tuple[dict[str, int], dict[str, set[int]]]:
-    """Label of each class name, and the labels that each image shows."""
+    """Return the label of each class name, and the labels in each image."""
     path = required_file(root / "annotations" / f"instances_{split}2014.json", source.name)
     content = read_json(path)
     try:
         categories = sorted((category["id"], category["name"]) for category in content["categories"])
-        labels = {identity: label for label, (identity, _) in enumerate(categories, start=1)}
+        labels = {coco_id: label for label, (coco_id, _) in enumerate(categories, start=1)}
         names = {image["id"]: image["file_name"] for image in content["images"]}
-        shown = defaultdict(set)
+        labels_by_name = defaultdict(set)
         for annotation in content["annotations"]:
-            shown[names[annotation["image_id"]]].add(labels[annotation["category_id"]])
+            labels_by_name[names[annotation["image_id"]]].add(labels[annotation["category_id"]])
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{str(path)!r} is not COCO's file of instances ({type(error).__name__}: {error}); fetch it again."
+            f"{str(path)!r} is not a COCO instances file ({type(error).__name__}: {error}); download it again."
         ) from error
-    return {name: labels[identity] for identity, name in categories}, dict(shown)
+    return {name: labels[coco_id] for coco_id, name in categories}, dict(labels_by_name)

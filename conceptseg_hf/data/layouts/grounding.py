@@ -1,4 +1,4 @@
-"""What the two grounding sets of one owner have in common: their paths, their markup, and how images are named."""
+"""Helpers for MIG-Bench and MGrounding-630k: paths, markup, and images named in text."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _NAMED = re.compile(
-    rf"\b(?:(?P<word>{'|'.join(_ORDINALS)}|last)\s+image|image\s*-?\s*(?P<number>\d+))\b", re.IGNORECASE
+    rf"\b(?:(?P<ordinal>{'|'.join(_ORDINALS)}|last)\s+image|image\s*-?\s*(?P<number>\d+))\b", re.IGNORECASE
 )
 _MARKUP = re.compile(r"<image>\s*|<\|[a-z_]+\|>")
 
 
 def below(root: Path, path: str, folder: str) -> str:
-    """A path as the set writes it ("./FOLDER/images/x.png"), relative to the root, be it FOLDER or what holds it."""
+    """Return a path of the dataset ("./FOLDER/images/x.png") relative to `root`, which is FOLDER or its parent."""
     path = path.removeprefix("./")
     if path.startswith(f"{folder}/") and not (root / folder).is_dir():
         return path.removeprefix(f"{folder}/")
@@ -21,17 +21,17 @@ def below(root: Path, path: str, folder: str) -> str:
 
 
 def without_markup(text: str) -> str:
-    """A question without image placeholders and special tokens."""
+    """Return a question without image placeholders and special tokens."""
     return " ".join(_MARKUP.sub("", text).split())
 
 
 def named_image(text: str, count: int) -> int | None:
-    """Place of the image that a text names last, or None."""
-    place = None
+    """Return the index of the image that a text names last, or None."""
+    last_index = None
     for match in _NAMED.finditer(text):
-        word = (match["word"] or "").lower()
-        found = int(match["number"]) - 1 if match["number"] else [*_ORDINALS, "last"].index(word)
-        found = count - 1 if word == "last" else found
-        if 0 <= found < count:
-            place = found
-    return place
+        ordinal = (match["ordinal"] or "").lower()
+        image_index = int(match["number"]) - 1 if match["number"] else [*_ORDINALS, "last"].index(ordinal)
+        image_index = count - 1 if ordinal == "last" else image_index
+        if 0 <= image_index < count:
+            last_index = image_index
+    return last_index

@@ -1,8 +1,8 @@
-"""MGrounding-630k as its owners publish it: `MGrounding-630k.json` beside the folders of images.
+"""MGrounding-630k as published by its owners: `MGrounding-630k.json` next to the image folders.
 
-Items have id, images, conversations (of "human" and "gpt" in turn), type. An answer with exactly one box,
-`<|box_start|>(x1,y1),(x2,y2)<|box_end|>` from 0 to 1000, is a sample; answers with several boxes or none are left out.
-The target is the image that the answer names ("It's in the third image"), else the last one. There are no masks.
+Items have the keys id, images, conversations (alternating "human" and "gpt") and type. An answer with exactly one box,
+`<|box_start|>(x1,y1),(x2,y2)<|box_end|>` from 0 to 1000, is a sample; answers with several boxes or none are skipped.
+The target is the image that the answer names ("It's in the third image"), or else the last one. There are no masks.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _FULL_SCALE = 1000.0
 
 
 def index_files(root: Path, source: Source, split: str) -> Index:
-    """Lists the samples; see `Index`."""
+    """List the samples; see `Index`."""
     name = "MGrounding-630k.json"
     inner = root / "MGrounding-630k" / name
     path = required_file(inner if inner.is_file() else root / name, source.name)
     entries = read_json(path)
     if not isinstance(entries, list):
-        raise ValueError(f"{str(path)!r} is not a list of items; fetch the file again.")
+        raise ValueError(f"{str(path)!r} is not a list of items; download the file again.")
     return Index(
         [item for number, entry in enumerate(entries) for item in _items(root, source, number, entry)]
     )
@@ -45,17 +45,17 @@ def _items(root: Path, source: Source, number: int, entry: Any) -> list[FileItem
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"item {number} of MGrounding-630k.json lacks images or conversations; fetch the file again."
+            f"item {number} of MGrounding-630k.json lacks images or conversations; download the file again."
         ) from error
     items = []
-    for place, (question, answer, boxes) in enumerate(turns):
+    for turn_index, (question, answer, boxes) in enumerate(turns):
         if len(boxes) != 1 or not images:
             continue
         target = named_image(answer, len(images))
         target = len(images) - 1 if target is None else target
         items.append(
             FileItem(
-                sample_id=f"{number:06d}-{place}",
+                sample_id=f"{number:06d}-{turn_index}",
                 image=images[target],
                 ground_truth=BoxGroundTruth(tuple(float(value) / _FULL_SCALE for value in boxes[0])),
                 prompt=question,

@@ -1,8 +1,8 @@
-"""MIG-Bench as its owners publish it: `MIG_data.json` beside `images/`.
+"""MIG-Bench as published by its owners: `MIG_data.json` next to `images/`.
 
-Items have task, images, question, answer (x1, y1, x2, y2 from 0 to 1), additional_info, need_format. The answer is a
-box: there are no masks. The target is the last image, as in the metadata of ConceptSeg-R1; the two tasks in which it
-can be any image (group grounding, region locating) are not in the paper and are left out.
+Items have the keys task, images, question, answer (x1, y1, x2, y2 from 0 to 1), additional_info and need_format. The
+answer is a box; there are no masks. The target is the last image, as in the metadata of ConceptSeg-R1; the two tasks in
+which it can be any image (group grounding, region locating) are not in the paper and are skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..paths import inside, read_json, required_file
 from ..suite import Source
 from .grounding import below, without_markup
 
-# Group of the paper's Table 1.
+# Group of the paper's Table 1 for each task.
 GROUPS = {
     "common_object": "consistency",
     "correspondence": "consistency",
@@ -27,20 +27,20 @@ GROUPS = {
     "multi_view": "spatio-temporality",
     "object_tracking": "spatio-temporality",
 }
-_LEFT_OUT = ("group_grounding", "region")
+_SKIPPED_TASKS = ("group_grounding", "region")
 
 
 def index_files(root: Path, source: Source, split: str) -> Index:
-    """Lists the samples; see `Index`."""
+    """List the samples; see `Index`."""
     path = required_file(root / "MIG_data.json", source.name)
     entries = read_json(path)
     if not isinstance(entries, list):
-        raise ValueError(f"{str(path)!r} is not a list of items; fetch the file again.")
+        raise ValueError(f"{str(path)!r} is not a list of items; download the file again.")
     return Index(
         [
             _item(root, source, number, entry)
             for number, entry in enumerate(entries)
-            if not isinstance(entry, dict) or entry.get("task") not in _LEFT_OUT
+            if not isinstance(entry, dict) or entry.get("task") not in _SKIPPED_TASKS
         ]
     )
 
@@ -52,10 +52,10 @@ def _item(root: Path, source: Source, number: int, entry: Any) -> FileItem:
         x1, y1, x2, y2 = map(float, entry["answer"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"item {number} of MIG_data.json lacks task, images, question or answer; fetch the file again."
+            f"item {number} of MIG_data.json lacks task, images, question or answer; download the file again."
         ) from error
     if not images:
-        raise ValueError(f"item {number} of MIG_data.json has no images; fetch the file again.")
+        raise ValueError(f"item {number} of MIG_data.json has no images; download the file again.")
     *references, target = images
     return FileItem(
         sample_id=f"{number:06d}-{task}",

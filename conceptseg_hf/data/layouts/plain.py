@@ -1,14 +1,14 @@
-"""Your own data: a folder with a list of samples, or with images and masks of equal names; see docs/own_data.md.
+"""Custom data: a folder with a list of samples, or with images and masks of equal names; see docs/own_data.md.
 
-- `samples.jsonl`: one object a line with image, mask, prompt, and where you have them references (paths, or objects
-  with image, and mask or box: a list, or a single one), level, group, family, id (or sample_id), split, think, rule,
+- `samples.jsonl`: one JSON object per line with image, mask and prompt, and optionally references (a path, an object
+  with image and mask or box, or a list of these), level, group, family, id (or sample_id), split, think, rule and
   answer;
 - `samples.csv`: the same as columns; references are paths separated by ";", each `IMAGE` or `IMAGE|MASK`;
 - `images/` and `masks/` with equal stems, and the prompt in `prompt.txt`.
 
-Paths are relative to the folder. Where no row names a split, all rows are in every split; where some do, the others are
-in "test". A sample whose files are missing fails alone, as a damaged one does. This is also what `ConceptShapes.export`
-writes.
+Paths are relative to the folder. If no row has a split, all rows are in every split; if some rows have one, the other
+rows are in "test". A sample with missing files fails individually, like a damaged one. `ConceptShapes.export` writes
+this layout.
 """
 
 from __future__ import annotations
@@ -28,22 +28,18 @@ from ..paths import MissingFilesError, composed, inside, is_hidden, read_text
 from ..suite import Source
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-_RARE_IMAGES = (
-    ".gif",
-    ".heic",
-    ".heif",
-    ".avif",
-)  # which Pillow may need help for; used where there is no other
+# Pillow may need plugins for these; they are used only if there is no other image of the same stem.
+_RARE_IMAGES = (".gif", ".heic", ".heif", ".avif")
 LEVEL, GROUP = "CR", "own data"
 DEFAULT_SPLIT = "test"
 
 
 Row = tuple[str, dict[str, Any]]
-"""Where a row stands, and its fields."""
+"""Position of a row, for messages, and its fields."""
 
 
 def index_files(root: Path, source: Source, split: str) -> Index:
-    """Lists the samples of a split; see `Index`.
+    """List the samples of a split; see `Index`.
 
     Raises:
         ValueError: If a row is malformed, or no sample is in the split.
@@ -51,7 +47,7 @@ def index_files(root: Path, source: Source, split: str) -> Index:
     rows = _read_rows(root, source)
     if rows is None:
         items = _folder_items(root, source)
-        _warn_of_no_splits(source, split, len(items), "images/ and masks/ have no splits")
+        _warn_about_missing_splits(source, split, len(items), "images/ and masks/ have no splits")
         return Index(items, partial=True)
     counts = _count_splits(rows)
     if not rows:
@@ -60,13 +56,13 @@ def index_files(root: Path, source: Source, split: str) -> Index:
         named = ", ".join(f"{name!r} ({count})" for name, count in counts.items())
         raise ValueError(f"load_benchmark: {source.name!r} has no split {split!r}; its rows are in {named}.")
     if not counts:
-        _warn_of_no_splits(source, split, len(rows), "no row names a split")
+        _warn_about_missing_splits(source, split, len(rows), "no row has a split")
     else:
         unnamed = sum(not _split_of(row) for _, row in rows)
         if unnamed:
             warnings.warn(
-                f"{source.name}: {unnamed} of {len(rows)} rows name no split and count as {DEFAULT_SPLIT!r}; give each "
-                "row its split.",
+                f"{source.name}: {unnamed} of {len(rows)} rows have no split and are in {DEFAULT_SPLIT!r}; give each "
+                "row a split.",
                 stacklevel=2,
             )
     items = [
@@ -78,19 +74,19 @@ def index_files(root: Path, source: Source, split: str) -> Index:
     for item in items:
         if item.sample_id in seen:
             raise ValueError(
-                f"{str(root)!r} has two samples with the id {item.sample_id!r}; give each its own."
+                f"{str(root)!r} has two samples with the id {item.sample_id!r}; give each a unique id."
             )
         seen.add(item.sample_id)
     return Index(items, partial=True)
 
 
 def list_splits(root: Path, source: Source) -> tuple[str, ...]:
-    """The splits that rows name; none where no row does."""
+    """Return the splits of the rows; empty if no row has one."""
     return tuple(_count_splits(_read_rows(root, source) or ()))
 
 
 def _read_rows(root: Path, source: Source) -> list[Row] | None:
-    """The rows of the list; None where images/ and masks/ stand for it."""
+    """Read the rows of the list; None if there are images/ and masks/ instead."""
     if (root / "samples.jsonl").is_file():
         return _jsonl_rows(root / "samples.jsonl")
     if (root / "samples.csv").is_file():
@@ -98,7 +94,7 @@ def _read_rows(root: Path, source: Source) -> list[Row] | None:
     if (root / "images").is_dir() and (root / "masks").is_dir():
         return None
     raise MissingFilesError(
-        f"load_benchmark: {source.name!r} finds neither samples.jsonl nor samples.csv nor images/ with masks/ in "
+        f"load_benchmark: {source.name!r} has neither samples.jsonl nor samples.csv nor images/ with masks/ in "
         f"{str(root)!r}; add one of them.",
         (("index", root / "samples.jsonl"),),
         1,
@@ -110,7 +106,7 @@ def _split_of(row: dict[str, Any]) -> str:
 
 
 def _count_splits(rows: Sequence[Row]) -> dict[str, int]:
-    """Rows of each split; nothing where no row names one."""
+    """Count the rows of each split; empty if no row has one."""
     named = Counter(_split_of(row) for _, row in rows)
     unnamed = named.pop("", 0)
     if named and unnamed:
@@ -118,22 +114,22 @@ def _count_splits(rows: Sequence[Row]) -> dict[str, int]:
     return dict(named)
 
 
-def _warn_of_no_splits(source: Source, split: str, count: int, reason: str) -> None:
-    """Training and evaluation would share such samples; evaluation alone, of the default split, needs no splits."""
+def _warn_about_missing_splits(source: Source, split: str, count: int, reason: str) -> None:
+    """Warn that training and evaluation would use the same samples, unless only the default split is used."""
     if split != DEFAULT_SPLIT:
         warnings.warn(
             f"{source.name}: {reason}, so all {count} samples are in {split!r} as in every other split, and an "
-            "evaluation would run on the images of a training; give each row of samples.jsonl a split.",
+            "evaluation would use the training images; give each row of samples.jsonl a split.",
             stacklevel=3,
         )
 
 
 def _item(root: Path, source: Source, where: str, row: dict[str, Any]) -> FileItem:
-    lacking = [
+    missing_fields = [
         name for name in ("image", "mask", "prompt") if not isinstance(row.get(name), str) or not row[name]
     ]
-    if lacking:
-        raise ValueError(f"{where} has no {lacking[0]}; give image, mask and prompt, all as text.")
+    if missing_fields:
+        raise ValueError(f"{where} has no {missing_fields[0]}; give image, mask and prompt as strings.")
     image = inside(root, row["image"])
     return FileItem(
         sample_id=str(row.get("sample_id") or row.get("id") or Path(row["image"]).with_suffix("").as_posix()),
@@ -154,7 +150,7 @@ def _references(root: Path, where: str, references: Any) -> tuple[FileReference,
     if isinstance(references, (str, dict)):
         references = [references]
     if not isinstance(references, list):
-        raise ValueError(f"{where} has references that are no list; give a list of paths or objects.")
+        raise ValueError(f"{where} has references that are not a list; give a list of paths or objects.")
     return tuple(_reference(root, where, reference) for reference in references)
 
 
@@ -162,14 +158,14 @@ def _reference(root: Path, where: str, reference: Any) -> FileReference:
     if isinstance(reference, str):
         return FileReference(inside(root, reference))
     if not isinstance(reference, dict) or not isinstance(reference.get("image"), str):
-        raise ValueError(f"{where} has a reference without image; give a path, or an object with image.")
+        raise ValueError(f"{where} has a reference without image; give a path, or an object with an image.")
     image = inside(root, reference["image"])
     if reference.get("box") is not None:
         try:
             x1, y1, x2, y2 = map(float, reference["box"])
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{where} has a reference whose box is not four numbers; give x1, y1, x2, y2."
+                f"{where} has a reference with a box that is not four numbers; give x1, y1, x2, y2."
             ) from error
         return FileReference(image, PixelBox((x1, y1, x2, y2)))
     mask = reference.get("mask")
@@ -185,9 +181,9 @@ def _jsonl_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON; write one object a line.") from error
+            raise ValueError(f"{where} is not JSON; write one object per line.") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{where} is no object; write one object a line.")
+            raise ValueError(f"{where} is not an object; write one object per line.")
         rows.append((where, row))
     return rows
 
@@ -229,16 +225,16 @@ def _folder_items(root: Path, source: Source) -> list[FileItem]:
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    """The images of a folder by their stems, whose accents may be written in either Unicode form."""
-    found: dict[str, Path] = {}
+    """Return the images of a folder by their stems in NFC form."""
+    paths_by_stem: dict[str, Path] = {}
     paths = [path for path in sorted(folder.iterdir()) if not is_hidden(path)]
     for path in paths:
         if path.suffix.lower() in _IMAGES:
             stem = composed(path.stem)
-            if stem in found:
-                raise ValueError(f"{str(folder)!r} has two pictures named {stem!r}; keep one of them.")
-            found[stem] = path
+            if stem in paths_by_stem:
+                raise ValueError(f"{str(folder)!r} has two images named {stem!r}; keep one of them.")
+            paths_by_stem[stem] = path
     for path in paths:
         if path.suffix.lower() in _RARE_IMAGES:
-            found.setdefault(composed(path.stem), path)
-    return found
+            paths_by_stem.setdefault(composed(path.stem), path)
+    return paths_by_stem

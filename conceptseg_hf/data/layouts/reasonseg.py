@@ -1,4 +1,4 @@
-"""ReasonSeg as LISA publishes it: folders `train`, `val` and `test` of `NAME.jpg` with `NAME.json`.
+"""ReasonSeg as published by LISA: folders `train`, `val` and `test` with `NAME.jpg` and `NAME.json` for each image.
 
 Each image is one sample with the first of its texts, as in LISA's evaluation.
 """
@@ -17,25 +17,25 @@ from ..suite import Source
 
 @dataclass(frozen=True)
 class ReasonSegItem(FileItem):
-    """An item whose words stand in its annotation."""
+    """An item with its prompt in the annotation file."""
 
     ground_truth: PolygonFile
 
     def read_fields(self) -> dict[str, Any]:
-        """Those fields of the sample that need no pixels; reads the annotation."""
+        """Return the fields of the sample that need no pixels; this reads the annotation."""
         annotation = self.ground_truth.read_annotation()
         texts = annotation.get("text")
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not texts or not isinstance(texts[0], str) or not texts[0].strip():
             raise ValueError(
-                f"{str(self.ground_truth.path)!r} has no text; give ReasonSeg's JSON as it is published."
+                f"{str(self.ground_truth.path)!r} has no text; use ReasonSeg's JSON as published."
             )
         family = "sentence" if annotation.get("is_sentence") else "phrase"
         return super().read_fields() | {"prompt": texts[0].strip(), "family": family}
 
 
 def index_files(root: Path, source: Source, split: str) -> Index:
-    """Lists the samples of a split below `root` or `root/ReasonSeg`; see `Index`."""
+    """List the samples of a split below `root` or `root/ReasonSeg`; see `Index`."""
     folder = root / "ReasonSeg" / split if (root / "ReasonSeg").is_dir() else root / split
     if not folder.is_dir():
         raise MissingFilesError(

@@ -1,6 +1,6 @@
-"""ReasonSeg as the hub has it in `Ricky06662/ReasonSeg_{val,test}`: Parquet files below a folder of that name.
+"""ReasonSeg from the Hub repositories `Ricky06662/ReasonSeg_{val,test}`: Parquet files below a folder of that name.
 
-Columns image, text, mask (lists of bool), image_id. The copy knows no ignore regions: they became foreground.
+The columns are image, text, mask (lists of bool) and image_id. In this copy, ignore regions are part of the foreground.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ _COLUMNS = ("image", "text", "mask")
 
 @dataclass(frozen=True)
 class RowGroundTruth(GroundTruth):
-    """The mask of a row of a table."""
+    """The mask in a row of a table."""
 
     table: datasets.Dataset
     row: int
 
     def read(self, size: Size | None, orientation: int = 1) -> tuple[np.ndarray, np.ndarray | None]:
-        """See `Truth.read`."""
+        """See `GroundTruth.read`."""
         value = self.table.select_columns(["mask"])[self.row]["mask"]
         return load_mask(value if isinstance(value, Image.Image) else np.asarray(value)), None
 
 
 @dataclass(frozen=True)
 class RowItem(FileItem):
-    """A row of a table."""
+    """An item in a row of a table."""
 
     ground_truth: RowGroundTruth
 
     def read_fields(self) -> dict[str, Any]:
-        """Those fields of the sample that need no pixels."""
+        """Return the fields of the sample that need no pixels."""
         text = self.ground_truth.table.select_columns(["text"])[self.ground_truth.row]["text"]
         text = text[0] if isinstance(text, list) and text else text
         if not isinstance(text, str) or not text.strip():
             raise ValueError(
-                f"row {self.ground_truth.row} of {str(self.image)!r} has no text; fetch the file again."
+                f"row {self.ground_truth.row} of {str(self.image)!r} has no text; download the file again."
             )
         return super().read_fields() | {"prompt": text.strip()}
 
@@ -66,10 +66,10 @@ class RowItem(FileItem):
 
 
 def index_files(root: Path, source: Source, split: str) -> Index:
-    """Lists the rows of the Parquet files below `root/ReasonSeg_SPLIT`, or `root` if it is so called; see `Index`.
+    """List the rows of the Parquet files below `root/ReasonSeg_SPLIT`, or `root` if it has that name; see `Index`.
 
     Raises:
-        ImportError: Without the package datasets.
+        ImportError: If the package datasets is not installed.
     """
     name = f"ReasonSeg_{split}"
     folder = root if root.name == name else root / name
@@ -89,11 +89,11 @@ def index_files(root: Path, source: Source, split: str) -> Index:
         ) from error
     try:
         table = datasets.Dataset.from_parquet([str(path) for path in files])
-    except Exception as error:  # of Arrow, of datasets, of the file system
+    except Exception as error:  # raised by Arrow, datasets or the file system
         raise ValueError(f"{str(files[0])!r} cannot be read as Parquet; download it again.") from error
-    lacking = [column for column in _COLUMNS if column not in table.column_names]
-    if lacking:
-        raise ValueError(f"{str(files[0])!r} has no column {lacking[0]!r}; download the copy again.")
+    missing_columns = [column for column in _COLUMNS if column not in table.column_names]
+    if missing_columns:
+        raise ValueError(f"{str(files[0])!r} has no column {missing_columns[0]!r}; download the copy again.")
     return Index(
         [
             RowItem(

@@ -1,4 +1,4 @@
-"""Scores of masks: `masks` has the metrics, `protocols` how two masks are brought together before they are compared."""
+"""Metrics of masks: `masks` computes them, `protocols` defines how masks are resized and thresholded beforehand."""
 
 from .masks import (
     LIBRARY_METRICS,

@@ -1,10 +1,9 @@
-"""Metrics as pure functions, and `MaskMetrics`, which accumulates them.
+"""Metrics of masks as pure functions, and `MaskMetrics`, which accumulates them.
 
-Masks are bool arrays of shape (H, W). Wherever a ratio has nothing to count (an empty prediction of an empty
-truth), the answer is right and the metric perfect; but for F_w, which is 0 wherever the truth is empty, as in
-PySODMetrics. Conventions of names follow the paper (appendix E): mIoU
-averages foreground and background, gIoU is the mean foreground IoU of the images, cIoU pools intersections
-and unions over all images.
+Masks are bool arrays of shape (H, W). A ratio with a denominator of 0, such as the IoU of an empty prediction and an
+empty ground truth, counts as perfect. The exception is F_w, which is 0 for an empty ground truth, as in PySODMetrics.
+Metrics are named as in the paper (appendix E): mIoU averages foreground and background, gIoU is the mean foreground IoU
+of the images, cIoU pools intersections and unions over all images.
 """
 
 from __future__ import annotations
@@ -31,20 +30,20 @@ LIBRARY_METRICS = ("f_w", "s_measure")
 def foreground_iou(
     prediction: np.ndarray, ground_truth: np.ndarray, ignore: np.ndarray | None = None
 ) -> float:
-    """Intersection over union of two masks; 1 when both are empty.
+    """Compute the intersection over union of two masks; 1 when both are empty.
 
     Args:
         prediction: (H, W) bool.
         ground_truth: (H, W) bool.
-        ignore: (H, W) bool, pixels that do not count.
+        ignore: (H, W) bool, pixels to ignore.
 
     Raises:
         ValueError: If the shapes differ.
     """
     if prediction.shape != ground_truth.shape:
         raise ValueError(
-            f"foreground_iou: the shapes {prediction.shape} and {ground_truth.shape} differ; bring the masks to "
-            "one size."
+            f"foreground_iou: the shapes {prediction.shape} and {ground_truth.shape} differ; resize the masks to "
+            "the same size."
         )
     if ignore is not None:
         prediction, ground_truth = prediction & ~ignore, ground_truth & ~ignore
@@ -53,46 +52,49 @@ def foreground_iou(
 
 
 def presence_auc(scores: Sequence[float], present: Sequence[bool]) -> float | None:
-    """Probability that a sample with the concept scores above one without it (area under the ROC curve).
+    """Compute the area under the ROC curve: the probability that a positive sample scores above a negative one.
 
     Ties count half.
 
     Args:
-        scores: Presence scores, any monotone scale.
-        present: Whether the concept is there.
+        scores: Presence scores, on any monotone scale.
+        present: Whether the concept is present in each sample.
 
     Returns:
-        A number in [0, 1], or None unless both kinds of samples occur.
+        A number in [0, 1]; None unless there are both positive and negative samples.
 
     Raises:
         ValueError: If the lengths differ.
     """
     values, labels = np.asarray(scores, dtype=np.float64), np.asarray(present, dtype=bool)
     if values.shape != labels.shape:
-        raise ValueError(f"presence_auc: got {len(values)} scores for {len(labels)} labels; give one each.")
+        raise ValueError(
+            f"presence_auc: got {len(values)} scores for {len(labels)} labels; give one score per label."
+        )
     positives, negatives = int(labels.sum()), int((~labels).sum())
     if not positives or not negatives:
         return None
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = np.cumsum(counts) - (counts - 1) / 2  # of each distinct score, counted from 1; ties share theirs
+    # 1-based rank of each distinct score; ties have their mean rank.
+    ranks = np.cumsum(counts) - (counts - 1) / 2
     rank_sum = ranks[inverse][labels].sum()
     return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 class MaskMetrics:
-    """Accumulates the scores of masks, image by image.
+    """Accumulates the metrics of masks, image by image.
 
-    Sums are exactly rounded (`math.fsum`): neither the order of the images nor how they were spread over batches or
-    processes changes a digit of the result.
+    Sums are exactly rounded (`math.fsum`), so the result does not depend on the order of the images or on their
+    distribution over batches and processes.
 
     Args:
         protocol: `"standard"`, `"paper"` or `"released"`; see `protocols`.
-        ignore_index: Label of the pixels that do not count, or None.
-        metrics: Which ones: any of `METRICS` and `LIBRARY_METRICS`.
+        ignore_index: Label of the pixels to ignore, or None.
+        metrics: Names of metrics, from `METRICS` and `LIBRARY_METRICS`.
 
     Raises:
-        ValueError: If a protocol or metric is unknown.
-        ImportError: If a metric needs a package that is missing.
+        ValueError: If the protocol or a metric is unknown.
+        ImportError: If a metric needs a package that is not installed.
     """
 
     def __init__(
@@ -115,47 +117,45 @@ class MaskMetrics:
     def update(
         self, prediction: Any, ground_truth: Any, ignore: Any = None, own_size: bool = False
     ) -> dict[str, float]:
-        """Scores one image.
+        """Score one image.
 
         Args:
-            prediction: As an item of `score_masks`.
-            ground_truth: As an item of `score_masks`.
-            ignore: Where pixels do not count, a bool array or a PIL mask of the truth's size, beside labels of
-                `ignore_index`.
-            own_size: Compare at the truth's size whatever the protocol's is; see `Protocol.own_size`.
+            prediction: One of the `predictions` of `score_masks`.
+            ground_truth: One of the `ground_truths` of `score_masks`.
+            ignore: Pixels to ignore in addition to those labeled `ignore_index`; a bool array or a PIL mask of the
+                ground truth's size.
+            own_size: Compare at the size of the ground truth instead of the protocol's size; see `Protocol.own_size`.
 
         Returns:
-            What it adds to `scores`.
+            The entry that was added to `scores`.
         """
         index = len(self.scores)
-        ground_truth, counted = _as_ground_truth(ground_truth, self.ignore_index, index)
+        is_image = isinstance(ground_truth, Image.Image)
+        soft_mask = load_gray_mask(ground_truth) if is_image and self.protocol.bicubic_ground_truths else None
+        ground_truth, valid = _as_ground_truth(ground_truth, self.ignore_index, index)
         if ignore is not None:
             ignored = _as_probability(ignore, index)
             if ignored.shape != ground_truth.shape:
                 raise ValueError(
-                    f"score_masks: the ignore mask of image {index} has shape {ignored.shape}, its truth "
-                    f"{ground_truth.shape}; bring it to the truth's size."
+                    f"score_masks: the ignore mask of image {index} has shape {ignored.shape}, but its ground truth "
+                    f"has shape {ground_truth.shape}; resize the ignore mask to the size of the ground truth."
                 )
-            counted = counted & ~(ignored > 0.5)
-        keep_size = own_size or ignore is not None or not counted.all()
+            valid = valid & ~(ignored > 0.5)
+        keep_size = own_size or ignore is not None or not valid.all()
         probability = _as_probability(prediction, index)
-        are_resized = not keep_size and self.protocol.size is not None
-        if probability.shape != ground_truth.shape and not are_resized:
+        is_resized = not keep_size and self.protocol.size is not None
+        if probability.shape != ground_truth.shape and not is_resized:
             raise ValueError(
-                f"score_masks: prediction {index} has shape {probability.shape}, its truth {ground_truth.shape}; "
-                "bring them to the truth's size."
+                f"score_masks: prediction {index} has shape {probability.shape}, but its ground truth has shape "
+                f"{ground_truth.shape}; resize the prediction to the size of the ground truth."
             )
-        is_soft = (
-            self.protocol.bicubic_ground_truths and are_resized and isinstance(ground_truth, Image.Image)
+        probability, ground_truth, valid = self.protocol.prepare(
+            probability, ground_truth, valid, keep_size, soft_mask if is_resized else None
         )
-        soft_ground_truth = load_gray_mask(ground_truth) if is_soft else None
-        probability, ground_truth, counted = self.protocol.prepare(
-            probability, ground_truth, counted, keep_size, soft_ground_truth
-        )
-        if not counted.all():
-            probability, ground_truth = probability * counted, ground_truth & counted
+        if not valid.all():
+            probability, ground_truth = probability * valid, ground_truth & valid
         mask = probability if probability.dtype == bool else probability > 0.5
-        pixels = int(np.count_nonzero(counted))
+        pixels = int(np.count_nonzero(valid))
         tp = np.count_nonzero(mask & ground_truth)
         fp, fn = np.count_nonzero(mask) - tp, np.count_nonzero(ground_truth) - tp
         score = {"tp": float(tp), "fp": float(fp), "fn": float(fn), "tn": float(pixels - tp - fp - fn)}
@@ -171,19 +171,19 @@ class MaskMetrics:
         return score
 
     def _class_recall(self, tp: np.ndarray, fp: np.ndarray, fn: np.ndarray, tn: np.ndarray) -> np.ndarray:
-        """Per image, the recall of foreground and background, averaged over those of the two that count."""
+        """Compute, per image, the mean recall of foreground and background, over those of the two that count."""
         counts = np.stack([tp + fn > 0, tn + fp > 0])
         recall = np.stack([_ratio(tp, tp + fn), _ratio(tn, tn + fp)]) * counts
-        if self.protocol.released_measures:  # a class that does not occur has no hits
+        if self.protocol.released_measures:  # a class without pixels counts with a recall of 0
             return recall.mean(axis=0)
         return np.where(counts.any(axis=0), recall.sum(axis=0) / np.maximum(counts.sum(axis=0), 1), 1.0)
 
     def merge(self, other: MaskMetrics | Iterable[Mapping[str, float]]) -> None:
-        """Adds the images of another accumulator, or scores that one has returned (from disk, another process)."""
+        """Add the images of another accumulator, or results of `update` (from disk or another process)."""
         self.scores += other.scores if isinstance(other, MaskMetrics) else list(other)
 
     def compute(self) -> dict[str, float]:
-        """Each metric over all images, in percent.
+        """Compute each metric over all images, in percent.
 
         Raises:
             ValueError: If there are no images.
@@ -205,8 +205,10 @@ class MaskMetrics:
             if name == "ciou":
                 values[name] = float(_ratio(tp.sum(), (tp + fp + fn).sum()))
             else:
-                each = per_image[name] if name in per_image else [score[name] for score in self.scores]
-                values[name] = math.fsum(each) / len(self.scores)
+                image_values = (
+                    per_image[name] if name in per_image else [score[name] for score in self.scores]
+                )
+                values[name] = math.fsum(image_values) / len(self.scores)
         return {name: 100 * value for name, value in values.items()}
 
 
@@ -217,30 +219,31 @@ def score_masks(
     ignore_index: int | None = 255,
     metrics: Sequence[str] = METRICS,
 ) -> dict[str, float]:
-    """Scores masks against the truth.
+    """Score predicted masks against ground truth masks.
 
-    A pixel is predicted as foreground when its probability exceeds 0.5. BER is the mean error rate of the classes
-    that occur in the image (but see "released" in `protocols`). F_w is 0 where the truth is empty, whatever was
-    predicted, as in PySODMetrics; all other metrics are perfect where nothing is found and nothing is there.
+    A pixel is predicted as foreground where its probability exceeds 0.5. BER is the mean error rate of the classes
+    that occur in the image ("released" in `protocols` differs). F_w is 0 where the ground truth is empty, whatever the
+    prediction, as in PySODMetrics; all other metrics are perfect where prediction and ground truth are both empty.
 
     Args:
-        predictions: Per image a bool array, a float array of probabilities, or a PIL mask as `images.load_mask` reads
-            it (0 and 1, or 0 and 255), all (H, W).
-        ground_truths: Per image a bool array, a PIL mask likewise (nothing ignored), or an integer array of labels: 0
-            background, 1 foreground, and `ignore_index`. It has the size of the prediction, except under "paper" and
-            "released", which resize both where no pixels are ignored.
-        protocol: `"standard"`: at the truth's resolution; MAE, F_w and S-measure see probabilities where there are
-            some. `"released"`: as the paper's figures were made. `"paper"`: near to that. See `protocols`.
-        ignore_index: Label of the pixels that do not count, or None.
-        metrics: Which ones: any of `METRICS`, and of `LIBRARY_METRICS`, which need `pip install
-            conceptseg-hf[eval]`.
+        predictions: Per image, a bool array, a float array of probabilities, or a PIL mask for `images.load_mask`
+            (0 and 1, or 0 and 255), all (H, W).
+        ground_truths: Per image, a bool array, a PIL mask as above (without pixels to ignore), or an integer array of
+            labels: 0 for background, 1 for foreground, and `ignore_index`. It has the size of the prediction, except
+            under "paper" and "released", which resize both where no pixels are ignored.
+        protocol: `"standard"`: compare at the resolution of the ground truth, with MAE, F_w and S-measure computed on
+            probabilities if predictions are probabilities. `"released"`: the protocol of the paper's figures.
+            `"paper"`: an approximation of it. See `protocols`.
+        ignore_index: Label of the pixels to ignore, or None.
+        metrics: Names of metrics, from `METRICS` and `LIBRARY_METRICS`; the latter need
+            `pip install conceptseg-hf[eval]`.
 
     Returns:
         Each metric in percent. Lower is better for mae and ber, higher for all others.
 
     Raises:
         ValueError: If there are no masks, their numbers or sizes differ, or a name or label is unknown.
-        ImportError: If a metric needs a package that is missing.
+        ImportError: If a metric needs a package that is not installed.
     """
     accumulated = MaskMetrics(protocol, ignore_index, metrics)
     for prediction, ground_truth in _pairs(predictions, ground_truths):
@@ -255,38 +258,36 @@ def _pairs(predictions: Iterable[Any], ground_truths: Iterable[Any]) -> Iterable
         if "zip()" not in str(error):
             raise
         raise ValueError(
-            "score_masks: there are more predictions than truths, or fewer; give one prediction per truth."
+            "score_masks: the numbers of predictions and ground truths differ; give one prediction per ground truth."
         ) from error
 
 
 def _as_ground_truth(
     ground_truth: Any, ignore_index: int | None, index: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The true mask, and where it counts."""
+    """Return the ground truth mask and the mask of the pixels that count."""
     if isinstance(ground_truth, Image.Image):
         mask = load_mask(ground_truth)
         return mask, np.ones_like(mask)
-    labels = _as_plane(ground_truth, f"truth {index}")
+    labels = _as_2d_array(ground_truth, f"ground truth {index}")
     if labels.dtype == bool:
         return labels, np.ones_like(labels)
-    counted = np.ones(labels.shape, dtype=bool) if ignore_index is None else labels != ignore_index
-    if not np.isin(labels[counted], (0, 1)).all() or (
-        ignore_index is not None and not counted.all() and not (labels == 1).any()
+    valid = np.ones(labels.shape, dtype=bool) if ignore_index is None else labels != ignore_index
+    if not np.isin(labels[valid], (0, 1)).all() or (
+        ignore_index is not None and not valid.all() and not (labels == 1).any()
     ):
-        # The second case is nearly always a mask of 0 and 255, which would count as nothing but ignored
-        # pixels.
+        # The second condition is nearly always met by a mask of 0 and 255, which would have no foreground pixels.
         raise ValueError(
-            f"score_masks: truth {index} holds the labels {np.unique(labels)[:5].tolist()}; give 0, 1 and "
-            f"{ignore_index} for ignored pixels, "
-            "or a bool array for a mask of 0 and 255."
+            f"score_masks: ground truth {index} has the labels {np.unique(labels)[:5].tolist()}; give 0, 1 and "
+            f"{ignore_index} for ignored pixels, or a bool array for a mask of 0 and 255."
         )
-    return labels == 1, counted
+    return labels == 1, valid
 
 
 def _as_probability(prediction: Any, index: int) -> np.ndarray:
     if isinstance(prediction, Image.Image):
         return load_mask(prediction)
-    values = _as_plane(prediction, f"prediction {index}")
+    values = _as_2d_array(prediction, f"prediction {index}")
     if values.dtype != bool and not (
         values.dtype.kind == "f" and (values.min(initial=0) >= 0) and (values.max(initial=0) <= 1)
     ):
@@ -297,15 +298,15 @@ def _as_probability(prediction: Any, index: int) -> np.ndarray:
     return values
 
 
-def _as_plane(values: Any, what: str) -> np.ndarray:
+def _as_2d_array(values: Any, name: str) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim != 2:
-        raise ValueError(f"score_masks: {what} has shape {array.shape}; give (H, W), one mask at a time.")
+        raise ValueError(f"score_masks: {name} has shape {array.shape}; give (H, W), one mask at a time.")
     return array
 
 
 def _ratio(numerator: Any, denominator: Any) -> Any:
-    """Numerator / denominator, and 1 where there is nothing to count."""
+    """Divide elementwise; 1 where the denominator is 0."""
     numerator, denominator = np.asarray(numerator), np.asarray(denominator)
     return np.where(denominator > 0, numerator / np.maximum(denominator, 1), 1.0)
 

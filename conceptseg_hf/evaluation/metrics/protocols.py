@@ -1,20 +1,21 @@
-"""How a predicted mask and a true one are brought together before they are compared.
+"""Protocols: how predicted and ground truth masks are resized and thresholded before they are compared.
 
-- `"standard"`: at the truth's size. Where predictions are probabilities, MAE, F_w and S-measure see them; foreground is
-  what exceeds 0.5. Pixels that a truth says to ignore do not count.
-- `"paper"`: at 600 x 600 (where truths say what to ignore, at the truth's size); truths resized by torch (bilinear,
-  above 0.5); predictions thresholded first. Errors inside F_w are whole numbers: misses near the border cost nothing.
-- `"released"`: as `"paper"`, and further as the released code has it. Truths are resized by Pillow (bicubic, above
-  127), with the grey values of soft ones. ReasonSeg, in both of its forms, is compared at the image's own size; SAM 3
-  gets its images from Pillow (bicubic), and its logits are resized by bicubic interpolation. Other sets are compared as
-  if there were no pixels to ignore. S-measure has population variances and an epsilon of 1e-8, which costs small
-  objects. BER takes a class that does not occur as wrong throughout: 0.5 for an image without the concept where nothing
-  is found.
+- `"standard"`: compares at the size of the ground truth. If predictions are probabilities, MAE, F_w and S-measure are
+  computed on them, and the other metrics threshold them at 0.5. Pixels that the ground truth ignores do not count.
+- `"paper"`: compares at 600 x 600 (at the size of the ground truth if it has pixels to ignore). Ground truths are
+  resized with torch (bilinear, threshold 0.5), and predictions are thresholded first. Errors inside F_w are integers,
+  so misses near the border cost nothing.
+- `"released"`: like `"paper"`, with further details of the released code. Ground truths are resized with Pillow
+  (bicubic, threshold 127), soft ones with their gray values. Both versions of ReasonSeg are compared at the size of the
+  image; their images are resized for SAM 3 with Pillow (bicubic), and the logits are resized by bicubic interpolation.
+  In the other datasets, pixels to ignore count as well. S-measure uses population variances and an epsilon of 1e-8,
+  which lowers the scores of small objects. BER counts a class without pixels as entirely wrong: it is 0.5 for an empty
+  prediction on an image without the concept.
 
-An evaluation resizes SAM 3's logits to 600 x 600 and thresholds them there; masks that come without logits are resized
-themselves, which moves borders by a pixel here and there.
+An evaluation resizes SAM 3's logits to 600 x 600 and thresholds them there. Masks without logits are resized
+themselves, which can shift borders by a pixel.
 
-The paper's figures compare with `"released"` alone; docs/weights.md says how far `"paper"` is from it.
+Only `"released"` is comparable with the paper's figures; docs/weights.md quantifies how `"paper"` differs from it.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ class Protocol:
     """One way to compare masks.
 
     Attributes:
-        name: Its name.
+        name: Name of the protocol.
         size: Side of the square to which masks are resized, or None.
         binary: Whether predictions are thresholded before all metrics.
-        integer_errors: See `weighted_f_measure`.
-        bicubic_ground_truths: Whether truths are resized by Pillow (bicubic), with the grey values of soft ones.
-        released_measures: Whether S-measure and BER are those of the released code.
-        own_size: Data sets that are compared at the image's own size, and whose images SAM 3 gets from Pillow.
-        ignores: Whether pixels to ignore do not count in other sets.
+        integer_errors: The option `integer_errors` of `weighted_f_measure`.
+        bicubic_ground_truths: Whether ground truths are resized with Pillow (bicubic), soft ones with gray values.
+        released_measures: Whether S-measure and BER follow the released code.
+        own_size: Datasets that are compared at the size of their images, which Pillow resizes for SAM 3.
+        ignores: Whether pixels to ignore are excluded in the other datasets.
     """
 
     name: str
@@ -57,30 +58,30 @@ class Protocol:
         self,
         prediction: np.ndarray,
         ground_truth: np.ndarray,
-        counted: np.ndarray,
+        valid: np.ndarray,
         keep_size: bool,
         soft_ground_truth: Image.Image | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Brings a prediction, its truth, and where it counts, all (H, W), to the size of comparison.
+        """Resize a prediction, its ground truth and its valid pixels, all (H, W), to the size of comparison.
 
         Args:
-            prediction: Probabilities or bool; it may have the size of comparison already.
+            prediction: Probabilities or bool; it may already have the size of comparison.
             ground_truth: Bool.
-            counted: Bool.
-            keep_size: Compare at the truth's size.
-            soft_ground_truth: The truth with its soft edges, "L", where there is one.
+            valid: Bool, the pixels that count.
+            keep_size: Compare at the size of the ground truth.
+            soft_ground_truth: The ground truth with soft edges, mode "L", if available.
         """
         if self.size is not None and not keep_size:
             prediction = _resize(prediction, self.size) > 0.5
             ground_truth = self._resize_ground_truth(ground_truth, soft_ground_truth, self.size)
-            counted = np.ones_like(ground_truth)
+            valid = np.ones_like(ground_truth)
         if self.binary and prediction.dtype != bool:
             prediction = prediction > 0.5
-        return prediction, ground_truth, counted
+        return prediction, ground_truth, valid
 
     def threshold(self, logits: np.ndarray) -> np.ndarray:
-        """The mask of (h, w) logits at the size of comparison, bool."""
-        assert self.size is not None  # the others compare at the truth's size
+        """Return the mask of (h, w) logits at the size of comparison, bool."""
+        assert self.size is not None  # the other protocols compare at the size of the ground truth
         return _resize(logits, self.size) > 0
 
     def _resize_ground_truth(
@@ -88,12 +89,12 @@ class Protocol:
     ) -> np.ndarray:
         if not self.bicubic_ground_truths:
             return _resize(ground_truth, side) > 0.5
-        picture = (
+        image = (
             Image.fromarray(ground_truth.astype(np.uint8) * 255)
             if soft_ground_truth is None
             else soft_ground_truth
         )
-        return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC)) > 127
+        return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) > 127
 
 
 PROTOCOLS = {
@@ -116,7 +117,7 @@ PROTOCOLS = {
 
 
 def _resize(values: np.ndarray, side: int) -> np.ndarray:
-    """Bilinear between pixel centres."""
+    """Resize to a square by bilinear interpolation between pixel centers."""
     if values.shape == (side, side):
         return values
     image = torch.from_numpy(values.astype(np.float32))[None, None]
@@ -124,10 +125,10 @@ def _resize(values: np.ndarray, side: int) -> np.ndarray:
 
 
 def get_protocol(name: str) -> Protocol:
-    """A protocol by name.
+    """Return the protocol of a name.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no such protocol.
     """
     if name not in PROTOCOLS:
         raise ValueError(

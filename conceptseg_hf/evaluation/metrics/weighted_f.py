@@ -1,7 +1,7 @@
-"""The weighted F-measure (Margolin, Zelnik-Manor and Tal, CVPR 2014), beta 1.
+"""The weighted F-measure (Margolin, Zelnik-Manor and Tal, CVPR 2014) with beta 1.
 
-Equal to PySODMetrics' `WeightedFmeasure` and several times faster (`benchmarks/metrics.py`): the Gaussian is separable,
-and beyond the pixels that are foreground or claimed to be, nothing counts.
+Equal to PySODMetrics' `WeightedFmeasure` and several times faster (`benchmarks/metrics.py`): the Gaussian is separated
+into two 1D filters, and only the region of predicted and ground truth foreground is processed.
 """
 
 from __future__ import annotations
@@ -11,36 +11,36 @@ from types import ModuleType
 
 import numpy as np
 
-_RADIUS, _SIGMA = 3, 5.0  # of the Gaussian over which errors inside the foreground are smoothed
+_RADIUS, _SIGMA = 3, 5.0  # of the Gaussian that smooths errors inside the foreground
 _EPS = np.spacing(1)
 
 
 def weighted_f_measure(
     prediction: np.ndarray, ground_truth: np.ndarray, integer_errors: bool = False
 ) -> float:
-    """Scores one image.
+    """Score one image.
 
-    Errors inside the foreground are smoothed, since a miss beside hits weighs less; errors outside weigh more the
+    Errors inside the foreground are smoothed, since a miss next to hits weighs less; errors outside weigh more the
     farther they are from the foreground.
 
     Args:
         prediction: (H, W) probabilities from 0 to 1, or bool.
         ground_truth: (H, W) bool.
-        integer_errors: Smooth errors as integers, as code that is fed integer masks does: smoothed errors below one
-            are cut to zero, so that misses cost nothing unless all pixels within three of them are missed too. For bool
-            predictions only.
+        integer_errors: Smooth errors as integers, as implementations do that are given integer masks: smoothed errors
+            below 1 are truncated to 0, so a miss costs nothing unless all pixels within three pixels of it are missed
+            as well. For bool predictions only.
 
     Returns:
-        A number in [0, 1]; 0 when the truth is empty, also for an empty prediction, as PySODMetrics has it.
+        A number in [0, 1]; 0 when the ground truth is empty, even if the prediction is, as in PySODMetrics.
 
     Raises:
-        ValueError: If the shapes differ, or `integer_errors` is asked for probabilities.
-        ImportError: If SciPy is missing.
+        ValueError: If the shapes differ, or `integer_errors` is set and the prediction is not bool.
+        ImportError: If SciPy is not installed.
     """
     if prediction.shape != ground_truth.shape:
         raise ValueError(
-            f"weighted_f_measure: the shapes {prediction.shape} and {ground_truth.shape} differ; bring the masks "
-            "to one size."
+            f"weighted_f_measure: the shapes {prediction.shape} and {ground_truth.shape} differ; resize the masks "
+            "to the same size."
         )
     if integer_errors and prediction.dtype != bool:
         raise ValueError(
@@ -56,10 +56,10 @@ def weighted_f_measure(
     )
     outside = ~ground_truth
     rows, columns = ndimage.distance_transform_edt(outside, return_distances=False, return_indices=True)
-    # Outside, the error of the nearest foreground pixel: what lies beyond the border must not soften it.
+    # Background pixels take the error of the nearest foreground pixel, so that they do not affect the smoothing.
     nearest = np.where(ground_truth, error, error[rows, columns])
     if integer_errors:
-        # Cut to whole numbers, a mean of zeros and ones is one where the whole window is ones.
+        # Truncated to an integer, the mean of a window of zeros and ones is 1 only if all of them are ones.
         smooth = ndimage.minimum_filter(nearest, size=2 * _RADIUS + 1, mode="constant")
     else:
         smooth = ndimage.convolve1d(nearest, _gaussian(), axis=0, mode="constant")
@@ -75,11 +75,11 @@ def weighted_f_measure(
 
 
 def _region(occupied: np.ndarray) -> tuple[slice, slice]:
-    """The rows and columns that can matter: the occupied ones and the reach of the Gaussian around them."""
+    """Return the rows and columns of the occupied pixels, extended by the radius of the Gaussian."""
     slices = []
     for axis in (1, 0):
-        places = np.flatnonzero(occupied.any(axis=axis))
-        slices.append(slice(max(0, places[0] - _RADIUS), places[-1] + _RADIUS + 1))
+        indices = np.flatnonzero(occupied.any(axis=axis))
+        slices.append(slice(max(0, indices[0] - _RADIUS), indices[-1] + _RADIUS + 1))
     return slices[0], slices[1]
 
 
@@ -91,10 +91,10 @@ def _gaussian() -> np.ndarray:
 
 
 def load_ndimage() -> ModuleType:
-    """SciPy's `ndimage`.
+    """Import SciPy's `ndimage`.
 
     Raises:
-        ImportError: If SciPy is missing.
+        ImportError: If SciPy is not installed.
     """
     try:
         from scipy import ndimage

@@ -1,4 +1,4 @@
-"""Records: what an evaluation keeps of each sample, in memory (`record`) and on disk (`store`)."""
+"""Records: the result of an evaluation for each sample, in memory (`record`) and on disk (`store`)."""
 
 from .record import (
     RECORD_FIELDS,

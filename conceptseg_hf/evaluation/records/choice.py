@@ -1,4 +1,4 @@
-"""Which object was chosen: for samples that know the objects that could be taken for the target."""
+"""Object choice: which object a mask selects, for samples with candidate objects."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ TARGET, ANCHOR, NOTHING = "target", "anchor", "nothing"
 
 
 def choice_values(sample: ConceptSample, mask: np.ndarray) -> dict[str, Any]:
-    """What a record says of the choice; nothing where the sample has no candidates.
+    """Return the fields of a record about the object choice; empty if the sample has no candidates.
 
     Args:
         sample: The sample.
         mask: (H, W) bool, the predicted mask.
 
     Returns:
-        `stratum`; `chosen`: the role of the candidate that the mask overlaps most (IoU), "nothing" where it overlaps
-        none; `sibling_fraction`: which fraction of the area of the wrong candidates is masked (anchors, which the
-        prompt names, left out), None where there are none.
+        `stratum`; `chosen`: the role of the candidate with the highest IoU with the mask, "nothing" if the mask
+        overlaps no candidate; `sibling_fraction`: the masked fraction of the area of the wrong candidates (without
+        anchors, which the prompt names), None if there are no wrong candidates.
     """
     if not sample.candidates:
         return {}
     ious = [_iou(mask, candidate.mask) for candidate in sample.candidates]
-    best = int(np.argmax(ious))
-    wrong = [item.mask for item in sample.candidates if item.role not in (TARGET, ANCHOR)]
-    area = sum(int(item.sum()) for item in wrong)
-    covered = sum(int((item & mask).sum()) for item in wrong)
+    best_index = int(np.argmax(ious))
+    wrong_masks = [
+        candidate.mask for candidate in sample.candidates if candidate.role not in (TARGET, ANCHOR)
+    ]
+    area = sum(int(wrong_mask.sum()) for wrong_mask in wrong_masks)
+    covered = sum(int((wrong_mask & mask).sum()) for wrong_mask in wrong_masks)
     return {
         "stratum": sample.stratum,
-        "chosen": sample.candidates[best].role if ious[best] > 0 else NOTHING,
+        "chosen": sample.candidates[best_index].role if ious[best_index] > 0 else NOTHING,
         "sibling_fraction": covered / area if area else None,
     }
 

@@ -1,25 +1,25 @@
-"""One benchmark sample segmented and compared with its truth: a record of plain values.
+"""Records: the result of a benchmark sample and its comparison with the ground truth, as plain values.
 
 A record holds JSON values only:
 
-- `sample_id`, `dataset`, `split`, `level`, `group`, `family`, `prompt`: the sample's, as in `ConceptSample`.
-- `present`, `gt_box`, `gt_answer`, `gt_rule`, `gt_think`: its truth; `present` is None where it is unreadable.
+- `sample_id`, `dataset`, `split`, `level`, `group`, `family`, `prompt`: of the sample, as in `ConceptSample`.
+- `present`, `gt_box`, `gt_answer`, `gt_rule`, `gt_think`: the ground truth; `present` is None if it is unreadable.
 - `route`, `presence`, `threshold`, `decode_presence`, `score`, `label`, `completion`, `think`, `rule`, `answer`, `box`,
-  `check`, `check_reference`, `check_iou`, `error`: the result's, as in `ConceptSegmentation`.
-- `mask`: the predicted mask, encoded by `rle.encode_mask`, at the size of the image; None where the sample failed.
-- `scores`: what `MaskMetrics` needs of the image under the protocol; None where the truth is a box only.
-- `foreground_iou`: under the protocol, a failed sample like an empty mask; None where the truth is a box only.
+  `check`, `check_reference`, `check_iou`, `error`: of the result, as in `ConceptSegmentation`.
+- `mask`: the predicted mask, encoded by `rle.encode_mask`, at the size of the image; None if the sample failed.
+- `scores`: the image's entry of `MaskMetrics` under the protocol; None if the ground truth is only a box.
+- `foreground_iou`: under the protocol, with an empty mask if the sample failed; None if the ground truth is only a box.
 - `rejected`: whether `decode_presence` is below 0.5.
-- `box_iou`, `format_valid`: of the completion; None on the shortcut. A missing box counts 0.
-- `route_ious`, `routing_regret`: the foreground IoU of both routes, and by how much the better one exceeds the one that
-  was taken; None where that was not asked for, or could not be measured.
+- `box_iou`, `format_valid`: of the completion; None on the shortcut. A missing box counts as 0.
+- `route_ious`, `routing_regret`: the foreground IoU of both routes, and the IoU of the better one minus that of the
+  route taken; None if it was not requested or could not be computed.
 
-A record of a sample that has candidates also holds `stratum`, `chosen` and `sibling_fraction` (see `choice`).
+Records of samples with candidates also hold `stratum`, `chosen` and `sibling_fraction` (see `choice`).
 
-Fields that only some records have: `mask_resized_from` and `mask_refused`, (width, height) of a true mask that is
-stored at another size than its image; `reference_faults` and `references_lost`, as in `ConceptSample`. An evaluation
-adds `files`, a hash of the sample's files, where it has files (see `samples`); a report adds `judgement` where there
-are judgements (see `decomposition`).
+Optional fields: `mask_resized_from` and `mask_refused`, the (width, height) of a ground truth mask that is stored at
+another size than its image; `reference_faults` and `references_lost`, as in `ConceptSample`. An evaluation adds
+`files`, a hash of the sample's files, for samples read from files (see `samples`); a report with judgements adds
+`judgement` (see `decomposition`).
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from ..metrics import METRICS, MaskMetrics, box_iou, get_protocol
 from .choice import choice_values
 from .rle import encode_mask
 
-# Below this presence of the final decode the model says: it is not there.
+# If the final decode has a presence below this value, the model rejects the concept as absent.
 REJECTION_THRESHOLD = 0.5
 
-# Grows when records come to hold other things: older ones are then not mixed with newer ones.
+# Incremented when the content of records changes, so that records of different formats are not mixed.
 RECORD_FORMAT = 2
 
 RECORD_FIELDS = frozenset(
@@ -59,12 +59,12 @@ RECORD_FIELDS = frozenset(
 
 
 def shown_references(sample: ConceptSample, max_references: int | None = None) -> list[Reference]:
-    """The references that the model is shown.
+    """Return the references that the model is given.
 
     Args:
         sample: The sample.
-        max_references: At most so many of a CI or CD sample, its first; 1 is the paper's 1x1 (Table 12). A CR sample
-            keeps its own, which are part of what is asked.
+        max_references: Maximum number of references of a CI or CD sample, which keeps the first ones; 1 is the paper's
+            1x1 (Table 12). A CR sample keeps all of its references, which are part of the task.
     """
     return sample.references if sample.level == "CR" else sample.references[:max_references]
 
@@ -79,36 +79,36 @@ def segment_samples(
     max_references: int | None = None,
     protocol: str = "standard",
 ) -> list[ConceptSegmentation]:
-    """Segments benchmark samples in one batch; a sample that cannot be prepared gives a failed result.
+    """Segment benchmark samples in one batch; a sample that cannot be prepared gets a failed result.
 
     Args:
         model: The model.
         processor: Its processor.
         samples: The samples.
         router: See `ConceptSegForSegmentation.segment`.
-        generation_config: See there.
-        sam_prompt: See there.
+        generation_config: See `ConceptSegForSegmentation.segment`.
+        sam_prompt: See `ConceptSegForSegmentation.segment`.
         max_references: See `shown_references`.
-        protocol: See `protocols`; one that compares data sets at their own size has SAM 3's image and mask resized as
-            the released code does for these.
+        protocol: See `protocols`. For the datasets in `Protocol.own_size`, SAM 3's image and mask are resized as in the
+            released code.
     """
     own_size = get_protocol(protocol).own_size
-    if apart := [index for index, sample in enumerate(samples) if sample.dataset in own_size]:
+    if own_size_indices := [index for index, sample in enumerate(samples) if sample.dataset in own_size]:
         options = (router, generation_config, sam_prompt, max_references)
-        resizing = processor.with_settings(
+        bicubic_processor = processor.with_settings(
             sam_resampling="bicubic", mask_resampling="bicubic", shortcut_size=None
         )
-        others = [index for index in range(len(samples)) if index not in set(apart)]
-        found: dict[int, ConceptSegmentation] = {}
-        for chosen, chosen_processor in ((apart, resizing), (others, processor)):
-            batch = [samples[index] for index in chosen]
-            results = segment_samples(model, chosen_processor, batch, *options) if batch else []
-            found |= dict(zip(chosen, results, strict=True))
-        return [found[index] for index in range(len(samples))]
+        other_indices = [index for index in range(len(samples)) if index not in set(own_size_indices)]
+        results_by_index: dict[int, ConceptSegmentation] = {}
+        for indices, batch_processor in ((own_size_indices, bicubic_processor), (other_indices, processor)):
+            batch = [samples[index] for index in indices]
+            results = segment_samples(model, batch_processor, batch, *options) if batch else []
+            results_by_index |= dict(zip(indices, results, strict=True))
+        return [results_by_index[index] for index in range(len(samples))]
     prepared = []
     for sample in samples:
         try:
-            # SAM 3 alone sees no references: a bad one is no reason to fail.
+            # SAM 3 alone does not use references, so an invalid reference must not fail the sample.
             references = [] if router == "sam_only" else shown_references(sample, max_references)
             prepared.append(processor.prepare(sample.image, sample.prompt, references, lazy=True))
         except (ValueError, OSError) as error:
@@ -130,24 +130,24 @@ def segment_other_routes(
     results: Sequence[ConceptSegmentation],
     *options: Any,
 ) -> list[ConceptSegmentation | None]:
-    """Segments each sample by the route that it did not take; None for a sample that took none.
+    """Segment each sample by the route that it did not take; None for a sample that took neither route.
 
     Args:
         model: The model.
         processor: Its processor.
         samples: The samples.
         results: Their results.
-        *options: As of `segment_samples`, from `generation_config` on.
+        *options: Positional arguments of `segment_samples`, from `generation_config` on.
     """
-    others: list[ConceptSegmentation | None] = [None] * len(samples)
+    other_results: list[ConceptSegmentation | None] = [None] * len(samples)
     for taken, router in (("shortcut", "full_reasoning"), ("reasoning", "sam_only")):
         indices = [index for index, result in enumerate(results) if result.route == taken]
         if indices:
-            chosen = [samples[index] for index in indices]
-            found = segment_samples(model, processor, chosen, router, *options)
-            for index, result in zip(indices, found, strict=True):
-                others[index] = result
-    return others
+            batch = [samples[index] for index in indices]
+            batch_results = segment_samples(model, processor, batch, router, *options)
+            for index, result in zip(indices, batch_results, strict=True):
+                other_results[index] = result
+    return other_results
 
 
 def make_record(
@@ -157,32 +157,32 @@ def make_record(
     metrics: Sequence[str] = METRICS,
     other: ConceptSegmentation | None = None,
 ) -> dict[str, Any]:
-    """Compares a result with the truth.
+    """Compare a result with the ground truth.
 
     Args:
         sample: The sample.
-        result: What the model made of it; a failed result counts as an empty mask.
+        result: The result of the model; a failed result counts as an empty mask.
         protocol: See `protocols`.
         metrics: See `MaskMetrics`.
-        other: What the route that was not taken makes of it, where routing regret is asked for.
+        other: The result of the route that was not taken, if routing regret is requested.
 
     Returns:
-        The record; see above.
+        The record; its fields are listed in the docstring of the module.
     """
     scores, iou, route_ious, regret = None, None, None, None
     if not sample.box_only:
         scores, iou = _score(sample, result, protocol, metrics)
         if other is not None and result.route is not None:
-            # In this order in every record, whichever was taken.
+            # All records have the same order of keys, whichever route was taken.
             _, other_iou = _score(sample, other, protocol, ())
             ious = {result.route: iou}
             route_ious = {route: ious.get(route, other_iou) for route in ("shortcut", "reasoning")}
             regret = max(route_ious.values()) - iou
     reasoned = result.route == "reasoning"
-    found_box = None
+    completion_box_iou = None
     mask = None if result.mask is None else np.asarray(result.mask) >= 128
     if reasoned and sample.box is not None:
-        found_box = 0.0 if result.box is None else box_iou(result.box, sample.box)
+        completion_box_iou = 0.0 if result.box is None else box_iou(result.box, sample.box)
     return {
         "sample_id": sample.sample_id,
         "dataset": sample.dataset,
@@ -211,7 +211,7 @@ def make_record(
         "format_valid": parse_completion(result.completion or "").is_valid if reasoned else None,
         "box": None if result.box is None else list(result.box),
         "gt_box": None if sample.box is None else list(sample.box),
-        "box_iou": found_box,
+        "box_iou": completion_box_iou,
         "check": None if result.check is None else list(result.check),
         "check_reference": result.check_reference,
         "check_iou": result.check_iou,
@@ -229,12 +229,12 @@ def make_record(
 def make_error_record(
     error: UnreadableSampleError, protocol: str = "standard", metrics: Sequence[str] = METRICS
 ) -> dict[str, Any]:
-    """The record of a sample that cannot be read.
+    """Return the record of a sample that cannot be read.
 
-    With a readable truth it counts as an empty prediction; without one it has no scores and `present` is None.
+    If its ground truth is readable, it counts as an empty prediction; otherwise it has no scores and `present` is None.
 
     Args:
-        error: What is known of the sample, and why it cannot be read.
+        error: The error, with the known fields of the sample.
         protocol: See `protocols`.
         metrics: See `MaskMetrics`.
     """
@@ -249,7 +249,7 @@ def make_error_record(
 
 
 def _notes(sample: ConceptSample) -> dict[str, Any]:
-    """What is said of a sample only where there is something to say."""
+    """Return the optional fields of a sample's record."""
     notes: dict[str, Any] = {}
     if sample.stored_mask is not None:
         notes["mask_resized_from"] = list(sample.stored_mask.size)
@@ -262,17 +262,17 @@ def _notes(sample: ConceptSample) -> dict[str, Any]:
 def _score(
     sample: ConceptSample, result: ConceptSegmentation, protocol: str, metrics: Sequence[str]
 ) -> tuple[dict[str, float], float]:
-    """What `MaskMetrics` needs of the image, and the foreground IoU."""
-    rule = get_protocol(protocol)
-    own_size = sample.dataset in rule.own_size
-    ignore = sample.ignore if rule.ignores or own_size else None
+    """Return the image's entry of `MaskMetrics`, and the foreground IoU."""
+    settings = get_protocol(protocol)
+    own_size = sample.dataset in settings.own_size
+    ignore = sample.ignore if settings.ignores or own_size else None
     mask: Image.Image | np.ndarray = Image.new("L", sample.mask.size) if result.mask is None else result.mask
     ground_truth = sample.mask
-    if ignore is None and not own_size and rule.size is not None:
+    if ignore is None and not own_size and settings.size is not None:
         if result.mask_logits is not None:
-            mask = rule.threshold(result.mask_logits)
-            ground_truth = sample.stored_mask or sample.mask  # resized once only, as a mask of any size is
-        if rule.bicubic_ground_truths:
+            mask = settings.threshold(result.mask_logits)
+            ground_truth = sample.stored_mask or sample.mask  # avoids resizing the mask twice
+        if settings.bicubic_ground_truths:
             ground_truth = sample.soft_mask or sample.stored_mask or sample.mask
     scores = MaskMetrics(protocol, metrics=metrics).update(mask, ground_truth, ignore, own_size)
     union = scores["tp"] + scores["fp"] + scores["fn"]

@@ -1,4 +1,4 @@
-"""Evaluations that have been run, read from their folders."""
+"""Reads evaluations from their output folders."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .store import Record, read_records
 
 @dataclass(frozen=True)
 class Run:
-    """One benchmark's evaluation.
+    """The evaluation of one benchmark.
 
     Attributes:
-        settings: What was run.
-        records: The records by index of their sample.
+        settings: The settings of the evaluation.
+        records: The records by sample index.
     """
 
     settings: dict[str, Any]
@@ -26,31 +26,30 @@ class Run:
 
 
 def read_runs(folder: str | os.PathLike) -> dict[tuple[str, str], Run]:
-    """Reads what `evaluate` wrote.
+    """Read evaluations that `evaluate` wrote.
 
     Args:
-        folder: An output folder, of one benchmark or of several.
+        folder: An output folder of `evaluate`, for one benchmark or for several.
 
     Returns:
         Runs by the name and the split of their benchmark.
 
     Raises:
-        FileNotFoundError: If it is no such folder.
-        ValueError: If a file in it cannot be read.
+        FileNotFoundError: If the folder holds no evaluation.
+        ValueError: If a file in it cannot be parsed.
     """
     folder = Path(folder)
-    parts = [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]
+    folders = [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]
     runs = {}
-    for part in parts:
-        if (part / "records.jsonl").is_file() and (part / "settings.json").is_file():
-            run = _read_run(part)
+    for run_folder in folders:
+        if (run_folder / "records.jsonl").is_file() and (run_folder / "settings.json").is_file():
+            run = _read_run(run_folder)
             runs[run.settings.get("benchmark", ""), run.settings.get("split", "")] = run
-            if part == folder:
+            if run_folder == folder:
                 break
     if not runs:
         raise FileNotFoundError(
-            f"{str(folder)!r} holds no records.jsonl with its settings.json; give an output folder of conceptseg "
-            "evaluate."
+            f"{str(folder)!r} holds no records.jsonl with settings.json; give an output folder of conceptseg evaluate."
         )
     return runs
 
@@ -60,9 +59,9 @@ def _read_run(folder: Path) -> Run:
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{str(folder / 'settings.json')!r} is not JSON ({error}); evaluate anew."
+            f"{str(folder / 'settings.json')!r} is not JSON ({error}); run the evaluation again."
         ) from error
     if not isinstance(settings, Mapping):
-        raise ValueError(f"{str(folder / 'settings.json')!r} holds no settings; evaluate anew.")
+        raise ValueError(f"{str(folder / 'settings.json')!r} is not a JSON object; run the evaluation again.")
     records = dict(read_records(folder / "records.jsonl"))
     return Run(dict(settings), {index: records[index] for index in sorted(records)})

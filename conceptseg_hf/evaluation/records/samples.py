@@ -1,7 +1,7 @@
-"""The samples of an evaluation: reading one, and telling which they are without reading pictures.
+"""The samples of an evaluation: reading a sample, and identifying samples without decoding images.
 
-Records are resumed only with the samples that they were made of. What tells samples apart must stay the same when a
-data set is copied or moved, and must cost little, as every record that is found on disk is compared.
+Records are resumed only with the samples they were made from. The identity of a sample must not change when a dataset
+is copied or moved, and must be cheap to compute, as it is compared for every record found on disk.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from ...data.ground_truths import GroundTruth
 from ...data.usable import has_usable_references, with_usable_references
 from ..metrics import get_protocol
 
-# Pictures of one size and form may have files of equal length; the last bytes of PNG and JPEG files tell them apart.
+# Image files of the same size and format may have the same length; the last bytes of PNG and JPEG files differ.
 _TAIL = 4096
 
 
 def read_sample(
     samples: Sequence[ConceptSample], index: int, protocol: str = "standard"
 ) -> ConceptSample | UnreadableSampleError:
-    """A sample, or why there is none.
+    """Return a sample, or the error if it cannot be read.
 
     Args:
         samples: The samples.
-        index: The place of one of them.
-        protocol: See `protocols`; one that compares at a size of its own takes true masks of any shape, but those of
-            data sets that it compares at theirs.
+        index: Index of the sample.
+        protocol: See `protocols`. A protocol with a fixed `size` accepts ground truth masks of any shape, except in its
+            `own_size` datasets.
     """
     sample = _read(samples, index)
     if isinstance(sample, UnreadableSampleError):
-        rule, stretched = get_protocol(protocol), sample.stretched
-        if rule.size is not None and stretched is not None and stretched.dataset not in rule.own_size:
+        settings, stretched = get_protocol(protocol), sample.stretched
+        if settings.size is not None and stretched is not None and stretched.dataset not in settings.own_size:
             return stretched
         return sample
     return sample if has_usable_references(samples) else with_usable_references(sample)
 
 
 def sample_to_show(samples: Sequence[ConceptSample], index: int) -> ConceptSample | UnreadableSampleError:
-    """A sample for a page: its mask stretched to the image if need be; or why it cannot be read."""
+    """Return a sample for display, its mask stretched to the image if necessary, or the error if it is unreadable."""
     sample = _read(samples, index)
     return sample.stretched or sample if isinstance(sample, UnreadableSampleError) else sample
 
@@ -57,34 +57,34 @@ def _read(
         return samples[index]
     except UnreadableSampleError as error:
         return error
-    except (OSError, ValueError) as error:  # of samples of one's own
+    except (OSError, ValueError) as error:  # raised by a user's own dataset
         return UnreadableSampleError(f"sample {index}: {error}", {"sample_id": str(index)})
 
 
 def describe_samples(samples: Sequence[ConceptSample]) -> dict[str, Any]:
-    """Where samples come from: what they say of themselves, or else what the first one says."""
+    """Return the origin of samples: the fields of the benchmark, or those of the first sample."""
     if isinstance(samples, (ConceptShapes, FileBenchmark)):
-        described = {"benchmark": samples.name, "split": samples.split, "seed": samples.seed}
+        description = {"benchmark": samples.name, "split": samples.split, "seed": samples.seed}
         if isinstance(samples, ConceptShapes) and not samples.is_whole:
-            described["groups"] = list(samples.groups)
+            description["groups"] = list(samples.groups)
         if isinstance(samples, FileBenchmark) and samples.loader != "default":
-            described["loader"] = samples.loader
-        return described
+            description["loader"] = samples.loader
+        return description
     first = _read(samples, 0)
     fields = first.fields if isinstance(first, UnreadableSampleError) else vars(first)
     return {"benchmark": fields.get("dataset", ""), "split": fields.get("split", "")}
 
 
 def identify_sample(samples: Sequence[ConceptSample] | Dataset[ConceptSample], index: int) -> dict[str, Any]:
-    """Those fields of a sample's record that are known beforehand.
+    """Return the fields of a sample's record that are known before it is segmented.
 
     Args:
         samples: The samples.
-        index: The place of one of them.
+        index: Index of the sample.
 
     Returns:
-        Fields by name: of files their hash (`files`), of samples in memory what they say; of samples that would have to
-        be read, only the first says anything.
+        Fields by name: a hash of the files (`files`) for samples from files, and the sample's own fields for samples in
+        memory. Other sequences of samples have to be read, so there are only fields for the first sample.
     """
     first = index == 0
     while isinstance(samples, Subset):
@@ -101,17 +101,20 @@ def identify_sample(samples: Sequence[ConceptSample] | Dataset[ConceptSample], i
 
 
 def _identify_item(item: FileItem, root: Path) -> dict[str, Any]:
-    words = {"prompt": item.prompt} if item.prompt else {}  # else a file has them
-    described = repr(list(_describe_item(item, root))).encode("utf-8", "surrogatepass")
-    digest = hashlib.blake2b(described, digest_size=16).hexdigest()
-    return {"sample_id": item.sample_id, **words, "files": digest}
+    prompt = {"prompt": item.prompt} if item.prompt else {}  # otherwise the prompt is in a file
+    description = repr(list(_describe_item(item, root))).encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(description, digest_size=16).hexdigest()
+    return {"sample_id": item.sample_id, **prompt, "files": digest}
 
 
 def _describe_item(item: FileItem, root: Path) -> Iterator[Any]:
     for name in ("sample_id", "prompt", "level", "group", "family", "think", "rule", "answer"):
         yield getattr(item, name)
-    pictures = [(item.image, item.ground_truth), *((own.image, own.ground_truth) for own in item.references)]
-    for image, ground_truth in pictures:
+    pairs = [
+        (item.image, item.ground_truth),
+        *((reference.image, reference.ground_truth) for reference in item.references),
+    ]
+    for image, ground_truth in pairs:
         yield _describe_file(image, root)
         if ground_truth is not None:
             yield [_describe_file(path, root) for path in ground_truth.files]
@@ -119,7 +122,7 @@ def _describe_item(item: FileItem, root: Path) -> Iterator[Any]:
 
 
 def _describe_file(path: Path, root: Path) -> tuple[Any, ...]:
-    """Name, length and end of a file; the name alone of one that cannot be read."""
+    """Return the name, length and last bytes of a file; only the name if it cannot be read."""
     name = Path(os.path.relpath(path, root)).as_posix()
     try:
         with path.open("rb") as file:
@@ -131,5 +134,5 @@ def _describe_file(path: Path, root: Path) -> tuple[Any, ...]:
 
 
 def _describe_values(ground_truth: GroundTruth) -> list[Any]:
-    """What a truth knows besides its file: a label, a box, a row."""
+    """Return the values of a ground truth other than its files: a label, a box, a row."""
     return [value for value in vars(ground_truth).values() if isinstance(value, (int, float, str, tuple))]

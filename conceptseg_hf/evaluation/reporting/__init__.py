@@ -1,1 +1,1 @@
-"""Reports: what is made of records, from one run (`report`) or from two (`comparison`)."""
+"""Reports: tables and pages computed from the records of one run (`report`) or of two (`comparison`)."""

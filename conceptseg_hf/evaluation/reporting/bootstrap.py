@@ -1,4 +1,4 @@
-"""Bootstrap intervals of means over samples (percentile method), the same on every machine."""
+"""Bootstrap confidence intervals of means over samples (percentile method), reproducible on every machine."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
-_BLOCK = 4_000_000  # draws at a time, so that memory stays small
+_BLOCK = 4_000_000  # draws at a time, to limit memory usage
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, and where it would mostly lie had other samples been drawn.
+    """A mean with its confidence interval.
 
     Attributes:
         mean: The mean.
-        low: Lower end.
-        high: Upper end.
-        samples: How many values it is over.
+        low: Lower bound.
+        high: Upper bound.
+        samples: Number of values.
     """
 
     mean: float
@@ -32,13 +32,13 @@ class Interval:
 
 @dataclass(frozen=True)
 class Resampled:
-    """A mean and the means of samples drawn from its samples, as many and with replacement.
+    """A mean with its bootstrap distribution.
 
     Attributes:
         mean: The mean.
-        means: (resamples,) the means of the resamples.
-        samples: How many values it is over.
-        smallest: How many the smallest of its parts is over.
+        means: (resamples,) means of the resamples.
+        samples: Number of values.
+        smallest: Number of values in the smallest of the averaged parts.
     """
 
     mean: float
@@ -47,30 +47,30 @@ class Resampled:
     smallest: int
 
     def interval(self, confidence: float = CONFIDENCE) -> Interval:
-        """The interval that holds this share of the resampled means, as much beyond its lower as its upper end.
+        """Return the central interval that contains a fraction `confidence` of the resampled means.
 
         Raises:
-            ValueError: If the share is not between 0 and 1.
+            ValueError: If `confidence` is not between 0 and 1.
         """
         if not 0 < confidence < 1:
-            raise ValueError(f"interval: confidence is {confidence}; use a share between 0 and 1.")
+            raise ValueError(f"interval: confidence is {confidence}; use a fraction between 0 and 1.")
         tail = 50 * (1 - confidence)
         low, high = np.percentile(self.means, (tail, 100 - tail))
         return Interval(self.mean, float(low), float(high), self.samples)
 
 
 def resample(values: Sequence[float], stream: str = "", resamples: int = RESAMPLES) -> Resampled | None:
-    """Resamples a mean.
+    """Compute the bootstrap distribution of a mean.
 
-    A paired comparison resamples the differences of the pairs.
+    For a paired comparison, pass the differences of the pairs.
 
     Args:
-        values: One per sample.
-        stream: Name of the stream of chance: means that are averaged later need different ones.
-        resamples: How often to draw.
+        values: One value per sample.
+        stream: Name of the random stream; means that are averaged later need different streams.
+        resamples: Number of resamples.
 
     Returns:
-        The mean with its resamples; None if there are no values.
+        The mean with its bootstrap distribution; None if there are no values.
 
     Raises:
         ValueError: If `resamples` is below 1.
@@ -90,7 +90,7 @@ def resample(values: Sequence[float], stream: str = "", resamples: int = RESAMPL
 
 
 def average(parts: Sequence[Resampled | None]) -> Resampled | None:
-    """The mean of means that count alike, such as those of a group's data sets; None if there are none."""
+    """Average means with equal weights, such as those of a group's datasets; None if there are none."""
     known = [part for part in parts if part is not None]
     if not known:
         return None

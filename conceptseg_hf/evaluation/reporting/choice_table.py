@@ -1,4 +1,4 @@
-"""Which objects were chosen, as a table; see `records.choice`."""
+"""The table of chosen objects; see `records.choice`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .tables import markdown_table, percent
 
 
 def choice_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Markdown lines: by group and stratum, how often each role was chosen, in percent; empty without such records."""
+    """Return Markdown lines: how often each role was chosen, by group and stratum in percent; empty without any."""
     chosen = [record for record in records if "chosen" in record]
     if not chosen:
         return []

@@ -1,4 +1,4 @@
-"""Two evaluations of the same samples, sample by sample."""
+"""Paired comparison of two evaluations of the same samples."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from .gallery import (
 from .tables import csv_text, interval_text, interval_values, markdown_table, provenance, provenance_line
 
 TIE = 0.01
-"""Foreground IoUs that differ by no more are a tie."""
+"""Foreground IoUs that differ by at most this value are a tie."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What two runs made of one sample.
+    """The records of one sample in two runs.
 
     Attributes:
         source: The benchmark and split.
-        index: The sample's place in it.
-        first: Its record in the first run.
-        second: Its record in the second run.
+        index: Index of the sample in the benchmark.
+        first: The record in the first run.
+        second: The record in the second run.
     """
 
     source: tuple[str, str]
@@ -51,7 +51,7 @@ class Pair:
 
     @property
     def difference(self) -> float:
-        """Foreground IoU of the second less that of the first."""
+        """Foreground IoU of the second record minus that of the first."""
         return self.second["foreground_iou"] - self.first["foreground_iou"]
 
 
@@ -60,14 +60,14 @@ class ComparedRow:
     """One row of the table.
 
     Attributes:
-        level: The level; "all" for all.
-        group: The group; "all" for sums, "absent" for the samples without their concept.
+        level: The level; "all" for all levels.
+        group: The group; "all" for all groups, "absent" for the samples without their concept.
         first: Mean foreground IoU of the first run.
         second: Mean foreground IoU of the second run.
         difference: The mean difference, with its bootstrap interval over pairs.
-        wins: Pairs in which the second run is better by more than `TIE`.
-        ties: Pairs in which neither is.
-        losses: Pairs in which the first run is better by more than `TIE`.
+        wins: Number of pairs in which the second run is better by more than `TIE`.
+        ties: Number of pairs in which neither run is.
+        losses: Number of pairs in which the first run is better by more than `TIE`.
     """
 
     level: str
@@ -85,10 +85,10 @@ class Comparison:
     """Two runs over the same samples.
 
     Attributes:
-        names: What the runs are called.
-        settings: Their settings; where a run has several benchmarks, those of the first.
-        pairs: The samples that both have and whose masks are known.
-        unpaired: How many samples only the first, and only the second, has.
+        names: Names of the runs.
+        settings: Settings of the runs; for several benchmarks, those of the first benchmark.
+        pairs: The samples with a ground truth mask that both runs have.
+        unpaired: Numbers of samples that only the first run has, and that only the second run has.
     """
 
     names: tuple[str, str]
@@ -98,14 +98,16 @@ class Comparison:
 
     @cached_property
     def table(self) -> list[ComparedRow]:
-        """Rows for each group, each level and all, over samples that show their concept; then those that do not."""
+        """Rows for each group, each level and all samples that show their concept, then one for the other samples."""
         present = [pair for pair in self.pairs if pair.first["present"]]
         rows = []
         for level in levels_of(pair.first for pair in present):
-            of_level = [pair for pair in present if pair.first["level"] == level]
-            for group in dict.fromkeys(pair.first["group"] for pair in of_level):
-                rows.append(_row(level, group, [pair for pair in of_level if pair.first["group"] == group]))
-            rows.append(_row(level, "all", of_level))
+            level_pairs = [pair for pair in present if pair.first["level"] == level]
+            for group in dict.fromkeys(pair.first["group"] for pair in level_pairs):
+                rows.append(
+                    _row(level, group, [pair for pair in level_pairs if pair.first["group"] == group])
+                )
+            rows.append(_row(level, "all", level_pairs))
         if present:
             rows.append(_row("all", "all", present))
         absent = [pair for pair in self.pairs if not pair.first["present"]]
@@ -115,13 +117,13 @@ class Comparison:
 
     @cached_property
     def mean_of_groups(self) -> tuple[str, Interval] | None:
-        """The difference in the mean mIoU (percent) of the groups, with its interval.
+        """The names of the groups, and the difference in their mean mIoU (percent) with its interval.
 
-        The ten groups of the paper's Table 1, if all are there, else those that are; a group is the mean of its data
-        sets. None without pairs.
+        The groups are the ten groups of the paper's Table 1, or those of them that occur. The value of a group is the
+        mean over its datasets. None without pairs.
         """
-        ten = paper_figures.groups()
-        pairs = [pair for pair in self.pairs if pair.first["group"] in ten] or self.pairs
+        table_1_groups = paper_figures.groups()
+        pairs = [pair for pair in self.pairs if pair.first["group"] in table_1_groups] or self.pairs
         if not pairs:
             return None
         protocol = self.settings[0]["protocol"]
@@ -130,19 +132,21 @@ class Comparison:
             for records in ([pair.first for pair in pairs], [pair.second for pair in pairs])
         )
         differences: dict[str, dict[tuple[str, str], list[float]]] = {}
-        for pair, before, after in zip(pairs, first, second, strict=True):
-            differences.setdefault(pair.first["group"], {}).setdefault(pair.source, []).append(after - before)
+        for pair, first_miou, second_miou in zip(pairs, first, second, strict=True):
+            differences.setdefault(pair.first["group"], {}).setdefault(pair.source, []).append(
+                second_miou - first_miou
+            )
         means = [
-            average([resample(values, f"{group}/{source}") for source, values in sets.items()])
-            for group, sets in differences.items()
+            average([resample(values, f"{group}/{source}") for source, values in by_source.items()])
+            for group, by_source in differences.items()
         ]
-        name = "the ten groups" if set(differences) == set(ten) else ", ".join(differences)
+        name = "the ten groups" if set(differences) == set(table_1_groups) else ", ".join(differences)
         mean = average(means)
         return None if mean is None else (name, mean.interval())
 
     @property
     def remarks(self) -> list[str]:
-        """What else differs between the runs, and what is left out, as lines of text."""
+        """The settings that differ between the runs, and the samples that are excluded, as lines of text."""
         first, second = self.settings
         skipped = ("environment", "root")
         names = [name for name in {**first, **second} if name not in skipped]
@@ -154,12 +158,12 @@ class Comparison:
         lines = [f"Settings that differ: {', '.join(changed)}." if changed else "The settings are the same."]
         for name, count in zip(self.names, self.unpaired, strict=True):
             if count:
-                lines.append(f"{count} samples of {name} are not in the other run and are left out.")
+                lines.append(f"{count} samples of {name} are not in the other run and are excluded.")
         return lines
 
     def to_markdown(self) -> str:
-        """The table, with what was run above and what columns mean below."""
-        lines = [f"A: {self.names[0]}, B: {self.names[1]}; {len(self.pairs)} samples of both.", ""]
+        """Return the table in Markdown, with the settings above and the meaning of the columns below."""
+        lines = [f"A: {self.names[0]}, B: {self.names[1]}; {len(self.pairs)} samples in both runs.", ""]
         for letter, settings in zip("AB", self.settings, strict=True):
             lines.append(f"- {letter}: {provenance_line(settings, len(self.pairs))}")
         lines += [f"- {remark}" for remark in self.remarks]
@@ -186,12 +190,14 @@ class Comparison:
             f"- ties: foreground IoUs that differ by at most {TIE}.",
         ]
         if any(row.group == "absent" for row in self.table):
-            lines.append("- absent: samples without their concept; 1 for an empty mask, else 0.")
+            lines.append(
+                "- absent: samples without their concept; an empty mask counts as 1, any other as 0."
+            )
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, and how they were made, as JSON values."""
-        overall = self.mean_of_groups
+        """Return all numbers and their provenance as JSON values."""
+        mean_of_groups = self.mean_of_groups
         return {
             "runs": [
                 {"name": name, "provenance": provenance(settings, len(self.pairs)), "settings": settings}
@@ -199,12 +205,13 @@ class Comparison:
             ],
             "remarks": self.remarks,
             "samples": len(self.pairs),
-            "mean_of_groups_miou": overall and {"groups": overall[0], **(interval_values(overall[1]) or {})},
+            "mean_of_groups_miou": mean_of_groups
+            and {"groups": mean_of_groups[0], **(interval_values(mean_of_groups[1]) or {})},
             "table": [vars(row) | {"difference": interval_values(row.difference)} for row in self.table],
         }
 
     def to_csv(self) -> str:
-        """One pair a line."""
+        """Return the pairs as CSV, one per line."""
         return csv_text(
             [
                 {
@@ -229,11 +236,11 @@ class Comparison:
         folder: str | os.PathLike,
         open_samples: Callable[[str, str], Sequence[ConceptSample]] | None = None,
     ) -> None:
-        """Writes comparison.md, comparison.json and comparison.csv, and gallery.html if samples can be read.
+        """Write comparison.md, comparison.json and comparison.csv, and gallery.html if `open_samples` is given.
 
         Args:
             folder: An existing folder.
-            open_samples: Gives the samples of a benchmark and split.
+            open_samples: Returns the samples of a benchmark and split.
         """
         folder = Path(folder)
         write_files(
@@ -252,70 +259,70 @@ class Comparison:
         open_samples: Callable[[str, str], Sequence[ConceptSample]],
         count: int = CASES,
     ) -> None:
-        """Writes the page of the pairs that differ most.
+        """Write a page of the pairs with the largest differences.
 
         Args:
             path: The HTML file.
-            open_samples: Gives the samples of a benchmark and split.
-            count: Cases on either side.
+            open_samples: Returns the samples of a benchmark and split.
+            count: Maximum number of cases per section.
         """
-        opened = {
+        samples = {
             source: open_samples(*source) for source in dict.fromkeys(pair.source for pair in self.pairs)
         }
         ordered = sorted(self.pairs, key=lambda pair: pair.difference)
         losses = [pair for pair in ordered if pair.difference < -TIE][:count]
         wins = [pair for pair in reversed(ordered) if pair.difference > TIE][:count]
         sections = [
-            Section(heading, note, (self._case(pair, opened[pair.source]) for pair in pairs))
+            Section(heading, note, (self._case(pair, samples[pair.source]) for pair in pairs))
             for heading, note, pairs in (
-                ("B wins", f"Where B ({self.names[1]}) is farthest above A.", wins),
-                ("A wins", f"Where A ({self.names[0]}) is farthest above B.", losses),
+                ("B wins", f"The samples with the largest gains of B ({self.names[1]}) over A.", wins),
+                ("A wins", f"The samples with the largest gains of A ({self.names[0]}) over B.", losses),
             )
         ]
         write_page(path, f"A: {self.names[0]}, B: {self.names[1]}", " ".join(self.remarks), sections)
 
     def _case(self, pair: Pair, samples: Sequence[ConceptSample]) -> str:
         sample = sample_to_show(samples, pair.index)
-        pictures = []
+        images = []
         if isinstance(sample, ConceptSample):
-            pictures = ground_truth_images(sample, mosaic=self.settings[0].get("mosaic"))
+            images = ground_truth_images(sample, mosaic=self.settings[0].get("mosaic"))
             for letter, record in zip("AB", (pair.first, pair.second), strict=True):
                 if record["error"] is None:
-                    pictures.append((letter, prediction_image(sample, record)))
-        facts = {"prompt": pair.first["prompt"], "true answer": pair.first.get("gt_answer")}
+                    images.append((letter, prediction_image(sample, record)))
+        facts = {"prompt": pair.first["prompt"], "ground truth answer": pair.first.get("gt_answer")}
         for letter, record in zip("AB", (pair.first, pair.second), strict=True):
             facts |= {f"{letter}: {name}": value for name, value in result_facts(record).items()}
-        return case_html(f"{case_title(pair.first)} ({pair.difference:+.3f})", pictures, facts)
+        return case_html(f"{case_title(pair.first)} ({pair.difference:+.3f})", images, facts)
 
 
 def compare(
     first: str | os.PathLike, second: str | os.PathLike, names: tuple[str, str] | None = None
 ) -> Comparison:
-    """Pairs two evaluations.
+    """Compare two evaluations sample by sample.
 
     Args:
         first: Output folder of an evaluation.
-        second: Output folder of another one, of the same benchmarks under the same protocol.
-        names: What to call them; their folders' names by default.
+        second: Output folder of another evaluation of the same benchmarks under the same protocol.
+        names: Names of the evaluations; by default, the names of their folders.
 
     Raises:
         FileNotFoundError: If a folder holds no evaluation.
-        ValueError: If they are of different data or protocols, or have no sample in common.
+        ValueError: If the evaluations are of different data or protocols, or have no sample in common.
     """
     folders = Path(first), Path(second)
     runs = read_runs(folders[0]), read_runs(folders[1])
     if set(runs[0]) != set(runs[1]):
         sources = [", ".join("/".join(filter(None, source)) for source in sorted(run)) for run in runs]
         raise ValueError(
-            f"compare: {str(first)!r} is of {sources[0]} and {str(second)!r} of {sources[1]}; compare evaluations of "
-            "the same benchmarks and splits."
+            f"compare: {str(first)!r} is of {sources[0]}, but {str(second)!r} is of {sources[1]}; compare evaluations "
+            "of the same benchmarks and splits."
         )
     pairs: list[Pair] = []
     unpaired = (0, 0)
     for source in runs[0]:
-        of_source, missing = _pairs(source, runs[0][source], runs[1][source])
-        pairs += of_source
-        unpaired = (unpaired[0] + missing[0], unpaired[1] + missing[1])
+        source_pairs, unpaired_of_source = _pairs(source, runs[0][source], runs[1][source])
+        pairs += source_pairs
+        unpaired = (unpaired[0] + unpaired_of_source[0], unpaired[1] + unpaired_of_source[1])
     if not pairs:
         raise ValueError(
             f"compare: {str(first)!r} and {str(second)!r} have no sample with a mask in common; compare evaluations "
@@ -325,7 +332,7 @@ def compare(
 
 
 def _settings(runs: Mapping[tuple[str, str], Run]) -> dict[str, Any]:
-    """The settings of the first benchmark, under the names of all."""
+    """Return the settings of the first benchmark, with the names of all benchmarks."""
     first = next(iter(runs.values())).settings
     if len(runs) == 1:
         return first
@@ -336,22 +343,22 @@ def _pairs(source: tuple[str, str], first: Run, second: Run) -> tuple[list[Pair]
     protocols = [run.settings["protocol"] for run in (first, second)]
     if protocols[0] != protocols[1]:
         raise ValueError(
-            f"compare: {source[0]!r} was evaluated under the protocols {protocols[0]} and {protocols[1]}; evaluate "
-            "one of them again, under the other's."
+            f"compare: {source[0]!r} was evaluated under the protocols {protocols[0]} and {protocols[1]}; run one of "
+            "the evaluations again with the protocol of the other."
         )
-    found = {_sample(record): (index, record) for index, record in second.records.items()}
+    second_records = {_sample(record): (index, record) for index, record in second.records.items()}
     pairs = []
     common = 0
     for record in first.records.values():
-        if _sample(record) not in found:
+        if _sample(record) not in second_records:
             continue
-        index, other = found[_sample(record)]
+        index, other = second_records[_sample(record)]
         common += 1
         if record["foreground_iou"] is None or other["foreground_iou"] is None:
             continue
         if _ground_truth(record) != _ground_truth(other):
             raise ValueError(
-                f"compare: the truth of sample {record['sample_id']!r} is not the same in both evaluations; "
+                f"compare: the ground truth of sample {record['sample_id']!r} differs between the evaluations; "
                 "evaluate both on the same files."
             )
         pairs.append(Pair(source, index, record, other))
@@ -363,7 +370,7 @@ def _sample(record: Record) -> tuple[str, str, str]:
 
 
 def _ground_truth(record: Record) -> tuple[float, float]:
-    """The pixels of the true foreground, and of the image."""
+    """Return the number of pixels of the ground truth foreground, and of the image."""
     scores = record["scores"]
     foreground = scores["tp"] + scores["fn"]
     return foreground, foreground + scores["fp"] + scores["tn"]

@@ -1,6 +1,6 @@
-"""What a report says of the data: true masks of another size than their image, and references that cannot be used.
+"""Notes on the data in a report: ground truth masks of another size than their image, and unusable references.
 
-A data set without either is not mentioned at all.
+Datasets with neither are not mentioned.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 from ..records.store import Record
 
-_LISTED = 20  # references in a report
+_MAX_LISTED_REFERENCES = 20
 
 
 def data_notes(records: Sequence[Record]) -> dict[str, Any]:
-    """As JSON values, under the keys `gt_masks_of_another_size` and `unusable_references`, each if there are any."""
+    """Return the notes as JSON values, under `gt_masks_of_another_size` and `unusable_references` where they apply."""
     notes: dict[str, Any] = {}
     resized = sum("mask_resized_from" in record for record in records)
     failed = sum("mask_refused" in record for record in records)
@@ -34,26 +34,26 @@ def data_notes(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def data_remarks(records: Sequence[Record]) -> list[str]:
-    """The same as lines of Markdown."""
+    """Return the notes as lines of Markdown."""
     notes = data_notes(records)
     lines: list[str] = []
     if sized := notes.get("gt_masks_of_another_size"):
         counts = (
             f"{sized['resized']} resized to it, {sized['failed']} counted as failed (another aspect ratio)"
         )
-        lines += ["", f"True masks of another size than their image: {counts}."]
-    if found := notes.get("unusable_references"):
-        faults = found["faults"]
-        notified = (
-            f"References that cannot be used: {len(faults)}, drawn for {found['samples']} samples. Others of their "
-            f"class took their places; {found['samples_with_fewer']} samples had fewer references."
+        lines += ["", f"Ground truth masks of another size than their image: {counts}."]
+    if unusable := notes.get("unusable_references"):
+        faults = unusable["faults"]
+        summary = (
+            f"References that cannot be used: {len(faults)}, drawn for {unusable['samples']} samples. They were "
+            f"replaced by others of their class; {unusable['samples_with_fewer']} samples had fewer references."
         )
         lines += [
             "",
-            notified,
+            summary,
             "",
-            *(f"- {entry['fault']}" for entry in faults[:_LISTED]),
+            *(f"- {entry['fault']}" for entry in faults[:_MAX_LISTED_REFERENCES]),
         ]
-        if len(faults) > _LISTED:
-            lines.append(f"- and {len(faults) - _LISTED} more; report.json has them all.")
+        if len(faults) > _MAX_LISTED_REFERENCES:
+            lines.append(f"- and {len(faults) - _MAX_LISTED_REFERENCES} more; report.json has them all.")
     return lines

@@ -1,4 +1,4 @@
-"""Cases of a run as one HTML page that needs nothing else: pictures are embedded, there are no scripts."""
+"""Galleries: cases of a run on a self-contained HTML page with embedded images and without scripts."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from ..records.store import Record
 from .tables import fraction, provenance_line
 
 CASES = 12
-"""Cases of each kind on a page."""
+"""Default number of cases per section."""
 
 _HEIGHT = 224
-_MOST_BYTES = 4_500_000
+_MAX_BYTES = 4_500_000
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #202020; background: #fff; margin: 2rem auto; max-width: 60rem;
   padding: 0 1rem; }
 article { border-top: 1px solid #ddd; padding: 1rem 0; }
-.pictures { display: flex; flex-wrap: wrap; gap: 0.75rem; }
+.images { display: flex; flex-wrap: wrap; gap: 0.75rem; }
 figure { margin: 0; }
 figcaption { color: #595959; font-size: 13px; }
 img { display: block; height: 224px; max-width: 100%; object-fit: contain; object-position: left; }
@@ -52,12 +52,12 @@ h3 { font-size: 1rem; margin: 0 0 0.5rem; }
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence below it, and cases.
+    """A section of a page.
 
     Attributes:
         heading: The heading.
-        note: What the cases are.
-        cases: Each the HTML of an `article`.
+        note: A sentence below the heading that describes the cases.
+        cases: HTML `article` elements, one per case.
     """
 
     heading: str
@@ -72,14 +72,14 @@ def write_gallery(
     samples: Sequence[ConceptSample],
     count: int = CASES,
 ) -> None:
-    """Writes the page of the worst cases of a run and of those around its median.
+    """Write a page of the worst cases of a run and of the cases around its median.
 
     Args:
         path: The HTML file.
         records: The records of the run.
-        settings: Its settings.
-        samples: The samples of the records, in their order; only those on the page are read.
-        count: Cases of each kind.
+        settings: The settings of the run.
+        samples: The samples of the records, in the same order; only those on the page are read.
+        count: Maximum number of cases per section.
     """
     scored = [index for index, record in enumerate(records) if record["foreground_iou"] is not None]
     by_iou = sorted(scored, key=lambda index: records[index]["foreground_iou"])
@@ -90,27 +90,27 @@ def write_gallery(
         Section(heading, note, (_case(records[index], samples, index, settings) for index in indices))
         for heading, note, indices in (
             ("Worst cases", "The samples with the lowest foreground IoU.", worst),
-            ("Median cases", "The samples in the middle of all, ordered by foreground IoU.", median),
+            ("Median cases", "The samples around the median foreground IoU.", median),
         )
     ]
     write_page(path, "Worst and median cases", provenance_line(settings, len(records)), sections)
 
 
 def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:
-    """Writes a page of cases; what would make it larger than 4.5 MB is left out and said so."""
+    """Write a page of cases; cases beyond a size of 4.5 MB are omitted and counted in the note of their section."""
     size = 0
-    parts = []
+    section_parts = []
     for section in sections:
-        shown, left_out = [], 0
+        shown, omitted = [], 0
         for case in section.cases:
-            if size + len(case) > _MOST_BYTES:
-                left_out += 1
+            if size + len(case) > _MAX_BYTES:
+                omitted += 1
                 continue
             size += len(case)
             shown.append(case)
-        note = section.note + (f" {left_out} are left out to keep the page small." if left_out else "")
+        note = section.note + (f" {omitted} are omitted to keep the page small." if omitted else "")
         body = "".join(shown) or "<p>None.</p>"
-        parts.append(
+        section_parts.append(
             f"<section><h2>{html.escape(section.heading)}</h2><p>{html.escape(note)}</p>{body}</section>\n"
         )
     page = (
@@ -119,23 +119,23 @@ def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[S
         "style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{html.escape(title)}</h1>\n<p>{html.escape(subtitle)}</p>\n{''.join(parts)}</body>\n</html>\n"
+        f"<h1>{html.escape(title)}</h1>\n<p>{html.escape(subtitle)}</p>\n{''.join(section_parts)}</body>\n</html>\n"
     )
     write_file(path, page)
 
 
-def case_html(title: str, pictures: Sequence[tuple[str, Image.Image]], facts: Mapping[str, Any]) -> str:
-    """One case.
+def case_html(title: str, images: Sequence[tuple[str, Image.Image]], facts: Mapping[str, Any]) -> str:
+    """Return the HTML of a case.
 
     Args:
-        title: Its heading.
-        pictures: Captions and pictures.
-        facts: What is written below; None is left out.
+        title: The heading.
+        images: Captions and images.
+        facts: Values by name that are shown below the images; None values are omitted.
     """
     figures = "".join(
-        f'<figure><img src="{_data_url(picture)}" alt="{html.escape(caption)}">'
+        f'<figure><img src="{_data_url(image)}" alt="{html.escape(caption)}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for caption, picture in pictures
+        for caption, image in images
     )
     lines = "".join(
         f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>"
@@ -144,7 +144,7 @@ def case_html(title: str, pictures: Sequence[tuple[str, Image.Image]], facts: Ma
     )
     return (
         f"<article><h3>{html.escape(title)}</h3>"
-        f'<div class="pictures">{figures}</div><dl>{lines}</dl></article>\n'
+        f'<div class="images">{figures}</div><dl>{lines}</dl></article>\n'
     )
 
 
@@ -154,48 +154,50 @@ def ground_truth_images(
     record: Record | None = None,
     mosaic: Mapping[str, Any] | None = None,
 ) -> list[tuple[str, Image.Image]]:
-    """The references, as the VLM sees them, and the target with its true mask.
+    """Return the references as in the VLM's input, and the target with its ground truth mask, each with a caption.
 
     Args:
         sample: The sample.
         limit: `max_references` of the run.
-        record: What the run made of it, for the check box.
-        mosaic: The run's `MosaicSettings`, where they are not the usual ones.
+        record: The record of the sample, for the check box.
+        mosaic: The `MosaicSettings` of the run, if they are not the defaults.
     """
-    pictures = []
+    images = []
     references = shown_references(sample, limit)
     if references:
         check = None
         if record is not None and record["check"] is not None and record["check_reference"] is not None:
             check = (record["check_reference"], record["check"])
         caption = "references" if check is None else "references and the check box"
-        with suppress(OSError, ValueError):  # a reference that cannot be drawn: the record says what is wrong
+        with suppress(OSError, ValueError):  # invalid references are not drawn; the record has the error
             drawn = draw_mosaic(references, _HEIGHT, check, MosaicSettings.from_dict(mosaic or {}))
-            pictures.append((caption, drawn))
-    ground_truth = "truth" if sample.present else "target; the concept is absent"
-    pictures.append((ground_truth, _overlaid(sample, sample.mask)))
-    return pictures
+            images.append((caption, drawn))
+    caption = "ground truth" if sample.present else "target; the concept is absent"
+    images.append((caption, _overlaid(sample, sample.mask)))
+    return images
 
 
 def prediction_image(sample: ConceptSample, record: Record) -> Image.Image:
-    """The target with the mask and the box of a record."""
+    """Return the target with the mask and the box of a record."""
     mask = record.get("mask")
     target = load_image(sample.image)
-    picture = scaled_overlay(target, None if mask is None else decode_mask(mask), _HEIGHT)
+    image = scaled_overlay(target, None if mask is None else decode_mask(mask), _HEIGHT)
     if record["box"] is not None:
-        across, down = picture.width / target.width, picture.height / target.height
+        scale_x, scale_y = image.width / target.width, image.height / target.height
         x1, y1, x2, y2 = record["box"]
-        picture = draw_box(picture, (x1 * across, y1 * down, x2 * across, y2 * down))
-    return picture
+        image = draw_box(image, (x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y))
+    return image
 
 
 def result_facts(record: Record) -> dict[str, Any]:
-    """What a record says of how its mask came about."""
+    """Return the facts of a record that explain its result."""
     if record["error"] is not None:
         return {"failed": record["error"]}
     route = record["route"]
     if record["presence"] is not None:
-        route += f"; SAM 3's first look {record['presence']:.2f}, threshold {record['threshold']:.2f}"
+        route += (
+            f"; presence in SAM 3's first pass {record['presence']:.2f}, threshold {record['threshold']:.2f}"
+        )
     reasoned = record["route"] == "reasoning"
     return {
         "foreground IoU": fraction(record["foreground_iou"]),
@@ -209,21 +211,23 @@ def result_facts(record: Record) -> dict[str, Any]:
 
 
 def case_title(record: Record) -> str:
-    """Where a case comes from."""
+    """Return the heading of a case: level, group, dataset and sample id."""
     names = (record["level"], record["group"], record.get("dataset"), record["sample_id"])
     return " · ".join(str(name) for name in names if name)
 
 
 def _case(record: Record, samples: Sequence[ConceptSample], index: int, settings: Mapping[str, Any]) -> str:
     sample = sample_to_show(samples, index)
-    pictures = []
+    images = []
     if isinstance(sample, ConceptSample):
-        pictures = ground_truth_images(sample, settings.get("max_references"), record, settings.get("mosaic"))
+        images = ground_truth_images(sample, settings.get("max_references"), record, settings.get("mosaic"))
         if record["error"] is None:
             caption = "prediction" if record["box"] is None else "prediction and the VLM's box"
-            pictures.append((caption, prediction_image(sample, record)))
-    facts = {"prompt": record["prompt"], "true answer": record.get("gt_answer")} | result_facts(record)
-    return case_html(case_title(record), pictures, facts)
+            images.append((caption, prediction_image(sample, record)))
+    facts = {"prompt": record["prompt"], "ground truth answer": record.get("gt_answer")} | result_facts(
+        record
+    )
+    return case_html(case_title(record), images, facts)
 
 
 def _overlaid(sample: ConceptSample, mask: Image.Image) -> Image.Image:
@@ -231,7 +235,7 @@ def _overlaid(sample: ConceptSample, mask: Image.Image) -> Image.Image:
     return scaled_overlay(target, mask if sample.present else None, _HEIGHT)
 
 
-def _data_url(picture: Image.Image) -> str:
+def _data_url(image: Image.Image) -> str:
     file = io.BytesIO()
-    picture.convert("RGB").save(file, "JPEG", quality=85)
+    image.convert("RGB").save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")

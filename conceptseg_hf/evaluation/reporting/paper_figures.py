@@ -1,4 +1,4 @@
-"""The figures that the paper prints, by table; `paper_figures.yaml` holds them."""
+"""The figures printed in the paper, by table, from `paper_figures.yaml`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 METHODS = ("ConceptSeg-R1-7B", "ConceptSeg-R1-3B", "SAM 3")
-"""The paper's own models and their backbone; Table 1 has others as well."""
+"""The paper's own models and SAM 3, which they use; Table 1 has further methods."""
 
 
 @cache
@@ -18,18 +18,18 @@ def _figures() -> dict[str, Any]:
 
 
 def groups() -> tuple[str, ...]:
-    """The columns of Table 1, in its order."""
+    """Return the groups, which are the columns of Table 1, in its order."""
     return tuple(_figures()["groups"])
 
 
 def data_sets(level: str | None = None) -> tuple[str, ...]:
-    """The columns of Table 8, in its order; those of a level, or all."""
-    found = _figures()["data_sets"]
-    return tuple(found[level]) if level else tuple(name for names in found.values() for name in names)
+    """Return the datasets of a level or of all levels, which are the columns of Table 8, in its order."""
+    by_level = _figures()["data_sets"]
+    return tuple(by_level[level]) if level else tuple(name for names in by_level.values() for name in names)
 
 
 def table_1() -> dict[str, dict[str, dict[str, float | None]]]:
-    """Method -> metric (f_w, miou) -> group, or "mean" -> percent."""
+    """Return Table 1: method -> metric (f_w, miou) -> group, or "mean" -> percent."""
     return {
         method: {
             metric: dict(zip(groups(), row[metric], strict=True)) | {"mean": row["mean"][metric]}
@@ -40,12 +40,12 @@ def table_1() -> dict[str, dict[str, dict[str, float | None]]]:
 
 
 def table_3() -> dict[str, dict[str, dict[str, float | None]]]:
-    """Method -> split of ReasonSeg -> metric (giou, ciou) -> percent."""
+    """Return Table 3: method -> split of ReasonSeg -> metric (giou, ciou) -> percent."""
     return _figures()["table_3"]
 
 
 def table_8() -> dict[str, dict[str, dict[str, float | None]]]:
-    """Method -> metric -> data set, or level for its mean -> percent."""
+    """Return Table 8: method -> metric -> dataset, or level for its mean -> percent."""
     levels = tuple(_figures()["data_sets"])
     return {
         method: {
@@ -62,5 +62,5 @@ def table_8() -> dict[str, dict[str, dict[str, float | None]]]:
 
 
 def table(number: int) -> dict[str, Any]:
-    """A table as the file holds it: 1, 2, 3, 4, 8, 10, 11 or 12."""
+    """Return a table in the layout of the file; `number` is 1, 2, 3, 4, 8, 10, 11 or 12."""
     return _figures()[f"table_{number}"]

@@ -1,4 +1,4 @@
-"""What an evaluation says: the paper's tables, and a table by level and group, made from the records."""
+"""The report of an evaluation: the paper's tables, and a table by level and group, computed from the records."""
 
 from __future__ import annotations
 
@@ -33,56 +33,68 @@ from .tables import (
     provenance_line,
 )
 
-_LISTED = 50  # errors in a report
+_MAX_LISTED_ERRORS = 50
 
-# Column, its heading, and what the column means.
+# Key, heading and meaning of each column.
 _COLUMNS = (
     ("samples", "samples", "all samples of the row"),
     (
         "foreground_iou",
         "fg IoU",
-        "mean foreground IoU of the samples that show their concept; a failed sample counts 0",
+        "mean foreground IoU of the samples that show their concept; a failed sample counts as 0",
     ),
     ("foreground_iou_interval", "95 % interval", "of fg IoU, by bootstrap over the samples"),
     (
         "rejection_rate",
         "rejected",
-        "share of the samples without their concept whose final presence is below 0.5",
+        "fraction of the samples without their concept that have a final presence below 0.5",
     ),
     (
         "presence_auc",
         "presence AUC",
-        "does the final presence tell samples with their concept from those without",
+        "area under the ROC curve of the final presence, for samples with and without their concept",
     ),
-    ("shortcut_share", "shortcut", "share of the samples that SAM 3 answered alone"),
+    ("shortcut_share", "shortcut", "fraction of the samples that SAM 3 answered alone"),
     (
         "routing_regret",
         "regret",
-        "mean of what the better of both routes would have added to the foreground IoU",
+        "mean gain in foreground IoU if the better of both routes had been taken",
     ),
-    ("regretted", "regretted", "share of the samples that the other route would have answered better"),
-    ("format_rate", "format", "share of the completions that follow the template"),
-    ("box_iou", "box IoU", "mean IoU of the completions' boxes with the true ones; a missing box counts 0"),
-    ("check_iou", "check IoU", "mean IoU of the check boxes with the withheld ones; a missing box counts 0"),
+    (
+        "regretted",
+        "regretted",
+        "fraction of the samples for which the other route has a higher foreground IoU",
+    ),
+    ("format_rate", "format", "fraction of the completions that follow the template"),
+    (
+        "box_iou",
+        "box IoU",
+        "mean IoU of the completions' boxes with the ground truth boxes; a missing box counts as 0",
+    ),
+    (
+        "check_iou",
+        "check IoU",
+        "mean IoU of the check boxes with the withheld boxes; a missing box counts as 0",
+    ),
     (
         "chosen_right",
         "right object",
-        "share of the samples whose mask overlaps the target more than any other object",
+        "fraction of the samples with a mask that overlaps the target more than any other object",
     ),
     ("sibling_fraction", "siblings masked", "mean fraction of the area of the wrong objects that is masked"),
     ("failed", "failed", "samples that ended with an error"),
 )
-# Left out where no row has a value.
+# Columns that are omitted if no row has a value.
 _OPTIONAL = ("routing_regret", "regretted", "chosen_right", "sibling_fraction")
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """The outcome of `evaluate`.
+    """The result of `evaluate`.
 
     Attributes:
         records: One record per sample (see `records.make_record`), in the order of the benchmark.
-        settings: What was run: benchmark, split, protocol, router, model.
+        settings: The settings of the run: benchmark, split, protocol, router, model and so on.
     """
 
     records: list[Record]
@@ -90,16 +102,16 @@ class EvaluationReport:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """The rows of the paper's tables: data sets, groups, levels, and the mean of the ten groups."""
+        """The rows of the paper's tables: datasets, groups, levels, and the mean of the ten groups."""
         return aggregate(self.records, self.settings["protocol"], self.settings["metrics"])
 
     @cached_property
     def table(self) -> list[dict[str, Any]]:
-        """Rows for each group, its strata if it has any, each level and all; sums leave out groups beside Table 1's.
+        """Rows for each group, its strata if it has any, each level, and all samples.
 
-        `level` and `group` ("all" for sums) name a row; its numbers are means over samples, None where
-        nothing was counted; `masks` holds the metrics of masks over all samples of the row that have a
-        true mask, in percent.
+        `level` and `group` ("all" for summary rows) identify a row. Its numbers are means over samples, None if no
+        sample counts; `masks` holds the metrics of masks over all samples of the row that have a ground truth mask, in
+        percent. Summary rows exclude groups that are not in Table 1.
         """
         rows = []
         for level in self.levels:
@@ -125,7 +137,7 @@ class EvaluationReport:
 
     @property
     def failed(self) -> list[Record]:
-        """The records that end with an error."""
+        """The records that ended with an error."""
         return [record for record in self.records if record["error"] is not None]
 
     @property
@@ -134,16 +146,16 @@ class EvaluationReport:
         return levels_of(self.records)
 
     def summary(self) -> str:
-        """One line: the foreground IoU of each level and of all samples."""
+        """Return the foreground IoU of each level and of all samples, as one line."""
         rows = {row["level"]: row["foreground_iou"] for row in self.table if row["group"] == "all"}
         return "foreground IoU: " + " | ".join(f"{level} {fraction(value)}" for level, value in rows.items())
 
     def write(self, folder: str | os.PathLike, samples: Sequence[ConceptSample] | None = None) -> None:
-        """Writes report.md, report.json and report.csv, and gallery.html if there are samples.
+        """Write report.md, report.json and report.csv, and gallery.html if samples are given.
 
         Args:
             folder: An existing folder.
-            samples: The samples of the records, in their order; those in the gallery are read again.
+            samples: The samples of the records, in the same order; those in the gallery are read again.
         """
         folder = Path(folder)
         write_files(
@@ -157,7 +169,7 @@ class EvaluationReport:
             write_gallery(folder / "gallery.html", self.records, self.settings, samples)
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, and how they were made, as JSON values."""
+        """Return all numbers and their provenance as JSON values."""
         return {
             "settings": self.settings,
             "provenance": provenance(self.settings, len(self.records)),
@@ -177,38 +189,38 @@ class EvaluationReport:
         }
 
     def to_csv(self) -> str:
-        """One number a line, each with how it was made and with the paper's figures for the same, if these compare."""
+        """Return one number per line, with its provenance and the paper's figures where these are comparable."""
         lines = []
         for row in self.rows:
-            stated = provenance(self.settings, row.samples)
-            # A row's own source says more than the name of the run.
-            stated["benchmark"] = "+".join(dict.fromkeys(name for name, _ in row.sources))
-            stated["split"] = "+".join(dict.fromkeys(split for _, split in row.sources))
+            row_provenance = provenance(self.settings, row.samples)
+            # The sources of a row are more specific than the benchmark of the run.
+            row_provenance["benchmark"] = "+".join(dict.fromkeys(name for name, _ in row.sources))
+            row_provenance["split"] = "+".join(dict.fromkeys(split for _, split in row.sources))
             for metric, value in (*row.values.items(), ("shortcut_share", row.shortcut_share)):
                 interval = row.intervals.get(metric)
-                printed = {
+                paper_values = {
                     method: paper_value(row, metric, method, self.settings)
                     for method in paper_figures.METHODS
                 }
-                tables = {found[1] for found in printed.values() if found is not None}
+                tables = {printed[1] for printed in paper_values.values() if printed is not None}
                 lines.append(
                     {"row": row.kind, "level": row.level, "group": row.group, "metric": metric}
                     | {"value": value}
                     | {end: getattr(interval, end, None) for end in ("low", "high")}
-                    | {f"paper {method}": found and found[0] for method, found in printed.items()}
+                    | {f"paper {method}": printed and printed[0] for method, printed in paper_values.items()}
                     | {"paper table": next(iter(tables), None)}
-                    | stated
+                    | row_provenance
                 )
         return csv_text(lines)
 
     def to_markdown(self) -> str:
-        """The paper's tables and the table by level and group, with what was run and what columns mean."""
+        """Return the paper's tables and the table by level and group, with settings and meanings of columns."""
         settings = self.settings
         lines = [provenance_line(settings, len(self.records)), ""]
         lines += [f"- {remark}" for remark in remarks(self.rows, settings)]
         for title, make in (
             ("By group, as Table 1", table_1),
-            ("By data set, as Table 8", table_8),
+            ("By dataset, as Table 8", table_8),
             ("Routes, as Table 10", table_10),
         ):
             lines += ["", f"## {title}", "", *make(self.rows, settings)]
@@ -218,7 +230,7 @@ class EvaluationReport:
             lines += ["", "## Think, rule and prediction (appendix J)", "", *self._outcomes()]
         lines += [
             "",
-            "Here a data set's value is the mean over its images, a group's the mean over its data sets.",
+            "In these tables, values of datasets are means over images, and values of groups are means over datasets.",
             "",
             "## By sample",
             "",
@@ -228,25 +240,25 @@ class EvaluationReport:
 
     def _outcomes(self) -> list[str]:
         threshold = self.settings["prediction_threshold"]
-        words = {True: "right", False: "wrong", None: "not judged"}
+        verdicts = {True: "right", False: "wrong", None: "not judged"}
         rows = decompose(self.records, threshold)
         table = [
             [
-                *(words[row[part]] for part in ("think", "rule", "prediction")),
+                *(verdicts[row[part]] for part in ("think", "rule", "prediction")),
                 str(row["count"]),
                 "-" if row["share"] is None else f"{100 * row['share']:.1f}",
             ]
             for row in rows
         ]
         judged = sum(row["count"] for row in rows)
-        notified = (
-            f"Think and rule as judged by {self.settings['judgements']}; a prediction is right from a foreground IoU "
-            f"of {threshold} on. {judged} of {len(self.records)} samples are judged."
+        explanation = (
+            f"Think and rule are judged by {self.settings['judgements']}; a prediction is right if its foreground IoU "
+            f"is at least {threshold}. {judged} of {len(self.records)} samples are judged."
         )
-        return [*markdown_table(["think", "rule", "prediction", "samples", "%"], table), "", notified]
+        return [*markdown_table(["think", "rule", "prediction", "samples", "%"], table), "", explanation]
 
     def sample_tables(self) -> str:
-        """The tables by level and group alone, in Markdown, with what was run above."""
+        """Return only the tables by level and group, in Markdown, with the settings above."""
         return "\n".join([provenance_line(self.settings, len(self.records)), "", *self._sample_tables()])
 
     def _sample_tables(self) -> list[str]:
@@ -277,25 +289,30 @@ class EvaluationReport:
         )
         if chosen := choice_table(self.records):
             lines += ["", "Which object the mask overlaps most, in percent:", "", *chosen]
-        without = sum(record["scores"] is None for record in self.records)
-        if without:
-            lines += ["", f"{without} samples have no mask to compare with and are in none of these metrics."]
+        without_mask = sum(record["scores"] is None for record in self.records)
+        if without_mask:
+            lines += [
+                "",
+                f"{without_mask} samples have no mask to compare with and are excluded from these metrics.",
+            ]
         lines += data_remarks(self.records)
         if self.failed:
             lines += ["", "Samples that ended with an error:", ""]
-            lines += [f"- {record['sample_id']}: {record['error']}" for record in self.failed[:_LISTED]]
-        if len(self.failed) > _LISTED:
-            lines.append(f"- and {len(self.failed) - _LISTED} more; records.jsonl has them all.")
+            lines += [
+                f"- {record['sample_id']}: {record['error']}" for record in self.failed[:_MAX_LISTED_ERRORS]
+            ]
+        if len(self.failed) > _MAX_LISTED_ERRORS:
+            lines.append(f"- and {len(self.failed) - _MAX_LISTED_ERRORS} more; records.jsonl has them all.")
         return lines
 
 
 def _row_values(row: Row, settings: Mapping[str, Any]) -> dict[str, Any]:
-    printed: dict[str, dict[str, Any]] = {}
+    figures: dict[str, dict[str, Any]] = {}
     for method in paper_figures.METHODS:
-        found = {metric: paper_value(row, metric, method, settings) for metric in row.values}
-        values = {metric: {"value": pair[0], "table": pair[1]} for metric, pair in found.items() if pair}
+        pairs = {metric: paper_value(row, metric, method, settings) for metric in row.values}
+        values = {metric: {"value": pair[0], "table": pair[1]} for metric, pair in pairs.items() if pair}
         if values:
-            printed[method] = values
+            figures[method] = values
     return {
         "row": row.kind,
         "level": row.level,
@@ -303,31 +320,31 @@ def _row_values(row: Row, settings: Mapping[str, Any]) -> dict[str, Any]:
         "sources": [list(source) for source in row.sources],
         "samples": row.samples,
         "values": row.values,
-        "intervals": {metric: interval_values(found) for metric, found in row.intervals.items()},
+        "intervals": {metric: interval_values(interval) for metric, interval in row.intervals.items()},
         "shortcut_share": row.shortcut_share,
-        "paper": printed,
+        "paper": figures,
     }
 
 
 def _row(level: str, group: str, records: Sequence[Record]) -> dict[str, Any]:
-    judged = [record for record in records if record["decode_presence"] is not None]
-    counted = [
+    decoded = [record for record in records if record["decode_presence"] is not None]
+    ious = [
         record["foreground_iou"]
         for record in records
         if record["present"] and record["foreground_iou"] is not None
     ]
-    resampled = resample(counted, stream=f"{level}/{group}")
+    resampled = resample(ious, stream=f"{level}/{group}")
     interval = None if resampled is None or resampled.smallest < 2 else resampled.interval()
     regrets = [record["routing_regret"] for record in records if record.get("routing_regret") is not None]
     return {
         "level": level,
         "group": group,
         "samples": len(records),
-        "foreground_iou": _fraction(counted),
+        "foreground_iou": _fraction(ious),
         "foreground_iou_interval": None if interval is None else [interval.low, interval.high],
         "rejection_rate": _mean(records, "rejected", lambda record: not record["present"]),
         "presence_auc": presence_auc(
-            [record["decode_presence"] for record in judged], [record["present"] for record in judged]
+            [record["decode_presence"] for record in decoded], [record["present"] for record in decoded]
         ),
         "shortcut_share": _fraction(
             record["route"] == "shortcut" for record in records if record["route"] is not None
@@ -343,7 +360,7 @@ def _row(level: str, group: str, records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _choice(records: Sequence[Record]) -> dict[str, float | None]:
-    """What only rows of samples with candidates have; see `records.choice`."""
+    """Return the values that only rows with candidates have; see `records.choice`."""
     chosen = [record for record in records if "chosen" in record]
     if not chosen:
         return {}
@@ -355,14 +372,14 @@ def _choice(records: Sequence[Record]) -> dict[str, float | None]:
 
 
 def _summed(records: Sequence[Record]) -> Sequence[Record]:
-    """What sums go over: the groups of Table 1; all records where there are no others."""
+    """Return the records of a summary row: those of Table 1's groups, or all records if there are none of these."""
     return [record for record in records if "chosen" not in record] or records
 
 
 def _mean(
-    records: Iterable[Record], name: str, counts: Callable[[Record], bool] = lambda record: True
+    records: Iterable[Record], name: str, condition: Callable[[Record], bool] = lambda record: True
 ) -> float | None:
-    return _fraction(record[name] for record in records if counts(record) and record[name] is not None)
+    return _fraction(record[name] for record in records if condition(record) and record[name] is not None)
 
 
 def _fraction(values: Iterable[float]) -> float | None:

@@ -1,4 +1,4 @@
-"""Tables as text: Markdown, CSV, numbers, and the line that says how numbers were made."""
+"""Formatting of tables and numbers as Markdown and CSV, and of their provenance."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LOWER_IS_BETTER = ("mae", "ber")
 
 
 def heading_of(metric: str) -> str:
-    """What a metric is called in tables."""
+    """Return the heading of a metric in tables."""
     return HEADINGS[metric] + (" (lower is better)" if metric in LOWER_IS_BETTER else "")
 
 
 def markdown_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table with aligned columns; bars inside of cells are escaped."""
+    """Return the lines of a table with aligned columns; vertical bars in cells are escaped."""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (heading, *rows)]
     widths = [max(len(row[index]) for row in cells) for index in range(len(heading))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
@@ -37,7 +37,7 @@ def markdown_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> lis
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of the same keys as CSV; None is an empty cell."""
+    """Format rows with the same keys as CSV; None becomes an empty cell."""
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -46,19 +46,19 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A number that is a percentage already."""
+    """Format a number that is already a percentage."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def fraction(value: float | None) -> str:
-    """A number in [0, 1], or a count."""
+    """Format a number in [0, 1], or a count."""
     if value is None:
         return "-"
     return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 def interval_text(interval: Interval | None, digits: int = 1, signed: bool = False) -> str:
-    """Mean and ends: "81.2 [79.0, 83.3]"."""
+    """Format a mean with its interval, such as "81.2 [79.0, 83.3]"."""
     if interval is None:
         return "-"
     sign = "+" if signed else ""
@@ -67,7 +67,7 @@ def interval_text(interval: Interval | None, digits: int = 1, signed: bool = Fal
 
 
 def interval_values(interval: Interval | None) -> dict[str, Any] | None:
-    """An interval for JSON."""
+    """Return an interval as JSON values."""
     if interval is None:
         return None
     return {
@@ -79,17 +79,17 @@ def interval_values(interval: Interval | None) -> dict[str, Any] | None:
 
 
 def provenance(settings: Mapping[str, Any], samples: int) -> dict[str, Any]:
-    """What a number must be printed with: benchmark, split, seed, protocol, profile, router, checkpoint, and so on.
+    """Return the settings that identify a result: benchmark, split, seed, protocol, profile, router, checkpoint, etc.
 
     Args:
         settings: The settings of a run.
-        samples: How many samples it has.
+        samples: Number of samples.
     """
     names = ("benchmark", "split", "seed", "protocol", "router", "sam_prompt", "max_references", "generation")
-    stated = {name: settings.get(name) for name in names}
+    values = {name: settings.get(name) for name in names}
     if "profile" in settings:
-        stated["profile"] = settings["profile"]
-    return stated | {
+        values["profile"] = settings["profile"]
+    return values | {
         "checkpoint": checkpoint_name(settings),
         "weights": settings.get("weights"),
         "samples": samples,
@@ -97,20 +97,20 @@ def provenance(settings: Mapping[str, Any], samples: int) -> dict[str, Any]:
 
 
 def provenance_line(settings: Mapping[str, Any], samples: int) -> str:
-    """`provenance` as a line of text; what is not set, or as usual, is left out."""
-    stated = provenance(settings, samples)
-    if stated["sam_prompt"] == "concept+text":
-        del stated["sam_prompt"]
-    weights = stated.pop("weights")
+    """Format `provenance` as one line; unset and default values are omitted."""
+    values = provenance(settings, samples)
+    if values["sam_prompt"] == "concept+text":
+        del values["sam_prompt"]
+    weights = values.pop("weights")
     if weights:
-        stated["checkpoint"] = f"{stated['checkpoint']} (weights {weights})"
-    stated["n"] = stated.pop("samples")
-    words = (f"{name.replace('_', ' ')} {value}" for name, value in stated.items() if value not in (None, ""))
-    return ", ".join(words) + "."
+        values["checkpoint"] = f"{values['checkpoint']} (weights {weights})"
+    values["n"] = values.pop("samples")
+    parts = (f"{name.replace('_', ' ')} {value}" for name, value in values.items() if value not in (None, ""))
+    return ", ".join(parts) + "."
 
 
 def checkpoint_name(settings: Mapping[str, Any]) -> str:
-    """The hub id of a checkpoint, or the name of its folder."""
+    """Return the hub id of a checkpoint, or the name of its folder."""
     name = str(settings.get("model") or "")
     path = PurePath(name)
     return (name if len(path.parts) <= 2 and not path.is_absolute() else path.name) or "in memory"

@@ -1,1 +1,1 @@
-"""Runs: a model over benchmarks (`evaluator`), and over the variants of an ablation (`ablation`)."""
+"""Evaluation runs: a model on benchmarks (`evaluator`), and the variants of an ablation (`ablation`)."""

@@ -1,7 +1,7 @@
-"""Ablations: the same evaluation under settings that differ in one thing, as a YAML file lists them.
+"""Ablations: the same evaluation under settings that differ in one respect, defined in a YAML file.
 
-A file has `title`, `note`, `baseline` (a variant's name), `variants` (name -> settings), and `deviation: true` where
-mean and standard deviation over the variants are asked for. A variant sets any of `SETTINGS`; all else is shared.
+A file has `title`, `note`, `baseline` (the name of a variant), `variants` (name -> settings), and `deviation: true` to
+report mean and standard deviation over the variants. A variant sets any of `SETTINGS`; all other settings are shared.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from ..reporting.tables import (
 )
 from .evaluator import evaluate
 
-_LONGEST_NAME = 255  # bytes, in most file systems
+_MAX_NAME_BYTES = 255  # limit of most file systems
 FOLDER = Path(__file__).with_name("ablations")
 
 SETTINGS = {
@@ -55,23 +55,23 @@ SETTINGS = {
     "generation": dict,
     "num_queries": int,
 }
-"""What a variant may set, and its type. `num_queries` is not set but required of the variant's checkpoint."""
+"""The settings of a variant and their types. `num_queries` is not set, but required of the variant's checkpoint."""
 
-_KINDS = {str: "a text", int: "a whole number", dict: "settings by name"}
+_TYPE_NAMES = {str: "a string", int: "an integer", dict: "a mapping"}
 _COUNTS = ("better", "ties", "worse")
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What is compared.
+    """The definition of an ablation.
 
     Attributes:
-        name: Name of the file.
-        title: What it asks.
-        note: What must be known to read it.
+        name: Name of the file, without its suffix.
+        title: Title of the report.
+        note: Explanation of the variants.
         baseline: The variant that all others are compared with.
         variants: Settings by the name of the variant.
-        deviation: Whether mean and standard deviation over the variants are reported.
+        deviation: Whether to report mean and standard deviation over the variants.
     """
 
     name: str
@@ -83,19 +83,19 @@ class Ablation:
 
 
 def ablation_names() -> list[str]:
-    """The ablations that come with the package."""
+    """Return the names of the ablations in the package."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load_ablation(name: str | os.PathLike) -> Ablation:
-    """Reads an ablation.
+    """Read an ablation.
 
     Args:
         name: One of `ablation_names()`, or a YAML file.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If the file is not what it should be.
+        FileNotFoundError: If there is no such ablation.
+        ValueError: If the file is invalid.
     """
     path = FOLDER / f"{name}.yaml" if str(name) in ablation_names() else Path(name)
     if not path.is_file():
@@ -112,7 +112,7 @@ def load_ablation(name: str | os.PathLike) -> Ablation:
         raise ValueError(f"{where}: it has no variants; list them by name, each with its settings.")
     known = {"title", "note", "baseline", "variants", "deviation"}
     if unknown := [key for key in content if key not in known]:
-        raise ValueError(f"{where}: {unknown[0]!r} means nothing here; use {', '.join(sorted(known))}.")
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; use some of {', '.join(sorted(known))}.")
     variants = {str(name): settings or {} for name, settings in content["variants"].items()}
     for variant, settings in variants.items():
         _check_variant(f"{where}, variant {variant!r}", settings)
@@ -121,16 +121,16 @@ def load_ablation(name: str | os.PathLike) -> Ablation:
     baseline = str(content.get("baseline", next(iter(variants))))
     if baseline not in variants:
         raise ValueError(
-            f"{where}: the baseline {baseline!r} is no variant; use one of {', '.join(variants)}."
+            f"{where}: the baseline {baseline!r} is not a variant; use one of {', '.join(variants)}."
         )
     folders = [_folder_name(variant) for variant in variants]
-    if too_long := [folder for folder in folders if len(folder.encode()) > _LONGEST_NAME]:
+    if too_long := [folder for folder in folders if len(folder.encode()) > _MAX_NAME_BYTES]:
         raise ValueError(
-            f"{where}: the variant name {too_long[0][:40]!r}... is longer than a folder's name can be; shorten it."
+            f"{where}: the variant name {too_long[0][:40]!r}... is too long for a folder name; shorten it."
         )
     if len(set(folders)) < len(folders):
         raise ValueError(
-            f"{where}: two variants would have one folder name; rename one of {', '.join(folders)}."
+            f"{where}: two variants would share a folder name; rename one of {', '.join(folders)}."
         )
     return Ablation(
         name=path.stem,
@@ -147,15 +147,15 @@ class VariantRow:
     """One variant in the table.
 
     Attributes:
-        variant: Its name.
-        stated: How its numbers were made; see `tables.provenance`.
-        foreground_iou: Mean foreground IoU by level, of the samples that show their concept.
-        total: The same over all of them.
-        mean_miou: The mean mIoU of the ten groups, percent; None unless all ten are there.
-        shortcut_share: Percent of the samples that SAM 3 answered alone.
-        difference: Of the foreground IoU, to the baseline, paired by sample; None for the baseline.
-        counts: Samples that are better, tied and worse than the baseline's.
-        mean_miou_difference: Of the mean mIoU.
+        variant: Name of the variant.
+        stated: Provenance of the numbers; see `tables.provenance`.
+        foreground_iou: Mean foreground IoU by level, over the samples that show their concept.
+        total: Mean foreground IoU over these samples of all levels.
+        mean_miou: Mean mIoU of the ten groups, in percent; None unless all ten are present.
+        shortcut_share: Percentage of the samples that SAM 3 answered alone.
+        difference: Difference of the foreground IoU to the baseline, paired by sample; None for the baseline.
+        counts: Numbers of samples that are better than, tied with and worse than the baseline.
+        mean_miou_difference: Difference of the mean mIoU to the baseline; None for the baseline.
     """
 
     variant: str
@@ -170,34 +170,36 @@ class VariantRow:
 
     @classmethod
     def of(cls, variant: str, report: EvaluationReport, comparison: Comparison | None) -> VariantRow:
-        """The row of a report, and of its comparison with the baseline."""
+        """Build the row of a report and of its comparison with the baseline."""
         by_level = {row["level"]: row for row in report.table if row["group"] == "all"}
-        everything = by_level.pop("all")
-        ends = everything["foreground_iou_interval"]
-        fraction = everything["shortcut_share"]
+        overall = by_level.pop("all")
+        bounds = overall["foreground_iou_interval"]
+        shortcut_share = overall["shortcut_share"]
         row = cls(
             variant,
             provenance(report.settings, len(report.records)),
-            {level: found["foreground_iou"] for level, found in by_level.items()},
+            {level: level_row["foreground_iou"] for level, level_row in by_level.items()},
             None
-            if ends is None
-            else Interval(everything["foreground_iou"], ends[0], ends[1], everything["samples"]),
-            next((found.intervals.get("miou") for found in report.rows if found.kind == "mean"), None),
-            None if fraction is None else 100 * fraction,
+            if bounds is None
+            else Interval(overall["foreground_iou"], bounds[0], bounds[1], overall["samples"]),
+            next((mean.intervals.get("miou") for mean in report.rows if mean.kind == "mean"), None),
+            None if shortcut_share is None else 100 * shortcut_share,
         )
         if comparison is None:
             return row
-        overall = comparison.mean_of_groups
-        compared = [found for found in comparison.table if (found.level, found.group) == ("all", "all")]
+        mean_of_groups = comparison.mean_of_groups
+        totals = [
+            compared for compared in comparison.table if (compared.level, compared.group) == ("all", "all")
+        ]
         return replace(
             row,
-            difference=compared[0].difference if compared else None,
-            counts=(compared[0].wins, compared[0].ties, compared[0].losses) if compared else None,
-            mean_miou_difference=overall and overall[1],
+            difference=totals[0].difference if totals else None,
+            counts=(totals[0].wins, totals[0].ties, totals[0].losses) if totals else None,
+            mean_miou_difference=mean_of_groups and mean_of_groups[1],
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as JSON values."""
+        """Return the row as JSON values."""
         intervals = {
             name: interval_values(value) if isinstance(value, Interval) else value
             for name, value in vars(self).items()
@@ -205,7 +207,7 @@ class VariantRow:
         return intervals | {"counts": self.counts and dict(zip(_COUNTS, self.counts, strict=True))}
 
     def to_flat(self) -> dict[str, Any]:
-        """The row as one line of a CSV file."""
+        """Return the row as one line of a CSV file."""
         line: dict[str, Any] = {"variant": self.variant, **self.stated}
         line |= {f"fg IoU {level}": value for level, value in self.foreground_iou.items()}
         for name in ("total", "mean_miou", "difference", "mean_miou_difference"):
@@ -218,12 +220,12 @@ class VariantRow:
 
 @dataclass(frozen=True)
 class AblationReport:
-    """The outcome of `ablate`.
+    """The result of `ablate`.
 
     Attributes:
-        ablation: What was compared.
+        ablation: The definition of the ablation.
         reports: The report of each variant.
-        comparisons: Each variant but the baseline, compared with it.
+        comparisons: The comparison of each variant with the baseline, except for the baseline.
     """
 
     ablation: Ablation
@@ -239,25 +241,25 @@ class AblationReport:
 
     @property
     def deviations(self) -> dict[str, dict[str, tuple[float, float]]]:
-        """Mean and standard deviation (n - 1) over the variants, in percent: level -> metric -> both."""
-        found: dict[str, dict[str, list[float]]] = {}
+        """Mean and standard deviation (n - 1) over the variants, in percent: level -> metric -> (mean, deviation)."""
+        values_by_level: dict[str, dict[str, list[float]]] = {}
         for report in self.reports.values():
             for row in report.rows:
                 if row.kind in ("level", "mean"):
-                    of_level = found.setdefault(row.level or "mean of the ten groups", {})
+                    values_by_metric = values_by_level.setdefault(row.level or "mean of the ten groups", {})
                     for metric, value in row.values.items():
-                        of_level.setdefault(metric, []).extend([] if value is None else [value])
+                        values_by_metric.setdefault(metric, []).extend([] if value is None else [value])
         return {
             level: {
                 metric: (statistics.fmean(values), statistics.stdev(values))
                 for metric, values in metrics.items()
                 if len(values) > 1
             }
-            for level, metrics in found.items()
+            for level, metrics in values_by_level.items()
         }
 
     def to_markdown(self) -> str:
-        """The table, with what was run above and what columns mean below."""
+        """Return the table in Markdown, with the settings above and the meaning of the columns below."""
         first = self.reports[self.ablation.baseline]
         lines = [f"# {self.ablation.title}", "", self.ablation.note, ""]
         lines += [f"Baseline: {provenance_line(first.settings, len(first.records))}", ""]
@@ -281,10 +283,10 @@ class AblationReport:
         lines += [*markdown_table(heading, rows), ""]
         lines += [
             "- fg IoU: mean foreground IoU of the samples that show their concept.",
-            "- mean mIoU: of the ten groups of Table 1, over all samples, in percent.",
+            "- mean mIoU: mean over the ten groups of Table 1, with all samples, in percent.",
             f"- baseline: {self.ablation.baseline}; differences are paired by sample.",
-            f"- better/tie/worse: samples, by more or less than {TIE} of foreground IoU.",
-            f"- 95 % intervals: bootstrap over samples, {RESAMPLES:,} resamples; they say nothing of other trainings.",
+            f"- better/tie/worse: numbers of samples; foreground IoUs that differ by at most {TIE} are a tie.",
+            f"- 95 % intervals: bootstrap over samples ({RESAMPLES:,} resamples), without variation between trainings.",
         ]
         lines += ["", "Foreground IoU minus the baseline's, by level:", "", *self._by_level()]
         if self.ablation.deviation:
@@ -317,11 +319,11 @@ class AblationReport:
         ]
         lines = markdown_table(["variant", *columns], rows)
         if "absent" in columns:
-            lines += ["", "absent: samples without their concept; an empty mask counts 1, any other 0."]
+            lines += ["", "absent: samples without their concept; an empty mask counts as 1, any other as 0."]
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, and how they were made, as JSON values."""
+        """Return all numbers and their provenance as JSON values."""
         return {
             "ablation": vars(self.ablation),
             "table": [row.to_dict() for row in self.table],
@@ -330,7 +332,7 @@ class AblationReport:
         }
 
     def write(self, folder: str | os.PathLike) -> None:
-        """Writes ablation.md, ablation.json and ablation.csv."""
+        """Write ablation.md, ablation.json and ablation.csv."""
         folder = Path(folder)
         write_files(
             {
@@ -357,56 +359,56 @@ def ablate(
     progress: bool = False,
     profile: str | None = None,
 ) -> AblationReport:
-    """Evaluates every variant, each in a folder of its own, and compares all with the baseline.
+    """Evaluate every variant, each in a separate folder, and compare all variants with the baseline.
 
-    A run that was stopped goes on where it stopped; variants that are done are not run again.
+    An interrupted run is resumed; variants that are complete are not run again.
 
     Args:
-        ablation: What to compare; see `load_ablation`.
-        model_or_path: As in `evaluate`: the checkpoint of all variants that have none of their own.
+        ablation: The definition of the ablation; see `load_ablation`.
+        model_or_path: As in `evaluate`; the checkpoint of all variants that are not in `models`.
         output_dir: Folder of the results.
         benchmark: As in `evaluate`, by name.
-        processor: The processor of a model given as such.
-        models: Checkpoints of variants that have one of their own.
+        processor: The processor; required if `model_or_path` is a model.
+        models: Checkpoints by variant name.
         root: As in `evaluate`.
         split: As in `evaluate`.
         limit: As in `evaluate`.
         protocol: As in `evaluate`.
-        metrics: As in `evaluate`; miou is needed and added.
+        metrics: As in `evaluate`; miou is required and added if missing.
         batch_size: As in `evaluate`.
         progress: Show progress bars.
-        profile: As in `evaluate`; it holds for all variants.
+        profile: As in `evaluate`, for all variants.
 
     Raises:
-        ValueError: If an argument is invalid, or a variant needs a checkpoint that it has not been given.
+        ValueError: If an argument is invalid, or the required checkpoint of a variant was not given.
     """
     models = models or {}
     if profile is not None:
-        get_profile(profile)  # before a model is loaded
+        get_profile(profile)  # fails before a model is loaded
     if unknown := [name for name in models if name not in ablation.variants]:
         raise ValueError(
             f"ablate: {ablation.name!r} has no variant {unknown[0]!r}; use one of {', '.join(ablation.variants)}."
         )
     if not isinstance(model_or_path, ConceptSegForSegmentation):
         model_or_path, processor = load_model_and_processor(model_or_path)
-    # Whatever is missing is found before the first variant is run.
-    chosen = {
+    # Load and check all checkpoints before the first variant is run.
+    loaded = {
         name: load_model_and_processor(models[name]) if name in models else (model_or_path, processor)
         for name in ablation.variants
     }
-    for name, (model, _) in chosen.items():
+    for name, (model, _) in loaded.items():
         _check_queries(name, ablation.variants[name].get("num_queries"), model)
     metrics = tuple(metrics) if "miou" in metrics else ("miou", *metrics)
     folder = Path(output_dir)
     reports = {}
     for name, settings in ablation.variants.items():
-        model, own_processor = chosen[name]
+        model, variant_processor = loaded[name]
         seed = settings.get("seed", 42)
-        followed = get_profile(profile or model.config.profile or "paper")
+        active_profile = get_profile(profile or model.config.profile or "paper")
         reports[name] = evaluate(
             model,
             load_benchmarks(
-                benchmark, root=root, split=split, limit=limit, seed=seed, loader=followed.loader
+                benchmark, root=root, split=split, limit=limit, seed=seed, loader=active_profile.loader
             ),
             protocol=protocol,
             profile=profile,
@@ -414,7 +416,7 @@ def ablate(
             batch_size=batch_size,
             limit=limit,
             output_dir=folder / _folder_name(name),
-            processor=own_processor,
+            processor=variant_processor,
             progress=progress,
             router=settings.get("router", "adaptive"),
             sam_prompt=settings.get("sam_prompt", "concept+text"),
@@ -422,7 +424,7 @@ def ablate(
             generation_config=settings.get("generation"),
         )
     processes = join_processes()
-    processes.barrier()  # until the main process has merged the last records
+    processes.barrier()  # wait until the main process has merged the last records
     baseline = folder / _folder_name(ablation.baseline)
     comparisons = {
         name: compare(baseline, folder / _folder_name(name), (ablation.baseline, name))
@@ -437,27 +439,31 @@ def ablate(
 
 def _check_variant(where: str, settings: Any) -> None:
     if not isinstance(settings, dict):
-        raise ValueError(f"{where}: {settings!r} are no settings; use some of {', '.join(SETTINGS)}.")
+        raise ValueError(
+            f"{where}: the settings are {settings!r}; give a mapping with some of {', '.join(SETTINGS)}."
+        )
     for key, value in settings.items():
         if key not in SETTINGS:
-            raise ValueError(f"{where}: {key!r} cannot be set; use some of {', '.join(SETTINGS)}.")
+            raise ValueError(f"{where}: unknown setting {key!r}; use some of {', '.join(SETTINGS)}.")
         if not isinstance(value, SETTINGS[key]) or isinstance(value, bool):
-            raise ValueError(f"{where}: {key} is {value!r}; give {_KINDS[SETTINGS[key]]}.")
+            raise ValueError(f"{where}: {key} is {value!r}; give {_TYPE_NAMES[SETTINGS[key]]}.")
 
 
-def _check_queries(variant: str, wanted: int | None, model: ConceptSegForSegmentation) -> None:
-    found = model.config.ctm_config.num_queries
-    if wanted is not None and wanted != found:
+def _check_queries(variant: str, required: int | None, model: ConceptSegForSegmentation) -> None:
+    num_queries = model.config.ctm_config.num_queries
+    if required is not None and required != num_queries:
         name = checkpoint_name({"model": model.config.name_or_path})
         raise ValueError(
-            f"ablate: variant {variant!r} needs a checkpoint with {wanted} concept queries, and {name!r} has {found}; "
-            f"train one (conceptseg train sft --num_concept_tokens {wanted}) and give it with --variant-model "
-            f"{variant + '=PATH'!r}."
+            f"ablate: variant {variant!r} needs a checkpoint with {required} concept queries, but {name!r} has "
+            f"{num_queries}; train one (conceptseg train sft --num_concept_tokens {required}) and pass it with "
+            f"--variant-model {variant + '=PATH'!r}."
         )
 
 
-def _deviation(found: tuple[float, float] | None) -> str:
-    return "-" if found is None else f"{found[0]:.2f} ± {found[1]:.2f}"
+def _deviation(mean_and_deviation: tuple[float, float] | None) -> str:
+    if mean_and_deviation is None:
+        return "-"
+    return f"{mean_and_deviation[0]:.2f} ± {mean_and_deviation[1]:.2f}"
 
 
 def _folder_name(variant: str) -> str:

@@ -1,8 +1,8 @@
-"""Runs a model over benchmarks.
+"""Evaluation of a model on benchmarks.
 
-Every record is on disk as soon as it is made, so a killed run goes on where it stopped. Batches are the same however
-many processes share them and wherever a run was stopped (one that was cut in two is run again), and so are results.
-Samples that failed are tried again, as their files may have been mended.
+Every record is written to disk as soon as it is made, so an interrupted run can be resumed. Batches, and with them the
+results, do not depend on the number of processes or on where a run was interrupted (a batch with missing records is run
+again as a whole). Failed samples are retried, as their files may have been fixed.
 """
 
 from __future__ import annotations
@@ -68,42 +68,44 @@ def evaluate(
     profile: str | None = None,
     groups: Sequence[str] | None = None,
 ) -> EvaluationReport:
-    """Scores a model on a benchmark, or on several.
+    """Evaluate a model on one or several benchmarks.
 
-    A sample that cannot be read ends with an error in its record and in the report, and the evaluation goes on.
+    A sample that cannot be read gets an error in its record and in the report, and the evaluation continues.
 
-    Processes that `accelerate launch` or torchrun started share the samples, if all of them call this; each returns the
-    whole report, and the main one writes it. A program of theirs ends with `processes.join_processes().leave()`.
+    Processes started by `accelerate launch` or torchrun share the samples if all of them call this function; each
+    returns the complete report, and the main process writes it. Such a program must end with
+    `distributed.join_processes().leave()`.
 
     Args:
-        model_or_path: A checkpoint's folder or hub id, None for the embedded one, or a model, which needs
-            `processor`.
-        benchmark: A name that `load_benchmarks` knows: a benchmark, a group of the suite ("table1", "ci", "cd", "cr",
-            "all") or several with commas between them; or what it returns; or samples that can be indexed.
-        protocol: `"standard"`: masks are compared at the size of the images; `"paper"`, `"released"`: see `protocols`.
-            None: the profile's, which is "standard" unless it says otherwise.
+        model_or_path: The folder or hub id of a checkpoint, None for the embedded checkpoint, or a model, which
+            requires `processor`.
+        benchmark: A name for `load_benchmarks`: a benchmark, a group of the suite ("table1", "ci", "cd", "cr", "all"),
+            or several of these separated by commas; or the result of `load_benchmarks`; or an indexable collection of
+            samples.
+        protocol: `"standard"`: compare masks at the size of the images; `"paper"`, `"released"`: see `protocols`.
+            None: the protocol of the profile, which is "standard" without a profile.
         metrics: Metrics of masks; those of `LIBRARY_METRICS` need `pip install conceptseg-hf[eval]`.
         router: `"adaptive"`, `"sam_only"`, `"full_reasoning"` or a `ShortcutRouter`.
-        batch_size: Samples at a time.
-        limit: Only the first samples, of each benchmark. A larger limit than before goes on in the same folder, a
-            smaller one is refused there.
-        output_dir: Folder for records.jsonl and the report; several benchmarks have a folder each in it. Records found
-            there are kept, if they are of the same model, samples and settings, and only missing samples and those that
-            failed are run. Needed where there are several processes.
+        batch_size: Number of samples per batch.
+        limit: Maximum number of samples per benchmark, which keeps the first ones. A run in the same folder can be
+            resumed with a larger limit, but not with a smaller one.
+        output_dir: Folder for records.jsonl and the report; several benchmarks have a subfolder each. Existing records
+            of the same model, samples and settings are kept, and only missing and failed samples are run. Required for
+            several processes.
         split: Split of benchmarks given by their own names.
-        processor: The processor of a model given as such.
-        generation_config: How the VLM writes; see `ConceptSegForSegmentation.segment`.
+        processor: The processor; required if `model_or_path` is a model.
+        generation_config: Generation settings of the VLM; see `ConceptSegForSegmentation.segment`.
         progress: Show a progress bar (in the main process).
         root: Folder of the files of benchmarks given by name; see `load_benchmarks`.
-        seed: Seed of their references; see `load_benchmark`.
-        sam_prompt: What of the reasoning reaches SAM 3; see `ConceptSegForSegmentation.segment`.
+        seed: Random seed of their references; see `load_benchmark`.
+        sam_prompt: The outputs of reasoning that prompt SAM 3; see `ConceptSegForSegmentation.segment`.
         max_references: See `records.shown_references`.
-        routing_regret: Run the route that was not taken as well, and record what it would have given.
-        judgements: Whether each sample's think and rule are right: a file, a `Judge`, or the name of one; see
-            `decomposition`. They enter the report, not the records on disk.
-        profile: `"paper"` or `"released"` (see `profiles`): settings of model and processor, for this evaluation alone,
-            the protocol, and the loader of benchmarks given by name. None: the profile that the model's config names,
-            if it does, with the settings that model and processor have.
+        routing_regret: Also run the route that was not taken, and record its foreground IoU.
+        judgements: Whether each sample's think and rule are right: a file, a `Judge`, or the name of a judge; see
+            `decomposition`. They are added to the report, not to the records on disk.
+        profile: `"paper"` or `"released"` (see `profiles`): settings of model and processor for this evaluation, the
+            protocol, and the loader of benchmarks given by name. None: the profile in the model's config, if any, with
+            the current settings of model and processor.
         groups: Groups of the samples of a benchmark given by name; see `load_benchmark`.
 
     Returns:
@@ -111,10 +113,10 @@ def evaluate(
 
     Raises:
         ValueError: If an argument is invalid, or the folder holds the records of another run or of more samples.
-        MissingFilesError: If files of a benchmark are missing: of all benchmarks at once, before any work. (Samples of
-            one's own data fail one by one; see `load_benchmark`.)
+        MissingFilesError: If files of a benchmark are missing; all benchmarks are checked before the first sample is
+            run. (In a user's own data, samples with missing files fail individually; see `load_benchmark`.)
     """
-    # Wrong names are found before any work.
+    # Validate names before any model or data is loaded.
     if profile is not None:
         get_profile(profile)
     if protocol is not None:
@@ -123,17 +125,23 @@ def evaluate(
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"evaluate: batch_size is {batch_size} and limit {limit}; use at least 1.")
     if isinstance(model_or_path, ConceptSegForSegmentation) and processor is None:
-        raise ValueError("evaluate: a model was given without its processor; pass processor=... as well.")
+        raise ValueError("evaluate: a model was given without a processor; pass processor=... as well.")
     if judgements is not None:
         check_judge(judgements)
     if isinstance(model_or_path, ConceptSegForSegmentation):
-        named = profile or model_or_path.config.profile
+        profile_name = profile or model_or_path.config.profile
     else:
-        named = profile or profile_of(model_or_path)
-    followed = get_profile(named or "paper")
+        profile_name = profile or profile_of(model_or_path)
+    active_profile = get_profile(profile_name or "paper")
     samples = (
         load_benchmarks(
-            benchmark, root=root, split=split, limit=limit, seed=seed, loader=followed.loader, groups=groups
+            benchmark,
+            root=root,
+            split=split,
+            limit=limit,
+            seed=seed,
+            loader=active_profile.loader,
+            groups=groups,
         )
         if isinstance(benchmark, str)
         else benchmark
@@ -143,7 +151,7 @@ def evaluate(
         model = model_or_path
     else:
         model, processor = load_model_and_processor(model_or_path)
-    assert processor is not None  # a model alone was refused above
+    assert processor is not None  # a model without a processor was rejected above
     group = samples if isinstance(samples, BenchmarkGroup) else BenchmarkGroup("", {"": samples})
     totals = {name: _length(name, member, limit) for name, member in group.members.items()}
     with using_profile(model, processor, profile) as processor:
@@ -152,14 +160,14 @@ def evaluate(
             processor,
             processes,
             batch_size=batch_size,
-            protocol=protocol or followed.protocol,
+            protocol=protocol or active_profile.protocol,
             metrics=tuple(metrics),
             router=router,
             generation_config=generation_config,
             sam_prompt=sam_prompt,
             max_references=max_references,
             routing_regret=routing_regret,
-            profile=named,
+            profile=profile_name,
         )
         return _evaluate_group(
             run,
@@ -181,21 +189,21 @@ def _evaluate_group(
     progress: bool,
     judgements: str | os.PathLike | Judge | None,
 ) -> EvaluationReport:
-    """Evaluates the members of a group, or the one that stands for `samples`, and writes the report."""
+    """Evaluate the members of a group, or its only member if it wraps `samples`, and write the report."""
     processes = run.processes
     reports = {}
     with Progress(sum(totals.values()), progress and processes.is_main) as bar:
         for name, member in group.members.items():
             bar.describe(name)
-            where = None if folder is None else folder / name
-            reports[name] = run.evaluate(member, totals[name], where, bar)
-            if group is samples and where is not None and processes.is_main:
-                reports[name].write(where, member)
+            member_folder = None if folder is None else folder / name
+            reports[name] = run.evaluate(member, totals[name], member_folder, bar)
+            if group is samples and member_folder is not None and processes.is_main:
+                reports[name].write(member_folder, member)
     report = _combine(group.name, reports) if group is samples else reports[""]
     if judgements is not None:
         report = _judge(report, judgements)
     if folder is not None and processes.is_main:
-        # PyTorch's data sets accept any indexed collection and are one, which their annotations do not say.
+        # PyTorch's datasets accept any indexable collection and are one, but their annotations do not say so.
         parts: list[Subset[ConceptSample]] = [
             Subset(member, range(totals[name]))  # type: ignore[arg-type]
             for name, member in group.members.items()
@@ -206,7 +214,7 @@ def _evaluate_group(
 
 @dataclass(frozen=True)
 class _Run:
-    """A model and how it is evaluated; see `evaluate`."""
+    """A model and the settings of its evaluation; see `evaluate`."""
 
     model: ConceptSegForSegmentation
     processor: ConceptSegProcessor
@@ -224,41 +232,41 @@ class _Run:
     def evaluate(
         self, samples: Sequence[ConceptSample], total: int, folder: Path | None, bar: Progress
     ) -> EvaluationReport:
-        """Evaluates the first samples of one benchmark."""
+        """Evaluate the first samples of one benchmark."""
         settings = {**describe_samples(samples), **self.settings(samples)}
-        known = partial(identify_sample, samples)
-        with RecordStore(folder, settings, self.processes, total, known) as records:
+        identify = partial(identify_sample, samples)
+        with RecordStore(folder, settings, self.processes, total, identify) as records:
             batches = [
                 range(start, min(start + self.batch_size, total))
                 for start in range(0, total, self.batch_size)
             ]
-            waiting = [rest for batch in batches if (rest := _rest_of(batch, records))]
-            bar.skip(total - sum(map(len, waiting)))
-            left = sum(map(len, waiting))
-            for batch in waiting[self.processes.rank :: self.processes.world_size]:
-                found = self._evaluate_batch(
+            pending = [indices for batch in batches if (indices := _pending_of(batch, records))]
+            bar.skip(total - sum(map(len, pending)))
+            remaining = sum(map(len, pending))
+            for batch in pending[self.processes.rank :: self.processes.world_size]:
+                batch_records = self._evaluate_batch(
                     {index: read_sample(samples, index, self.protocol) for index in batch}
                 )
-                records.add((index, record | known(index)) for index, record in found)
+                records.add((index, record | identify(index)) for index, record in batch_records)
                 done = len(batch) + (records.count_of_others() if bar.shown else 0)
                 bar.advance(done)
-                left -= done
+                remaining -= done
             records.finish()
-            bar.advance(left)
-            absent = [index for index in range(total) if index not in records]
-            if absent:
+            bar.advance(remaining)
+            missing = [index for index in range(total) if index not in records]
+            if missing:
                 raise ValueError(
-                    f"evaluate: {len(absent)} of {total} records that other processes made are not in {str(folder)!r}; "
-                    "give an output_dir that all processes reach, and run again for what is missing."
+                    f"evaluate: {len(missing)} of {total} records, made by other processes, are missing from "
+                    f"{str(folder)!r}; give an output_dir that all processes can access, and run again."
                 )
             return EvaluationReport([records[index] for index in range(total)], settings)
 
     def _evaluate_batch(
-        self, read: Mapping[int, ConceptSample | UnreadableSampleError]
+        self, inputs: Mapping[int, ConceptSample | UnreadableSampleError]
     ) -> list[tuple[int, Record]]:
-        samples = {i: sample for i, sample in read.items() if isinstance(sample, ConceptSample)}
+        samples = {i: sample for i, sample in inputs.items() if isinstance(sample, ConceptSample)}
         results: dict[int, ConceptSegmentation] = {}
-        others: dict[int, ConceptSegmentation | None] = {}
+        other_results: dict[int, ConceptSegmentation | None] = {}
         if samples:
             batch = (self.model, self.processor, list(samples.values()))
             options: tuple[Any, ...] = (
@@ -267,23 +275,25 @@ class _Run:
                 self.max_references,
                 self.protocol,
             )
-            found = segment_samples(*batch, self.router, *options)
-            results = dict(zip(samples, found, strict=True))
+            batch_results = segment_samples(*batch, self.router, *options)
+            results = dict(zip(samples, batch_results, strict=True))
             if self.routing_regret:
-                others = dict(zip(samples, segment_other_routes(*batch, found, *options), strict=True))
-        compared = (self.protocol, self.metrics)
+                other_results = dict(
+                    zip(samples, segment_other_routes(*batch, batch_results, *options), strict=True)
+                )
+        comparison = (self.protocol, self.metrics)
         return [
             (
                 index,
-                make_record(sample, results[index], *compared, others.get(index))
+                make_record(sample, results[index], *comparison, other_results.get(index))
                 if isinstance(sample, ConceptSample)
-                else make_error_record(sample, *compared),
+                else make_error_record(sample, *comparison),
             )
-            for index, sample in read.items()
+            for index, sample in inputs.items()
         ]
 
     def settings(self, samples: Sequence[ConceptSample]) -> dict[str, Any]:
-        """What a record depends on, and where it was made."""
+        """Return the settings that the records depend on, and the environment."""
         settings = {
             **self._profile_settings(samples),
             "protocol": self.protocol,
@@ -301,40 +311,42 @@ class _Run:
         if self.processor.mosaic is not None:
             settings["mosaic"] = self.processor.mosaic
         versions = {module.__name__: module.__version__ for module in (conceptseg_hf, torch, transformers)}
-        place = {"device": self.model.device.type, "python": platform.python_version(), **versions}
-        return settings | {"environment": place}
+        environment = {"device": self.model.device.type, "python": platform.python_version(), **versions}
+        return settings | {"environment": environment}
 
     def _profile_settings(self, samples: Sequence[ConceptSample]) -> dict[str, Any]:
-        """The profile, what of it is not followed, and whose words the prompt has; nothing without a profile."""
+        """Return the profile with its deviations, and the wording of the prompt; empty without a profile."""
         if self.profile is None:
             return {}
         loader = getattr(samples, "loader", None)
-        notified = describe_profile(self.profile, self.model.config, self.processor, self.protocol, loader)
-        own_words = self.processor.template == released_template()
-        return {"profile": notified, **({"prompt_words": "paper"} if own_words else {})}
+        description = describe_profile(self.profile, self.model.config, self.processor, self.protocol, loader)
+        has_paper_wording = self.processor.template == released_template()
+        return {"profile": description, **({"prompt_words": "paper"} if has_paper_wording else {})}
 
 
 def _length(name: str, samples: Sequence[ConceptSample], limit: int | None) -> int:
     total = len(samples) if limit is None else min(limit, len(samples))
     if not total:
-        raise ValueError(f"evaluate: the benchmark{name and f' {name!r}'} has no samples; give one that has.")
+        raise ValueError(
+            f"evaluate: the benchmark{name and f' {name!r}'} has no samples; give one with samples."
+        )
     return total
 
 
-def _rest_of(batch: Sequence[int], records: RecordStore) -> Sequence[int]:
-    """What of a batch is to be run: all of it where records are missing, else those that failed."""
+def _pending_of(batch: Sequence[int], records: RecordStore) -> Sequence[int]:
+    """Return the samples of a batch to run: all of them if any record is missing, otherwise the failed ones."""
     if not all(index in records for index in batch):
         return batch
     return [index for index in batch if records[index]["error"] is not None]
 
 
 def _combine(name: str, reports: Mapping[str, EvaluationReport]) -> EvaluationReport:
-    """One report of several benchmarks; its settings are those that they share."""
-    first, *others = (report.settings for report in reports.values())
+    """Combine the reports of several benchmarks, with the settings that they share."""
+    first, *other_settings = (report.settings for report in reports.values())
     shared = {
         key: value
         for key, value in first.items()
-        if all(key in settings and settings[key] == value for settings in others)
+        if all(key in settings and settings[key] == value for settings in other_settings)
     }
     members = [
         {

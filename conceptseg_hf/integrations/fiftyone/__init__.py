@@ -1,7 +1,7 @@
-"""ConceptSeg in FiftyOne: a model for `apply_model`, an evaluation backend, importers, and the loop behind the plugin.
+"""FiftyOne integration: a model for `apply_model`, an evaluation backend, importers, and the plugin's loop.
 
-Needs `pip install conceptseg-hf[fiftyone]`. The plugin `@conceptseg/conceptseg` holds forms and views only: whatever it
-does can be done with these names.
+Requires `pip install conceptseg-hf[fiftyone]`. The plugin `@conceptseg/conceptseg` contains only forms and views; every
+operation that it offers is also available through the functions and classes exported here.
 """
 
 from .benchmarks import load_concept_benchmark

@@ -1,7 +1,7 @@
-"""Importers: any benchmark of the registry as a flat dataset.
+"""Import any registered benchmark as a flat FiftyOne dataset.
 
-Every target and every reference image is one sample. A target lists its references in `reference_ids`; a reference
-image that serves many targets with the same mark is there once.
+Each target image and each reference image is one sample. A target lists its references in `reference_ids`. A reference
+image that several targets use with the same mark is stored once.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from .schema import (
 )
 
 _SOURCES = "conceptseg_benchmarks"  # key of `dataset.info`: benchmark, split and folder of each load
-_STEP = 20  # samples between two reports of progress
+_PROGRESS_INTERVAL = 20  # number of samples between two progress reports
 LOADING = "(samples)"
-"""What a load holds, beside the fields that runs hold: two at once would add samples twice."""
+"""Name of the lock that a load acquires; without it, two concurrent loads would add each sample twice."""
 
 Mark: TypeAlias = tuple[str | None, tuple[tuple[float, ...], ...]]
-"""What marks the concept on a reference: the file of its mask and its relative boxes, as far as there are."""
+"""The mark of the concept in a reference: the path of the mask file (or None) and the relative boxes (may be empty)."""
 
 
 def load_concept_benchmark(
@@ -53,30 +53,29 @@ def load_concept_benchmark(
     seed: int = 42,
     progress: Callable[[int, int], object] | None = None,
 ) -> fo.Dataset:
-    """Loads a benchmark into FiftyOne; samples that are there already stay as they are.
+    """Load a benchmark into a FiftyOne dataset; samples and saved views that already exist are left unchanged.
 
-    Pictures of files stay where they are; drawn ones, all masks, and copies (PNG) of pictures whose names FiftyOne does
-    not take for images are written to its folder for data. A sample that cannot be read, a mask without its photo among
-    them, becomes a sample with `load_error`, which the next load tries again. Saved views that are there stay as they
-    are, too.
+    Image files are referenced in place. Generated images, all masks, and PNG copies of images with a file extension
+    that FiftyOne does not recognize are written to FiftyOne's default dataset directory. A sample that cannot be read,
+    for example because its image is missing, is added with a `load_error`; the next load retries it.
 
     Args:
         name: One of `conceptseg_hf.data.BENCHMARKS`.
-        root: Folder of its files; None for `"concept-shapes"`.
-        split: Its split.
-        limit: Only the first samples.
-        dataset_name: The dataset, made if it is not there; by default `<name>-<split>`. It may hold several benchmarks
-            and splits, each from one folder.
-        seed: Seed by which references are drawn.
-        progress: Called with (done, total) as samples come in.
+        root: Folder of the benchmark's files; None for `"concept-shapes"`.
+        split: Split to load.
+        limit: Maximum number of samples; None loads all.
+        dataset_name: Name of the dataset, which is created if it does not exist; `<name>-<split>` by default. A dataset
+            may hold several benchmarks and splits, each loaded from a single folder.
+        seed: Random seed for sampling the references.
+        progress: Callback that is called with (done, total) while samples are loaded.
 
     Returns:
-        The dataset, with the saved views "targets", "references", one per level, and "episodes" (target and own
-        references as dynamic groups).
+        The dataset, with the saved views "targets", "references", one per level, and "episodes" (a dynamic group of
+        each target and its own references).
 
     Raises:
-        ValueError: If there is no such benchmark or split, the dataset holds other samples, or another load into it is
-            running.
+        ValueError: If the benchmark or split does not exist, the dataset holds other samples, or another load into it
+            is in progress.
         MissingFilesError: If files are missing.
     """
     dataset_name = dataset_name or f"{name}-{split}"
@@ -89,9 +88,9 @@ def load_concept_benchmark(
 def import_benchmark(
     name: str, root: str | Path | None, split: str, limit: int | None, dataset_name: str, seed: int = 42
 ) -> Iterator[tuple[int, int]]:
-    """As `load_concept_benchmark`, step by step: yields (done, total) at the start and after every few samples.
+    """Generator version of `load_concept_benchmark`: yields (done, total) at the start and after every few samples.
 
-    It ends early if it is cancelled: `field_locks.request_cancel(dataset, LOADING)`.
+    The generator ends early if `field_locks.request_cancel(dataset, LOADING)` is called.
     """
     samples = load_benchmark(name, root=root, split=split, limit=limit, seed=seed)
     if fo.dataset_exists(dataset_name):
@@ -111,7 +110,7 @@ def _add_samples(
     declare_benchmark_fields(dataset)
     writer = _Writer(dataset, name, split)
     own = dataset.match((F("benchmark") == name) & (F("split") == split) & (F("role") == TARGET))
-    dataset.delete_samples(own.match(F("load_error") != None))  # noqa: E711 (an expression of FiftyOne)
+    dataset.delete_samples(own.match(F("load_error") != None))  # noqa: E711 (FiftyOne expression)
     present = set(own.values("episode"))
     total = len(samples)
     yield 0, total
@@ -119,7 +118,7 @@ def _add_samples(
         episode = _id_of(sample, index)
         if episode not in present:
             writer.add(samples, index, sample, episode)
-        if done % _STEP == 0 or done == total:
+        if done % _PROGRESS_INTERVAL == 0 or done == total:
             cancelled = lock.beat(done)
             yield done, total
             if cancelled:
@@ -127,17 +126,17 @@ def _add_samples(
 
 
 def _remember_source(dataset: fo.Dataset, name: str, split: str, root: str | None) -> None:
-    """Notes where samples come from, before the first is there: a load that was cut off can then go on."""
+    """Record the source of the samples before the first one is added, so that an interrupted load can be resumed."""
     known = dataset.info.get(_SOURCES) if len(dataset) else []
     if known is None:
         raise ValueError(
-            f"dataset {dataset.name!r} is there already and holds other samples; give another dataset_name."
+            f"dataset {dataset.name!r} already exists and holds other samples; use another dataset_name."
         )
     for source in known:
         if (source["benchmark"], source["split"]) == (name, split) and source["root"] != root:
             raise ValueError(
                 f"dataset {dataset.name!r} holds {name!r} from {source['root']!r}, and samples from {root!r} may have "
-                "the same ids; give another dataset_name."
+                "the same ids; use another dataset_name."
             )
     source = {"benchmark": name, "split": split, "root": root}
     if source not in known:
@@ -146,18 +145,18 @@ def _remember_source(dataset: fo.Dataset, name: str, split: str, root: str | Non
 
 
 class _Writer:
-    """Stores targets, each right after the references that it is the first to use."""
+    """Adds targets to the dataset; the references that a target is the first to use are added right before it."""
 
     def __init__(self, dataset: fo.Dataset, name: str, split: str) -> None:
         self._dataset, self._name, self._split = dataset, name, split
         self._folder = default_folder(dataset.name, name, split)
         self._shared = _shared_references(dataset)
-        self._by_file: dict[FileReference, str] = {}  # spares reading a picture again for each target
+        self._by_file: dict[FileReference, str] = {}  # cache: each reference file is read only once
 
     def add(
         self, samples: Any, index: int, sample: ConceptSample | UnreadableSampleError, episode: str
     ) -> None:
-        """Adds a target and its references."""
+        """Add a target and its references."""
         item = samples.items[index] if isinstance(samples, FileBenchmark) else None
         if isinstance(sample, UnreadableSampleError):
             if item is not None:
@@ -188,25 +187,25 @@ class _Writer:
             ]
         else:
             try:
-                found = samples.read_references(item)  # those of the sample, with their files
+                loaded = samples.read_references(item)  # the sample's references with their files
                 target[REFERENCE_IDS] = [
                     self._shared_reference(file, reference, target)
-                    for file, reference in zip(found.files, found.references, strict=True)
+                    for file, reference in zip(loaded.files, loaded.references, strict=True)
                 ]
-            except (ValueError, OSError) as error:  # a file that has changed meanwhile
+            except (ValueError, OSError) as error:  # a file has changed since it was listed
                 self._add_failed(error, item.image, episode, fields)
                 return
         self._dataset.add_sample(target)
 
     def _path_of(self, path: Path | None, image: Image.Image, kind: str, stem: str) -> str:
-        """The file of a picture: its own, or one that is written if it has none that FiftyOne takes for an image."""
+        """Return `path` if FiftyOne recognizes it as an image; otherwise, write the image and return the new path."""
         return str(path) if path is not None and _is_image(path) else self._write(image, kind, stem)
 
     def _write(self, image: Image.Image, kind: str, stem: str) -> str:
         return write_image(image, self._folder / kind, stem.replace("/", "_"))
 
     def _shared_reference(self, file: FileReference, reference: Reference, target: fo.Sample) -> str:
-        """The id of a file's reference, added unless its picture is there with the same mark."""
+        """Return the id of a reference from a file; add it unless the same image with the same mark exists."""
         if file not in self._by_file:
             image, stem = load_image(reference.image), file.image.stem
             path = fos.normalize_path(self._path_of(file.image, image, "references", stem))
@@ -217,7 +216,7 @@ class _Writer:
         return self._by_file[file]
 
     def _drawn_reference(self, reference: Reference, stem: str, target: fo.Sample) -> str:
-        """Adds a reference that is the target's own, and its picture."""
+        """Add a generated reference that belongs to a single target, and write its image."""
         image = load_image(reference.image)
         path, mark = self._write(image, "references", stem), self._mark_of(reference, image.size, stem)
         return self._add_reference(
@@ -257,7 +256,9 @@ class _Writer:
         return sample.id
 
     def _add_failed(self, error: Exception, path: Path, episode: str, fields: Mapping[str, Any]) -> None:
-        shown = path if _is_image(path) else path.with_suffix(".png")  # one of no name, such as "photo.*"
+        shown = (
+            path if _is_image(path) else path.with_suffix(".png")
+        )  # `path` may be a pattern such as "photo.*"
         self._dataset.add_sample(
             fo.Sample(
                 filepath=str(shown),
@@ -272,9 +273,9 @@ class _Writer:
 
 
 def _shared_references(dataset: fo.Dataset) -> dict[tuple[str, Mark], str]:
-    """The ids of the references that no target has for itself, by picture and mark.
+    """Return the ids of the references that are not tied to a single target, by image path and mark.
 
-    The name of a mask's file stands for its content, so a mark is the same in every load.
+    The name of a mask file identifies its content, so a mark is equal across loads.
     """
     shared = dataset.match((F("role") == REFERENCE) & (F("episode") == None))  # noqa: E711
     stored = zip(
@@ -287,7 +288,7 @@ def _shared_references(dataset: fo.Dataset) -> dict[tuple[str, Mark], str]:
 
 
 def _is_image(path: Path) -> bool:
-    """Whether FiftyOne takes a file for an image, which it tells by its name; it refuses others beside images."""
+    """Whether FiftyOne recognizes a file name as an image; image datasets reject samples of other media types."""
     return fomm.get_media_type(str(path)) == fomm.IMAGE
 
 
@@ -315,6 +316,6 @@ def _save_views(dataset: fo.Dataset) -> None:
         "episode", order_by="role", reverse=True
     )
     for name, view in views.items():
-        # FiftyOne takes names with the same slug for one. A view that is there may be edited: it stays.
+        # FiftyOne treats names with the same slug as equal. Existing views are kept, as the user may have edited them.
         if fou.to_slug(name) not in map(fou.to_slug, dataset.list_saved_views()):
             dataset.save_view(name, view)

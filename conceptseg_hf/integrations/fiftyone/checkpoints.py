@@ -1,4 +1,4 @@
-"""Checkpoints by name, the one model that a process keeps, and what it makes of a batch."""
+"""Load checkpoints by name, cache one pipeline per process, and segment batches with it."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from ...outputs import ConceptSegmentation
 from ...pipelines import ConceptSegmentationPipeline
 
 NANO = "nano"
-"""Name of the embedded checkpoint."""
+"""Name of the checkpoint that is included in the package."""
 
 _lock = threading.Lock()
-_kept: dict[tuple[str, str | None], ConceptSegmentationPipeline] = {}
+_cached: dict[tuple[str, str | None], ConceptSegmentationPipeline] = {}
 
 
 def fault_of(checkpoint: str) -> str | None:
-    """Why a name cannot be a checkpoint, in one sentence; None if it can (a hub id is not looked up)."""
+    """Return a message that explains why a checkpoint name is invalid, or None; hub ids are not looked up."""
     if checkpoint == NANO:
         return None
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         if (folder / "config.json").is_file():
             return None
-        return f"checkpoint {checkpoint!r} is a folder without config.json; give the folder that holds it."
+        return f"checkpoint {checkpoint!r} is a folder without config.json; use the folder that contains it."
     if is_hub_id(checkpoint):
         return None
-    return f"checkpoint {checkpoint!r} was not found; give 'nano', a folder, or a hub id such as owner/name."
+    return f"checkpoint {checkpoint!r} was not found; use 'nano', a folder, or a hub id such as owner/name."
 
 
 def get_pipeline(checkpoint: str = NANO, device: str | None = None) -> ConceptSegmentationPipeline:
-    """The pipeline of a checkpoint, from the one that the process keeps if it is the same.
+    """Return the pipeline of a checkpoint; the most recent one is cached and reused.
 
     Args:
         checkpoint: `"nano"`, a folder or a hub id.
-        device: Such as `"cuda"`; the first accelerator by default, else the CPU.
+        device: Device such as `"cuda"`; by default the first accelerator, or the CPU if there is none.
 
     Raises:
         ValueError: If the checkpoint was not found or cannot be used.
@@ -51,23 +51,23 @@ def get_pipeline(checkpoint: str = NANO, device: str | None = None) -> ConceptSe
         raise ValueError(fault)
     key = (checkpoint, device)
     with _lock:
-        if key not in _kept:
-            _kept.clear()  # one at a time: two models of 7B fit no GPU
+        if key not in _cached:
+            _cached.clear()  # keep a single model: two 7B models may not fit on one GPU
             name = None if checkpoint == NANO else str(Path(checkpoint).expanduser())
             model, processor = load_model_and_processor(name, device)
-            _kept[key] = ConceptSegmentationPipeline(model=model, processor=processor, device=model.device)
-        return _kept[key]
+            _cached[key] = ConceptSegmentationPipeline(model=model, processor=processor, device=model.device)
+        return _cached[key]
 
 
 def segment_batch(
     pipeline: ConceptSegmentationPipeline, items: list[dict[str, Any]], settings: dict[str, Any]
 ) -> list[ConceptSegmentation]:
-    """Segments a batch; where the model itself fails, one by one, so that only the guilty carry an error.
+    """Segment a batch; if the model fails, retry item by item so that only the failing items return an error.
 
     Args:
-        pipeline: The model.
-        items: Inputs of the pipeline, with `prompt`.
-        settings: Further arguments of `ConceptSegForSegmentation.segment`.
+        pipeline: Pipeline with the model and the processor.
+        items: Inputs of the pipeline, each with `prompt`.
+        settings: Further keyword arguments of `ConceptSegForSegmentation.segment`.
     """
     try:
         samples = [pipeline.preprocess(item) for item in items]
@@ -79,10 +79,10 @@ def segment_batch(
 
 
 def release_models() -> int:
-    """Frees the kept model; returns how many there were. A run that still uses it keeps it until its end."""
+    """Remove the cached model from memory and return how many there were; a run in progress keeps it until its end."""
     with _lock:
-        count = len(_kept)
-        _kept.clear()
+        count = len(_cached)
+        _cached.clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
-"""Evaluation backend "conceptseg": the project's metrics and protocols in FiftyOne's Model Evaluation panel.
+"""Evaluation backend "conceptseg": the metrics and protocols of this package in FiftyOne's Model Evaluation panel.
 
-FiftyOne's own backend leaves out samples without a prediction and compares pixel values; here a missing prediction is
-an empty mask, and a pixel is foreground as `images.load_mask` says, or where it has the value of one class.
+FiftyOne's default backend skips samples without a prediction and compares pixel values. This backend scores a missing
+prediction as an empty mask and binarizes masks as `images.load_mask` does, or by the pixel value of a given class.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .schema import GROUND_TRUTH, IGNORE, fields_of_type
 BACKEND = "conceptseg"
 CLASSES = ["background", "concept"]
 SCORES = ("iou", "dice", *COUNTS, "mae", *LIBRARY_METRICS)
-"""What a run keeps of each sample; those of `LIBRARY_METRICS` only where they are asked for."""
+"""Scores that a run stores per sample; those in `LIBRARY_METRICS` are stored only if they are requested."""
 LABELS = HEADINGS | {"f_w": "Weighted F-measure", "giou": "gIoU (mean foreground IoU)"}
 
 __all__ = [
@@ -44,17 +44,17 @@ __all__ = [
 
 
 class ConceptSegEvaluationConfig(foues.SegmentationEvaluationConfig):
-    """Settings of an evaluation; FiftyOne finds `ConceptSegEvaluation` by leaving "Config" out of this name.
+    """Configuration of an evaluation; FiftyOne derives the class name `ConceptSegEvaluation` by removing "Config".
 
     Args:
-        pred_field: The predictions, `fo.Segmentation`.
-        gt_field: The true masks, `fo.Segmentation`.
+        pred_field: Field of the predictions (`fo.Segmentation`).
+        gt_field: Field of the ground-truth masks (`fo.Segmentation`).
         protocol: `"standard"`, `"paper"` or `"released"`; see `conceptseg_hf.evaluation.metrics.protocols`.
-        metrics: Some of `METRICS` and `LIBRARY_METRICS`.
-        ignore_field: Masks of pixels that do not count, or None; the default counts where the dataset has it.
-        heatmap_field: Mask probabilities, which MAE, F_w and S-measure then see, or None.
-        gt_class: Pixel value of the concept in the true masks; 255 then does not count. None: all pixels that are not
-            background.
+        metrics: Names from `METRICS` and `LIBRARY_METRICS`.
+        ignore_field: Field with masks of the pixels to ignore, or None; the default is used only if the dataset has it.
+        heatmap_field: Field with mask probabilities, from which MAE, F_w and S-measure are computed, or None.
+        gt_class: Pixel value of the concept in the ground-truth masks; pixels of value 255 are then ignored. If None,
+            all non-background pixels are foreground.
     """
 
     def __init__(
@@ -74,27 +74,27 @@ class ConceptSegEvaluationConfig(foues.SegmentationEvaluationConfig):
 
     @property
     def method(self) -> str:
-        """Name of the backend."""
+        """Name of the evaluation backend."""
         return BACKEND
 
 
 class ConceptSegEvaluation(foues.SegmentationEvaluation):
-    """Scores masks as `conceptseg_hf.evaluation` does and keeps each sample's share in fields of the run."""
+    """Scores masks as `conceptseg_hf.evaluation` does and stores the per-sample scores in fields of the run."""
 
     def score_fields(self, eval_key: str) -> dict[str, str]:
-        """The sample field of each number of a sample."""
+        """Return the sample field of each per-sample score."""
         return _score_fields(eval_key, self.config.metrics)
 
     def check(self, samples: Any, eval_key: str | None) -> None:
-        """Finds what would fail, whatever the masks hold.
+        """Validate fields, class and key without reading any mask.
 
         Raises:
-            ValueError: As `evaluate_concepts`.
+            ValueError: As in `evaluate_concepts`.
         """
         config = self.config
         if config.pred_field == config.gt_field:
             raise ValueError(
-                f"field {config.gt_field!r} is given as predictions and as truth; give two fields."
+                f"field {config.gt_field!r} is used both for predictions and ground truth; use two different fields."
             )
         _check_field(samples, config.pred_field, fo.Segmentation)
         _check_field(samples, config.gt_field, fo.Segmentation)
@@ -109,13 +109,13 @@ class ConceptSegEvaluation(foues.SegmentationEvaluation):
     def register_run(
         self, samples: Any, key: str | None, overwrite: bool = True, cleanup: bool = True
     ) -> None:
-        """Registers a run once it is sure to have results: a run of the same key is deleted here."""
+        """Register a run after checking that a sample can be scored; registering deletes a run with the same key."""
         self.check(samples, key)
         _Scorer(samples, self.config).check()
         super().register_run(samples, key, overwrite=overwrite, cleanup=cleanup)
 
     def register_samples(self, samples: Any, eval_key: str | None) -> None:
-        """Declares the fields."""
+        """Declare the score fields."""
         if eval_key is not None:
             for name in self.score_fields(eval_key).values():
                 samples._dataset.add_sample_field(name, fo.FloatField)
@@ -123,12 +123,12 @@ class ConceptSegEvaluation(foues.SegmentationEvaluation):
     def evaluate_samples(
         self, samples: Any, eval_key: str | None = None, mask_targets: Any = None, progress: Any = None
     ) -> foues.SegmentationResults:
-        """Scores the samples that have a true mask.
+        """Score the samples that have a ground-truth mask.
 
         Args:
-            samples: The samples.
-            eval_key: Key of the run; None keeps nothing.
-            mask_targets: Unused: there is one class.
+            samples: Dataset or view to evaluate.
+            eval_key: Key of the run; if None, no scores are stored.
+            mask_targets: Unused, as there is only one class.
             progress: As in `fiftyone.core.collections.SampleCollection.iter_samples`.
         """
         config, scorer = self.config, _Scorer(samples, self.config)
@@ -138,7 +138,7 @@ class ConceptSegEvaluation(foues.SegmentationEvaluation):
         for sample in scorer.samples.iter_samples(progress=progress, autosave=eval_key is not None):
             try:
                 score = scorer.score(sample)
-            except (ValueError, OSError) as error:  # a lost file, or a mask of another size
+            except (ValueError, OSError) as error:  # a missing file, or a mask of a different size
                 self.unscored[sample.id] = str(error)
                 continue
             matches += _matches(score, sample[config.gt_field], sample[config.pred_field])
@@ -152,24 +152,24 @@ class ConceptSegEvaluation(foues.SegmentationEvaluation):
             eval_key,
             [[sums["tn"], sums["fp"]], [sums["fn"], sums["tp"]]],
             CLASSES,
-            matches=matches if any(sums.values()) else [],  # scikit-learn wants a weight that is not 0
+            matches=matches if any(sums.values()) else [],  # scikit-learn requires a nonzero weight
             missing="background",
             custom_metrics=_custom_metrics(scorer.total.compute()),
             backend=self,
         )
 
     def get_fields(self, samples: Any, eval_key: str, include_custom_metrics: bool = True) -> list[str]:
-        """The fields of a run."""
+        """Return the fields of a run."""
         return list(self.score_fields(eval_key).values())
 
     def cleanup(self, samples: Any, eval_key: str) -> None:
-        """Deletes the fields of a run."""
+        """Delete the fields of a run."""
         samples._dataset.delete_sample_fields(self.get_fields(samples, eval_key), error_level=1)
         samples._delete_empty_sidebar_group(eval_key)
 
 
 class _Scorer:
-    """Scores the samples that have a true mask, one by one, into `total`."""
+    """Scores samples that have a ground-truth mask one at a time and accumulates the results in `total`."""
 
     def __init__(self, samples: Any, config: ConceptSegEvaluationConfig) -> None:
         self._config, self._ignore_field = config, _ignore_field(samples, config)
@@ -178,10 +178,10 @@ class _Scorer:
         self.samples = samples.exists(config.gt_field).select_fields([name for name in fields if name])
 
     def check(self) -> None:
-        """Scores samples up to the first that can be; afterwards `total` is of no use.
+        """Check that at least one sample can be scored; `total` is invalid afterwards.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If no sample can be scored.
         """
         reason = None
         for sample in self.samples.iter_samples():
@@ -192,18 +192,18 @@ class _Scorer:
                 reason = reason or error
         field = self._config.gt_field
         if reason is None:
-            raise ValueError(f"no sample has a mask in {field!r}; give the field of the true masks.")
+            raise ValueError(f"no sample has a mask in {field!r}; use the field of the ground-truth masks.")
         raise ValueError(f"no sample with a mask in {field!r} can be scored: {reason}")
 
     def score(self, sample: Any) -> dict[str, float]:
-        """Scores a sample.
+        """Score a sample.
 
-        A true mask that has nearly the size of the predicted one (see `mask_checks.is_similar_size`) is resized to it.
-        Where the protocol resizes both anyway, they may have any size.
+        A ground-truth mask with nearly the size of the predicted mask (see `mask_checks.is_similar_size`) is resized to
+        it. If the protocol resizes both masks, they may have any size.
 
         Raises:
-            ValueError: If a mask cannot be read, has another size, or holds several classes.
-            OSError: If a file is lost.
+            ValueError: If a mask cannot be read, has a different size, or contains several classes.
+            OSError: If a file is missing.
         """
         config = self._config
         ground_truth, ignore = load_gt_mask(sample[config.gt_field], config.gt_class)
@@ -214,32 +214,32 @@ class _Scorer:
             mask = load_probabilities(sample[config.heatmap_field], mask)
         ignored = None if self._ignore_field is None else mask_of(sample[self._ignore_field])
         if ignore is not None:
-            ignore = _fit(ignore, size, "the true mask")
+            ignore = _fit(ignore, size, "ground-truth mask")
         if ignored is not None:
-            pixels = _fit(load_mask(ignored), size, "the mask of pixels that do not count")
+            pixels = _fit(load_mask(ignored), size, "ignore mask")
             ignore = pixels if ignore is None else ignore | pixels
         if ignore is not None or self.total.protocol.size is None:
-            ground_truth = _fit(ground_truth, size, "the true mask")
+            ground_truth = _fit(ground_truth, size, "ground-truth mask")
         return self.total.update(mask, ground_truth, ignore)
 
 
-def _fit(mask: np.ndarray, size: tuple[int, int], what: str) -> np.ndarray:
-    """A mask (H, W) bool at the size (width, height) of the predicted one.
+def _fit(mask: np.ndarray, size: tuple[int, int], kind: str) -> np.ndarray:
+    """Resize a mask (H, W) bool to the size (width, height) of the predicted mask.
 
     Raises:
-        ValueError: If its own is another by more than rounding or scale.
+        ValueError: If the sizes differ by more than rounding or scale.
     """
-    found = (mask.shape[1], mask.shape[0])
-    if not is_similar_size(found, size):
+    own_size = (mask.shape[1], mask.shape[0])
+    if not is_similar_size(own_size, size):
         raise ValueError(
-            f"{what} has {found[0]} x {found[1]} pixels, but the predicted one {size[0]} x {size[1]}; "
-            "give masks of the image's size."
+            f"{kind} has {own_size[0]} x {own_size[1]} pixels, but the predicted mask has {size[0]} x {size[1]}; "
+            "use masks of the image's size."
         )
     return resize(mask, size)
 
 
 def register_evaluation_backend() -> None:
-    """Lets `samples.evaluate_segmentations(..., method="conceptseg")` find the backend, in this process."""
+    """Register the backend for `samples.evaluate_segmentations(..., method="conceptseg")` in the current process."""
     name = f"{ConceptSegEvaluationConfig.__module__}.{ConceptSegEvaluationConfig.__qualname__}"
     fo.evaluation_config.segmentation_backends[BACKEND] = {"config_cls": name}
 
@@ -256,29 +256,28 @@ def evaluate_concepts(
     gt_class: int | None = None,
     progress: Any = None,
 ) -> foues.SegmentationResults:
-    """Scores predictions; samples without a prediction count as empty masks, samples without a truth not at all.
+    """Evaluate predicted masks; a missing prediction is an empty mask, and samples without ground truth are skipped.
 
     Args:
-        samples: A dataset or view.
-        pred_field: The predictions.
-        gt_field: The true masks.
-        eval_key: Key under which the run is kept and shown in the App; None keeps nothing.
+        samples: Dataset or view to evaluate.
+        pred_field: Field of the predictions.
+        gt_field: Field of the ground-truth masks.
+        eval_key: Key under which the run is stored and shown in the App; if None, nothing is stored.
         protocol: `"standard"`, `"paper"` or `"released"`.
-        metrics: Some of `METRICS` and `LIBRARY_METRICS`.
-        heatmap_field: Mask probabilities to score with, or None.
-        ignore_field: Masks of pixels that do not count, or None; the default counts where the dataset has it.
-        gt_class: Pixel value of the concept in the true masks; 255 then does not count. None: all pixels that are not
-            background.
-        progress: As FiftyOne's `progress`.
+        metrics: Names from `METRICS` and `LIBRARY_METRICS`.
+        heatmap_field: Field with mask probabilities to score, or None.
+        ignore_field: Field with masks of the pixels to ignore, or None; the default is used only if the dataset has it.
+        gt_class: Pixel value of the concept in the ground-truth masks; pixels of value 255 are then ignored. If None,
+            all non-background pixels are foreground.
+        progress: As FiftyOne's `progress` argument.
 
     Returns:
-        FiftyOne's results; `results.custom_metrics` holds the metrics, in percent, and `results.backend.unscored` why
-        samples were left out (a lost file, a mask of another size or of several classes), by sample id.
+        FiftyOne's results. `results.custom_metrics` holds the metrics in percent; `results.backend.unscored` holds the
+        reason, by sample id, for each sample that was skipped (a missing file, a different size, several classes).
 
     Raises:
-        ValueError: If fields are missing, hidden or of another type, no sample can be scored, the protocol or a metric
-            does not exist, `eval_key` names something else or is being written by another evaluation, or one class of
-            several has to be chosen.
+        ValueError: If fields are missing, hidden or of the wrong type, no sample can be scored, the protocol or a
+            metric is unknown, `eval_key` is in use by another run or evaluation, or `gt_class` is required.
     """
     settings: dict[str, Any] = {
         "gt_field": gt_field,
@@ -289,7 +288,7 @@ def evaluate_concepts(
         "gt_class": gt_class,
     }
     config = ConceptSegEvaluationConfig(pred_field, **settings)
-    config.build().check(samples, eval_key)  # FiftyOne checks fields before it registers a run, in its words
+    config.build().check(samples, eval_key)  # before FiftyOne's own checks, for clearer messages
     dataset, subject = samples._dataset, f"evaluation {eval_key!r}"
     with contextlib.nullcontext() if eval_key is None else locked(dataset, [f"({subject})"], subject):
         try:
@@ -300,7 +299,7 @@ def evaluate_concepts(
                 progress=progress,
                 **settings,
             )
-        except BaseException:  # Ctrl-C, too: half a run would pass for a whole one
+        except BaseException:  # including Ctrl-C: a partial run must not remain
             if eval_key in samples.list_evaluations() and samples.load_evaluation_results(eval_key) is None:
                 dataset.delete_evaluation(eval_key)
             raise
@@ -309,55 +308,55 @@ def evaluate_concepts(
 def check_eval_key(
     samples: Any, eval_key: str | None, pred_field: str, gt_field: str, metrics: Sequence[str] = METRICS
 ) -> None:
-    """Finds runs and fields that a run of this key would spoil; a run of the same fields may be replaced.
+    """Check that a run with this key overwrites no other run or field; a run on the same two fields may be replaced.
 
     Raises:
-        ValueError: If the key cannot be one, or is taken.
+        ValueError: If the key is invalid or in use.
     """
     if eval_key is None:
         return
     if not eval_key.isidentifier():
-        raise ValueError(f"{eval_key!r} cannot be a run's name; use letters, digits and underscores.")
+        raise ValueError(f"run name {eval_key!r} is invalid; use letters, digits and underscores.")
     replaced: set[str] = set()
     if eval_key in samples.list_evaluations():
-        kept = samples.get_evaluation_info(eval_key).config
-        if kept.method != BACKEND or (kept.pred_field, kept.gt_field) != (pred_field, gt_field):
+        stored = samples.get_evaluation_info(eval_key).config
+        if stored.method != BACKEND or (stored.pred_field, stored.gt_field) != (pred_field, gt_field):
             raise ValueError(
-                f"evaluation {eval_key!r} is of other fields or another method; give another name, or delete it first."
+                f"evaluation {eval_key!r} uses other fields or another method; use another name, or delete it first."
             )
-        replaced.update(_score_fields(eval_key, kept.metrics).values())
+        replaced.update(_score_fields(eval_key, stored.metrics).values())
     for name in _score_fields(eval_key, metrics).values():
         if name not in replaced and samples._dataset.has_field(name):  # a view may hide it
-            raise ValueError(f"field {name!r} is there already; give the evaluation another name.")
+            raise ValueError(f"field {name!r} already exists; use another name for the evaluation.")
 
 
 def _score_fields(eval_key: str, metrics: Sequence[str]) -> dict[str, str]:
-    wanted = [name for name in SCORES if name not in LIBRARY_METRICS or name in metrics]
-    return {name: f"{eval_key}_{name}" for name in wanted}
+    names = [name for name in SCORES if name not in LIBRARY_METRICS or name in metrics]
+    return {name: f"{eval_key}_{name}" for name in names}
 
 
 def _ignore_field(samples: Any, config: ConceptSegEvaluationConfig) -> str | None:
-    """The field of the pixels that do not count; the default is one only where the dataset has it as masks."""
+    """Return the field with the ignore masks, or None; the default is used only if the dataset has it with masks."""
     name = config.ignore_field
     return None if name == IGNORE and name not in fields_of_type(samples._dataset, fo.Segmentation) else name
 
 
 def _check_field(samples: Any, name: str, label_type: type) -> None:
     if not samples._dataset.has_field(name):
-        raise ValueError(f"field {name!r} is not in the dataset; give one of its fields.")
+        raise ValueError(f"field {name!r} is not in the dataset; use one of its fields.")
     if not samples.has_field(name):
-        raise ValueError(f"field {name!r} is hidden by the view; give a view that shows it, or the dataset.")
+        raise ValueError(f"field {name!r} is hidden by the view; use a view that shows it, or the dataset.")
     if name not in fields_of_type(samples, label_type):
         raise ValueError(
-            f"field {name!r} holds no {label_type.__name__}; give one that does "
-            "(fiftyone.utils.labels.objects_to_segmentations makes one of Detections)."
+            f"field {name!r} holds no {label_type.__name__}; use one that does "
+            "(fiftyone.utils.labels.objects_to_segmentations creates one from Detections)."
         )
 
 
 def _matches(
     score: dict[str, float], ground_truth: fo.Segmentation, prediction: fo.Segmentation | None
 ) -> Iterator[tuple[Any, ...]]:
-    """What FiftyOne keeps of a sample; at least one, of weight 0 if no pixel counts, as it says what was scored."""
+    """Yield FiftyOne's records of a sample: at least one, to mark it as scored, with weight 0 if no pixel counts."""
     background, concept = CLASSES
     pairs = ((concept, concept), (background, concept), (concept, background), (background, background))
     for (true, predicted), name in zip(pairs, COUNTS):

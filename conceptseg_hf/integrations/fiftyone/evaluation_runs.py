@@ -1,4 +1,4 @@
-"""Evaluations that a dataset keeps: their report, what was replaced since, and what they left out."""
+"""Stored evaluation runs: their reports, masks that were replaced afterwards, and samples without a score."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ...evaluation.reporting.report import EvaluationReport
 from .schema import REFERENCE, whole_dataset
 
 COUNTS = ("tp", "fp", "fn", "tn")
-_OF_A_BENCHMARK = {
+_BENCHMARK_FIELDS = {
     "level": fo.StringField,
     "group": fo.StringField,
     "episode": fo.StringField,
     "present": fo.BooleanField,
 }
-_OF_A_LABEL = ("route", "decode_presence", "check_iou", "error")
+_LABEL_ATTRIBUTES = ("route", "decode_presence", "check_iou", "error")
 
 
 def report_of(samples: Any, eval_key: str) -> EvaluationReport:
-    """The report of a kept run, by level and group, over the samples given.
+    """Return the report of a stored run, by level and group, for the given samples.
 
-    Where a mask was replaced since (`replaced_since`), the scores are of the old one, and what the label says of its
-    making (route, presence, check, error) is left out.
+    If a mask was replaced after the evaluation (see `replaced_since`), the report contains the scores of the old mask
+    and omits the attributes of the new label (route, presence, check IoU, error).
 
     Raises:
-        ValueError: If there is no such run, or it is not finished.
+        ValueError: If the run does not exist or is not finished.
     """
     replaced = set(replaced_since(samples, eval_key))
     config = samples.get_evaluation_info(eval_key).config
@@ -41,10 +41,10 @@ def report_of(samples: Any, eval_key: str) -> EvaluationReport:
 
 
 def replaced_since(samples: Any, eval_key: str) -> list[str]:
-    """Ids of the samples whose prediction or true mask is another than a kept run has scored.
+    """Return the ids of the samples with a prediction or ground-truth mask that was replaced after a run scored it.
 
     Raises:
-        ValueError: If there is no such run, or it is not finished.
+        ValueError: If the run does not exist or is not finished.
     """
     results = _results_of(samples, eval_key)
     config = samples.get_evaluation_info(eval_key).config
@@ -58,60 +58,60 @@ def replaced_since(samples: Any, eval_key: str) -> list[str]:
 
 
 def left_out_of(samples: Any, eval_key: str) -> dict[str, list[str]]:
-    """Ids of the samples that a kept run has not scored, by the reason; only reasons that occur.
+    """Return the ids of the samples that a stored run did not score, by reason; reasons without samples are omitted.
 
     Raises:
-        ValueError: If there is no such run.
+        ValueError: If the run does not exist.
     """
-    _check_there(samples, eval_key)
+    _check_exists(samples, eval_key)
     gt_field = samples.get_evaluation_info(eval_key).config.gt_field
-    rest = _with_all_fields(samples).match(F(f"{eval_key}_tp") == None)  # noqa: E711 (an expression of FiftyOne)
-    without, rest = rest.exists(gt_field, False), rest.exists(gt_field)
+    rest = _with_all_fields(samples).match(F(f"{eval_key}_tp") == None)  # noqa: E711 (FiftyOne expression)
+    without_mask, rest = rest.exists(gt_field, False), rest.exists(gt_field)
     is_reference = F("role") == REFERENCE
     reasons = {
-        f"references without a mask in {gt_field!r}": without.match(is_reference).values("id"),
-        f"without a mask in {gt_field!r}": without.match(~is_reference).values("id"),
+        f"references without a mask in {gt_field!r}": without_mask.match(is_reference).values("id"),
+        f"without a mask in {gt_field!r}": without_mask.match(~is_reference).values("id"),
         "could not be scored": rest.values("id"),
     }
     return {reason: ids for reason, ids in reasons.items() if ids}
 
 
 def _results_of(samples: Any, eval_key: str) -> foues.SegmentationResults:
-    _check_there(samples, eval_key)
+    _check_exists(samples, eval_key)
     results = samples.load_evaluation_results(eval_key)
-    if results is None:  # it is running, or was killed
+    if results is None:  # still running, or killed
         raise ValueError(
-            f"evaluation {eval_key!r} is not finished; wait for it, or run it again under the same name."
+            f"evaluation {eval_key!r} is not finished; wait for it, or run it again with the same name."
         )
     return results
 
 
 def _scored(samples: Any, eval_key: str) -> Any:
-    """The samples that the run scored."""
-    return _with_all_fields(samples).match(F(f"{eval_key}_tp") != None)  # noqa: E711 (an expression of FiftyOne)
+    """Return the samples that the run scored."""
+    return _with_all_fields(samples).match(F(f"{eval_key}_tp") != None)  # noqa: E711 (FiftyOne expression)
 
 
 def _with_all_fields(samples: Any) -> Any:
-    """The samples with all their fields, as views may hide some."""
+    """Return the samples with all of their fields, since a view may hide some."""
     if isinstance(samples, fo.Dataset):
         return samples
     return whole_dataset(samples).select(samples.values("id"))
 
 
-def _check_there(samples: Any, eval_key: str) -> None:
+def _check_exists(samples: Any, eval_key: str) -> None:
     if eval_key not in samples.list_evaluations():
-        raise ValueError(f"there is no evaluation {eval_key!r}; run evaluate_concepts first.")
+        raise ValueError(f"evaluation {eval_key!r} does not exist; run evaluate_concepts first.")
 
 
 def _records(samples: Any, config: Any, eval_key: str, replaced: Collection[str]) -> Iterable[dict[str, Any]]:
-    """The run's samples as the report takes them; what the dataset does not know is None."""
+    """Yield the scored samples as records for `EvaluationReport`; values that the dataset lacks are None."""
     pred = config.pred_field
     extra = [name for name in LIBRARY_METRICS if name in config.metrics]
     paths = {name: f"{eval_key}_{name}" for name in (*COUNTS, "mae", "iou", *extra)}
     paths |= {name: name for name in ("level", "group", "present", "episode")}
-    paths |= {name: f"{pred}.{name}" for name in _OF_A_LABEL} | {"id": "id"}
+    paths |= {name: f"{pred}.{name}" for name in _LABEL_ATTRIBUTES} | {"id": "id"}
     known = {name: path for name, path in paths.items() if samples.has_field(path)}
-    for name, kind in _OF_A_BENCHMARK.items():  # others may use these names for something else
+    for name, kind in _BENCHMARK_FIELDS.items():  # user fields may have the same names but other types
         if name in known and not isinstance(samples.get_field(name), kind):
             del known[name]
     if not samples.has_field("benchmark"):
@@ -120,7 +120,7 @@ def _records(samples: Any, config: Any, eval_key: str, replaced: Collection[str]
     for values in zip(*columns.values()):
         value: dict[str, Any] = dict.fromkeys(paths) | dict(zip(columns, values))
         if value["id"] in replaced:
-            value |= dict.fromkeys(_OF_A_LABEL)
+            value |= dict.fromkeys(_LABEL_ATTRIBUTES)
         presence = value["decode_presence"]
         yield {
             "sample_id": value["episode"],

@@ -1,7 +1,7 @@
-"""Who writes to a field right now, and which run into it was interrupted.
+"""Locks on fields across processes, and records of interrupted runs.
 
-FiftyOne keeps no such record. Here each name that is written to has a document in a collection of FiftyOne's database,
-which all processes that use the database see. A process that ended without a word holds nothing.
+FiftyOne has no such locks. Each locked name has a document in a collection of FiftyOne's database, which all processes
+that use the database can read. The lock of a process that ended without releasing it is ignored.
 """
 
 from __future__ import annotations
@@ -22,30 +22,29 @@ import psutil
 from pymongo.errors import DuplicateKeyError, PyMongoError
 
 COLLECTION = "conceptseg_locks"
-_SILENT_SECONDS = (
-    15 * 60.0
-)  # after which a run on another machine counts as ended; it says so if it comes back
-_CLOCK_SECONDS = 60.0  # a clock that is set changes when processes seem to have started
+# A lock on another machine expires after this time without a heartbeat; its run then raises if it continues.
+_TIMEOUT_SECONDS = 15 * 60.0
+_CLOCK_TOLERANCE_SECONDS = 60.0  # adjusting the clock changes the apparent start times of processes
 
-_held: set[str] = set()  # tokens of this process
+_held: set[str] = set()  # tokens of the locks that this process holds
 
 
 class InUseError(ValueError):
-    """Another run writes to the same field."""
+    """Raised if another run is writing to the same field."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A run that writes to a name (a field), or was interrupted while it did.
+    """A run that holds the lock of a name (such as a field), or was interrupted while it did.
 
     Attributes:
-        name: What it writes to.
-        run: Key of the custom run that holds its settings, or None.
-        done: Samples done.
-        total: Samples to do.
-        process: Its process id.
-        host: The machine.
-        since: When it began, in seconds since the epoch.
+        name: Locked name.
+        run: Key of the custom run that stores its settings, or None.
+        done: Number of processed samples.
+        total: Total number of samples.
+        process: Process id.
+        host: Host name of the machine.
+        since: Start time in seconds since the epoch.
     """
 
     name: str
@@ -63,10 +62,10 @@ class Holder:
 
 
 class Lock:
-    """The names that a run holds.
+    """Lock of a run on one or several names.
 
     Attributes:
-        cancelled: Whether the run ends before it is done; set by `beat`.
+        cancelled: Whether the run was cancelled before it was complete; set by `beat`.
     """
 
     def __init__(self, dataset: fo.Dataset, names: Sequence[str], run: str | None, subject: str) -> None:
@@ -75,49 +74,47 @@ class Lock:
         self._token = uuid.uuid4().hex
 
     def acquire(self, total: int) -> None:
-        """Takes all names, or none.
+        """Acquire all names or none.
 
         Raises:
             InUseError: If another run holds one of them.
         """
         _drop_deleted_datasets()
-        check_free(
-            self._dataset, self._names, self._subject
-        )  # before what an interrupted run has left is replaced
+        check_free(self._dataset, self._names, self._subject)  # before replacing records of interrupted runs
         _held.add(self._token)
         try:
-            for name in sorted(set(self._names)):  # in one order, so that no two runs wait for each other
-                self._take(name, total)
+            for name in sorted(set(self._names)):  # in a fixed order, to avoid deadlocks
+                self._acquire_name(name, total)
         except BaseException:
             self.release(finished=True)
             raise
 
     def beat(self, done: int) -> bool:
-        """Says how far the run is; True if it should end, as somebody cancelled it.
+        """Update the heartbeat and the progress; return whether the run was cancelled and should end.
 
         Raises:
-            InUseError: If another run has taken the names meanwhile.
+            InUseError: If another run has acquired the names in the meantime.
         """
         documents = _collection()
         ours = documents.update_many({"token": self._token}, {"$set": {"beat": time.time(), "done": done}})
         if ours.matched_count < len(set(self._names)):
             raise InUseError(
-                f"{self._subject} was taken over by another run, as this one was silent for "
-                f"{round(_SILENT_SECONDS / 60)} minutes; what it has done may be replaced."
+                f"{self._subject} was taken over by another run, as this run sent no heartbeat for "
+                f"{round(_TIMEOUT_SECONDS / 60)} minutes; run it again, as its results may be replaced."
             )
         main = documents.find_one({"_id": _id(self._dataset, self._names[0])}, {"cancel": True})
         self.cancelled = bool(main and main["cancel"])
         return self.cancelled
 
     def release(self, finished: bool) -> None:
-        """Gives the names back; of a run that did not finish, its settings' key stays, see `interrupted_run`."""
+        """Release the names; the record of an unfinished run with settings is kept for `interrupted_run`."""
         documents, main = _collection(), _id(self._dataset, self._names[0])
         if not finished and self._run is not None:
             documents.update_one({"_id": main, "token": self._token}, {"$set": {"token": None}})
         documents.delete_many({"token": self._token})
         _held.discard(self._token)
 
-    def _take(self, name: str, total: int) -> None:
+    def _acquire_name(self, name: str, total: int) -> None:
         process = psutil.Process()
         document = {
             "_id": _id(self._dataset, name),
@@ -143,7 +140,7 @@ class Lock:
             old = documents.find_one({"_id": document["_id"]})
             if old is None:
                 continue
-            if _runs(old):
+            if _is_active(old):
                 raise _in_use(self._subject, old)
             replaced = documents.replace_one({"_id": document["_id"], "token": old["token"]}, document)
             if replaced.matched_count:
@@ -154,23 +151,26 @@ class Lock:
 def locked(
     dataset: fo.Dataset, names: Sequence[str], subject: str, run: str | None = None, total: int = 0
 ) -> Iterator[Lock]:
-    """Holds names against other runs, of this process and of others.
+    """Lock names against other runs in this and other processes.
 
     Args:
-        dataset: The dataset.
-        names: What is written to, such as fields; the first stands for all in `holders`.
-        subject: How messages call it, such as "field 'concept'".
-        run: Key of the run's settings; with it, `interrupted_run` knows of a run that did not finish.
-        total: Samples to do.
+        dataset: Dataset of the names.
+        names: Names to lock, such as fields; `holders` lists only the first.
+        subject: Description for error messages, such as "field 'concept'".
+        run: Key of the run's settings; required for `interrupted_run` to find an unfinished run.
+        total: Total number of samples.
+
+    Yields:
+        The acquired lock.
 
     Raises:
-        InUseError: If another run holds one of them.
+        InUseError: If another run holds one of the names.
     """
     lock = Lock(dataset, names, run, subject)
     lock.acquire(total)
     try:
         yield lock
-    except BaseException:  # a generator that is not exhausted, too
+    except BaseException:  # including GeneratorExit of a generator that is not exhausted
         with contextlib.suppress(PyMongoError):
             lock.release(finished=False)
         raise
@@ -178,34 +178,34 @@ def locked(
 
 
 def holders(dataset: fo.Dataset) -> list[Holder]:
-    """The runs that write to a dataset now."""
-    found = _collection().find({"dataset": dataset._doc.id, "main": True})
-    return [_holder(document) for document in found if _runs(document)]
+    """Return the runs that are writing to a dataset."""
+    documents = _collection().find({"dataset": dataset._doc.id, "main": True})
+    return [_holder(document) for document in documents if _is_active(document)]
 
 
 def check_free(dataset: fo.Dataset, names: Sequence[str], subject: str) -> None:
-    """Finds a run that holds one of these names.
+    """Check that no run holds one of the names.
 
     Raises:
-        InUseError: If there is one.
+        InUseError: If a run does.
     """
     for document in _collection().find({"_id": {"$in": [_id(dataset, name) for name in names]}}):
-        if _runs(document):
+        if _is_active(document):
             raise _in_use(subject, document)
 
 
 def interrupted_run(dataset: fo.Dataset, name: str) -> Holder | None:
-    """The last run into a field, if it was killed, cancelled or failed before its end."""
+    """Return the last run that wrote to a field if it was killed, cancelled or failed, else None."""
     document = _collection().find_one({"_id": _id(dataset, name), "main": True, "run": {"$ne": None}})
-    return None if document is None or _runs(document) else _holder(document)
+    return None if document is None or _is_active(document) else _holder(document)
 
 
 def request_cancel(dataset: fo.Dataset, name: str) -> bool:
-    """Asks the run that writes to a name to end after the batch in work; False if there is none."""
+    """Request that the run that holds a name stops after the current batch; return whether there is one."""
     if not any(holder.name == name for holder in holders(dataset)):
         return False
-    found = _collection().update_one({"_id": _id(dataset, name)}, {"$set": {"cancel": True}})
-    return bool(found.matched_count)
+    result = _collection().update_one({"_id": _id(dataset, name)}, {"$set": {"cancel": True}})
+    return bool(result.matched_count)
 
 
 def _collection() -> Any:
@@ -216,21 +216,21 @@ def _id(dataset: fo.Dataset, name: str) -> str:
     return f"{dataset._doc.id}/{name}"
 
 
-def _runs(document: dict[str, Any]) -> bool:
-    """Whether the run of a document is still there."""
+def _is_active(document: dict[str, Any]) -> bool:
+    """Whether the run of a document is still active."""
     if document["token"] is None:
         return False
-    if time.time() - document["beat"] > _SILENT_SECONDS:
+    if time.time() - document["beat"] > _TIMEOUT_SECONDS:
         return False
     if document["host"] != socket.gethostname():
         return True
     if document["process"] == os.getpid():
         if document["token"] in _held:
-            gc.collect()  # ends generators that nobody iterates any more, as when a page of the App was closed
+            gc.collect()  # closes abandoned generators, for example of a closed App page
         return document["token"] in _held
     try:
         process = psutil.Process(document["process"])
-        same = abs(process.create_time() - document["process_started"]) < _CLOCK_SECONDS
+        same = abs(process.create_time() - document["process_started"]) < _CLOCK_TOLERANCE_SECONDS
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.AccessDenied:
         return True
@@ -240,7 +240,7 @@ def _runs(document: dict[str, Any]) -> bool:
 
 def _in_use(subject: str, document: dict[str, Any]) -> InUseError:
     return InUseError(
-        f"{subject} is being written by another run ({_holder(document)}); wait for it, cancel it, or give another "
+        f"{subject} is being written by another run ({_holder(document)}); wait for it, cancel it, or use another "
         "name."
     )
 
@@ -251,8 +251,8 @@ def _holder(document: dict[str, Any]) -> Holder:
 
 
 def _drop_deleted_datasets() -> None:
-    """Deletes what was left of runs into datasets that are gone; never what a new run has just written."""
+    """Delete the documents of ended runs on deleted datasets; those of active runs are kept."""
     database = odm.get_db_conn()
-    gone = {"dataset": {"$nin": database["datasets"].distinct("_id")}}
-    ended = {"$or": [{"token": None}, {"beat": {"$lt": time.time() - _SILENT_SECONDS}}]}
-    database[COLLECTION].delete_many(gone | ended)
+    deleted_dataset = {"dataset": {"$nin": database["datasets"].distinct("_id")}}
+    ended = {"$or": [{"token": None}, {"beat": {"$lt": time.time() - _TIMEOUT_SECONDS}}]}
+    database[COLLECTION].delete_many(deleted_dataset | ended)

@@ -1,4 +1,4 @@
-"""Pictures on disk: never half-written, never overwritten."""
+"""Write image files atomically, without overwriting existing ones."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ...writing import image_bytes, write_file
 
 
 def default_folder(dataset_name: str, *parts: str) -> Path:
-    """Where pictures of a dataset go, below FiftyOne's own folder for data."""
+    """Return the folder for images of a dataset, inside FiftyOne's default dataset directory."""
     return Path(fo.config.default_dataset_dir, "conceptseg", *map(_folder_name, (dataset_name, *parts)))
 
 
 def _folder_name(name: str) -> str:
-    """A name as that of one folder: datasets may be called "../x", and must not write there."""
+    """Convert a name to a single path component: a dataset named "../x" must not write outside the folder."""
     name = re.sub(r"[/\\]", "_", name)
     return name if name.strip(".") else name.replace(".", "_")
 
 
 def write_image(image: Image.Image, folder: Path, stem: str) -> str:
-    """Writes a PNG whose name ends in a hash of its content.
+    """Write an image to a PNG file with a hash of the content in its name.
 
-    A name thus stands for one content: a file is complete or not there, other datasets and the browser's cache may hold
-    on to it, and writing it again changes nothing. A file that was edited since keeps its name and what it holds; the
-    picture then goes into another one.
+    The name identifies the content, so other datasets and the browser's cache can refer to the file, and writing the
+    same image again has no effect. If the existing file was edited, it is kept, and the image is written to another
+    file.
 
     Returns:
         The absolute path.
@@ -37,7 +37,7 @@ def write_image(image: Image.Image, folder: Path, stem: str) -> str:
     content = image_bytes(image)
     name = f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}"
     path, copies = folder / f"{name}.png", 1
-    while path.exists() and path.read_bytes() != content:  # somebody edited it
+    while path.exists() and path.read_bytes() != content:  # the file was edited
         copies += 1
         path = folder / f"{name}-{copies}.png"
     if not path.exists():
@@ -46,5 +46,5 @@ def write_image(image: Image.Image, folder: Path, stem: str) -> str:
 
 
 def probabilities_to_image(probabilities: np.ndarray) -> Image.Image:
-    """(H, W) probabilities as an 8-bit picture, 255 for 1."""
+    """Convert probabilities (H, W) to an 8-bit grayscale image, with 255 for probability 1."""
     return Image.fromarray(np.rint(np.clip(probabilities, 0, 1) * 255).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""What FiftyOne's data loader hands to the model. Imports torchvision by way of FiftyOne, so it is imported late."""
+"""Input of FiftyOne's data loader. Import this module lazily: FiftyOne imports torchvision here."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import fiftyone.utils.torch as fout
 
 
 class GetFilepath(fout.GetItem):
-    """The name of the image's file: the pipeline reads it, and says which ones cannot be read."""
+    """Returns the path of the image file; the pipeline reads the file and reports unreadable ones."""
 
     @property
     def required_keys(self) -> list[str]:
-        """The sample fields that are read."""
+        """Sample fields to read."""
         return ["filepath"]
 
     def __call__(self, d: dict[str, Any]) -> str:
-        """The path."""
+        """Return the path."""
         return d["filepath"]

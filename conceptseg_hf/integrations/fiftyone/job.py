@@ -1,4 +1,4 @@
-"""What to segment and how; kept with the dataset, so that a prediction can say what made it."""
+"""Settings of a segmentation run, which are stored with the dataset so that each prediction refers to its settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .checkpoints import NANO
 from .reference_samples import AUTO, check_references, references_from, resolve_label_field, samples_by_id
 from .runs import check_output_fields, keep_run, load_run, run_key
 
-_KEPT = (
+_STORED_SETTINGS = (
     "field",
     "prompt",
     "prompt_field",
@@ -36,29 +36,29 @@ _KEPT = (
 
 @dataclass(frozen=True)
 class SegmentationJob:
-    """What to segment, and how.
+    """Settings of a segmentation run.
 
     Attributes:
-        field: Where predictions go; see `schema.output_fields`.
-        prompt: The concept in words.
-        prompt_field: Or the sample field that holds each sample's own words.
-        references: References that all samples share.
-        reference_ids: Or the ids of samples that serve all others as references.
-        reference_ids_field: Or the sample field that lists the ids of each sample's own references.
-        reference_label_field: The field that marks the concept in reference samples; `"auto"`: of the likeliest the one
-            that marks the most of them; None: they are shown unmarked.
-        reference_label_ids: Ids of the labels that mark the concept there, of `Detections`; all by default.
-        proxy: Withhold the box of the first boxed reference sample, so that the rule is checked.
-        boxes_together: Make one reference of a reference sample with several boxes, instead of one for each box.
+        field: Field for the predictions; see `schema.output_fields`.
+        prompt: Prompt for all samples.
+        prompt_field: Sample field with a prompt per sample, as an alternative to `prompt`.
+        references: References for all samples.
+        reference_ids: Ids of the samples that are references for all other samples, as an alternative to `references`.
+        reference_ids_field: Sample field that lists the ids of each sample's own references, as a further alternative.
+        reference_label_field: Field with the boxes or masks that mark the concept in reference samples. `"auto"`
+            selects the candidate field that marks the most of them; None passes the references without marks.
+        reference_label_ids: Ids of the `Detections` labels that mark the concept; all labels by default.
+        proxy: Withhold the box of the first boxed reference sample, so that the predicted rule is checked against it.
+        boxes_together: Create one reference for a sample with several boxes, instead of one reference per box.
         checkpoint: `"nano"`, a folder or a hub id.
         router: `"adaptive"`, `"sam_only"` or `"full_reasoning"`.
         outputs: See `schema.OUTPUTS`.
-        label: Class of the detections, and of the masks' foreground in the dataset's `mask_targets`. By default the
-            detections of a sample have its prompt as their class; the answer is an attribute.
-        skip_existing: Leave samples that have a prediction without error. None: those alone that a run with these
-            settings has made, if it was interrupted (killed, cancelled or failed before its end).
-        batch_size: Samples at a time.
-        folder: Where masks and heatmaps go; FiftyOne's folder for data by default.
+        label: Class of the detections, and of the masks' foreground in the dataset's `mask_targets`. By default, the
+            class of a detection is the prompt of its sample. The answer is stored as an attribute.
+        skip_existing: Skip samples that have a prediction without an error. If None, only skip predictions of an
+            interrupted run (killed, cancelled or failed) with the same settings.
+        batch_size: Number of samples per batch.
+        folder: Folder for masks and heatmaps; inside FiftyOne's default dataset directory by default.
     """
 
     field: str = "concept"
@@ -80,22 +80,24 @@ class SegmentationJob:
     boxes_together: bool = False
 
     def check(self, samples: fo.core.collections.SampleCollection) -> None:
-        """Finds what cannot work before any work.
+        """Validate the settings for these samples before anything is segmented.
 
         Raises:
-            ValueError: One sentence.
+            ValueError: If a setting is invalid, a field is missing, or a shared reference cannot be used.
         """
         if samples.media_type not in (None, "image", "group"):
             raise ValueError(
-                f"these samples are of type {samples.media_type!r}; choose a dataset or view of images."
+                f"samples have media type {samples.media_type!r}; choose a dataset or view of images."
             )
         if samples._is_generated:
             raise ValueError(
-                "this is a view of patches, whose labels are not kept; choose a view of whole images."
+                "samples are a view of patches, which does not store labels; choose a view of whole images."
             )
         if not (self.prompt or "").strip() and self.prompt_field is None:
-            raise ValueError("there is no prompt; give words, or the field that holds them.")
-        dataset = samples._dataset  # a view may hide fields, which a run reads and writes all the same
+            raise ValueError(
+                "prompt is empty; enter a prompt, or choose the field that contains the prompts."
+            )
+        dataset = samples._dataset  # a view may hide fields that the run reads or writes
         label_field = None if self.reference_label_field == AUTO else self.reference_label_field
         for name, value in (
             ("prompt", self.prompt_field),
@@ -103,27 +105,27 @@ class SegmentationJob:
             ("reference", label_field),
         ):
             if value is not None and not dataset.has_field(value):
-                raise ValueError(f"{name} field {value!r} is not in the dataset; give one of its fields.")
+                raise ValueError(f"{name} field {value!r} is not in the dataset; use one of its fields.")
         if self.router not in ROUTER_MODES:
             raise ValueError(f"router is {self.router!r}; use one of {', '.join(ROUTER_MODES)}.")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; use at least 1.")
         if self.label is not None and not self.label.strip():
-            raise ValueError("label is empty; give the name of a class, or None for the prompt.")
+            raise ValueError("label is empty; use a class name, or None for the prompt.")
         if (bool(self.references), bool(self.reference_ids), self.reference_ids_field is not None).count(
             True
         ) > 1:
             raise ValueError(
-                "there are several kinds of references; give one of references, reference_ids and reference_ids_field."
+                "several kinds of references are set; use one of references, reference_ids and reference_ids_field."
             )
         self.shared_references(samples)
         check_output_fields(dataset, self.field, self.outputs)
 
     def shared_references(self, samples: fo.core.collections.SampleCollection) -> Sequence[Reference]:
-        """The references that all samples share.
+        """Return the references for all samples.
 
         Raises:
-            ValueError: If a reference sample is gone or has no mark, or a reference cannot be used; its file is named.
+            ValueError: If a reference sample is missing or has no mark, or a reference file cannot be used.
         """
         if not self.reference_ids:
             check_references(self.references)
@@ -137,45 +139,47 @@ class SegmentationJob:
         )
 
     def label_field(self, dataset: fo.Dataset) -> str | None:
-        """The field that marks the concept in reference samples; None: they are shown unmarked."""
+        """Return the field that marks the concept in reference samples, or None to pass them without marks."""
         return resolve_label_field(dataset, self.reference_label_field, self.reference_ids)
 
     def keep(self, dataset: fo.Dataset) -> str:
-        """Keeps the settings with the dataset; see `keep_run`."""
+        """Store the settings with the dataset and return their key; see `runs.keep_run`."""
         return keep_run(dataset, self.field, self._settings(dataset))
 
     def key(self, dataset: fo.Dataset) -> str:
-        """The key under which `keep` keeps them."""
+        """Return the key under which `keep` stores the settings."""
         return run_key(self.field, self._settings(dataset))
 
     def _settings(self, dataset: fo.Dataset) -> dict[str, Any]:
-        settings = {name: getattr(self, name) for name in _KEPT}
+        settings = {name: getattr(self, name) for name in _STORED_SETTINGS}
         settings |= {"outputs": sorted(self.outputs), "other_references": _digest_of(self.references)}
         settings |= {name: list(settings[name]) for name in ("reference_ids", "reference_label_ids")}
-        if not self.boxes_together:  # runs of before have no such setting
+        if not self.boxes_together:  # keys of earlier runs, without this setting, must not change
             del settings["boxes_together"]
-        if self.reference_ids or self.reference_ids_field is not None:  # what is likeliest may change
+        if (
+            self.reference_ids or self.reference_ids_field is not None
+        ):  # "auto" may resolve to another field later
             settings["reference_label_field"] = self.label_field(dataset)
         return settings
 
     @classmethod
     def load(cls, dataset: fo.Dataset, key: str) -> SegmentationJob:
-        """The job of a run that was kept.
+        """Load the settings of a stored run.
 
         Raises:
-            ValueError: If there is no such run, or its references were no samples of the dataset.
+            ValueError: If the run does not exist, or its references were not samples of the dataset.
         """
         settings = load_run(dataset, key)
         if settings["other_references"]:
             raise ValueError(
-                f"run {key!r} had references that are no samples of the dataset, so it cannot be repeated; "
-                "add them as samples and give reference_ids."
+                f"run {key!r} cannot be repeated, as its references were not samples of the dataset; "
+                "add them as samples and use reference_ids."
             )
-        return cls(**{name: settings[name] for name in _KEPT if name in settings})
+        return cls(**{name: settings[name] for name in _STORED_SETTINGS if name in settings})
 
 
 def _digest_of(references: Sequence[Reference]) -> str | None:
-    """What tells references outside the dataset from others; None if there are none."""
+    """Return a hash of references outside the dataset, or None if there are none."""
     if not references:
         return None
     digest = hashlib.sha256()

@@ -1,6 +1,7 @@
-"""From `ConceptSegmentation` to FiftyOne's labels.
+"""Convert `ConceptSegmentation` results to FiftyOne labels.
 
-Frames: FiftyOne's boxes are [x, y, width, height] relative to the image; ours are pixels (x1, y1, x2, y2).
+Coordinates: FiftyOne's boxes are [x, y, width, height] relative to the image; this package uses pixels (x1, y1, x2,
+y2).
 """
 
 from __future__ import annotations
@@ -15,23 +16,25 @@ import fiftyone as fo
 import numpy as np
 from PIL import ExifTags, Image
 from scipy.ndimage import find_objects
-from skimage.measure import label as number_regions
+from skimage.measure import label as label_regions
 
 from ...boxes import Box
 from ...outputs import ConceptSegmentation
 from .files import probabilities_to_image, write_image
 from .schema import FOREGROUND, PREDICTION_ATTRIBUTES, REGION_ATTRIBUTES
 
-_WHOLE = 1e-3  # pixels; coordinates this near to a whole number were one before they were divided
+_INTEGER_TOLERANCE = (
+    1e-3  # pixels; a coordinate this close to an integer was one before conversion to a fraction
+)
 
 
 def attributes_of(result: ConceptSegmentation, prompt: str, **settings: str) -> dict[str, Any]:
-    """What a label carries beside its mask: the keys of `PREDICTION_ATTRIBUTES` that are known.
+    """Return the attributes of a label: the entries of `PREDICTION_ATTRIBUTES` that are not None.
 
     Args:
-        result: The result.
-        prompt: The words that were asked.
-        **settings: `checkpoint`, `router` and, where it is kept, `run`.
+        result: Segmentation result.
+        prompt: Prompt of the sample.
+        **settings: `checkpoint`, `router` and, if the settings are stored, `run`.
     """
     values = result.to_dict() | {"prompt": prompt, **settings}
     return {name: values[name] for name in PREDICTION_ATTRIBUTES if values.get(name) is not None}
@@ -46,18 +49,18 @@ def to_labels(
     image: np.ndarray | str | None = None,
     label: str | None = None,
 ) -> dict[str, fo.Label]:
-    """The labels of a result.
+    """Convert a result to labels, by output.
 
-    A failed result gives labels that carry `error` and an empty mask, or no detection: exporters and `apply_model`
-    refuse a `Segmentation` without a mask. `predicted_mask` sees none there.
+    The labels of a failed result have the attribute `error` and an empty mask or no detections, because exporters and
+    `apply_model` reject a `Segmentation` without a mask. `predicted_mask` returns None for them.
 
     Args:
-        result: The result; with a heatmap, if one is wanted.
+        result: Segmentation result; it must have a heatmap if one is requested.
         attributes: See `attributes_of`.
         outputs: See `schema.OUTPUTS`.
-        folder: Where masks and heatmaps are written; None keeps them in the label.
-        stem: How their names begin.
-        image: The image (H, W, 3) or its path: it gives the size of an empty mask.
+        folder: Folder for mask and heatmap files; if None, the arrays are stored in the labels.
+        stem: Start of the file names.
+        image: Image (H, W, 3) or its path, which determines the size of an empty mask.
         label: Class of the detections; the prompt by default.
     """
     labels: dict[str, fo.Label] = {}
@@ -83,8 +86,8 @@ def to_labels(
             if folder is None:
                 heatmap.map = result.heatmap
             else:
-                picture = probabilities_to_image(result.heatmap)
-                heatmap = fo.Heatmap(map_path=write_image(picture, folder / "heatmaps", stem))
+                heatmap_image = probabilities_to_image(result.heatmap)
+                heatmap = fo.Heatmap(map_path=write_image(heatmap_image, folder / "heatmaps", stem))
             labels[output] = heatmap
     return labels
 
@@ -95,57 +98,61 @@ def _to_detections(
     attributes: Mapping[str, Any],
     label: str | None,
 ) -> fo.Detections:
-    """One detection per connected region; the container carries the attributes too, as there may be no region."""
+    """Create one detection per connected region; the container has the attributes, too, as there may be no region."""
     detections = fo.Detections(**attributes)
     if pixels is not None:
         label = label or " ".join(attributes["prompt"].split()) or "concept"
-        own = {name: value for name, value in attributes.items() if name in REGION_ATTRIBUTES}
+        region_attributes = {name: value for name, value in attributes.items() if name in REGION_ATTRIBUTES}
         detections.detections = [
-            fo.Detection(label=label, bounding_box=box, mask=mask, confidence=result.score, **own)
+            fo.Detection(
+                label=label, bounding_box=box, mask=mask, confidence=result.score, **region_attributes
+            )
             for box, mask in regions_of(pixels > 0)
         ]
     return detections
 
 
 def regions_of(mask: np.ndarray) -> Iterator[tuple[list[float], np.ndarray]]:
-    """The connected regions (by edges and corners) of a mask (H, W): relative box, and mask within the box.
+    """Yield the 8-connected regions of a mask (H, W): the relative box, and the mask inside the box.
 
-    `fo.Detection.to_segmentation` makes the same pixels of them.
+    `fo.Detection.to_segmentation` reproduces exactly the same pixels.
     """
     height, width = mask.shape
-    numbers = number_regions(mask)
-    for number, (rows, columns) in enumerate(find_objects(numbers), start=1):
+    region_ids = label_regions(mask)
+    for region_id, (rows, columns) in enumerate(find_objects(region_ids), start=1):
         box = relative_box((columns.start, rows.start, columns.stop, rows.stop), (width, height))
-        yield box, numbers[rows, columns] == number
+        yield box, region_ids[rows, columns] == region_id
 
 
 def mask_of(label: fo.Segmentation | None) -> Any:
-    """What `images.load_mask` reads: an array, a path, or None where there is no mask."""
+    """Return the mask in a form that `images.load_mask` accepts: an array, a path, or None if there is no mask."""
     if label is None or not label.has_mask:
         return None
     return label.mask if label.mask is not None else label.mask_path
 
 
 def predicted_mask(label: fo.Segmentation | None) -> Any:
-    """As `mask_of`, for predictions: None where there is none, or where the sample failed."""
+    """Return the mask of a prediction as `mask_of` does, or None if there is no prediction or it has an error."""
     return None if label is None or getattr(label, "error", None) else mask_of(label)
 
 
 def pixel_box(bounding_box: Iterable[float], size: tuple[int, int]) -> Box:
-    """A relative [x, y, width, height] box as pixels (x1, y1, x2, y2) of an image of (width, height).
+    """Convert a relative [x, y, width, height] box to pixels (x1, y1, x2, y2) in an image of size (width, height).
 
-    What was a whole pixel before it was divided is one again: the mosaic rounds coordinates down.
+    Coordinates that were integers before the division become integers again, because the mosaic rounds down.
     """
     x, y, width, height = bounding_box
     box = (x * size[0], y * size[1], (x + width) * size[0], (y + height) * size[1])
-    x1, y1, x2, y2 = (float(round(value)) if abs(value - round(value)) < _WHOLE else value for value in box)
+    x1, y1, x2, y2 = (
+        float(round(value)) if abs(value - round(value)) < _INTEGER_TOLERANCE else value for value in box
+    )
     return x1, y1, x2, y2
 
 
 def relative_box(box: Iterable[float], size: tuple[int, int]) -> list[float]:
-    """Pixels (x1, y1, x2, y2) as FiftyOne's relative [x, y, width, height].
+    """Convert pixels (x1, y1, x2, y2) to FiftyOne's relative [x, y, width, height].
 
-    Whole pixels come back by rounding down, too, as FiftyOne does: x * W and (x + width) * W are not below x1 and x2.
+    Rounding down, as FiftyOne does, restores integer coordinates: x * W >= x1 and (x + width) * W >= x2.
     """
     x1, y1, x2, y2 = box
     (x, width), (y, height) = _relative_span(x1, x2, size[0]), _relative_span(y1, y2, size[1])
@@ -153,7 +160,7 @@ def relative_box(box: Iterable[float], size: tuple[int, int]) -> list[float]:
 
 
 def _relative_span(start: float, end: float, length: int) -> tuple[float, float]:
-    """Start and extent as shares of a length."""
+    """Return start and extent as fractions of a length."""
     first, last = _fraction(start, length), _fraction(end, length)
     extent = last - first
     while first + extent < last:
@@ -162,7 +169,7 @@ def _relative_span(start: float, end: float, length: int) -> tuple[float, float]
 
 
 def _fraction(value: float, length: int) -> float:
-    """The smallest number near value / length of which the length makes no less than the value."""
+    """Return the smallest float near value / length with fraction * length >= value."""
     fraction = value / length
     while fraction * length < value:
         fraction = math.nextafter(fraction, math.inf)
@@ -170,14 +177,14 @@ def _fraction(value: float, length: int) -> float:
 
 
 def _size_of(image: np.ndarray | str | None) -> tuple[int, int] | None:
-    """(height, width) after EXIF rotation, also of most damaged files; None if it cannot be read."""
+    """Return (height, width) after EXIF rotation, or None if the file cannot be read; most damaged files can."""
     if image is None or isinstance(image, np.ndarray):
         return None if image is None else image.shape[:2]
-    turned = False
+    transposed = False
     try:
-        with Image.open(image) as picture:
-            with suppress(Exception):  # not every damaged file says how it is turned
-                turned = picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            return picture.size if turned else picture.size[::-1]
-    except Exception:  # decoders raise almost anything on damaged files
+        with Image.open(image) as file:
+            with suppress(Exception):  # the EXIF data of a damaged file may be unreadable
+                transposed = file.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return file.size if transposed else file.size[::-1]
+    except Exception:  # decoders raise many kinds of exceptions for damaged files
         return None

@@ -1,7 +1,7 @@
-"""The loop behind the operator: read, segment, write a file, then its label, sample by sample.
+"""Segmentation loop of the plugin's operator: read and segment a batch, write the mask files, then save the labels.
 
-What is written is complete: a mask is on disk before a label names it, and each label is saved as soon as its batch is
-segmented. A killed run therefore loses the batch in work, and `skip_existing` does the rest of it.
+A mask file is written before the label that refers to it, and labels are saved after each batch. A killed run therefore
+loses only the current batch, and `skip_existing` resumes it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .reference_samples import references_from, samples_by_id
 from .runs import catch_up, check_output_fields, name_masks, stale_fields, writable_fields
 from .schema import declare_prediction_fields, output_fields, whole_dataset
 
-_DECLARING = threading.Lock()
+_DECLARATION_LOCK = threading.Lock()
 
 
 def segment_collection(
@@ -36,20 +36,23 @@ def segment_collection(
     job: SegmentationJob,
     pipeline: ConceptSegmentationPipeline | None = None,
 ) -> Iterator[Progress]:
-    """Segments samples; yields the progress at the start and after every batch.
+    """Segment samples; yield the progress at the start and after each batch.
 
-    One run at a time writes to a field. A run that is killed, cancelled (`cancel_segmentation`) or not iterated to its
-    end keeps what it has done; the same job then does the rest.
+    Only one run at a time can write to a field. If a run is killed, cancelled (`cancel_segmentation`) or not iterated
+    to the end, the predictions made so far are kept, and the same job resumes the run.
 
     Args:
-        samples: A dataset or view of images. Samples with an error of their own get a label with `error` and an empty
-            mask; the job's reference samples are left out.
-        job: What to do. Its settings are kept as a custom run, which labels name in `run`.
-        pipeline: The model; the one of `job.checkpoint` by default.
+        samples: Dataset or view of images. Samples that cannot be segmented get a label with `error` and an empty mask;
+            the job's reference samples are skipped.
+        job: Settings of the run. They are stored as a custom run, and each label has the run's key in `run`.
+        pipeline: Pipeline to use; that of `job.checkpoint` by default.
+
+    Yields:
+        The `Progress` object of the run.
 
     Raises:
-        ValueError: If the job cannot be done; the message is one sentence.
-        InUseError: If another run writes to the field; it is a ValueError that says which.
+        ValueError: If the settings are invalid for these samples; see `SegmentationJob.check`.
+        InUseError: If another run is writing to the field (a subclass of ValueError).
     """
     dataset = samples._dataset
     names, subject = writable_fields(job.field), f"field {job.field!r}"
@@ -59,7 +62,7 @@ def segment_collection(
     pipeline = pipeline or get_pipeline(job.checkpoint)
     ids, total = pending_ids(samples, job), targets_of(samples, job).count()
     with locked(dataset, names, subject, job.key(dataset), len(ids)) as lock:
-        with _DECLARING:  # two runs that begin at once would declare the same fields
+        with _DECLARATION_LOCK:  # runs that start concurrently would declare the same fields
             catch_up(samples)
             check_output_fields(dataset, job.field, job.outputs)
             declare_prediction_fields(dataset, job.field, job.outputs)
@@ -100,8 +103,8 @@ def _segment_batches(
                 image, label = sample.filepath, job.label
                 try:
                     labels = to_labels(result, attributes, fields, folder, sample.id, image, label)
-                except (OSError, ValueError) as error:  # a full disk, for example
-                    result = ConceptSegmentation.failed(f"the mask cannot be written: {error}.", prompt)
+                except (OSError, ValueError) as error:  # for example, the disk is full
+                    result = ConceptSegmentation.failed(f"mask cannot be written: {error}.", prompt)
                     attributes = attributes_of(result, prompt, **settings)
                     labels = to_labels(result, attributes, fields, image=image)
                 for output, name in fields.items():
@@ -111,8 +114,8 @@ def _segment_batches(
                 context.save(sample)
                 if result.error is not None:
                     progress.errors[sample.id] = result.error
-        gone = set(batch_ids).difference(view.values("id"))
-        progress.errors |= dict.fromkeys(gone, "the sample was deleted during the run.")
+        deleted = set(batch_ids).difference(view.values("id"))
+        progress.errors |= dict.fromkeys(deleted, "sample was deleted during the run.")
         progress.done += len(batch_ids)
         lock.cancelled = progress.cancelled = lock.beat(progress.done) and progress.done < progress.total
         yield progress
@@ -121,12 +124,12 @@ def _segment_batches(
 
 
 def cancel_segmentation(samples: fo.core.collections.SampleCollection, field: str = "concept") -> bool:
-    """Asks the run that writes to a field, in whatever process, to end after the batch in work.
+    """Request that the run that writes to a field, in any process, stops after the current batch.
 
-    What it has done stays; the same job does the rest.
+    The predictions made so far are kept; the same job resumes the run.
 
     Returns:
-        Whether there is such a run.
+        Whether such a run exists.
     """
     return request_cancel(samples._dataset, field)
 
@@ -134,69 +137,68 @@ def cancel_segmentation(samples: fo.core.collections.SampleCollection, field: st
 def targets_of(
     samples: fo.core.collections.SampleCollection, job: SegmentationJob
 ) -> fo.core.collections.SampleCollection:
-    """The samples without those that are references for all."""
+    """Return the samples without the job's reference samples."""
     return samples.exclude(job.reference_ids) if job.reference_ids else samples
 
 
 def pending_ids(samples: fo.core.collections.SampleCollection, job: SegmentationJob) -> list[str]:
-    """The ids of the samples that a run has to do."""
+    """Return the ids of the samples that a run has to segment."""
     ids, dataset = targets_of(samples, job).values("id"), samples._dataset
     if not dataset.has_field(job.field):
         return ids
     interrupted = find_interrupted(dataset, job) if job.skip_existing is None else None
     if not job.skip_existing and interrupted is None:
         return ids
-    left = F(job.field) == None  # noqa: E711 (an expression of FiftyOne)
+    pending = F(job.field) == None  # noqa: E711 (FiftyOne expression)
     if dataset.has_field(f"{job.field}.error"):
-        left |= F(f"{job.field}.error") != None  # noqa: E711
+        pending |= F(f"{job.field}.error") != None  # noqa: E711
     if interrupted is not None:
-        left |= F(f"{job.field}.run") != interrupted.run
-    left_ids = set(
-        whole_dataset(samples).match(left).values("id")
-    )  # of the dataset: a view may hide the field
-    return [sample_id for sample_id in ids if sample_id in left_ids]
+        pending |= F(f"{job.field}.run") != interrupted.run
+    # Match in the dataset, as the view may hide the field.
+    pending_in_dataset = set(whole_dataset(samples).match(pending).values("id"))
+    return [sample_id for sample_id in ids if sample_id in pending_in_dataset]
 
 
 def find_interrupted(dataset: fo.Dataset, job: SegmentationJob) -> Holder | None:
-    """The last run into the job's field, if it had its settings and ended before it was done."""
+    """Return the last run that wrote to the job's field, if it had the same settings and was interrupted."""
     last = interrupted_run(dataset, job.field)
     return last if last is not None and last.run == job.key(dataset) else None
 
 
 class _ReferenceReader:
-    """The references of a sample: those of the job, or the sample's own, which are read from the dataset."""
+    """Returns the references of a sample: the job's, or the sample's own, which are read from the dataset."""
 
     def __init__(self, dataset: fo.Dataset, job: SegmentationJob) -> None:
         self._dataset, self._job = dataset, job
         self._shared = job.shared_references(dataset)
         self._label_field = job.label_field(dataset)
-        self._read = lru_cache(maxsize=256)(self._read_anew)
+        self._read = lru_cache(maxsize=256)(self._read_uncached)
 
     def __call__(self, sample: fo.Sample) -> Sequence[Reference]:
         if self._job.reference_ids_field is None:
             return self._shared
         ids = tuple(sample[self._job.reference_ids_field] or ())
         if sample.id in ids:
-            raise ValueError("the sample is listed among its own references; take it out.")
+            raise ValueError("sample is listed among its own references; remove it from the list.")
         return self._read(ids)
 
     def find_bad(self, ids: Sequence[str]) -> dict[str, str]:
-        """What is wrong with those of the samples' own references that cannot be used, by their files."""
+        """Return the error of each of the samples' own references that cannot be used, by file path."""
         field = self._job.reference_ids_field
         if field is None:
             return {}
         everything = whole_dataset(self._dataset)
         listed = everything.select(ids).values(field)
-        wanted = {reference_id for references in listed for reference_id in references or ()}
+        reference_ids = {reference_id for references in listed for reference_id in references or ()}
         faults = {}
-        for sample in everything.select([value for value in wanted if ObjectId.is_valid(value)]):
+        for sample in everything.select([value for value in reference_ids if ObjectId.is_valid(value)]):
             try:
                 self._references([sample])
             except ValueError as error:
                 faults[sample.filepath] = str(error)
         return faults
 
-    def _read_anew(self, ids: tuple[str, ...]) -> list[Reference]:
+    def _read_uncached(self, ids: tuple[str, ...]) -> list[Reference]:
         return self._references(samples_by_id(self._dataset, ids)) if ids else []
 
     def _references(self, samples: Sequence[fo.Sample]) -> list[Reference]:
@@ -224,13 +226,13 @@ def _segment(
     job: SegmentationJob,
     references_of: _ReferenceReader,
 ) -> list[ConceptSegmentation]:
-    """The results of a batch; whatever a sample is guilty of ends in its own result."""
+    """Return the results of a batch; an error of a sample is stored in its own result."""
     results: dict[int, ConceptSegmentation] = {}
     items = {}
     for index, (sample, prompt) in enumerate(zip(samples, prompts)):
         try:
             if not prompt.strip():
-                raise ValueError(f"there is no prompt in {job.prompt_field!r}; write one.")
+                raise ValueError(f"prompt field {job.prompt_field!r} is empty; enter a prompt.")
             items[index] = {"image": sample.filepath, "prompt": prompt, "references": references_of(sample)}
         except (ValueError, OSError) as error:
             results[index] = ConceptSegmentation.failed(str(error), prompt)

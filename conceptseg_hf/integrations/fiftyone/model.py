@@ -1,4 +1,4 @@
-"""The model for `dataset.apply_model`."""
+"""FiftyOne model for `dataset.apply_model`."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from .schema import output_fields
 
 
 class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchModelMixin, fom.Model):
-    """A ConceptSeg model as FiftyOne's `apply_model` takes it.
+    """ConceptSeg model for FiftyOne's `apply_model`.
 
-    A sample that cannot be segmented gets a label with `error` and an empty mask; the others of its batch go on.
-    Attributes show in the App once `declare_prediction_fields(dataset, label_field)` was called.
+    A sample that cannot be segmented gets a label with `error` and an empty mask, without affecting the other samples
+    of its batch. Call `declare_prediction_fields(dataset, label_field)` to show the label attributes in the App.
 
-    `prompt_field` and `reference_field` may be given here, or to `apply_model`, whose values go first.
+    `prompt_field` and `reference_field` can be set here or passed to `apply_model`, which takes precedence.
 
     Args:
         checkpoint: `"nano"`, a folder or a hub id.
-        prompt: The concept in words, for samples without `prompt_field`.
-        references: References that all samples share.
+        prompt: Prompt for samples without a value in `prompt_field`.
+        references: References for all samples.
         router: `"adaptive"`, `"sam_only"` or `"full_reasoning"`.
         output: `"segmentation"` or `"detections"`.
-        heatmap: Also return mask probabilities; `apply_model` then writes the fields `<label_field>_<output>` and
-            `<label_field>_heatmap`.
-        reference_label_field: The field that marks the concept in references given by their ids; `"auto"`: found by
-            itself, in each dataset; None: they are shown unmarked.
-        proxy: Withhold the box of the first of those references, so that the rule is checked.
-        device: Such as `"cuda"`; the first accelerator by default.
-        prompt_field: The sample field that holds each sample's own words.
-        reference_field: The sample field that lists the ids of each sample's own references.
+        heatmap: Whether to also return mask probabilities; `apply_model` then writes the fields
+            `<label_field>_<output>` and `<label_field>_heatmap`.
+        reference_label_field: Field with the boxes or masks that mark the concept in reference samples. `"auto"`
+            selects a field in each dataset; None passes the references without marks.
+        proxy: Withhold the box of the first reference sample, so that the predicted rule is checked against it.
+        device: Device such as `"cuda"`; the first accelerator by default.
+        prompt_field: Sample field with a prompt per sample.
+        reference_field: Sample field that lists the ids of each sample's own references.
         label: Class of the detections; each sample's prompt by default.
-        boxes_together: Make one reference of a sample with several boxes, instead of one for each box.
+        boxes_together: Create one reference for a sample with several boxes, instead of one reference per box.
 
     Raises:
         ValueError: If the router, output or checkpoint is unknown, or a reference cannot be used.
@@ -82,7 +82,7 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         if router not in ROUTER_MODES:
             raise ValueError(f"router is {router!r}; use one of {', '.join(ROUTER_MODES)}.")
         fields = {"prompt_field": prompt_field, "reference_field": reference_field}
-        self._own_fields = {key: name for key, name in fields.items() if name is not None}
+        self._default_fields = {key: name for key, name in fields.items() if name is not None}
         self.checkpoint, self.prompt, self.references, self.router = (
             checkpoint,
             prompt,
@@ -98,22 +98,22 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
 
     @property
     def media_type(self) -> str:
-        """Images."""
+        """Media type of the samples: `"image"`."""
         return "image"
 
     @property
     def ragged_batches(self) -> bool:
-        """False: images of any size go together, so `batch_size` counts."""
+        """False, as images of different sizes can be batched; FiftyOne then uses `batch_size`."""
         return False
 
     @property
     def transforms(self) -> None:
-        """None: the processor reads images itself."""
+        """None, as the processor reads the images."""
         return
 
     @property
     def preprocess(self) -> bool:
-        """Whether `transforms` apply; there are none."""
+        """Whether `transforms` are applied; has no effect, as there are none."""
         return self._preprocess
 
     @preprocess.setter
@@ -122,8 +122,8 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
 
     @property
     def needs_fields(self) -> dict[str, str]:
-        """The sample fields to read. `apply_model` sets its own for one run, which must not undo the model's."""
-        return self._own_fields | self._fields
+        """Sample fields to read; the fields that `apply_model` sets for one call take precedence over the model's."""
+        return self._default_fields | self._fields
 
     @needs_fields.setter
     def needs_fields(self, value: dict[str, str]) -> None:
@@ -131,34 +131,34 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
 
     @property
     def has_collate_fn(self) -> bool:
-        """True: a batch is a list."""
+        """True, as batches are plain lists."""
         return True
 
     def build_get_item(self, field_mapping: dict[str, str] | None = None) -> Any:
-        """What FiftyOne's data loader reads of a sample: only its path.
+        """Return the `GetItem` of the data loader, which returns only the path of each sample.
 
-        Where FiftyOne reads the images, one damaged file costs its whole batch.
+        If FiftyOne read the images, a damaged file would make the whole batch fail.
         """
         from .get_item import GetFilepath
 
         return GetFilepath(field_mapping)
 
     def predict(self, arg: np.ndarray | str, sample: fo.Sample | None = None) -> Any:
-        """Segments one image; see `predict_all`."""
+        """Segment one image; see `predict_all`."""
         return self.predict_all([arg], None if sample is None else [sample])[0]
 
     def predict_all(
         self, args: Sequence[np.ndarray | str], samples: Sequence[fo.Sample] | None = None
     ) -> list[Any]:
-        """Segments images.
+        """Segment images.
 
         Args:
-            args: RGB images (H, W, 3) uint8, or paths. Where a sample names its file, the file is read instead: rotated
-                as its EXIF data says, and decoded as everywhere else in this package.
-            samples: Their samples, for `prompt_field` and `reference_field`.
+            args: RGB images (H, W, 3) uint8, or paths. If a sample has a file path, the file is read instead, with the
+                decoding and EXIF rotation of this package.
+            samples: The corresponding samples, for `prompt_field` and `reference_field`.
 
         Returns:
-            A label each, or with `heatmap` a dict of labels.
+            A label per image, or a dict of labels per image if `heatmap` is set.
         """
         samples = [None] * len(args) if samples is None else samples
         results: dict[int, ConceptSegmentation] = {}
@@ -177,8 +177,8 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
                 "references": references,
             }
         settings = {"router": self.router, "return_heatmap": "heatmap" in self.outputs}
-        found = segment_batch(self.pipeline, list(items.values()), settings)
-        for index, result in zip(items, found, strict=True):
+        segmented = segment_batch(self.pipeline, list(items.values()), settings)
+        for index, result in zip(items, segmented, strict=True):
             results[index] = result
         return [
             self._label(results[index], prompt, image)

@@ -1,4 +1,4 @@
-"""Makes the checkpoints known to FiftyOne's model zoo."""
+"""Register the checkpoints in FiftyOne's model zoo."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from pathlib import Path
 import fiftyone as fo
 
 SOURCE = Path(__file__).with_name("zoo")
-"""The folder that FiftyOne's zoo understands: manifest.json and three functions."""
+"""Model source in the format of FiftyOne's zoo: manifest.json and a module with the required functions."""
 
 
 def install_zoo_models() -> Path:
-    """Lets `foz.load_zoo_model("conceptseg-nano")` and "conceptseg-r1-7b" find their models, without a network.
+    """Copy the model source to FiftyOne's zoo, which registers "conceptseg-nano" and "conceptseg-r1-7b".
+
+    `foz.load_zoo_model` then finds both models without downloading the source.
 
     Returns:
-        The folder in `fo.config.model_zoo_dir` that now holds the source.
+        The folder in `fo.config.model_zoo_dir` to which the source was copied.
     """
     folder = Path(fo.config.model_zoo_dir, "conceptseg")
     return Path(

@@ -1,4 +1,4 @@
-"""The route that the router did not take: would it have found the same mask?"""
+"""Segment samples again by the route that the router did not take, to compare the masks."""
 
 from __future__ import annotations
 
@@ -13,37 +13,40 @@ from .loop import pending_ids, segment_collection
 from .progress import Progress
 from .schema import other_route_field
 
-_OTHER = {"shortcut": "full_reasoning", "reasoning": "sam_only"}
-"""Route that was taken, and the router mode that takes the other."""
+_OTHER_ROUTER_MODE = {"shortcut": "full_reasoning", "reasoning": "sam_only"}
+"""Router mode that forces the other route, by the route of the prediction."""
 
 
 def segment_other_route(
     samples: fo.core.collections.SampleCollection, field: str = "concept"
 ) -> Iterator[Progress]:
-    """Segments samples anew by the route that their predictions did not take; yields progress as it goes.
+    """Segment samples again by the route that their predictions did not take; yield the progress.
 
-    Prompt, references and checkpoint are those of each prediction. What is written to `other_route_field(field)` stays
-    valid until the prediction itself is made anew; samples that have it are left out.
+    The prompt, references and checkpoint are those of each prediction. The results are written to
+    `other_route_field(field)` and cleared when the prediction is replaced; samples that have a result are skipped.
 
     Args:
-        samples: A dataset or view.
-        field: Predictions of `segment_collection`.
+        samples: Dataset or view.
+        field: Field with predictions of `segment_collection`.
+
+    Yields:
+        The `Progress` over all samples.
 
     Raises:
-        ValueError: If there are no such predictions, or a run cannot be repeated.
+        ValueError: If the field has no such predictions, or a run cannot be repeated.
     """
     keys = sorted(filter(None, samples.distinct(f"{field}.run"))) if samples.has_field(f"{field}.run") else []
     if not keys:
         raise ValueError(
-            f"field {field!r} holds no predictions of segment_concept, so it is not known what to repeat; "
-            "give another field, or segment the samples with it."
+            f"field {field!r} holds no predictions of segment_concept, so there is no run to repeat; "
+            "use another field, or run segment_concept first."
         )
     dataset, parts = samples._dataset, []
     for key in keys:
-        made = SegmentationJob.load(dataset, key)
-        for route, router in _OTHER.items():
+        original = SegmentationJob.load(dataset, key)
+        for route, router in _OTHER_ROUTER_MODE.items():
             job = replace(
-                made,
+                original,
                 field=other_route_field(field),
                 prompt=None,
                 prompt_field=f"{field}.prompt",

@@ -1,4 +1,4 @@
-"""How far a run is, and how long it will take."""
+"""Progress of a run and its remaining time."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-_NAMED = 3  # references that a line names
+_MAX_SHOWN_NAMES = 3  # number of reference files that a progress line lists
 
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
-        total: Samples to do.
-        done: Samples done, those with errors included.
-        skipped: Samples that had a prediction before.
-        errors: Error of each sample that failed, by sample id.
-        bad_references: What is wrong with each reference sample that cannot be used, by its file; known before the
+        total: Number of samples to segment.
+        done: Number of processed samples, including those with errors.
+        skipped: Number of samples that already had a prediction.
+        errors: Error message of each failed sample, by sample id.
+        bad_references: Error message of each reference sample that cannot be used, by file path; complete before the
             first sample is segmented.
-        cancelled: Whether the run was cancelled; what is done stays.
-        started: Time of `time.monotonic` at the start.
+        cancelled: Whether the run was cancelled.
+        started: Value of `time.monotonic()` at the start.
     """
 
     total: int
@@ -34,11 +34,11 @@ class Progress:
 
     @property
     def fraction(self) -> float:
-        """Share that is done, 0 to 1."""
+        """Fraction of the samples that is done, 0 to 1."""
         return self.done / self.total if self.total else 1.0
 
     def plus(self, part: Progress) -> Progress:
-        """This progress, and a part of its samples done."""
+        """Return this progress with the progress of a part of its samples added."""
         return replace(
             self,
             done=self.done + part.done,
@@ -56,21 +56,23 @@ class Progress:
         text = ", ".join(parts)
         if self.bad_references:
             names = [Path(path).name for path in self.bad_references]
-            shown = ", ".join(map(repr, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
+            shown = ", ".join(map(repr, names[:_MAX_SHOWN_NAMES])) + (
+                ", ..." if len(names) > _MAX_SHOWN_NAMES else ""
+            )
             text += f"; {len(names)} references cannot be used ({shown})"
         return text
 
 
 def time_left(done: int, total: int, started: float) -> str:
-    """The time that the rest will take at the pace so far, such as "about 2 min left".
+    """Estimate the remaining time from the average time per item, such as "about 2 min left".
 
     Args:
-        done: Items done.
-        total: Items to do.
-        started: Time of `time.monotonic` before the first.
+        done: Number of processed items.
+        total: Total number of items.
+        started: Value of `time.monotonic()` before the first item.
 
     Returns:
-        The text, or an empty one at the start and at the end.
+        The estimate, or an empty string at the start and at the end.
     """
     if not 0 < done < total:
         return ""

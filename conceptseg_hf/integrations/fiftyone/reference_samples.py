@@ -1,4 +1,4 @@
-"""References that are samples of a dataset: their boxes or masks, as the processor takes them."""
+"""Convert dataset samples with boxes or masks to references."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from .schema import (
 )
 
 BOX_TYPES = (fo.Detections, fo.Detection, fo.Segmentation)
-"""Labels that can mark the concept in a reference."""
+"""Label types that can mark the concept in a reference."""
 
 AUTO = "auto"
-"""In place of a field that marks the concept: the likeliest of the dataset."""
+"""Value of `reference_label_field` that selects the most likely field of the dataset."""
 
 
 def reference_label_fields(samples: fo.core.collections.SampleCollection) -> list[str]:
-    """The fields that can mark a concept, the likeliest first."""
+    """Return the fields that can mark a concept, the most likely first."""
     names = fields_of_type(samples, *BOX_TYPES)
     return sorted(names, key=lambda name: (name != REFERENCE_BOXES, name != GROUND_TRUTH))
 
@@ -42,14 +42,15 @@ def reference_label_fields(samples: fo.core.collections.SampleCollection) -> lis
 def resolve_label_field(
     samples: fo.core.collections.SampleCollection, chosen: str | None, ids: Sequence[str] = ()
 ) -> str | None:
-    """The field that marks the concept: as chosen, or the likeliest for `AUTO`; None if there is none.
+    """Return the field that marks the concept: `chosen`, or for `AUTO` the most likely field; None if there is none.
 
-    Of itself it takes no predictions: what a run writes must not become its own references.
+    `AUTO` never selects predictions, as the output of a run must not become its own references.
 
     Args:
-        samples: A dataset or view.
+        samples: Dataset or view.
         chosen: A field, `AUTO` or None.
-        ids: The references, where they are known: the likeliest field is then the first that marks the most of them.
+        ids: Ids of the reference samples, if known. `AUTO` then selects the first of the fields that mark the most of
+            them.
     """
     if chosen != AUTO:
         return chosen
@@ -57,15 +58,15 @@ def resolve_label_field(
     names = [name for name in reference_label_fields(samples) if name not in predictions]
     if len(names) > 1 and ids:
         counts = {name: count_marked(samples, ids, name) for name in names}
-        return max(names, key=lambda name: counts[name])  # the first of equals
+        return max(names, key=lambda name: counts[name])  # the first in case of a tie
     return names[0] if names else None
 
 
 def count_marked(samples: fo.core.collections.SampleCollection, ids: Sequence[str], label_field: str) -> int:
-    """How many of the samples of these ids have a box or mask in a field; only the first that fit are looked at."""
-    valid = [sample_id for sample_id in ids if ObjectId.is_valid(sample_id)][: MAX_REFERENCES + 1]
-    shown = whole_dataset(samples).select(valid).select_fields(label_field)
-    return sum(has_marks(sample, label_field) for sample in shown)
+    """Count the samples with a box or mask in a field, among the first `MAX_REFERENCES` + 1 of the given ids."""
+    valid_ids = [sample_id for sample_id in ids if ObjectId.is_valid(sample_id)][: MAX_REFERENCES + 1]
+    view = whole_dataset(samples).select(valid_ids).select_fields(label_field)
+    return sum(has_marks(sample, label_field) for sample in view)
 
 
 def references_from(
@@ -76,49 +77,50 @@ def references_from(
     label_ids: Collection[str] = (),
     boxes_together: bool = False,
 ) -> list[Reference]:
-    """Samples as references.
+    """Convert samples to references.
 
     Args:
-        samples: The samples, in order.
-        label_field: The field of boxes (`Detections`, `Detection`) or masks (`Segmentation`) that mark the concept;
-            None: the images alone. A sample with several boxes gives several references, but see `boxes_together`.
-        proxy: Withhold the box of the first, so that the model checks its rule on it.
-        unmarked: Show a sample without box or mask in that field as an image alone, rather than raise.
-        label_ids: Ids of the `Detections` that count; all by default.
-        boxes_together: Make one reference of a sample with several boxes, which are all drawn in its picture.
+        samples: Reference samples, in order.
+        label_field: Field of boxes (`Detections`, `Detection`) or masks (`Segmentation`) that mark the concept; None
+            uses the images without marks. A sample with several boxes yields several references, unless
+            `boxes_together`.
+        proxy: Withhold the box of the first reference, so that the predicted rule is checked against it.
+        unmarked: Use a sample without a box or mask in that field as an image without marks, instead of raising.
+        label_ids: Ids of the `Detections` labels to use; all by default.
+        boxes_together: Create one reference for a sample with several boxes, with all boxes drawn in its image.
 
     Raises:
         ValueError: If a sample cannot be a reference: it has no box or mask in that field (unless `unmarked`), a box
-            without extent or outside the image, an empty mask, one of several classes or of another size, or a file
-            that cannot be read; or if there are more than nine references.
+            without extent or outside the image, a mask that is empty or has several classes or a different size, or a
+            file that cannot be read; or if there are more than nine references.
     """
     references: list[Reference] = []
     role: Role = "auto" if proxy else "support"
     for sample in samples:
         try:
-            found = _marked(sample, label_field, role, label_ids, boxes_together)
+            sample_references = _marked(sample, label_field, role, label_ids, boxes_together)
         except (ValueError, OSError) as error:
             raise ValueError(f"reference {sample.filename!r} cannot be used: {error}") from error
-        if not found and (unmarked or label_field is None):
-            found = [Reference(sample.filepath, role="support")]
-        if not found:
+        if not sample_references and (unmarked or label_field is None):
+            sample_references = [Reference(sample.filepath, role="support")]
+        if not sample_references:
             raise ValueError(
-                f"reference {sample.filename!r} has neither box nor mask in {label_field!r}; mark the concept there, "
-                "choose another field, or leave the sample out."
+                f"reference {sample.filename!r} has no box or mask in {label_field!r}; add one, choose another field, "
+                "or remove the sample from the references."
             )
-        references += found
+        references += sample_references
         if len(references) > MAX_REFERENCES:
             raise ValueError(
-                f"there are more than {MAX_REFERENCES} references; at most {MAX_REFERENCES} fit, so choose fewer."
+                f"there are more than {MAX_REFERENCES} references; use at most {MAX_REFERENCES}."
             )
     return references
 
 
 def check_references(references: Sequence[Reference]) -> None:
-    """Finds references that would make every sample fail.
+    """Check references that are used for all samples.
 
     Raises:
-        ValueError: If one cannot be read, or its box or mask marks nothing; its file is named.
+        ValueError: If a reference cannot be read, or its box or mask is empty. The message contains the file name.
     """
     for index, reference in enumerate(references):
         try:
@@ -130,19 +132,19 @@ def check_references(references: Sequence[Reference]) -> None:
 
 
 def samples_by_id(samples: fo.core.collections.SampleCollection, ids: Sequence[str]) -> list[fo.Sample]:
-    """The samples of these ids, in order.
+    """Return the samples with the given ids, in order.
 
     Raises:
-        ValueError: If the dataset lacks some of them.
+        ValueError: If the dataset does not contain all of them.
     """
-    valid = [sample_id for sample_id in ids if ObjectId.is_valid(sample_id)]
-    found = list(whole_dataset(samples).select(valid, ordered=True))
-    missing = {*ids}.difference(sample.id for sample in found)
+    valid_ids = [sample_id for sample_id in ids if ObjectId.is_valid(sample_id)]
+    selected = list(whole_dataset(samples).select(valid_ids, ordered=True))
+    missing = {*ids}.difference(sample.id for sample in selected)
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(set(ids))} references are not in the dataset; choose others."
         )
-    return found
+    return selected
 
 
 def has_marks(sample: fo.Sample, label_field: str) -> bool:
@@ -154,7 +156,7 @@ def has_marks(sample: fo.Sample, label_field: str) -> bool:
 
 
 def view_with_references(samples: fo.core.collections.SampleCollection, ids: Sequence[str]) -> fo.DatasetView:
-    """Some targets, each after its own references (`reference_ids`): what the model saw, side by side."""
+    """Return a view of targets, each preceded by its own references (`reference_ids`)."""
     dataset = whole_dataset(samples)
     ordered: list[str] = []
     for sample in dataset.select(ids, ordered=True).select_fields(REFERENCE_IDS):
@@ -165,24 +167,24 @@ def view_with_references(samples: fo.core.collections.SampleCollection, ids: Seq
 def _marked(
     sample: fo.Sample, label_field: str | None, role: Role, label_ids: Collection[str], boxes_together: bool
 ) -> list[Reference]:
-    """What marks the concept in a sample; nothing, if it has no mark.
+    """Return the references of a sample with a box or mask, or an empty list if it has neither.
 
     Raises:
-        ValueError: If the image or a mark cannot be used.
-        OSError: If a file is lost.
+        ValueError: If the image, a box or the mask cannot be used.
+        OSError: If a file is missing.
     """
     image = load_image(sample.filepath)
     if label_field is None or not has_marks(sample, label_field):
         return []
     label = sample[label_field]
     if isinstance(label, fo.Segmentation):
-        load_gt_mask(label)  # several classes would teach the wrong concept
+        load_gt_mask(label)  # raises for a mask with several classes, which would show the wrong concept
         _check(Reference(image, mask=mask_of(label)))
         return [Reference(sample.filepath, mask=mask_of(label), role=role)]
     detections = label.detections if isinstance(label, fo.Detections) else [label]
-    counted = [detection for detection in detections if not label_ids or detection.id in label_ids]
+    selected = [detection for detection in detections if not label_ids or detection.id in label_ids]
     limit = None if boxes_together else MAX_REFERENCES + 1
-    boxes = [_box_of(detection, label_field, image.size) for detection in counted[:limit]]
+    boxes = [_box_of(detection, label_field, image.size) for detection in selected[:limit]]
     for box in boxes:
         _check(Reference(image, box=box))
     if boxes_together and len(boxes) > 1:
@@ -191,26 +193,26 @@ def _marked(
 
 
 def _box_of(detection: fo.Detection, label_field: str, size: tuple[int, int]) -> Box:
-    """The box in pixels (x1, y1, x2, y2).
+    """Return the box of a detection in pixels (x1, y1, x2, y2).
 
     Raises:
-        ValueError: If it marks nothing in the image.
+        ValueError: If the box has no extent or lies outside the image.
     """
     box = list(detection.bounding_box or ())
     if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) <= 0:
         raise ValueError(
-            f"a box in {label_field!r} has no extent ({box}); give [x, y, width, height] relative to the image, with "
-            "width and height above 0."
+            f"a box in {label_field!r} has no extent ({box}); use [x, y, width, height] relative to the image, "
+            "with positive width and height."
         )
     if max(box[:2]) >= 1 or box[0] + box[2] <= 0 or box[1] + box[3] <= 0:
         raise ValueError(
-            f"a box in {label_field!r} lies outside the image ({box}); give it relative to the image, within 0 to 1."
+            f"a box in {label_field!r} lies outside the image ({box}); use coordinates relative to it, from 0 to 1."
         )
     return pixel_box(box, size)
 
 
 def _check(reference: Reference) -> None:
-    """Reads a reference as the processor will.
+    """Check a reference by reading it as the processor does.
 
     Raises:
         ValueError: If it cannot be used.

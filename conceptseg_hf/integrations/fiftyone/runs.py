@@ -1,6 +1,6 @@
-"""The runs that a dataset remembers, and the fields that are theirs.
+"""Runs that are stored with a dataset, and the fields that they own.
 
-A field belongs to the runs that wrote it, by their records: neither its name nor its type says so, as a curator may
+The stored runs determine which fields hold predictions of a run. Names and types are not sufficient, because users may
 copy predictions to correct them.
 """
 
@@ -28,27 +28,27 @@ METHOD = "segment_concept"
 
 
 def catch_up(samples: fo.core.collections.SampleCollection) -> None:
-    """Learns of fields and runs that other processes have added to the dataset since it was read.
+    """Reload the dataset if another process has added fields or runs to it.
 
-    Nothing is reloaded where there are none: views that were made before a reload of FiftyOne cannot be read after it.
+    Without such changes the dataset is not reloaded, as existing views become invalid after a reload.
 
     Raises:
-        ValueError: If the dataset is gone.
+        ValueError: If the dataset was deleted.
     """
     known, datasets = samples._dataset._doc, odm.get_db_conn()["datasets"]
     stored = datasets.find_one({"_id": known.id}, {"sample_fields.name": True, "runs": True})
     if stored is None:
-        raise ValueError(f"dataset {samples._dataset.name!r} was deleted; load it again.")
+        raise ValueError(f"dataset {samples._dataset.name!r} was deleted; create or load it again.")
     fields = {field["name"] for field in stored["sample_fields"]}
     if fields - {field.name for field in known.sample_fields} or set(stored["runs"]) - set(known.runs):
         samples.reload()
 
 
 def keep_run(dataset: fo.Dataset, field: str, settings: Mapping[str, Any]) -> str:
-    """Keeps the settings of a run into a field as a custom run of the dataset (`dataset.get_run_info`).
+    """Store the settings of a run that writes to a field as a custom run (`dataset.get_run_info`).
 
     Returns:
-        The run's key. Equal settings have the same key, so a run that is resumed is one run.
+        The run's key. Equal settings have the same key, so a resumed run counts as the same run.
     """
     key = run_key(field, settings)
     if key not in dataset.list_runs():
@@ -59,30 +59,30 @@ def keep_run(dataset: fo.Dataset, field: str, settings: Mapping[str, Any]) -> st
 
 
 def run_key(field: str, settings: Mapping[str, Any]) -> str:
-    """The key of a run into a field with these settings."""
+    """Return the key of a run that writes to a field with these settings."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return f"{field}_{digest[:8]}"
 
 
 def load_run(dataset: fo.Dataset, key: str) -> dict[str, Any]:
-    """The settings of a run.
+    """Load the settings of a run.
 
     Raises:
-        ValueError: If there is no such run.
+        ValueError: If the run does not exist.
     """
     if key not in dataset.list_runs():
-        raise ValueError(f"run {key!r} is not kept in the dataset; segment its samples again.")
+        raise ValueError(f"run {key!r} is not stored in the dataset; segment its samples again.")
     return dataset.get_run_info(key).config.serialize()
 
 
 def written_fields(dataset: fo.Dataset, field: str) -> set[str]:
-    """The fields that runs into a field have written."""
+    """Return all fields written by the runs that write to a field."""
     keys = dataset.list_runs(method=METHOD, field=field)
     return {name for key in keys for name in output_fields(field, load_run(dataset, key)["outputs"]).values()}
 
 
 def stale_fields(dataset: fo.Dataset, field: str, outputs: Iterable[str]) -> list[str]:
-    """The fields of earlier runs that a new prediction makes void: outputs that it lacks, and the other route."""
+    """Return the fields of earlier runs that a new prediction invalidates: its missing outputs and the other route."""
     old = written_fields(dataset, field) | written_fields(dataset, other_route_field(field))
     return sorted(
         name for name in old.difference(output_fields(field, outputs).values()) if dataset.has_field(name)
@@ -90,20 +90,20 @@ def stale_fields(dataset: fo.Dataset, field: str, outputs: Iterable[str]) -> lis
 
 
 def writable_fields(field: str) -> list[str]:
-    """All fields that a run into a field may write or clear, itself first."""
+    """Return all fields that a run on `field` may write or clear, starting with `field`."""
     return [field, *(f"{field}_{output}" for output in ("detections", "heatmap")), other_route_field(field)]
 
 
 def name_masks(dataset: fo.Dataset, field: str) -> None:
-    """Gives the masks of a field the class that all runs with predictions in it have named, in `mask_targets`.
+    """Set the foreground class of a field in `mask_targets` to the `label` of the runs with predictions in the field.
 
-    Where they differ it is "concept". A name that no run gave stays.
+    If the labels differ, the class is "concept". A class that was not set by a run is left unchanged.
     """
     keys = dataset.list_runs(method=METHOD, field=field)
     labels = {key: load_run(dataset, key).get("label") for key in keys}
     present = whole_dataset(dataset).distinct(f"{field}.run")
-    found = {labels[key] for key in present if key in labels}
-    label = found.pop() if len(found) == 1 else None
+    present_labels = {labels[key] for key in present if key in labels}
+    label = present_labels.pop() if len(present_labels) == 1 else None
     targets = dataset.mask_targets.get(field, {})
     if label is not None or targets.get(FOREGROUND) in filter(None, labels.values()):
         dataset.mask_targets = dataset.mask_targets | {field: targets | {FOREGROUND: label or "concept"}}
@@ -111,10 +111,10 @@ def name_masks(dataset: fo.Dataset, field: str) -> None:
 
 
 def check_output_fields(dataset: fo.Dataset, field: str, outputs: Iterable[str]) -> None:
-    """Finds labels that a run would spoil.
+    """Check that a run overwrites only its own predictions.
 
     Raises:
-        ValueError: If a field is there and of another type, or holds labels that no run into `field` has made.
+        ValueError: If an output field has another type, or holds labels that no run on `field` created.
     """
     schema, samples = dataset.get_field_schema(), whole_dataset(dataset)
     written, keys = written_fields(dataset, field), dataset.list_runs(method=METHOD, field=field)
@@ -123,9 +123,9 @@ def check_output_fields(dataset: fo.Dataset, field: str, outputs: Iterable[str])
         if name not in schema:
             continue
         labels = samples.exists(name)
-        if name in written:  # a heatmap does not say which run made it
+        if name in written:  # heatmaps have no `run` attribute
             labels = labels.match(~F(f"{name}.run").is_in(keys)) if output != "heatmap" else labels.limit(0)
         if labels.count():
             raise ValueError(
-                f"field {name!r} holds labels that ConceptSeg did not make there; give another field name."
+                f"field {name!r} holds labels that ConceptSeg did not create there; use another field name."
             )

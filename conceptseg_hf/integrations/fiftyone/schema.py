@@ -1,4 +1,4 @@
-"""Names and types of the fields: what a benchmark sample has, and what a prediction carries beside its mask."""
+"""Names and types of the sample fields and of the attributes of predicted labels."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterable, Mapping
 import fiftyone as fo
 
 OUTPUTS = ("segmentation", "detections", "heatmap")
-"""What a run can write: a mask on disk, a box with instance mask per connected region, mask probabilities."""
+"""Outputs of a run: a mask file, a box with an instance mask per connected region, mask probabilities."""
 
 ROUTERS = {
     "adaptive": "Adaptive: SAM 3 first, reason if it is not sure",
-    "sam_only": "SAM 3 only: fast, words as they stand",
+    "sam_only": "SAM 3 only: fast, uses the prompt literally",
     "full_reasoning": "Always reason",
 }
-"""Router modes as forms show them."""
+"""Router modes and their labels in forms."""
 
 TARGET, REFERENCE = "target", "reference"
 """Values of the field `role`."""
 
 FOREGROUND = 255
-"""Value of the concept's pixels in the masks on disk."""
+"""Pixel value of the concept in mask files."""
 
 PREDICTION_ATTRIBUTES = {
     "prompt": fo.StringField,
@@ -38,11 +38,11 @@ PREDICTION_ATTRIBUTES = {
     "router": fo.StringField,
     "run": fo.StringField,
 }
-"""Attributes of a predicted label, in the order of the App's tooltip; `ConceptSegmentation` says what they mean, and
-`run` is the key of the custom run that holds the job's settings."""
+"""Attributes of a predicted label, in the order of the App's tooltip. `ConceptSegmentation` documents them; `run` is
+the key of the custom run that stores the job's settings."""
 
 REGION_ATTRIBUTES = {name: kind for name, kind in PREDICTION_ATTRIBUTES.items() if name != "score"}
-"""Those of one `Detection`, whose `confidence` is the score: FiftyOne's COCO exporter writes that as `score` itself."""
+"""Attributes of a `Detection`, which has the score as `confidence`; FiftyOne's COCO exporter writes it as `score`."""
 
 BENCHMARK_FIELDS = {
     "role": fo.StringField,
@@ -58,7 +58,7 @@ BENCHMARK_FIELDS = {
     "gt_answer": fo.StringField,
     "load_error": fo.StringField,
 }
-"""Text and flags of a benchmark sample; `episode` joins a target with the references that are its own."""
+"""Fields of a benchmark sample; a target and its own references have the same `episode`."""
 
 REFERENCE_IDS = "reference_ids"
 REFERENCE_BOXES = "ref_boxes"
@@ -69,54 +69,54 @@ LABEL_TYPES = {"segmentation": fo.Segmentation, "detections": fo.Detections, "he
 
 
 def output_fields(field: str, outputs: Iterable[str]) -> dict[str, str]:
-    """The sample field of each output: the first of segmentation and detections is `field`, others have a suffix.
+    """Return the sample field of each output: `field` for segmentation, else for detections; suffixed for the others.
 
     Raises:
-        ValueError: If there is no output, or one that does not exist, or the name cannot be a field's.
+        ValueError: If no output is given, an output is unknown, or the name is not a valid field name.
     """
     if not field.isidentifier():
-        raise ValueError(f"field {field!r} cannot be a field's name; use letters, digits and underscores.")
-    wanted = set(outputs)
-    unknown = sorted(wanted.difference(OUTPUTS))
-    if unknown or not wanted & {"segmentation", "detections"}:
+        raise ValueError(f"field name {field!r} is invalid; use letters, digits and underscores.")
+    requested = set(outputs)
+    unknown = sorted(requested.difference(OUTPUTS))
+    if unknown or not requested & {"segmentation", "detections"}:
         raise ValueError(
-            f"outputs are {sorted(wanted)}; give segmentation, detections or both, and heatmap if you want it."
+            f"outputs are {sorted(requested)}; use segmentation, detections or both, and optionally heatmap."
         )
-    ordered = [name for name in OUTPUTS if name in wanted]
+    ordered = [name for name in OUTPUTS if name in requested]
     return {name: field if index == 0 else f"{field}_{name}" for index, name in enumerate(ordered)}
 
 
 def other_route_field(field: str) -> str:
-    """Where the predictions of the route that was not taken go."""
+    """Return the field for the predictions of the other route."""
     return f"{field}_other_route"
 
 
 def check_label_type(schema: Mapping[str, fo.Field], name: str, label_type: type) -> None:
-    """Finds out whether a field can hold labels of a type.
+    """Check that a field can hold labels of a type.
 
     Raises:
-        ValueError: If it is there and of another type.
+        ValueError: If the field exists with another type.
     """
     if name in schema and getattr(schema[name], "document_type", None) is not label_type:
         raise ValueError(
-            f"field {name!r} is there already and holds no {label_type.__name__}; give another field name."
+            f"field {name!r} already exists and holds no {label_type.__name__}; use another field name."
         )
 
 
 def declare_prediction_fields(
     dataset: fo.Dataset, field: str, outputs: Iterable[str] = ("segmentation",)
 ) -> None:
-    """Declares the fields of predictions and their attributes, so that the App shows and filters them at once.
+    """Declare the prediction fields and their attributes, so that the App can show and filter them.
 
-    May be called any number of times.
+    Repeated calls have no effect.
 
     Args:
-        dataset: The dataset.
-        field: The field of the predictions.
+        dataset: Dataset to modify.
+        field: Field of the predictions.
         outputs: See `OUTPUTS`.
 
     Raises:
-        ValueError: If a field of that name is of another type, or the name cannot be one.
+        ValueError: If a field of that name has another type, or the name is not a valid field name.
     """
     schema = dataset.get_field_schema()
     for output, name in output_fields(field, outputs).items():
@@ -133,7 +133,7 @@ def declare_prediction_fields(
 
 
 def declare_benchmark_fields(dataset: fo.Dataset) -> None:
-    """Declares the fields of benchmark samples; may be called any number of times."""
+    """Declare the fields of benchmark samples; repeated calls have no effect."""
     _declare(dataset, BENCHMARK_FIELDS)
     dataset.add_sample_field(REFERENCE_IDS, fo.ListField, subfield=fo.StringField)
     for name in (GROUND_TRUTH, IGNORE):
@@ -147,7 +147,7 @@ def declare_benchmark_fields(dataset: fo.Dataset) -> None:
 
 
 def prediction_fields(samples: fo.core.collections.SampleCollection) -> list[str]:
-    """The fields that hold predictions with the attributes above."""
+    """Return the fields that hold predictions with `PREDICTION_ATTRIBUTES`."""
     schema = samples.get_field_schema(flat=True)
     return [
         name
@@ -159,7 +159,7 @@ def prediction_fields(samples: fo.core.collections.SampleCollection) -> list[str
 
 
 def fields_of_type(samples: fo.core.collections.SampleCollection, *label_types: type) -> list[str]:
-    """The fields that hold labels of these types."""
+    """Return the fields that hold labels of the given types."""
     return [
         name
         for name, field in samples.get_field_schema().items()
@@ -168,13 +168,13 @@ def fields_of_type(samples: fo.core.collections.SampleCollection, *label_types: 
 
 
 def text_fields(samples: fo.core.collections.SampleCollection) -> list[str]:
-    """The fields that can hold prompts."""
-    hidden = {"id", "filepath"}
-    return [name for name in samples.get_field_schema(ftype=fo.StringField) if name not in hidden]
+    """Return the string fields that can hold prompts."""
+    excluded = {"id", "filepath"}
+    return [name for name in samples.get_field_schema(ftype=fo.StringField) if name not in excluded]
 
 
 def whole_dataset(samples: fo.core.collections.SampleCollection) -> fo.core.collections.SampleCollection:
-    """The dataset that samples come from; of a grouped one the images of all slices, as it shows one slice only."""
+    """Return the dataset of the samples; for a grouped dataset, a view with the images of all slices."""
     dataset = samples._dataset
     return dataset.select_group_slices(media_type="image") if dataset.media_type == "group" else dataset
 

@@ -1,4 +1,4 @@
-"""What a curator should look at first."""
+"""Find uncertain predictions, which should be reviewed first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TAGS = {
     "routes": "uncertain: routes disagree",
     "error": "uncertain: error",
 }
-"""Tag of each reason."""
+"""Sample tag for each reason."""
 
 
 def find_uncertain(
@@ -28,29 +28,29 @@ def find_uncertain(
     routes_iou: float = 0.5,
     tag: bool = True,
 ) -> dict[str, list[str]]:
-    """Finds the samples whose predictions deserve a look.
+    """Find samples with uncertain predictions.
 
     Args:
-        samples: A dataset or view.
-        field: The predictions.
-        margin: A presence is near the router's threshold when they differ by at most this.
-        check_iou: A check failed when its IoU with the withheld box is below this.
-        other_field: Predictions of another route, to compare masks with: those of `segment_other_route`, or of a second
-            run. Both fields then hold a `Segmentation`.
-        routes_iou: Routes disagree when the IoU of their masks is below this.
-        tag: Tag the samples with `TAGS`; tags of an earlier search are removed from the whole dataset first.
+        samples: Dataset or view.
+        field: Field of the predictions.
+        margin: Maximum difference of presence and router threshold at which a sample is uncertain.
+        check_iou: Minimum IoU of the check with the withheld box; a check with a lower IoU has failed.
+        other_field: Field with masks of the other route to compare: the output of `segment_other_route`, or of a second
+            run. Both fields must then hold a `Segmentation`.
+        routes_iou: Minimum IoU of the masks of both routes; routes with a lower IoU disagree.
+        tag: Whether to tag the samples with `TAGS`; tags of an earlier search are first removed from the whole dataset.
 
     Returns:
-        Sample ids by reason: "presence", "check", "routes" (with `other_field`) and "error", which masks that cannot be
-        compared (a lost file, another size) count as, too.
+        Sample ids by reason: "presence", "check", "routes" (with `other_field`) and "error", which includes masks that
+        cannot be compared (a missing file, different sizes).
 
     Raises:
-        ValueError: If a field is missing, or holds no masks to compare.
+        ValueError: If a field is missing or holds no masks to compare.
     """
     for name in filter(None, (field, other_field)):
         check_predictions(samples, name, with_masks=other_field is not None)
     presence, threshold = F(f"{field}.presence"), F(f"{field}.threshold")
-    known = samples.match((presence != None) & (threshold != None))  # noqa: E711 (expressions of FiftyOne)
+    known = samples.match((presence != None) & (threshold != None))  # noqa: E711 (FiftyOne expressions)
     checked = samples.match(F(f"{field}.check_iou") != None)  # noqa: E711
     found = {
         "presence": known.match((presence - threshold).abs() <= margin).values("id"),
@@ -58,8 +58,8 @@ def find_uncertain(
         "error": samples.match(F(f"{field}.error") != None).values("id"),  # noqa: E711
     }
     if other_field is not None:
-        found["routes"], unread = _compare(samples, field, other_field, routes_iou)
-        found["error"] = list(dict.fromkeys([*found["error"], *unread]))
+        found["routes"], not_comparable = _compare(samples, field, other_field, routes_iou)
+        found["error"] = list(dict.fromkeys([*found["error"], *not_comparable]))
     if tag:
         dataset = whole_dataset(samples)
         dataset.untag_samples(list(TAGS.values()))
@@ -72,37 +72,37 @@ def find_uncertain(
 def check_predictions(
     samples: fo.core.collections.SampleCollection, field: str, with_masks: bool = False
 ) -> None:
-    """Finds a field that cannot be searched.
+    """Check that a field can be searched for uncertain predictions.
 
     Raises:
-        ValueError: If it holds no predictions of ConceptSeg, or no masks where they are wanted.
+        ValueError: If it holds no predictions of ConceptSeg, or no masks although `with_masks` is set.
     """
     if not samples.has_field(f"{field}.presence"):
         raise ValueError(
-            f"field {field!r} holds no predictions of ConceptSeg; run segment_concept first, or give another field."
+            f"field {field!r} holds no predictions of ConceptSeg; run segment_concept first, or use another field."
         )
     if with_masks and field not in fields_of_type(samples, fo.Segmentation):
         raise ValueError(
-            f"field {field!r} holds no Segmentation, so routes cannot be compared; give one that does."
+            f"field {field!r} holds no Segmentation, so routes cannot be compared; use a field that does."
         )
 
 
 def _compare(
     samples: fo.core.collections.SampleCollection, field: str, other_field: str, iou: float
 ) -> tuple[list[str], list[str]]:
-    """Ids of the samples whose masks differ, and of those whose masks cannot be compared."""
-    differ, unread = [], []
+    """Return the ids of the samples with different masks, and of those with masks that cannot be compared."""
+    differ, not_comparable = [], []
     for sample in samples.exists(field).exists(other_field).select_fields([field, other_field]):
         try:
             if _masks_differ(sample[field], sample[other_field], iou):
                 differ.append(sample.id)
-        except (ValueError, OSError):  # a lost file, or masks of different sizes
-            unread.append(sample.id)
-    return differ, unread
+        except (ValueError, OSError):  # a missing file, or masks of different sizes
+            not_comparable.append(sample.id)
+    return differ, not_comparable
 
 
 def _masks_differ(first: fo.Segmentation, second: fo.Segmentation, iou: float) -> bool:
     masks = [predicted_mask(label) for label in (first, second)]
     if any(mask is None for mask in masks):
-        return False  # an error, which is a reason of its own
+        return False  # a prediction with an error is reported under "error"
     return foreground_iou(*map(load_mask, masks)) < iou

@@ -1,1 +1,1 @@
-"""FiftyOne's App on loopback: the command, the App server and MongoDB. Nothing here imports FiftyOne by itself."""
+"""FiftyOne's App on the loopback interface: command, App server and MongoDB. FiftyOne is imported only when needed."""

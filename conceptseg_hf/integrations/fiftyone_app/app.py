@@ -1,9 +1,9 @@
-"""The newcomer's way in: MongoDB, ConceptShapes and FiftyOne's App on loopback, in one command.
+"""Start MongoDB and FiftyOne's App with ConceptShapes on the loopback interface, with a single command.
 
     python -m conceptseg_hf.integrations.fiftyone_app
 
-Everything it writes lies below one folder; FiftyOne's own folders and database stay as they are, unless
-`FIFTYONE_DATABASE_URI` names a database.
+All files are written to one folder. The user's FiftyOne folders and database are not modified, unless
+`FIFTYONE_DATABASE_URI` is set.
 """
 
 from __future__ import annotations
@@ -30,23 +30,25 @@ from .mongodb import free_port, start_mongod
 DATASET = "concept-shapes"
 _PLUGIN = find_shipped_folder("fiftyone_plugin")
 _SERVER = Path(__file__).with_name("server.py")
-# Not `-m`, which would import `conceptseg_hf`, and torch, before the server answers; nor the file by its path, which
-# would put its folder before site-packages, and the `fiftyone` in it before FiftyOne.
+# `python -m` would import `conceptseg_hf` and torch, which delays the server. Running the file by its path would put
+# its folder at the start of `sys.path`.
 _RUN = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 _WORK = "from fiftyone.core.cli import main; main()"
 _START_SECONDS = 180.0
-# A terminal that closes sends the second; Windows has none.
-_ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# Closing a terminal sends SIGHUP, which does not exist on Windows.
+_TERMINATION_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs until it is interrupted; returns the exit code."""
+    """Run the App until it is interrupted; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m conceptseg_hf.integrations.fiftyone_app",
-        description="Opens FiftyOne's App on ConceptShapes with the ConceptSeg plugin. Ctrl-C ends it.",
+        description="Open FiftyOne's App with ConceptShapes and the ConceptSeg plugin. Press Ctrl-C to stop.",
     )
-    parser.add_argument("--folder", type=Path, default=Path("fiftyone_app"), help="where everything goes")
-    parser.add_argument("--port", type=int, help="of the App (default: a free one)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("fiftyone_app"), help="output folder (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=int, help="port of the App (default: a free port)")
     parser.add_argument(
         "--samples", type=int, default=60, help="ConceptShapes targets to load (default: %(default)s)"
     )
@@ -56,9 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.samples < 1:
         parser.error(f"--samples is {options.samples}; use at least 1.")
     if not (options.plugin / "fiftyone.yml").is_file():
-        parser.error(
-            f"--plugin {str(options.plugin)!r} has no fiftyone.yml; give the folder fiftyone_plugin."
-        )
+        parser.error(f"--plugin {str(options.plugin)!r} has no fiftyone.yml; use the folder fiftyone_plugin.")
     folder, port = options.folder.absolute(), options.port or free_port()
     _handle_signals()
     try:
@@ -72,10 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
     worker = None
     try:
         address, log = f"http://127.0.0.1:{port}/datasets/{DATASET}", folder / "worker.log"
-        _say(f"FiftyOne is at {address}; Ctrl-C ends it.")
+        _print_line(f"FiftyOne is running at {address} (press Ctrl-C to stop).")
         worker = start_worker(log)
-        _say(f"Scheduled runs are done by a worker beside it, which writes to {log}.")
-        _say(f"For Python or `fiftyone` in a second terminal, run there first:\n{export_line(settings)}")
+        _print_line(f"A worker process executes scheduled runs; its log is {log}.")
+        _print_line(
+            f"To use Python or `fiftyone` in a second terminal, first run there:\n{export_line(settings)}"
+        )
         if not options.no_browser:
             webbrowser.open(address)
         return _wait(server, worker, log)
@@ -86,64 +88,64 @@ def main(arguments: list[str] | None = None) -> int:
             stop_server(process)
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def _wait(server: subprocess.Popen, worker: subprocess.Popen, log: Path) -> int:
-    """Waits for the server, and says so if the worker ends before."""
+    """Wait for the server; print a message if the worker ends first."""
     while worker.poll() is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return server.wait(timeout=1)
-    _say(
-        f"The worker has ended, so scheduled runs wait; {log} says why. Start one in a second terminal, after the line "
-        "above: fiftyone delegated launch"
+    _print_line(
+        f"The worker has ended, so scheduled runs are not executed; see {log} for the reason. To start a worker, run "
+        "the line above in a second terminal, then: fiftyone delegated launch"
     )
     return server.wait()
 
 
 def export_line(settings: Mapping[str, str]) -> str:
-    """One line for a shell that gives another process the same FiftyOne."""
+    """Return a shell command line that sets FiftyOne's settings, to use the same database in another process."""
     if os.name == "nt":
         return " & ".join(f"set {name}={value}" for name, value in settings.items())
     return "export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
 
 
 def start_worker(log: Path) -> subprocess.Popen:
-    """Starts what `fiftyone delegated launch` is: it does the runs that the App schedules, one after another."""
+    """Start a worker (`fiftyone delegated launch`), which executes the runs that the App schedules."""
     with log.open("w") as file:
         command = [sys.executable, "-u", "-c", _WORK, "delegated", "launch"]
         return subprocess.Popen(command, stdout=file, stderr=file)
 
 
 def _handle_signals() -> None:
-    """Lets other signals end the app as Ctrl-C does: by default they end Python at once, and MongoDB would stay."""
-    for number in _ENDINGS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+    """Handle termination signals like Ctrl-C; by default Python would exit at once and leave MongoDB running."""
+    for number in _TERMINATION_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # ignored, for example, under nohup
             signal.signal(number, _interrupt_once)
 
 
 def _interrupt_once(*_: Any) -> None:
-    for number in _ENDINGS:  # a closing terminal may send several, which must not cut the clean-up off
+    for number in _TERMINATION_SIGNALS:  # further signals must not interrupt the cleanup
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def start_server(port: int, log: Path) -> subprocess.Popen:
-    """Starts the App server of `server.py` and waits until it answers.
+    """Start the App server of `server.py` and wait until it responds.
 
-    FiftyOne's settings are taken from this process's environment.
+    The server inherits FiftyOne's settings from the environment of this process.
 
     Raises:
-        RuntimeError: If it does not start.
+        RuntimeError: If the server does not start.
     """
     command = [sys.executable, "-c", _RUN, str(_SERVER), "--port", str(port)]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file)
     try:
         if not _answers(process, port):
-            raise RuntimeError(f"FiftyOne's App server does not start; {str(log)!r} says why.")
+            raise RuntimeError(f"FiftyOne's App server did not start; see {str(log)!r} for the reason.")
     except BaseException:
         process.kill()
         raise
@@ -151,7 +153,7 @@ def start_server(port: int, log: Path) -> subprocess.Popen:
 
 
 def _answers(server: subprocess.Popen, port: int) -> bool:
-    """Waits until the server answers; False if it ends before, or takes too long."""
+    """Wait until the server responds; return False if it ends first or the timeout expires."""
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
         with (
@@ -164,7 +166,7 @@ def _answers(server: subprocess.Popen, port: int) -> bool:
 
 
 def stop_server(process: subprocess.Popen) -> None:
-    """Ends the App server, or the worker; from Python 3.12 on it would wait for every open page: it gets 5 seconds."""
+    """Terminate the App server or worker; kill it after 5 s, as from Python 3.12 on it waits for every open page."""
     process.terminate()
     try:
         process.wait(timeout=5)
@@ -174,7 +176,7 @@ def stop_server(process: subprocess.Popen) -> None:
 
 
 def _prepare(folder: Path, plugin: Path) -> dict[str, str]:
-    """Sets what FiftyOne reads when it is imported; returns those settings."""
+    """Set FiftyOne's environment variables, link the plugin and start MongoDB; return the settings."""
     if importlib.util.find_spec("fiftyone") is None:
         raise ImportError("FiftyOne is not installed; install it with: pip install 'conceptseg-hf[fiftyone]'")
     plugins = folder / "plugins"
@@ -184,16 +186,16 @@ def _prepare(folder: Path, plugin: Path) -> dict[str, str]:
         link.unlink()
     try:
         link.symlink_to(plugin, target_is_directory=True)
-    except OSError:  # systems where links need rights
+    except OSError:  # creating symbolic links may require privileges
         shutil.copytree(plugin, link, dirs_exist_ok=True)
     settings = {
         "FIFTYONE_PLUGINS_DIR": plugins,
         "FIFTYONE_DEFAULT_DATASET_DIR": folder / "data",
         "FIFTYONE_MODEL_ZOO_DIR": folder / "zoo",
         "FIFTYONE_DATABASE_NAME": "conceptseg",
-        "FIFTYONE_DATABASE_VALIDATION": "false",  # else a warning about MongoDB 6 in every process
+        "FIFTYONE_DATABASE_VALIDATION": "false",  # avoids a warning about MongoDB 6 in every process
         "FIFTYONE_DO_NOT_TRACK": "true",
-        "FIFTYONE_ALLOW_LEGACY_ORCHESTRATORS": "true",  # lets the form offer "Schedule"
+        "FIFTYONE_ALLOW_LEGACY_ORCHESTRATORS": "true",  # enables "Schedule" in the forms
         "FIFTYONE_OPERATOR_TIMEOUT": "86400",
     }
     for name, value in settings.items():

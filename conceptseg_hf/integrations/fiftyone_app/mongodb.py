@@ -1,7 +1,7 @@
-"""A MongoDB of one's own for FiftyOne, on loopback. Imports no FiftyOne: it must run before that is imported.
+"""Start a separate MongoDB for FiftyOne on the loopback interface, before FiftyOne is imported.
 
-FiftyOne brings MongoDB where its package could download it, and looks for it in that one place only. Here it is looked
-for in more places, and FiftyOne is told by `FIFTYONE_DATABASE_URI`.
+FiftyOne only uses the `mongod` that its package downloads at installation. This module searches further locations; pass
+the URI of the started database to FiftyOne in `FIFTYONE_DATABASE_URI`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _START_SECONDS = 60.0
 
 
 def find_mongod() -> str | None:
-    """A `mongod` that runs: named by `CONCEPTSEG_MONGOD`, FiftyOne's, the environment's, or the PATH's."""
+    """Return a working `mongod` from `CONCEPTSEG_MONGOD`, FiftyOne, the Python environment or PATH, or None."""
     for candidate in _candidates():
         try:
-            done = subprocess.run([candidate, "--version"], capture_output=True, timeout=30)
+            process = subprocess.run([candidate, "--version"], capture_output=True, timeout=30)
         except (OSError, subprocess.TimeoutExpired):
             continue
-        if done.returncode == 0:
+        if process.returncode == 0:
             return candidate
     return None
 
@@ -37,39 +37,39 @@ def find_mongod() -> str | None:
 def _candidates() -> Iterator[str]:
     if VARIABLE in os.environ:
         yield os.environ[VARIABLE]
-    below = Path("db", "bin", "mongod")
+    relative_path = Path("db", "bin", "mongod")
     spec = importlib.util.find_spec("fiftyone")
     for folder in () if spec is None else spec.submodule_search_locations or ():
-        yield str(Path(folder) / below)
-    yield str(Path(sys.prefix, "mongo", "fiftyone") / below)  # where .ci/setup puts it
-    found = shutil.which("mongod")
-    if found is not None:
-        yield found
+        yield str(Path(folder) / relative_path)
+    yield str(Path(sys.prefix, "mongo", "fiftyone") / relative_path)  # installed there by .ci/setup
+    mongod = shutil.which("mongod")
+    if mongod is not None:
+        yield mongod
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on."""
+    """Return a free TCP port on the loopback interface."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
 
 
 def start_mongod(folder: Path, cache_gigabytes: float = 0.25) -> str:
-    """Starts a MongoDB on a free port of loopback and returns its URI; it ends with this process.
+    """Start a MongoDB on a free port of the loopback interface and return its URI; it ends with this process.
 
-    Import FiftyOne after this call: its own clean-up then runs while the database still answers.
+    Import FiftyOne after this call, so that its exit handlers run before the database is stopped.
 
     Args:
-        folder: Its files, made if they are not there.
-        cache_gigabytes: Memory for its cache; MongoDB needs at least 0.25.
+        folder: Folder of the database, which is created if it does not exist.
+        cache_gigabytes: Size of the cache; MongoDB requires at least 0.25.
 
     Raises:
-        RuntimeError: If no `mongod` was found, or it does not start.
+        RuntimeError: If no `mongod` was found, or it did not start.
     """
     mongod = find_mongod()
     if mongod is None:
         raise RuntimeError(
-            f"no MongoDB was found; install one, name its mongod in {VARIABLE}, or set FIFTYONE_DATABASE_URI."
+            f"mongod was not found; install MongoDB, set {VARIABLE} to its path, or set FIFTYONE_DATABASE_URI."
         )
     folder.mkdir(parents=True, exist_ok=True)
     port, log = free_port(), folder / "mongod.log"
@@ -86,7 +86,7 @@ def start_mongod(folder: Path, cache_gigabytes: float = 0.25) -> str:
     ]
     command += ["--wiredTigerCacheSizeGB", str(cache_gigabytes)]
     command += [] if os.name == "nt" else ["--nounixsocket"]
-    # A session of its own: Ctrl-C must not end it before FiftyOne has cleaned up.
+    # A new session, so that Ctrl-C does not stop the database before FiftyOne's exit handlers have run.
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -98,18 +98,18 @@ def start_mongod(folder: Path, cache_gigabytes: float = 0.25) -> str:
             return f"mongodb://127.0.0.1:{port}/"
         except OSError:
             time.sleep(0.05)
-    raise RuntimeError(_why_not_started(folder, log))
+    raise RuntimeError(_startup_error(folder, log))
 
 
-def _why_not_started(folder: Path, log: Path) -> str:
+def _startup_error(folder: Path, log: Path) -> str:
     with contextlib.suppress(OSError):
         if "DBPathInUse" in log.read_text(errors="replace"):
             holder = (folder / "mongod.lock").read_text().strip()
             return (
-                f"MongoDB does not start, as process {holder} uses {str(folder)!r}; end the app that it belongs to or, "
-                f"if that was killed, the process itself: kill {holder}"
+                f"MongoDB did not start, as process {holder} uses {str(folder)!r}; stop the app of that process or, "
+                f"if the app was killed, the process itself: kill {holder}"
             )
-    return f"MongoDB does not start; {str(log)!r} says why."
+    return f"MongoDB did not start; see {str(log)!r} for the reason."
 
 
 def _stop(process: subprocess.Popen) -> None:

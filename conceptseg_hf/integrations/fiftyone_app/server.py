@@ -1,9 +1,9 @@
-"""FiftyOne's App server on loopback, whose page asks nobody else for anything.
+"""FiftyOne's App server on the loopback interface; its page contacts no other server.
 
     python -m conceptseg_hf.integrations.fiftyone_app.server --port 5151
 
-FiftyOne's page wants fonts from Google, and parts of it want code and maps from elsewhere. Every answer of this server
-tells the browser to refuse that.
+FiftyOne's page requests fonts from Google, and parts of it request code and maps from other hosts. A content security
+policy in each response of this server blocks these requests.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# Inline and eval, because the App styles itself inline and its decoders are wasm; blob and data, for its workers.
+# The App requires unsafe-inline for its styles, unsafe-eval for its wasm decoders, and blob and data for its workers.
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; form-action 'self'"
 _HEADERS = [
     (b"content-security-policy", POLICY.encode()),
-    (b"x-dns-prefetch-control", b"off"),  # else some browsers look up the hosts of links before anyone clicks
+    (b"x-dns-prefetch-control", b"off"),  # some browsers resolve the hosts of links in advance
 ]
 
 
 def confined(app: ASGIApp) -> ASGIApp:
-    """Adds the headers to every answer of an application; what it streams stays a stream."""
+    """Wrap an ASGI application to add the headers to every response, without buffering streamed responses."""
 
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message["headers"], *_HEADERS]}
@@ -35,19 +35,19 @@ def confined(app: ASGIApp) -> ASGIApp:
 
         await app(scope, receive, send_with_headers)
 
-    return answer
+    return application
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Serves until it is interrupted; FiftyOne's settings are those of the environment."""
+    """Run the server until it is interrupted, with FiftyOne's settings from the environment."""
     parser = argparse.ArgumentParser(
         prog="python -m conceptseg_hf.integrations.fiftyone_app.server",
-        description="FiftyOne's App server on 127.0.0.1; its page reaches no other server. Ctrl-C ends it.",
+        description="FiftyOne's App server on 127.0.0.1; its page contacts no other server. Press Ctrl-C to stop.",
     )
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--port", type=int, required=True, help="TCP port to listen on")
     port = parser.parse_args(arguments).port
 
-    os.environ["FIFTYONE_SERVER"] = "1"  # FiftyOne reads it when it is imported
+    os.environ["FIFTYONE_SERVER"] = "1"  # read when FiftyOne is imported
     from fiftyone.server.app import app
     from fiftyone.server.events import set_port
     from hypercorn.asyncio import serve

@@ -1,17 +1,17 @@
-"""Python imports this before anything else where this folder is on its path; `reached_hosts.py` puts it there."""
+"""Imported by Python at startup if this folder is on PYTHONPATH; see `reached_hosts.py`."""
 
 import os
 import sys
 
 _FILE = os.environ["CONCEPTSEG_TEST_HOSTS"]
-_LOOK_UPS = {"socket.getaddrinfo", "socket.gethostbyname"}
+_LOOKUPS = {"socket.getaddrinfo", "socket.gethostbyname"}
 _TRAFFIC = {"socket.connect", "socket.sendto", "socket.sendmsg"}
 
 
-def _note(event: str, details: tuple) -> None:
-    if event in _LOOK_UPS:
+def _record(event: str, details: tuple) -> None:
+    if event in _LOOKUPS:
         host = details[0]
-    elif event in _TRAFFIC and isinstance(details[1], tuple):  # else a socket of the file system
+    elif event in _TRAFFIC and isinstance(details[1], tuple):  # excludes Unix domain sockets
         host = details[1][0]
     else:
         return
@@ -19,4 +19,4 @@ def _note(event: str, details: tuple) -> None:
         file.write(f"{host}\n")
 
 
-sys.addaudithook(_note)
+sys.addaudithook(_record)

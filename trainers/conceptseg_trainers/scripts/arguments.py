@@ -1,4 +1,4 @@
-"""What a recipe says: the data and the model. The trainers' own settings are their configs."""
+"""Arguments of the scripts for data and model; the settings of the trainers are in their config classes."""
 
 from __future__ import annotations
 
@@ -22,45 +22,46 @@ from ..samples import warn_of_shared_images
 
 @dataclass
 class DataArguments:
-    """The data.
+    """Arguments for the data.
 
     Attributes:
-        benchmark: A name that `load_benchmark` knows, or several with commas between them.
-        benchmark_root: Folder of the benchmarks' files, if they have any, or NAME=DIR of each with commas between them;
-            `root` is the same.
+        benchmark: Benchmark names of `load_benchmark`, separated by commas.
+        benchmark_root: Folder of the benchmark files, or comma-separated NAME=DIR pairs. `root` is an alias.
         train_split: Split to train on.
-        train_samples: Only the first samples of it, of each benchmark; all by default.
+        train_samples: Number of samples of each benchmark to train on; all by default.
         eval_split: Split for evaluation.
-        eval_samples: Only the first samples of it, of each benchmark.
-        benchmark_loader: How references are drawn and read: "default", or "released" as the released code does; see
+        eval_samples: Number of samples of each benchmark for evaluation; all by default.
+        benchmark_loader: How references are sampled and read: "default", or "released" as in the released code; see
             `load_benchmark`.
     """
 
-    benchmark: str = field(default="concept-shapes", metadata={"help": "Names of benchmarks, with commas."})
+    benchmark: str = field(
+        default="concept-shapes", metadata={"help": "Benchmark names, separated by commas."}
+    )
     benchmark_root: str | None = field(
         default=None,
-        metadata={"help": "Folder of their files, or NAME=DIR,NAME=DIR.", "aliases": ["--root"]},
+        metadata={"help": "Folder of the benchmark files, or NAME=DIR,NAME=DIR.", "aliases": ["--root"]},
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    train_samples: int | None = field(default=None, metadata={"help": "Only its first samples."})
+    train_samples: int | None = field(default=None, metadata={"help": "Number of training samples."})
     eval_split: str = field(default="val", metadata={"help": "Split for evaluation."})
-    eval_samples: int | None = field(default=None, metadata={"help": "Only its first samples."})
+    eval_samples: int | None = field(default=None, metadata={"help": "Number of evaluation samples."})
     benchmark_loader: str = field(
         default="default",
-        metadata={"help": "How references are drawn: default or released.", "choices": list(LOADERS)},
+        metadata={"help": "How references are sampled: default or released.", "choices": list(LOADERS)},
     )
 
     def __post_init__(self) -> None:
         for name in ("train_samples", "eval_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use at least 1, or leave it out for all.")
+                raise ValueError(f"{name} is {getattr(self, name)}; use at least 1, or omit it to use all.")
 
     def load(self, training_args: TrainingArguments) -> tuple[Sequence[ConceptSample], Any]:
-        """The samples to train on, and those for evaluation (None if the run does not evaluate).
+        """Return the training samples and the evaluation samples (None if the run does not evaluate).
 
         Raises:
             OSError: If files are missing.
-            ValueError: If a name is unknown, or there is nothing to evaluate on.
+            ValueError: If a name is unknown, or there are no evaluation samples.
         """
         train = self._load(self.train_split, self.train_samples)
         if training_args.eval_strategy == "no" and not training_args.eval_on_start:
@@ -69,8 +70,8 @@ class DataArguments:
             evaluation = self._load(self.eval_split, self.eval_samples)
         except (ValueError, OSError) as error:
             raise ValueError(
-                f"{str(error).rstrip('.')} (for the evaluation while training: give another --eval_split, or train "
-                "without one, by --eval_strategy no)."
+                f"{str(error).rstrip('.')} (for the evaluation during training: use another --eval_split, or disable "
+                "it with --eval_strategy no)."
             ) from error
         warn_of_shared_images(train, evaluation)
         return train, evaluation
@@ -82,13 +83,13 @@ class DataArguments:
         )
         if not isinstance(samples, BenchmarkGroup):
             return samples
-        # torch joins all that can be indexed, whatever its types say
+        # ConcatDataset accepts any sequence, despite its annotation.
         members = cast(Iterable[Dataset[ConceptSample]], samples.members.values())
         return cast(Sequence[ConceptSample], ConcatDataset(members))
 
 
 def _roots(given: str | None) -> str | dict[str, str] | None:
-    """One folder, or, of several benchmarks, NAME=DIR,NAME=DIR."""
+    """Parse NAME=DIR,NAME=DIR into a dictionary; return any other string unchanged."""
     parts = [part.strip().partition("=") for part in (given or "").split(",")]
     if not all(equals and name in SOURCES for name, equals, _ in parts):
         return given
@@ -97,21 +98,21 @@ def _roots(given: str | None) -> str | dict[str, str] | None:
 
 @dataclass
 class ModelArguments:
-    """The model: a checkpoint, or two backbones with a fresh CTM between them.
+    """Arguments for the model: a checkpoint, or two backbones with a newly initialized CTM.
 
     Attributes:
         model_name_or_path: Folder or hub id of a ConceptSeg checkpoint; the embedded one by default.
-        vlm_name_or_path: Folder or hub id of a Qwen2.5-VL, instead of a checkpoint.
-        sam_name_or_path: Folder or hub id of a SAM 3, which goes with it.
-        num_concept_tokens: L2, the number of concept tokens of the fresh CTM (Table 7: 8, as in the released code; 16
-            in an early version of it).
-        canvas_size: Side of mosaic and target, for backbones (Table 7: 600).
-        coordinate_scale: What a canvas side measures in the text, for backbones: 1 for the paper's decimals,
-            600 for the released code's pixels.
-        dtype: Of the VLM; the checkpoint's by default.
-        attn_implementation: Of the VLM.
-        profile: Gives model and processor the settings of a profile, "paper" or "released", which the trained model
-            keeps; by default they stay as they are.
+        vlm_name_or_path: Folder or hub id of a Qwen2.5-VL to use as a backbone, instead of a checkpoint.
+        sam_name_or_path: Folder or hub id of a SAM 3 to use as a backbone.
+        num_concept_tokens: L2, the number of concept tokens of the new CTM (Table 7: 8, as in the released code; 16 in
+            an early version of it). Only for backbones.
+        canvas_size: Side of the mosaic and the target, in pixels (Table 7: 600). Only for backbones.
+        coordinate_scale: Length of a canvas side in text units: 1 for the paper's decimals, 600 for the pixels of the
+            released code. Only for backbones.
+        dtype: Dtype of the VLM; the checkpoint's by default.
+        attn_implementation: Attention implementation of the VLM.
+        profile: Profile to apply to model and processor, "paper" or "released", which is saved with the trained model;
+            by default the settings of the checkpoint are kept.
     """
 
     model_name_or_path: str | None = field(
@@ -120,21 +121,25 @@ class ModelArguments:
     vlm_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "VLM to begin from instead.",
+            "help": "VLM backbone, instead of a checkpoint.",
             "aliases": ["--mllm_name_or_path"],
-        },  # its name before
+        },  # previous name
     )
-    sam_name_or_path: str | None = field(default=None, metadata={"help": "SAM 3 that goes with it."})
-    num_concept_tokens: int = field(default=8, metadata={"help": "L2 of the fresh CTM."})
+    sam_name_or_path: str | None = field(default=None, metadata={"help": "SAM 3 backbone."})
+    num_concept_tokens: int = field(default=8, metadata={"help": "L2, for backbones."})
     canvas_size: int = field(default=600, metadata={"help": "Side of mosaic and target, for backbones."})
-    coordinate_scale: float = field(default=1.0, metadata={"help": "Text units of a canvas side."})
+    coordinate_scale: float = field(
+        default=1.0, metadata={"help": "Text units of a canvas side, for backbones."}
+    )
     dtype: str = field(
         default="auto",
-        metadata={"help": "Of the VLM.", "choices": ["auto", "float32", "bfloat16", "float16"]},
+        metadata={"help": "Dtype of the VLM.", "choices": ["auto", "float32", "bfloat16", "float16"]},
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the VLM."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention implementation of the VLM."}
+    )
     profile: str | None = field(
-        default=None, metadata={"help": "Settings of model and processor: paper or released."}
+        default=None, metadata={"help": "Profile of model and processor: paper or released."}
     )
 
     def __post_init__(self) -> None:
@@ -143,24 +148,26 @@ class ModelArguments:
         for name in ("model_name_or_path", "vlm_name_or_path", "sam_name_or_path"):
             _check_source(name, getattr(self, name))
         if (self.vlm_name_or_path is None) != (self.sam_name_or_path is None):
-            raise ValueError("vlm_name_or_path and sam_name_or_path belong together; give both or neither.")
+            raise ValueError(
+                "only one of vlm_name_or_path and sam_name_or_path is given; use both or neither."
+            )
         if self.vlm_name_or_path and self.model_name_or_path:
             raise ValueError(
-                "both model_name_or_path and vlm_name_or_path are given; begin from a checkpoint or from "
+                "both model_name_or_path and vlm_name_or_path are given; use either a checkpoint or "
                 "backbones."
             )
 
     def load(
         self, options: Mapping[str, Any] | None = None
     ) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
-        """The model and its processor.
+        """Load the model and its processor.
 
         Args:
-            options: Further arguments of `from_pretrained`, for the checkpoint or the VLM; they go before the fields.
+            options: Further arguments of `from_pretrained` for the checkpoint or the VLM, which override the fields.
 
         Raises:
             OSError: If a checkpoint cannot be found.
-            ValueError: If it cannot be used.
+            ValueError: If a checkpoint cannot be used.
         """
         model, processor = self._load({"dtype": self.dtype, **self.load_kwargs(), **(options or {})})
         if self.profile is not None:
@@ -168,9 +175,9 @@ class ModelArguments:
         return model, processor
 
     def _load(self, options: dict[str, Any]) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
-        if self.vlm_name_or_path is None or self.sam_name_or_path is None:  # both or neither are given
+        if self.vlm_name_or_path is None or self.sam_name_or_path is None:  # both or neither is given
             checkpoint = find_checkpoint(self.model_name_or_path)
-            load_config(checkpoint)  # refuses what is no ConceptSeg checkpoint
+            load_config(checkpoint)  # raises an error if it is not a ConceptSeg checkpoint
             model = ConceptSegForSegmentation.from_pretrained(checkpoint, **options)
             return model, ConceptSegProcessor.from_pretrained(checkpoint)
         model = ConceptSegForSegmentation.from_backbones(
@@ -191,7 +198,7 @@ class ModelArguments:
         return model, processor
 
     def load_kwargs(self) -> dict[str, Any]:
-        """Further arguments of `from_pretrained`, for the checkpoint or the VLM."""
+        """Return further arguments of `from_pretrained` for the checkpoint or the VLM."""
         return {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
 
 
@@ -202,5 +209,5 @@ def _check_source(field_name: str, source: str | None) -> None:
         validate_repo_id(source)
     except HFValidationError as error:
         raise ValueError(
-            f"{field_name} is {source!r}, which is neither a folder nor a hub id; give one of the two."
+            f"{field_name} is {source!r}, which is neither a folder nor a hub id; use one of the two."
         ) from error

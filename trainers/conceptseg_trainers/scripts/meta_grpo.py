@@ -18,51 +18,53 @@ from .arguments import DataArguments, ModelArguments
 from .recipe_parser import RecipeParser
 from .running import check_run, main
 
-# All attention projections of the language model; the vision tower stays as it is.
+# All attention projections of the language model; the vision tower gets no adapters.
 _LORA_TARGETS = r"vlm\.model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj)"
 
 
 @dataclass
 class SplitReferenceArguments(DataArguments):
-    """The data, and how references are composed.
+    """Arguments for the data and for composing references.
 
     Attributes:
-        grid: Cells per side of the mosaic, K.
+        grid: Number of cells per side of the mosaic, K.
     """
 
-    grid: int = field(default=2, metadata={"help": "Cells per side of the mosaic of references."})
+    grid: int = field(default=2, metadata={"help": "Cells per side of the reference mosaic."})
 
 
 @dataclass
 class PolicyArguments(ModelArguments):
-    """The model, and whether all of its VLM trains or adapters (LoRA) beside the CTM.
+    """Arguments for the model, and for training LoRA adapters instead of the full VLM.
 
     Attributes:
         use_peft: Train LoRA adapters of the VLM, and the CTM.
         lora_r: Rank of the adapters.
-        lora_alpha: Their scale, times the rank.
-        lora_dropout: Their dropout.
-        lora_target_modules: A regular expression over module names; the attention projections of the language
-            model by default.
-        load_in_4bit: Keep the frozen VLM under the adapters in 4 bits (needs bitsandbytes).
+        lora_alpha: Alpha of the adapters (their scale times the rank).
+        lora_dropout: Dropout of the adapters.
+        lora_target_modules: Regular expression for the names of the modules that get adapters; the attention
+            projections of the language model by default.
+        load_in_4bit: Load the frozen VLM in 4 bits (needs bitsandbytes).
     """
 
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters and the CTM."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=32, metadata={"help": "Their scale, times the rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Their dropout."})
-    lora_target_modules: str = field(default=_LORA_TARGETS, metadata={"help": "What gets adapters (regex)."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters times the rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters."})
+    lora_target_modules: str = field(
+        default=_LORA_TARGETS, metadata={"help": "Modules that get adapters (regex)."}
+    )
     load_in_4bit: bool = field(default=False, metadata={"help": "Frozen VLM in 4 bits; needs use_peft."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.load_in_4bit and not self.use_peft:
             raise ValueError(
-                "load_in_4bit is true without use_peft; 4-bit weights cannot train, so set use_peft."
+                "load_in_4bit is true without use_peft; 4-bit weights cannot be trained, so set use_peft."
             )
 
     def peft_config(self) -> LoraConfig | None:
-        """What MetaGRPOTrainer wraps the model by."""
+        """Return the configuration of the adapters, or None without `use_peft`."""
         if not self.use_peft:
             return None
         return LoraConfig(
@@ -87,13 +89,13 @@ class PolicyArguments(ModelArguments):
 
 
 def make_parser() -> RecipeParser:
-    """The parser of recipe and command line."""
+    """Return the parser for the recipe and the command line."""
     types = (SplitReferenceArguments, PolicyArguments, MetaGRPOConfig)
     return RecipeParser(types, stage="meta_grpo", prog="conceptseg train meta-grpo")
 
 
 def prepare(argv: Sequence[str]) -> MetaGRPOTrainer:
-    """Everything before the first step.
+    """Build the trainer from the command line.
 
     Args:
         argv: `--config RECIPE` and further options.
@@ -109,7 +111,7 @@ def prepare(argv: Sequence[str]) -> MetaGRPOTrainer:
         for samples in data.load(args)
     )
     model, processor = policy.load(args.model_init_kwargs)
-    args.model_init_kwargs = None  # they are used
+    args.model_init_kwargs = None  # already applied
     return MetaGRPOTrainer(
         model,
         args=args,

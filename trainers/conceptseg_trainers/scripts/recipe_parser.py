@@ -1,4 +1,4 @@
-"""Recipes: the YAML files that are shipped, and how one of them and the command line fill the settings of a script."""
+"""Recipes: the YAML files shipped with the package, and a parser that merges a recipe with the command line."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from conceptseg_hf.shipped import find_shipped_folder
 from conceptseg_hf.suggestions import did_you_mean
 
 _recipes = find_shipped_folder("recipes", "conceptseg_trainers")
-assert _recipes is not None  # the package is this one
+assert _recipes is not None  # the folder belongs to this package
 FOLDER = _recipes
 
 
 def recipe_names(stage: str = "") -> list[str]:
-    """The names of the recipes that are shipped: of a stage, `"sft"` or `"meta_grpo"`, or of both."""
+    """Return the names of the shipped recipes of a stage, `"sft"` or `"meta_grpo"`, or of both stages by default."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml") if stage in path.stem)
 
 
 def find_recipe(name: str, stage: str = "") -> Path:
-    """The file of a recipe.
+    """Return the path of a recipe.
 
     Args:
-        name: A file, or the name of a recipe that is shipped.
-        stage: See `recipe_names`; for the message.
+        name: Path of a file, or name of a shipped recipe.
+        stage: See `recipe_names`; used for the error message.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no such file or recipe.
     """
     names = recipe_names(stage)
     if name and Path(name).is_file():
@@ -42,51 +42,51 @@ def find_recipe(name: str, stage: str = "") -> Path:
     if name.removesuffix(".yaml") in recipe_names():
         return FOLDER / f"{name.removesuffix('.yaml')}.yaml"
     raise ValueError(
-        f"--config {name!r} is not a file, nor the name of a recipe{did_you_mean(Path(name).stem, names)}; give a YAML "
-        f"file, or one of {', '.join(names)}."
+        f"--config {name!r} is neither a file nor the name of a recipe{did_you_mean(Path(name).stem, names)}; use a "
+        f"YAML file, or one of {', '.join(names)}."
     )
 
 
 class RecipeParser(TrlParser):
-    """A TrlParser (YAML by `--config`, the command line beats it) that explains what is wrong in one sentence.
+    """A TrlParser (YAML from `--config`, overridden by the command line) with one-sentence error messages.
 
     Args:
-        dataclass_types: What is filled.
+        dataclass_types: Dataclasses to fill.
         stage: See `recipe_names`.
-        **kwargs: As of TrlParser.
+        **kwargs: Further arguments of TrlParser.
     """
 
     def __init__(self, dataclass_types: Sequence[type], stage: str, **kwargs: Any) -> None:
-        super().__init__(dataclass_types, **kwargs)  # type: ignore[arg-type]  # a NewType of Any takes no class
+        super().__init__(dataclass_types, **kwargs)  # type: ignore[arg-type]  # NewType of Any
         self.stage = stage
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
-        """The dataclasses, filled.
+        """Parse the command line, and the recipe that it names, into instances of the dataclasses.
 
         Raises:
             ValueError: If the recipe is missing or malformed, or an option or its value is unknown.
         """
-        words = [part for word in argv for part in _split_config(word)]
-        if not is_terminal():  # else Transformers decides
+        arguments = [part for argument in argv for part in _split_config(argument)]
+        if not is_terminal():  # otherwise keep the default of Transformers
             self.set_defaults_with_config(disable_tqdm=True)
-        if "--config" in words:
-            position = words.index("--config")
-            name = "".join(words[position + 1 : position + 2])
-            del words[position : position + 2]
-            self._take_recipe(find_recipe(name, self.stage))
-        if (unknown := unknown_option(words, self)) is not None:
+        if "--config" in arguments:
+            position = arguments.index("--config")
+            name = "".join(arguments[position + 1 : position + 2])
+            del arguments[position : position + 2]
+            self._apply_recipe(find_recipe(name, self.stage))
+        if (unknown := unknown_option(arguments, self)) is not None:
             self.error(f"unrecognized arguments: {unknown}")
-        *outputs, rest = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
+        *outputs, rest = self.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         return tuple(outputs)
 
     def error(self, message: str) -> NoReturn:
-        """What argparse calls for bad options."""
+        """Raise a ValueError; argparse calls this method for invalid options."""
         raise ValueError(f"{suggest(message.rstrip('.'), self)}; see --help for the options.")
 
-    def _take_recipe(self, path: Path) -> None:
-        """Makes what a recipe says the default."""
+    def _apply_recipe(self, path: Path) -> None:
+        """Use the values of a recipe as defaults."""
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -94,27 +94,27 @@ class RecipeParser(TrlParser):
             raise ValueError(f"the recipe {str(path)!r} is not valid YAML ({reason}); correct it.") from error
         if not isinstance(content, dict):
             raise ValueError(
-                f"the recipe {str(path)!r} is no YAML mapping; write a field and its value a line."
+                f"the recipe {str(path)!r} is not a YAML mapping; write one `field: value` per line."
             )
-        for name, value in (content.pop("env", None) or {}).items():  # as TRL has it
+        for name, value in (content.pop("env", None) or {}).items():  # as in TRL
             os.environ[name] = str(value)
         fields = {action.dest for action in self._actions}
         aliases = {
             option.lstrip("-"): action.dest for action in self._actions for option in action.option_strings
         }
         content = {aliases.get(name, name): value for name, value in content.items()}
-        own = recipe_names(self.stage)
+        names = recipe_names(self.stage)
         for name in content:
             if name not in fields:
-                meant = did_you_mean(str(name), fields)
-                if path.stem in recipe_names() and path.stem not in own:
-                    meant = f" (this is a recipe of the other stage; those of this one are {', '.join(own)})"
+                hint = did_you_mean(str(name), fields)
+                if path.stem in recipe_names() and path.stem not in names:
+                    hint = f" (this is a recipe of the other stage; the recipes of this one are {', '.join(names)})"
                 raise ValueError(
-                    f"the recipe {str(path)!r} sets {name!r}, which {self.prog} does not know{meant}; correct its "
-                    "name, or leave it out."
+                    f"the recipe {str(path)!r} sets {name!r}, which is not a field of {self.prog}{hint}; correct its "
+                    "name, or remove it."
                 )
         self.set_defaults_with_config(**content)
 
 
-def _split_config(word: str) -> list[str]:
-    return word.split("=", 1) if word.startswith("--config=") else [word]
+def _split_config(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]

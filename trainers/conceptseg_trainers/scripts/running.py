@@ -1,4 +1,4 @@
-"""How a script runs: checks before the model is loaded, resuming, what it says, and how it ends."""
+"""Run a training script: checks before the model is loaded, resuming, messages, and exit codes."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ logger = logging.getLogger(__name__)
 
 _SCHEDULER = "scheduler.pt"
 
-# What Transformers reports to without counting it among what is available: it depends on more than a package.
-_UNCOUNTED = {"azure_ml", "flyte", "kubeflow"}
+# Integrations that Transformers does not list as available, because they depend on more than a package.
+_UNLISTED_INTEGRATIONS = {"azure_ml", "flyte", "kubeflow"}
 
 
 def run(trainer: Trainer) -> None:
-    """Trains, from a checkpoint if the settings say so, and saves the complete model to `output_dir`.
+    """Train, resuming from a checkpoint if configured, and save the complete model to `output_dir`.
 
-    Says whether it resumes, where results lie, and, when it is stopped by Ctrl-C, how to go on. A run that has all its
-    steps behind it is left as it is; if it was killed before its model was saved, that is made up for.
+    Reports whether the run resumes, where the results are, and, after Ctrl-C, how to resume. A finished run is not
+    changed, except that its model is saved if the run was killed before saving it.
 
     Raises:
-        DivergedError: If the loss or weights are not finite.
+        DivergedError: If the loss or the weights are not finite.
         OSError: If a checkpoint or the model cannot be written.
-        KeyboardInterrupt: With a sentence that says how to go on.
+        KeyboardInterrupt: After Ctrl-C, with a message that says how to resume.
     """
     try:
         _run(trainer)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(trainer)) from None
+        raise KeyboardInterrupt(_resume_hint(trainer)) from None
     trainer.end()
     if trainer.accelerator.num_processes > 1:
         wait_for_gloo_threads()
@@ -60,7 +60,7 @@ def run(trainer: Trainer) -> None:
 def _run(trainer: Trainer) -> None:
     checkpoint = find_resume_checkpoint(trainer.args)
     if checkpoint is None or not _is_finished(trainer.args, checkpoint):
-        _warn_of_another_rate(trainer, checkpoint)
+        _warn_of_ignored_learning_rate(trainer, checkpoint)
         if checkpoint is not None:
             _notify(
                 trainer, f"resuming from {checkpoint!r}, after step {_state_of(checkpoint)['global_step']}."
@@ -69,13 +69,13 @@ def _run(trainer: Trainer) -> None:
         trainer.save_model()
     else:
         if not _is_saved(trainer.args, checkpoint):
-            with _no_steps(trainer.args):
+            with _zero_steps(trainer.args):
                 trainer.train(resume_from_checkpoint=checkpoint)
             trainer.save_model()
         _warn(
             trainer,
-            f"the run of {checkpoint!r} is finished, so nothing was trained; give another --output_dir for a new one, "
-            "or a larger --max_steps or --num_train_epochs to go on.",
+            f"the run of {checkpoint!r} is finished, so nothing was trained; use another --output_dir for a new run, "
+            "or a larger --max_steps or --num_train_epochs to continue.",
         )
     _report_results(trainer)
 
@@ -85,27 +85,27 @@ def _report_results(trainer: Trainer) -> None:
     what = "the adapters are" if is_peft_model(trainer.model) else "the trained model is"
     _notify(
         trainer,
-        f"{what} in {str(folder)!r}, checkpoints of the run in its folders {PREFIX_CHECKPOINT_DIR}-*.",
+        f"{what} in {str(folder)!r}; its subfolders {PREFIX_CHECKPOINT_DIR}-* are the checkpoints of the run.",
     )
     if (folder / "examples").is_dir():
-        _notify(trainer, f"example pictures are in {str(folder / 'examples')!r}.")
+        _notify(trainer, f"example images are in {str(folder / 'examples')!r}.")
     if not is_peft_model(trainer.model):
         _notify(
             trainer, f"try it with: conceptseg segment IMAGE --prompt TEXT --model {shlex.quote(str(folder))}"
         )
 
 
-def _how_to_go_on(trainer: Trainer) -> str:
+def _resume_hint(trainer: Trainer) -> str:
     step, args = trainer.state.global_step, trainer.args
     last = next(reversed(complete_checkpoints(run_folder(args))), None)
     if last is None:
-        return f"stopped after step {step}; no checkpoint was saved yet, so the same command begins anew."
-    auto = (
-        "the same command goes"
+        return f"stopped after step {step}; no checkpoint has been saved, so the same command starts from scratch."
+    remedy = (
+        "run the same command"
         if args.resume_from_checkpoint == "auto"
-        else "with --resume_from_checkpoint auto it goes"
+        else "add --resume_from_checkpoint auto to the command"
     )
-    return f"stopped after step {step}; {auto} on from {str(last)!r}."
+    return f"stopped after step {step}; {remedy} to resume from {str(last)!r}."
 
 
 def _notify(trainer: Trainer, message: str) -> None:
@@ -118,7 +118,7 @@ def _state_of(checkpoint: str) -> dict[str, Any]:
 
 
 def _is_finished(args: TrainingArguments, checkpoint: str) -> bool:
-    """Whether a checkpoint has all steps of the run behind it; the Trainer would take one more."""
+    """Whether a checkpoint was written after the last step of the run; the Trainer would still take one more step."""
     state = _state_of(checkpoint)
     if args.max_steps > 0:
         return state["global_step"] >= args.max_steps
@@ -132,18 +132,18 @@ def _is_saved(args: TrainingArguments, checkpoint: str) -> bool:
 
 
 @contextmanager
-def _no_steps(args: TrainingArguments) -> Iterator[None]:
-    """Lets `train` read a checkpoint and take no step."""
-    wanted = args.max_steps, args.num_train_epochs
+def _zero_steps(args: TrainingArguments) -> Iterator[None]:
+    """Temporarily set the number of steps to zero, so that `train` only loads a checkpoint."""
+    original = args.max_steps, args.num_train_epochs
     args.max_steps, args.num_train_epochs = -1, 0
     try:
         yield
     finally:
-        args.max_steps, args.num_train_epochs = wanted
+        args.max_steps, args.num_train_epochs = original
 
 
-def _warn_of_another_rate(trainer: Trainer, checkpoint: str | None) -> None:
-    """Warns where the learning rate asked for gives way to the checkpoint's (the Trainer warns of batch sizes)."""
+def _warn_of_ignored_learning_rate(trainer: Trainer, checkpoint: str | None) -> None:
+    """Warn if the checkpoint's learning rate overrides the given one (the Trainer warns about batch sizes itself)."""
     path = Path(checkpoint or "") / _SCHEDULER
     if checkpoint is None or not path.is_file():
         return
@@ -151,8 +151,8 @@ def _warn_of_another_rate(trainer: Trainer, checkpoint: str | None) -> None:
     if rates and trainer.args.learning_rate not in rates:
         _warn(
             trainer,
-            f"learning_rate is {trainer.args.learning_rate}, but {checkpoint!r} goes on with its own, {rates[0]}; "
-            "another one needs a new run, in another --output_dir.",
+            f"learning_rate is {trainer.args.learning_rate}, but {checkpoint!r} continues with its own, {rates[0]}; "
+            "start a new run in another --output_dir to change it.",
         )
 
 
@@ -162,12 +162,12 @@ def _warn(trainer: Trainer, message: str) -> None:
 
 
 def check_run(args: TrainingArguments) -> None:
-    """Finds what the Trainer would find only when the model is loaded.
+    """Check settings before the model is loaded that the Trainer would check only afterwards.
 
     Raises:
-        ValueError: If the run's folder cannot be written, there is no checkpoint to resume from, or Transformers does
-            not know where to report to.
-        ImportError: If a package to report to is missing.
+        ValueError: If `output_dir` cannot be written, `resume_from_checkpoint` is not a complete checkpoint, or
+            `report_to` is unknown.
+        ImportError: If a package of `report_to` is missing.
     """
     _check_output_dir(args)
     find_resume_checkpoint(args)
@@ -177,16 +177,16 @@ def check_run(args: TrainingArguments) -> None:
 def _check_output_dir(args: TrainingArguments) -> None:
     fault = find_write_error(Path(run_folder(args)))
     if fault is not None:
-        raise ValueError(f"output_dir {args.output_dir!r} cannot be written: {fault}; give another folder.")
+        raise ValueError(f"output_dir {args.output_dir!r} cannot be written: {fault}; use another folder.")
 
 
 def _check_report_to(args: TrainingArguments) -> None:
-    available = {*get_available_reporting_integrations(), *_UNCOUNTED}
+    available = {*get_available_reporting_integrations(), *_UNLISTED_INTEGRATIONS}
     for name in reported_to(args):
         if name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(
-                f"report_to is {name!r}; use one of {', '.join(INTEGRATION_TO_CALLBACK)}, or all of them that are "
-                "installed (all), or none."
+                f'report_to is {name!r}; use one of {", ".join(INTEGRATION_TO_CALLBACK)}, "all" for all that are '
+                'installed, or "none".'
             )
         if name not in available:
             raise ImportError(
@@ -195,35 +195,35 @@ def _check_report_to(args: TrainingArguments) -> None:
 
 
 def find_resume_checkpoint(args: TrainingArguments) -> str | None:
-    """The folder to resume from.
+    """Return the checkpoint folder to resume from, or None to start a new run.
 
     Args:
-        args: With `resume_from_checkpoint`: a folder, or "auto" for the last complete checkpoint of
-            `output_dir`, which may not be there yet.
+        args: The settings. `resume_from_checkpoint` is a folder, or "auto" for the last complete checkpoint in
+            `output_dir`, if there is one.
 
     Raises:
-        ValueError: If the folder is no complete checkpoint.
+        ValueError: If the folder is not a complete checkpoint.
     """
-    wanted = args.resume_from_checkpoint
-    if wanted is None:
+    folder = args.resume_from_checkpoint
+    if folder is None:
         return None
-    if wanted != "auto":
-        if not is_complete(wanted):
+    if folder != "auto":
+        if not is_complete(folder):
             raise ValueError(
-                f"resume_from_checkpoint is {wanted!r}, which is no complete checkpoint; give the folder of one, "
-                'or "auto" for the last of output_dir.'
+                f"resume_from_checkpoint is {folder!r}, which is not a complete checkpoint; use the folder of one, "
+                'or "auto" for the last one in output_dir.'
             )
-        return wanted
+        return folder
     last = next(reversed(complete_checkpoints(run_folder(args))), None)
     return None if last is None else str(last)
 
 
 def main(prepare: Callable[[Sequence[str]], Trainer]) -> int:
-    """Runs a script on the words of its command line.
+    """Run a script with the arguments of the command line.
 
     Returns:
-        The exit code: 0; 2 after bad input, or a training that diverged or could not be saved, which is explained in
-        one sentence on standard error; 130 after Ctrl-C.
+        The exit code: 0 on success; 2, with a one-sentence message on standard error, if the input is invalid or the
+        training diverges or cannot be saved; 130 after Ctrl-C.
     """
     try:
         hide_bars_in_pipes()

@@ -15,13 +15,13 @@ from .running import check_run, main
 
 
 def make_parser() -> RecipeParser:
-    """The parser of recipe and command line."""
+    """Return the parser for the recipe and the command line."""
     types = (DataArguments, ModelArguments, ConceptSFTConfig)
     return RecipeParser(types, stage="sft", prog="conceptseg train sft")
 
 
 def prepare(argv: Sequence[str]) -> ConceptSFTTrainer:
-    """Everything before the first step.
+    """Build the trainer from the command line.
 
     Args:
         argv: `--config RECIPE` and further options.
@@ -33,10 +33,9 @@ def prepare(argv: Sequence[str]) -> ConceptSFTTrainer:
     data, model_arguments, args = make_parser().parse(argv)
     check_run(args)
     train, evaluation = data.load(args)
-    resolve_completion_source(
-        train, args, list_some=False
-    )  # before the model is loaded; the trainer tells the rest
-    with without_zero_init():  # every process needs VLM and SAM 3 whole
+    # Before the model is loaded; the trainer warns if only some samples lack their texts.
+    resolve_completion_source(train, args, list_some=False)
+    with without_zero_init():  # every process needs the full VLM and SAM 3
         model, processor = model_arguments.load()
     return ConceptSFTTrainer(model, args, train, evaluation, processor)
 

@@ -1,7 +1,7 @@
-"""The task families of ConceptShapes: each function composes scenes into one task.
+"""The task families of ConceptShapes: each function combines scenes into one task.
 
-Families are grouped as the columns of the paper's Table 1. A family returns a `Task`: the target scene, the
-true mask, the user's words, the references with their true boxes, and the ground-truth reasoning, which
+Families are grouped by the columns of the paper's Table 1. A family returns a `Task`: the target scene, the
+ground-truth mask, the prompt, the references with their ground-truth boxes, and the ground-truth reasoning, which
 always ends with the answer.
 """
 
@@ -41,8 +41,8 @@ __all__ = ["FURTHER_GROUPS", "GROUPS", "TABLE_1_GROUPS", "VARIANTS", "Family", "
 
 Family = Callable[..., Task]
 
-# Level, group (a column of the paper's Table 1) and families, in the order in which a split goes through
-# them. "Diverse classes" comes three times in a round because it holds the absent-object negatives too.
+# Level, group (a column of the paper's Table 1) and families, in the order in which a split cycles through them.
+# "Diverse classes" occurs three times in a round because it also contains the negatives with absent objects.
 GROUPS: tuple[tuple[str, str, tuple[Family, ...]], ...] = (
     ("CI", "diverse classes", (attribute,)),
     ("CD", "optical property", (transparent, shadow)),
@@ -60,7 +60,7 @@ GROUPS: tuple[tuple[str, str, tuple[Family, ...]], ...] = (
 
 TABLE_1_GROUPS = tuple(dict.fromkeys(group for _, group, _ in GROUPS))
 
-# Groups beside those of Table 1, drawn only where they are asked for by name; strata are reported apart.
+# Groups outside Table 1, generated only if selected by name; results of strata are reported separately.
 FURTHER_GROUPS: dict[str, tuple[str, dict[str, tuple[Family, ...]]]] = {
     "which one": (
         "CR",
@@ -72,5 +72,5 @@ FURTHER_GROUPS: dict[str, tuple[str, dict[str, tuple[Family, ...]]]] = {
     "hidden rule": ("CR", {"": (hidden_rule,)}),
 }
 
-# Families of which several samples in a row share a target: how many, and how each is asked for.
+# Number of variants of families in which several consecutive samples have the same target.
 VARIANTS: dict[Family, int] = {coexistence: 2}

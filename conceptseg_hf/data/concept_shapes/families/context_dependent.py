@@ -1,4 +1,4 @@
-"""CD: what a thing is shows in how it stands in its surroundings. Optical property to medical lesion."""
+"""CD: the concept depends on the relation of an object to its surroundings. Optical property to medical lesion."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .task import Rng, Task, draw_references, shows
 
 
 def transparent(rng: Rng, size: int, held_out: bool) -> Task:
-    """A glass object that bends what lies behind it, among opaque ones."""
+    """A glass object that distorts what is behind it, among opaque ones."""
 
     def draw(rng: Rng, size: int) -> Scene:
         looks = [random_look(rng) for _ in range(int(rng.integers(1, 4)))]
@@ -66,8 +66,8 @@ def shadow(rng: Rng, size: int, held_out: bool) -> Task:
             radius,
         )
         others = make_objects(rng, size, [random_look(rng) for _ in range(int(rng.integers(1, 4)))])
-        centres = place(rng, size, [item.radius for item in others], [shade])
-        others = [replace(item, cx=x, cy=y) for item, (x, y) in zip(others, centres, strict=True)]
+        centers = place(rng, size, [item.radius for item in others], [shade])
+        others = [replace(item, cx=x, cy=y) for item, (x, y) in zip(others, centers, strict=True)]
         return draw_scene(rng, size, [shade, *others])
 
     scene = draw(rng, size)
@@ -87,7 +87,7 @@ def shadow(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def camouflage(rng: Rng, size: int, held_out: bool) -> Task:
-    """An object that wears the texture of its background; only its border betrays it."""
+    """An object with the texture of its background; only its border is visible."""
 
     def draw(rng: Rng, size: int) -> Scene:
         radius = random_radius(rng, size, 0.14, 0.24)
@@ -105,16 +105,18 @@ def camouflage(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def saliency(rng: Rng, size: int, held_out: bool) -> Task:
-    """One vivid, larger object among small grey ones."""
+    """One vivid, larger object among small gray ones."""
 
     def draw(rng: Rng, size: int, held_out: bool = False) -> Scene:
         look = random_look(rng, held_out)
         radius = random_radius(rng, size, 0.14, 0.22)
         item = SceneObject(look, *place(rng, size, [radius])[0], radius)
-        dull = [Look(pick(rng, SHAPES), GREY, pick(rng, TEXTURES)) for _ in range(int(rng.integers(2, 6)))]
-        others = make_objects(rng, size, dull, 0.05, 0.1)
-        centres = place(rng, size, [other.radius for other in others], [item])
-        others = [replace(other, cx=x, cy=y) for other, (x, y) in zip(others, centres, strict=True)]
+        gray_looks = [
+            Look(pick(rng, SHAPES), GREY, pick(rng, TEXTURES)) for _ in range(int(rng.integers(2, 6)))
+        ]
+        others = make_objects(rng, size, gray_looks, 0.05, 0.1)
+        centers = place(rng, size, [other.radius for other in others], [item])
+        others = [replace(other, cx=x, cy=y) for other, (x, y) in zip(others, centers, strict=True)]
         return draw_scene(rng, size, [*others, item])
 
     scene = draw(rng, size, held_out)
@@ -203,7 +205,7 @@ def lesion(rng: Rng, size: int, held_out: bool) -> Task:
 def _with_region(
     image: FloatArray, coverage: FloatArray, value: FloatArray | np.float32, opacity: float, look: Look
 ) -> Scene:
-    """A scene of one irregular region, (S, S) coverage, blended into an image."""
+    """Create a scene with one irregular region, (S, S) coverage, blended into an image."""
     image = image + (value - image) * (coverage * np.float32(opacity))[:, :, None]
     mask = coverage > 0.5
     box = mask_to_box(mask)

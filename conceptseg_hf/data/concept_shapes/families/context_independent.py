@@ -1,4 +1,4 @@
-"""CI: what a thing is shows in the thing itself. Diverse classes, with absent ones."""
+"""CI: the concept is visible in the object itself. Diverse classes, including absent ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .task import Rng, Task, distractors, draw_references, look_with, shows, wor
 
 
 def attribute(rng: Rng, size: int, held_out: bool) -> Task:
-    """All objects that answer to a shape, color or texture; one in five scenes has two of them."""
+    """All objects with a given shape, color or texture; one in five scenes has two of them."""
     look = random_look(rng, held_out)
     words = words_for(rng, look)
     looks = [look]
@@ -43,7 +43,7 @@ def attribute(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def absent(rng: Rng, size: int, held_out: bool) -> Task:
-    """A phrase that names nothing in the scene; half of the time one of its words fits something there."""
+    """A phrase that describes no object of the scene; in half of the samples one of its words does."""
     objects = make_objects(rng, size, [random_look(rng) for _ in range(int(rng.integers(2, 5)))])
     scene = draw_scene(rng, size, objects)
     hard = rng.random() < 0.5

@@ -1,4 +1,4 @@
-"""CR: what is meant follows from comparing things or images. Consistency to spatio-temporality."""
+"""CR: the target follows from comparing objects or images. Consistency to spatio-temporality."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .task import Rng, Task, distractors, draw_references, look_with, other_word
 
 
 def common_attribute(rng: Rng, size: int, held_out: bool) -> Task:
-    """The marked objects share a color or a shape and nothing else; find the object that has it too."""
+    """The marked objects share only a color or a shape; find the object that also has it."""
     look = random_look(rng, held_out)
     word = look.color if rng.random() < 0.5 else look.shape
     scene = draw_scene(
@@ -47,7 +47,7 @@ def common_attribute(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def same_object(rng: Rng, size: int, held_out: bool) -> Task:
-    """The references mark one and the same object in different places; find it again among near twins."""
+    """The references mark the same object in different positions; find it among similar objects."""
     look = random_look(rng, held_out)
     twins = [
         replace(
@@ -81,7 +81,7 @@ def same_object(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def same_part(rng: Rng, size: int, held_out: bool) -> Task:
-    """Objects have a core of another color; the references mark the core of one kind of object."""
+    """Objects have a core of a different color; the references mark the core of one kind of object."""
     shape = pick(rng, ("circle", "square", "triangle", "diamond"))
 
     def draw(rng: Rng, size: int) -> Scene:
@@ -120,12 +120,12 @@ def same_part(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def changed(rng: Rng, size: int, held_out: bool) -> Task:
-    """The same scene twice; the second time one object is new."""
+    """The same scene twice; the second one contains a new object."""
     looks = [random_look(rng, held_out), *(random_look(rng) for _ in range(int(rng.integers(1, 4))))]
     objects = make_objects(rng, size, looks)
     background = draw_background(rng, size)
     seed = int(rng.integers(2**31))
-    # Drawn from one seed, old objects first, so that they look the same both times.
+    # Both scenes use the same seed and draw the old objects first, so that these look the same.
     before = draw_scene(np.random.default_rng(seed), size, objects[1:], background)
     scene = draw_scene(np.random.default_rng(seed), size, [*objects[1:], objects[0]], background)
     answer = looks[0].phrase
@@ -143,7 +143,7 @@ def changed(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def differs(rng: Rng, size: int, held_out: bool) -> Task:
-    """The references mark one kind of object; the target holds several of that kind and one that is not."""
+    """The references mark one kind of object; the target contains several of that kind and one of another kind."""
     look = random_look(rng)
     odd = random_look(rng, held_out, shape=other_word(rng, SHAPES, look.shape))
 
@@ -153,8 +153,7 @@ def differs(rng: Rng, size: int, held_out: bool) -> Task:
     scene = draw_scene(rng, size, make_objects(rng, size, [odd, *[look] * int(rng.integers(2, 4))]))
     think = f"the marked objects are each a {look.shape} unlike the {odd.phrase}"
     prompt = "find the object that differs from the marked ones"
-    # Here the check is to find an object of the marked kind, so that the proxy query verifies what
-    # "different" is different from.
+    # The rule names the marked kind of object, so that the proxy query verifies what the target differs from.
     return Task(
         scene,
         scene.objects[0].mask,
@@ -184,7 +183,7 @@ def relation(rng: Rng, size: int, held_out: bool) -> Task:
     jitter = 0.05 * size * (2 * rng.random(4) - 1)
     anchor = SceneObject(anchor_look, cx, cy, radii[0])
     target = SceneObject(looks[0], cx + reach * dx + jitter[0], cy + reach * dy + jitter[1], radii[1])
-    # The other object lies on another side: a name alone is not enough.
+    # The other object is on a different side, so that the target is not the only object next to the anchor.
     other = names[(names.index(name) + 1 + int(rng.integers(3))) % 4]
     ox, oy = RELATIONS[other]
     decoy = SceneObject(looks[1], cx + reach * ox + jitter[2], cy + reach * oy + jitter[3], radii[2])
@@ -209,7 +208,7 @@ def relation(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def odd_one_out(rng: Rng, size: int, held_out: bool) -> Task:
-    """Several equal objects and one that differs in color or shape."""
+    """Several identical objects and one that differs in color or shape."""
 
     def draw(rng: Rng, size: int, held_out: bool = False) -> tuple[Scene, Look]:
         while True:
@@ -246,8 +245,8 @@ def extreme_size(rng: Rng, size: int, held_out: bool) -> Task:
     objects = make_objects(rng, size, looks, *high)
     radius = random_radius(rng, size, *low)
     target = replace(objects[0], radius=radius)
-    centres = place(rng, size, [radius])
-    target = replace(target, cx=centres[0][0], cy=centres[0][1])
+    centers = place(rng, size, [radius])
+    target = replace(target, cx=centers[0][0], cy=centers[0][1])
     rest = objects[1:]
     rest = [
         replace(o, cx=x, cy=y)
@@ -265,7 +264,7 @@ def extreme_size(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def tracking(rng: Rng, size: int, held_out: bool) -> Task:
-    """An object is marked in the first frame; all objects move; find it in the last frame."""
+    """An object is marked in the first frame and all objects move; find it in the last frame."""
     looks = [random_look(rng, held_out), *(random_look(rng) for _ in range(int(rng.integers(1, 4))))]
     objects = make_objects(rng, size, looks, 0.09, 0.15)
     steps = 0.12 * size * (2 * rng.random((len(objects), 2)) - 1)
@@ -276,7 +275,7 @@ def tracking(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def view(rng: Rng, size: int, held_out: bool) -> Task:
-    """An object is marked in one view; the target shows the scene mirrored, nearer or farther."""
+    """An object is marked in one view; the target shows the scene mirrored, or from a different distance."""
     looks = [random_look(rng, held_out), *(random_look(rng) for _ in range(int(rng.integers(1, 4))))]
     objects = make_objects(rng, size, looks, 0.09, 0.14)
     zoom = 0.8 + 0.45 * float(rng.random())
@@ -302,7 +301,7 @@ def view(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def _shifted(item: SceneObject, dx: float, dy: float, size: int) -> SceneObject:
-    """An object moved, and kept inside the image."""
+    """Move an object, clamped to the image."""
     low, high = item.radius * 0.95, size - item.radius * 0.95
     return replace(
         item, cx=float(min(max(item.cx + dx, low), high)), cy=float(min(max(item.cy + dy, low), high))
@@ -317,7 +316,7 @@ def _across(
     background: FloatArray,
     prompt: str,
 ) -> Task:
-    """One marked reference, one target. The marked object is drawn last, so that nothing hides it."""
+    """Create a task with one marked reference. The marked object is drawn last, so that nothing occludes it."""
     seed = int(rng.integers(2**31))
     first = draw_scene(np.random.default_rng(seed), size, before[::-1], background)
     scene = draw_scene(np.random.default_rng(seed), size, after[::-1], background)

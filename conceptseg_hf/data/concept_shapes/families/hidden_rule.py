@@ -1,8 +1,8 @@
-"""Hidden rules, in the manner of Bongard problems: the references mark what obeys a rule that nobody states.
+"""Hidden rules, as in Bongard problems: the references mark objects that satisfy an unstated rule.
 
 A rule has attributes ("striped", "star"), a selector ("largest", "leftmost"), or both. In every scene exactly one
-object obeys the rule and others obey a part of it. Some combinations of attribute and selector are drawn in the split
-"test-rules" alone.
+object satisfies the rule and others satisfy a part of it. Some combinations of attribute and selector are drawn only in
+the split "test-rules".
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .which_one import draw_twins
 
 PROMPT = "find the object by the rule of the marked ones"
 
-# Square root of a shape's area over its radius: sizes are compared by area.
+# Square root of a shape's area, divided by its radius: sizes are compared by area.
 _EXTENT = {
     "circle": 1.59, "square": 1.56, "triangle": 1.13, "diamond": 1.15,
     "star": 1.23, "cross": 1.42, "ring": 1.48, "bar": 1.16,
@@ -39,7 +39,7 @@ def _extent(item: SceneObject, size: int) -> float:
     return item.radius * _EXTENT[item.look.shape] / size
 
 
-# What each selector makes greatest, in fractions of the image's side, and by how much it must lead.
+# The value that each selector maximizes, as a fraction of the image's side length, and its minimum lead.
 SELECTORS: dict[str, tuple[Callable[[SceneObject, int], float], float]] = {
     "largest": (_extent, 0.05),
     "smallest": (lambda item, size: -_extent(item, size), 0.04),
@@ -48,7 +48,7 @@ SELECTORS: dict[str, tuple[Callable[[SceneObject, int], float], float]] = {
     "highest": (lambda item, size: -item.cy / size, 0.1),
     "lowest": (lambda item, size: item.cy / size, 0.1),
 }
-ALONE = "only"  # counted, not measured: the one object whose color no other has
+ALONE = "only"  # not measured: the only object with a color that no other object has
 KINDS = ("color", "shape", "texture")
 
 
@@ -57,7 +57,7 @@ class Rule:
     """A rule of the grammar.
 
     Attributes:
-        attributes: Pairs of kind and word, at most two of different kinds.
+        attributes: Pairs of kind and word, at most two, of different kinds.
         selector: A key of `SELECTORS`, `ALONE`, or None.
     """
 
@@ -81,14 +81,14 @@ class Rule:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether only the split "test-rules" draws it: every third pair of selector and kind of attribute."""
+        """Whether only the split "test-rules" draws the rule: every third pair of selector and kind of attribute."""
         if self.selector not in SELECTORS or not self.attributes:
             return False
         return (list(SELECTORS).index(self.selector) + KINDS.index(self.attributes[0][0])) % 3 == 0
 
 
 def random_rule(rng: Rng, new: bool = False) -> Rule:
-    """A rule of the training grammar, or one that is held out from it (`new`)."""
+    """Draw a rule of the training grammar, or one that is held out from it (`new`)."""
     while True:
         form = 1.0 if new else float(rng.random())
         if form < 0.1:
@@ -112,26 +112,26 @@ def random_rule(rng: Rng, new: bool = False) -> Rule:
 
 
 def hidden_rule(rng: Rng, size: int, held_out: bool, new: bool = False) -> Task:
-    """The references mark what obeys a rule; find what obeys it here."""
+    """The references mark objects that satisfy a rule; find the object that satisfies it in the target."""
     rule = random_rule(rng, new)
     scene, roles = rule_scene(rng, size, rule, held_out)
     return _rule_task(rng, size, scene, roles, rule)
 
 
 def coexistence(rng: Rng, size: int, held_out: bool, variant: int = 0) -> Task:
-    """One target and one prompt: other references ask for another object of one look (paper, Figure 5).
+    """One target and one prompt; the references determine which of several twins is meant (paper, Figure 5).
 
     Args:
-        rng: Source of chance; equal for both variants of a target.
-        size: Side of the target in pixels.
+        rng: Random generator; identical for both variants of a target.
+        size: Side length of the target in pixels.
         held_out: See `random_look`.
-        variant: Which of the target's two rules the references show.
+        variant: Index of the rule that the references show, out of the two rules of the target.
     """
     while True:
         first, second = (list(SELECTORS)[i] for i in rng.permutation(len(SELECTORS))[:2])
         objects = _spread(rng, size, [random_look(rng, held_out)] * int(rng.integers(2, 5)))
-        found = (_leader(objects, name, size) for name in (first, second))
-        leaders = [leader for leader in found if leader is not None]
+        candidates = (_leader(objects, name, size) for name in (first, second))
+        leaders = [leader for leader in candidates if leader is not None]
         if len(set(leaders)) == 2:
             break
     target, other = leaders[variant], leaders[1 - variant]
@@ -139,20 +139,23 @@ def coexistence(rng: Rng, size: int, held_out: bool, variant: int = 0) -> Task:
     drawn = draw_twins(rng, size, objects)
     scene = Scene(drawn.pixels, tuple(drawn.objects[i] for i in order))
     roles = ["target" if i == target else "other reading" if i == other else "sibling" for i in order]
-    selector, unmeant = ((first, second), (second, first))[variant]
-    return _rule_task(rng, size, scene, roles, Rule(selector=selector), unmeant)
+    selector, other_selector = ((first, second), (second, first))[variant]
+    return _rule_task(rng, size, scene, roles, Rule(selector=selector), other_selector)
 
 
 def _rule_task(
-    rng: Rng, size: int, scene: Scene, roles: list[str], rule: Rule, unmeant: str | None = None
+    rng: Rng, size: int, scene: Scene, roles: list[str], rule: Rule, other_selector: str | None = None
 ) -> Task:
-    """A task whose references obey a rule; with the selector `unmeant`, all are twins and it picks another one."""
+    """Create a task for a rule; if `other_selector` is given, all objects are twins and it picks a different one."""
 
     def reference(rng: Rng, size: int) -> tuple[Scene, Box | None]:
         while True:
-            shown, _ = rule_scene(rng, size, rule, twins=unmeant is not None)
-            if unmeant is None or _leader(shown.objects, unmeant, size) not in (0, None):
-                return shown, shown.objects[0].box
+            reference_scene, _ = rule_scene(rng, size, rule, twins=other_selector is not None)
+            if other_selector is None or _leader(reference_scene.objects, other_selector, size) not in (
+                0,
+                None,
+            ):
+                return reference_scene, reference_scene.objects[0].box
 
     answer = scene.objects[0].look.shape
     return Task(
@@ -170,22 +173,23 @@ def _rule_task(
 def rule_scene(
     rng: Rng, size: int, rule: Rule, held_out: bool = False, twins: bool = False
 ) -> tuple[Scene, list[str]]:
-    """A scene in which exactly one object obeys a rule; it comes first among the objects.
+    """Draw a scene in which exactly one object satisfies a rule; that object is the first one.
 
     Args:
-        rng: Source of chance.
-        size: Side of the picture in pixels.
+        rng: Random generator.
+        size: Side length of the image in pixels.
         rule: The rule.
-        held_out: Whether the object that obeys has a held-out pair of color and shape (where the rule allows it).
-        twins: All objects have one look; for rules without attributes.
+        held_out: Whether the object that satisfies the rule has a held-out pair of color and shape (if the rule allows
+            it).
+        twins: Whether all objects have the same look; for rules without attributes.
 
     Returns:
-        The scene, and the role of each object: "target", and of the others which part of the rule they obey.
+        The scene, and the role of each object: "target", or the part of the rule that the object satisfies.
     """
     while True:
         looks = _looks(rng, rule, held_out, twins)
         objects = _spread(rng, size, looks)
-        order = _ordered(objects, rule, size)
+        order = _order_objects(objects, rule, size)
         if order is not None:
             break
     objects = [objects[i] for i, _ in order]
@@ -194,7 +198,7 @@ def rule_scene(
 
 
 def _looks(rng: Rng, rule: Rule, held_out: bool, twins: bool) -> list[Look]:
-    """Looks of which one or more have the rule's attributes, and some have a part of them."""
+    """Draw looks; at least the first one has the rule's attributes, and some have a part of them."""
     fixed = dict(rule.attributes)
     if rule.selector == ALONE:
         target = random_look(rng, held_out)
@@ -219,23 +223,23 @@ def _looks(rng: Rng, rule: Rule, held_out: bool, twins: bool) -> list[Look]:
     return [target, *holders, *others]
 
 
-def _without(rng: Rng, wanted: dict[str, str], unwanted: dict[str, str]) -> Look:
-    """A look with some attributes and without others."""
+def _without(rng: Rng, required: dict[str, str], excluded: dict[str, str]) -> Look:
+    """Draw a look with the required attributes and without the excluded ones."""
     while True:
-        look = random_look(rng, False, **wanted)
-        if not any(getattr(look, kind) == word for kind, word in unwanted.items()):
+        look = random_look(rng, False, **required)
+        if not any(getattr(look, kind) == word for kind, word in excluded.items()):
             return look
 
 
 def _spread(rng: Rng, size: int, looks: list[Look]) -> list[SceneObject]:
     objects = make_objects(rng, size, looks, 0.075, 0.18)
-    if len({item.look for item in objects}) == 1:  # twins turn alike
+    if len({item.look for item in objects}) == 1:  # twins have the same rotation
         objects = [replace(item, turn=objects[0].turn) for item in objects]
     return objects
 
 
 def _leader(objects: Sequence[SceneObject], selector: str, size: int) -> int | None:
-    """The object that a selector picks, if it leads clearly."""
+    """Return the index of the object that a selector picks; None if its lead is too small."""
     key, lead = SELECTORS[selector]
     values = [key(item, size) for item in objects]
     ranked = sorted(range(len(objects)), key=lambda i: -values[i])
@@ -244,28 +248,30 @@ def _leader(objects: Sequence[SceneObject], selector: str, size: int) -> int | N
     return ranked[0]
 
 
-def _ordered(objects: list[SceneObject], rule: Rule, size: int) -> list[tuple[int, str]] | None:
-    """Indices and roles of the objects, the one that obeys first; None if the scene does not suit the rule."""
-    everyone = list(range(len(objects)))
+def _order_objects(objects: list[SceneObject], rule: Rule, size: int) -> list[tuple[int, str]] | None:
+    """Return indices and roles of the objects, with the target first; None if the scene does not fit the rule."""
+    indices = list(range(len(objects)))
     if rule.selector == ALONE:
-        return [(0, "target"), *((i, "neither") for i in everyone[1:])]
-    has = [i for i in everyone if all(getattr(objects[i].look, k) == w for k, w in rule.attributes)]
+        return [(0, "target"), *((i, "neither") for i in indices[1:])]
+    matching = [i for i in indices if all(getattr(objects[i].look, k) == w for k, w in rule.attributes)]
     if rule.selector is None:
         part = [
             i
-            for i in everyone
-            if i not in has and any(getattr(objects[i].look, k) == w for k, w in rule.attributes)
+            for i in indices
+            if i not in matching and any(getattr(objects[i].look, k) == w for k, w in rule.attributes)
         ]
-        roles = {i: "one attribute" if i in part else "neither" for i in everyone}
-        return [(0, "target"), *((i, roles[i]) for i in everyone[1:])] if has == [0] else None
-    leader = _leader([objects[i] for i in has], rule.selector, size)
-    # The look that may be held out comes first: it must be the one that obeys.
-    if leader is None or has[leader] != 0:
+        roles = {i: "one attribute" if i in part else "neither" for i in indices}
+        return [(0, "target"), *((i, roles[i]) for i in indices[1:])] if matching == [0] else None
+    leader = _leader([objects[i] for i in matching], rule.selector, size)
+    # The first look may be held out, so it must be the one that satisfies the rule.
+    if leader is None or matching[leader] != 0:
         return None
     if not rule.attributes:
-        return [(0, "target"), *((i, "neither") for i in everyone[1:])]
+        return [(0, "target"), *((i, "neither") for i in indices[1:])]
     overall = _leader(objects, rule.selector, size)
-    if overall is None or overall in has:
-        return None  # somebody without the attribute must go farther
-    roles = {i: "attribute only" if i in has else "neither" for i in everyone} | {overall: "selector only"}
-    return [(0, "target"), *((i, roles[i]) for i in everyone[1:])]
+    if overall is None or overall in matching:
+        return None  # an object without the attribute must have a larger value
+    roles = {i: "attribute only" if i in matching else "neither" for i in indices} | {
+        overall: "selector only"
+    }
+    return [(0, "target"), *((i, roles[i]) for i in indices[1:])]

@@ -1,4 +1,4 @@
-"""What a family returns, and what several families need to make it."""
+"""The task that a family returns, and helpers shared by several families."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Rng = np.random.Generator
 
 
 class TaskRng(np.random.Generator):
-    """The source of chance of one task.
+    """Random generator of one task.
 
     Args:
-        seeds: Numbers from which the task is drawn.
-        reference_seed: Another seed of its references: the target stays as it is, references are drawn anew. None: the
-            same source goes on.
+        seeds: Random seeds of the task.
+        reference_seed: Additional seed for the references: they are redrawn while the target stays the same. If None,
+            the references are drawn from the generator of the target.
     """
 
     def __init__(self, seeds: Sequence[int], reference_seed: int | None = None) -> None:
@@ -42,13 +42,13 @@ class Task:
 
     Attributes:
         scene: The target scene.
-        mask: (S, S) true mask; empty when the concept is absent.
-        prompt: The user's words.
-        references: Reference scenes with the true box in each, or None where a reference carries no box.
+        mask: (S, S) ground-truth mask; empty when the concept is absent.
+        prompt: The user prompt.
+        references: Reference scenes with the ground-truth box in each, or None for references without a box.
         think: Ground-truth reasoning; ends with the answer.
         rule: Ground-truth rule.
         answer: Noun phrase of 1 to 3 words.
-        candidates: The target and the objects that could be taken for it, where the family asks which one is meant.
+        candidates: The target and the objects that could be mistaken for it, if the family asks which one is meant.
     """
 
     scene: Scene
@@ -62,26 +62,26 @@ class Task:
 
 
 def shows(scene: Scene, index: int = 0) -> tuple[Scene, Box | None]:
-    """A reference whose box is that of one of its objects."""
+    """Return a reference with the box of one of its objects."""
     return scene, scene.objects[index].box
 
 
 def _reference_count(rng: Rng) -> int:
-    """Mostly four references, as the paper's evaluation; sometimes one, two or three."""
+    """Draw the number of references: mostly four, as in the paper's evaluation, sometimes one, two or three."""
     return int(rng.choice([4, 4, 4, 4, 3, 2, 1, 1]))
 
 
 def _reference_size(size: int, count: int) -> int:
-    """References of a mosaic are drawn at the size of a mosaic cell."""
+    """Return the size of references: several references are drawn at the size of a mosaic cell."""
     return size if count == 1 else size // 2
 
 
 def draw_references(
     rng: Rng, size: int, draw: Callable[[Rng, int], tuple[Scene, Box | None]], count: int | None = None
 ) -> tuple[tuple[Scene, Box | None], ...]:
-    """Draws references for a target of the given size, each at the size it will have in the mosaic.
+    """Draw references for a target of the given size, each at its size in the mosaic.
 
-    All that is random in a target is drawn before its references.
+    All random values of the target must be drawn before its references.
     """
     count = _reference_count(rng) if count is None else count
     if isinstance(rng, TaskRng):
@@ -90,7 +90,7 @@ def draw_references(
 
 
 def distractors(rng: Rng, count: int, avoid: Sequence[str]) -> list[Look]:
-    """Looks that do not answer to all the given words."""
+    """Draw looks that are not described by all of the given words."""
     looks: list[Look] = []
     while len(looks) < count:
         look = random_look(rng)
@@ -100,7 +100,7 @@ def distractors(rng: Rng, count: int, avoid: Sequence[str]) -> list[Look]:
 
 
 def words_for(rng: Rng, look: Look) -> list[str]:
-    """Words for a look: its shape, with its color, its texture, or both."""
+    """Draw words for a look: its shape, alone or with its color, its texture, or both."""
     choice = rng.random()
     if choice < 0.25:
         return [look.shape]
@@ -110,7 +110,7 @@ def words_for(rng: Rng, look: Look) -> list[str]:
 
 
 def look_with(rng: Rng, words: Sequence[str], held_out: bool) -> Look:
-    """A random look that answers to attribute words."""
+    """Draw a random look that attribute words describe."""
     fixed: dict[str, str] = {}
     for word in words:
         kind = "color" if word in COLORS else "shape" if word in SHAPES else "texture"
@@ -119,5 +119,5 @@ def look_with(rng: Rng, words: Sequence[str], held_out: bool) -> Look:
 
 
 def other_word(rng: Rng, words: Iterable[str], word: str) -> str:
-    """One of the words, but not this one."""
+    """Draw one of the words other than the given one."""
     return pick(rng, [other for other in words if other != word])

@@ -1,7 +1,7 @@
-"""Which one: siblings that a noun cannot tell apart. The answer is a class noun, as a VLM gives it for photographs.
+"""Which one: objects that a noun does not distinguish. The answer is a class noun, as VLMs give it for photographs.
 
-Two strata. Siblings that share the noun differ in their looks, which the noun leaves out. Siblings of one look are
-told apart by their place alone.
+There are two strata. Siblings with a shared noun differ in attributes that the noun does not contain. Siblings with an
+identical look ("twins") differ only in their position.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from .task import Rng, Task, draw_references, other_word, shows
 SAME_OBJECT = "find the same object as the marked one"
 
 
-# Siblings that share the noun
+# Siblings with a shared noun
 
 
 def marked_kin(rng: Rng, size: int, held_out: bool) -> Task:
-    """The references mark one object; in the target it lies among others of its shape."""
+    """The references mark one object; the target shows it among other objects of its shape."""
     look = random_look(rng, held_out)
     kin = _kin(rng, look, int(rng.integers(2, 4)))
     scene = draw_scene(rng, size, make_objects(rng, size, [look, *kin]))
@@ -58,7 +58,7 @@ def marked_kin(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def named_kin(rng: Rng, size: int, held_out: bool) -> Task:
-    """The prompt gives a color or texture among objects of one shape."""
+    """The prompt names the color or texture of one of several objects of one shape."""
     by_color = bool(rng.random() < 0.6)
     look = random_look(rng, held_out, **({} if by_color else {"texture": pick(rng, TEXTURES[1:])}))
     word = look.color if by_color else look.texture
@@ -95,7 +95,7 @@ def extreme_kin(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def new_kin(rng: Rng, size: int, held_out: bool) -> Task:
-    """The same scene twice; the second time one object is new, among others of its shape."""
+    """The same scene twice; the second one contains a new object among others of its shape."""
     look = random_look(rng, held_out)
     objects = make_objects(rng, size, [look, *_kin(rng, look, int(rng.integers(2, 4)))])
     background = draw_background(rng, size)
@@ -115,27 +115,27 @@ def new_kin(rng: Rng, size: int, held_out: bool) -> Task:
     )
 
 
-# Siblings of one look
+# Siblings with an identical look
 
 SIDES = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 ORDINALS = ("first", "second", "third")
 
 
 def beside(rng: Rng, size: int, held_out: bool) -> Task:
-    """The object on a given side of another one; its twins lie on other sides."""
+    """The object on a given side of another one; its twins are on other sides."""
     names = list(SIDES)
     sides = [names[i] for i in rng.permutation(4)[: int(rng.integers(2, 4))]]
     look = random_look(rng, held_out)
     anchor_look = _unlike(rng, look)
     middle = [size * (0.5 + 0.08 * (2 * float(rng.random()) - 1)) for _ in range(2)]
     radius = random_radius(rng, size, 0.09, 0.13)
-    centres = []
+    centers = []
     for side in sides:
         jitter = 0.05 * size * (2 * rng.random(2) - 1)
         dx, dy = SIDES[side]
-        centres.append((middle[0] + 0.3 * size * dx + jitter[0], middle[1] + 0.3 * size * dy + jitter[1]))
+        centers.append((middle[0] + 0.3 * size * dx + jitter[0], middle[1] + 0.3 * size * dy + jitter[1]))
     anchor = SceneObject(anchor_look, middle[0], middle[1], random_radius(rng, size, 0.09, 0.13))
-    scene = draw_twins(rng, size, _twins(rng, look, radius, centres), [anchor])
+    scene = draw_twins(rng, size, _twins(rng, look, radius, centers), [anchor])
     side = f"{sides[0]} of" if sides[0] in ("left", "right") else sides[0]
     return _place_task(scene, f"the object {side} the {_name(anchor_look)}", len(sides))
 
@@ -148,20 +148,20 @@ def ordinal(rng: Rng, size: int, held_out: bool) -> Task:
     end = ("left", "right", "top", "bottom")[int(rng.integers(4))]
     radius = random_radius(rng, size, 0.075, 0.105)
     across = 0.5 + 0.2 * (2 * float(rng.random()) - 1)
-    centres = []
+    centers = []
     for i in range(count):
         jitter = 2 * rng.random(2) - 1
         along = (i + 0.5) / count + 0.03 * jitter[0] if count == 4 else 0.2 + 0.3 * i + 0.05 * jitter[0]
         point = (along * size, (across + 0.08 * jitter[1]) * size)
-        centres.append(point if end in ("left", "right") else point[::-1])
+        centers.append(point if end in ("left", "right") else point[::-1])
     place_of = rank if end in ("left", "top") else count - 1 - rank
-    centres = [centres[place_of], *(c for i, c in enumerate(centres) if i != place_of)]
-    scene = draw_twins(rng, size, _twins(rng, look, radius, centres))
+    centers = [centers[place_of], *(c for i, c in enumerate(centers) if i != place_of)]
+    scene = draw_twins(rng, size, _twins(rng, look, radius, centers))
     return _place_task(scene, f"the {ORDINALS[rank]} object from the {end}", count)
 
 
 def distance(rng: Rng, size: int, held_out: bool) -> Task:
-    """The twin that is nearest to another object, or farthest from it."""
+    """The one of several twins that is nearest to another object, or farthest from it."""
     nearest = bool(rng.random() < 0.5)
     look = random_look(rng, held_out)
     anchor_look = _unlike(rng, look)
@@ -185,27 +185,27 @@ def distance(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def tracked_twin(rng: Rng, size: int, held_out: bool) -> Task:
-    """One of several twins is marked in the first frame; all move a little; find it in the last frame."""
+    """One of several twins is marked in the first frame and all move slightly; find it in the last frame."""
     look = random_look(rng, held_out)
     count = int(rng.integers(2, 4))
     radius = random_radius(rng, size, 0.09, 0.13)
     while True:
-        centres = place(rng, size, [radius] * count)
+        centers = place(rng, size, [radius] * count)
         gap = min(
             ((a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2) ** 0.5
-            for i, a in enumerate(centres)
-            for b in centres[:i]
+            for i, a in enumerate(centers)
+            for b in centers[:i]
         )
         if gap > 0.3 * size:
             break
     low, high = radius * 0.95, size - radius * 0.95
     moved = []
-    for centre in centres:
+    for center in centers:
         step = 0.3 * gap * (2 * rng.random(2) - 1)
-        moved.append(tuple(float(min(max(c + s, low), high)) for c, s in zip(centre, step, strict=True)))
+        moved.append(tuple(float(min(max(c + s, low), high)) for c, s in zip(center, step, strict=True)))
     background = draw_background(rng, size)
     seed = int(rng.integers(2**31))
-    before = _twins(rng, look, radius, centres)
+    before = _twins(rng, look, radius, centers)
     after = [replace(item, cx=x, cy=y) for item, (x, y) in zip(before, moved, strict=True)]
     first = draw_twins(np.random.default_rng(seed), size, before, background=background)
     scene = draw_twins(np.random.default_rng(seed), size, after, background=background)
@@ -222,7 +222,7 @@ def tracked_twin(rng: Rng, size: int, held_out: bool) -> Task:
 
 
 def inside_ring(rng: Rng, size: int, held_out: bool) -> Task:
-    """The twin inside a ring, or the one outside of it."""
+    """The one of several twins that is inside a ring, or the one that is outside of it."""
     look = random_look(rng, held_out, shape=pick(rng, [s for s in SHAPES if s != "ring"]))
     ring_radius = random_radius(rng, size, 0.27, 0.31)
     colors = [c for c in COLORS if c != look.color and (c, "ring") not in HELD_OUT_PAIRS]
@@ -233,21 +233,21 @@ def inside_ring(rng: Rng, size: int, held_out: bool) -> Task:
     jitter = 0.02 * size * (2 * rng.random(2) - 1)
     within = (ring.cx + float(jitter[0]), ring.cy + float(jitter[1]))
     outside = place(rng, size, [radius] * (1 + int(is_inside and rng.random() < 0.5)), [ring])
-    centres = [within, *outside] if is_inside else [*outside, within]
-    scene = draw_twins(rng, size, _twins(rng, look, radius, centres), [ring], under=True)
+    centers = [within, *outside] if is_inside else [*outside, within]
+    scene = draw_twins(rng, size, _twins(rng, look, radius, centers), [ring], under=True)
     word = "inside" if is_inside else "outside"
-    return _place_task(scene, f"find the object {word} the {_name(ring_look)}", len(centres))
+    return _place_task(scene, f"find the object {word} the {_name(ring_look)}", len(centers))
 
 
 def _place_task(scene: Scene, phrase: str, twins: int) -> Task:
-    """A task without references whose target is the first of the twins, which come first among the objects."""
+    """Create a task without references; the first objects are the twins, and the first twin is the target."""
     answer = scene.objects[0].look.shape
     rule = phrase.removeprefix("find ")
     return _first_object_task(scene, phrase, f"{rule} there is the {answer}", rule, twins)
 
 
 def _first_object_task(scene: Scene, prompt: str, think: str, rule: str, siblings: int) -> Task:
-    """A task without references: the target is the first object, which so many siblings begin with; then anchors."""
+    """Create a task without references: the target and its siblings are the first objects; the others are anchors."""
     return Task(
         scene,
         scene.objects[0].mask,
@@ -268,7 +268,7 @@ def _candidates(
 
 
 def _kin(rng: Rng, look: Look, count: int) -> list[Look]:
-    """Different looks of the same shape."""
+    """Draw different looks of the same shape."""
     kin: list[Look] = []
     colors = [c for c in COLORS if (c, look.shape) not in HELD_OUT_PAIRS]
     while len(kin) < count:
@@ -279,7 +279,7 @@ def _kin(rng: Rng, look: Look, count: int) -> list[Look]:
 
 
 def _unlike(rng: Rng, look: Look) -> Look:
-    """A plain look of another shape and color."""
+    """Draw a plain look of another shape and color."""
     shape = other_word(rng, SHAPES, look.shape)
     colors = [c for c in COLORS if c != look.color and (c, shape) not in HELD_OUT_PAIRS]
     return Look(shape, pick(rng, colors))
@@ -289,23 +289,23 @@ def _name(look: Look) -> str:
     return f"{look.color} {look.shape}"
 
 
-def _twins(rng: Rng, look: Look, radius: float, centres: Sequence[tuple[float, float]]) -> list[SceneObject]:
+def _twins(rng: Rng, look: Look, radius: float, centers: Sequence[tuple[float, float]]) -> list[SceneObject]:
     turns = turns_of(look.shape)
     turn = turns[int(rng.integers(len(turns)))]
-    return [SceneObject(look, float(x), float(y), radius, turn) for x, y in centres]
+    return [SceneObject(look, float(x), float(y), radius, turn) for x, y in centers]
 
 
 def _with_first_radius(
     rng: Rng, size: int, looks: Sequence[Look], first: tuple[float, float], others: tuple[float, float]
 ) -> list[SceneObject]:
-    """Objects of which the first has a radius of its own."""
+    """Create objects with a separate range of radii for the first one."""
     objects = make_objects(rng, size, looks, *others)
     radius = random_radius(rng, size, *first)
     target = replace(objects[0], radius=radius)
     (x, y), *_ = place(rng, size, [radius])
     target = replace(target, cx=x, cy=y)
-    centres = place(rng, size, [item.radius for item in objects[1:]], [target])
-    rest = [replace(item, cx=x, cy=y) for item, (x, y) in zip(objects[1:], centres, strict=True)]
+    centers = place(rng, size, [item.radius for item in objects[1:]], [target])
+    rest = [replace(item, cx=x, cy=y) for item, (x, y) in zip(objects[1:], centers, strict=True)]
     return [target, *rest]
 
 
@@ -317,15 +317,15 @@ def draw_twins(
     background: FloatArray | None = None,
     under: bool = False,
 ) -> Scene:
-    """Draws twins in exactly the same colors; the scene lists them first.
+    """Draw twins in exactly the same colors; the scene lists them first.
 
     Args:
-        rng: Source of chance.
-        size: Side of the picture in pixels.
-        twins: Objects of one look.
-        others: Further objects.
+        rng: Random generator.
+        size: Side length of the image in pixels.
+        twins: Objects of identical look.
+        others: Other objects.
         background: (S, S, 3); a random one by default.
-        under: The other objects are drawn first, below the twins.
+        under: Whether the other objects are drawn first, below the twins.
     """
     image = draw_background(rng, size) if background is None else background.copy()
     seeds = {False: int(rng.integers(2**31)), True: int(rng.integers(2**31))}
@@ -334,7 +334,7 @@ def draw_twins(
     order = [*rest, *order] if under else [*order, *rest]
     drawn: list[SceneObject] = []
     for number, (item, is_twin) in enumerate(order):
-        chance = np.random.default_rng([seeds[is_twin], 0 if is_twin else number])
-        drawn.append(draw_object(chance, image, item, drawn))
+        object_rng = np.random.default_rng([seeds[is_twin], 0 if is_twin else number])
+        drawn.append(draw_object(object_rng, image, item, drawn))
     objects = [*drawn[len(others) :], *drawn[: len(others)]] if under else drawn
     return Scene(to_uint8(image), tuple(objects))

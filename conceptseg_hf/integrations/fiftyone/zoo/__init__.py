@@ -1,6 +1,6 @@
-"""A source of FiftyOne's model zoo: FiftyOne copies this folder, or an archive of it, and calls the functions below.
+"""Source for FiftyOne's model zoo: FiftyOne copies this folder, or an archive of it, and calls the functions below.
 
-The code lives in the package, so imports are absolute here and nothing is imported before a function needs it.
+The implementation is in the package, so this module uses absolute imports, inside the functions that need them.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ from typing import Any
 _HUB_IDS = {"conceptseg-r1-7b": "zhaoyuan666/ConceptSeg-R1-7B"}
 _EMBEDDED = "conceptseg-nano"
 _CONFIG = "config.json"
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no pickles
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no pickle files
 
 
 def download_model(model_name: str, model_path: str) -> None:
-    """Makes the folder of a model, unless it is there: FiftyOne takes no folder for a download and asks every time.
+    """Download a model to its folder unless it is complete; FiftyOne calls this whenever the model is loaded.
 
     Raises:
-        ValueError: If what would be downloaded is not in the format of this package.
+        ValueError: If the checkpoint on the hub is not in the format of this package.
     """
     folder = Path(model_path)
-    if model_name == _EMBEDDED:  # its weights came with the package
+    if model_name == _EMBEDDED:  # its weights are included in the package
         folder.mkdir(parents=True, exist_ok=True)
         return
     if (folder / _CONFIG).is_file():
         return
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    # Before gigabytes of weights that could not be used, and that would lie where the converted ones belong.
+    # Check the format before downloading gigabytes of unusable weights to the folder of the converted checkpoint.
     config = Path(hf_hub_download(_HUB_IDS[model_name], _CONFIG))
     _check_format(model_name, config, folder)
     snapshot_download(_HUB_IDS[model_name], local_dir=folder, allow_patterns=_FILES, ignore_patterns=_CONFIG)
-    shutil.copy(config, folder / _CONFIG)  # last: it says that the folder is complete
+    shutil.copy(config, folder / _CONFIG)  # last, as it marks the folder as complete
 
 
 def load_model(model_name: str, model_path: str, **kwargs: Any) -> Any:
-    """A `ConceptSegFiftyOneModel`.
+    """Load a `ConceptSegFiftyOneModel`.
 
     Args:
-        model_name: Name in the manifest.
-        model_path: Its folder.
-        **kwargs: For `ConceptSegFiftyOneModel`, such as prompt, prompt_field, reference_field, router, output.
+        model_name: Name of the model in the manifest.
+        model_path: Folder of the model.
+        **kwargs: Arguments of `ConceptSegFiftyOneModel`, such as prompt, prompt_field, reference_field, router, output.
     """
     from conceptseg_hf.integrations.fiftyone import ConceptSegFiftyOneModel
 
@@ -54,26 +54,26 @@ def load_model(model_name: str, model_path: str, **kwargs: Any) -> Any:
 
 
 def resolve_input(model_name: str, ctx: Any) -> Any:
-    """The model's part of the form of FiftyOne's operator "Apply zoo model"."""
+    """Return the model's inputs for the form of FiftyOne's operator "Apply zoo model"."""
     if importlib.util.find_spec("conceptseg_hf") is None:
-        return _say_missing()
+        return _missing_package_form()
     from conceptseg_hf.integrations.fiftyone.zoo_form import zoo_form
 
     return zoo_form(ctx)
 
 
 def parse_parameters(model_name: str, ctx: Any, params: dict[str, Any]) -> None:
-    """Turns the form's values into arguments of `load_model`, in place."""
+    """Convert the form's values to arguments of `load_model`, in place."""
     from conceptseg_hf.integrations.fiftyone.zoo_form import zoo_arguments
 
     zoo_arguments(ctx, params)
 
 
-def _say_missing() -> Any:
+def _missing_package_form() -> Any:
     from fiftyone.operators import types
 
     message = (
-        "The package conceptseg_hf is not installed where this FiftyOne runs; install it there with: "
+        "The package conceptseg_hf is not installed in FiftyOne's environment; install it with: "
         "pip install 'conceptseg-hf[fiftyone]'"
     )
     inputs = types.Object()

@@ -1,0 +1,131 @@
+"""The commands and Python snippets of the README run as they are written, in a folder that has the files they name."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shlex
+import shutil
+import sys
+
+import pytest
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+import conceptseg_hf
+from conceptseg_hf.cli import main
+from conceptseg_hf.data import GROUPS, load_benchmark
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "data"))
+from trees import AuthorsTree
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+SNIPPETS = [text for language, text in BLOCKS if language == "python"]
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for language, text in BLOCKS
+    if not language
+    for line in text.replace("\\\n", " ").splitlines()
+    if line.strip() and not line.startswith("#")
+]
+HUB_IDS = ("zhaoyuan666/ConceptSeg-R1-7B", "facebook/sam3", "Qwen/Qwen2.5-VL-7B-Instruct")
+
+# Appended, where an option given twice has its last value: fewer samples and steps, and no GPU.
+SHORTENED = {
+    "evaluate": ["--limit", "1"],
+    "ablate": ["--limit", "2"],
+    "train": [
+        *("--max_steps", "1", "--train_samples", "8", "--per_device_train_batch_size", "8"),
+        *("--eval_strategy", "no", "--log_examples", "0"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """The files that the README names."""
+    folder = tmp_path_factory.mktemp("readme")
+    samples = load_benchmark("concept-shapes", split="val")
+    for name, sample in zip(("photo", "a", "b", "c"), samples):
+        sample.image.resize((320, 240)).save(folder / f"{name}.jpg")
+    samples[1].mask.resize((320, 240), Image.Resampling.NEAREST).save(folder / "a_mask.png")
+    suite = AuthorsTree(folder / "suite")
+    for name, _ in GROUPS["table1"]:
+        for number in range(2):
+            suite.add("train", name, name, f"train_{number}")
+            suite.add("test", name, name, f"test_{number}", problem="find it")
+    suite.write()
+    for number in range(2):
+        for part, image in (("images", "b.jpg"), ("masks", "a_mask.png")):
+            (folder / "my_data" / part).mkdir(parents=True, exist_ok=True)
+            Image.open(folder / image).save(folder / "my_data" / part / f"{number}.png")
+    (folder / "my_data" / "prompt.txt").write_text("red circle")
+    nano = conceptseg_hf.nano_checkpoint()
+    (folder / "path" / "to").mkdir(parents=True)
+    (folder / "path" / "to" / "suite").symlink_to(folder / "suite")
+    shutil.copytree(nano, folder / "path" / "to" / "checkpoint")
+    shutil.copytree(nano, folder / "facebook" / "sam3")
+    arguments = ["--to-original", "--checkpoint", str(nano), "--out", str(folder / HUB_IDS[0])]
+    assert main(["convert", *arguments]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def words_of(command: str) -> list[str]:
+    """The words of a command as they are run; an ellipsis stands for options that are left out."""
+    words = [word for word in shlex.split(command)[1:] if word != "..."]
+    words += SHORTENED.get(words[0], [])
+    if "cuda" in words:
+        words += ["--device", "cpu"]
+    return words
+
+
+OURS = [command for command in COMMANDS if command.startswith("conceptseg ")]
+
+
+def test_the_other_commands_are_known():
+    """What is not run here: it installs, or other tests run it."""
+    others = {" ".join(command.split()[:2]) for command in COMMANDS if command not in OURS}
+    assert others == {"make demo", "make test", "pip install", "torchrun --nproc_per_node"}
+    assert len(OURS) >= 15
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_commands_run(command, folder, capsys):
+    words = words_of(command)
+    if words[0] == "compare":
+        for name, router in (("a", "sam_only"), ("b", "adaptive")):
+            assert main(["evaluate", "--limit", "1", "--router", router, "--output-dir", f"out/{name}"]) == 0
+    if words[0] == "evaluate" and "--output-dir" not in words:
+        words += ["--output-dir", f"out/evaluation_{OURS.index(command)}"]
+    if words[0] == "train":
+        pytest.importorskip("trl")
+    code = main(words)
+    # 1: the small tree has not as many files as the paper's datasets.
+    assert code == (1 if words[:2] == ["data", "check"] else 0), capsys.readouterr().err
+
+
+def test_python_snippets_run(folder, monkeypatch):
+    """One after the other in one namespace, as a reader runs them."""
+    model = AutoModel.from_pretrained(conceptseg_hf.nano_checkpoint())
+    model.vlm.save_pretrained(folder / HUB_IDS[2])
+    model.sam.save_pretrained(folder / "facebook" / "sam3")
+    namespace: dict[str, object] = {}
+    for snippet in SNIPPETS:
+        exec(compile(snippet, "README.md", "exec"), namespace)
+    assert namespace["result"]["mask"].size == (320, 240)
+    assert [result.error for result in namespace["results"]] == [None]
+    assert isinstance(namespace["model"], conceptseg_hf.ConceptSegForSegmentation)
+
+
+def test_the_former_idiom_runs():
+    """`model.segment(processor(image, prompt))`, as an earlier README had it."""
+    path = conceptseg_hf.nano_checkpoint()
+    model, processor = AutoModel.from_pretrained(path), AutoProcessor.from_pretrained(path)
+    (result,) = model.segment(processor("photo.jpg", "red circle"))
+    assert result.error is None and result.mask.size == (320, 240)
