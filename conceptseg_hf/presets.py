@@ -1,4 +1,4 @@
-"""Configurations by size: the published backbones, and the embedded checkpoint's."""
+"""Preset configurations of the published model sizes and the embedded checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _qwen2_5_vl(
     vocab_size: int,
     tie_word_embeddings: bool,
 ) -> dict[str, Any]:
-    """The published configuration of Qwen2.5-VL at one size."""
+    """Return the published configuration of a Qwen2.5-VL model."""
     return {
         "model_type": "qwen2_5_vl",
         "tie_word_embeddings": tie_word_embeddings,
@@ -79,13 +79,13 @@ NANO_SAM_TEXT_LENGTH = 8
 
 
 def _preset_nano() -> dict[str, Any]:
-    """Small enough to train on a laptop; the classes and the data flow are those of the large models."""
+    """Return a configuration small enough to train on a laptop, with the same classes as the large models."""
     width, sam_width = 128, 64
     return {
         "vlm_config": {
             "model_type": "qwen2_5_vl",
             "tie_word_embeddings": True,
-            # The first tokens of the nano tokenizer, in its order.
+            # The first tokens of the nano tokenizer, in order.
             "vision_start_token_id": 3,
             "vision_end_token_id": 4,
             "image_token_id": 5,

@@ -34,9 +34,7 @@ def test_samples_are_of_untaught_families_and_disjoint() -> None:
     held_out = evaluation_samples(8)
     assert set(held_out) == {"trained families", "held-out rules", "compositional looks"}
     images = [
-        np.asarray(sample.image).tobytes()
-        for samples in (*train, *held_out.values())
-        for sample in samples
+        np.asarray(sample.image).tobytes() for samples in (*train, *held_out.values()) for sample in samples
     ]
     assert len(set(images)) == len(images) == 48
     assert {sample.split for sample in held_out["held-out rules"]} == {"test-rules"}
@@ -54,7 +52,9 @@ def test_random_rewards_ignore_completions_and_repeat_with_the_seed() -> None:
 def test_values_of_records() -> None:
     record = {"foreground_iou": 0.5, "box_iou": 0.25, "check_iou": None, "chosen": "sibling"}
     texts = [format_completion("t", rule, None, (1, 2, 3, 4), "star", 100) for rule in ("r", None)]
-    records = [{**record, "completion": text} for text in texts] + [{**record, "chosen": None, "completion": None}]
+    records = [{**record, "completion": text} for text in texts] + [
+        {**record, "chosen": None, "completion": None}
+    ]
     values = values_of(records)
     assert set(values) == set(MEASURES)
     assert values["format"] == [1, 0, 0] and values["chosen"] == [0, 0, None]

@@ -35,20 +35,32 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m conceptseg_trainers.nano.evidence", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--start", type=Path, default=Path("runs/nano/base-checkpoint"), help="base checkpoint (default: %(default)s)"
+        "--start",
+        type=Path,
+        default=Path("runs/nano/base-checkpoint"),
+        help="base checkpoint (default: %(default)s)",
     )
     parser.add_argument(
-        "--output-dir", type=Path, default=Path("runs/evidence"), help="runs and tables (default: %(default)s)"
+        "--output-dir",
+        type=Path,
+        default=Path("runs/evidence"),
+        help="runs and tables (default: %(default)s)",
     )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {TrainSettings.steps})")
-    parser.add_argument("--samples", type=int, default=300, help="samples per evaluation set (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=300, help="samples per evaluation set (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
-    parser.add_argument("--quick", action="store_true", help="Meta-GRPO alone, one seed, in about ten minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="Meta-GRPO alone, one seed, in about ten minutes"
+    )
     arguments = parser.parse_args(argv)
     if not (arguments.start / "config.json").is_file():
-        parser.error(f"--start {str(arguments.start)!r} is no checkpoint; train it with `--stage base` of nano.")
+        parser.error(
+            f"--start {str(arguments.start)!r} is no checkpoint; train it with `--stage base` of nano."
+        )
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     settings = _QUICK if arguments.quick else TrainSettings()
@@ -78,12 +90,16 @@ def run(
         for seed in seeds:
             run_folder = folder / name / f"seed_{seed}"
             checkpoint = train_arm(arm, start, run_folder, settings, seed)
-            values = measure(checkpoint, samples, arm.prompted_by, arm.meta_reasoning, run_folder / "values.json")
+            values = measure(
+                checkpoint, samples, arm.prompted_by, arm.meta_reasoning, run_folder / "values.json"
+            )
             results[name].append(values)
             source = "trained families, greedy"
             gain = paired(values[source]["mask_iou"], results[START][0][source]["mask_iou"], f"{name}/{seed}")
             if gain is not None:
-                print_line(f"{name}, seed {seed}: mask IoU {format_interval(gain)} over the start", sys.stdout)
+                print_line(
+                    f"{name}, seed {seed}: mask IoU {format_interval(gain)} over the start", sys.stdout
+                )
     return results
 
 
@@ -95,8 +111,10 @@ def write_report(
     sources = list(results[START][0])
     parts = [
         "# Stage II on nano-base",
-        f"Start: {start.name}. {settings.completions} completions per run ({describe(settings)}). Differences are paired "
-        "by sample and averaged over seeds, with 95 % bootstrap intervals over samples.",
+        (
+            f"Start: {start.name}. {settings.completions} completions per run ({describe(settings)}). Differences are "
+            "paired by sample and averaged over seeds, with 95 % bootstrap intervals over samples."
+        ),
     ]
     for source in sources:
         parts += [f"## {source}", comparison_table(results, START, titles, source)]

@@ -35,7 +35,9 @@ ARMS = {
     "ctm": Arm("GRPO, CTM, box reward", ("format", "mask", "box")),
     "meta": Arm("Meta-GRPO", ("format", "mask", "meta")),
     "no-meta-reward": Arm("Meta-GRPO without the meta reward", ("format", "mask")),
-    "no-meta-reasoning": Arm("Meta-GRPO without rule and check", ("format", "mask", "box"), meta_reasoning=False),
+    "no-meta-reasoning": Arm(
+        "Meta-GRPO without rule and check", ("format", "mask", "box"), meta_reasoning=False
+    ),
     "one-stage": Arm("Meta-GRPO without stage I", ("format", "mask", "meta"), new_ctm=True),
     "random": Arm("random rewards (control)", ("format",), random_rewards=True),
     "sft": Arm("SFT with true labels (upper bound)", supervised=True),

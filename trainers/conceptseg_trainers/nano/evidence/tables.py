@@ -13,9 +13,7 @@ from .measuring import MEASURES, Values
 
 def paired(values: Sequence[float | None], baseline: Sequence[float | None], stream: str) -> Interval | None:
     """The mean difference of two runs over the same samples, with its 95 % bootstrap interval."""
-    differences = [
-        a - b for a, b in zip(values, baseline, strict=True) if a is not None and b is not None
-    ]
+    differences = [a - b for a, b in zip(values, baseline, strict=True) if a is not None and b is not None]
     resampled = resample(differences, stream)
     return None if resampled is None else resampled.interval()
 
@@ -23,7 +21,9 @@ def paired(values: Sequence[float | None], baseline: Sequence[float | None], str
 def mean_over_seeds(runs: Sequence[Sequence[float | None]]) -> list[float | None]:
     """The mean of each sample's values over seeds; None if a seed has none."""
     return [
-        None if any(value is None for value in column) else float(np.mean([v for v in column if v is not None]))
+        None
+        if any(value is None for value in column)
+        else float(np.mean([v for v in column if v is not None]))
         for column in zip(*runs, strict=True)
     ]
 
@@ -51,7 +51,9 @@ def comparison_table(
         values = {name: mean_over_seeds([run[source][name] for run in runs]) for name in MEASURES}
         cells = [titles[arm], str(len(runs)), *(_mean(values[name]) for name in MEASURES)]
         for name in ("mask_iou", "box_iou"):
-            interval = None if arm == baseline else paired(values[name], reference[name], f"{arm}/{source}/{name}")
+            interval = (
+                None if arm == baseline else paired(values[name], reference[name], f"{arm}/{source}/{name}")
+            )
             cells.append("-" if interval is None else format_interval(interval))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

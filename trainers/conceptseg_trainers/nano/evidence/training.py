@@ -66,7 +66,7 @@ def train_arm(arm: Arm, start: Path, folder: Path, settings: TrainSettings, seed
     Args:
         arm: The arm.
         start: Folder of the base checkpoint.
-        folder: Folder of the run; the checkpoint is its subfolder "checkpoint", which is not trained again if it exists.
+        folder: Folder of the run. The checkpoint is its subfolder "checkpoint"; if it exists, nothing is trained.
         settings: How it is trained.
         seed: Random seed of data and sampling.
 
@@ -181,7 +181,9 @@ def _train_supervised(model: ConceptSegForSegmentation, settings: TrainSettings,
         examples = []
         while len(examples) < _SFT_BATCH:
             if mix.family(number) in UNTAUGHT_FAMILIES:
-                examples.append(stage.writer.task(np.random.default_rng([23, seed, number]), mix.task(number)))
+                examples.append(
+                    stage.writer.task(np.random.default_rng([23, seed, number]), mix.task(number))
+                )
             number += 1
         loss, _ = stage.example_loss(examples)
         optimizer.zero_grad(set_to_none=True)
