@@ -1,11 +1,18 @@
-"""The experiments on nano: what is trained, what is measured, and how runs are compared."""
+"""Tests of the experiments with nano: training data, measures, tables, and a complete run of small arms."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", "1.16")
+
+from conceptseg_trainers.nano.evidence import training
+from conceptseg_trainers.nano.evidence.__main__ import MAIN_SOURCE, check_settings, main, run, write_report
 from conceptseg_trainers.nano.evidence.arms import ARMS
 from conceptseg_trainers.nano.evidence.measuring import MEASURES, values_of
 from conceptseg_trainers.nano.evidence.tables import comparison_table, mean_over_seeds, paired
@@ -13,14 +20,20 @@ from conceptseg_trainers.nano.evidence.training import (
     TrainSettings,
     evaluation_samples,
     random_reward,
+    train_arm,
     training_samples,
 )
-from conceptseg_trainers.nano.vlm_stage import UNTAUGHT_FAMILIES
+from conceptseg_trainers.nano.vlm_stage import RANDOM_CHOICE_FAMILIES
 
-from conceptseg_hf import format_completion
+from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, format_completion, nano_checkpoint
+
+# The learning rate of the first step is 0.
+SMALL = TrainSettings(
+    steps=2, prompts=2, num_generations=4, num_best_and_worst=1, batch_size=4, learning_rate=1e-4
+)
 
 
-def test_arms_differ_in_what_they_are_about() -> None:
+def test_arms_have_the_settings_that_their_titles_state() -> None:
     assert ARMS["meta"].rewards == ("format", "mask", "meta")
     assert ARMS["box"].prompted_by == "box" and ARMS["box"].seg_loss_weight == 0
     assert not ARMS["no-meta-reasoning"].meta_reasoning and "meta" not in ARMS["no-meta-reasoning"].rewards
@@ -28,9 +41,9 @@ def test_arms_differ_in_what_they_are_about() -> None:
     assert TrainSettings(steps=2, prompts=3, num_generations=4).completions == 24
 
 
-def test_samples_are_of_untaught_families_and_disjoint() -> None:
+def test_samples_are_of_random_choice_families_and_disjoint() -> None:
     train = [training_samples(12, seed) for seed in (0, 1)]
-    assert all(sample.family in UNTAUGHT_FAMILIES for samples in train for sample in samples)
+    assert all(sample.family in RANDOM_CHOICE_FAMILIES for samples in train for sample in samples)
     held_out = evaluation_samples(8)
     assert set(held_out) == {"trained families", "held-out rules", "compositional looks"}
     images = [
@@ -40,6 +53,14 @@ def test_samples_are_of_untaught_families_and_disjoint() -> None:
     assert {sample.split for sample in held_out["held-out rules"]} == {"test-rules"}
     assert {sample.split for sample in held_out["compositional looks"]} == {"test-compositional"}
     assert len({sample.family for sample in held_out["trained families"]}) > 4
+
+
+def test_evaluation_sets_have_the_default_number_of_samples() -> None:
+    """The groups of Table 1 contain fewer samples of these families than the other groups."""
+    samples = evaluation_samples(300)
+    assert all(len(set_samples) == 300 for set_samples in samples.values())
+    assert len({sample.sample_id for sample in samples["trained families"]}) == 300
+    assert all(sample.present for set_samples in samples.values() for sample in set_samples)
 
 
 def test_random_rewards_ignore_completions_and_repeat_with_the_seed() -> None:
@@ -61,12 +82,22 @@ def test_values_of_records() -> None:
     assert values_of(records, meta_reasoning=False)["format"] == [0, 1, 0]
 
 
+def test_format_requires_a_check_only_with_a_proxy_query() -> None:
+    record = {"foreground_iou": 0.5, "box_iou": 0.25}
+    texts = [format_completion("t", "r", check, (1, 2, 3, 4), "star", 100) for check in (None, (1, 2, 3, 4))]
+    records = [{**record, "check_iou": iou, "completion": text} for iou in (None, 0.0) for text in texts]
+    assert values_of(records)["format"] == [1, 0, 0, 1]
+    assert values_of(records)["check_iou"] == [None, None, 0, 0]
+    assert values_of(records, meta_reasoning=False)["check_iou"] == [None] * 4
+
+
 def test_differences_are_paired() -> None:
     rng = np.random.default_rng(0)
     base = rng.random(200).tolist()
     better = [value + 0.1 for value in base]
     gain = paired(better, base, "x")
-    assert gain.mean == pytest.approx(0.1) and gain.low == pytest.approx(0.1) == gain.high  # no noise is left
+    # All differences are equal.
+    assert gain.mean == pytest.approx(0.1) and gain.low == pytest.approx(0.1) == gain.high
     assert paired([None, 1.0], [0.5, 0.5], "x").samples == 1
     assert mean_over_seeds([[0.0, 1.0], [1.0, None]]) == [0.5, None]
 
@@ -81,6 +112,63 @@ def test_table_has_a_row_per_arm() -> None:
         {"start": "start", "meta": "Meta-GRPO"},
         "set, greedy",
     ).splitlines()
-    assert len(table) == 4
+    assert len(table) == 4 and table[0].endswith("| mask IoU - start | box IoU - start |")
     assert table[2].startswith("| start | 1 | 0.200 |") and table[2].endswith("| - | - |")
     assert "| Meta-GRPO | 2 | 0.500 |" in table[3] and "+0.300 [+0.300, +0.300]" in table[3]
+
+
+def test_results_of_other_settings_are_rejected(tmp_path, capsys) -> None:
+    start = nano_checkpoint()
+    check_settings(tmp_path / "full", SMALL, start, 8)
+    check_settings(tmp_path / "full", SMALL, start, 8)
+    with pytest.raises(ValueError, match="results with steps = 2, but steps is 3; use another --output-dir"):
+        check_settings(tmp_path / "full", replace(SMALL, steps=3), start, 8)
+    with pytest.raises(SystemExit):
+        main(["--start", str(start), "--output-dir", str(tmp_path), "--samples", "8"])
+    assert "contains results with steps = 2, but steps is 30" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--start", str(tmp_path)])
+    assert "is not a checkpoint" in capsys.readouterr().err
+
+
+def test_one_stage_starts_with_a_new_ctm(tmp_path, monkeypatch) -> None:
+    """The seed determines the new weights; the VLM and SAM 3 are those of the start."""
+    monkeypatch.setattr(training, "_train_by_reinforcement", lambda *arguments: None)
+    start = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
+    states = []
+    for name in ("meta", "one-stage"):
+        checkpoint = train_arm(ARMS[name], nano_checkpoint(), tmp_path / name, SMALL, seed=0)
+        states.append(ConceptSegForSegmentation.from_pretrained(checkpoint).state_dict())
+    for name, weight in start.state_dict().items():
+        assert torch.equal(weight, states[0][name])
+        if not name.startswith("ctm."):
+            assert torch.equal(weight, states[1][name])
+        elif weight.ndim > 1:
+            assert not torch.equal(weight, states[1][name])
+    assert states[1]["ctm.queries"].std() == pytest.approx(0.02, rel=0.3)
+
+
+@pytest.mark.slow
+def test_arms_are_trained_measured_and_compared(tmp_path) -> None:
+    start = nano_checkpoint()
+    names = ("meta", "no-meta-reasoning", "random", "sft")
+    arms = {name: ARMS[name] for name in names}
+    samples = {name: set_samples[:4] for name, set_samples in evaluation_samples(6).items()}
+    results = run(arms, [0], start, tmp_path, SMALL, samples)
+    for name in names:
+        folder = tmp_path / name / "seed_0"
+        values = json.loads((folder / "values.json").read_text())
+        assert values == results[name][0] and all(len(column) == 4 for column in values[MAIN_SOURCE].values())
+        trained = ConceptSegForSegmentation.from_pretrained(folder / "checkpoint").state_dict()
+        original = ConceptSegForSegmentation.from_pretrained(start).state_dict()
+        changed = {key for key in original if not torch.equal(original[key], trained[key])}
+        parts = {key.split(".")[0] for key in changed}
+        assert parts == ({"vlm"} if name == "sft" else {"vlm", "ctm"})
+        assert not any("visual" in key for key in changed)
+    short = ConceptSegProcessor.from_pretrained(tmp_path / "no-meta-reasoning" / "seed_0" / "checkpoint")
+    assert short.template.system == "show"
+    assert not any(results["no-meta-reasoning"][0][MAIN_SOURCE]["check_iou"])
+    again = run(arms, [0], start, tmp_path, SMALL, samples)
+    assert again == results
+    report = write_report(results, tmp_path / "evidence.md", SMALL, start)
+    assert report.count("| Meta-GRPO | 1 |") == 6 and (tmp_path / "evidence.md").read_text() == report

@@ -1,4 +1,4 @@
-"""The training of the embedded checkpoint: examples, questions, loop and recipe."""
+"""Tests of the training of the embedded checkpoint: examples, prompts of SAM 3, the training loop and the command."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from conceptseg_trainers.nano.dense import (
     GRID,
     dense_class_loss,
     dense_targets,
+    mask_to_tokens,
     shape_accuracy,
-    tokens_of,
     visible_objects,
 )
 from conceptseg_trainers.nano.examples import ExampleWriter
 from conceptseg_trainers.nano.loop import Schedule, train
-from conceptseg_trainers.nano.sam_stage import guidance_targets, negative_question, positive_question
+from conceptseg_trainers.nano.sam_stage import guidance_targets, negative_prompt, positive_prompt
 from conceptseg_trainers.nano.scenes import TaskMix, sheet_scene
 from conceptseg_trainers.nano.tokenizers import build_processor, build_sam_tokenizer, build_vlm_tokenizer
-from conceptseg_trainers.nano.vlm_stage import UNTAUGHT_FAMILIES, VlmStage, patches, positions
+from conceptseg_trainers.nano.vlm_stage import RANDOM_CHOICE_FAMILIES, VlmStage, patches, positions
 from torch import nn
 
 from conceptseg_hf import parse_completion
@@ -34,7 +34,7 @@ from conceptseg_hf.data.concept_shapes.families import GROUPS
 from conceptseg_hf.data.concept_shapes.scenes import HELD_OUT_PAIRS
 
 SIZE = 128
-MIX = range(200_000, 200_024)  # tasks of all groups
+TASKS = range(200_000, 200_024)  # numbers of tasks of all groups
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def mix() -> TaskMix:
 
 
 def sources() -> list[tuple[ConceptShapes, range]]:
-    """Benchmarks whose tasks cover every family, and the indices of these tasks."""
+    """Return benchmarks, and indices of tasks that cover all families."""
     groups = [ConceptShapes("val", size=SIZE, groups=[name]) for name in ("which one", "hidden rule")]
     return [
         (ConceptShapes("val", size=SIZE), range(2 * len(GROUPS))),
@@ -56,7 +56,7 @@ def sources() -> list[tuple[ConceptShapes, range]]:
     ]
 
 
-def test_task_examples_equal_the_processors_inputs(writer: ExampleWriter) -> None:
+def test_task_examples_equal_the_inputs_of_the_processor(writer: ExampleWriter) -> None:
     for split, indices in sources():
         for index in indices:
             example = writer.task(np.random.default_rng(0), split.task(index))
@@ -64,11 +64,11 @@ def test_task_examples_equal_the_processors_inputs(writer: ExampleWriter) -> Non
             prepared = writer.processor.prepare(sample.image, sample.prompt, sample.references)
             assert example.prompt == prepared.input_ids.tolist()
             torch.testing.assert_close(
-                patches(example.pictures, "cpu"), prepared.pixel_values, rtol=0, atol=1e-5
+                patches(example.images, "cpu"), prepared.pixel_values, rtol=0, atol=1e-5
             )
 
 
-def test_positions_are_those_of_the_model(writer: ExampleWriter) -> None:
+def test_positions_equal_those_of_the_model(writer: ExampleWriter) -> None:
     from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation
 
     model = ConceptSegForSegmentation(ConceptSegConfig.from_preset("nano"))
@@ -105,20 +105,20 @@ def test_ground_truth_completions_follow_the_template(writer: ExampleWriter) -> 
             )
 
 
-def test_noise_changes_only_what_the_vlm_reads(writer: ExampleWriter, mix: TaskMix) -> None:
+def test_noise_changes_only_the_input_of_the_vlm(writer: ExampleWriter, mix: TaskMix) -> None:
     changed = 0
-    for number in MIX:
+    for number in TASKS:
         example = writer.task(np.random.default_rng(number), mix.task(number))
-        assert len(example.read) == len(example.completion)
-        changed += sum(a != b for a, b in zip(example.read, example.completion))
+        assert len(example.noisy_completion) == len(example.completion)
+        changed += sum(a != b for a, b in zip(example.noisy_completion, example.completion))
     assert changed
 
 
-def test_a_random_choice_describes_another_object_and_keeps_rule_and_check(
+def test_chosen_object_changes_the_completion_but_not_rule_and_check(
     writer: ExampleWriter, mix: TaskMix
 ) -> None:
     differ = 0
-    for number in MIX:
+    for number in TASKS:
         task = mix.task(number)
         others = [
             i
@@ -133,32 +133,32 @@ def test_a_random_choice_describes_another_object_and_keeps_rule_and_check(
             )
             for chosen in (None, others[0])
         ]
-        right, other = (parse_completion(text, 100) for text in texts)
-        assert (right.rule, right.check) == (other.rule, other.check) and other.is_valid
+        correct, other = (parse_completion(text, 100) for text in texts)
+        assert (correct.rule, correct.check) == (other.rule, other.check) and other.is_valid
         box = np.asarray(mask_to_box(task.scene.objects[others[0]].mask)) * 100 / SIZE
         assert np.abs(np.asarray(other.bbox) - box).max() <= 0.5
-        differ += right.bbox != other.bbox
+        differ += correct.bbox != other.bbox
     assert differ > 5
 
 
-def test_untaught_families_get_the_true_choice_as_often_as_chance() -> None:
-    stage = VlmStage(1, 10, untaught=UNTAUGHT_FAMILIES, held_out=1)
-    taught = VlmStage(1, 10, held_out=1)
-    numbers = [n for n in range(400) if stage.tasks.family(200_000 + n) in UNTAUGHT_FAMILIES][:40]
-    others = [n for n in range(400) if stage.tasks.family(200_000 + n) not in UNTAUGHT_FAMILIES][:8]
-    assert all(stage._task(n).completion == taught._task(n).completion for n in others)
-    same = [stage._task(n).completion == taught._task(n).completion for n in numbers]
+def test_random_choice_families_have_the_correct_object_only_by_chance() -> None:
+    stage = VlmStage(1, 10, random_choice_families=RANDOM_CHOICE_FAMILIES, held_out=1)
+    regular = VlmStage(1, 10, held_out=1)
+    numbers = [n for n in range(400) if stage.tasks.family(200_000 + n) in RANDOM_CHOICE_FAMILIES][:40]
+    others = [n for n in range(400) if stage.tasks.family(200_000 + n) not in RANDOM_CHOICE_FAMILIES][:8]
+    assert all(stage._task(n).completion == regular._task(n).completion for n in others)
+    same = [stage._task(n).completion == regular._task(n).completion for n in numbers]
     assert 0 < sum(same) < 0.6 * len(same)
 
 
 def test_short_completions_have_neither_rule_nor_check(writer: ExampleWriter, mix: TaskMix) -> None:
-    for number in MIX:
-        task, sample = mix.task(number), None
+    for number in TASKS:
+        task = mix.task(number)
         example = writer.task(np.random.default_rng(0), task, short=True)
         text = writer.tokenizer.decode(example.completion, skip_special_tokens=True)
         completion = parse_completion(text, 100, expect_check=False, expect_rule=False)
         assert completion.is_valid and completion.answer == task.answer
-        source, index = mix.place(number)
+        source, index = mix.locate(number)
         sample = source[index]
         prepared = writer.short_processor.prepare(sample.image, sample.prompt, sample.references)
         assert example.prompt == prepared.input_ids.tolist()
@@ -166,22 +166,22 @@ def test_short_completions_have_neither_rule_nor_check(writer: ExampleWriter, mi
     assert full.prompt != example.prompt and len(full.completion) > len(example.completion)
 
 
-def test_focus_points_at_image_tokens(writer: ExampleWriter, mix: TaskMix) -> None:
-    for number in MIX:
+def test_attention_targets_are_image_tokens_of_numbers_and_words(writer: ExampleWriter, mix: TaskMix) -> None:
+    for number in TASKS:
         task = mix.task(number)
         example = writer.task(np.random.default_rng(0), task)
         words = writer.tokenizer.convert_ids_to_tokens(example.completion)
-        told = {*task.answer.split(), *task.think.split()}
-        target = len(example.pictures) - 1
-        for focus in example.focus:
-            assert focus.tokens and all(tokens.shape == (GRID * GRID,) for tokens in focus.tokens.values())
-            assert any(tokens.any() for tokens in focus.tokens.values())
-            assert words[focus.position].isdigit() or words[focus.position] in told
+        text_words = {*task.answer.split(), *task.think.split()}
+        target_image = len(example.images) - 1
+        for target in example.attention_targets:
+            assert target.tokens and all(tokens.shape == (GRID * GRID,) for tokens in target.tokens.values())
+            assert any(tokens.any() for tokens in target.tokens.values())
+            assert words[target.position].isdigit() or words[target.position] in text_words
         if task.mask.any():
-            assert any(target in focus.tokens for focus in example.focus)
+            assert any(target_image in target.tokens for target in example.attention_targets)
 
 
-def test_naming_names_each_unique_object_once(writer: ExampleWriter) -> None:
+def test_naming_contains_each_unique_object(writer: ExampleWriter) -> None:
     scene = ConceptShapes("val", size=SIZE).task(7).scene
     objects = visible_objects(scene)
     example = writer.naming(np.random.default_rng(0), scene.pixels, objects)
@@ -190,16 +190,16 @@ def test_naming_names_each_unique_object_once(writer: ExampleWriter) -> None:
     assert all(text.count(name) >= 1 for name in names if names.count(name) == 1)
 
 
-def test_finding_boxes_all_that_a_phrase_applies_to(writer: ExampleWriter) -> None:
+def test_finding_locates_all_objects_that_a_phrase_describes(writer: ExampleWriter) -> None:
     several = 0
     for seed in range(6):
         rng = np.random.default_rng(seed)
         scene = sheet_scene(rng)
         example = writer.finding(rng, scene.pixels, visible_objects(scene))
         text = writer.tokenizer.decode(example.completion, skip_special_tokens=True)
-        found = re.findall(r"([a-z ]+)<bbox>(\[[0-9,]+\])</bbox>", text)
-        assert 0 < len(found) <= 6 and len({phrase for phrase, _ in found}) == len(found)
-        for phrase, box in found:
+        entries = re.findall(r"([a-z ]+)<bbox>(\[[0-9,]+\])</bbox>", text)
+        assert 0 < len(entries) <= 6 and len({phrase for phrase, _ in entries}) == len(entries)
+        for phrase, box in entries:
             words = phrase.split()
             several += sum(item.look.matches(words) for item in scene.objects) > 1
             expected = np.asarray(mask_to_box(scene.mask_of(words))) * 100 / scene.pixels.shape[0]
@@ -208,8 +208,8 @@ def test_finding_boxes_all_that_a_phrase_applies_to(writer: ExampleWriter) -> No
 
 
 def test_marked_objects_are_those_with_a_drawn_box(writer: ExampleWriter, mix: TaskMix) -> None:
-    seen = 0
-    for number in MIX:
+    checked = 0
+    for number in TASKS:
         task = mix.task(number)
         if not any(box is not None for _, box in task.references):
             continue
@@ -220,56 +220,56 @@ def test_marked_objects_are_those_with_a_drawn_box(writer: ExampleWriter, mix: T
             x1, y1, x2, y2 = mask_to_box(item.mask)
             border = mosaic[max(0, y1 - 3) : y2 + 3, max(0, x1 - 3) : x2 + 3].reshape(-1, 3)
             assert (border == (255, 0, 0)).all(1).any()
-            seen += 1
-    assert seen > 10
+            checked += 1
+    assert checked > 10
 
 
-def test_sheets_show_only_pairs_that_training_may_see() -> None:
+def test_sheets_contain_no_held_out_pairs() -> None:
     for seed in range(6):
         scene = sheet_scene(np.random.default_rng(seed))
         assert len(scene.objects) in (4, 9, 16) and all(item.mask.any() for item in scene.objects)
         assert not HELD_OUT_PAIRS & {(item.look.color, item.look.shape) for item in scene.objects}
 
 
-def test_dense_heads_predict_what_each_place_shows() -> None:
+def test_dense_loss_and_accuracy_of_correct_and_wrong_logits() -> None:
     scene = sheet_scene(np.random.default_rng(0))
     classes = torch.from_numpy(dense_targets(visible_objects(scene))[0])
-    right = torch.cat(
+    correct = torch.cat(
         [nn.functional.one_hot(classes[:, i], size) for i, size in enumerate(DENSE_CLASSES.values())], dim=1
     )
-    assert shape_accuracy(right, classes) == 1 and shape_accuracy(right.roll(1, dims=1), classes) == 0
-    assert dense_class_loss(50.0 * right, classes) < 1e-6 < dense_class_loss(0.0 * right, classes)
+    assert shape_accuracy(correct, classes) == 1 and shape_accuracy(correct.roll(1, dims=1), classes) == 0
+    assert dense_class_loss(50.0 * correct, classes) < 1e-6 < dense_class_loss(0.0 * correct, classes)
 
 
-def test_questions_to_sam_have_true_masks(mix: TaskMix) -> None:
+def test_sam_prompts_have_correct_masks(mix: TaskMix) -> None:
     rng, boxes = np.random.default_rng(0), 0
-    for number in MIX:
+    for number in TASKS:
         scene = mix.task(number).scene
-        question = positive_question(rng, scene)
-        assert question.mask.any()
-        if question.box is not None:
-            assert any(np.array_equal(question.mask, item.mask) for item in scene.objects)
+        positive = positive_prompt(rng, scene)
+        assert positive.mask.any()
+        if positive.box is not None:
+            assert any(np.array_equal(positive.mask, item.mask) for item in scene.objects)
             boxes += 1
-        negative = negative_question(rng, scene)
+        negative = negative_prompt(rng, scene)
         assert not negative.mask.any() and negative.box is None
     assert boxes
 
 
-def test_guided_heads_attend_to_the_word_where_it_applies() -> None:
+def test_guidance_targets_are_the_word_at_the_objects_that_it_describes() -> None:
     rng = np.random.default_rng(1)
     scene = sheet_scene(rng)
-    while (question := positive_question(rng, scene)).box is not None:
+    while (prompt := positive_prompt(rng, scene)).box is not None:
         pass
-    right, guided = guidance_targets(scene, question, prompt_length=10)
-    assert right.shape == (4, GRID * GRID, 10) and guided.any()
+    targets, guided = guidance_targets(scene, prompt, prompt_length=10)
+    assert targets.shape == (4, GRID * GRID, 10) and guided.any()
     for head in np.flatnonzero(guided):
-        single = right[head].sum(1) == 1
+        single = targets[head].sum(1) == 1
         assert single.any() and not single.all()
-    fits = np.any([right[head].sum(1) == 1 for head in np.flatnonzero(guided)], axis=0)
-    assert fits[tokens_of(question.mask)].mean() > 0.5
+    described = np.any([targets[head].sum(1) == 1 for head in np.flatnonzero(guided)], axis=0)
+    assert described[mask_to_tokens(prompt.mask)].mean() > 0.5
 
 
-def test_tokenizers_know_every_word() -> None:
+def test_tokenizers_contain_all_words_of_tasks() -> None:
     vlm, sam = build_vlm_tokenizer(), build_sam_tokenizer()
     mix = TaskMix()
     for number in range(160):
@@ -285,17 +285,17 @@ def test_tokenizers_know_every_word() -> None:
 
 
 class _Regression:
-    """A stage small enough to run to its end in a moment."""
+    """A small linear regression."""
 
     name = "regression"
 
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.module = nn.Linear(3, 1)
-        self.killed_at: int | None = None
+        self.stop_at: int | None = None
 
     def loss(self, step: int):
-        if step == self.killed_at:
+        if step == self.stop_at:
             raise KeyboardInterrupt
         x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
         loss = (self.module(x) - x.sum(1, keepdim=True)).square().mean()
@@ -305,27 +305,27 @@ class _Regression:
         return {"weight": self.module.weight.sum().item()}
 
 
-def test_a_killed_run_resumes_exactly(tmp_path) -> None:
+def test_interrupted_run_resumes_exactly(tmp_path) -> None:
     schedule = Schedule(steps=40, learning_rate=0.05, warmup=5, evaluate_every=100, save_every=7)
     whole = _Regression()
     expected = train(whole, schedule, tmp_path / "whole", report=lambda line: None)
-    killed = _Regression()
-    killed.killed_at = 25
+    stopped = _Regression()
+    stopped.stop_at = 25
     with pytest.raises(KeyboardInterrupt):
-        train(killed, schedule, tmp_path / "killed", report=lambda line: None)
+        train(stopped, schedule, tmp_path / "stopped", report=lambda line: None)
     resumed = _Regression()
-    assert train(resumed, schedule, tmp_path / "killed", report=lambda line: None) == expected
+    assert train(resumed, schedule, tmp_path / "stopped", report=lambda line: None) == expected
     assert torch.equal(resumed.module.weight, whole.module.weight)
 
 
-def test_the_rate_warms_up_again_where_other_parameters_begin() -> None:
+def test_learning_rate_warms_up_again_at_the_restart() -> None:
     schedule = Schedule(steps=100, learning_rate=1.0, warmup=10, restart=50, decay=0.25)
     rates = [schedule.rate(step) for step in range(100)]
     assert rates[0] == rates[50] == 0.1 and rates[9] == rates[49] == rates[59] == rates[75] == 1
     assert rates[99] == pytest.approx(1 / 25)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path) -> None:
+def test_nonfinite_loss_stops_the_run(tmp_path) -> None:
     stage = _Regression()
     stage.loss = lambda step: (stage.module.weight.sum() * float("nan"), {})
     with pytest.raises(FloatingPointError, match="at step 0; lower the learning rate"):
@@ -333,7 +333,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_the_recipe_makes_a_checkpoint(tmp_path) -> None:
+def test_command_trains_a_checkpoint(tmp_path) -> None:
     command = [
         sys.executable,
         "-m",

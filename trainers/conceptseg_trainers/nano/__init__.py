@@ -1,1 +1,1 @@
-"""Trains conceptseg-nano, the embedded checkpoint, on ConceptShapes: `python -m conceptseg_trainers.nano`."""
+"""Training of conceptseg-nano, the embedded checkpoint, on ConceptShapes: `python -m conceptseg_trainers.nano`."""

@@ -1,9 +1,9 @@
-"""Trains conceptseg-nano: `python -m conceptseg_trainers.nano [--stage sam|vlm|ctm|base|base-ctm|all]`.
+"""Train conceptseg-nano: `python -m conceptseg_trainers.nano [--stage sam|vlm|ctm|base|base-ctm|all]`.
 
-The stages "sam" and "vlm" do not depend on each other; "all" runs them side by side in two processes, then "ctm",
-which needs both and writes the checkpoint. "base" trains another VLM, which is not shown the correct choice in some
-families, and "base-ctm" its CTM: the start of reinforcement learning in `evidence`. Every stage resumes where it was
-stopped.
+The stages "sam" and "vlm" are independent of each other. "all" runs them in two parallel processes, then "ctm", which
+needs both and writes the checkpoint. "base" trains a VLM that chooses random objects in some task families, and
+"base-ctm" its CTM: this checkpoint is the start of reinforcement learning in `evidence`. All stages resume where they
+were interrupted.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ import torch
 
 from .assemble import load_stage, write_checkpoint
 from .ctm_stage import CtmStage, CtmSteps
-from .loop import Schedule, train
+from .loop import Schedule, Stage, train
 from .sam_stage import SamStage
-from .vlm_stage import UNTAUGHT_FAMILIES, VlmStage
+from .vlm_stage import RANDOM_CHOICE_FAMILIES, VlmStage
 
-PRETRAINING = {"sam": 4000, "vlm": 5000}  # steps in which only the vision tower trains
+PRETRAINING = {"sam": 4000, "vlm": 5000}  # number of steps in which only the vision tower is trained
 STEPS = {"sam": 11_000, "vlm": 12_000}
 HELD_OUT = {"sam": 180, "vlm": 132, "ctm": 240}
 
 
 def main() -> None:
-    """Runs the stages that the command line asks for; what ends them early is told in one sentence."""
+    """Run the stages that are given on the command line; errors are reported in one sentence."""
     try:
         _run()
     except (FloatingPointError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command goes on from the last state that was saved.\n")
+        sys.stderr.write("stopped; run the same command to resume from the last saved state.\n")
         sys.exit(130)
 
 
@@ -52,33 +52,37 @@ def _run() -> None:
         "--run-dir",
         type=Path,
         default=Path("runs/nano"),
-        help="state, logs and weights (default: %(default)s)",
+        help="folder of states, logs and weights (default: %(default)s)",
     )
     parser.add_argument(
-        "--output-dir", type=Path, help="where the checkpoint goes (default: <run-dir>/checkpoint)"
+        "--output-dir",
+        type=Path,
+        help="folder of the checkpoint (default: <run-dir>/checkpoint, or base-checkpoint for base-ctm)",
     )
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device of all stages (default: %(default)s)",
     )
-    parser.add_argument("--threads", type=int, help="CPU threads of a stage (default: PyTorch's own)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, help="CPU threads per stage (default: PyTorch's default)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument(
-        "--scale", type=float, default=1.0, help="multiplies the steps of every stage (default: %(default)s)"
+        "--scale", type=float, default=1.0, help="factor of the number of steps (default: %(default)s)"
     )
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.stage == "all":
-        _run_side_by_side(["sam", "vlm"], arguments)
+        _run_in_parallel(["sam", "vlm"], arguments)
         arguments.stage = "ctm"
     _run_stage(arguments)
 
 
-def _run_side_by_side(stages: list[str], arguments: argparse.Namespace) -> None:
-    """Runs stages in processes of their own, which share the processors.
+def _run_in_parallel(stages: list[str], arguments: argparse.Namespace) -> None:
+    """Run each stage in a separate process; the processes share the CPU cores.
 
     Raises:
-        SystemExit: If one fails; the others are stopped, and go on where they were when the command is run again.
+        SystemExit: If a stage fails. The others are terminated, and resume when the command is run again.
     """
     threads = arguments.threads or max(1, torch.get_num_threads() // len(stages))
     command = [
@@ -102,53 +106,57 @@ def _run_side_by_side(stages: list[str], arguments: argparse.Namespace) -> None:
 
 
 def _run_stage(arguments: argparse.Namespace) -> None:
-    pretraining, steps = (
-        {name: max(20, round(count * arguments.scale)) for name, count in counts.items()}
-        for counts in (PRETRAINING, STEPS)
-    )
-    held_out = {name: max(24, round(count * min(1.0, arguments.scale))) for name, count in HELD_OUT.items()}
-    run_dir, device, seed = arguments.run_dir, arguments.device, arguments.seed
-    if arguments.stage == "sam":
-        stage = SamStage(pretraining["sam"], device=device, held_out=held_out["sam"], seed=seed)
-        train(stage, _schedule(pretraining["sam"], steps["sam"], 1e-3), run_dir)
-    if arguments.stage in ("vlm", "base"):
+    if arguments.stage in ("ctm", "base-ctm"):
+        _run_ctm_stage(arguments)
+        return
+    kind = "sam" if arguments.stage == "sam" else "vlm"
+    pretraining, steps = (max(20, round(counts[kind] * arguments.scale)) for counts in (PRETRAINING, STEPS))
+    held_out, device, seed = _held_out(kind, arguments.scale), arguments.device, arguments.seed
+    stage: Stage
+    if kind == "sam":
+        stage = SamStage(pretraining, device=device, held_out=held_out, seed=seed)
+        learning_rate = 1e-3
+    else:
+        is_base = arguments.stage == "base"
         stage = VlmStage(
-            pretraining["vlm"],
-            steps["vlm"],
-            untaught=UNTAUGHT_FAMILIES if arguments.stage == "base" else frozenset(),
+            pretraining,
+            steps,
+            random_choice_families=RANDOM_CHOICE_FAMILIES if is_base else frozenset(),
             name=arguments.stage,
             device=device,
-            held_out=held_out["vlm"],
+            held_out=held_out,
             seed=seed,
         )
-        train(stage, _schedule(pretraining["vlm"], steps["vlm"], 1.5e-3), run_dir)
-    if arguments.stage in ("ctm", "base-ctm"):
-        is_base = arguments.stage == "base-ctm"
-        model, processor = load_stage(run_dir, "base" if is_base else "vlm")
-        folder = run_dir / "base" if is_base else run_dir
-        phases = CtmSteps()
-        phases = CtmSteps(*(max(10, round(count * min(1.0, arguments.scale))) for count in astuple(phases)))
-        stage = CtmStage(
-            model,
-            processor,
-            folder,
-            phases,
-            tasks=max(48, round(9600 * min(1.0, arguments.scale))),
-            device=device,
-            held_out=held_out["ctm"],
-            seed=seed,
-        )
-        train(
-            stage,
-            Schedule(phases.total, learning_rate=5e-4, warmup=50, decay=0.4, evaluate_every=400),
-            folder,
-        )
-        output_dir = run_dir / ("base-checkpoint" if is_base else "checkpoint")
-        write_checkpoint(model.cpu(), processor, arguments.output_dir or output_dir)
+        learning_rate = 1.5e-3
+    schedule = Schedule(pretraining + steps, learning_rate, restart=pretraining, evaluate_every=500)
+    train(stage, schedule, arguments.run_dir)
 
 
-def _schedule(pretraining: int, steps: int, learning_rate: float) -> Schedule:
-    return Schedule(pretraining + steps, learning_rate, restart=pretraining, evaluate_every=500)
+def _run_ctm_stage(arguments: argparse.Namespace) -> None:
+    is_base = arguments.stage == "base-ctm"
+    run_dir, scale = arguments.run_dir, min(1.0, arguments.scale)
+    model, processor = load_stage(run_dir, "base" if is_base else "vlm")
+    folder = run_dir / "base" if is_base else run_dir
+    steps = CtmSteps(*(max(10, round(count * scale)) for count in astuple(CtmSteps())))
+    stage = CtmStage(
+        model,
+        processor,
+        folder,
+        steps,
+        tasks=max(48, round(9600 * scale)),
+        device=arguments.device,
+        held_out=_held_out("ctm", scale),
+        seed=arguments.seed,
+    )
+    schedule = Schedule(steps.total, learning_rate=5e-4, warmup=50, decay=0.4, evaluate_every=400)
+    train(stage, schedule, folder)
+    output_dir = run_dir / ("base-checkpoint" if is_base else "checkpoint")
+    write_checkpoint(model.cpu(), processor, arguments.output_dir or output_dir)
+
+
+def _held_out(kind: str, scale: float) -> int:
+    """Return the number of held-out samples of a stage."""
+    return max(24, round(HELD_OUT[kind] * min(1.0, scale)))
 
 
 if __name__ == "__main__":

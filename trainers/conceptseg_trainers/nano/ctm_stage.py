@@ -1,19 +1,20 @@
-"""Stage "ctm": the CTM learns to turn completions into concept tokens; the rest is frozen (stage I of the paper).
+"""Stage "ctm": train the CTM to translate completions to concept tokens; all else is frozen (stage I of the paper).
 
-Trained always beside the answer's text, the concept tokens Z stay empty: the text is enough. Three phases make them
-carry what the completion says:
+If the CTM is always trained together with the text of the answer, the concept tokens Z stay uninformative, since the
+text is sufficient. It is therefore trained in three phases:
 
-1. reading: throw-away heads must read the box and the look of the described object from Z, without SAM 3;
-2. imitation: Z becomes the tokens that SAM 3's own box prompt would be, for the box that the completion writes;
-3. segmenting: dice + focal (eq. 5) with Z beside the whole answer, beside its noun alone, and on its own.
+1. reading: auxiliary heads predict the box and the look of the described object from Z, without SAM 3;
+2. imitation: Z approximates the tokens of SAM 3's own box prompt, for the box in the completion;
+3. segmenting: dice + focal (eq. 5) with Z and the complete answer, with Z and the noun of the answer, or with Z alone.
 
-Completions are the policy's own (generated once, kept in the run folder), true ones, and true ones about another object
-of the same scene, so that the same picture has several masks. A module that translates says what the completion says:
-where the policy chose another object, that one is the target.
+There are three kinds of completions: those of the VLM ("own", generated once and cached in the run folder), the ground
+truth ("true"), and ground-truth completions for another object of the same scene ("other"), so that one image has
+several masks. The target is always the object that the completion describes, even if the VLM chose another one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from conceptseg_hf.boxes import box_iou, mask_to_box
+from conceptseg_hf.boxes import Box, box_iou
 from conceptseg_hf.completion import format_completion
 from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.data.concept_shapes.families import Task
@@ -36,24 +37,25 @@ from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures, box_tokens, decode, encode_image, encode_text
 from conceptseg_hf.vlm_backbone import last_hidden_states, model_inputs
 
-from .dense import DENSE_CLASSES, look_classes
+from .dense import DENSE_CLASSES, bounding_box, look_classes, total
+from .examples import answer_for
 from .loop import mean, write_tensors
-from .sam_stage import scenes_to_pixels, to_masks
+from .sam_stage import mask_logits, scenes_to_pixels, to_masks
 from .scenes import TaskMix
 
 KINDS = ("own", "true", "other")
 TEXTS = ("full", "noun", "none")
 
-_FIRST_TASK = 900_000  # the other stages stay below
+_FIRST_TASK = 900_000  # above the tasks of the other stages
 _GENERATION_BATCH = 48
 _MAX_TOKENS = 64
-_PART = 480
-_TARGET, _UNKNOWN = -1, -2  # in the place of an object's index
+_PART = 480  # number of tasks per file of cached completions
+_TARGET, _UNKNOWN = -1, -2  # special values of an object index
 
 
 @dataclass(frozen=True)
 class CtmSteps:
-    """Steps of the three phases."""
+    """Number of steps of each phase."""
 
     reading: int = 700
     imitation: int = 700
@@ -61,12 +63,12 @@ class CtmSteps:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Number of steps of all phases."""
         return self.reading + self.imitation + self.segmenting
 
 
 class CtmWithHeads(nn.Module):
-    """The CTM, and the heads of its first phase."""
+    """The CTM with the auxiliary heads of the first phase."""
 
     def __init__(self, ctm: nn.Module, num_queries: int, width: int) -> None:
         super().__init__()
@@ -76,19 +78,19 @@ class CtmWithHeads(nn.Module):
 
 
 class CtmStage:
-    """Trains the CTM.
+    """Train the CTM.
 
     Args:
-        model: The VLM and SAM 3 of the earlier stages with a fresh CTM.
-        processor: The nano processor.
-        run_dir: Where completions are kept.
-        steps: Steps of the phases.
-        tasks: How many tasks of the training split are used, over and over.
-        images: Images per step; each with two completions.
+        model: The model with the VLM and SAM 3 of the previous stages and a new CTM.
+        processor: The processor.
+        run_dir: Folder of the cached completions.
+        steps: Number of steps of each phase.
+        tasks: Number of tasks of the training split.
+        images: Number of images per step, with two completions each.
         name: Name of the stage.
-        device: Where to train.
-        held_out: Samples of the split "val" that an evaluation takes, and of "which one" as many.
-        seed: Seed of the weights and of the batches.
+        device: Device of the model.
+        held_out: Number of samples of the split "val", and of its group "which one", per evaluation.
+        seed: Random seed of weights and data.
     """
 
     def __init__(
@@ -105,7 +107,8 @@ class CtmStage:
         seed: int = 0,
     ) -> None:
         torch.manual_seed(seed)
-        self.model, self.processor = model.to(device).eval(), processor
+        model.to(device)  # type: ignore[arg-type]  # the wrapper in Transformers has no signature
+        self.model, self.processor = model.eval(), processor
         self.steps = steps or CtmSteps()
         self.images, self.name, self.device, self.seed = images, name, device, seed
         model.vlm.requires_grad_(False)
@@ -113,19 +116,19 @@ class CtmStage:
         self.module = CtmWithHeads(model.ctm, config.num_queries, config.sam_hidden_size).to(device)
         self.mix = TaskMix()
         folder = run_dir / "completions"
-        self.table = _table(self, folder / "train", _Source.train(self.mix), tasks)
+        self.table = _table(self, folder / "train", _TaskSource.train(self.mix), tasks)
         self.held_out = {
-            group: _table(self, folder / name, _Source.val(groups), held_out)
+            group: _table(self, folder / name, _TaskSource.val(groups), held_out)
             for group, name, groups in (("", "val", None), ("which one", "val_which_one", ["which one"]))
         }
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss of a step, by phase."""
+        """Compute the loss of a step, which depends on its phase."""
         rng = np.random.default_rng([17, self.seed, step])
         if step < self.steps.reading:
             return self._reading_loss(rng)
         tasks = rng.integers(len(self.table["present"]), size=self.images)
-        # Two completions of each image: one picture, several masks.
+        # Two completions of different kinds for each image.
         rows = np.repeat(tasks, 2)
         kinds = [
             self._usable(int(row), int(kind)) for row in tasks for kind in rng.permutation(len(KINDS))[:2]
@@ -146,7 +149,7 @@ class CtmStage:
         has_box, has_look = boxes[:, 2] > boxes[:, 0], classes[:, 0] > 0
         box_loss = (self.module.box(flat)[has_box] - boxes[has_box]).abs().mean()
         parts = self.module.look(flat)[has_look].split(list(DENSE_CLASSES.values()), dim=1)
-        look_loss = sum(
+        look_loss = total(
             nn.functional.cross_entropy(part, classes[has_look, i].long()) for i, part in enumerate(parts)
         )
         return 5 * box_loss + 0.5 * look_loss, {"box": box_loss.item(), "look": look_loss.item()}
@@ -163,11 +166,11 @@ class CtmStage:
             embeds, mask = encode_text(self.model.sam, *text)
             words = embeds[:, : int(mask[0].sum())]
             count = self.model.config.ctm_config.num_queries
-            # The box comes first, so that a single concept token is the box; further ones repeat it.
+            # The token of the box comes first, so that a single concept token suffices; it is repeated as padding.
             box = tokens[:, :1]
-            wanted = torch.cat([box, words, box.expand(-1, count, -1)], dim=1)[:, :count]
+            targets = torch.cat([box, words, box.expand(-1, count, -1)], dim=1)[:, :count]
         concepts = self._concepts(self.table, rows, kinds)
-        loss = (concepts - wanted)[has_box].square().mean() / wanted.var()
+        loss = (concepts - targets)[has_box].square().mean() / targets.var()
         return loss, {"imitation": loss.item()}
 
     def _segmentation_loss(
@@ -188,38 +191,49 @@ class CtmStage:
         _, dice, focal = segmentation_loss(logits, ground_truth)
         present = ground_truth.flatten(1).any(1).float()
         presence_loss = nn.functional.binary_cross_entropy_with_logits(presence[:, 0], present)
-        total = dice + 10 * focal + 0.25 * presence_loss
-        return total, {"dice": dice.item(), "focal": focal.item(), "presence": presence_loss.item()}
+        loss = dice + 10 * focal + 0.25 * presence_loss
+        return loss, {"dice": dice.item(), "focal": focal.item(), "presence": presence_loss.item()}
 
     def _usable(self, row: int, kind: int) -> int:
-        """A kind of completion; the true one in the place of an own one that is about nothing in particular."""
+        """Return the kind, or "true" if it is not known which object the completion describes."""
         return KINDS.index("true") if self.table[f"{KINDS[kind]}_object"][row] == _UNKNOWN else kind
 
     def _task(self, row: int) -> Task:
         return self.mix.task(_FIRST_TASK + row)
 
-    def _encode(self, pictures: list[np.ndarray]) -> ImageFeatures:
-        pixels = scenes_to_pixels(pictures, self.device)
-        return encode_image(self.model.sam, pixels, geometry_cls=False)
+    def _encode(self, images: list[np.ndarray]) -> ImageFeatures:
+        return encode_image(self.model.sam, scenes_to_pixels(images, self.device), geometry_cls=False)
 
-    def _gather(self, table: dict, name: str, rows: np.ndarray, kinds: list[int] | np.ndarray) -> Tensor:
+    def _gather(
+        self, table: dict[str, Tensor], name: str, rows: np.ndarray, kinds: list[int] | np.ndarray
+    ) -> Tensor:
+        """Return the values of a column for rows of the given kinds; see `_table`."""
         values = [table[f"{KINDS[kind]}_{name}"][row] for kind, row in zip(kinds, rows, strict=True)]
         return torch.stack(values).to(self.device)
 
-    def _concepts(self, table: dict, rows: np.ndarray, kinds: list[int] | np.ndarray) -> Tensor:
+    def _concepts(self, table: dict[str, Tensor], rows: np.ndarray, kinds: list[int] | np.ndarray) -> Tensor:
         states, mask = self._gather(table, "states", rows, kinds), self._gather(table, "mask", rows, kinds)
         return self.model.encode_concepts(states.float(), mask.bool())
 
     def _decode(
         self,
-        table: dict,
+        table: dict[str, Tensor],
         features: ImageFeatures,
         rows: np.ndarray,
         kinds: list[int],
         texts: list[str],
         concepts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Mask logits (B, 1, h, w) and presence logits (B, 1)."""
+        """Return mask logits (B, 1, h, w) and presence logits (B, 1).
+
+        Args:
+            table: Table of completions; see `_table`.
+            features: Features of the B images.
+            rows: (B,) rows of the table.
+            kinds: Kinds of the completions.
+            texts: Which part of the answer is the text of each prompt, one of `TEXTS`.
+            concepts: Concept tokens, or None to prompt with the text alone.
+        """
         sam = self.model.sam
         embeds = mask = None
         if concepts is None or set(texts) != {"none"}:
@@ -229,26 +243,35 @@ class CtmStage:
             embeds, mask = encode_text(sam, ids[:, 0], ids[:, 1])
             mask = mask & torch.tensor([text != "none" for text in texts], device=self.device)[:, None]
         output = decode(sam, features, embeds, mask, concepts)
-        return output.semantic_seg, output.presence_logits
+        presence_logits = output.presence_logits
+        assert presence_logits is not None  # SAM 3 always returns them
+        return mask_logits(output), presence_logits
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Foreground IoU of own completions, on "val" by level and on "which one" by stratum.
+        """Evaluate the completions of the VLM on the split "val" and its group "which one".
 
-        Prompts: Z alone, with the noun and with the answer; for comparison the text and the box alone.
+        Metrics: foreground IoU, by level or stratum, for prompts of Z alone, with the noun, and with the answer; for
+        comparison, for the noun, the answer and the box without Z.
         """
-        numbers: dict[str, list[float]] = {}
+        metrics: dict[str, list[float]] = {}
         for group, table in self.held_out.items():
-            source = _Source.val([group] if group else None)
+            source = _TaskSource.val([group] if group else None)
             for start in range(0, len(table["present"]), 48):
                 rows = np.arange(start, min(start + 48, len(table["present"])))
                 tasks = [source.task(int(row)) for row in rows]
-                self._evaluate_rows(table, rows, tasks, [source.label(int(row)) for row in rows], numbers)
-        return {key: mean(values) for key, values in sorted(numbers.items())}
+                self._evaluate_rows(table, rows, tasks, [source.label(int(row)) for row in rows], metrics)
+        return {key: mean(values) for key, values in sorted(metrics.items())}
 
     def _evaluate_rows(
-        self, table: dict, rows: np.ndarray, tasks: list[Task], labels: list[str], numbers: dict
+        self,
+        table: dict[str, Tensor],
+        rows: np.ndarray,
+        tasks: list[Task],
+        labels: list[str],
+        metrics: dict[str, list[float]],
     ) -> None:
+        """Add the foreground IoUs of rows to the metrics; the labels are parts of their names."""
         own = [KINDS.index("own")] * len(rows)
         pixels = scenes_to_pixels([task.scene.pixels for task in tasks], self.device)
         with_cls = encode_image(self.model.sam, pixels)
@@ -256,8 +279,8 @@ class CtmStage:
         concepts = self._concepts(table, rows, own)
         boxes = self._gather(table, "box", rows, own)
         centers = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)
-        visual = encode_text(self.model.sam, *self.processor.sam_text([BOX_TEXT] * len(rows), self.device))
-        logits = {"box": decode(self.model.sam, with_cls, *visual, boxes=centers[:, None]).semantic_seg}
+        box_text = encode_text(self.model.sam, *self.processor.sam_text([BOX_TEXT] * len(rows), self.device))
+        logits = {"box": mask_logits(decode(self.model.sam, with_cls, *box_text, boxes=centers[:, None]))}
         for name, text, features, z in (
             ("z", "none", without, concepts),
             ("z_noun", "noun", without, concepts),
@@ -269,47 +292,56 @@ class CtmStage:
         for name, values in logits.items():
             for mask, task, label in zip(to_masks(values), tasks, labels, strict=True):
                 if task.mask.any():
-                    numbers.setdefault(f"{name}_{label}", []).append(foreground_iou(mask, task.mask))
+                    metrics.setdefault(f"{name}_{label}", []).append(foreground_iou(mask, task.mask))
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Tasks by their number, and the samples they make."""
+class _TaskSource:
+    """Tasks and samples by row number.
 
-    mix: TaskMix | None
-    split: ConceptShapes | None
+    Attributes:
+        locate: Function that returns the benchmark of a row, and the index in it.
+    """
+
+    locate: Callable[[int], tuple[ConceptShapes, int]]
 
     @classmethod
-    def train(cls, mix: TaskMix) -> _Source:
-        return cls(mix, None)
+    def train(cls, mix: TaskMix) -> _TaskSource:
+        return cls(lambda row: mix.locate(_FIRST_TASK + row))
 
     @classmethod
-    def val(cls, groups: list[str] | None) -> _Source:
-        return cls(None, ConceptShapes("val", size=SIDE, groups=groups))
-
-    def _place(self, row: int) -> tuple[ConceptShapes, int]:
-        return (self.split, row) if self.mix is None else self.mix.place(_FIRST_TASK + row)
+    def val(cls, groups: list[str] | None) -> _TaskSource:
+        split = ConceptShapes("val", size=SIDE, groups=groups)
+        return cls(lambda row: (split, row))
 
     def task(self, row: int) -> Task:
-        source, index = self._place(row)
-        return source.task(index)
+        benchmark, index = self.locate(row)
+        return benchmark.task(index)
 
     def sample(self, row: int) -> ConceptSample:
-        source, index = self._place(row)
-        return source[index]
+        benchmark, index = self.locate(row)
+        return benchmark[index]
 
     def label(self, row: int) -> str:
-        source, index = self._place(row)
-        slot = source.slot(index)
+        benchmark, index = self.locate(row)
+        slot = benchmark.slot(index)
         return slot.stratum or slot.level
 
 
-def _table(stage: CtmStage, folder: Path, source: _Source, count: int) -> dict[str, Tensor]:
-    """What completions of tasks say; made in parts that are kept.
+def _table(stage: CtmStage, folder: Path, source: _TaskSource, count: int) -> dict[str, Tensor]:
+    """Create a table of the completions of N tasks, which is cached in files.
+
+    Args:
+        stage: The stage.
+        folder: Folder of the files.
+        source: The tasks.
+        count: Number of tasks, N.
 
     Returns:
-        `present` (N,), and of each of `KINDS`: `states` (N, T, C), `mask` (N, T), `text` and `noun` (N, 2, t) ids and
-        mask for SAM 3, `box` (N, 4) as written, in fractions of the side, `look` (N, 5) classes or 0, `object` (N,).
+        `present` (N,), and for each kind in `KINDS`, e.g. `own_states`: `states` (N, T, C) and `mask` (N, T) of the
+        completions, `text` and `noun` (N, 2, t), ids and mask for SAM 3, `box` (N, 4) in fractions of the side (0
+        without a box), and of the described object `look` (N, 5), its classes or 0, and `object` (N,), its index in the
+        scene, `_TARGET` or `_UNKNOWN`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[Tensor]] = {}
@@ -320,14 +352,15 @@ def _table(stage: CtmStage, folder: Path, source: _Source, count: int) -> dict[s
         if not path.exists():
             write_tensors(path, _complete(stage, source, range(start, stop)))
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
                 parts.setdefault(name, []).append(file.get_tensor(name))
         progress.update(stop - start)
     progress.close()
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def _complete(stage: CtmStage, source: _Source, indices: range) -> dict[str, Tensor]:
+def _complete(stage: CtmStage, source: _TaskSource, indices: range) -> dict[str, Tensor]:
+    """Return the rows of some tasks; see `_table`."""
     rows: dict[str, list[Tensor]] = {}
     for start in range(indices.start, indices.stop, _GENERATION_BATCH):
         chunk = range(start, min(start + _GENERATION_BATCH, indices.stop))
@@ -345,7 +378,6 @@ def _complete(stage: CtmStage, source: _Source, indices: range) -> dict[str, Ten
             stage.processor.decode_completion(ids[mask], item)
             for ids, mask, item in zip(generated.token_ids, generated.mask, prepared, strict=True)
         ]
-        described = [_Described.of_target(task) for task in tasks]
         _append(
             rows,
             "own",
@@ -355,17 +387,19 @@ def _complete(stage: CtmStage, source: _Source, indices: range) -> dict[str, Ten
             [completion.answer or sample.prompt for completion, sample in zip(own, samples, strict=True)],
             [completion.bbox for completion in own],
             [
-                _Described.by_box(task, item.frame, completion.bbox, stage.processor)
+                _DescribedObject.by_box(task, item.coordinates, completion.bbox)
                 for task, item, completion in zip(tasks, prepared, own, strict=True)
             ],
         )
         rng = np.random.default_rng([23, stage.seed, start])
         for kind in ("true", "other"):
-            if kind == "other":
-                described = [_Described.of_another(rng, task) for task in tasks]
+            described = [
+                _DescribedObject.of_target(task) if kind == "true" else _DescribedObject.of_another(rng, task)
+                for task in tasks
+            ]
             texts = [
-                item.completion(task, ready, stage.processor)
-                for item, task, ready in zip(described, tasks, prepared, strict=True)
+                item.completion(task, sample, stage.processor.coordinate_scale)
+                for item, task, sample in zip(described, tasks, prepared, strict=True)
             ]
             states, mask = _teacher_forced(stage, prepared, texts)
             _append(
@@ -375,15 +409,22 @@ def _complete(stage: CtmStage, source: _Source, indices: range) -> dict[str, Ten
                 mask,
                 stage.processor,
                 [item.answer for item in described],
-                [item.box(ready, stage.processor) for item, ready in zip(described, prepared, strict=True)],
+                [item.box(sample) for item, sample in zip(described, prepared, strict=True)],
                 described,
             )
     return {name: torch.cat(values).contiguous() for name, values in rows.items()}
 
 
 @dataclass(frozen=True)
-class _Described:
-    """The object that a completion is about."""
+class _DescribedObject:
+    """The object that a completion describes.
+
+    Attributes:
+        mask: Its mask, (S, S) bool.
+        answer: The answer of the completion; empty for completions of the VLM.
+        look: Classes of its look (see `look_classes`), or None if they are not known.
+        index: Its index in the scene, `_TARGET` or `_UNKNOWN`.
+    """
 
     mask: np.ndarray
     answer: str
@@ -391,7 +432,8 @@ class _Described:
     index: int
 
     @classmethod
-    def of_target(cls, task: Task) -> _Described:
+    def of_target(cls, task: Task) -> _DescribedObject:
+        """Return the target of a task."""
         index = next(
             (i for i, item in enumerate(task.scene.objects) if np.array_equal(item.mask, task.mask)), None
         )
@@ -399,25 +441,23 @@ class _Described:
         return cls(task.mask, task.answer, look, _TARGET)
 
     @classmethod
-    def by_box(
-        cls, task: Task, frame: CoordinateFrame, box: tuple[float, ...] | None, processor: ConceptSegProcessor
-    ) -> _Described:
-        """What a completion's box (in text units) is about: the target, failing that another object."""
+    def by_box(cls, task: Task, frame: CoordinateFrame, text_box: Box | None) -> _DescribedObject:
+        """Return the object of a predicted box in text units: the target, another object, or `_UNKNOWN`."""
         unknown = cls(task.mask, "", None, _UNKNOWN)
         if not task.mask.any():
             return cls(task.mask, "", None, _TARGET)
-        if box is None:
+        if text_box is None:
             return unknown
-        found = frame.text_box_to_image(box)
-        if box_iou(found, mask_to_box(task.mask)) >= 0.3:
+        box = frame.text_box_to_image(text_box)
+        if box_iou(box, bounding_box(task.mask)) >= 0.3:
             return cls(task.mask, "", None, _TARGET)
-        ious = [box_iou(found, item.box) if item.box else 0.0 for item in task.scene.objects]
+        ious = [box_iou(box, item.box) if item.box else 0.0 for item in task.scene.objects]
         best = int(np.argmax(ious))
         return cls(task.scene.objects[best].mask, "", None, best) if ious[best] >= 0.5 else unknown
 
     @classmethod
-    def of_another(cls, rng: np.random.Generator, task: Task) -> _Described:
-        """Another visible object; the target where there is none."""
+    def of_another(cls, rng: np.random.Generator, task: Task) -> _DescribedObject:
+        """Draw another visible object of the scene; the target if there is none."""
         others = [
             i
             for i, item in enumerate(task.scene.objects)
@@ -427,42 +467,42 @@ class _Described:
             return cls.of_target(task)
         index = others[int(rng.integers(len(others)))]
         item = task.scene.objects[index]
-        answer = item.look.shape if len(task.answer.split()) == 1 and not item.look.kind else item.look.phrase
-        return cls(item.mask, answer, look_classes(item.look), index)
+        return cls(item.mask, answer_for(task, item.look), look_classes(item.look), index)
 
-    def box(self, ready: PreparedSample, processor: ConceptSegProcessor) -> tuple[float, ...] | None:
-        """In text units; None where nothing is there."""
-        return ready.coordinates.image_box_to_text(mask_to_box(self.mask)) if self.mask.any() else None
+    def box(self, sample: PreparedSample) -> Box | None:
+        """Return its box in text units; None if the mask is empty."""
+        return sample.coordinates.image_box_to_text(bounding_box(self.mask)) if self.mask.any() else None
 
-    def completion(self, task: Task, ready: PreparedSample, processor: ConceptSegProcessor) -> str:
+    def completion(self, task: Task, sample: PreparedSample, scale: float) -> str:
+        """Return the completion that describes it, with the rule and the check of the task."""
         think = task.think.removesuffix(task.answer) + self.answer
-        check = ready.coordinates.check_box
-        box = self.box(ready, processor)
-        return format_completion(think, task.rule, check, box, self.answer, processor.coordinate_scale)
+        check = sample.coordinates.check_box
+        return format_completion(think, task.rule, check, self.box(sample), self.answer, scale)
 
 
 def _teacher_forced(
     stage: CtmStage, prepared: list[PreparedSample], completions: list[str]
 ) -> tuple[Tensor, Tensor]:
-    """AT-token states of given completions, completion tokens first, (B, T, C), and their mask."""
+    """Return the hidden states of given completions at their tokens, (B, T, C), and their mask (B, T)."""
     batch = stage.processor.collate(prepared, completions, device=stage.device)
     with torch.no_grad():
         states = last_hidden_states(stage.model.vlm, model_inputs(batch))
-    # Prompts end in one column, so completions begin in one column.
+    # Prompts are padded on the left, so all completions start in the same column.
     first = int(batch["completion_mask"].any(0).nonzero()[0])
     return states[:, first:], batch["completion_mask"][:, first:]
 
 
 def _append(
-    rows: dict,
+    rows: dict[str, list[Tensor]],
     kind: str,
     states: Tensor,
     mask: Tensor,
     processor: ConceptSegProcessor,
-    answers: list[str],
-    boxes: list[tuple[float, ...] | None],
-    described: list[_Described],
+    answers: Sequence[str],
+    boxes: Sequence[Box | None],
+    described: Sequence[_DescribedObject],
 ) -> None:
+    """Append completions of one kind to the columns of a table; see `_table`."""
     states, mask = states[:, :_MAX_TOKENS], mask[:, :_MAX_TOKENS]
     padding = _MAX_TOKENS - states.shape[1]
     states = nn.functional.pad(states.masked_fill(~mask.bool()[..., None], 0), (0, 0, 0, padding))

@@ -1,8 +1,13 @@
-"""Dense targets: what each place of a picture shows. Heads that predict them teach vision towers to see."""
+"""Dense targets: the object that each image token or pixel shows. Auxiliary heads that predict them train the encoders.
+
+An image is divided into GRID x GRID image tokens, the resolution of the VLM and of SAM 3's fusion.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,81 +27,108 @@ DENSE_CLASSES = {
     "kind": len(KINDS) + 1,
     "marked": 3,
 }
-"""Classes that a place can show, by attribute; class 0 is "nothing"."""
+"""Number of classes by attribute; class 0 is the background."""
 
-_MIN_AREA = 0.12  # fraction of an image token that an object must cover to be what the token shows
+_MIN_AREA = (
+    0.12  # smallest fraction of an image token that an object must cover to be the target of the token
+)
 
 
 @dataclass(frozen=True)
-class Visible:
-    """One object in a picture: its look, its visible pixels (SIDE, SIDE), and whether a red box marks it."""
+class VisibleObject:
+    """An object in an image: its look, its visible pixels (SIDE, SIDE), and whether its box is drawn in red."""
 
     look: Look
     mask: np.ndarray
     marked: bool = False
 
 
-def visible_objects(scene: Scene) -> list[Visible]:
-    """The objects of a scene, as its picture shows them."""
-    return [Visible(item.look, item.mask) for item in scene.objects]
+def visible_objects(scene: Scene) -> list[VisibleObject]:
+    """Return the objects of a scene."""
+    return [VisibleObject(item.look, item.mask) for item in scene.objects]
+
+
+def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Return the bounding box of a mask that is not empty; see `boxes.mask_to_box`."""
+    box = mask_to_box(mask)
+    assert box is not None
+    return box
+
+
+def total(losses: Iterable[Tensor]) -> Tensor:
+    """Return the sum of one or more losses."""
+    return functools.reduce(operator.add, losses)
 
 
 def dense_class_loss(logits: Tensor, classes: Tensor) -> Tensor:
-    """Cross-entropy of what each place shows; places that show an object count as much as all together.
+    """Compute the cross-entropy of dense predictions: a quarter of the mean, plus the mean over the objects' positions.
 
     Args:
-        logits: (N, sum of `DENSE_CLASSES`).
-        classes: (N, 5), as `dense_targets` gives them.
+        logits: (N, sum of `DENSE_CLASSES`) logits.
+        classes: (N, 5) class indices from `dense_targets` or `class_map`.
     """
     loss = logits.new_zeros(())
     is_object = classes[:, 0] > 0
-    for i, part in enumerate(logits.split(list(DENSE_CLASSES.values()), dim=1)):
-        each = nn.functional.cross_entropy(part, classes[:, i], reduction="none")
-        loss = loss + 0.25 * each.mean() + each[is_object].sum() / is_object.sum().clamp(min=1)
+    for i, attribute_logits in enumerate(logits.split(list(DENSE_CLASSES.values()), dim=1)):
+        losses = nn.functional.cross_entropy(attribute_logits, classes[:, i], reduction="none")
+        loss = loss + 0.25 * losses.mean() + losses[is_object].sum() / is_object.sum().clamp(min=1)
     return loss
 
 
 def shape_accuracy(logits: Tensor, classes: Tensor) -> float:
-    """Fraction of the places showing an object whose shape is right; arguments as in `dense_class_loss`."""
+    """Compute the accuracy of the shape over the positions of objects; see `dense_class_loss` for the arguments."""
     is_object = classes[:, 0] > 0
     shapes = logits[is_object, : DENSE_CLASSES["shape"]].argmax(1)
     return float((shapes == classes[is_object, 0]).float().mean())
 
 
-def _token_areas(mask: np.ndarray) -> np.ndarray:
-    """Fraction of each image token that a mask covers, (GRID * GRID,)."""
+def _token_coverage(mask: np.ndarray) -> np.ndarray:
+    """Return the fraction of each image token that a mask covers, (GRID * GRID,)."""
     side = SIDE // GRID
     return mask.reshape(GRID, side, GRID, side).mean(axis=(1, 3)).reshape(-1)
 
 
-def tokens_of(mask: np.ndarray) -> np.ndarray:
-    """The image tokens that show a mask: covered by a quarter, or by half as much as the best covered one."""
-    areas = _token_areas(mask)
-    return areas >= min(0.25, 0.5 * areas.max())
+def mask_to_tokens(mask: np.ndarray) -> np.ndarray:
+    """Return the image tokens of a mask, (GRID * GRID,) bool.
+
+    These are the tokens that the mask covers by a quarter, or by half of its largest coverage.
+    """
+    coverage = _token_coverage(mask)
+    return coverage >= min(0.25, 0.5 * coverage.max())
 
 
 def token_objects(masks: Sequence[np.ndarray]) -> np.ndarray:
-    """Which of some objects, given by masks (SIDE, SIDE), each image token shows most of; -1 where it shows none."""
-    areas = np.stack([np.full(GRID * GRID, _MIN_AREA), *(_token_areas(mask) for mask in masks)])
-    return areas.argmax(0) - 1
+    """Return the index of the object that covers most of each image token, (GRID * GRID,); -1 for the background.
+
+    Args:
+        masks: (SIDE, SIDE) masks of the objects.
+    """
+    coverage = np.stack([np.full(GRID * GRID, _MIN_AREA), *(_token_coverage(mask) for mask in masks)])
+    return coverage.argmax(0) - 1
 
 
-def dense_targets(objects: Sequence[Visible]) -> tuple[np.ndarray, np.ndarray]:
-    """What each image token shows: classes (GRID * GRID, 5), 0 for nothing, and its box in 0..1."""
-    shown = token_objects([item.mask for item in objects])
-    nothing = ((0,) * len(DENSE_CLASSES), (0.0,) * 4)
+def dense_targets(objects: Sequence[VisibleObject]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the classes (GRID * GRID, 5) and the box, in fractions of the side, of the object of each image token.
+
+    Both are 0 for the background.
+    """
+    object_indices = token_objects([item.mask for item in objects])
+    background = ((0,) * len(DENSE_CLASSES), (0.0,) * 4)
     table = [
-        (look_classes(item.look, item.marked), np.asarray(mask_to_box(item.mask)) / SIDE)
+        (look_classes(item.look, item.marked), np.asarray(bounding_box(item.mask)) / SIDE)
         if item.mask.any()
-        else nothing
+        else background
         for item in objects
     ]
-    classes, boxes = zip(*table, nothing)
-    return np.asarray(classes, dtype=np.int64)[shown], np.asarray(boxes, dtype=np.float32)[shown]
+    classes, boxes = zip(*table, background)  # index -1 is the background
+    return (
+        np.asarray(classes, dtype=np.int64)[object_indices],
+        np.asarray(boxes, dtype=np.float32)[object_indices],
+    )
 
 
 def look_classes(look: Look, marked: bool = False) -> tuple[int, int, int, int, int]:
-    """Class indices of a look, in the order of `DENSE_CLASSES`."""
+    """Return the class indices of a look, in the order of `DENSE_CLASSES`."""
     return (
         SHAPES.index(look.shape) + 1,
         (*COLORS, GREY).index(look.color) + 1,
@@ -107,7 +139,7 @@ def look_classes(look: Look, marked: bool = False) -> tuple[int, int, int, int, 
 
 
 def class_map(scene: Scene) -> np.ndarray:
-    """What each pixel shows, (S, S, 5) class indices of `DENSE_CLASSES`, 0 for nothing."""
+    """Return the class indices of each pixel, (S, S, 5) in the order of `DENSE_CLASSES`, 0 for the background."""
     classes = np.zeros((*scene.pixels.shape[:2], len(DENSE_CLASSES)), dtype=np.int64)
     for item in scene.objects:
         classes[item.mask] = look_classes(item.look)

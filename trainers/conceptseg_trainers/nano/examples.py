@@ -1,9 +1,9 @@
-"""Training examples of the nano VLM: pictures, a text to continue, and where it should look while it writes.
+"""Training examples of the nano VLM: images, a text to complete, and targets of the attention to image tokens.
 
-Perception examples are short: they name, find, match and locate objects, with many boxes for little text. A task
-example is a whole task as the model will meet it, with mosaic, instruction and completion. Its pictures and prompts are
-exactly those of `ConceptSegProcessor` (tested); they are made here without its general machinery, which would cost more
-than a training step.
+Perception examples are short: they name, find, match and locate objects, with many boxes per token. A task example is a
+complete task as in inference, with mosaic, instruction and completion. Its images and prompt equal those of
+`ConceptSegProcessor` (which is tested), but are created without its general code, which would take longer than a
+training step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from conceptseg_hf.boxes import Box, mask_to_box
+from conceptseg_hf.boxes import Box
 from conceptseg_hf.completion import format_box, format_completion
 from conceptseg_hf.data.concept_shapes.families import Task
 from conceptseg_hf.data.concept_shapes.rendering import COLORS, SHAPES, TEXTURES
@@ -22,22 +22,24 @@ from conceptseg_hf.data.concept_shapes.scenes import Look, Scene, draw_scene, ma
 from conceptseg_hf.mosaic import compose_mosaic
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, CoordinateFrame
-from conceptseg_hf.references import Reference, resolve_references
+from conceptseg_hf.references import Reference, Role, resolve_references
 
-from .dense import GRID, Visible, dense_targets, tokens_of, visible_objects
+from .dense import GRID, VisibleObject, bounding_box, dense_targets, mask_to_tokens, visible_objects
 from .tokenizers import COORDINATE_SCALE, short_processor
 
-_NOISE = 0.15  # probability that a color or texture word is another one where the VLM reads its own text
-_MIN_PIXELS = 12  # smaller things are not asked for
+_NOISE = 0.15  # probability of replacing a color or texture word in the input of the VLM
+_MIN_PIXELS = 12  # size of the smallest objects in perception examples
+# Offsets of the numbers of a box from its opening tag, e.g. in the tokens "<bbox> [ 1 , 2 , 3 , 4 ] </bbox>".
+_NUMBER_OFFSETS = (2, 4, 6, 8)
 
 
 @dataclass(frozen=True)
-class Focus:
-    """While the token at a place of the completion is being chosen, attention belongs on these image tokens.
+class AttentionTarget:
+    """Image tokens that the VLM should attend to when it predicts a token of the completion.
 
     Attributes:
         position: Index of the token within the completion.
-        tokens: Picture index -> (GRID * GRID,) bool; any of the pictures will do.
+        tokens: (GRID * GRID,) bool masks of image tokens by the index of the image; any of them is correct.
     """
 
     position: int
@@ -49,24 +51,45 @@ class TrainingExample:
     """One training sequence.
 
     Attributes:
-        pictures: (SIDE, SIDE, 3) 8-bit pictures.
-        prompt: Token ids up to the completion, image tokens expanded.
+        images: (SIDE, SIDE, 3) 8-bit images.
+        prompt: Token ids of the prompt, with expanded image tokens.
         completion: Token ids of the completion with its end token.
-        read: The completion as the VLM reads it while it is trained: some words are replaced.
-        focus: Where to look, for some tokens of the completion.
-        dense: Per picture, what each image token shows; see `dense_targets`.
+        noisy_completion: The completion as the input of the VLM, in which some words are replaced.
+        attention_targets: Attention targets of some tokens of the completion.
+        dense: Dense targets of each image; see `dense_targets`.
     """
 
-    pictures: tuple[np.ndarray, ...]
+    images: tuple[np.ndarray, ...]
     prompt: list[int]
     completion: list[int]
-    read: list[int]
-    focus: tuple[Focus, ...]
+    noisy_completion: list[int]
+    attention_targets: tuple[AttentionTarget, ...]
     dense: tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A phrase and a box of a perception example.
+
+    Attributes:
+        phrase: The phrase.
+        phrase_masks: Masks of the objects from which the phrase can be read, by the index of the image; empty for none.
+        image: Index of the image of the box.
+        mask: Mask of the box.
+    """
+
+    phrase: str
+    phrase_masks: dict[int, np.ndarray]
+    image: int
+    mask: np.ndarray
+
+
 class ExampleWriter:
-    """Turns scenes and tasks into training examples with the nano processor's tokenizer and template."""
+    """Convert scenes and tasks to training examples, with the tokenizer and template of a nano processor.
+
+    Args:
+        processor: The processor.
+    """
 
     def __init__(self, processor: ConceptSegProcessor) -> None:
         self.processor = processor
@@ -77,50 +100,53 @@ class ExampleWriter:
             name: vocabulary[name]
             for name in ("<check>", "<bbox>", "</think>", "<answer>", "</answer>", "<|im_end|>")
         }
-        self._kinds = [np.asarray([vocabulary[word] for word in words]) for words in (COLORS, TEXTURES[1:])]
+        # Token ids of the colors, and of the textures.
+        self._word_groups = [
+            np.asarray([vocabulary[word] for word in words]) for words in (COLORS, TEXTURES[1:])
+        ]
         self._look_words = {vocabulary[word] for word in (*COLORS, *TEXTURES[1:], *SHAPES)}
 
     # Perception
 
     def naming(
-        self, rng: np.random.Generator, picture: np.ndarray, objects: Sequence[Visible]
+        self, rng: np.random.Generator, image: np.ndarray, objects: Sequence[VisibleObject]
     ) -> TrainingExample:
-        """All objects of unique name in one picture, in random order: name, then box."""
+        """Name and locate the objects of an image that have a unique name, in random order."""
         names = [item.look.phrase for item in objects]
         entries = [
-            (name, {0: item.mask}, (0, item.mask))
+            _Entry(name, {0: item.mask}, 0, item.mask)
             for item, name in zip(objects, names, strict=True)
             if names.count(name) == 1 and item.mask.sum() >= _MIN_PIXELS
         ]
-        # The first word may be that of any object; only the words after it are determined.
-        return self._listing(rng, "mark objects", [(picture, objects)], entries, guided_from=1)
+        # The order is random, so the first word of a phrase may be that of any object.
+        return self._listing(rng, "mark objects", [(image, objects)], entries, first_guided=1)
 
     def finding(
-        self, rng: np.random.Generator, picture: np.ndarray, objects: Sequence[Visible]
+        self, rng: np.random.Generator, image: np.ndarray, objects: Sequence[VisibleObject]
     ) -> TrainingExample:
-        """Phrases that apply to one or several objects in one picture, each with the box of all they apply to."""
-        entries = {}
+        """Locate phrases that describe one or several objects of an image, each with the box of all of them."""
+        masks: dict[str, np.ndarray] = {}
         for item in objects:
             words = item.look.phrase.split() if item.look.kind else _some_words(rng, item.look)
             mask = np.any([other.mask for other in objects if other.look.matches(words)], axis=0)
             if mask.sum() >= _MIN_PIXELS:
-                entries[" ".join(words)] = ({}, (0, mask))
-        flat = [(phrase, *places) for phrase, places in entries.items()]
-        return self._listing(rng, "find objects", [(picture, objects)], flat, noise=False)
+                masks[" ".join(words)] = mask
+        entries = [_Entry(phrase, {}, 0, mask) for phrase, mask in masks.items()]
+        return self._listing(rng, "find objects", [(image, objects)], entries, noise=False)
 
     def naming_mosaic(self, rng: np.random.Generator, task: Task) -> TrainingExample:
-        """The objects in a mosaic, named and located: check boxes in small cells are learned from these."""
-        mosaic, shown, _ = self._mosaic(task)
-        return self.naming(rng, mosaic, shown)
+        """Name and locate the objects of a mosaic, which trains the boxes of `<check>` in small cells."""
+        mosaic, objects, _ = self._mosaic(task)
+        return self.naming(rng, mosaic, objects)
 
     def naming_marked(self, rng: np.random.Generator, task: Task) -> TrainingExample:
-        """The objects that red boxes mark in a mosaic, named and located."""
-        mosaic, shown, _ = self._mosaic(task)
-        entries = [(item.look.phrase, {0: item.mask}, (0, item.mask)) for item in shown if item.marked]
-        return self._listing(rng, "marked objects", [(mosaic, shown)], entries, guided_from=1)
+        """Name and locate the objects of a mosaic that are marked by red boxes."""
+        mosaic, objects, _ = self._mosaic(task)
+        entries = [_Entry(item.look.phrase, {0: item.mask}, 0, item.mask) for item in objects if item.marked]
+        return self._listing(rng, "marked objects", [(mosaic, objects)], entries, first_guided=1)
 
     def matching(self, rng: np.random.Generator) -> TrainingExample:
-        """Objects that are marked in a mosaic, found again in another scene."""
+        """Name objects that are marked in a mosaic, and locate them in another scene."""
         looks: list[Look] = []
         while len(looks) < int(rng.integers(2, 6)):
             look = random_look(rng)
@@ -134,61 +160,67 @@ class ExampleWriter:
             index = int(rng.integers(len(looks)))
             others = [random_look(rng) for _ in range(int(rng.integers(0, 3)))]
             others = [other for other in others if other != looks[index]]
-            shown = draw_scene(rng, cell, make_objects(rng, cell, [looks[index], *others]))
-            if (box := shown.objects[0].box) is not None:
-                references.setdefault(index, (shown, box))
-        mosaic, objects, _ = self._picture_of(list(references.values()), role="support")
+            reference = draw_scene(rng, cell, make_objects(rng, cell, [looks[index], *others]))
+            if (box := reference.objects[0].box) is not None:
+                references.setdefault(index, (reference, box))
+        mosaic, objects, _ = self._compose(list(references.values()), role="support")
         entries = [
-            (
+            _Entry(
                 looks[index].phrase,
                 {0: _union([o.mask for o in objects if o.marked and o.look == looks[index]]), 1: item.mask},
-                (1, item.mask),
+                1,
+                item.mask,
             )
             for index in references
             if (item := scene.objects[index]).mask.sum() >= _MIN_PIXELS
         ]
-        pictures = [(mosaic, objects), (scene.pixels, visible_objects(scene))]
-        return self._listing(rng, "same objects", pictures, entries, guided_from=1)
+        images = [(mosaic, objects), (scene.pixels, visible_objects(scene))]
+        return self._listing(rng, "same objects", images, entries, first_guided=1)
 
     def _listing(
         self,
         rng: np.random.Generator,
         instruction: str,
-        pictures: Sequence[tuple[np.ndarray, Sequence[Visible]]],
-        entries: Sequence[tuple[str, dict[int, np.ndarray], tuple[int, np.ndarray]]],
-        guided_from: int = 0,
+        images: Sequence[tuple[np.ndarray, Sequence[VisibleObject]]],
+        entries: Sequence[_Entry],
+        first_guided: int = 0,
         noise: bool = True,
     ) -> TrainingExample:
-        """Up to six phrases and boxes in random order.
+        """Create an example with up to six phrases and boxes, in random order.
 
         Args:
-            rng: Source of chance.
-            instruction: The prompt's words.
-            pictures: The pictures and what they show.
-            entries: Phrases; masks (by picture) where the phrase is seen; picture and mask of the box.
-            guided_from: The first word of a phrase that is determined.
-            noise: Replace some words where the VLM reads them.
+            rng: Random generator.
+            instruction: The instruction of the prompt.
+            images: The images with their objects.
+            entries: The phrases and boxes.
+            first_guided: Index of the first word of a phrase that has an attention target.
+            noise: Whether to replace some words in the input of the VLM.
         """
         completion: list[int] = []
-        focus: list[Focus] = []
+        attention_targets: list[AttentionTarget] = []
         for index in rng.permutation(len(entries))[:6]:
-            phrase, seen, (picture, mask) = entries[int(index)]
-            words = self._ids(phrase)
-            if seen:
-                tokens = {number: tokens_of(where) for number, where in seen.items()}
-                focus += [Focus(len(completion) + i, tokens) for i in range(guided_from, len(words))]
+            entry = entries[int(index)]
+            words = self._ids(entry.phrase)
+            if entry.phrase_masks:
+                tokens = {number: mask_to_tokens(mask) for number, mask in entry.phrase_masks.items()}
+                attention_targets += [
+                    AttentionTarget(len(completion) + i, tokens) for i in range(first_guided, len(words))
+                ]
             completion += words
-            box = self._ids(f"<bbox>{format_box(text_box(mask_to_box(mask)), COORDINATE_SCALE)}</bbox>")
-            focus += [Focus(len(completion) + i, {picture: tokens_of(mask)}) for i in (2, 4, 6, 8)]
-            completion += box
+            box = canvas_box_to_text(bounding_box(entry.mask))
+            attention_targets += [
+                AttentionTarget(len(completion) + i, {entry.image: mask_to_tokens(entry.mask)})
+                for i in _NUMBER_OFFSETS
+            ]
+            completion += self._ids(f"<bbox>{format_box(box, COORDINATE_SCALE)}</bbox>")
         completion.append(self.ids["<|im_end|>"])
         return TrainingExample(
-            tuple(picture for picture, _ in pictures),
-            self._prompt(instruction, len(pictures)),
+            tuple(image for image, _ in images),
+            self._prompt(instruction, len(images)),
             completion,
             self._with_noise(rng, completion) if noise else completion,
-            tuple(focus),
-            tuple(dense_targets(objects) for _, objects in pictures),
+            tuple(attention_targets),
+            tuple(dense_targets(objects) for _, objects in images),
         )
 
     # Tasks
@@ -196,34 +228,33 @@ class ExampleWriter:
     def task(
         self, rng: np.random.Generator, task: Task, chosen: int | None = None, short: bool = False
     ) -> TrainingExample:
-        """A whole task: mosaic and target, the instruction, and the ground-truth completion.
+        """Create an example of a complete task: mosaic and target, the instruction, and the completion.
 
         Args:
-            rng: Source of chance.
+            rng: Random generator.
             task: The task.
-            chosen: Index of another object of the scene that the completion describes instead of the true one; rule
-                and check stay true.
-            short: Without rule and check, and without the reasoning about the references.
+            chosen: Index of an object of the target scene. If given, the completion describes this object instead of
+                the correct one; rule and check do not change.
+            short: Whether to omit rule, check, and the reasoning about the references.
         """
         processor = self.short_processor if short else self.processor
         mask, answer, think = task.mask, task.answer, task.think
         if chosen is not None:
             item = task.scene.objects[chosen]
             mask = item.mask
-            answer = (
-                item.look.shape if len(task.answer.split()) == 1 and not item.look.kind else item.look.phrase
-            )
+            answer = answer_for(task, item.look)
             think = think.removesuffix(task.answer) + answer
         if short:
             think = f"it is the {answer}"
-        pictures = [(task.scene.pixels, visible_objects(task.scene))]
-        check, marked = None, []
+        images = [(task.scene.pixels, visible_objects(task.scene))]
+        check: Box | None = None
+        marked: list[VisibleObject] = []
         if task.references:
-            mosaic, shown, frame = self._mosaic(task)
+            mosaic, objects, frame = self._mosaic(task)
             instruction = processor.instruction(task.prompt, frame)
-            pictures.insert(0, (mosaic, shown))
+            images.insert(0, (mosaic, objects))
             check = None if short else frame.check_box
-            marked = [item for item in shown if item.marked]
+            marked = [item for item in objects if item.marked]
         else:
             instruction = processor.template.fill("no_reference", task.prompt)
         present = bool(mask.any())
@@ -231,98 +262,110 @@ class ExampleWriter:
             think,
             None if short else task.rule,
             check,
-            text_box(mask_to_box(mask)) if present else None,
+            canvas_box_to_text(bounding_box(mask)) if present else None,
             answer,
             COORDINATE_SCALE,
         )
         completion = [*self._ids(text), self.ids["<|im_end|>"]]
-        focus: list[Focus] = []
+        attention_targets: list[AttentionTarget] = []
         if check is not None:
             start = completion.index(self.ids["<check>"])
-            focus += [Focus(start + i, {0: box_tokens(check)}) for i in (2, 4, 6, 8)]
+            attention_targets += [
+                AttentionTarget(start + i, {0: text_box_to_tokens(check)}) for i in _NUMBER_OFFSETS
+            ]
         if present:
-            tokens, target = tokens_of(mask), len(pictures) - 1
+            target = {len(images) - 1: mask_to_tokens(mask)}
             start = completion.index(self.ids["<bbox>"])
-            focus += [Focus(start + i, {target: tokens}) for i in (2, 4, 6, 8)]
-            focus += self._word_focus(completion, think, answer, {target: tokens}, marked)
+            attention_targets += [AttentionTarget(start + i, target) for i in _NUMBER_OFFSETS]
+            attention_targets += self._word_targets(completion, think, answer, target, marked)
         return TrainingExample(
-            tuple(picture for picture, _ in pictures),
-            self._prompt(instruction, len(pictures), processor),
+            tuple(image for image, _ in images),
+            self._prompt(instruction, len(images), processor),
             completion,
             self._with_noise(rng, completion),
-            tuple(focus),
-            tuple(dense_targets(objects) for _, objects in pictures),
+            tuple(attention_targets),
+            tuple(dense_targets(objects) for _, objects in images),
         )
 
-    def _word_focus(
+    def _word_targets(
         self,
         completion: Sequence[int],
         think: str,
         answer: str,
         target: dict[int, np.ndarray],
-        marked: Sequence[Visible],
-    ) -> list[Focus]:
-        """Where words are read: the answer's from the target, those that all marked objects answer to from them.
+        marked: Sequence[VisibleObject],
+    ) -> list[AttentionTarget]:
+        """Return the attention targets of words.
 
-        The reasoning ends with the answer, and so does the completion.
+        The words of the answer, which also ends the reasoning, are read from the target. Other words of the reasoning
+        that describe all marked objects are read from these.
         """
-        focus: list[Focus] = []
-        shared = {0: tokens_of(_union([item.mask for item in marked]))} if marked else {}
-        # Where the marked objects look as the target does, its words can be read from either.
-        twins = marked and all(item.look.matches(answer.split()) for item in marked)
-        places = {**shared, **target} if twins else target
+        attention_targets: list[AttentionTarget] = []
+        shared = {0: mask_to_tokens(_union([item.mask for item in marked]))} if marked else {}
+        # If the answer also describes all marked objects, its words can be read from these as well.
+        describes_marked = marked and all(item.look.matches(answer.split()) for item in marked)
+        answer_tokens = {**shared, **target} if describes_marked else target
         length = len(self._ids(answer))
         for end in (completion.index(self.ids["</think>"]), completion.index(self.ids["</answer>"])):
-            focus += [Focus(i, places) for i in range(end - length, end)]
+            attention_targets += [AttentionTarget(i, answer_tokens) for i in range(end - length, end)]
         for position, word in enumerate(think.split()[:-length], start=1):
-            is_look = word in COLORS or word in SHAPES or word in TEXTURES[1:]
-            if marked and is_look and all(item.look.matches([word]) for item in marked):
-                focus.append(Focus(position, shared))
-        return focus
+            is_attribute = word in COLORS or word in SHAPES or word in TEXTURES[1:]
+            if marked and is_attribute and all(item.look.matches([word]) for item in marked):
+                attention_targets.append(AttentionTarget(position, shared))
+        return attention_targets
 
     # Parts
 
-    def _mosaic(self, task: Task) -> tuple[np.ndarray, list[Visible], CoordinateFrame]:
-        """The mosaic of a task's references, what it shows, and where its coordinates come from."""
-        return self._picture_of(task.references)
+    def _mosaic(self, task: Task) -> tuple[np.ndarray, list[VisibleObject], CoordinateFrame]:
+        """Return the mosaic of a task's references, its objects, and its coordinate frame."""
+        return self._compose(task.references)
 
-    def _picture_of(
-        self, references: Sequence[tuple[Scene, Box | None]], role: str = "auto"
-    ) -> tuple[np.ndarray, list[Visible], CoordinateFrame]:
-        given = [Reference(Image.fromarray(scene.pixels), box=box, role=role) for scene, box in references]
-        resolved = resolve_references(given)
+    def _compose(
+        self, references: Sequence[tuple[Scene, Box | None]], role: Role = "auto"
+    ) -> tuple[np.ndarray, list[VisibleObject], CoordinateFrame]:
+        """Return the mosaic of references with the given role, its objects, and its coordinate frame."""
+        resolved = resolve_references(
+            [Reference(Image.fromarray(scene.pixels), box=box, role=role) for scene, box in references]
+        )
         frame = self.processor.make_frame((SIDE, SIDE), resolved)
-        picture = compose_mosaic(resolved.images, resolved.boxes, frame.layout, resolved.proxy)
-        cells = [frame.layout.cell(cell) for cell in frame.cell_of_reference]
+        layout = frame.layout
+        assert layout is not None  # there are references
+        mosaic = compose_mosaic(resolved.images, resolved.boxes, layout, resolved.proxy)
+        cells = [layout.cell(cell) for cell in frame.cell_of_reference]
         boxes = [None if i == resolved.proxy else box for i, (_, box) in enumerate(references)]
-        return np.asarray(picture), mosaic_objects([scene for scene, _ in references], boxes, cells), frame
+        return np.asarray(mosaic), mosaic_objects([scene for scene, _ in references], boxes, cells), frame
 
     def _with_noise(self, rng: np.random.Generator, completion: Sequence[int]) -> list[int]:
-        """Replaces some color and texture words that other words of a look follow.
+        """Replace some color and texture words that are followed by another word of the same look.
 
-        A word of a look must be read from the picture, not guessed from the word before it: pairs that training never
-        draws would else be impossible words.
+        The second word must be read from the image instead of being predicted from the first one. Otherwise, the VLM
+        would never predict pairs that are held out from training.
         """
-        read = list(completion)
-        for kind in self._kinds:
-            for i in np.flatnonzero(np.isin(completion[:-1], kind)):
+        noisy = list(completion)
+        for group in self._word_groups:
+            for i in np.flatnonzero(np.isin(completion[:-1], group)):
                 if completion[i + 1] in self._look_words and rng.random() < _NOISE:
-                    read[i] = int(kind[int(rng.integers(len(kind)))])
-        return read
+                    noisy[i] = int(group[int(rng.integers(len(group)))])
+        return noisy
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _prompt(
-        self, instruction: str, pictures: int, processor: ConceptSegProcessor | None = None
+        self, instruction: str, image_count: int, processor: ConceptSegProcessor | None = None
     ) -> list[int]:
-        text = (processor or self.processor).chat_text(instruction, pictures)
+        text = (processor or self.processor).chat_text(instruction, image_count)
         token = self.processor.image_token
         return self._ids(text.replace(token, token * GRID**2))
 
 
+def answer_for(task: Task, look: Look) -> str:
+    """Return an answer that describes an object of the given look, as specific as the answer of the task."""
+    return look.shape if len(task.answer.split()) == 1 and not look.kind else look.phrase
+
+
 def _some_words(rng: np.random.Generator, look: Look) -> list[str]:
-    """Any of a look's attributes, at least one; "object" stands where the shape is left out."""
+    """Draw one or more attributes of a look; "object" replaces a missing shape."""
     while True:
         keep = rng.random(3) < (0.5, 0.6, 0.7)
         words = [
@@ -340,27 +383,33 @@ def _union(masks: Sequence[np.ndarray]) -> np.ndarray:
 
 def mosaic_objects(
     scenes: Sequence[Scene], boxes: Sequence[Box | None], cells: Sequence[tuple[int, int, int, int]]
-) -> list[Visible]:
-    """The objects of reference scenes, where the mosaic shows them; those whose boxes are drawn are marked."""
-    objects: list[Visible] = []
+) -> list[VisibleObject]:
+    """Return the objects of reference scenes on the mosaic.
+
+    Args:
+        scenes: The reference scenes.
+        boxes: For each scene the box that is drawn on the mosaic, or None; the object of this box is marked.
+        cells: For each scene the rectangle of its cell in canvas pixels.
+    """
+    objects: list[VisibleObject] = []
     for scene, box, (left, top, right, bottom) in zip(scenes, boxes, cells, strict=True):
         rows = np.arange(bottom - top) * scene.pixels.shape[0] // (bottom - top)
         columns = np.arange(right - left) * scene.pixels.shape[1] // (right - left)
         for item in scene.objects:
             mask = np.zeros((SIDE, SIDE), dtype=bool)
             mask[top:bottom, left:right] = item.mask[rows][:, columns]
-            objects.append(Visible(item.look, mask, box is not None and item.box == box))
+            objects.append(VisibleObject(item.look, mask, box is not None and item.box == box))
     return objects
 
 
-def text_box(box: Sequence[float]) -> list[float]:
-    """A box from canvas pixels to text units."""
+def canvas_box_to_text(box: Sequence[float]) -> list[float]:
+    """Map a box from canvas pixels to text units."""
     return [value * COORDINATE_SCALE / SIDE for value in box]
 
 
-def box_tokens(box: Sequence[float]) -> np.ndarray:
-    """The image tokens under a box in text units."""
+def text_box_to_tokens(box: Sequence[float]) -> np.ndarray:
+    """Return the image tokens of a box in text units, (GRID * GRID,) bool; see `mask_to_tokens`."""
     x1, y1, x2, y2 = (value * SIDE / COORDINATE_SCALE for value in box)
     mask = np.zeros((SIDE, SIDE), dtype=bool)
     mask[round(y1) : max(round(y2), round(y1) + 1), round(x1) : max(round(x2), round(x1) + 1)] = True
-    return tokens_of(mask)
+    return mask_to_tokens(mask)

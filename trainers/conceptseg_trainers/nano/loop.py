@@ -1,7 +1,7 @@
 """The training loop of every nano stage: seeded, resumable, with an exponential moving average and a log.
 
-A stage is a `Stage`: a module, its loss on the batch of a step, and its held-out numbers. Batches are
-functions of the step alone, so that a resumed run sees what an uninterrupted one would have seen.
+A stage implements `Stage`: it has a module, computes the loss of a step, and evaluates the module. A batch depends only
+on the step, so a resumed run is trained on the same batches as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -25,39 +25,41 @@ from conceptseg_hf.writing import json_text, write_error
 
 
 class Stage(Protocol):
-    """One stage of nano training.
+    """One stage of nano training."""
 
-    Attributes:
-        name: Name of the stage and of its folder.
-        module: Holds every parameter that trains.
-    """
+    @property
+    def name(self) -> str:
+        """Name of the stage and of its folder."""
+        ...
 
-    name: str
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """The module with all trained parameters."""
+        ...
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss on the batch of a step, and numbers to log."""
+        """Return the loss on the batch of a step, and metrics to log."""
         ...
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out numbers of the module as it stands."""
+        """Return metrics of the module on held-out samples."""
         ...
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Warm-up, a constant learning rate, and a linear decay to zero over the last part.
+    """Linear warm-up, a constant learning rate, and a linear decay to zero; and the other settings of the loop.
 
     Attributes:
-        steps: Number of optimiser steps.
-        learning_rate: The constant rate.
-        warmup: Steps of linear warm-up.
-        restart: A step at which other parameters begin to train: the rate warms up once more.
-        decay: Share of the steps over which the rate falls to zero.
-        weight_decay: AdamW's, on matrices only.
-        evaluate_every: Steps between held-out evaluations.
-        save_every: Steps between checkpoints.
-        ema: Decay of the moving average that is evaluated and kept.
+        steps: Number of optimizer steps.
+        learning_rate: Peak learning rate.
+        warmup: Number of warm-up steps.
+        restart: Step of a second warm-up, after which further parameters are trained.
+        decay: Fraction of the steps over which the learning rate decays to zero.
+        weight_decay: Weight decay of AdamW, for matrices only.
+        evaluate_every: Number of steps between evaluations.
+        save_every: Number of steps between saves of the state.
+        ema: Decay of the moving average of the weights, which is evaluated and becomes the result.
     """
 
     steps: int
@@ -71,26 +73,26 @@ class Schedule:
     ema: float = 0.998
 
     def rate(self, step: int) -> float:
-        """The learning rate at a step."""
+        """Return the learning rate of a step."""
         remaining = (self.steps - step) / max(1.0, self.decay * self.steps)
-        since = step - self.restart if step >= self.restart else step
-        return self.learning_rate * min(1.0, (since + 1) / self.warmup, max(0.0, remaining))
+        warmup_step = step - self.restart if step >= self.restart else step
+        return self.learning_rate * min(1.0, (warmup_step + 1) / self.warmup, max(0.0, remaining))
 
 
 def train(
     stage: Stage, schedule: Schedule, run_dir: Path, report: Callable[[str], None] = print_line
 ) -> dict[str, float]:
-    """Runs a stage to its end, from its last checkpoint if there is one; the module ends with the average.
+    """Train a stage, resuming from its saved state if there is one; finally, the module has the averaged weights.
 
     Args:
-        stage: What to train.
-        schedule: How long and how fast.
-        run_dir: The stage keeps `<run_dir>/<name>/` with its state, its log (`log.jsonl`) and its final
-            weights.
-        report: Called with each line of held-out numbers.
+        stage: The stage.
+        schedule: The schedule.
+        run_dir: Parent of the stage's folder `<run_dir>/<name>`, which contains its state (`state.safetensors`) and its
+            log (`log.jsonl`).
+        report: Function that prints a line of metrics.
 
     Returns:
-        The final held-out numbers.
+        The metrics of the final evaluation.
 
     Raises:
         FloatingPointError: If the loss or a weight is not finite.
@@ -99,43 +101,55 @@ def train(
     folder = run_dir / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     state = TrainingState(stage.module, schedule, folder / "state.safetensors")
-    started, first = time.monotonic(), state.step
-    if first < schedule.steps:
+    start_time = time.monotonic()
+    if state.step < schedule.steps:
         progress = progress_bar(
-            schedule.steps, "steps", stage.name, initial=first, mininterval=5, dynamic_ncols=True
+            schedule.steps, "steps", stage.name, initial=state.step, mininterval=5, dynamic_ncols=True
         )
         stage.module.train()
         while state.step < schedule.steps:
-            loss, numbers = stage.loss(state.step)
+            loss, metrics = stage.loss(state.step)
             if not torch.isfinite(loss):
                 raise FloatingPointError(_diverged(stage, f"the loss is {loss.item()}", state))
             state.update(loss)
             progress.update()
-            progress.set_postfix({key: f"{value:.3f}" for key, value in numbers.items()}, refresh=False)
+            progress.set_postfix({key: f"{value:.3f}" for key, value in metrics.items()}, refresh=False)
             at_end = state.step == schedule.steps
             if state.step % schedule.save_every == 0 or at_end:
-                if wrong := find_nonfinite(state.parameters.items()):
-                    raise FloatingPointError(_diverged(stage, f"{wrong[0]} is not finite", state))
+                if nonfinite := find_nonfinite(state.parameters.items()):
+                    raise FloatingPointError(_diverged(stage, f"{nonfinite[0]} is not finite", state))
                 state.save()
             if (state.step % schedule.evaluate_every == 0) and not at_end:
                 with state.averaged():
                     held_out = stage.evaluate()
                 stage.module.train()
-                _log(folder, state.step, started, numbers, held_out)
+                _log(folder, state.step, start_time, metrics, held_out)
                 report(
-                    f"{stage.name} {state.step}/{schedule.steps}: {_line(numbers)} | "
-                    f"held out {_line(held_out)}"
+                    f"{stage.name} {state.step}/{schedule.steps}: {_line(metrics)} | "
+                    f"held out: {_line(held_out)}"
                 )
         progress.close()
     state.load_average()
     held_out = stage.evaluate()
-    _log(folder, state.step, started, {}, held_out)
-    report(f"{stage.name} ended: held out {_line(held_out)}")
+    _log(folder, state.step, start_time, {}, held_out)
+    report(f"{stage.name} finished | held out: {_line(held_out)}")
     return held_out
 
 
 class TrainingState:
-    """Optimiser, moving average and step of one run, kept in one safetensors file."""
+    """Weights, their moving average, the optimizer and the step of a run, saved in one safetensors file.
+
+    Args:
+        module: The module to train.
+        schedule: The schedule.
+        path: Path of the file; the state is loaded from it if it exists.
+
+    Attributes:
+        step: Number of completed steps.
+        saved: Number of completed steps of the saved state.
+        parameters: The trained parameters by name.
+        average: The moving averages of the parameters by name.
+    """
 
     def __init__(self, module: nn.Module, schedule: Schedule, path: Path) -> None:
         self.module = module
@@ -156,7 +170,7 @@ class TrainingState:
             self._load()
 
     def update(self, loss: Tensor) -> None:
-        """One optimiser step."""
+        """Take one optimizer step."""
         rate = self.schedule.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -173,7 +187,7 @@ class TrainingState:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """A context in which the module holds the averaged weights."""
+        """Temporarily replace the weights of the module by their averages."""
         self._swap()
         try:
             yield
@@ -183,18 +197,18 @@ class TrainingState:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, p in self.parameters.items():
-            raw = p.detach().clone()
+            current = p.detach().clone()
             p.copy_(self.average[name])
-            self.average[name].copy_(raw)
+            self.average[name].copy_(current)
 
     def load_average(self) -> None:
-        """Puts the averaged weights into the module for good."""
+        """Replace the weights of the module by their averages."""
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(self.average[name])
 
     def save(self) -> None:
-        """Writes the state; a kill in the middle leaves the previous one."""
+        """Save the state; an interruption does not damage the previous state."""
         tensors = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"average/{name}": value for name, value in self.average.items()}
         for name, p in self.parameters.items():
@@ -207,7 +221,7 @@ class TrainingState:
     def _load(self) -> None:
         with safe_open(self.path, "pt") as file:
             self.step = self.saved = int(file.metadata()["step"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(tensors[f"weight/{name}"])
@@ -222,10 +236,10 @@ class TrainingState:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file that is complete or not there.
+    """Write a safetensors file under a temporary name, and rename it.
 
     Raises:
-        WriteError: If it cannot be written; an older one stays.
+        WriteError: If it cannot be written; an existing file is not changed.
     """
     temporary = path.with_suffix(".tmp")
     try:
@@ -234,33 +248,33 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise write_error(
-            path, error, "make room and run again, which goes on from the last state"
+            path, error, "free some space and run the same command to resume from the last state"
         ) from error
 
 
-def _diverged(stage: Stage, what: str, state: TrainingState) -> str:
-    kept = (
+def _diverged(stage: Stage, fault: str, state: TrainingState) -> str:
+    saved = (
         f"{str(state.path)!r} has the state of step {state.saved}"
         if state.saved
-        else "no state was saved before"
+        else "no state has been saved"
     )
-    return f"stage {stage.name}: {what} at step {state.step}; lower the learning rate; {kept}."
+    return f"stage {stage.name}: {fault} at step {state.step}; lower the learning rate; {saved}."
 
 
 def mean(values: Iterable[float]) -> float:
-    """The mean of the values that are numbers; 0 when there is none."""
-    values = [value for value in values if not math.isnan(value)]
-    return sum(values) / len(values) if values else 0.0
+    """Return the mean of the values without NaN; 0 if there are none."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else 0.0
 
 
-def _line(numbers: dict[str, float]) -> str:
-    return "  ".join(f"{key} {value:.3f}" for key, value in numbers.items())
+def _line(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{key} {value:.3f}" for key, value in metrics.items())
 
 
 def _log(
-    folder: Path, step: int, started: float, numbers: dict[str, float], held_out: dict[str, float]
+    folder: Path, step: int, start_time: float, metrics: dict[str, float], held_out: dict[str, float]
 ) -> None:
-    row = {"step": step, "seconds": round(time.monotonic() - started), **numbers}
+    row = {"step": step, "seconds": round(time.monotonic() - start_time), **metrics}
     row |= {f"held_out/{key}": value for key, value in held_out.items()}
     with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
         log.write(json_text({key: round(value, 5) for key, value in row.items()}) + "\n")

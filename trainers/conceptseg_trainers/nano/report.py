@@ -1,12 +1,13 @@
-"""Measures a nano checkpoint on held-out samples and writes its model card.
+"""Evaluate a nano checkpoint on held-out samples and write its model card.
 
 `python -m conceptseg_trainers.nano.report CHECKPOINT` evaluates 300 samples of "test" and of "test-compositional" with
-every router mode, prints the tables, and writes them into CHECKPOINT/README.md.
+each router mode, and writes the tables to CHECKPOINT/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from conceptseg_hf.evaluation import EvaluationReport, evaluate
@@ -23,33 +24,36 @@ tags: [concept-segmentation, conceptseg]
 
 # conceptseg-nano
 
-The embedded checkpoint of ConceptSeg-HF: the architecture of ConceptSeg-R1
-(Qwen2.5-VL, Concept Translation Module, SAM 3) with {parameters:.1f} million parameters, trained from scratch on
-ConceptShapes, a procedural benchmark of drawn scenes.
+The embedded checkpoint of ConceptSeg-HF: the architecture of ConceptSeg-R1 (Qwen2.5-VL, Concept Translation Module,
+SAM 3) with {parameters:.1f} million parameters, trained from scratch on ConceptShapes, a procedural benchmark of drawn
+scenes.
 
-**For** demonstration, tests and teaching: every code path of the large models runs on a laptop in a moment.
-**Not for** photographs: it has seen nothing but drawn shapes and knows some {words} words.
+**Intended use:** demonstrations, tests and teaching; all code of the large models runs on a laptop within seconds.
+**Not suitable for** photographs: it was trained only on drawn shapes, with a vocabulary of about {words} words.
 
 ## Training
 
-`make nano` (see `trainers/conceptseg_trainers/nano`), three stages, each with held-out numbers in its log: SAM 3 on
-noun phrases and boxes, with presence; the VLM from naming and finding things to whole tasks; the CTM on completions of
-the VLM with the rest frozen. The vision towers of SAM 3 and the VLM first learn to see, on sheets of shapes. Dense
-heads and guided attention help SAM 3 and the VLM to learn and are thrown away. SAM 3 is
-also taught that the three-word names of the CD tasks ("camouflaged object segmentation") are no names of things:
-presence 0, no mask loss. The VLM was not trained by reinforcement learning.
+`make nano` (see `trainers/conceptseg_trainers/nano`) trains three stages, each with held-out metrics in its log:
+
+- SAM 3 on noun phrases and boxes, including absent objects. The prompts of the CD tasks ("camouflaged object
+  segmentation"), which do not name an object, are trained as absent, without a mask loss.
+- The VLM, first on naming and locating objects, then on complete tasks.
+- The CTM on completions of the VLM and ground-truth completions, with the VLM and SAM 3 frozen.
+
+The vision towers of SAM 3 and the VLM are pretrained on sheets of shapes. Dense heads and guided attention are used in
+training only. The VLM was not trained by reinforcement learning.
 {notes}
 ## Held-out results
 
-{limit} samples per split, in the order of the split; drawn with seeds that training never uses. `test-compositional`
-joins colors and shapes that training never drew together.
+The first {limit} samples of each split, which are not part of the training data. The targets of `test-compositional`
+combine colors and shapes that are not drawn together in training.
 
 {tables}
 """
 
 
 def measure(checkpoint: Path, limit: int, output_dir: Path) -> dict[tuple[str, str], EvaluationReport]:
-    """One report per split and router mode."""
+    """Return the evaluation report of each split and router mode."""
     return {
         (split, router): evaluate(
             str(checkpoint),
@@ -67,10 +71,10 @@ def measure(checkpoint: Path, limit: int, output_dir: Path) -> dict[tuple[str, s
 
 
 def tables(reports: dict[tuple[str, str], EvaluationReport]) -> str:
-    """The results as Markdown: floors, foreground IoU by router mode, and the adaptive report by group."""
+    """Return the results as Markdown: required values, foreground IoU by router mode, and the report by group."""
     lines = ["| measure | test | test-compositional | floor |", "|---|---|---|---|"]
-    for name, floor, value in _FLOORS:
-        cells = " | ".join(_cell(value(_Rows(reports, split))) for split in SPLITS)
+    for name, floor, compute in _FLOORS:
+        cells = " | ".join(_cell(compute(_SplitResults(reports, split))) for split in SPLITS)
         lines.append(f"| {name} | {cells} | {floor} |")
     lines += [
         "",
@@ -80,17 +84,22 @@ def tables(reports: dict[tuple[str, str], EvaluationReport]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for split, router in reports:
-        rows = _Rows(reports, split)
+        results = _SplitResults(reports, split)
         cells = " | ".join(
-            _cell(rows.value(router, level, "foreground_iou")) for level in ("CI", "CD", "CR", "all")
+            _cell(results.value(router, level, "foreground_iou")) for level in ("CI", "CD", "CR", "all")
         )
         lines.append(f"| {split} | {router} | {cells} |")
     lines += ["", reports["test", "adaptive"].sample_tables()]
     return "\n".join(lines)
 
 
-class _Rows:
-    """Values of the reports of one split."""
+class _SplitResults:
+    """Results of one split.
+
+    Args:
+        reports: Reports by split and router mode.
+        split: The split.
+    """
 
     def __init__(self, reports: dict[tuple[str, str], EvaluationReport], split: str) -> None:
         self._tables = {router: report.table for (name, router), report in reports.items() if name == split}
@@ -99,17 +108,18 @@ class _Rows:
         }
 
     def value(self, router: str, level: str, name: str) -> float | None:
+        """Return a column of the row of all groups of a level."""
         rows = (row for row in self._tables[router] if row["level"] == level and row["group"] == "all")
         return next(rows)[name]
 
-    def gain(self, level: str) -> float:
-        """What the full model adds to SAM 3 alone."""
-        return self.value("adaptive", level, "foreground_iou") - self.value(
-            "sam_only", level, "foreground_iou"
-        )
+    def gain(self, level: str) -> float | None:
+        """Return the foreground IoU of the adaptive router minus that of SAM 3 alone."""
+        adaptive = self.value("adaptive", level, "foreground_iou")
+        sam_only = self.value("sam_only", level, "foreground_iou")
+        return None if adaptive is None or sam_only is None else adaptive - sam_only
 
     def shortcut_iou(self) -> float | None:
-        """Foreground IoU of the CI samples that took the shortcut and show their concept."""
+        """Return the mean foreground IoU of CI samples with a present concept that took the shortcut."""
         records = [
             r
             for r in self._records["adaptive"]
@@ -118,22 +128,31 @@ class _Rows:
         return sum(r["foreground_iou"] for r in records) / len(records) if records else None
 
 
-_FLOORS = (
-    ("CI, foreground IoU on the shortcut", "0.65", lambda rows: rows.shortcut_iou()),
+# Name, minimum, and function of each required value.
+_FLOORS: tuple[tuple[str, str, Callable[[_SplitResults], float | None]], ...] = (
+    ("CI, foreground IoU on the shortcut", "0.65", lambda results: results.shortcut_iou()),
     (
-        "CI, presence AUC of SAM 3's first look",
+        "CI, presence AUC of SAM 3 alone",
         "0.90",
-        lambda rows: rows.value("sam_only", "CI", "presence_auc"),
+        lambda results: results.value("sam_only", "CI", "presence_auc"),
     ),
     (
         "format rate of all completions",
         "0.98",
-        lambda rows: rows.value("full_reasoning", "all", "format_rate"),
+        lambda results: results.value("full_reasoning", "all", "format_rate"),
     ),
-    ("CI, box IoU of completions", "0.45", lambda rows: rows.value("full_reasoning", "CI", "box_iou")),
-    ("CD, box IoU of completions", "0.45", lambda rows: rows.value("full_reasoning", "CD", "box_iou")),
-    ("CD, gain over SAM 3 alone", "+0.10", lambda rows: rows.gain("CD")),
-    ("CR, gain over SAM 3 alone", "+0.10", lambda rows: rows.gain("CR")),
+    (
+        "CI, box IoU of completions",
+        "0.45",
+        lambda results: results.value("full_reasoning", "CI", "box_iou"),
+    ),
+    (
+        "CD, box IoU of completions",
+        "0.45",
+        lambda results: results.value("full_reasoning", "CD", "box_iou"),
+    ),
+    ("CD, gain over SAM 3 alone", "+0.10", lambda results: results.gain("CD")),
+    ("CR, gain over SAM 3 alone", "+0.10", lambda results: results.gain("CR")),
 )
 
 
@@ -142,7 +161,7 @@ def _cell(value: float | None) -> str:
 
 
 def write_card(checkpoint: Path, text: str, limit: int, notes: str = "") -> None:
-    """Writes CHECKPOINT/README.md around the tables."""
+    """Write the model card, CHECKPOINT/README.md, with the tables."""
     from transformers import AutoModel, AutoProcessor
 
     model, processor = AutoModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
@@ -157,16 +176,19 @@ def write_card(checkpoint: Path, text: str, limit: int, notes: str = "") -> None
 
 
 def main() -> None:
-    """Measures the checkpoint named on the command line."""
+    """Evaluate the checkpoint that is given on the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m conceptseg_trainers.nano.report", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint")
     parser.add_argument("--limit", type=int, default=300, help="samples per split (default: %(default)s)")
     parser.add_argument(
-        "--output-dir", type=Path, default=Path("runs/nano/report"), help="default: %(default)s"
+        "--output-dir",
+        type=Path,
+        default=Path("runs/nano/report"),
+        help="folder of records and tables (default: %(default)s)",
     )
-    parser.add_argument("--notes", default="", help="a paragraph for the model card, about this training run")
+    parser.add_argument("--notes", default="", help="paragraph about the training run, for the model card")
     arguments = parser.parse_args()
     text = tables(measure(arguments.checkpoint, arguments.limit, arguments.output_dir))
     write_card(arguments.checkpoint, text, arguments.limit, arguments.notes)

@@ -1,7 +1,7 @@
-"""Stage "sam": SAM 3 learns to segment what a noun phrase, a box, or both name in a scene.
+"""Stage "sam": train SAM 3 to segment the objects of a scene that a noun phrase, a box, or both describe.
 
-Every image is asked several phrases at once: the contrast between them, absent ones included, is what
-teaches it to listen to the words.
+Each image is combined with several prompts, including prompts for absent objects, so that SAM 3 must use the words to
+distinguish them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Sam3Model
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.sam3.modeling_sam3 import Sam3Attention, Sam3ImageSegmentationOutput
 
-from conceptseg_hf.boxes import mask_to_box
+from conceptseg_hf.boxes import Box
 from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.data.concept_shapes.rendering import COLORS, GREY, SHAPES, TEXTURES
@@ -25,7 +26,17 @@ from conceptseg_hf.losses import dice_loss
 from conceptseg_hf.presets import NANO_IMAGE_SIZE
 from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures, decode, encode_image, encode_text
 
-from .dense import DENSE_CLASSES, GRID, class_map, dense_class_loss, shape_accuracy, token_objects, tokens_of
+from .dense import (
+    DENSE_CLASSES,
+    GRID,
+    bounding_box,
+    class_map,
+    dense_class_loss,
+    mask_to_tokens,
+    shape_accuracy,
+    token_objects,
+    total,
+)
 from .loop import mean
 from .scenes import TaskMix, pretraining_scene, sheet_scene
 from .tokenizers import build_processor
@@ -40,8 +51,8 @@ _SPECIAL_NOUNS = (
     "glass circle",
     "hidden square",
 )
-# Not names of anything: SAM 3 learns that it cannot tell whether such a concept is there, so that the router
-# asks the VLM.
+# Prompts of CD tasks, which do not name an object. SAM 3 is trained to predict that they are absent, so that the router
+# uses the VLM.
 _CONCEPT_PROMPTS = (
     "camouflaged object segmentation",
     "salient object segmentation",
@@ -51,32 +62,41 @@ _CONCEPT_PROMPTS = (
 
 
 @dataclass(frozen=True)
-class Question:
-    """A phrase, perhaps a box in pixels, and the true mask (S, S); without `segment` only presence counts."""
+class SegmentationPrompt:
+    """A prompt for SAM 3 with its ground truth.
+
+    Attributes:
+        phrase: The text.
+        box: Box in pixels, or None.
+        mask: Ground-truth mask, (S, S) bool; empty if the object is absent.
+        segment: Whether the mask is trained; otherwise only presence is.
+    """
 
     phrase: str
-    box: tuple[float, float, float, float] | None
+    box: Box | None
     mask: np.ndarray
     segment: bool = True
 
 
-def positive_question(rng: np.random.Generator, scene: Scene) -> Question:
-    """A question about something that is there.
+def positive_prompt(rng: np.random.Generator, scene: Scene) -> SegmentationPrompt:
+    """Draw a prompt for an object of the scene.
 
-    Boxes are asked for most where siblings answer to the same words: there the box alone tells which one is meant.
+    Boxes are more frequent if the words describe several objects, so that only the box determines which one is meant.
     """
     item = scene.objects[int(rng.integers(len(scene.objects)))]
-    words = _words_of(rng, item)
-    text = Question(" ".join(words), None, scene.mask_of(words))
-    siblings = sum(other.look.matches(item.look.phrase.split()) for other in scene.objects) > 1
+    words = _draw_words(rng, item)
+    text_prompt = SegmentationPrompt(" ".join(words), None, scene.mask_of(words))
+    is_ambiguous = sum(other.look.matches(item.look.phrase.split()) for other in scene.objects) > 1
     kind = rng.random()
-    if kind < (0.4 if siblings else 0.7) or not item.mask.any():
-        return text
+    if kind < (0.4 if is_ambiguous else 0.7) or not item.mask.any():
+        return text_prompt
     phrase = BOX_TEXT if rng.random() < 0.5 else item.look.shape if not item.look.kind else " ".join(words)
-    return Question(phrase, _jittered(rng, mask_to_box(item.mask), scene.pixels.shape[0]), item.mask)
+    box = _jittered(rng, bounding_box(item.mask), scene.pixels.shape[0])
+    return SegmentationPrompt(phrase, box, item.mask)
 
 
-def _words_of(rng: np.random.Generator, item: SceneObject) -> list[str]:
+def _draw_words(rng: np.random.Generator, item: SceneObject) -> list[str]:
+    """Draw words that describe an object."""
     look = item.look
     full = look.phrase.split()
     if look.kind:
@@ -91,40 +111,40 @@ def _words_of(rng: np.random.Generator, item: SceneObject) -> list[str]:
     return [look.color, "object"] if choice < 0.95 or look.texture == "plain" else [look.texture, look.shape]
 
 
-def negative_question(rng: np.random.Generator, scene: Scene) -> Question:
-    """A question about something that is not there; often a word of it fits something that is."""
-    nothing = np.zeros(scene.pixels.shape[:2], dtype=bool)
+def negative_prompt(rng: np.random.Generator, scene: Scene) -> SegmentationPrompt:
+    """Draw a prompt for an object that is not in the scene; some of its words often describe another object."""
+    empty = np.zeros(scene.pixels.shape[:2], dtype=bool)
     if rng.random() < 0.15:
-        return Question(
-            _CONCEPT_PROMPTS[int(rng.integers(len(_CONCEPT_PROMPTS)))], None, nothing, segment=False
+        return SegmentationPrompt(
+            _CONCEPT_PROMPTS[int(rng.integers(len(_CONCEPT_PROMPTS)))], None, empty, segment=False
         )
     colors, shapes = list(COLORS), list(SHAPES)
     while True:
-        item = scene.objects[int(rng.integers(len(scene.objects)))].look
+        look = scene.objects[int(rng.integers(len(scene.objects)))].look
         choice = rng.random()
         if choice < 0.12:
             words = _SPECIAL_NOUNS[int(rng.integers(len(_SPECIAL_NOUNS)))].split()
-        elif choice < 0.6 and not item.kind:
-            words = item.phrase.split()
-            changed = int(rng.integers(len(words)))
-            pool = (
+        elif choice < 0.6 and not look.kind:
+            words = look.phrase.split()
+            position = int(rng.integers(len(words)))
+            replacements = (
                 colors
-                if words[changed] in COLORS
+                if words[position] in COLORS
                 else shapes
-                if words[changed] in SHAPES
+                if words[position] in SHAPES
                 else list(TEXTURES[1:])
             )
-            words[changed] = pool[int(rng.integers(len(pool)))]
+            words[position] = replacements[int(rng.integers(len(replacements)))]
         else:
             words = [shapes[int(rng.integers(len(shapes)))]]
             if rng.random() < 0.7:
                 words.insert(0, colors[int(rng.integers(len(colors)))])
         if not any(other.look.matches(words) for other in scene.objects):
-            return Question(" ".join(words), None, nothing)
+            return SegmentationPrompt(" ".join(words), None, empty)
 
 
-def _jittered(rng: np.random.Generator, box: Sequence[float], size: int) -> tuple[float, float, float, float]:
-    """A box moved a little at each side: the boxes that concept tokens will carry are not exact."""
+def _jittered(rng: np.random.Generator, box: Sequence[float], size: int) -> Box:
+    """Move each side of a box at random, since boxes predicted by the VLM are not exact; clip it to the image."""
     x1, y1, x2, y2 = box
     w, h = x2 - x1, y2 - y1
     jitter = (2 * rng.random(4) - 1) * 0.12
@@ -141,42 +161,51 @@ _HEAD_WORDS = (
 )
 
 
-def guidance_targets(scene: Scene, question: Question, prompt_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each head of SAM 3's fusion should look, so that it learns to compare words with what it sees.
+def guidance_targets(
+    scene: Scene, prompt: SegmentationPrompt, prompt_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return attention targets for the four heads of SAM 3's fusion, so that it learns to compare words with features.
 
-    Each of the four heads is given one kind of word: colors, shapes, textures, names of special things. Image tokens
-    that show something to which the word applies should attend to the word, the others to anything else. Heads whose
-    kind of word does not occur are given the box, if there is one: image tokens of the object in it attend to its
-    token.
+    Each head is assigned one kind of word: colors, shapes, textures, or names of special objects. Image tokens of
+    objects that the word describes should attend to the word, all others to the rest of the prompt. If the prompt has a
+    box, heads without a word are assigned the box: image tokens of its object should attend to the token of the box.
+
+    Args:
+        scene: The scene.
+        prompt: The prompt.
+        prompt_length: Number of tokens of the padded prompt: the begin token, the words, ..., the token of the box, and
+            the CLS token of the geometry encoder.
 
     Returns:
-        (4, GRID * GRID, prompt_length) bool: the prompt tokens that are right, and (4,) bool: the heads that are
-        guided. The begin token comes first in a prompt, then the words; the box's token is the last but one.
+        (4, GRID * GRID, prompt_length) bool: the correct prompt tokens of each head and image token.
+        (4,) bool: the heads that have targets.
     """
-    right = np.zeros((len(_HEAD_WORDS), GRID * GRID, prompt_length), dtype=bool)
+    targets = np.zeros((len(_HEAD_WORDS), GRID * GRID, prompt_length), dtype=bool)
     guided = np.zeros(len(_HEAD_WORDS), dtype=bool)
-    shown = token_objects([item.mask for item in scene.objects])
-    for position, word in enumerate(question.phrase.split(), start=1):
+    object_indices = token_objects([item.mask for item in scene.objects])
+    for position, word in enumerate(prompt.phrase.split(), start=1):
         for head, words in enumerate(_HEAD_WORDS):
             if word not in words:
                 continue
-            fits = np.asarray([*(item.look.matches([word]) for item in scene.objects), False])[shown]
+            # The last entry, with index -1, is the background.
+            matches = np.asarray([*(item.look.matches([word]) for item in scene.objects), False])
+            is_described = matches[object_indices]
             guided[head] = True
-            right[head] = True
-            right[head, :, position] = False
-            right[head, fits] = False
-            right[head, fits, position] = True
-    if question.box is not None:
-        inside, free = tokens_of(question.mask), ~guided
+            targets[head] = True
+            targets[head, :, position] = False
+            targets[head, is_described] = False
+            targets[head, is_described, position] = True
+    if prompt.box is not None:
+        inside, free = mask_to_tokens(prompt.mask), ~guided
         box_token = np.zeros(prompt_length, dtype=bool)
         box_token[-2] = True
-        right[free] = np.where(inside[:, None], box_token, ~box_token)
+        targets[free] = np.where(inside[:, None], box_token, ~box_token)
         guided[free] = True
-    return right, guided
+    return targets, guided
 
 
 class SamWithHeads(nn.Module):
-    """SAM 3, and heads that only training needs: they say what each place of its feature maps shows."""
+    """SAM 3 with auxiliary heads that predict dense targets from its feature maps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,19 +216,19 @@ class SamWithHeads(nn.Module):
 
 
 class SamStage:
-    """Trains all of SAM 3 on masks (dice + focal), presence (cross-entropy), and dense heads on its features.
+    """Train all of SAM 3 on masks (dice + focal), presence (cross-entropy), dense targets and attention targets.
 
-    The vision tower is pretrained on the dense heads alone: shapes take it long, and without them no phrase
-    about a shape can be learned. The geometry encoder's CLS token, which in SAM 3 ends every prompt, is left out of
-    half of the prompts without a box, so that it does not come to mean "there is no box": concept tokens carry one.
+    The vision tower is first pretrained on the dense targets alone, as it learns shapes slowly and phrases with shapes
+    cannot be learned before. The geometry encoder's CLS token, the last token of each prompt of SAM 3, is omitted from
+    half of the prompts without a box. Otherwise it would mean "no box", although concept tokens may contain a box.
 
     Args:
-        pretraining: Steps in which only the vision tower trains.
-        images: Images per step.
-        questions: Questions per image.
-        device: Where to train.
-        held_out: Samples of the split "val" that an evaluation takes.
-        seed: Seed of the weights and of all that is drawn.
+        pretraining: Number of steps of the pretraining.
+        images: Number of images per step.
+        prompts: Number of prompts per image.
+        device: Device of the module.
+        held_out: Number of samples of the split "val" per evaluation.
+        seed: Random seed of weights and data.
     """
 
     name = "sam"
@@ -208,7 +237,7 @@ class SamStage:
         self,
         pretraining: int,
         images: int = 16,
-        questions: int = 4,
+        prompts: int = 4,
         device: str = "cpu",
         held_out: int = 180,
         seed: int = 0,
@@ -216,92 +245,100 @@ class SamStage:
         torch.manual_seed(seed)
         self.module = SamWithHeads().to(device)
         self.sam = self.module.sam
-        self.pretraining, self.images, self.questions = pretraining, images, questions
+        self.pretraining, self.images, self.prompts = pretraining, images, prompts
         self.device, self.held_out, self.seed, self.is_pretraining = device, held_out, seed, False
         self.processor = build_processor()
         self.tasks = TaskMix()
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss on the scenes and questions of a step."""
+        """Compute the loss of a step."""
         self.is_pretraining = step < self.pretraining
         if self.is_pretraining:
             return self._pretraining_loss(step)
-        scenes, questions = [], []
+        scenes: list[Scene] = []
+        prompts_of_scenes: list[list[SegmentationPrompt]] = []
         for i in range(self.images):
             index = step * self.images + i
             rng = np.random.default_rng([7, self.seed, index])
             scene = sheet_scene(rng) if rng.random() < 0.2 else self.tasks.task(index).scene
             scenes.append(scene)
             negatives = 1 + int(rng.random() < 0.35)
-            questions.append(
-                [positive_question(rng, scene) for _ in range(self.questions - negatives)]
-                + [negative_question(rng, scene) for _ in range(negatives)]
+            prompts_of_scenes.append(
+                [positive_prompt(rng, scene) for _ in range(self.prompts - negatives)]
+                + [negative_prompt(rng, scene) for _ in range(negatives)]
             )
-        flat = [question for row in questions for question in row]
-        rows = torch.arange(self.images, device=self.device).repeat_interleave(self.questions)
+        prompts = [prompt for scene_prompts in prompts_of_scenes for prompt in scene_prompts]
+        rows = torch.arange(self.images, device=self.device).repeat_interleave(self.prompts)
         encoded = encode_image(
             self.sam, scenes_to_pixels([scene.pixels for scene in scenes], self.device), geometry_cls=False
         )
         features = encoded.select(rows)
-        prompt, prompt_mask = self._prompts(np.random.default_rng([9, self.seed, step]), features, flat)
-        fusions = [layer.cross_attn for layer in self.sam.detr_encoder.layers]
-        looks = [layer.vision_cross_attn for layer in self.sam.detr_decoder.layers]
-        seen: list[dict[str, Tensor]] = []
+        prompt_embeds, prompt_mask = self._encode_prompts(
+            np.random.default_rng([9, self.seed, step]), features, prompts
+        )
+        fusion_attentions = [layer.cross_attn for layer in self.sam.detr_encoder.layers]
+        decoder_attentions = [layer.vision_cross_attn for layer in self.sam.detr_decoder.layers]
+        attention_inputs: list[dict[str, Tensor]] = []
         hooks = [
-            attention.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs), with_kwargs=True)
-            for attention in (*fusions, *looks)
+            attention.register_forward_pre_hook(
+                lambda _, __, kwargs: attention_inputs.append(kwargs), with_kwargs=True
+            )
+            for attention in (*fusion_attentions, *decoder_attentions)
         ]
         output = self.sam(
             vision_embeds=features.vision,
-            text_embeds=BaseModelOutputWithPooling(pooler_output=prompt),
+            text_embeds=BaseModelOutputWithPooling(pooler_output=prompt_embeds),
             attention_mask=prompt_mask,
         )
         for hook in hooks:
             hook.remove()
         guidance = [
-            guidance_targets(scene, question, prompt.shape[1])
-            for scene, row in zip(scenes, questions)
-            for question in row
+            guidance_targets(scene, prompt, prompt_embeds.shape[1])
+            for scene, scene_prompts in zip(scenes, prompts_of_scenes)
+            for prompt in scene_prompts
         ]
-        right, guided = (torch.from_numpy(np.stack(arrays)).to(self.device) for arrays in zip(*guidance))
-        focus = sum(_guided_attention(*pair, right, guided) for pair in zip(fusions, seen)) / len(fusions)
-        ground_truth = (
-            torch.from_numpy(np.stack([question.mask for question in flat])).to(self.device).float()
-        )
+        targets, guided = (torch.from_numpy(np.stack(arrays)).to(self.device) for arrays in zip(*guidance))
+        focus = total(
+            _guided_attention_loss(*pair, targets, guided)
+            for pair in zip(fusion_attentions, attention_inputs)
+        ) / len(fusion_attentions)
+        ground_truth = torch.from_numpy(np.stack([prompt.mask for prompt in prompts])).to(self.device).float()
         present = ground_truth.flatten(1).any(1)
-        shown = torch.from_numpy(np.stack([tokens_of(question.mask) for question in flat])).to(self.device)
-        look = sum(
-            _presence_attention(attention, kwargs, shown, present)
-            for attention, kwargs in zip(looks, seen[len(fusions) :])
-        ) / len(looks)
-        segment = torch.tensor([question.segment for question in flat], device=self.device)
+        object_tokens = torch.from_numpy(np.stack([mask_to_tokens(prompt.mask) for prompt in prompts])).to(
+            self.device
+        )
+        look = total(
+            _presence_attention_loss(*pair, object_tokens, present)
+            for pair in zip(decoder_attentions, attention_inputs[len(fusion_attentions) :])
+        ) / len(decoder_attentions)
+        segment = torch.tensor([prompt.segment for prompt in prompts], device=self.device)
         logits = output.semantic_seg[:, 0]
-        soft = nn.functional.adaptive_avg_pool2d(ground_truth[:, None], logits.shape[-2:])[:, 0]
-        focal = _focal(logits, soft)
-        dice = dice_loss(logits[present], soft[present])
-        focal_loss = focal[segment].mean()
+        soft_masks = nn.functional.adaptive_avg_pool2d(ground_truth[:, None], logits.shape[-2:])[:, 0]
+        pixel_focal = _focal_loss(logits, soft_masks)
+        dice = dice_loss(logits[present], soft_masks[present])
+        focal = pixel_focal[segment].mean()
         presence = nn.functional.binary_cross_entropy_with_logits(
             output.presence_logits[:, 0], present.float()
         )
         dense = self._dense_loss(scenes, encoded.vision.fpn_hidden_states)
-        loss = dice + 10 * focal_loss + 0.5 * presence + 0.4 * dense + 0.3 * focus + 0.3 * look
+        loss = dice + 10 * focal + 0.5 * presence + 0.4 * dense + 0.3 * focus + 0.3 * look
         return loss, {
             "dice": dice.item(),
-            "focal": focal_loss.item(),
+            "focal": focal.item(),
             "presence": presence.item(),
             "dense": dense.item(),
             "focus": focus.item(),
             "look": look.item(),
         }
 
-    def _prompts(
-        self, rng: np.random.Generator, features: ImageFeatures, questions: Sequence[Question]
+    def _encode_prompts(
+        self, rng: np.random.Generator, features: ImageFeatures, prompts: Sequence[SegmentationPrompt]
     ) -> tuple[Tensor, Tensor]:
-        """Prompts (B, T + 2, D): text, box token, geometry CLS token; and their mask (B, T + 2)."""
+        """Return the tokens of prompts (B, T + 2, D), namely text, box and geometry CLS, and their mask (B, T + 2)."""
         text, text_mask = encode_text(
-            self.sam, *self.processor.sam_text([question.phrase for question in questions], self.device)
+            self.sam, *self.processor.sam_text([prompt.phrase for prompt in prompts], self.device)
         )
-        boxes, has_box = _boxes(questions, NANO_IMAGE_SIZE, self.device)
+        boxes, has_box = _sam_boxes([prompt.box for prompt in prompts], NANO_IMAGE_SIZE, self.device)
         geometry = self.sam.geometry_encoder(
             box_embeddings=boxes,
             box_mask=has_box[:, None],
@@ -310,8 +347,8 @@ class SamStage:
             img_pos_embeds=features.vision.fpn_position_encoding[:-1],
         )
         geometry_mask = geometry.attention_mask.bool().clone()
-        keep = torch.from_numpy(rng.random(len(questions)) < 0.5).to(self.device)
-        geometry_mask[:, -1] = has_box | keep
+        keep_cls = torch.from_numpy(rng.random(len(prompts)) < 0.5).to(self.device)
+        geometry_mask[:, -1] = has_box | keep_cls
         return (
             torch.cat([text, geometry.last_hidden_state], dim=1),
             torch.cat([text_mask, geometry_mask], dim=1),
@@ -327,56 +364,65 @@ class SamStage:
         return loss, {"dense": loss.item()}
 
     def _dense_loss(self, scenes: Sequence[Scene], levels: Sequence[Tensor]) -> Tensor:
-        """Cross-entropy of shape, color, texture and kind at every place of the feature maps SAM 3 uses."""
-        places = self._places(scenes, levels)
-        return sum(dense_class_loss(logits, classes) for logits, classes in places) / len(places)
+        """Compute the cross-entropy of the dense heads, averaged over the feature maps; see `_dense_predictions`."""
+        predictions = self._dense_predictions(scenes, levels)
+        return total(dense_class_loss(*prediction) for prediction in predictions) / len(predictions)
 
-    def _places(self, scenes: Sequence[Scene], levels: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Per feature map, what its dense head says of every place (N, C), and what is there (N, 4)."""
+    def _dense_predictions(
+        self, scenes: Sequence[Scene], levels: Sequence[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return the logits (N, C) and classes (N, 5) of all positions of each feature map.
+
+        Args:
+            scenes: The B scenes.
+            levels: (B, D, h, w) feature maps of SAM 3; the last one is not used by SAM 3 and is ignored.
+        """
         maps = torch.from_numpy(np.stack([class_map(scene) for scene in scenes])).to(self.device)
-        places = []
+        predictions = []
         for head, level in zip(self.module.dense, levels[:-1], strict=True):
             stride = maps.shape[1] // level.shape[-1]
             classes = maps[:, stride // 2 :: stride, stride // 2 :: stride]
-            places.append((head(level).permute(0, 2, 3, 1).flatten(0, 2), classes.flatten(0, 2)))
-        return places
+            predictions.append((head(level).permute(0, 2, 3, 1).flatten(0, 2), classes.flatten(0, 2)))
+        return predictions
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """On the split "val": fraction of shapes seen right; foreground IoU of answers as text, and of true boxes.
+        """Evaluate on the split "val".
 
-        Masks are measured by level and on "which one" by stratum; presence by its AUC on CI.
+        Metrics: accuracy of the shape; foreground IoU with the answer as the text and with the ground-truth box, by
+        level (and by stratum in the group "which one"); AUC of presence on CI.
         """
         self.module.eval()
         split = ConceptShapes("val", size=NANO_IMAGE_SIZE)
         scenes = [split.task(i).scene for i in range(min(96, self.held_out))]
         pixels = scenes_to_pixels([scene.pixels for scene in scenes], self.device)
-        coarsest = self._places(scenes, self.sam.get_vision_features(pixel_values=pixels).fpn_hidden_states)[
-            -1
-        ]
-        numbers = {"shape": shape_accuracy(*coarsest)}
+        levels = self.sam.get_vision_features(pixel_values=pixels).fpn_hidden_states
+        *_, coarsest = self._dense_predictions(scenes, levels)
+        metrics = {"shape": shape_accuracy(*coarsest)}
         if self.is_pretraining:
-            return numbers
+            return metrics
         ious: dict[str, list[float]] = {}
-        scores, present = [], []
+        scores: list[float] = []
+        present: list[bool] = []
         which_one = ConceptShapes("val", size=NANO_IMAGE_SIZE, groups=["which one"])
         for source in (split, which_one):
             for start in range(0, self.held_out, 60):
                 samples = [source[i] for i in range(start, min(start + 60, self.held_out))]
-                images = encode_image(
+                features = encode_image(
                     self.sam, scenes_to_pixels([np.asarray(sample.image) for sample in samples], self.device)
                 )
-                answers = self.processor.sam_text([sample.answer for sample in samples], self.device)
-                by_text = decode(self.sam, images, *encode_text(self.sam, *answers))
-                visual = self.processor.sam_text([BOX_TEXT] * len(samples), self.device)
-                questions = [Question(BOX_TEXT, sample.box, np.asarray(sample.mask)) for sample in samples]
-                boxes, _ = _boxes(questions, NANO_IMAGE_SIZE, self.device)
-                by_box = decode(self.sam, images, *encode_text(self.sam, *visual), boxes=boxes)
+                answers = self.processor.sam_text([sample.answer or "" for sample in samples], self.device)
+                by_text = decode(self.sam, features, *encode_text(self.sam, *answers))
+                box_text = self.processor.sam_text([BOX_TEXT] * len(samples), self.device)
+                boxes, _ = _sam_boxes([sample.box for sample in samples], NANO_IMAGE_SIZE, self.device)
+                by_box = decode(self.sam, features, *encode_text(self.sam, *box_text), boxes=boxes)
+                presence_logits = by_text.presence_logits
+                assert presence_logits is not None  # SAM 3 always returns them
                 for sample, text_mask, box_mask, score in zip(
                     samples,
-                    to_masks(by_text.semantic_seg),
-                    to_masks(by_box.semantic_seg),
-                    by_text.presence_logits[:, 0].tolist(),
+                    to_masks(mask_logits(by_text)),
+                    to_masks(mask_logits(by_box)),
+                    presence_logits[:, 0].tolist(),
                     strict=True,
                 ):
                     if sample.level == "CI":
@@ -386,39 +432,51 @@ class SamStage:
                         name, ground_truth = sample.stratum or sample.level, np.asarray(sample.mask) > 0
                         ious.setdefault(f"text_{name}", []).append(foreground_iou(text_mask, ground_truth))
                         ious.setdefault(f"box_{name}", []).append(foreground_iou(box_mask, ground_truth))
-        numbers |= {name: mean(values) for name, values in sorted(ious.items())}
-        return numbers | {"presence_auc": presence_auc(scores, present) or 0.0}
+        metrics |= {name: mean(values) for name, values in sorted(ious.items())}
+        return metrics | {"presence_auc": presence_auc(scores, present) or 0.0}
+
+
+def mask_logits(output: Sam3ImageSegmentationOutput) -> Tensor:
+    """Return the (B, 1, h, w) mask logits of an output of SAM 3."""
+    logits = output.semantic_seg
+    assert logits is not None  # SAM 3 always returns them
+    return logits
 
 
 def to_masks(logits: Tensor) -> np.ndarray:
-    """(B, 1, h, w) mask logits as (B, S, S) bool at the size of the scenes."""
+    """Convert (B, 1, h, w) mask logits to (B, S, S) bool masks of the size of the scenes."""
     size = (NANO_IMAGE_SIZE, NANO_IMAGE_SIZE)
     return (nn.functional.interpolate(logits, size=size, mode="bilinear")[:, 0] > 0).cpu().numpy()
 
 
 def scenes_to_pixels(images: Sequence[np.ndarray], device: str) -> Tensor:
-    """(S, S, 3) 8-bit images as (B, 3, S, S), normalised as Sam3ImageProcessor does by default: to -1..1."""
+    """Convert (S, S, 3) 8-bit images to (B, 3, S, S), normalized to -1..1 as by Sam3ImageProcessor."""
     return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _boxes(questions: Sequence[Question], size: int, device: str) -> tuple[Tensor, Tensor]:
-    """Boxes (B, 1, 4), center and extent in fractions of the side, and whether there is one (B,)."""
+def _sam_boxes(boxes: Sequence[Box | None], size: int, device: str) -> tuple[Tensor, Tensor]:
+    """Convert boxes in pixels to SAM 3's boxes.
+
+    Returns:
+        (B, 1, 4) boxes (center x, center y, width, height) in fractions of the image; 0 for None.
+        (B,) bool: whether there is a box.
+    """
     rows = []
-    for question in questions:
-        x1, y1, x2, y2 = question.box or (0, 0, 0, 0)
+    for box in boxes:
+        x1, y1, x2, y2 = box or (0, 0, 0, 0)
         rows.append([[(x1 + x2) / 2 / size, (y1 + y2) / 2 / size, (x2 - x1) / size, (y2 - y1) / size]])
-    has_box = torch.tensor([question.box is not None for question in questions], device=device)
+    has_box = torch.tensor([box is not None for box in boxes], device=device)
     return torch.tensor(rows, dtype=torch.float32, device=device), has_box
 
 
-def _focal(logits: Tensor, soft: Tensor, gamma: float = 2.0) -> Tensor:
-    """Focal loss against coverage between 0 and 1, (B, h, w)."""
-    cross_entropy = nn.functional.binary_cross_entropy_with_logits(logits, soft, reduction="none")
-    return cross_entropy * (logits.sigmoid() - soft).abs() ** gamma
+def _focal_loss(logits: Tensor, soft_masks: Tensor, gamma: float = 2.0) -> Tensor:
+    """Compute the focal loss of each pixel, (B, h, w), for masks with values between 0 and 1."""
+    cross_entropy = nn.functional.binary_cross_entropy_with_logits(logits, soft_masks, reduction="none")
+    return cross_entropy * (logits.sigmoid() - soft_masks).abs() ** gamma
 
 
-def _attention_scores(attention: nn.Module, query: Tensor, key: Tensor) -> Tensor:
-    """(B, heads, queries, keys), before any mask."""
+def _attention_scores(attention: Sam3Attention, query: Tensor, key: Tensor) -> Tensor:
+    """Return the attention logits without a mask, (B, heads, queries, keys)."""
 
     def split_heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (attention.num_attention_heads, attention.head_dim)).transpose(1, 2)
@@ -427,30 +485,42 @@ def _attention_scores(attention: nn.Module, query: Tensor, key: Tensor) -> Tenso
     return (scores * attention.scaling).float()
 
 
-def _guided_attention(fusion: nn.Module, seen: dict[str, Tensor], right: Tensor, guided: Tensor) -> Tensor:
-    """-log of the attention that guided heads spend on the right prompt tokens, over all image tokens."""
-    scores = _attention_scores(fusion, seen["query"], seen["key"])
-    mask = seen["attention_mask"]
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    log_attention = scores.log_softmax(-1).masked_fill(~right, float("-inf"))
-    loss = -log_attention.logsumexp(-1)[guided]
-    fits = (right.sum(-1) == 1)[guided]  # few image tokens fit a word: they count as much as all the others
-    return 0.5 * (loss[fits].mean() + loss[~fits].mean())
-
-
-def _presence_attention(look: nn.Module, seen: dict[str, Tensor], shown: Tensor, present: Tensor) -> Tensor:
-    """-log of the attention that half of the heads of the presence token, the first query, spend on what it is about.
+def _guided_attention_loss(
+    attention: Sam3Attention, inputs: dict[str, Tensor], targets: Tensor, guided: Tensor
+) -> Tensor:
+    """Compute -log of the attention of the guided heads to the target tokens, averaged over image tokens.
 
     Args:
-        look: The attention of one decoder layer on the image tokens.
-        seen: What it was called with.
-        shown: (B, GRID * GRID) bool, the image tokens that show the concept.
-        present: (B,) bool.
+        attention: The cross-attention of one fusion layer.
+        inputs: Arguments that it was called with.
+        targets: (B, heads, GRID * GRID, T) bool; see `guidance_targets`.
+        guided: (B, heads) bool.
     """
-    heads = look.num_attention_heads // 2
-    scores = _attention_scores(look, seen["query"][:, :1], seen["key"])[:, :heads, 0]
-    if seen["attention_mask"] is not None:
-        scores = scores + seen["attention_mask"][:, :heads, 0]
-    log_attention = scores.log_softmax(-1).masked_fill(~shown[:, None], float("-inf"))
+    scores = _attention_scores(attention, inputs["query"], inputs["key"])
+    mask = inputs["attention_mask"]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    log_attention = scores.log_softmax(-1).masked_fill(~targets, float("-inf"))
+    loss = -log_attention.logsumexp(-1)[guided]
+    # Image tokens with a single target are few; they have the same total weight as all others.
+    single = (targets.sum(-1) == 1)[guided]
+    return 0.5 * (loss[single].mean() + loss[~single].mean())
+
+
+def _presence_attention_loss(
+    attention: Sam3Attention, inputs: dict[str, Tensor], object_tokens: Tensor, present: Tensor
+) -> Tensor:
+    """Compute -log of the attention of the presence token, the first query, to the object, for half of the heads.
+
+    Args:
+        attention: The cross-attention to image tokens of one decoder layer.
+        inputs: Arguments that it was called with.
+        object_tokens: (B, GRID * GRID) bool, the image tokens of the object.
+        present: (B,) bool, the rows that contribute to the loss.
+    """
+    heads = attention.num_attention_heads // 2
+    scores = _attention_scores(attention, inputs["query"][:, :1], inputs["key"])[:, :heads, 0]
+    if inputs["attention_mask"] is not None:
+        scores = scores + inputs["attention_mask"][:, :heads, 0]
+    log_attention = scores.log_softmax(-1).masked_fill(~object_tokens[:, None], float("-inf"))
     return -log_attention[present].logsumexp(-1).mean()

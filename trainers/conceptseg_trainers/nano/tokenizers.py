@@ -1,4 +1,4 @@
-"""The nano model's two word-level tokenizers and its processor."""
+"""The two word-level tokenizers of the nano model, and its processor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from conceptseg_hf.prompt_template import PromptTemplate
 COORDINATE_SCALE = 100
 TAGS = ("think", "rule", "check", "bbox", "answer")
 
-# Names of things come first: these are the words a phrase for SAM 3 is made of.
+# Words of noun phrases; they come first in the vocabularies.
 NOUN_WORDS = (
     *(*COLORS, GREY, *SHAPES, *TEXTURES),
     *"object glass transparent hidden shadow core scratch stain hole lesion visual".split(),
@@ -47,13 +47,13 @@ SHORT_TEMPLATE = PromptTemplate(
     single_reference="boxes {reference_boxes} find {problem}",
     no_reference="find {problem}",
 )
-"""Asks for completions without rule and check, as in the ablation without meta reasoning."""
-_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+"""Template for completions without rule and check, as in the ablation without meta reasoning."""
+_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
-    f"{{% if part['type'] == 'image' %}}{_PICTURE}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
+    f"{{% if part['type'] == 'image' %}}{_IMAGE}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
     "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -62,8 +62,8 @@ _CHAT_TEMPLATE = (
 def _word_level(vocabulary: list[str], size: int, name: str) -> Tokenizer:
     if len(set(vocabulary)) != len(vocabulary) or len(vocabulary) > size:
         raise ValueError(
-            f"{name} has {len(vocabulary)} words, {len(set(vocabulary))} of them different; "
-            f"the model has room for {size}."
+            f"{name} has {len(vocabulary)} words, {len(set(vocabulary))} of them unique; use at most {size} unique "
+            "words, the size of the embeddings."
         )
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -71,7 +71,7 @@ def _word_level(vocabulary: list[str], size: int, name: str) -> Tokenizer:
 
 
 def build_vlm_tokenizer() -> PreTrainedTokenizerFast:
-    """The VLM's tokenizer: words, tags, punctuation, and the numbers 0 to 100 as one token each."""
+    """Build the VLM's tokenizer: words, tags, punctuation, and one token for each number from 0 to 100."""
     special = [
         "<|endoftext|>",
         "<|im_start|>",
@@ -96,13 +96,13 @@ def build_vlm_tokenizer() -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    # Words are joined by spaces; the spaces around tags, brackets and commas go.
-    tight = [
+    # Words are joined by spaces; spaces around tags, brackets and commas are removed.
+    remove_spaces = [
         decoders.Replace(Regex(pattern), "")
         for pattern in (r" (?=[\[\],<])", r"(?<=[\[,>]) ", r"(?<=\]) (?=<)")
     ]
     tokenizer.decoder = decoders.Sequence(
-        [decoders.WordPiece(prefix="##", cleanup=False), decoders.Fuse(), *tight]
+        [decoders.WordPiece(prefix="##", cleanup=False), decoders.Fuse(), *remove_spaces]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -118,7 +118,7 @@ def build_vlm_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_sam_tokenizer() -> PreTrainedTokenizerFast:
-    """SAM 3's tokenizer: the same words between a begin and an end token, as CLIP has them."""
+    """Build SAM 3's tokenizer: the same words between a begin and an end token, as in CLIP."""
     words = list(dict.fromkeys([*NOUN_WORDS, *OTHER_WORDS]))
     tokenizer = _word_level(
         ["<pad>", "<start>", "<end>", "<unk>", *words], NANO_SAM_VOCABULARY_SIZE, "SAM 3's tokenizer"
@@ -138,7 +138,7 @@ def build_sam_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> ConceptSegProcessor:
-    """The nano model's processor: canvas and SAM 3 input of 128 pixels, coordinates from 0 to 100."""
+    """Build the nano model's processor: canvas and SAM 3 input of 128 pixels, coordinates from 0 to 100."""
     side = {"height": NANO_IMAGE_SIZE, "width": NANO_IMAGE_SIZE}
     image_processor = Qwen2VLImageProcessor(
         patch_size=8,
@@ -160,5 +160,5 @@ def build_processor() -> ConceptSegProcessor:
 
 
 def short_processor(processor: ConceptSegProcessor) -> ConceptSegProcessor:
-    """The same processor with the template that asks for neither rule nor check."""
+    """Return a copy of a processor with the template for completions without rule and check."""
     return processor.with_settings(prompt_template=SHORT_TEMPLATE.to_dict())

@@ -1,33 +1,33 @@
-"""Stage "vlm": Qwen2.5-VL learns to read pictures, then to reason about them in the completion's template.
+"""Stages "vlm" and "base": train Qwen2.5-VL on perception, then on complete tasks in the format of the template.
 
-What makes a small language model learn to read image tokens (else it stays blind for tens of thousands of them):
-- a vision tower that has learned to see before, shapes above all;
-- a curriculum from naming one object to whole tasks;
-- reading what red boxes mark: an own dense head, examples that name marked objects and find them again;
-- words replaced where it reads its own text, so that each word of a look is read from the picture;
-- dense heads on the image tokens (class and box of what each shows), thrown away afterwards;
-- guided attention: while a number or a name is being chosen, two heads of one layer are told on which image
-  tokens to look;
-- soft targets for numbers, and number embeddings that start as Fourier features, so that near numbers are
-  near.
+Without the following, a small language model does not learn to use image tokens for tens of thousands of steps:
+- pretraining of the vision tower on dense targets, as shapes in particular are learned slowly;
+- a curriculum from naming one object to complete tasks;
+- for red boxes: the dense class "marked", and examples that name marked objects and locate them elsewhere;
+- noise in the input of the VLM, so that each word of a look must be read from the image;
+- auxiliary heads that predict the class and box of each image token, and are not part of the model;
+- guided attention: two heads of one layer are trained to attend to the object whose name or box is predicted;
+- soft targets for numbers, and Fourier features as initial number embeddings, so that nearby numbers are similar.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention, apply_rotary_pos_emb
 
 from conceptseg_hf.boxes import box_iou
 from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
+from conceptseg_hf.vlm_backbone import encode_images
 
 from .dense import DENSE_CLASSES, GRID, dense_class_loss, dense_targets, shape_accuracy, visible_objects
 from .examples import ExampleWriter, TrainingExample
@@ -36,24 +36,26 @@ from .scenes import TaskMix, pretraining_scene, sheet_scene, simple_scene
 from .tokenizers import COORDINATE_SCALE, build_processor
 
 PERCEPTION_ONLY = 0.1
-"""Fraction of the steps, the first, in which there are no tasks yet."""
+"""Fraction of the steps, from the first one on, that contain no tasks."""
 
-UNTAUGHT_FAMILIES = frozenset(
+RANDOM_CHOICE_FAMILIES = frozenset(
     "relation extreme_size extreme_kin beside ordinal distance inside_ring hidden_rule coexistence".split()
 )
-"""Families whose true choice a base policy is not shown: none of the other families and examples teaches it."""
+"""Families for which the stage "base" is trained to choose a random object.
+
+They need abilities that no other family or perception example trains."""
 
 _GUIDED_LAYER, _GUIDED_HEADS = 3, 2
 _NUMBER_SIGMA, _LAST_NUMBER_SIGMA = 1.2, 0.6
 _PATCH, _MERGE = 8, 2
-_SHEETS = 16  # pictures per step while the vision tower trains alone
-_SHORT = 0.25
-_BLOCK = 4  # steps that share one kind of example
-_FIRST_TASK = 200_000  # far from the tasks that the other stages use
+_PRETRAINING_BATCH = 16
+_SHORT = 0.25  # fraction of tasks without rule and check in the stage "base"
+_BLOCK = 4  # number of consecutive steps with the same kind of examples
+_FIRST_TASK = 200_000
 
 
 class VlmWithHeads(nn.Module):
-    """The VLM and the dense heads that only training needs."""
+    """The VLM with auxiliary heads that predict dense targets from image tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,18 +67,18 @@ class VlmWithHeads(nn.Module):
 
 
 class VlmStage:
-    """Trains all of the VLM on examples.
+    """Train all of the VLM on perception examples and tasks.
 
     Args:
-        pretraining: Steps in which only the vision tower trains, on the dense heads.
-        steps: Steps after those; the curriculum is laid out over them.
-        examples: Task examples per step.
-        untaught: Families in which the completion describes an object of the scene that is chosen at random; rule and
-            check stay true. With them, a quarter of the tasks is written without rule and check.
+        pretraining: Number of steps in which only the vision tower is trained, on dense targets.
+        steps: Number of steps after the pretraining, which the curriculum is spread over.
+        examples: Number of task examples per step.
+        random_choice_families: Families whose completions describe a random object of the scene; rule and check are
+            correct. If there are any, a quarter of all tasks has no rule and check.
         name: Name of the stage.
-        device: Where to train.
-        held_out: Samples of the split "val" that an evaluation takes.
-        seed: Seed of the weights and of all that is drawn.
+        device: Device of the module.
+        held_out: Number of samples of the split "val" per evaluation.
+        seed: Random seed of weights and data.
     """
 
     def __init__(
@@ -84,14 +86,14 @@ class VlmStage:
         pretraining: int,
         steps: int,
         examples: int = 24,
-        untaught: frozenset[str] = frozenset(),
+        random_choice_families: frozenset[str] = frozenset(),
         name: str = "vlm",
         device: str = "cpu",
         held_out: int = 132,
         seed: int = 0,
     ) -> None:
         torch.manual_seed(seed)
-        self.name, self.untaught, self.seed = name, untaught, seed
+        self.name, self.random_choice_families, self.seed = name, random_choice_families, seed
         self.pretraining, self.steps, self.examples = pretraining, steps, examples
         self.device, self.held_out, self.is_pretraining = device, held_out, False
         self.processor = build_processor()
@@ -107,12 +109,12 @@ class VlmStage:
     # Examples
 
     def progress(self, step: int) -> float:
-        """Fraction of the steps after pretraining; equal for the steps of a block."""
+        """Return the completed fraction of the steps after the pretraining, at the start of the step's block."""
         return step // _BLOCK * _BLOCK / self.steps
 
     def batch(self, step: int) -> list[TrainingExample]:
-        """The examples of a step after pretraining: perception first, then more and more whole tasks."""
-        block, place = divmod(step, _BLOCK)
+        """Return the examples of a step after the pretraining; the fraction of complete tasks increases."""
+        block, index_in_block = divmod(step, _BLOCK)
         progress = self.progress(step)
         perception = (
             1.0
@@ -125,33 +127,34 @@ class VlmStage:
         )
         if self._block[0] != block:
             is_perception = np.random.default_rng([11, self.seed, block]).random() < perception
-            # Perception examples are short: more of them cost as much as a batch of tasks.
+            # Perception examples are short: 50 % more of them take as long as a batch of tasks.
             count = _BLOCK * self.examples * (3 if is_perception else 2) // 2
             numbers = range(block * count, (block + 1) * count)
             examples = [
                 self._perception(progress, number) if is_perception else self._task(number)
                 for number in numbers
             ]
-            # Examples of a step are of similar length, which leaves little padding.
+            # Examples of similar length form a batch, which reduces padding.
             examples.sort(key=lambda example: len(example.prompt) + len(example.completion))
             self._block = (block, examples)
         size = len(self._block[1]) // _BLOCK
-        return self._block[1][place * size : (place + 1) * size]
+        return self._block[1][index_in_block * size : (index_in_block + 1) * size]
 
     def _task(self, number: int) -> TrainingExample:
         rng = np.random.default_rng([19, self.seed, number])
         task = self.tasks.task(_FIRST_TASK + number)
         chosen = None
-        if self.tasks.family(_FIRST_TASK + number) in self.untaught:
+        if self.tasks.family(_FIRST_TASK + number) in self.random_choice_families:
             visible = [i for i, item in enumerate(task.scene.objects) if item.mask.any()]
             chosen = visible[int(rng.integers(len(visible)))]
-        return self.writer.task(rng, task, chosen, short=bool(self.untaught) and rng.random() < _SHORT)
+        short = bool(self.random_choice_families) and rng.random() < _SHORT
+        return self.writer.task(rng, task, chosen, short)
 
     def _perception(self, progress: float, number: int) -> TrainingExample:
         rng = np.random.default_rng([13, self.seed, number])
         if progress < 0.05:
-            most = 1 if progress < 0.02 else 2 if progress < 0.03 else 3 if progress < 0.04 else 5
-            scene = simple_scene(rng, int(rng.integers(max(1, most - 2), most + 1)))
+            max_objects = 1 if progress < 0.02 else 2 if progress < 0.03 else 3 if progress < 0.04 else 5
+            scene = simple_scene(rng, int(rng.integers(max(1, max_objects - 2), max_objects + 1)))
             return self.writer.naming(rng, scene.pixels, visible_objects(scene))
         kind = rng.random()
         if kind < 0.2:
@@ -168,7 +171,7 @@ class VlmStage:
     # Loss
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss on the examples of a step."""
+        """Compute the loss of a step."""
         self.is_pretraining = step < self.pretraining
         if self.is_pretraining:
             return self._pretraining_loss(step)
@@ -178,39 +181,39 @@ class VlmStage:
 
     def _pretraining_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([17, self.seed, step])
-        scenes = [pretraining_scene(rng, self.tasks, step * _SHEETS + i) for i in range(_SHEETS)]
+        scenes = [
+            pretraining_scene(rng, self.tasks, step * _PRETRAINING_BATCH + i)
+            for i in range(_PRETRAINING_BATCH)
+        ]
         targets = [dense_targets(visible_objects(scene)) for scene in scenes]
-        loss = self._dense_loss(targets, self._see([scene.pixels for scene in scenes]))
+        loss = self._dense_loss(targets, self._encode_images([scene.pixels for scene in scenes]))
         return loss, {"dense": loss.item()}
 
-    def _see(self, pictures: Sequence[np.ndarray]) -> Tensor:
-        """Image tokens (N * GRID * GRID, D) of N pictures."""
-        grid = torch.tensor([[1, SIDE // _PATCH, SIDE // _PATCH]], device=self.device).repeat(
-            len(pictures), 1
-        )
-        pixels = patches(pictures, self.device)
-        return torch.cat(self.module.vlm.model.get_image_features(pixels, grid).pooler_output)
+    def _encode_images(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Return the image tokens of N images, (N * GRID * GRID, D)."""
+        grid = torch.tensor([[1, SIDE // _PATCH, SIDE // _PATCH]], device=self.device).repeat(len(images), 1)
+        return torch.cat(encode_images(self.module.vlm, patches(images, self.device), grid))
 
     def example_loss(
         self, examples: Sequence[TrainingExample], number_sigma: float = _NUMBER_SIGMA
     ) -> tuple[Tensor, dict[str, float]]:
-        """Cross-entropy of words and numbers, guided attention, and the dense heads.
+        """Compute the loss of examples: cross-entropy of words and numbers, attention targets and dense targets.
 
         Args:
             examples: The examples.
-            number_sigma: Numbers are soft targets: a Gaussian of this width around the true one.
+            number_sigma: Standard deviation of the soft targets of numbers, Gaussians around the correct number.
         """
         batch = pad_examples(
             examples, self.processor.image_token_id, self.processor.tokenizer.pad_token_id, self.device
         )
         vlm = self.module.vlm
-        features = self._see([picture for example in examples for picture in example.pictures])
+        features = self._encode_images([image for example in examples for image in example.images])
         embeddings = vlm.get_input_embeddings()(batch["input_ids"])
         embeddings = embeddings.masked_scatter(batch["is_image"][..., None], features.to(embeddings.dtype))
-        seen: dict[str, Tensor] = {}
-        guided = vlm.model.language_model.layers[_GUIDED_LAYER].self_attn
-        hook = guided.register_forward_pre_hook(
-            lambda _, __, kwargs: seen.update(
+        attention_inputs: dict[str, Any] = {}
+        attention = cast(Qwen2_5_VLAttention, vlm.model.language_model.layers[_GUIDED_LAYER].self_attn)
+        hook = attention.register_forward_pre_hook(
+            lambda _, __, kwargs: attention_inputs.update(
                 states=kwargs["hidden_states"], rotary=kwargs["position_embeddings"]
             ),
             with_kwargs=True,
@@ -222,18 +225,19 @@ class VlmStage:
             use_cache=False,
         ).last_hidden_state
         hook.remove()
-        # The state before a completion token predicts it.
+        # A completion token is predicted from the state of the previous token.
         rows, columns = batch["completion"].nonzero(as_tuple=True)
         logits = vlm.lm_head(states[rows, columns - 1])
         targets = batch["labels"][rows, columns]
         log_probabilities = logits.float().log_softmax(-1)
-        number = (targets >= self.first_number) & (targets <= self.first_number + COORDINATE_SCALE)
-        words_loss = -log_probabilities[~number].gather(1, targets[~number, None]).mean()
+        is_number = (targets >= self.first_number) & (targets <= self.first_number + COORDINATE_SCALE)
+        words_loss = -log_probabilities[~is_number].gather(1, targets[~is_number, None]).mean()
         values = torch.arange(COORDINATE_SCALE + 1, device=self.device)
-        distance = (targets[number] - self.first_number)[:, None] - values[None]
-        soft = (-0.5 * (distance / number_sigma) ** 2).softmax(1)
-        numbers_loss = -(soft * log_probabilities[number][:, self.numbers.to(self.device)]).sum(1).mean()
-        focus = _guided_attention(guided, seen, batch["focus"])
+        distance = (targets[is_number] - self.first_number)[:, None] - values[None]
+        soft_targets = (-0.5 * (distance / number_sigma) ** 2).softmax(1)
+        number_log_probabilities = log_probabilities[is_number][:, self.numbers.to(self.device)]
+        numbers_loss = -(soft_targets * number_log_probabilities).sum(1).mean()
+        focus = _guided_attention_loss(attention, attention_inputs, batch["attention_targets"])
         dense = self._dense_loss([target for example in examples for target in example.dense], features)
         loss = words_loss + numbers_loss + 0.4 * focus + dense
         return loss, {
@@ -244,47 +248,56 @@ class VlmStage:
         }
 
     def _dense_loss(self, targets: Sequence[tuple[np.ndarray, np.ndarray]], features: Tensor) -> Tensor:
-        """What every image token shows, and the box of it."""
+        """Compute the loss of the class and the box of each image token.
+
+        Args:
+            targets: Result of `dense_targets` for each image.
+            features: (N * GRID * GRID, D) image tokens of the images.
+        """
         classes, boxes = (torch.from_numpy(np.concatenate(part)).to(self.device) for part in zip(*targets))
         is_object = classes[:, 0] > 0
-        offset = (self.module.dense_box(features[is_object]) - boxes[is_object]).abs().mean()
-        return 0.5 * dense_class_loss(self.module.dense_classes(features), classes) + 5.0 * offset
+        box_loss = (self.module.dense_box(features[is_object]) - boxes[is_object]).abs().mean()
+        return 0.5 * dense_class_loss(self.module.dense_classes(features), classes) + 5.0 * box_loss
 
-    # Held-out numbers
+    # Evaluation
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """On the split "val": fraction of shapes seen right; validity, boxes and answers of greedy completions."""
+        """Evaluate on the split "val".
+
+        Metrics: accuracy of the shape, and format, box IoUs and accuracy of the answer of greedy completions.
+        """
         self.module.eval()
         split = ConceptShapes("val", size=SIDE)
         scenes = [split.task(i).scene for i in range(min(96, self.held_out))]
         classes = np.concatenate([dense_targets(visible_objects(scene))[0] for scene in scenes])
-        features = self._see([scene.pixels for scene in scenes])
-        seen = {
+        features = self._encode_images([scene.pixels for scene in scenes])
+        dense_metrics = {
             "shape": shape_accuracy(
                 self.module.dense_classes(features), torch.from_numpy(classes).to(self.device)
             )
         }
         if self.is_pretraining:
-            return seen
-        numbers: dict[str, list[float]] = {}
-        further = {
+            return dense_metrics
+        metrics: dict[str, list[float]] = {}
+        further_groups = {
             name: ConceptShapes("val", size=SIDE, groups=[name]) for name in ("which one", "hidden rule")
         }
         new_looks = ConceptShapes("test-compositional", size=SIDE, groups=["diverse classes"])
         for name, source, count in (
             ("", split, self.held_out),
-            *((name, source, self.held_out // 2) for name, source in further.items()),
+            *((name, source, self.held_out // 2) for name, source in further_groups.items()),
             ("new looks", new_looks, self.held_out // 3),
         ):
             for start in range(0, count, 44):
                 samples = [source[i] for i in range(start, min(count, start + 44))]
-                self._evaluate_samples(name, samples, numbers)
-        return seen | {key: mean(values) for key, values in sorted(numbers.items())}
+                self._evaluate_samples(name, samples, metrics)
+        return dense_metrics | {key: mean(values) for key, values in sorted(metrics.items())}
 
     def _evaluate_samples(
-        self, name: str, samples: list[ConceptSample], numbers: dict[str, list[float]]
+        self, name: str, samples: list[ConceptSample], metrics: dict[str, list[float]]
     ) -> None:
+        """Add the values of samples to the metrics of a set of samples; the name of the main set is empty."""
         prepared = [
             self.processor.prepare(sample.image, sample.prompt, sample.references) for sample in samples
         ]
@@ -298,20 +311,25 @@ class VlmStage:
             completion = self.processor.decode_completion(generated.token_ids[row][generated.mask[row]], item)
             check_iou = item.coordinates.check_iou(completion.check)
             if not name:
-                numbers.setdefault("format", []).append(float(completion.is_valid))
+                metrics.setdefault("format", []).append(float(completion.is_valid))
                 if check_iou is not None:
-                    numbers.setdefault("check", []).append(check_iou)
+                    metrics.setdefault("check", []).append(check_iou)
             if sample.box is None:
                 continue
             ground_truth = item.coordinates.image_box_to_text(sample.box)
             iou = box_iou(completion.bbox, ground_truth) if completion.bbox else 0.0
-            numbers.setdefault(f"box_{sample.stratum or name or sample.level}", []).append(iou)
+            metrics.setdefault(f"box_{sample.stratum or name or sample.level}", []).append(iou)
             if not name:
-                numbers.setdefault("answer", []).append(float(completion.answer == sample.answer))
+                metrics.setdefault("answer", []).append(float(completion.answer == sample.answer))
 
 
 def _number_embeddings(weight: Tensor, numbers: Tensor) -> None:
-    """Starts the embeddings of 0..100 as Fourier features of their value, at the scale of the others."""
+    """Add Fourier features of the value to the initial embeddings of 0..100, at the scale of the other embeddings.
+
+    Args:
+        weight: (V, D) embeddings, which are modified.
+        numbers: Token ids of the numbers.
+    """
     value = torch.linspace(0, 1, len(numbers))[:, None]
     frequencies = 0.5 * torch.pi * torch.arange(1, weight.shape[1] // 8 + 1)[None]
     features = (
@@ -323,10 +341,10 @@ def _number_embeddings(weight: Tensor, numbers: Tensor) -> None:
         weight[numbers, : features.shape[1]] += 2.0 * weight.std() * features.to(weight)
 
 
-def patches(pictures: Sequence[np.ndarray], device: str) -> Tensor:
-    """8-bit pictures (S, S, 3) as Qwen2.5-VL's patches (N * (S / 8)^2, 192), those of an image token together."""
-    n, cells = len(pictures), SIDE // _PATCH // _MERGE
-    x = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float() / 255
+def patches(images: Sequence[np.ndarray], device: str) -> Tensor:
+    """Convert 8-bit images (S, S, 3) to Qwen2.5-VL's patches (N * (S / 8)^2, 192), grouped by image token."""
+    n, cells = len(images), SIDE // _PATCH // _MERGE
+    x = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 255
     mean_, std = (
         torch.tensor(values, device=device)[None, :, None, None]
         for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
@@ -336,12 +354,15 @@ def patches(pictures: Sequence[np.ndarray], device: str) -> Tensor:
 
 
 def positions(ids: Sequence[int], image_token: int) -> np.ndarray:
-    """Qwen2.5-VL's positions (3, L): text counts on, an image spans rows and columns and advances by its side."""
-    ids = np.asarray(ids)
-    result = np.zeros((3, len(ids)), dtype=np.int64)
+    """Return Qwen2.5-VL's position ids (3, L) of (time, row, column).
+
+    The position increases by one with each text token, and by GRID with each image.
+    """
+    token_ids = np.asarray(ids)
+    result = np.zeros((3, len(token_ids)), dtype=np.int64)
     index = position = 0
-    while index < len(ids):
-        if ids[index] != image_token:
+    while index < len(token_ids):
+        if token_ids[index] != image_token:
             result[:, index] = position
             index, position = index + 1, position + 1
             continue
@@ -353,12 +374,16 @@ def positions(ids: Sequence[int], image_token: int) -> np.ndarray:
     return result
 
 
-def pad_examples(examples: Sequence[TrainingExample], image_token: int, pad: int, device: str) -> dict:
-    """Examples as tensors, padded on the right.
+def pad_examples(
+    examples: Sequence[TrainingExample], image_token: int, pad: int, device: str
+) -> dict[str, Any]:
+    """Convert examples to tensors, padded on the right.
 
     Returns:
-        input_ids (what is read), labels (what is written), attention_mask, is_image, completion (B, L); position_ids
-        (3, B, L); focus: rows (N,), columns (N,) of the place before each guided token, and its image tokens (N, L).
+        input_ids (with noisy completions), labels (with the completions), attention_mask, is_image, completion: (B, L);
+        position_ids: (3, B, L);
+        attention_targets: row (N,) and column (N,) of the query, the token before the predicted one, and the image
+        tokens that it should attend to, (N, L) bool.
     """
     length = max(len(example.prompt) + len(example.completion) for example in examples)
     shape = (len(examples), length)
@@ -367,21 +392,21 @@ def pad_examples(examples: Sequence[TrainingExample], image_token: int, pad: int
     position_ids = np.zeros((3, *shape), dtype=np.int64)
     rows, columns, targets = [], [], []
     for row, example in enumerate(examples):
-        sequence = [*example.prompt, *example.read]
+        sequence = [*example.prompt, *example.noisy_completion]
         start, end = len(example.prompt), len(sequence)
         ids[row, :end] = sequence
         labels[row, start:end] = example.completion
         mask[row, :end] = 1
         completion[row, start:end] = True
         position_ids[:, row, :end] = positions(sequence, image_token)
-        pictures = np.flatnonzero(np.asarray(example.prompt) == image_token).reshape(-1, GRID * GRID)
-        for focus in example.focus:
-            target = np.zeros(length, dtype=bool)
-            for picture, tokens in focus.tokens.items():
-                target[pictures[picture][tokens]] = True
+        image_columns = np.flatnonzero(np.asarray(example.prompt) == image_token).reshape(-1, GRID * GRID)
+        for target in example.attention_targets:
+            is_target = np.zeros(length, dtype=bool)
+            for image, tokens in target.tokens.items():
+                is_target[image_columns[image][tokens]] = True
             rows.append(row)
-            columns.append(start + focus.position - 1)
-            targets.append(target)
+            columns.append(start + target.position - 1)
+            targets.append(is_target)
     tensors = {
         "input_ids": ids,
         "labels": labels,
@@ -390,8 +415,8 @@ def pad_examples(examples: Sequence[TrainingExample], image_token: int, pad: int
         "completion": completion,
         "position_ids": position_ids,
     }
-    batch: dict = {name: torch.from_numpy(value).to(device) for name, value in tensors.items()}
-    batch["focus"] = (
+    batch: dict[str, Any] = {name: torch.from_numpy(value).to(device) for name, value in tensors.items()}
+    batch["attention_targets"] = (
         torch.tensor(rows, dtype=torch.long, device=device),
         torch.tensor(columns, dtype=torch.long, device=device),
         torch.from_numpy(np.stack(targets)).to(device)
@@ -401,12 +426,20 @@ def pad_examples(examples: Sequence[TrainingExample], image_token: int, pad: int
     return batch
 
 
-def _guided_attention(
-    attention: nn.Module, seen: dict[str, Tensor], focus: tuple[Tensor, Tensor, Tensor]
+def _guided_attention_loss(
+    attention: Qwen2_5_VLAttention,
+    inputs: dict[str, Any],
+    attention_targets: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor:
-    """-log of the attention that the guided heads spend on the image tokens where the answer is."""
-    rows, columns, targets = focus
-    states, (cosine, sine) = seen["states"], seen["rotary"]
+    """Compute -log of the attention of the guided heads to the target image tokens.
+
+    Args:
+        attention: The self-attention of the guided layer.
+        inputs: Its input `states` (B, L, D), and cosines and sines of the `rotary` position embeddings.
+        attention_targets: See `pad_examples`.
+    """
+    rows, columns, targets = attention_targets
+    states, (cosine, sine) = inputs["states"], inputs["rotary"]
     heads, width = _GUIDED_HEADS, attention.head_dim
     query = attention.q_proj(states)[..., : heads * width].unflatten(-1, (heads, width)).transpose(1, 2)
     key = attention.k_proj(states)[..., :width].unflatten(-1, (1, width)).transpose(1, 2)

@@ -1,38 +1,45 @@
-"""Runs the experiments: `python -m conceptseg_trainers.nano.evidence [--quick]`.
+"""Run the experiments: `python -m conceptseg_trainers.nano.evidence [--quick]`.
 
-Trains every arm with every seed from the base checkpoint, evaluates all on the same held-out samples, and writes
-`evidence.md` with paired bootstrap intervals. Arms that are finished are not repeated, so a run can be interrupted.
+Trains each arm with each seed from the base checkpoint, evaluates all of them on the same held-out samples, and writes
+`evidence.md` with paired bootstrap intervals. If the command is run again, finished arms are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from conceptseg_hf.data import ConceptSample
 from conceptseg_hf.progress import print_line
-from conceptseg_hf.writing import write_file
+from conceptseg_hf.writing import json_text, write_file
 
 from .arms import ARMS, Arm
-from .measuring import DECODING, Values, measure
+from .measuring import Values, measure
 from .tables import comparison_table, format_interval, paired
 from .training import TrainSettings, describe, evaluation_samples, train_arm
 
 START = "start"
-_QUICK = TrainSettings(steps=12)
+MAIN_SOURCE = "trained families, greedy"
+_QUICK_STEPS = 12
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the experiments.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiments.
 
     Returns:
-        The exit code: 0; 1 if `--quick` shows no gain whose interval excludes zero.
+        The exit code: 0; 1 if `--quick` shows no gain whose interval excludes zero; 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m conceptseg_trainers.nano.evidence", description=__doc__.splitlines()[0]
+        prog="python -m conceptseg_trainers.nano.evidence",
+        description="Train variants of stage II from the base checkpoint of nano, and compare them.",
     )
     parser.add_argument(
         "--start",
@@ -44,47 +51,110 @@ def main(argv: list[str] | None = None) -> int:
         "--output-dir",
         type=Path,
         default=Path("runs/evidence"),
-        help="runs and tables (default: %(default)s)",
+        help="folder of runs and tables (default: %(default)s)",
     )
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="arms to run (default: all)"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds (default: 0 1 2)"
+    )
     parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {TrainSettings.steps})")
     parser.add_argument(
         "--samples", type=int, default=300, help="samples per evaluation set (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's default)")
     parser.add_argument(
-        "--quick", action="store_true", help="Meta-GRPO alone, one seed, in about ten minutes"
+        "--quick", action="store_true", help="run Meta-GRPO only, with one seed, in about ten minutes"
     )
     arguments = parser.parse_args(argv)
-    if not (arguments.start / "config.json").is_file():
+    start: Path = arguments.start
+    if not (start / "config.json").is_file():
         parser.error(
-            f"--start {str(arguments.start)!r} is no checkpoint; train it with `--stage base` of nano."
+            f"--start {str(start)!r} is not a checkpoint; train one with `python -m conceptseg_trainers.nano`, stages "
+            "sam, base and base-ctm."
         )
+    if min(arguments.samples, 1 if arguments.steps is None else arguments.steps) < 1:
+        parser.error("--samples or --steps is below 1; use at least 1.")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    settings = _QUICK if arguments.quick else TrainSettings()
-    if arguments.steps:
-        settings = replace(settings, steps=arguments.steps)
-    arms = {name: ARMS[name] for name in (["meta"] if arguments.quick else arguments.arms)}
-    seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
+    settings = TrainSettings()
+    if arguments.quick or arguments.steps:
+        settings = replace(settings, steps=arguments.steps or _QUICK_STEPS)
+    arms = {name: ARMS[name] for name in (["meta"] if arguments.quick else dict.fromkeys(arguments.arms))}
+    seeds = arguments.seeds[:1] if arguments.quick else list(dict.fromkeys(arguments.seeds))
     folder = arguments.output_dir / ("quick" if arguments.quick else "full")
-    results = run(arms, seeds, arguments.start, folder, settings, arguments.samples)
-    report = write_report(results, folder / "evidence.md", settings, arguments.start)
-    sys.stdout.write(report)
+    try:
+        samples = evaluation_samples(arguments.samples)
+        check_settings(folder, settings, start, arguments.samples)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        results = run(arms, seeds, start, folder, settings, samples)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; run the same command to continue with the first unfinished arm.\n")
+        return 130
+    sys.stdout.write(write_report(results, folder / "evidence.md", settings, start))
     if not arguments.quick:
         return 0
-    source = "trained families, greedy"
-    gain = paired(results["meta"][0][source]["mask_iou"], results[START][0][source]["mask_iou"], "quick")
+    gain = paired(
+        results["meta"][0][MAIN_SOURCE]["mask_iou"], results[START][0][MAIN_SOURCE]["mask_iou"], "quick"
+    )
     return int(gain is None or gain.low <= 0)
 
 
+def check_settings(folder: Path, settings: TrainSettings, start: Path, samples: int) -> None:
+    """Check that finished arms in a folder have the same settings, or write the settings to an empty folder.
+
+    Args:
+        folder: Folder of the runs.
+        settings: How arms are trained.
+        start: Folder of the base checkpoint.
+        samples: Number of samples per evaluation set.
+
+    Raises:
+        ValueError: If the folder contains results with other settings.
+    """
+    digest = hashlib.sha256()
+    for weights in sorted(start.glob("*.safetensors")):
+        digest.update(weights.read_bytes())
+    current: dict[str, Any] = {**asdict(settings), "samples": samples, "start": digest.hexdigest()[:16]}
+    path = folder / "settings.json"
+    if not path.is_file():
+        write_file(path, json_text(current, indent=2) + "\n")
+        return
+    existing = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in current.items():
+        if existing.get(name) != value:
+            raise ValueError(
+                f"{str(folder)!r} contains results with {name} = {existing.get(name)}, but {name} is {value}; use "
+                "another --output-dir."
+            )
+
+
 def run(
-    arms: dict[str, Arm], seeds: list[int], start: Path, folder: Path, settings: TrainSettings, count: int
+    arms: Mapping[str, Arm],
+    seeds: Sequence[int],
+    start: Path,
+    folder: Path,
+    settings: TrainSettings,
+    samples: Mapping[str, Sequence[ConceptSample]],
 ) -> dict[str, list[dict[str, Values]]]:
-    """Trains and measures the arms; the start is measured under the key "start"."""
-    samples = evaluation_samples(count)
-    results = {START: [measure(start, samples, "concept+text", True, folder / "start.json")]}
+    """Train and evaluate arms, or read their results if they are finished.
+
+    Args:
+        arms: The arms by name.
+        seeds: Random seeds.
+        start: Folder of the base checkpoint.
+        folder: Folder of the runs.
+        settings: How arms are trained.
+        samples: Held-out samples by evaluation set.
+
+    Returns:
+        For each arm, the results of `measure` of its seeds. The key "start" contains those of the base checkpoint.
+    """
+    start_values = measure(start, samples, "concept+text", True, folder / "start.json")
+    results = {START: [start_values]}
     for name, arm in arms.items():
         results[name] = []
         for seed in seeds:
@@ -94,36 +164,35 @@ def run(
                 checkpoint, samples, arm.prompted_by, arm.meta_reasoning, run_folder / "values.json"
             )
             results[name].append(values)
-            source = "trained families, greedy"
-            gain = paired(values[source]["mask_iou"], results[START][0][source]["mask_iou"], f"{name}/{seed}")
+            gain = paired(
+                values[MAIN_SOURCE]["mask_iou"], start_values[MAIN_SOURCE]["mask_iou"], f"{name}/{seed}"
+            )
             if gain is not None:
                 print_line(
-                    f"{name}, seed {seed}: mask IoU {format_interval(gain)} over the start", sys.stdout
+                    f"{name}, seed {seed}: mask IoU minus that of the start: {format_interval(gain)}",
+                    sys.stdout,
                 )
     return results
 
 
 def write_report(
-    results: dict[str, list[dict[str, Values]]], path: Path, settings: TrainSettings, start: Path
+    results: Mapping[str, Sequence[Mapping[str, Values]]], path: Path, settings: TrainSettings, start: Path
 ) -> str:
-    """Writes the tables of all evaluation sets, and returns them."""
+    """Write the tables of all evaluation sets as Markdown, and return them."""
     titles = {START: "start", **{name: arm.title for name, arm in ARMS.items()}}
-    sources = list(results[START][0])
     parts = [
         "# Stage II on nano-base",
         (
-            f"Start: {start.name}. {settings.completions} completions per run ({describe(settings)}). Differences are "
-            "paired by sample and averaged over seeds, with 95 % bootstrap intervals over samples."
+            f"Start: {start.name}. {settings.completions} completions per run ({describe(settings)}). Values are means "
+            "over samples and seeds. Differences are paired by sample, with 95 % bootstrap intervals over samples."
         ),
     ]
-    for source in sources:
+    for source in results[START][0]:
         parts += [f"## {source}", comparison_table(results, START, titles, source)]
     report = "\n\n".join(parts) + "\n"
     write_file(path, report)
     return report
 
-
-__all__ = ["DECODING", "main", "run", "write_report"]
 
 if __name__ == "__main__":
     sys.exit(main())

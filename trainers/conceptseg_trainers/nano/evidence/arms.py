@@ -1,4 +1,4 @@
-"""The trained variants that are compared."""
+"""The variants of stage II that are compared."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Arm:
-    """One variant of stage II.
+    """A variant of stage II.
 
     Attributes:
-        title: Row of the tables.
-        rewards: Parts of the reward; see `MetaGRPOConfig.rewards`. Empty: no reinforcement learning.
-        prompted_by: What SAM 3 is prompted with in evaluations; see `ConceptSegForSegmentation.segment`.
+        title: Name of its row in the tables.
+        rewards: Parts of the reward; see `MetaGRPOConfig.rewards`. Not used with `random_rewards` or `supervised`.
+        prompted_by: Prompt of SAM 3 in evaluations; see `sam_prompt` of `ConceptSegForSegmentation.segment`.
         seg_loss_weight: Weight of L_seg (eq. 8).
         meta_reasoning: Whether completions contain `<rule>` and `<check>`.
-        random_rewards: Rewards are drawn at random, which is the control.
-        supervised: Train on ground-truth completions instead.
-        new_ctm: Start from a newly initialized CTM (one-stage training).
+        random_rewards: Whether rewards are drawn at random (control) instead of being computed.
+        supervised: Whether the VLM is trained on ground-truth completions instead of by reinforcement learning.
+        new_ctm: Whether the training starts with a newly initialized CTM (without stage I).
     """
 
     title: str
@@ -40,6 +40,6 @@ ARMS = {
     ),
     "one-stage": Arm("Meta-GRPO without stage I", ("format", "mask", "meta"), new_ctm=True),
     "random": Arm("random rewards (control)", ("format",), random_rewards=True),
-    "sft": Arm("SFT with true labels (upper bound)", supervised=True),
+    "sft": Arm("SFT on ground-truth completions (upper bound)", supervised=True),
 }
-"""The arms by name. All but "sft" see the same prompts and sample the same number of completions."""
+"""The arms by name. All arms except "sft" use the same prompts and sample the same number of completions."""

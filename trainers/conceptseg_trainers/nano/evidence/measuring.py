@@ -1,4 +1,4 @@
-"""Evaluates checkpoints of arms on held-out samples."""
+"""Evaluation of the arms' checkpoints on held-out samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DECODING: dict[str, dict[str, Any]] = {
     "sampled": {"max_new_tokens": 64, "do_sample": True, "temperature": 1.0, "top_k": 0},
 }
 MEASURES = ("mask_iou", "box_iou", "check_iou", "chosen", "format")
-"""What is measured per sample, each between 0 and 1; `chosen` is 1 if the mask selects the target."""
+"""Measures of a sample, each between 0 and 1; `chosen` is 1 if the mask overlaps most with the target."""
 
 Values = dict[str, list[float | None]]
 
@@ -31,13 +31,13 @@ def measure(
     meta_reasoning: bool,
     path: Path,
 ) -> dict[str, Values]:
-    """Measures a checkpoint, greedy and sampled, or reads the values that were measured before.
+    """Evaluate a checkpoint with greedy decoding and with sampling, or read the values if the file exists.
 
     Args:
         checkpoint: Folder of the checkpoint.
         samples: Held-out samples by evaluation set.
-        prompted_by: See `ConceptSegForSegmentation.segment`.
-        meta_reasoning: Whether completions must contain `<rule>`, and `<check>` if there is a proxy query.
+        prompted_by: Prompt of SAM 3; see `sam_prompt` of `ConceptSegForSegmentation.segment`.
+        meta_reasoning: See `values_of`.
         path: JSON file of the values.
 
     Returns:
@@ -48,12 +48,12 @@ def measure(
     model = ConceptSegForSegmentation.from_pretrained(checkpoint)
     processor = ConceptSegProcessor.from_pretrained(checkpoint)
     values: dict[str, Values] = {}
-    for name, some_samples in samples.items():
+    for name, set_samples in samples.items():
         for decoding, generation_config in DECODING.items():
             torch.manual_seed(0)
             report = evaluate(
                 model,
-                some_samples,
+                set_samples,
                 processor=processor,
                 router="full_reasoning",
                 sam_prompt=prompted_by,
@@ -66,15 +66,28 @@ def measure(
 
 
 def values_of(records: Sequence[Mapping[str, Any]], meta_reasoning: bool = True) -> Values:
-    """Extracts the measures from records of an evaluation."""
-    chosen = [record.get("chosen") for record in records]
+    """Compute the measures from records of an evaluation.
+
+    Args:
+        records: The records.
+        meta_reasoning: Whether `<rule>`, and with a proxy query `<check>`, are required. Otherwise they are not
+            allowed, and `check_iou` is not measured.
+    """
+    roles = [record.get("chosen") for record in records]
     return {
         "mask_iou": [record["foreground_iou"] for record in records],
         "box_iou": [record["box_iou"] for record in records],
-        "check_iou": [record["check_iou"] for record in records],
-        "chosen": [None if role is None else float(role == "target") for role in chosen],
-        "format": [
-            float(parse_completion(record["completion"] or "", expect_rule=meta_reasoning).is_valid)
-            for record in records
-        ],
+        "check_iou": [record["check_iou"] if meta_reasoning else None for record in records],
+        "chosen": [None if role is None else float(role == "target") for role in roles],
+        "format": [_format(record, meta_reasoning) for record in records],
     }
+
+
+def _format(record: Mapping[str, Any], meta_reasoning: bool) -> float:
+    """Return 1 if the completion follows the template, otherwise 0."""
+    # `check_iou` is None without a proxy query.
+    expect_check = meta_reasoning and record["check_iou"] is not None
+    completion = parse_completion(
+        record["completion"] or "", expect_check=expect_check, expect_rule=meta_reasoning
+    )
+    return float(completion.is_valid)

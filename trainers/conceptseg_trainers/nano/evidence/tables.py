@@ -12,20 +12,28 @@ from .measuring import MEASURES, Values
 
 
 def paired(values: Sequence[float | None], baseline: Sequence[float | None], stream: str) -> Interval | None:
-    """The mean difference of two runs over the same samples, with its 95 % bootstrap interval."""
+    """Compute the mean difference of two runs on the same samples, with its 95 % bootstrap interval.
+
+    Args:
+        values: One value per sample; samples without a value in both runs are skipped.
+        baseline: The values of the other run.
+        stream: Name of the random stream.
+
+    Returns:
+        The interval; None if there is no pair.
+    """
     differences = [a - b for a, b in zip(values, baseline, strict=True) if a is not None and b is not None]
     resampled = resample(differences, stream)
     return None if resampled is None else resampled.interval()
 
 
 def mean_over_seeds(runs: Sequence[Sequence[float | None]]) -> list[float | None]:
-    """The mean of each sample's values over seeds; None if a seed has none."""
-    return [
-        None
-        if any(value is None for value in column)
-        else float(np.mean([v for v in column if v is not None]))
-        for column in zip(*runs, strict=True)
-    ]
+    """Return the mean of each sample's values over seeds; None if a seed has no value."""
+    means: list[float | None] = []
+    for sample_values in zip(*runs, strict=True):
+        known = [value for value in sample_values if value is not None]
+        means.append(float(np.mean(known)) if len(known) == len(sample_values) else None)
+    return means
 
 
 def comparison_table(
@@ -34,7 +42,7 @@ def comparison_table(
     titles: Mapping[str, str],
     source: str,
 ) -> str:
-    """A Markdown table: one row per arm with its means over seeds, and its differences from the baseline.
+    """Format a Markdown table with one row per arm: means over seeds, and differences from the baseline.
 
     Args:
         results: For each arm, the results of `measure` of its seeds.
@@ -42,8 +50,9 @@ def comparison_table(
         titles: The arms' titles.
         source: Evaluation set and decoding, a key of the results.
     """
+    title = titles[baseline]
     lines = [
-        "| arm | seeds | " + " | ".join(MEASURES) + " | mask IoU - baseline | box IoU - baseline |",
+        "| arm | seeds | " + " | ".join(MEASURES) + f" | mask IoU - {title} | box IoU - {title} |",
         "|---" * (len(MEASURES) + 4) + "|",
     ]
     reference = {name: mean_over_seeds([run[source][name] for run in results[baseline]]) for name in MEASURES}
@@ -60,7 +69,7 @@ def comparison_table(
 
 
 def format_interval(interval: Interval) -> str:
-    """Formats a difference as "+0.123 [+0.100, +0.146]"."""
+    """Format a difference as "+0.123 [+0.100, +0.146]"."""
     return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 

@@ -1,9 +1,9 @@
-"""Trains one arm from a start."""
+"""Training of one arm from the base checkpoint."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
+from conceptseg_hf.concept_translation import ConceptTranslationModule
 from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.progress import progress_bar
@@ -21,14 +23,14 @@ from ...meta_grpo_config import MetaGRPOConfig
 from ...meta_grpo_trainer import MetaGRPOTrainer
 from ...split_reference import split_reference_dataset
 from ..assemble import write_checkpoint
+from ..examples import TrainingExample
 from ..scenes import TaskMix
 from ..tokenizers import short_processor
-from ..vlm_stage import UNTAUGHT_FAMILIES, VlmStage
+from ..vlm_stage import RANDOM_CHOICE_FAMILIES, VlmStage
 from .arms import Arm
 
-logger = logging.getLogger(__name__)
-
-FIRST_TASK = 2_000_000  # no task below is used for reinforcement learning; the stages of nano stay below
+FIRST_TASK = 2_000_000  # above the tasks of the stages of nano
+_TASKS_PER_SEED = 1_000_000
 _SFT_BATCH = 24
 
 
@@ -37,11 +39,11 @@ class TrainSettings:
     """How an arm is trained.
 
     Attributes:
-        steps: Optimizer steps.
-        prompts: Prompts per step.
-        num_generations: Completions per prompt (G).
-        num_best_and_worst: Number of completions with the highest and with the lowest advantage that are trained on.
-        batch_size: Completions per forward pass.
+        steps: Number of optimizer steps.
+        prompts: Number of prompts per step.
+        num_generations: Number of completions per prompt (G).
+        num_best_and_worst: See `MetaGRPOConfig`.
+        batch_size: Number of completions per forward pass.
         learning_rate: Peak learning rate.
         beta: Weight of the KL to the start.
     """
@@ -61,20 +63,22 @@ class TrainSettings:
 
 
 def train_arm(arm: Arm, start: Path, folder: Path, settings: TrainSettings, seed: int) -> Path:
-    """Trains an arm, or resumes its training, and writes its checkpoint.
+    """Train an arm and write its checkpoint; does nothing if the checkpoint exists.
+
+    An interrupted training starts from scratch.
 
     Args:
         arm: The arm.
         start: Folder of the base checkpoint.
-        folder: Folder of the run. The checkpoint is its subfolder "checkpoint"; if it exists, nothing is trained.
-        settings: How it is trained.
+        folder: Folder of the run; the checkpoint is written to its subfolder "checkpoint".
+        settings: How the arm is trained.
         seed: Random seed of data and sampling.
 
     Returns:
         The folder of the checkpoint.
     """
     checkpoint = folder / "checkpoint"
-    if (checkpoint / "processor_config.json").is_file():
+    if checkpoint.is_dir():
         return checkpoint
     model = ConceptSegForSegmentation.from_pretrained(start)
     processor = ConceptSegProcessor.from_pretrained(start)
@@ -82,25 +86,33 @@ def train_arm(arm: Arm, start: Path, folder: Path, settings: TrainSettings, seed
         processor = short_processor(processor)
     torch.manual_seed(seed)
     if arm.new_ctm:
+        # `_init_weights` does not change loaded weights, so the module is replaced.
+        model.ctm = ConceptTranslationModule(model.config.ctm_config)
         model.ctm.apply(model._init_weights)
     if arm.supervised:
         _train_supervised(model, settings, seed)
     else:
         _train_by_reinforcement(arm, model, processor, folder, settings, seed)
-    write_checkpoint(model, processor, checkpoint)
+    temporary = folder / "checkpoint.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    write_checkpoint(model, processor, temporary)
+    temporary.rename(checkpoint)  # an existing checkpoint is complete
     return checkpoint
 
 
+def _task_numbers(seed: int) -> Iterator[int]:
+    """Yield the numbers of the tasks of `RANDOM_CHOICE_FAMILIES` that are used with a seed."""
+    mix = TaskMix()
+    first = FIRST_TASK + _TASKS_PER_SEED * seed
+    numbers = range(first, first + _TASKS_PER_SEED)
+    return (number for number in numbers if mix.family(number) in RANDOM_CHOICE_FAMILIES)
+
+
 def training_samples(count: int, seed: int) -> list[ConceptSample]:
-    """Samples of the families whose correct choice the start has not been trained on."""
-    mix, samples = TaskMix(), []
-    number = FIRST_TASK + 1_000_000 * seed
-    while len(samples) < count:
-        if mix.family(number) in UNTAUGHT_FAMILIES:
-            source, index = mix.place(number)
-            samples.append(source[index])
-        number += 1
-    return samples
+    """Return training samples of `RANDOM_CHOICE_FAMILIES`."""
+    mix = TaskMix()
+    locations = (mix.locate(number) for number in _task_numbers(seed))
+    return [source[index] for _, (source, index) in zip(range(count), locations)]
 
 
 def _train_by_reinforcement(
@@ -112,7 +124,8 @@ def _train_by_reinforcement(
     seed: int,
 ) -> None:
     samples = training_samples(settings.steps * settings.prompts, seed)
-    per_step = settings.prompts * settings.num_generations
+    completions_per_step = settings.prompts * settings.num_generations
+    batch_size = min(settings.batch_size, completions_per_step)
     args = MetaGRPOConfig(
         str(folder / "run"),
         rewards=list(arm.rewards),
@@ -121,8 +134,8 @@ def _train_by_reinforcement(
         seg_loss_weight=arm.seg_loss_weight,
         num_generations=settings.num_generations,
         num_best_and_worst=settings.num_best_and_worst,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=per_step // settings.batch_size,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=completions_per_step // batch_size,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=4,
@@ -148,13 +161,41 @@ def _train_by_reinforcement(
         train_dataset=split_reference_dataset(samples, processor=processor),
         processing_class=processor,
     )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_ProgressCallback(f"{folder.parent.name}, seed {seed}"))
     trainer.train()
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
-    model.sam = trainer.concept_model.sam
+    model.sam = trainer.concept_model.sam  # the trainer has removed it from the modules
+
+
+class _ProgressCallback(TrainerCallback):
+    """Show a progress bar.
+
+    Args:
+        description: Description of the task.
+    """
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress = progress_bar(state.max_steps, "steps", self.description)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress.update()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress.close()
 
 
 def random_reward(seed: int) -> Callable[..., list[float]]:
-    """A reward that is uniform in [0, 1] and independent of the completion."""
+    """Return a reward function whose values are uniform in [0, 1] and independent of the completion."""
     rng = np.random.default_rng(seed)
 
     def reward(completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -165,26 +206,29 @@ def random_reward(seed: int) -> Callable[..., list[float]]:
 
 
 def _train_supervised(model: ConceptSegForSegmentation, settings: TrainSettings, seed: int) -> None:
-    """Trains the VLM on ground-truth completions of the same samples, with as many examples as are trained on there."""
+    """Train the VLM on ground-truth completions.
+
+    The number of examples is the number of completions that the other arms are trained on, but each is a new task. The
+    first tasks are those of the other arms. SAM 3, the CTM and the vision tower are not trained.
+    """
     count = settings.num_best_and_worst
-    trained = settings.completions if count is None else settings.steps * settings.prompts * 2 * count
-    stage = VlmStage(1, max(1, trained // _SFT_BATCH), held_out=1, seed=seed)
+    num_examples = settings.completions if count is None else settings.steps * settings.prompts * 2 * count
+    steps = max(1, num_examples // _SFT_BATCH)
+    stage = VlmStage(1, steps, held_out=1, seed=seed)
     stage.module.vlm = model.vlm
-    for name, parameter in model.vlm.named_parameters():
-        parameter.requires_grad_("visual" not in name)
-    parameters = [p for p in model.vlm.parameters() if p.requires_grad]
+    for name, parameter in stage.module.named_parameters():
+        # The dense heads of the new stage are not used.
+        parameter.requires_grad_(name.startswith("vlm.") and "visual" not in name)
+    parameters = [parameter for parameter in model.vlm.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.99))
-    mix, number = TaskMix(), FIRST_TASK + 1_000_000 * seed
+    mix, numbers = TaskMix(), _task_numbers(seed)
     model.vlm.train()
-    progress = progress_bar(stage.steps, "steps", "sft")
-    for step in range(stage.steps):
-        examples = []
-        while len(examples) < _SFT_BATCH:
-            if mix.family(number) in UNTAUGHT_FAMILIES:
-                examples.append(
-                    stage.writer.task(np.random.default_rng([23, seed, number]), mix.task(number))
-                )
-            number += 1
+    progress = progress_bar(steps, "steps", f"sft, seed {seed}")
+    for step in range(steps):
+        examples: list[TrainingExample] = []
+        for _, number in zip(range(_SFT_BATCH), numbers):
+            rng = np.random.default_rng([23, seed, number])
+            examples.append(stage.writer.task(rng, mix.task(number)))
         loss, _ = stage.example_loss(examples)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -198,45 +242,58 @@ def _train_supervised(model: ConceptSegForSegmentation, settings: TrainSettings,
 
 
 def describe(settings: TrainSettings) -> str:
-    """The settings in one line, for reports."""
+    """Return the settings as one line for reports."""
     return ", ".join(f"{name} {value}" for name, value in asdict(settings).items())
 
 
 def evaluation_samples(count: int) -> dict[str, list[ConceptSample]]:
-    """The held-out samples of each evaluation set: trained families, held-out rules, compositional looks."""
-    return {
-        "trained families": _of_families(
-            [ConceptShapes("test", size=SIDE), *_groups("test", ("which one", "hidden rule"))], count
-        ),
-        "held-out rules": _of_families(_groups("test-rules", ("hidden rule",)), count),
-        "compositional looks": _of_families(
-            [
-                ConceptShapes("test-compositional", size=SIDE),
-                *_groups("test-compositional", ("which one", "hidden rule")),
-            ],
-            count,
-        ),
+    """Return the held-out samples of each evaluation set: trained families, held-out rules, and compositional looks.
+
+    Raises:
+        ValueError: If a set has fewer samples.
+    """
+    sources = {
+        "trained families": [
+            ConceptShapes("test", size=SIDE),
+            *_groups("test", ("which one", "hidden rule")),
+        ],
+        "held-out rules": _groups("test-rules", ("hidden rule",)),
+        "compositional looks": [
+            ConceptShapes("test-compositional", size=SIDE),
+            *_groups("test-compositional", ("which one", "hidden rule")),
+        ],
     }
+    samples = {name: _first_samples(benchmarks, count) for name, benchmarks in sources.items()}
+    for name, set_samples in samples.items():
+        if len(set_samples) < count:
+            raise ValueError(
+                f"the evaluation set {name!r} has {len(set_samples)} samples, fewer than {count}; use fewer samples."
+            )
+    return samples
 
 
 def _groups(split: str, names: Sequence[str]) -> list[ConceptShapes]:
     return [ConceptShapes(split, size=SIDE, groups=[name]) for name in names]
 
 
-def _of_families(sources: Sequence[ConceptShapes], count: int) -> list[ConceptSample]:
-    """The first samples of the untaught families, taken from the sources in turn."""
-    iterators = [_samples_of(source) for source in sources]
+def _first_samples(benchmarks: Sequence[ConceptShapes], count: int) -> list[ConceptSample]:
+    """Return up to `count` samples, taken from the benchmarks in turn until these are exhausted."""
+    iterators = [_usable_samples(benchmark) for benchmark in benchmarks]
     samples: list[ConceptSample] = []
-    while len(samples) < count:
-        for iterator in iterators:
-            if len(samples) < count:
-                samples.append(next(iterator))
-    return samples
+    while iterators and len(samples) < count:
+        for iterator in list(iterators):
+            sample = next(iterator, None)
+            if sample is None:
+                iterators.remove(iterator)
+            else:
+                samples.append(sample)
+    return samples[:count]
 
 
-def _samples_of(source: ConceptShapes) -> Any:
-    for index in range(len(source)):
-        if source.slot(index).family.__name__ in UNTAUGHT_FAMILIES:
-            sample = source[index]
+def _usable_samples(benchmark: ConceptShapes) -> Iterator[ConceptSample]:
+    """Yield the samples of `RANDOM_CHOICE_FAMILIES` whose concept is present."""
+    for index in range(len(benchmark)):
+        if benchmark.slot(index).family.__name__ in RANDOM_CHOICE_FAMILIES:
+            sample = benchmark[index]
             if sample.present:
                 yield sample
