@@ -1,6 +1,7 @@
 """Concept segmentation benchmarks: samples with an image, a mask, a prompt, a level and references."""
 
 from .check import DataCheck, check_benchmark, check_benchmarks
+from .concept_photos import ConceptPhotos
 from .concept_shapes import ConceptShapes
 from .files import FileBenchmark
 from .groups import GROUPS, BenchmarkGroup, load_benchmarks
@@ -16,6 +17,7 @@ __all__ = [
     "SOURCES",
     "SUITE",
     "BenchmarkGroup",
+    "ConceptPhotos",
     "ConceptSample",
     "ConceptShapes",
     "DataCheck",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...data.registry import PROCEDURAL
+from ...data.registry import GENERATED
 from ...data.suite import SOURCES
 from ..metrics import MaskMetrics
 from ..records.store import Record
@@ -233,7 +233,7 @@ def _dataset_title(row: Row) -> str:
     if row.kind == "level":
         return f"mean {row.level}"
     source = SOURCES.get(row.dataset)
-    if source is None and row.dataset not in PROCEDURAL:
+    if source is None and row.dataset not in GENERATED:
         return row.dataset or row.group
     if source is None or not source.group:
         return row.group or row.dataset
