@@ -1,5 +1,7 @@
 """Concept segmentation benchmarks: samples with an image, a mask, a prompt, a level and references."""
 
+from pathlib import Path
+
 from .check import DataCheck, check_benchmark, check_benchmarks
 from .concept_photos import ConceptPhotos
 from .concept_shapes import ConceptShapes
@@ -11,9 +13,13 @@ from .sample import ConceptSample, UnreadableSampleError
 from .suite import SOURCES, SUITE, Source
 from .tables import as_dataset
 
+SMOKE_PHOTOS = Path(__file__).parent / "smoke_photos"
+"""Folder of seven public-domain photographs with masks, a benchmark `plain`; its README states their terms."""
+
 __all__ = [
     "BENCHMARKS",
     "GROUPS",
+    "SMOKE_PHOTOS",
     "SOURCES",
     "SUITE",
     "BenchmarkGroup",

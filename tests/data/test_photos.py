@@ -13,7 +13,7 @@ import pytest
 from trees import save_image, save_mask
 
 from conceptseg_hf.cli import main
-from conceptseg_hf.data import MissingFilesError, load_benchmark
+from conceptseg_hf.data import SMOKE_PHOTOS, MissingFilesError, load_benchmark
 from conceptseg_hf.data.check import check_benchmark
 from conceptseg_hf.evaluation import evaluate
 from conceptseg_hf.references import resolve_references
@@ -129,6 +129,20 @@ def test_refusals(root, tmp_path):
         file.write("test_0,images/test_1.jpg,masks/test_1.png,crack,,test,CD,industrial anomaly\n")
     with pytest.raises(ValueError, match=r"cracks' has two samples with the id 'test_0'"):
         load_benchmark("photos", root)
+
+
+def test_smoke_photos_can_be_used():
+    samples = load_benchmark("plain", SMOKE_PHOTOS)
+    assert len(samples) == 13 and len({item.image for item in samples.items}) == 7
+    assert [sample.sample_id for sample in samples if not sample.present] == ["no-cat"]
+    (check,) = check_benchmark("plain", SMOKE_PHOTOS)
+    assert check.complete
+    terms = (SMOKE_PHOTOS / "README.md").read_text(encoding="utf-8")
+    assert all(f"| {item.image.name} |" in terms for item in samples.items)
+    assert sum(path.stat().st_size for path in SMOKE_PHOTOS.rglob("*") if path.is_file()) < 2_000_000
+    coins = next(sample for sample in samples if sample.sample_id == "coins")
+    gray, mask = np.asarray(coins.image.convert("L")), np.asarray(coins.mask) > 0
+    assert gray[mask].mean() > 1.5 * gray[~mask].mean()  # the masks lie on the coins
 
 
 @pytest.mark.skipif(
