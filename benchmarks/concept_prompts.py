@@ -3,9 +3,9 @@
     python benchmarks/concept_prompts.py                    # 24 concepts, 14 images each, two inductions
 
 Concepts: the six CD families of ConceptShapes, and 18 attribute rules of its hidden-rule grammar (color, shape, texture
-and pairs of these). The references of a concept are drawn from the split "val", its images from the split "test"; a rule's
-scenes are drawn with separate seeds. All arms segment the same images, and differences are paired by image. The images
-are means over inductions first, so that an interval is over images.
+and pairs of these). The references of a concept are drawn from the split "val", its images from the split "test"; the
+scenes of a rule are drawn with separate seeds. All arms segment the same images. Differences are paired
+by image, after the mean over inductions.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def main() -> None:
 
     count = len(values["words"])
     print(
-        f"\n{len(concepts)} concepts, {count} images, {arguments.inductions} inductions, {arguments.references} references"
+        f"\n{len(concepts)} concepts, {count} images, {arguments.inductions} inductions of {arguments.references}"
     )
     print("| arm | fg IoU | minus full reasoning | without the VLM (%) | CPU-s / image, of full reasoning |")
     print("|---|---|---|---|---|")

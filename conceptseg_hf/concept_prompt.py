@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "conceptseg-concept", 1
 RELIABLE_SCORE = 0.5
-"""Score from which a concept is applied without reasoning by the adaptive router."""
+"""Score from which the adaptive router applies a concept without reasoning, if the score of reasoning is unknown."""
+
+LOWEST_SCORE, TOLERANCE = 0.3, 0.05
+"""Otherwise: at least this score, and at most this much below the score of reasoning on the same references."""
 
 _MAX_HEADER = 1_000_000  # bytes; a concept's header contains a few kilobytes of text
 _MAX_TEXT = 10_000  # characters of a prompt, phrase or rule
@@ -57,6 +60,7 @@ class ConceptPrompt:
         score: Mean IoU on the references; None if the concept was edited and not verified since.
         scores: Scores of all candidates, best first.
         model_hash: Hash of the weights of SAM 3 and the CTM that the concept was made with; see `concept_hash`.
+        reasoning_score: Mean IoU of full reasoning on the references, each with the others as examples, or None.
     """
 
     prompt: str
@@ -67,6 +71,7 @@ class ConceptPrompt:
     score: float | None = None
     scores: tuple[CandidateScore, ...] = ()
     model_hash: str = ""
+    reasoning_score: float | None = None
 
     def __post_init__(self) -> None:
         if fault := _find_fault(self):
@@ -74,8 +79,15 @@ class ConceptPrompt:
 
     @property
     def is_reliable(self) -> bool:
-        """Whether the score reaches `RELIABLE_SCORE`; otherwise the adaptive router uses full reasoning."""
-        return self.score is not None and self.score >= RELIABLE_SCORE
+        """Whether the concept explains the references as well as reasoning; otherwise the adaptive router reasons."""
+        return self.score is not None and self.score >= self.required_score
+
+    @property
+    def required_score(self) -> float:
+        """Score from which the concept is reliable."""
+        if self.reasoning_score is None:
+            return RELIABLE_SCORE
+        return max(LOWEST_SCORE, self.reasoning_score - TOLERANCE)
 
     @property
     def worst_reference(self) -> int | None:
@@ -95,7 +107,7 @@ class ConceptPrompt:
             return text
         worst = self.scores[0].per_reference[self.worst_reference]
         return (
-            f"{text} This is below {RELIABLE_SCORE}, so the adaptive router uses full reasoning; reference "
+            f"{text} This is below {self.required_score:.2f}, so the adaptive router uses full reasoning; reference "
             f"{self.worst_reference} fits worst ({worst:.2f})."
         )
 
@@ -167,9 +179,10 @@ class ConceptPrompt:
                 rule=values["rule"],
                 concept_embeds=tensor,
                 threshold=float(values["threshold"]),
-                score=None if values["score"] is None else float(values["score"]),
+                score=_number(values["score"]),
                 scores=scores,
                 model_hash=str(values["model_hash"]),
+                reasoning_score=_number(values.get("reasoning_score")),
             )
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}".rstrip(".")
@@ -200,7 +213,8 @@ def _find_fault(concept: ConceptPrompt) -> str | None:
             return f"{name} has {len(text)} characters; use at most {_MAX_TEXT}."
     if not concept.phrases and concept.concept_embeds is None:
         return "there are neither phrases nor concept tokens; give at least one of them."
-    for name, value in (("threshold", concept.threshold), ("score", concept.score)):
+    numbers = (("threshold", concept.threshold), ("score", concept.score))
+    for name, value in (*numbers, ("reasoning_score", concept.reasoning_score)):
         if value is not None and not 0 <= value <= 1:
             return f"{name} is {value}; use a number between 0 and 1."
     tokens = concept.concept_embeds
@@ -209,6 +223,10 @@ def _find_fault(concept: ConceptPrompt) -> str | None:
     ):
         return f"concept_embeds has shape {tuple(tokens.shape)} or is not finite; give finite numbers of shape (L, D)."
     return None
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _read(path: Path) -> tuple[dict[str, str], torch.Tensor | None]:

@@ -110,8 +110,8 @@ def induce(
 ) -> ConceptPrompt:
     """Induce a concept from references with masks or boxes, to be applied to other images by SAM 3 alone.
 
-    The VLM completes the prompt for each reference as the target, with the other references as examples. Its answers,
-    the noun phrases of its rules, the words that its answers share, and the user's prompt are candidate phrases. SAM 3
+    The VLM completes the prompt for each reference as the target, with the other references as examples. Its answers
+    and their words, the noun phrases of its rules, and the user's prompt are candidate phrases. SAM 3
     decodes every candidate on all references; the candidate with the highest mean IoU is selected. A phrase that comes
     from a single reference is scored on the others.
 
@@ -138,7 +138,9 @@ def induce(
     processor.check_prompt(prompt)
     with evaluating(model), loaded(model):
         examples = _encode(model, processor, references, negatives)
-        completions = _complete(model, processor, prompt, references, num_samples, seed, progress)
+        completions, reasoning_score = _complete(
+            model, processor, prompt, references, examples.masks, num_samples, seed, progress
+        )
         phrases_by_source = candidate_phrases(prompt, completions, num_samples)
         scored = [
             _decode(model, processor, _Candidate(phrase, phrase, sources=sources), examples)
@@ -160,6 +162,7 @@ def induce(
         score=best.score,
         scores=_table([best, *(each for each in scored if each is not best)]),
         model_hash=concept_hash(model),
+        reasoning_score=reasoning_score if len(references) > 1 else None,
     )
 
 
@@ -201,7 +204,7 @@ def verify(
 def candidate_phrases(
     prompt: str, completions: Sequence[tuple[str | None, str | None]], num_samples: int = 1
 ) -> dict[str, frozenset[int] | None]:
-    """Return candidate phrases: the prompt, answers, phrases of rules, and the words that all answers share.
+    """Return candidate phrases: the prompt, answers and their words, phrases of rules, and words that all answers share.
 
     Args:
         prompt: The user's prompt.
@@ -213,7 +216,9 @@ def candidate_phrases(
     """
     sources: dict[str, set[int]] = {}
     for number, (answer, rule) in enumerate(completions):
-        for phrase in [answer or "", *noun_phrases(rule or "")]:
+        words = (answer or "").split()
+        parts = [*words, *(f"{word} object" for word in words)] if len(words) > 1 else []
+        for phrase in [answer or "", *parts, *noun_phrases(rule or "")]:
             if phrase.strip():
                 sources.setdefault(phrase.strip(), set()).add(number // num_samples)
     phrases: dict[str, frozenset[int] | None] = {
@@ -295,12 +300,18 @@ def _complete(
     processor: ConceptSegProcessor,
     prompt: str,
     references: Sequence[Reference],
+    masks: Sequence[np.ndarray],
     num_samples: int,
     seed: int,
     progress: bool,
-) -> list[tuple[str | None, str | None]]:
-    """Return answer and rule of completions about each reference, with the other references as examples."""
+) -> tuple[list[tuple[str | None, str | None]], float]:
+    """Complete the prompt for each reference as the target, with the other references as examples.
+
+    Returns:
+        Answer and rule of each completion, and the mean IoU of the masks of the greedy completions.
+    """
     found: list[tuple[str | None, str | None]] = []
+    ious: list[float] = []
     bar = progress_bar(len(references) * num_samples, "completions", "induce") if progress else None
     for number, target in enumerate(references):
         others = [reference for i, reference in enumerate(references) if i != number] or [target]
@@ -314,11 +325,13 @@ def _complete(
                 [sample], router="full_reasoning", generation_config=settings or None, processor=processor
             )
             found.append((result.answer, result.rule))
+            if not repetition:
+                ious.append(0.0 if result.mask is None else _iou(np.asarray(result.mask) > 0, masks[number]))
             if bar is not None:
                 bar.update()
     if bar is not None:
         bar.close()
-    return found
+    return found, float(np.mean(ious))
 
 
 def _decode(

@@ -137,6 +137,9 @@ def test_edits_have_to_be_verified_again():
     assert edited.phrases == ("blue star", "star") and edited.concept_embeds is None
     assert edited.score is None and not edited.is_reliable and "not been verified" in edited.summary()
     assert concept.with_rule("find blue").score == concept.score
+    assert make_concept(score=0.4, reasoning_score=0.42).is_reliable
+    assert not make_concept(score=0.8, reasoning_score=0.9).is_reliable
+    assert not make_concept(score=0.25, reasoning_score=0.1).is_reliable
     weak = make_concept(score=0.3, scores=(CandidateScore("star", 0.3, (0.5, 0.1)),))
     assert weak.worst_reference == 1 and "reference 1 fits worst (0.10)" in weak.summary()
 

@@ -59,7 +59,7 @@ def test_candidates_know_their_references():
     completions = [("red star", "find red"), ("red circle", None), (None, "find red"), ("red star", "")]
     phrases = candidate_phrases(" odd one ", completions)
     assert next(iter(phrases)) == "odd one" and phrases["odd one"] is None
-    assert phrases["red star"] == {0, 3} and phrases["red circle"] == {1}
+    assert phrases["red star"] == {0, 3} and phrases["red circle"] == {1} == phrases["circle object"]
     assert phrases["red"] is None and phrases["red object"] is None  # the words that all answers share
     assert candidate_phrases("p", completions, num_samples=2)["red star"] == {0, 1}
     assert list(candidate_phrases("p", [(None, None)])) == ["p"]
