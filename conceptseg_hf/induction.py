@@ -204,7 +204,7 @@ def verify(
 def candidate_phrases(
     prompt: str, completions: Sequence[tuple[str | None, str | None]], num_samples: int = 1
 ) -> dict[str, frozenset[int] | None]:
-    """Return candidate phrases: the prompt, answers and their words, phrases of rules, and words that all answers share.
+    """Return candidate phrases: the prompt, answers and their words, phrases of rules, and words shared by all answers.
 
     Args:
         prompt: The user's prompt.
