@@ -15,7 +15,9 @@ ensure_torchvision()  # must run before torchvision is imported
 from transformers import AutoConfig, AutoModel, AutoProcessor  # noqa: E402
 
 from .completion import Completion, format_completion, parse_completion  # noqa: E402
+from .concept_prompt import ConceptPrompt  # noqa: E402
 from .configuration_conceptseg import ConceptSegConfig, ConceptTranslationConfig  # noqa: E402
+from .induction import induce  # noqa: E402
 from .modeling_conceptseg import ConceptSegForSegmentation  # noqa: E402
 from .outputs import ConceptSegmentation, ConceptSegOutput  # noqa: E402
 from .pipelines import ConceptSegmentationPipeline, register_pipeline  # noqa: E402
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Completion",
+    "ConceptPrompt",
     "ConceptSegConfig",
     "ConceptSegForSegmentation",
     "ConceptSegOutput",
@@ -37,6 +40,7 @@ __all__ = [
     "Reference",
     "ShortcutRouter",
     "format_completion",
+    "induce",
     "nano_checkpoint",
     "parse_completion",
     "register",

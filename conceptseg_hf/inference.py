@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .completion import Completion
+from .concept_prompt import ConceptPrompt
 from .devices import execution_device
 from .generation import generate_with_states
 from .inputs import PreparedSample
@@ -36,6 +37,7 @@ class SegmentSettings:
     router: ShortcutRouter
     generation_config: GenerationConfig | Mapping[str, Any] | None = None
     prompted_by: str = "concept+text"
+    concept: ConceptPrompt | None = None
 
     def __post_init__(self) -> None:
         if self.prompted_by not in SAM_PROMPTS:
@@ -46,11 +48,19 @@ class SegmentSettings:
 
 @dataclass
 class _Decoded:
-    """Result of one decoding: (h, w) mask logits, presence in [0, 1], and the completion (None on the shortcut)."""
+    """Result of one decoding.
+
+    Attributes:
+        mask_logits: (h, w).
+        presence: In [0, 1].
+        completion: The completion of the VLM; None in a first pass.
+        phrase: The phrase of a concept; None without a concept.
+    """
 
     mask_logits: Tensor
     presence: float
     completion: Completion | None = None
+    phrase: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,27 +95,56 @@ class Segmenter:
             samples: The samples.
             image_index: Index of the image of each sample; by default, each sample has a separate image.
         """
-        router = self.settings.router
         image_of = range(len(samples)) if image_index is None else image_index
         valid = [i for i, sample in enumerate(samples) if sample.error is None]
-        candidates = [i for i in valid if router.needs_first_pass(samples[i].prompt)]
+        candidates = [i for i in valid if self._needs_first_pass(samples[i])]
         images = None
         if valid and all(samples[i].shortcut_pixel_values is None for i in valid):
             images = self._encode(samples, valid, image_of)  # both routes use the same pixels
         first_pass: dict[int, _Decoded] = {}
         if candidates:
             shortcut_images = images or self._encode(samples, candidates, image_of, on_shortcut=True)
-            texts = [router.sam_text(samples[i].prompt) for i in candidates]
-            first_pass = self._decode(shortcut_images, candidates, texts)
+            first_pass = self._first_pass(shortcut_images, samples, candidates)
         decoded = {
-            i: result
-            for i, result in first_pass.items()
-            if router.accepts(result.presence, samples[i].prompt)
+            i: result for i, result in first_pass.items() if result.presence >= self._threshold(samples[i])
         }
         reasoning = [i for i in valid if i not in decoded]
         if reasoning:
             decoded |= self._reason(samples, reasoning, images or self._encode(samples, reasoning, image_of))
         return [self._output(sample, decoded.get(i), first_pass.get(i)) for i, sample in enumerate(samples)]
+
+    def _needs_first_pass(self, sample: PreparedSample) -> bool:
+        """Whether SAM 3 alone may answer; the adaptive router requires a concept that explains its references."""
+        router, concept = self.settings.router, self.settings.concept
+        if concept is None:
+            return router.needs_first_pass(sample.prompt)
+        return router.mode == "sam_only" or (router.mode == "adaptive" and concept.is_reliable)
+
+    def _threshold(self, sample: PreparedSample) -> float:
+        """Return the presence from which the mask of the first pass is accepted."""
+        router, concept = self.settings.router, self.settings.concept
+        if concept is None or router.mode != "adaptive":
+            return router.threshold(sample.prompt)
+        return concept.threshold if concept.is_reliable else 1.0
+
+    def _first_pass(
+        self, images: _Images, samples: Sequence[PreparedSample], indices: Sequence[int]
+    ) -> dict[int, _Decoded]:
+        """Decode the prompts, or the phrase of the concept with the highest presence in each image."""
+        concept = self.settings.concept
+        if concept is None:
+            texts = [self.settings.router.sam_text(samples[i].prompt) for i in indices]
+            return self._decode(images, indices, texts)
+        tokens = concept.concept_embeds
+        if tokens is not None:
+            tokens = tokens[None].expand(len(indices), -1, -1)
+        best: dict[int, _Decoded] = {}
+        for phrase in concept.phrases or ("",):
+            for i, result in self._decode(images, indices, [phrase] * len(indices), tokens).items():
+                result.phrase = phrase
+                if i not in best or result.presence > best[i].presence:
+                    best[i] = result
+        return best
 
     def _encode(
         self,
@@ -226,10 +265,11 @@ class Segmenter:
             return RawSegmentation(sample.prompt, error=sample.error or "")
         return RawSegmentation(
             prompt=sample.prompt,
-            threshold=self.settings.router.threshold(sample.prompt),
+            threshold=self._threshold(sample),
             frame=sample.coordinates,
             mask_logits=decoded.mask_logits,
             decode_presence=decoded.presence,
             presence=None if first_pass is None else first_pass.presence,
             completion=decoded.completion,
+            phrase=decoded.phrase,
         )

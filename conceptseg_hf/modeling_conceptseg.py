@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from transformers.utils import can_return_tuple
 from . import sam_prompt as sam_adapter
 from . import vlm_backbone
 from .checkpointing import CheckpointMixin
+from .concept_prompt import ConceptPrompt, as_concept
 from .concept_translation import ConceptTranslationModule
 from .configuration_conceptseg import ConceptSegConfig
 from .devices import execution_device, loaded
@@ -330,6 +332,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         batch_size: int | None = ...,
         sam_prompt: str = ...,
         return_logits: bool = ...,
+        concept: ConceptPrompt | str | os.PathLike | None = ...,
         **tensors: Any,
     ) -> SegmentationOutputs: ...
 
@@ -345,6 +348,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         batch_size: int | None = ...,
         sam_prompt: str = ...,
         return_logits: bool = ...,
+        concept: ConceptPrompt | str | os.PathLike | None = ...,
         **tensors: Any,
     ) -> list[ConceptSegmentation]: ...
 
@@ -359,6 +363,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         batch_size: int | None = None,
         sam_prompt: str = "concept+text",
         return_logits: bool = False,
+        concept: ConceptPrompt | str | os.PathLike | None = None,
         **tensors: Any,
     ) -> list[ConceptSegmentation] | SegmentationOutputs:
         """Segment a batch of prompts; the router chooses the route of each prompt.
@@ -379,6 +384,9 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
                 4). The other values are ablations (Table 4): `"concept"` (only the concept tokens Z), `"text"` (only
                 the answer) and `"box"` (only the VLM's box; the mask is empty if there is none).
             return_logits: Also return SAM 3's mask logits at their original resolution.
+            concept: A concept of `induction.induce`, or its file. SAM 3 applies it without the VLM and accepts masks
+                whose presence reaches its threshold; other images use full reasoning. The router modes `"sam_only"`
+                and `"full_reasoning"` force one of the two.
             **tensors: The items of `ConceptSegInputs`, as an alternative to `inputs`.
 
         Returns:
@@ -408,7 +416,11 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
                 f"segment: batch_size is {batch_size}; use at least 1, or None for all samples at once."
             )
         own_processor = self.processor if processor is None else processor
-        segmenter = Segmenter(self, own_processor, SegmentSettings(router, generation_config, sam_prompt))
+        segmenter = Segmenter(
+            self,
+            own_processor,
+            SegmentSettings(router, generation_config, sam_prompt, self._checked(concept)),
+        )
         raw = []
         with evaluating(self), loaded(self):
             size = batch_size or max(len(samples), 1)
@@ -424,6 +436,14 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
             return_logits=return_logits,
         )
         return SegmentationOutputs(raw, lambda output: post_process([output])[0])
+
+    def _checked(self, concept: ConceptPrompt | str | os.PathLike | None) -> ConceptPrompt | None:
+        """Load a concept and check that it was made with the weights of this model."""
+        if concept is None:
+            return None
+        concept = as_concept(concept)
+        concept.check_model(self)
+        return concept
 
 
 @contextmanager

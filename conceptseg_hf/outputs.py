@@ -56,7 +56,7 @@ class ConceptSegmentation:
         label: The VLM's answer; the prompt on the shortcut or if the VLM gave no answer.
         score: Presence of the final decoding times the mean probability of the mask's pixels, in [0, 1]; 0 for an
             empty mask.
-        route: "shortcut" or "reasoning"; None if the item failed.
+        route: "concept" (a `ConceptPrompt` was applied), "shortcut" or "reasoning"; None if the item failed.
         presence: Presence of the prompt in SAM 3's first pass, in [0, 1]; None if there was no first pass.
         threshold: Minimum `presence` for the shortcut (eq. 9).
         decode_presence: Presence of the decoding that produced the mask, in [0, 1]; low if the concept is absent from
@@ -120,6 +120,7 @@ class RawSegmentation:
         presence: Presence of the prompt in SAM 3's first pass, in [0, 1]; None if there was no first pass.
         completion: The VLM's completion; None on the shortcut.
         error: None, or one sentence that states why the item failed.
+        phrase: Phrase of the concept that the mask was decoded from; None without a concept.
     """
 
     prompt: str
@@ -130,6 +131,7 @@ class RawSegmentation:
     presence: float | None = None
     completion: Completion | None = None
     error: str | None = None
+    phrase: str | None = None
 
 
 class SegmentationOutputs(Sequence[ConceptSegmentation]):

@@ -21,6 +21,7 @@ from transformers import AutoModel, GenerationConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import hub
+from .concept_prompt import ConceptPrompt, as_concept
 from .devices import is_offloaded
 from .images import as_list
 from .inputs import PreparedSample
@@ -33,7 +34,7 @@ from .router import ShortcutRouter
 TASK = "concept-segmentation"
 
 _PREPROCESS_PARAMETERS = ("prompt", "references")
-_FORWARD_PARAMETERS = ("router", "generation_config", "return_heatmap")
+_FORWARD_PARAMETERS = ("router", "generation_config", "return_heatmap", "concept")
 _LOADER_PARAMETERS = ("batch_size", "num_workers")
 
 
@@ -85,6 +86,8 @@ class ConceptSegmentationPipeline(Pipeline):
                 `router`: `"adaptive"`, `"sam_only"`, `"full_reasoning"` or a `ShortcutRouter`.
                 `generation_config`: Generation settings of the VLM, a `GenerationConfig` or a dict of its fields.
                 `return_heatmap`: Whether to add the mask probabilities to each result.
+                `concept`: A `ConceptPrompt` or its file; see `ConceptSegForSegmentation.segment`. Its prompt is the
+                    default for inputs without one.
                 `batch_size`: Number of inputs per model call; defaults to 1.
                 `num_workers`: Number of processes that prepare inputs; defaults to 0. Streams use at most one.
 
@@ -112,6 +115,9 @@ class ConceptSegmentationPipeline(Pipeline):
                 )
         preprocess = {name: parameters[name] for name in _PREPROCESS_PARAMETERS if name in parameters}
         forward = {name: parameters[name] for name in _FORWARD_PARAMETERS if name in parameters}
+        if forward.get("concept") is not None:
+            forward["concept"] = as_concept(forward["concept"])
+            preprocess.setdefault("prompt", forward["concept"].prompt)
         return preprocess, forward, {}
 
     def preprocess(  # type: ignore[override]
@@ -126,6 +132,7 @@ class ConceptSegmentationPipeline(Pipeline):
         router: str | ShortcutRouter = "adaptive",
         generation_config: GenerationConfig | Mapping[str, Any] | None = None,
         return_heatmap: bool = False,
+        concept: ConceptPrompt | None = None,
     ) -> list[ConceptSegmentation]:
         return self.model.segment(
             samples,
@@ -133,6 +140,7 @@ class ConceptSegmentationPipeline(Pipeline):
             router=router,
             generation_config=generation_config,
             return_heatmap=return_heatmap,
+            concept=concept,
         )
 
     def postprocess(  # type: ignore[override]

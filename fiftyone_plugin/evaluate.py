@@ -14,7 +14,7 @@ from . import forms
 PROTOCOLS = {
     "standard": "Standard: at the image size",
     "paper": "Paper: thresholded at 600 x 600",
-    "released": "Released: as for the figures in the paper",
+    "released": "Released: comparable with the paper's figures",
 }
 
 

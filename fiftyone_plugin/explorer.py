@@ -268,7 +268,7 @@ def _with_value(view: fo.DatasetView, field: str, value: str) -> fo.DatasetView:
 
 
 def _answered(dataset: fo.Dataset, field: str) -> fo.DatasetView:
-    """Return the samples with a route, which excludes errors, as these have no rule, too."""
+    """Return the samples with a route; this excludes samples with an error, which have no rule, too."""
     return dataset.match(F(f"{field}.route") != None)  # noqa: E711 (FiftyOne expression)
 
 

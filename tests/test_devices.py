@@ -21,7 +21,7 @@ from conceptseg_hf.devices import complete_device_map, execution_device, is_offl
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.loading import fingerprint
 from conceptseg_hf.quantization import exclude_sam_and_ctm
-from conceptseg_hf.sam_prompt import UNITS
+from conceptseg_hf.sam_prompt import NO_SPLIT_MODULES
 
 GREEDY = {"max_new_tokens": 6}
 
@@ -202,7 +202,7 @@ def test_execution_device_differs_from_the_offload_device():
 def test_modules_with_parameters_and_children_are_not_split(model):
     """A device map of the children of such a module would not cover its own parameters."""
     names = {type(module).__name__ for module in model.modules()}
-    assert set(UNITS) <= names and set(UNITS) <= model._no_split_modules
+    assert set(NO_SPLIT_MODULES) <= names and set(NO_SPLIT_MODULES) <= model._no_split_modules
     kept = [
         name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules
     ]
@@ -219,7 +219,7 @@ def test_largest_unsplittable_part_of_sam_is_small():
     sizes = {
         name: sum(p.numel() * p.element_size() for p in module.parameters())
         for name, module in model.sam.named_modules()
-        if type(module).__name__ in UNITS
+        if type(module).__name__ in NO_SPLIT_MODULES
     }
     assert max(sizes.values()) < 0.1 * sum(p.numel() * p.element_size() for p in model.sam.parameters())
 

@@ -101,6 +101,8 @@ def test_commands_run(command, folder, capsys):
     if words[0] == "compare":
         for name, router in (("a", "sam_only"), ("b", "adaptive")):
             assert main(["evaluate", "--limit", "1", "--router", router, "--output-dir", f"out/{name}"]) == 0
+    if "--concept" in words and not pathlib.Path(words[words.index("--concept") + 1]).is_file():
+        assert main(words_of(next(other for other in OURS if other.startswith("conceptseg induce")))) == 0
     if words[0] == "evaluate" and "--output-dir" not in words:
         words += ["--output-dir", f"out/evaluation_{OURS.index(command)}"]
     if words[0] == "train":

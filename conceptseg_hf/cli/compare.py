@@ -38,13 +38,13 @@ def run(arguments: argparse.Namespace) -> int:
             raise BadInputError(f"{folder!r} is not a folder; give an output folder of conceptseg evaluate.")
     folder = check_output_dir(arguments.output_dir, *FILES)
     from conceptseg_hf.data import SOURCES, load_benchmarks
-    from conceptseg_hf.data.registry import PROCEDURAL
+    from conceptseg_hf.data.registry import COMPOSED, PROCEDURAL
     from conceptseg_hf.evaluation.reporting.comparison import compare
 
     comparison = as_bad_input(compare, arguments.first, arguments.second)
     roots = parse_roots(arguments.root)
     names = {pair.source[0] for pair in comparison.pairs}
-    readable = names <= set(PROCEDURAL) or (bool(roots) and names <= {*PROCEDURAL, *SOURCES})
+    readable = names <= set(PROCEDURAL) or (bool(roots) and names <= {*PROCEDURAL, *COMPOSED, *SOURCES})
 
     def open_samples(name: str, split: str) -> Any:
         first = comparison.settings[0]

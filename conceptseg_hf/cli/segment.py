@@ -43,9 +43,11 @@ def add_parser(subcommands: Any) -> None:
     parser.add_argument("image", metavar="IMAGE", help="path or URL of the image")
     parser.add_argument(
         "--prompt",
-        required=True,
         metavar="TEXT",
-        help='the concept, such as "red circle" or "the odd one out"',
+        help='the concept, such as "red circle" or "the odd one out" (default: the prompt of --concept)',
+    )
+    parser.add_argument(
+        "--concept", metavar="FILE", help="concept of `conceptseg induce`, applied by SAM 3 without the VLM"
     )
     parser.add_argument(
         "--reference",
@@ -69,8 +71,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the subcommand."""
     image = check_image(arguments.image)
     parsed = [parse_reference(text) for text in arguments.reference]
-    if not arguments.prompt.strip():
-        raise BadInputError('--prompt is empty; give the concept to segment, such as --prompt "red circle".')
+    if arguments.concept is None and not (arguments.prompt or "").strip():
+        raise BadInputError(
+            '--prompt is missing; give the concept to segment, such as --prompt "red circle".'
+        )
+    if arguments.concept is not None and not Path(arguments.concept).is_file():
+        raise BadInputError(
+            f"concept {arguments.concept!r} is not a file; give one that `conceptseg induce` wrote."
+        )
     folder = Path(arguments.output_dir)
     inputs = [name for item in parsed for name in (item.image, item.mask) if name is not None]
     json_path, *image_paths = _free_paths(folder, image, inputs)
@@ -81,15 +89,23 @@ def run(arguments: argparse.Namespace) -> int:
     set_profile(model, processor, arguments.profile, template)
 
     from conceptseg_hf import Reference
+    from conceptseg_hf.concept_prompt import as_concept
     from conceptseg_hf.images import load_image
     from conceptseg_hf.visualization import caption_of, panel
     from conceptseg_hf.writing import image_bytes, json_text, write_files
 
     references = [Reference(item.image, mask=item.mask, box=item.box, boxes=item.boxes) for item in parsed]
-    sample = as_bad_input(processor.prepare, image, arguments.prompt, references, lazy=True)
+    concept = None if arguments.concept is None else as_bad_input(as_concept, arguments.concept)
+    prompt = arguments.prompt if concept is None else arguments.prompt or concept.prompt
+    sample = as_bad_input(processor.prepare, image, prompt, references, lazy=True)
     generation = {"max_new_tokens": arguments.max_new_tokens} if arguments.max_new_tokens else None
-    result = model.segment(
-        [sample], processor=processor, router=arguments.router, generation_config=generation
+    result = as_bad_input(
+        model.segment,
+        [sample],
+        processor=processor,
+        router=arguments.router,
+        generation_config=generation,
+        concept=concept,
     )[0]
     if result.error is not None or result.mask is None:
         raise BadInputError(result.error)
@@ -101,12 +117,13 @@ def run(arguments: argparse.Namespace) -> int:
         references=references,
         box=result.box,
         check=check,
-        caption=caption_of(result, arguments.prompt),
+        caption=caption_of(result, prompt),
         mosaic_settings=processor.mosaic_settings,
     )
     record = {
         "image": _resolved(image),
-        "prompt": arguments.prompt,
+        "prompt": prompt,
+        **({} if concept is None else {"concept": arguments.concept}),
         "references": arguments.reference,
         "router": arguments.router,
         **({} if model.config.profile is None else {"profile": model.config.profile}),

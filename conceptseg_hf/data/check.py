@@ -12,7 +12,15 @@ from .files import describe_names
 from .groups import Root, is_single, list_rows, root_of
 from .inspection import Inspection, inspect_files
 from .paths import MissingFilesError, check_files, existing_folder
-from .registry import PROCEDURAL, get_source, list_splits, load_benchmark, open_benchmark, resolve_split
+from .registry import (
+    GENERATED,
+    PROCEDURAL,
+    get_source,
+    list_splits,
+    load_benchmark,
+    open_benchmark,
+    resolve_split,
+)
 
 _MAX_LISTED = 5  # missing files listed in a report
 
@@ -151,7 +159,7 @@ def check_benchmark(
         ValueError: If the benchmark, split or folder does not exist.
         ImportError: If a layout needs a package that is not installed.
     """
-    if name in PROCEDURAL:
+    if name in GENERATED:
         split = split or "test"
         samples = load_benchmark(name, root, split, seed=seed)
         return [DataCheck(name, split, found=len(samples), images=len(samples), is_drawn=True)]

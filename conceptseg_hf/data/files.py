@@ -37,6 +37,7 @@ class FileItem:
         ground_truth: Its ground truth.
         prompt: The user prompt.
         level: See `ConceptSample`, also for `group`, `family`, `think`, `rule` and `answer`.
+        dataset: Dataset of the sample, if the benchmark consists of several; the name of the benchmark by default.
         concept: The class from which references are drawn.
         references: References listed for the sample; if empty, references are drawn from the class.
     """
@@ -48,6 +49,7 @@ class FileItem:
     level: str
     group: str
     family: str
+    dataset: str = ""
     concept: str = ""
     references: tuple[FileReference, ...] = ()
     think: str | None = None
@@ -173,7 +175,7 @@ class FileBenchmark(Sequence[ConceptSample]):
             raise IndexError(f"{self.name}: index {index} is outside of 0..{len(self) - 1}.")
         item = self.items[index]
         fields: dict[str, Any] = {"sample_id": item.sample_id, "level": item.level, "group": item.group}
-        fields |= {"family": item.family, "dataset": self.name, "split": self.split}
+        fields |= {"family": item.family, "dataset": item.dataset or self.name, "split": self.split}
         try:
             fields |= item.read_fields()
             image, orientation = item.read_image()

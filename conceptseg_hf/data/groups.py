@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .paths import MissingFilesError
-from .registry import BENCHMARKS, get_source, load_benchmark
+from .registry import BENCHMARKS, COMPOSED, PROCEDURAL, get_source, load_benchmark
 from .sample import ConceptSample
 from .suite import AUTHORS, SOURCES, SUITE
 
@@ -77,7 +77,7 @@ def load_benchmarks(
         ImportError: If a layout needs a package that is not installed.
     """
     for key in root if isinstance(root, Mapping) else ():
-        if key != OTHERS:
+        if key not in (OTHERS, *COMPOSED):
             get_source(key)
     if is_single(name):
         name = name.strip()
@@ -94,7 +94,7 @@ def load_benchmarks(
     members: dict[str, Sequence[ConceptSample]] = {}
     faults: list[tuple[str, Exception]] = []
     for row_name, row_split in rows:
-        row_root = root_of(row_name, root) if row_name in SOURCES else None
+        row_root = None if row_name in PROCEDURAL else root_of(row_name, root)
         try:
             samples = load_benchmark(
                 row_name, root=row_root, split=row_split or split, limit=limit, seed=seed, loader=loader

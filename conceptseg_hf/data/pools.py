@@ -172,6 +172,6 @@ class ClassPool(ReferencePool):
         return self._references.get(concept, ())
 
     def has_reference(self, concept: str, exclude: Path) -> bool:
-        """See `ReferencePool.knows`."""
+        """See `ReferencePool.has_reference`."""
         everything = self._references.get(concept, ())
         return bool(everything) and len(everything) > self._copies[concept][exclude]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 from ..suggestions import did_you_mean
+from .concept_photos import ConceptPhotos
 from .concept_shapes import ConceptShapes
 from .files import LOADERS, FileBenchmark
 from .layouts import LAYOUTS, LISTED_SPLITS
@@ -17,7 +18,13 @@ from .suite import SOURCES, Source
 PROCEDURAL = {"concept-shapes": ConceptShapes}
 """Benchmarks that are generated and read no files."""
 
-BENCHMARKS = (*PROCEDURAL, *SOURCES)
+COMPOSED = {"concept-photos": ConceptPhotos}
+"""Benchmarks that are composed of the files of another benchmark, whose folder they need."""
+
+GENERATED = (*PROCEDURAL, *COMPOSED)
+"""Benchmarks whose samples are generated."""
+
+BENCHMARKS = (*GENERATED, *SOURCES)
 """All names that `load_benchmark` accepts."""
 
 
@@ -36,7 +43,8 @@ def load_benchmark(
 
     Args:
         name: One of `BENCHMARKS`; `suite.SOURCES` describes each set, its file layout and where it is published.
-        root: Folder of its files; None for `"concept-shapes"`, which is generated from random seeds.
+        root: Folder of its files; None for `"concept-shapes"`, which is generated from random seeds. `"concept-photos"`
+            is composed of the files of `"photos"`.
         split: A split of the benchmark; "test" also refers to the split that is evaluated if that has another name.
         limit: Maximum number of samples, taken from the start of the split.
         seed: Random seed of references that are drawn from a class or generated. References listed for a sample do not
@@ -67,6 +75,8 @@ def load_benchmark(
         raise ValueError(
             f"load_benchmark: {name!r} has no groups; leave groups out, or use 'concept-shapes'."
         )
+    if name in COMPOSED:
+        return COMPOSED[name](existing_folder(root, name), split, length=limit, seed=seed)
     samples = open_benchmark(name, root, split, limit, seed, loader)
     samples.check()
     return samples

@@ -226,6 +226,17 @@ _OTHERS = (
         counts={},
         note="a folder with samples.jsonl, samples.csv, or images/ and masks/",
     ),
+    Source(
+        "photos",
+        "photographs of several datasets",
+        "",
+        "",
+        None,
+        "photos",
+        "",
+        counts={},
+        note="a folder of folders like those of plain; references are drawn from the train split of each",
+    ),
 )
 
 SOURCES = {source.name: source for source in (*_SUITE, *_OTHERS)}

@@ -77,7 +77,7 @@ def make_dataset(fo, request) -> Iterator[Callable[..., Any]]:
     names = []
 
     def make(limit: int = 12, split: str = "test") -> Any:
-        names.append(f"shapes-{request.node.name}-{len(names)}"[:60].replace("[", "-").replace("]", ""))
+        names.append(f"shapes-{request.node.name[:50]}-{len(names)}".replace("[", "-").replace("]", ""))
         return load_concept_benchmark("concept-shapes", split=split, limit=limit, dataset_name=names[-1])
 
     yield make

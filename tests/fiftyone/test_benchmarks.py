@@ -70,7 +70,7 @@ def plain(tmp_path) -> Path:
         mask = np.zeros((40, 60), dtype=np.uint8)
         mask[5:20, 10:30] = 255
         Image.fromarray(mask).save(tmp_path / "masks" / f"{name}.png")
-    (tmp_path / "masks" / "c.png").write_bytes(b"no picture")
+    (tmp_path / "masks" / "c.png").write_bytes(b"not an image")
     shared = [{"image": "images/r.jpg", "mask": "masks/r.png"}]
     rows = [
         {"image": f"images/{name}.jpg", "mask": f"masks/{name}.png", "prompt": "thing", "references": shared}
@@ -238,7 +238,7 @@ def test_the_operator_has_the_default_limit_of_its_form(fo, run_operator, monkey
 def test_a_target_is_loaded_without_its_damaged_reference(fo, plain):
     from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
 
-    (plain / "images" / "broken.jpg").write_bytes(b"no picture")
+    (plain / "images" / "broken.jpg").write_bytes(b"not an image")
     lines = (plain / "samples.jsonl").read_text().splitlines()
     (plain / "samples.jsonl").write_text(
         "\n".join([lines[0].replace("images/r.jpg", "images/broken.jpg"), lines[1]])

@@ -17,7 +17,7 @@ def make_dataset_of(fo, request):
     names = []
 
     def make(**fields):
-        names.append(f"masks-{request.node.name}-{len(names)}"[:60].replace("[", "-").replace("]", ""))
+        names.append(f"masks-{request.node.name[:50]}-{len(names)}".replace("[", "-").replace("]", ""))
         dataset = fo.Dataset(names[-1])
         dataset.add_samples(
             fo.Sample(filepath=f"{index}.png", **dict(zip(fields, values)))

@@ -308,7 +308,7 @@ def test_load_operator_lists_unreadable_samples(fo, tmp_path):
         for stem in "ab":
             Image.new("L", (30, 20), 255).save(tmp_path / name / f"{stem}.png")
     (tmp_path / "prompt.txt").write_text("thing")
-    (tmp_path / "images" / "b.png").write_bytes(b"no picture")
+    (tmp_path / "images" / "b.png").write_bytes(b"not an image")
     params = {"benchmark": "plain", "root": str(tmp_path), "dataset_name": "shown"}
     try:
         start, end, last = dialog_labels(params)

@@ -78,7 +78,7 @@ def test_unreadable_references_raise_with_their_file_name(fo, samples, tmp_path)
     from conceptseg_hf import Reference
     from conceptseg_hf.integrations.fiftyone import ConceptSegFiftyOneModel, SegmentationJob
 
-    (tmp_path / "b.png").write_bytes(b"no picture")
+    (tmp_path / "b.png").write_bytes(b"not an image")
     job = SegmentationJob(prompt="star", reference_ids=samples.values("id")[:2], reference_label_field=None)
     with pytest.raises(
         ValueError, match=r"reference 'b.png' cannot be used: image .* damaged or not an image"

@@ -82,7 +82,7 @@ class StreetPool(ReferencePool):
         return present is None or label in present
 
     def has_reference(self, concept: str, exclude: Path) -> bool:
-        """See `ReferencePool.knows`."""
+        """See `ReferencePool.has_reference`."""
         return any(image != exclude for image, _ in self._pairs)
 
 

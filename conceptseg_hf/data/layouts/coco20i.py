@@ -64,7 +64,7 @@ class CocoPool(ReferencePool):
             yield FileReference(*_paths(self._root, "train", name, label))
 
     def has_reference(self, concept: str, exclude: Path) -> bool:
-        """See `ReferencePool.knows`."""
+        """See `ReferencePool.has_reference`."""
         names = self._names.get(self._labels[concept], [])
         return len(names) > 1 or (len(names) == 1 and _paths(self._root, "train", names[0], 1)[0] != exclude)
 

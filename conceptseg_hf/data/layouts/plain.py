@@ -30,6 +30,7 @@ from ..suite import Source
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # Pillow may need plugins for these; they are used only if there is no other image of the same stem.
 _RARE_IMAGES = (".gif", ".heic", ".heif", ".avif")
+LISTS = ("samples.jsonl", "samples.csv")
 LEVEL, GROUP = "CR", "own data"
 DEFAULT_SPLIT = "test"
 
@@ -85,12 +86,24 @@ def list_splits(root: Path, source: Source) -> tuple[str, ...]:
     return tuple(_count_splits(_read_rows(root, source) or ()))
 
 
+def list_items(root: Path, source: Source) -> list[tuple[FileItem, str]]:
+    """Return all samples of a list with their splits.
+
+    Raises:
+        MissingFilesError: If there is no list.
+        ValueError: If a row is malformed.
+    """
+    return [
+        (_item(root, source, f"{root.name}: {where}", row), _split_of(row) or DEFAULT_SPLIT)
+        for where, row in _read_rows(root, source) or ()
+    ]
+
+
 def _read_rows(root: Path, source: Source) -> list[Row] | None:
     """Read the rows of the list; None if there are images/ and masks/ instead."""
-    if (root / "samples.jsonl").is_file():
-        return _jsonl_rows(root / "samples.jsonl")
-    if (root / "samples.csv").is_file():
-        return _csv_rows(root / "samples.csv")
+    for name, read in zip(LISTS, (_jsonl_rows, _csv_rows), strict=True):
+        if (root / name).is_file():
+            return read(root / name)
     if (root / "images").is_dir() and (root / "masks").is_dir():
         return None
     raise MissingFilesError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, Subset
 
-from ...data import ConceptSample, ConceptShapes, FileBenchmark, UnreadableSampleError
+from ...data import ConceptPhotos, ConceptSample, ConceptShapes, FileBenchmark, UnreadableSampleError
 from ...data.files import FileItem
 from ...data.ground_truths import GroundTruth
 from ...data.usable import has_usable_references, with_usable_references
@@ -63,7 +63,7 @@ def _read(
 
 def describe_samples(samples: Sequence[ConceptSample]) -> dict[str, Any]:
     """Return the origin of samples: the fields of the benchmark, or those of the first sample."""
-    if isinstance(samples, (ConceptShapes, FileBenchmark)):
+    if isinstance(samples, (ConceptPhotos, ConceptShapes, FileBenchmark)):
         description = {"benchmark": samples.name, "split": samples.split, "seed": samples.seed}
         if isinstance(samples, ConceptShapes) and not samples.is_whole:
             description["groups"] = list(samples.groups)

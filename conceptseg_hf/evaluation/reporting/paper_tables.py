@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...data.registry import GENERATED
 from ...data.suite import SOURCES
 from ..metrics import MaskMetrics
 from ..records.store import Record
@@ -232,6 +233,8 @@ def _dataset_title(row: Row) -> str:
     if row.kind == "level":
         return f"mean {row.level}"
     source = SOURCES.get(row.dataset)
+    if source is None and row.dataset not in GENERATED:
+        return row.dataset or row.group
     if source is None or not source.group:
         return row.group or row.dataset
     return f"{source.title} {row.split}" if source.group == "reasoning" else source.title

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data import ConceptSample
+from ...data.concept_shapes.families import FURTHER_GROUPS
 from ...writing import json_text, write_files
 from ..metrics import MaskMetrics, presence_auc
 from ..records.choice import TARGET
@@ -373,7 +374,7 @@ def _choice(records: Sequence[Record]) -> dict[str, float | None]:
 
 def _summed(records: Sequence[Record]) -> Sequence[Record]:
     """Return the records of a summary row: those of Table 1's groups, or all records if there are none of these."""
-    return [record for record in records if "chosen" not in record] or records
+    return [record for record in records if record["group"] not in FURTHER_GROUPS] or records
 
 
 def _mean(

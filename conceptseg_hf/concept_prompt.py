@@ -1,0 +1,249 @@
+"""An induced concept as an object and a file: what SAM 3 is prompted with, and how well it explains the references."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from .errors import first_line
+from .writing import json_text, write_file
+
+if TYPE_CHECKING:
+    from .modeling_conceptseg import ConceptSegForSegmentation
+
+FORMAT, VERSION = "conceptseg-concept", 1
+RELIABLE_SCORE = 0.5
+"""Score from which the adaptive router applies a concept without reasoning, if the score of reasoning is unknown."""
+
+LOWEST_SCORE, TOLERANCE = 0.3, 0.05
+"""Otherwise: at least this score, and at most this much below the score of reasoning on the same references."""
+
+_MAX_HEADER = 1_000_000  # bytes; a concept's header contains a few kilobytes of text
+_MAX_TEXT = 10_000  # characters of a prompt, phrase or rule
+_TENSOR = "concept_embeds"
+
+
+@dataclass(frozen=True)
+class CandidateScore:
+    """How well a candidate prompt explains the references.
+
+    Attributes:
+        name: The phrase, or the name of the candidate if it is not a phrase.
+        score: Mean IoU over the references.
+        per_reference: IoU on each reference.
+    """
+
+    name: str
+    score: float
+    per_reference: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ConceptPrompt:
+    """A concept that was induced from references and is applied to other images by SAM 3 alone.
+
+    Attributes:
+        prompt: The user's prompt.
+        phrases: Phrases for SAM 3; with several phrases, each image uses the one with the highest presence.
+        rule: The rule that the VLM wrote, or None.
+        concept_embeds: (L, D) tokens in SAM 3's prompt space that precede the phrase, or None.
+        threshold: Minimum presence for accepting the mask without reasoning, in [0, 1].
+        score: Mean IoU on the references; None if the concept was edited and not verified since.
+        scores: Scores of all candidates, best first.
+        model_hash: Hash of the weights of SAM 3 and the CTM that the concept was made with; see `concept_hash`.
+        reasoning_score: Mean IoU of full reasoning on the references, each with the others as examples, or None.
+    """
+
+    prompt: str
+    phrases: tuple[str, ...]
+    rule: str | None = None
+    concept_embeds: torch.Tensor | None = None
+    threshold: float = 0.1
+    score: float | None = None
+    scores: tuple[CandidateScore, ...] = ()
+    model_hash: str = ""
+    reasoning_score: float | None = None
+
+    def __post_init__(self) -> None:
+        if fault := _find_fault(self):
+            raise ValueError(f"ConceptPrompt: {fault}")
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether the concept explains the references as well as reasoning; otherwise the adaptive router reasons."""
+        return self.score is not None and self.score >= self.required_score
+
+    @property
+    def required_score(self) -> float:
+        """Score from which the concept is reliable."""
+        if self.reasoning_score is None:
+            return RELIABLE_SCORE
+        return max(LOWEST_SCORE, self.reasoning_score - TOLERANCE)
+
+    @property
+    def worst_reference(self) -> int | None:
+        """Index of the reference that the selected candidate explains worst; None without scores."""
+        if not self.scores:
+            return None
+        values = self.scores[0].per_reference
+        return min(range(len(values)), key=values.__getitem__) if values else None
+
+    def summary(self) -> str:
+        """Return one or two sentences about how well the concept is verified."""
+        names = " or ".join(map(repr, self.phrases))
+        if self.score is None:
+            return f"{names} has not been verified; call `verify` with references."
+        text = f"{names} explains the references with a mean IoU of {self.score:.2f}."
+        if self.is_reliable or self.worst_reference is None:
+            return text
+        worst = self.scores[0].per_reference[self.worst_reference]
+        return (
+            f"{text} This is below {self.required_score:.2f}, so the adaptive router uses full reasoning; reference "
+            f"{self.worst_reference} fits worst ({worst:.2f})."
+        )
+
+    def with_phrase(self, *phrases: str) -> ConceptPrompt:
+        """Return a copy with other phrases and without tokens, which has to be verified again (`induction.verify`)."""
+        return replace(self, phrases=phrases, concept_embeds=None, score=None, scores=())
+
+    def with_rule(self, rule: str | None) -> ConceptPrompt:
+        """Return a copy with another rule; phrases and scores do not depend on it."""
+        return replace(self, rule=rule)
+
+    def check_model(self, model: ConceptSegForSegmentation) -> None:
+        """Raise a ValueError if the concept was made with other weights."""
+        found = concept_hash(model)
+        if self.model_hash and self.model_hash != found:
+            raise ValueError(
+                f"ConceptPrompt: the concept {self.prompt!r} was made with other weights of SAM 3 or the CTM (hash "
+                f"{self.model_hash}, this model has {found}); induce it again with this model."
+            )
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the concept as a safetensors file with its text in the header.
+
+        Args:
+            path: The file; an existing file is replaced.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        values = asdict(replace(self, concept_embeds=None))
+        metadata = {"format": FORMAT, "version": str(VERSION), "concept": json_text(values)}
+        tensors = (
+            {} if self.concept_embeds is None else {_TENSOR: self.concept_embeds.detach().cpu().contiguous()}
+        )
+        path = Path(path)
+        write_file(path, save(tensors, metadata))
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> ConceptPrompt:
+        """Read a file of `save`.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is not a valid concept.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"concept {str(path)!r} is not a file; give a file of `conceptseg induce`."
+            )
+        metadata, tensor = _read(path)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{str(path)!r} is not a concept; give a file of `conceptseg induce`.")
+        if metadata.get("version") != str(VERSION):
+            raise ValueError(
+                f"concept {str(path)!r} has version {metadata.get('version')!r}, but this package reads version "
+                f"{VERSION}; induce it again, or use another version of the package."
+            )
+        try:
+            values = json.loads(metadata["concept"])
+            scores = tuple(
+                CandidateScore(str(row["name"]), float(row["score"]), tuple(map(float, row["per_reference"])))
+                for row in values["scores"]
+            )
+            return cls(
+                prompt=values["prompt"],
+                phrases=tuple(values["phrases"]),
+                rule=values["rule"],
+                concept_embeds=tensor,
+                threshold=float(values["threshold"]),
+                score=_number(values["score"]),
+                scores=scores,
+                model_hash=str(values["model_hash"]),
+                reasoning_score=_number(values.get("reasoning_score")),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {first_line(error)}".rstrip(".")
+            raise ValueError(f"concept {str(path)!r} is damaged ({reason}); induce it again.") from error
+
+
+def as_concept(concept: ConceptPrompt | str | os.PathLike) -> ConceptPrompt:
+    """Return a concept given as an object or as the path of a file."""
+    return concept if isinstance(concept, ConceptPrompt) else ConceptPrompt.load(concept)
+
+
+def concept_hash(model: ConceptSegForSegmentation) -> str:
+    """Return a hash of the weights that a concept depends on: those of SAM 3 and the CTM."""
+    from .loading import weights_hash
+
+    return weights_hash({"sam": model.sam, "ctm": model.ctm})
+
+
+def _find_fault(concept: ConceptPrompt) -> str | None:
+    texts: Mapping[str, Any] = {"prompt": concept.prompt, "rule": concept.rule}
+    texts = {**texts, **{f"phrase {number}": phrase for number, phrase in enumerate(concept.phrases)}}
+    for name, text in texts.items():
+        if name == "rule" and text is None:
+            continue
+        if not isinstance(text, str) or (not text.strip() and name != "rule"):
+            return f"{name} is {text!r}; give a text."
+        if len(text) > _MAX_TEXT:
+            return f"{name} has {len(text)} characters; use at most {_MAX_TEXT}."
+    if not concept.phrases and concept.concept_embeds is None:
+        return "there are neither phrases nor concept tokens; give at least one of them."
+    numbers = (("threshold", concept.threshold), ("score", concept.score))
+    for name, value in (*numbers, ("reasoning_score", concept.reasoning_score)):
+        if value is not None and not 0 <= value <= 1:
+            return f"{name} is {value}; use a number between 0 and 1."
+    tokens = concept.concept_embeds
+    if tokens is not None and (
+        tokens.ndim != 2 or not tokens.is_floating_point() or not tokens.isfinite().all()
+    ):
+        return f"concept_embeds has shape {tuple(tokens.shape)} or is not finite; give finite numbers of shape (L, D)."
+    return None
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _read(path: Path) -> tuple[dict[str, str], torch.Tensor | None]:
+    """Return the metadata and the tensor of a safetensors file."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 0 < length <= min(_MAX_HEADER, path.stat().st_size):
+        raise ValueError(f"{str(path)!r} is not a concept; give a file of `conceptseg induce`.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            names: Sequence[str] = file.keys()
+            if set(names) - {_TENSOR}:
+                raise ValueError(
+                    f"{str(path)!r} has other tensors than a concept; give a file of `conceptseg induce`."
+                )
+            return metadata, file.get_tensor(_TENSOR) if _TENSOR in names else None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{str(path)!r} is damaged or not a concept ({first_line(error)}).") from error

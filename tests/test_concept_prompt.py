@@ -1,0 +1,217 @@
+"""ConceptPrompt: checks, files, and how the router applies a concept."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from conceptseg_hf import ConceptPrompt, ConceptSegmentationPipeline, ShortcutRouter
+from conceptseg_hf.concept_prompt import CandidateScore, as_concept, concept_hash
+
+GREEDY = {"max_new_tokens": 6}
+SCORES = (CandidateScore("red star", 0.8, (0.9, 0.7)), CandidateScore("star", 0.4, (0.5, 0.3)))
+
+
+def make_concept(**changes) -> ConceptPrompt:
+    fields = {"prompt": "the odd one out", "phrases": ("red star",), "rule": "find red", "threshold": 0.2}
+    return ConceptPrompt(**{**fields, "score": 0.8, "scores": SCORES, **changes})
+
+
+def same(first: ConceptPrompt, second: ConceptPrompt) -> bool:
+    tokens = first.concept_embeds, second.concept_embeds
+    others = [{**vars(each), "concept_embeds": None} for each in (first, second)]
+    return others[0] == others[1] and (tokens[0] is tokens[1] is None or torch.equal(tokens[0], tokens[1]))
+
+
+@pytest.mark.parametrize("tokens", [None, torch.arange(12.0).view(3, 4)])
+def test_file_round_trip(tmp_path, tokens):
+    concept = make_concept(concept_embeds=tokens, model_hash="abc")
+    path = concept.save(tmp_path / "c.safetensors")
+    assert same(ConceptPrompt.load(path), concept) and same(as_concept(str(path)), concept)
+    assert as_concept(concept) is concept
+    header = path.read_bytes()[8 : 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]]
+    assert "the odd one out" in json.loads(json.loads(header)["__metadata__"]["concept"])["prompt"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(min_size=1).filter(str.strip), st.text(), st.floats(0, 1), st.none() | st.floats(0, 1))
+def test_any_text_survives_a_file(tmp_path_factory, phrase, rule, threshold, score):
+    try:
+        (phrase + rule).encode()
+    except UnicodeEncodeError:
+        return  # an unpaired surrogate, which the processor refuses
+    concept = make_concept(phrases=(phrase,), rule=rule, threshold=threshold, score=score)
+    path = concept.save(tmp_path_factory.mktemp("any") / "c.safetensors")
+    assert same(ConceptPrompt.load(path), concept)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"phrases": ()}, "neither phrases nor concept tokens"),
+        ({"phrases": (" ",)}, "phrase 0 is ' '"),
+        ({"phrases": ("x" * 20_000,)}, "phrase 0 has 20000 characters"),
+        ({"prompt": ""}, "prompt is ''"),
+        ({"threshold": 1.5}, "threshold is 1.5"),
+        ({"score": float("nan")}, "score is nan"),
+        ({"concept_embeds": torch.zeros(3)}, r"shape \(3,\)"),
+        ({"concept_embeds": torch.full((2, 4), float("nan"))}, "not finite"),
+    ],
+)
+def test_refusals(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_concept(**changes)
+
+
+def hostile_files() -> dict[str, bytes]:
+    """Contents that are no concept, each with an idea of what is wrong."""
+    good = {"prompt": "p", "phrases": ["x"], "rule": None, "threshold": 0.1, "score": None, "scores": []}
+    good["model_hash"] = ""
+
+    def content(tensors=None, version="1", kind="conceptseg-concept", **changes) -> bytes:
+        text = json.dumps({**good, **changes})
+        return save(tensors or {}, {"format": kind, "version": version, "concept": text})
+
+    whole = content()
+    header = struct.pack("<Q", 10_000_000) + b"{" * 100
+    files = {
+        "empty": b"",
+        "short": b"abc",
+        "zeros": bytes(64),
+        "text": b"concept: star\n" * 30,
+        "cut header": whole[:40],
+        "cut tensor": content({"concept_embeds": torch.zeros(8, 8)})[:-100],
+        "huge header": header,
+        "endless header": struct.pack("<Q", 2**62) + b"{}",
+        "no metadata": save({"concept_embeds": torch.zeros(2, 2)}),
+        "another format": content(kind="weights"),
+        "newer version": content(version="2"),
+        "other tensors": content({"weight": torch.zeros(2, 2)}),
+        "NaN tokens": content({"concept_embeds": torch.full((2, 2), float("nan"))}),
+        "flat tokens": content({"concept_embeds": torch.zeros(4)}),
+        "integer tokens": content({"concept_embeds": torch.zeros(2, 2, dtype=torch.long)}),
+        "NaN threshold": content(threshold=float("nan")),
+        "negative threshold": content(threshold=-1),
+        "text threshold": content(threshold="high"),
+        "score above 1": content(score=7),
+        "no phrases": content(phrases=[]),
+        "phrases of numbers": content(phrases=[1, 2]),
+        "phrases null": content(phrases=None),
+        "blank prompt": content(prompt="  "),
+        "prompt of a list": content(prompt=["a"]),
+        "long rule": content(rule="x" * 50_000),
+        "scores of text": content(scores=["good"]),
+        "scores without names": content(scores=[{"score": 1.0}]),
+    }
+    broken = {"no JSON": "{", "a JSON list": "[]", "JSON null": "null"}
+    for name, text in broken.items():
+        files[name] = save({}, {"format": "conceptseg-concept", "version": "1", "concept": text})
+    return files
+
+
+@pytest.mark.parametrize("name", hostile_files())
+def test_files_that_are_no_concept_give_one_sentence(tmp_path, name):
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(hostile_files()[name])
+    with pytest.raises(ValueError) as caught:
+        ConceptPrompt.load(path)
+    message = str(caught.value)
+    assert "c.safetensors" in message and len(message) < 400 and "\n" not in message
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
+        ConceptPrompt.load(tmp_path / "none.safetensors")
+
+
+def test_edits_have_to_be_verified_again():
+    concept = make_concept(concept_embeds=torch.zeros(2, 4))
+    assert concept.is_reliable and "0.80" in concept.summary()
+    edited = concept.with_phrase("blue star", "star")
+    assert edited.phrases == ("blue star", "star") and edited.concept_embeds is None
+    assert edited.score is None and not edited.is_reliable and "not been verified" in edited.summary()
+    assert concept.with_rule("find blue").score == concept.score
+    assert make_concept(score=0.4, reasoning_score=0.42).is_reliable
+    assert not make_concept(score=0.8, reasoning_score=0.9).is_reliable
+    assert not make_concept(score=0.25, reasoning_score=0.1).is_reliable
+    weak = make_concept(score=0.3, scores=(CandidateScore("star", 0.3, (0.5, 0.1)),))
+    assert weak.worst_reference == 1 and "reference 1 fits worst (0.10)" in weak.summary()
+
+
+def test_concepts_of_other_weights_are_refused(model, processor, picture, make_model):
+    concept = make_concept(model_hash=concept_hash(model))
+    inputs = processor([picture(0)], "star")
+    assert model.segment(inputs, "sam_only", processor=processor, concept=concept)[0].route == "concept"
+    with pytest.raises(ValueError, match="made with other weights"):
+        make_model(seed=3).segment(inputs, processor=processor, concept=concept)
+
+
+def test_router_applies_reliable_concepts(model, processor, picture, tmp_path):
+    inputs = processor([picture(0), picture(1, (70, 30))], "the odd one out")
+    options = {"processor": processor, "generation_config": GREEDY, "return_heatmap": True}
+    concept = make_concept(threshold=0.0)
+    applied = model.segment(inputs, concept=concept, **options)
+    by_words = model.segment(processor([picture(0), picture(1, (70, 30))], "red star"), "sam_only", **options)
+    for result, other in zip(applied, by_words):
+        assert result.route == "concept" and other.route == "shortcut" and result.completion is None
+        assert result.label == "the odd one out" and result.mask.tobytes() == other.mask.tobytes()
+    assert (
+        model.segment(inputs, concept=str(concept.save(tmp_path / "c.safetensors")), **options)[0].route
+        == "concept"
+    )
+    presence = applied[0].presence
+    strict = make_concept(threshold=min(1.0, presence + 1e-3))
+    result = model.segment(inputs, concept=strict, **options)[0]
+    assert (
+        result.route == "reasoning" and result.presence == presence and result.threshold == strict.threshold
+    )
+    unreliable = make_concept(threshold=0.0, score=0.1)
+    assert {each.route for each in model.segment(inputs, concept=unreliable, **options)} == {"reasoning"}
+    assert {each.route for each in model.segment(inputs, "sam_only", concept=unreliable, **options)} == {
+        "concept"
+    }
+    reasoned = model.segment(inputs, ShortcutRouter("full_reasoning"), concept=concept, **options)
+    assert {each.route for each in reasoned} == {"reasoning"} and reasoned[0].presence is None
+
+
+def test_several_phrases_compete_by_presence_and_tokens_join_them(model, processor, picture):
+    inputs = processor([picture(0), picture(1), picture(2)], "the odd one out")
+    single = {
+        phrase: model.segment(
+            inputs, "sam_only", processor=processor, concept=make_concept(phrases=(phrase,))
+        )
+        for phrase in ("red star", "large circle")
+    }
+    both = model.segment(
+        inputs, "sam_only", processor=processor, concept=make_concept(phrases=("red star", "large circle"))
+    )
+    for index, result in enumerate(both):
+        best = max(single, key=lambda phrase: single[phrase][index].presence)
+        assert result.mask.tobytes() == single[best][index].mask.tobytes()
+    width = model.config.ctm_config.sam_hidden_size
+    tokens = make_concept(concept_embeds=torch.randn(4, width), phrases=("red star",))
+    with_tokens = model.segment(inputs, "sam_only", processor=processor, concept=tokens)
+    assert with_tokens[0].presence != single["red star"][0].presence
+    alone = make_concept(concept_embeds=torch.randn(4, width), phrases=())
+    assert model.segment(inputs, "sam_only", processor=processor, concept=alone)[0].error is None
+
+
+def test_pipeline_takes_a_concept_or_its_file(model, processor, picture, tmp_path):
+    pipe = ConceptSegmentationPipeline(model=model, processor=processor)
+    concept = make_concept(threshold=0.0)
+    path = concept.save(tmp_path / "c.safetensors")
+    results = [pipe([picture(0), picture(1)], concept=given, batch_size=2) for given in (concept, path)]
+    for result in results[0]:
+        assert result["route"] == "concept" and result["label"] == "the odd one out"
+    assert [result["mask"].tobytes() for result in results[0]] == [
+        result["mask"].tobytes() for result in results[1]
+    ]
+    assert pipe(picture(0), prompt="star", concept=concept)["label"] == "star"
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+        pipe(picture(0), concept=tmp_path / "none.safetensors")

@@ -1,0 +1,154 @@
+"""Induction: candidate phrases, selection by verification, thresholds, and refined tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from conceptseg_hf import (
+    ConceptPrompt,
+    ConceptSegForSegmentation,
+    ConceptSegProcessor,
+    Reference,
+    induce,
+    nano_checkpoint,
+)
+from conceptseg_hf.data import load_benchmark
+from conceptseg_hf.induction import REFINED, candidate_phrases, noun_phrases, verify
+
+
+@pytest.fixture(scope="module")
+def nano():
+    path = nano_checkpoint()
+    return ConceptSegForSegmentation.from_pretrained(path), ConceptSegProcessor.from_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def shadows() -> list:
+    """Samples about shadows: a concept that the embedded checkpoint knows."""
+    samples = load_benchmark("concept-shapes", split="test", limit=120)
+    return [sample for sample in samples if sample.family == "shadow"]
+
+
+def as_reference(sample) -> Reference:
+    return Reference(sample.image, mask=sample.mask)
+
+
+def test_noun_phrases():
+    assert noun_phrases("find the largest striped object") == [
+        "largest striped object",
+        "striped object",
+        "object",
+    ]
+    assert noun_phrases("The red star, left of a small blue circle.") == [
+        "red star",
+        "star",
+        "left",
+        "small blue circle",
+        "blue circle",
+        "circle",
+    ]
+    assert noun_phrases("") == noun_phrases("find the") == []
+    assert all(
+        len(phrase.split()) <= 4 for phrase in noun_phrases("one very long run of red green blue words")
+    )
+
+
+def test_candidates_know_their_references():
+    completions = [("red star", "find red"), ("red circle", None), (None, "find red"), ("red star", "")]
+    phrases = candidate_phrases(" odd one ", completions)
+    assert next(iter(phrases)) == "odd one" and phrases["odd one"] is None
+    assert phrases["red star"] == {0, 3} and phrases["red circle"] == {1} == phrases["circle object"]
+    assert phrases["red"] is None and phrases["red object"] is None  # the words that all answers share
+    assert candidate_phrases("p", completions, num_samples=2)["red star"] == {0, 1}
+    assert list(candidate_phrases("p", [(None, None)])) == ["p"]
+
+
+def test_induced_concept_segments_other_images(nano, shadows, tmp_path):
+    model, processor = nano
+    references = [as_reference(sample) for sample in shadows[:3]]
+    concept = induce(model, processor, "shadow", references)
+    assert concept.phrases and concept.is_reliable and concept.concept_embeds is None
+    assert concept.scores[0].score == concept.score == max(row.score for row in concept.scores)
+    assert all(len(row.per_reference) == 3 for row in concept.scores)
+    targets = shadows[3:8]
+    inputs = processor([sample.image for sample in targets], "shadow")
+    results = model.segment(
+        inputs, processor=processor, concept=ConceptPrompt.load(concept.save(tmp_path / "c"))
+    )
+    assert {result.route for result in results} == {"concept"}
+    ious = [
+        np.logical_and(a, b).sum() / np.logical_or(a, b).sum()
+        for a, b in ((np.asarray(r.mask) > 0, np.asarray(s.mask) > 0) for r, s in zip(results, targets))
+    ]
+    assert np.mean(ious) > 0.7
+    again = induce(model, processor, "shadow", references)
+    assert again.scores == concept.scores and again.phrases == concept.phrases
+
+
+def test_negatives_set_the_threshold(nano, shadows):
+    model, processor = nano
+    others = [s for s in load_benchmark("concept-shapes", split="test", limit=60) if s.family == "attribute"]
+    references = [as_reference(sample) for sample in shadows[:2]]
+    without = induce(model, processor, "shadow", references)
+    concept = induce(
+        model, processor, "shadow", references, negatives=[sample.image for sample in others[:4]]
+    )
+    assert concept.threshold != without.threshold and 0 < concept.threshold < 1
+    inputs = processor([sample.image for sample in others[4:8]], "shadow")
+    results = model.segment(
+        inputs, processor=processor, concept=concept, generation_config={"max_new_tokens": 8}
+    )
+    assert sum(result.route == "concept" for result in results) <= 1
+
+
+def test_phrases_of_one_image_do_not_verify_themselves(nano, shadows):
+    """Three different objects have names but no concept in common: each name only explains its own image."""
+    model, processor = nano
+    samples = [s for s in load_benchmark("concept-shapes", split="test", limit=60) if s.family == "saliency"][
+        :3
+    ]
+    concept = induce(model, processor, samples[0].prompt, [as_reference(sample) for sample in samples])
+    assert not concept.is_reliable and "full reasoning" in concept.summary()
+    result = model.segment(
+        processor([samples[0].image], samples[0].prompt), processor=processor, concept=concept,
+        generation_config={"max_new_tokens": 8},
+    )[0]  # fmt: skip
+    assert result.route == "reasoning"
+
+
+def test_edited_phrases_are_verified(nano, shadows):
+    model, processor = nano
+    references = [as_reference(sample) for sample in shadows[:2]]
+    concept = induce(model, processor, "shadow", references)
+    good, bad = (
+        verify(concept.with_phrase(phrase), model, processor, references) for phrase in ("shadow", "star")
+    )
+    assert good.score > 0.7 > bad.score and good.scores[0].name == "shadow"
+
+
+def test_refined_tokens_are_a_candidate_and_seeded(nano, shadows):
+    model, processor = nano
+    references = [as_reference(sample) for sample in shadows[:2]]
+    training = {module: module.training for module in model.modules()}
+    first, second = (induce(model, processor, "shadow", references, refine=True, seed=1) for _ in range(2))
+    assert REFINED in [row.name for row in first.scores] and first.scores == second.scores
+    assert (first.concept_embeds is None) == (second.concept_embeds is None)
+    if first.concept_embeds is not None:
+        assert torch.equal(first.concept_embeds, second.concept_embeds)
+    assert all(module.training is mode for module, mode in training.items())
+    assert all(parameter.grad is None for parameter in model.sam.parameters())
+
+
+def test_refusals(nano, shadows):
+    model, processor = nano
+    reference = as_reference(shadows[0])
+    with pytest.raises(ValueError, match="no references"):
+        induce(model, processor, "shadow", [])
+    with pytest.raises(ValueError, match="reference 1 has neither a mask nor a box"):
+        induce(model, processor, "shadow", [reference, Reference(shadows[1].image)])
+    with pytest.raises(ValueError, match="num_samples is 0"):
+        induce(model, processor, "shadow", [reference], num_samples=0)
+    with pytest.raises(ValueError, match="prompt"):
+        induce(model, processor, " ", [reference])
