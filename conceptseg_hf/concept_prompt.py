@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .errors import first_line
+from .hashing import weights_hash
 from .writing import json_text, write_file
 
 if TYPE_CHECKING:
@@ -196,8 +197,6 @@ def as_concept(concept: ConceptPrompt | str | os.PathLike) -> ConceptPrompt:
 
 def concept_hash(model: ConceptSegForSegmentation) -> str:
     """Return a hash of the weights that a concept depends on: those of SAM 3 and the CTM."""
-    from .loading import weights_hash
-
     return weights_hash({"sam": model.sam, "ctm": model.ctm})
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 
 import conceptseg_hf
 
 from .configuration_conceptseg import ConceptSegConfig, conversion_hint, is_original_config
-from .devices import default_device, stored_value
+from .devices import default_device
+from .hashing import weights_hash
 from .modeling_conceptseg import ConceptSegForSegmentation
 from .processing_conceptseg import ConceptSegProcessor
 
@@ -89,20 +88,6 @@ def load_model_and_processor(
 def fingerprint(model: PreTrainedModel) -> dict[str, str]:
     """Return the name that a model was loaded from and a hash of the first values of each weight."""
     return {"model": str(model.config.name_or_path), "weights": weights_hash({"": model})}
-
-
-def weights_hash(modules: Mapping[str, nn.Module]) -> str:
-    """Return a hash of the first values of each weight of some modules, which are identified by their names."""
-    digest = hashlib.sha256()
-    for prefix, module in modules.items():
-        tied = getattr(module, "all_tied_weights_keys", ())
-        for name, _ in module.named_parameters():
-            if name in tied:  # an offloaded tied weight is listed as a separate parameter
-                continue
-            digest.update(f"{prefix}.{name}".lstrip(".").encode())
-            first = stored_value(module, name).detach().flatten()[:64]
-            digest.update(first.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def configuration_hash(model: ConceptSegForSegmentation, processor: ConceptSegProcessor) -> str:

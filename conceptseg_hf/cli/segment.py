@@ -71,10 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the subcommand."""
     image = check_image(arguments.image)
     parsed = [parse_reference(text) for text in arguments.reference]
-    if arguments.concept is None and not (arguments.prompt or "").strip():
+    if arguments.prompt is None and arguments.concept is None:
         raise BadInputError(
             '--prompt is missing; give the concept to segment, such as --prompt "red circle".'
         )
+    if arguments.prompt is not None and not arguments.prompt.strip():
+        raise BadInputError('--prompt is empty; give the concept to segment, such as --prompt "red circle".')
     if arguments.concept is not None and not Path(arguments.concept).is_file():
         raise BadInputError(
             f"concept {arguments.concept!r} is not a file; give one that `conceptseg induce` wrote."

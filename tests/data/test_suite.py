@@ -45,7 +45,7 @@ def test_groups_match_table_1():
 
 def test_every_source_has_a_layout_and_every_layout_a_source():
     assert {source.layout for source in SOURCES.values()} == set(LAYOUTS)
-    assert set(BENCHMARKS) == {"concept-shapes", *SOURCES}
+    assert set(BENCHMARKS) == {"concept-shapes", "concept-photos", *SOURCES}
     assert all(SOURCES[name].published.startswith("https://") for name in SUITE)
 
 
