@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .boxes import foreground_iou
 from .concept_prompt import CandidateScore, ConceptPrompt, concept_hash
 from .devices import execution_device, loaded
 from .images import ImageInput, load_image, load_mask
@@ -26,6 +27,7 @@ REFINED = "refined tokens"
 """Name of the candidate with tokens that are tuned on the references."""
 
 _MAX_PHRASES = 3  # phrases that are kept together
+_MAX_EXAMPLES = 4  # references beside the target in a completion
 _SAMPLING = {"do_sample": True, "temperature": 1.0}
 _REFINED_TOKENS, _REFINE_STEPS, _REFINE_RATE = 4, 40, 0.05
 
@@ -254,18 +256,21 @@ def _complete(
     bar = progress_bar(len(references) * num_samples, "completions", "induce") if progress else None
     for number, target in enumerate(references):
         others = [reference for i, reference in enumerate(references) if i != number] or [target]
-        sample = processor.prepare(target.image, prompt, others[:4])
+        sample = processor.prepare(target.image, prompt, others[:_MAX_EXAMPLES])
         for repetition in range(num_samples):
-            settings: dict[str, Any] = {}
             if repetition:
-                settings = dict(_SAMPLING)
                 torch.manual_seed(seed * 1_000_003 + number * num_samples + repetition)
             (result,) = model.segment(
-                [sample], router="full_reasoning", generation_config=settings or None, processor=processor
+                [sample],
+                router="full_reasoning",
+                generation_config=_SAMPLING if repetition else None,
+                processor=processor,
             )
             found.append((result.answer, result.rule))
             if not repetition:
-                ious.append(0.0 if result.mask is None else _iou(np.asarray(result.mask) > 0, masks[number]))
+                ious.append(
+                    0.0 if result.mask is None else foreground_iou(np.asarray(result.mask) > 0, masks[number])
+                )
             if bar is not None:
                 bar.update()
     if bar is not None:
@@ -292,7 +297,8 @@ def _decode(
         for row, target in zip(logits, examples.masks)
     ]
     ious = tuple(
-        _iou(prediction, target) for prediction, target in zip(predictions, examples.masks, strict=True)
+        foreground_iou(prediction, target)
+        for prediction, target in zip(predictions, examples.masks, strict=True)
     )
     counted = tuple(candidate.is_independent_of(i) for i in range(len(examples)))
     return _Scored(candidate, ious, tuple(presence.float().sigmoid()[:, 0].tolist()), counted)
@@ -315,7 +321,7 @@ def _combine(scored: Sequence[_Scored]) -> _Scored:
         candidate,
         tuple(scored[choice[i]].ious[i] for i in range(count)),
         tuple(float(allowed[choice[i], i]) for i in range(presences.shape[1])),
-        tuple(bool(value) for value in np.atleast_1d(counted.any(axis=0))),
+        tuple(any(column) for column in zip(*(each.counted for each in scored), strict=True)),
     )
 
 
@@ -366,9 +372,7 @@ def _refine(
     best_step = []
     for fold in folds:
         others = [i for i in range(count) if i not in fold]
-        tokens, step, held_out = _tune(
-            model, processor, phrase, examples, others, fold, seed, _REFINE_STEPS, bar
-        )
+        _, step, held_out = _tune(model, processor, phrase, examples, others, fold, seed, _REFINE_STEPS, bar)
         best_step.append(step)
         for i, iou in zip(fold, held_out, strict=True):
             ious[i] = iou
@@ -439,11 +443,6 @@ def _table(scored: Sequence[_Scored]) -> tuple[CandidateScore, ...]:
     first, *others = scored
     ranked = [first, *sorted(others, key=lambda each: -each.score)]
     return tuple(CandidateScore(each.candidate.name, each.score, each.ious) for each in ranked)
-
-
-def _iou(prediction: np.ndarray, target: np.ndarray) -> float:
-    union = int((prediction | target).sum())
-    return int((prediction & target).sum()) / union if union else 1.0
 
 
 __all__ = ["REFINED", "induce", "verify"]
