@@ -22,6 +22,7 @@ from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.data.concept_shapes.families.hidden_rule import PROMPT, Rule, rule_scene
 from conceptseg_hf.data.concept_shapes.rendering import COLORS, SHAPES, TEXTURES
 from conceptseg_hf.data.concept_shapes.scenes import HELD_OUT_PAIRS
+from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.evaluation.reporting.bootstrap import resample
 from conceptseg_hf.images import mask_to_image
 from conceptseg_hf.induction import induce
@@ -55,13 +56,6 @@ def family_examples(family: str, split: str, count: int) -> tuple[str, list[Exam
     samples = ConceptShapes(split, size=SIZE)
     found = [samples[i] for i in range(24 * count) if samples.slot(i).family.__name__ == family][:count]
     return found[0].prompt, [(sample.image, np.asarray(sample.mask) > 0) for sample in found]
-
-
-def iou(mask: Image.Image, target: np.ndarray) -> float:
-    """Foreground IoU."""
-    prediction = np.asarray(mask) > 0
-    union = (prediction | target).sum()
-    return float((prediction & target).sum() / union) if union else 1.0
 
 
 def main() -> None:
@@ -121,7 +115,12 @@ def main() -> None:
                 began = time.process_time()
                 results = model.segment(given, processor=processor, generation_config=GREEDY, **options)
                 seconds[arm] += time.process_time() - began
-                rows[arm].append([iou(result.mask, mask) for result, (_, mask) in zip(results, targets)])
+                rows[arm].append(
+                    [
+                        foreground_iou(np.asarray(result.mask) > 0, mask)
+                        for result, (_, mask) in zip(results, targets)
+                    ]
+                )
                 if arm in shares:
                     shares[arm] += [float(result.route == "concept") for result in results]
         means = {arm: np.mean(each, axis=0) for arm, each in rows.items()}

@@ -1,4 +1,4 @@
-"""Utilities for boxes (x1, y1, x2, y2), with exclusive x2 and y2."""
+"""Boxes (x1, y1, x2, y2), with exclusive x2 and y2, and the IoU of boxes and of masks."""
 
 from __future__ import annotations
 
@@ -36,3 +36,27 @@ def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
         sum(max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0) for box in (first, second)) - intersection
     )
     return intersection / union if union > 0 else 0.0
+
+
+def foreground_iou(
+    prediction: np.ndarray, ground_truth: np.ndarray, ignore: np.ndarray | None = None
+) -> float:
+    """Compute the intersection over union of two masks; 1 when both are empty.
+
+    Args:
+        prediction: (H, W) bool.
+        ground_truth: (H, W) bool.
+        ignore: (H, W) bool, pixels to ignore.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if prediction.shape != ground_truth.shape:
+        raise ValueError(
+            f"foreground_iou: the shapes {prediction.shape} and {ground_truth.shape} differ; resize the masks to "
+            "the same size."
+        )
+    if ignore is not None:
+        prediction, ground_truth = prediction & ~ignore, ground_truth & ~ignore
+    union = np.count_nonzero(prediction | ground_truth)
+    return np.count_nonzero(prediction & ground_truth) / union if union else 1.0

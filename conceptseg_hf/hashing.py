@@ -15,10 +15,11 @@ def weights_hash(modules: Mapping[str, nn.Module]) -> str:
     digest = hashlib.sha256()
     for prefix, module in modules.items():
         tied = getattr(module, "all_tied_weights_keys", ())
-        for name, _ in module.named_parameters():
+        for name, parameter in module.named_parameters():
             if name in tied:  # an offloaded tied weight is listed as a separate parameter
                 continue
             digest.update(f"{prefix}.{name}".lstrip(".").encode())
-            first = stored_value(module, name).detach().flatten()[:64]
+            value = stored_value(module, name) if parameter.is_meta else parameter
+            first = value.detach().flatten()[:64]
             digest.update(first.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

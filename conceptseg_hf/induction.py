@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .boxes import foreground_iou
 from .concept_prompt import CandidateScore, ConceptPrompt, concept_hash
 from .devices import execution_device, loaded
 from .images import ImageInput, load_image, load_mask
 from .losses import segmentation_loss
 from .modeling_conceptseg import ConceptSegForSegmentation, evaluating
+from .phrases import candidate_phrases
 from .postprocessing import post_process_mask
 from .processing_conceptseg import ConceptSegProcessor
 from .progress import progress_bar
@@ -25,15 +26,10 @@ from .sam_prompt import ImageFeatures
 REFINED = "refined tokens"
 """Name of the candidate with tokens that are tuned on the references."""
 
-_MAX_PHRASE_WORDS = 4
 _MAX_PHRASES = 3  # phrases that are kept together
+_MAX_EXAMPLES = 4  # references beside the target in a completion
 _SAMPLING = {"do_sample": True, "temperature": 1.0}
 _REFINED_TOKENS, _REFINE_STEPS, _REFINE_RATE = 4, 40, 0.05
-_STOP_WORDS = frozenset(
-    "a an the of in on at to from with without for by and or is are was be that this these those which it its there "
-    "here not no any all each one find locate segment show shows shown mark marked marks region regions image images "
-    "reference references target targets look looks same other others than as what".split()
-)
 
 
 @dataclass(frozen=True)
@@ -201,61 +197,6 @@ def verify(
     )
 
 
-def candidate_phrases(
-    prompt: str, completions: Sequence[tuple[str | None, str | None]], num_samples: int = 1
-) -> dict[str, frozenset[int] | None]:
-    """Return candidate phrases: the prompt, answers and their words, phrases of rules, and words shared by all answers.
-
-    Args:
-        prompt: The user's prompt.
-        completions: Answer and rule of each completion, or None; `num_samples` for each reference.
-        num_samples: Completions per reference.
-
-    Returns:
-        For each phrase the references that it comes from, or None if it does not come from single references.
-    """
-    sources: dict[str, set[int]] = {}
-    for number, (answer, rule) in enumerate(completions):
-        words = (answer or "").split()
-        parts = [*words, *(f"{word} object" for word in words)] if len(words) > 1 else []
-        for phrase in [answer or "", *parts, *noun_phrases(rule or "")]:
-            if phrase.strip():
-                sources.setdefault(phrase.strip(), set()).add(number // num_samples)
-    phrases: dict[str, frozenset[int] | None] = {
-        phrase: frozenset(numbers) for phrase, numbers in sources.items()
-    }
-    answers = [answer for answer, _ in completions if answer]
-    common = [
-        word for word in (answers[0].split() if answers else ()) if all(word in a.split() for a in answers)
-    ]
-    if common and len(answers) > 1:
-        phrases |= {" ".join(common): None, f"{' '.join(common)} object": None}
-    return {prompt.strip(): None} | phrases
-
-
-def noun_phrases(text: str) -> list[str]:
-    """Return runs of words between stop words and punctuation, and the last words of each run.
-
-    Example:
-        >>> noun_phrases("find the largest striped object")
-        ['largest striped object', 'striped object', 'object']
-    """
-    phrases: list[str] = []
-    for run in re.split(r"[^\w\s'-]", text.lower()):
-        words: list[str] = []
-        for word in [*run.split(), "the"]:
-            if word not in _STOP_WORDS:
-                words.append(word)
-                continue
-            phrases += [
-                " ".join(words[start:])
-                for start in range(len(words))
-                if len(words) - start <= _MAX_PHRASE_WORDS
-            ]
-            words = []
-    return list(dict.fromkeys(phrases))
-
-
 def _encode(
     model: ConceptSegForSegmentation,
     processor: ConceptSegProcessor,
@@ -315,18 +256,21 @@ def _complete(
     bar = progress_bar(len(references) * num_samples, "completions", "induce") if progress else None
     for number, target in enumerate(references):
         others = [reference for i, reference in enumerate(references) if i != number] or [target]
-        sample = processor.prepare(target.image, prompt, others[:4])
+        sample = processor.prepare(target.image, prompt, others[:_MAX_EXAMPLES])
         for repetition in range(num_samples):
-            settings: dict[str, Any] = {}
             if repetition:
-                settings = dict(_SAMPLING)
                 torch.manual_seed(seed * 1_000_003 + number * num_samples + repetition)
             (result,) = model.segment(
-                [sample], router="full_reasoning", generation_config=settings or None, processor=processor
+                [sample],
+                router="full_reasoning",
+                generation_config=_SAMPLING if repetition else None,
+                processor=processor,
             )
             found.append((result.answer, result.rule))
             if not repetition:
-                ious.append(0.0 if result.mask is None else _iou(np.asarray(result.mask) > 0, masks[number]))
+                ious.append(
+                    0.0 if result.mask is None else foreground_iou(np.asarray(result.mask) > 0, masks[number])
+                )
             if bar is not None:
                 bar.update()
     if bar is not None:
@@ -353,7 +297,8 @@ def _decode(
         for row, target in zip(logits, examples.masks)
     ]
     ious = tuple(
-        _iou(prediction, target) for prediction, target in zip(predictions, examples.masks, strict=True)
+        foreground_iou(prediction, target)
+        for prediction, target in zip(predictions, examples.masks, strict=True)
     )
     counted = tuple(candidate.is_independent_of(i) for i in range(len(examples)))
     return _Scored(candidate, ious, tuple(presence.float().sigmoid()[:, 0].tolist()), counted)
@@ -376,7 +321,7 @@ def _combine(scored: Sequence[_Scored]) -> _Scored:
         candidate,
         tuple(scored[choice[i]].ious[i] for i in range(count)),
         tuple(float(allowed[choice[i], i]) for i in range(presences.shape[1])),
-        tuple(bool(value) for value in np.atleast_1d(counted.any(axis=0))),
+        tuple(any(column) for column in zip(*(each.counted for each in scored), strict=True)),
     )
 
 
@@ -427,9 +372,7 @@ def _refine(
     best_step = []
     for fold in folds:
         others = [i for i in range(count) if i not in fold]
-        tokens, step, held_out = _tune(
-            model, processor, phrase, examples, others, fold, seed, _REFINE_STEPS, bar
-        )
+        _, step, held_out = _tune(model, processor, phrase, examples, others, fold, seed, _REFINE_STEPS, bar)
         best_step.append(step)
         for i, iou in zip(fold, held_out, strict=True):
             ious[i] = iou
@@ -502,9 +445,4 @@ def _table(scored: Sequence[_Scored]) -> tuple[CandidateScore, ...]:
     return tuple(CandidateScore(each.candidate.name, each.score, each.ious) for each in ranked)
 
 
-def _iou(prediction: np.ndarray, target: np.ndarray) -> float:
-    union = int((prediction | target).sum())
-    return int((prediction & target).sum()) / union if union else 1.0
-
-
-__all__ = ["REFINED", "candidate_phrases", "induce", "noun_phrases", "verify"]
+__all__ = ["REFINED", "induce", "verify"]

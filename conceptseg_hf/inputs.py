@@ -117,6 +117,7 @@ class ConceptSegInputs(BatchFeature):
             )
         samples = []
         grids, patches = self["image_grid_thw"], self["pixel_values"]
+        shortcut = self.get("shortcut_pixel_values")
         for row, (prompt, frame) in enumerate(zip(self["prompts"], self["frames"], strict=True)):
             tokens = self["attention_mask"][row].bool()
             images = 1 if frame.layout is None else 2
@@ -124,7 +125,6 @@ class ConceptSegInputs(BatchFeature):
             count = int(sample_grids.prod(dim=-1).sum())
             sample_patches, patches = patches[:count], patches[count:]
             image = int(self["image_index"][row])
-            shortcut = self.get("shortcut_pixel_values")
             samples.append(
                 PreparedSample(
                     prompt=prompt,

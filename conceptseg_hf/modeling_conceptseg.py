@@ -401,11 +401,12 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
             raise ValueError(
                 "segment: pass either the processor's output as inputs or its items as keyword arguments, not both."
             )
-        batch = ConceptSegInputs(tensors) if inputs is None else inputs
-        samples, image_index = list(batch), None
-        if isinstance(batch, Mapping):
-            batch = ConceptSegInputs(dict(batch))
+        given = tensors if inputs is None else inputs
+        if isinstance(given, Mapping):
+            batch = ConceptSegInputs(dict(given))
             samples, image_index = batch.samples, batch["image_index"].tolist()
+        else:
+            samples, image_index = list(given), None
         if isinstance(router, str):
             config = self.config
             router = ShortcutRouter(

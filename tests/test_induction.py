@@ -15,7 +15,7 @@ from conceptseg_hf import (
     nano_checkpoint,
 )
 from conceptseg_hf.data import load_benchmark
-from conceptseg_hf.induction import REFINED, candidate_phrases, noun_phrases, verify
+from conceptseg_hf.induction import REFINED, verify
 
 
 @pytest.fixture(scope="module")
@@ -33,36 +33,6 @@ def shadows() -> list:
 
 def as_reference(sample) -> Reference:
     return Reference(sample.image, mask=sample.mask)
-
-
-def test_noun_phrases():
-    assert noun_phrases("find the largest striped object") == [
-        "largest striped object",
-        "striped object",
-        "object",
-    ]
-    assert noun_phrases("The red star, left of a small blue circle.") == [
-        "red star",
-        "star",
-        "left",
-        "small blue circle",
-        "blue circle",
-        "circle",
-    ]
-    assert noun_phrases("") == noun_phrases("find the") == []
-    assert all(
-        len(phrase.split()) <= 4 for phrase in noun_phrases("one very long run of red green blue words")
-    )
-
-
-def test_candidates_know_their_references():
-    completions = [("red star", "find red"), ("red circle", None), (None, "find red"), ("red star", "")]
-    phrases = candidate_phrases(" odd one ", completions)
-    assert next(iter(phrases)) == "odd one" and phrases["odd one"] is None
-    assert phrases["red star"] == {0, 3} and phrases["red circle"] == {1} == phrases["circle object"]
-    assert phrases["red"] is None and phrases["red object"] is None  # the words that all answers share
-    assert candidate_phrases("p", completions, num_samples=2)["red star"] == {0, 1}
-    assert list(candidate_phrases("p", [(None, None)])) == ["p"]
 
 
 def test_induced_concept_segments_other_images(nano, shadows, tmp_path):

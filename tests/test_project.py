@@ -71,6 +71,11 @@ def part(name: str) -> str | None:
     return match[1] if match else None
 
 
+def test_files_of_the_core_are_small():
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert not {path.name: length for path, length in lengths.items() if length > 500}
+
+
 def test_there_are_no_import_cycles():
     """Neither at module level nor by imports inside functions."""
     modules = {}

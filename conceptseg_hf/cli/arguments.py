@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
+    from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, Reference
     from conceptseg_hf.boxes import Box
 
 # Copy of conceptseg_hf.router.ROUTER_MODES, which requires torch. A test checks that both are equal.
@@ -40,6 +40,12 @@ class ReferenceArgument:
     mask: str | None = None
     box: Box | None = None
     boxes: tuple[Box, ...] | None = None
+
+    def to_reference(self) -> Reference:
+        """Return the reference; requires the packages of the model."""
+        from conceptseg_hf import Reference
+
+        return Reference(self.image, mask=self.mask, box=self.box, boxes=self.boxes)
 
 
 def add_output_option(parser: argparse.ArgumentParser, default: str) -> None:

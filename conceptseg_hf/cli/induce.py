@@ -69,9 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_output_file(arguments.out, "--out")
     model, processor = load_model(arguments)
 
-    from conceptseg_hf import Reference, induce
+    from conceptseg_hf import induce
 
-    references = [Reference(item.image, mask=item.mask, box=item.box, boxes=item.boxes) for item in parsed]
+    references = [item.to_reference() for item in parsed]
     concept = as_bad_input(
         induce,
         model,

@@ -90,13 +90,12 @@ def run(arguments: argparse.Namespace) -> int:
     model, processor = load_model(arguments)
     set_profile(model, processor, arguments.profile, template)
 
-    from conceptseg_hf import Reference
     from conceptseg_hf.concept_prompt import as_concept
     from conceptseg_hf.images import load_image
     from conceptseg_hf.visualization import caption_of, panel
     from conceptseg_hf.writing import image_bytes, json_text, write_files
 
-    references = [Reference(item.image, mask=item.mask, box=item.box, boxes=item.boxes) for item in parsed]
+    references = [item.to_reference() for item in parsed]
     concept = None if arguments.concept is None else as_bad_input(as_concept, arguments.concept)
     prompt = arguments.prompt if concept is None else arguments.prompt or concept.prompt
     sample = as_bad_input(processor.prepare, image, prompt, references, lazy=True)

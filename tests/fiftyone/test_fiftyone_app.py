@@ -158,6 +158,7 @@ def test_second_signal_does_not_interrupt_cleanup_and_ignored_signals_stay_ignor
     code = """if True:
         import os, signal
         from conceptseg_hf.integrations.fiftyone_app import app as fiftyone_app
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if the tests run under nohup
         fiftyone_app._handle_signals()
         try:
             os.kill(os.getpid(), signal.SIGHUP)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from ...boxes import mask_to_box
 from ...images import mask_to_image
 from ...references import Reference
+from ..generated import GeneratedBenchmark
 from ..layouts.photos import index_files
 from ..sample import ConceptSample
 from ..suite import SOURCES
@@ -22,7 +22,7 @@ SPLITS = {"train": 0, "test": 1}
 _LENGTHS = {"train": 1_000_000, "test": 1_000}
 
 
-class ConceptPhotos(Sequence[ConceptSample]):
+class ConceptPhotos(GeneratedBenchmark):
     """Scenes composed of photographs with one concept to segment in each.
 
     Objects are cut out of the photographs of the benchmark `photos` by their ground-truth masks and pasted into other
@@ -58,15 +58,8 @@ class ConceptPhotos(Sequence[ConceptSample]):
         self.length = _LENGTHS[split] if length is None else length
         self.library = CutoutLibrary(index_files(self.root, SOURCES["photos"], split).items)
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> ConceptSample:  # type: ignore[override]
-        if isinstance(index, slice):
-            raise TypeError("ConceptPhotos: slices are not supported; use `length=` or itertools.islice.")
-        if not -self.length <= index < self.length:
-            raise IndexError(f"ConceptPhotos: index {index} is outside of 0..{self.length - 1}.")
-        index %= self.length
+    def generate(self, index: int) -> ConceptSample:
+        """Generate the sample at an index of 0 or more."""
         level, group, family = FAMILIES[index % len(FAMILIES)]
         task = self.task(index)
         return ConceptSample(
@@ -100,7 +93,3 @@ class ConceptPhotos(Sequence[ConceptSample]):
         seeds = [self.seed, SPLITS[self.split], round_number, first if is_variant else position]
         studio = Studio(self.library, np.random.default_rng(seeds), self.size)
         return family(studio, variant=position - first) if is_variant else family(studio)
-
-    def __iter__(self) -> Iterator[ConceptSample]:
-        for index in range(self.length):
-            yield self[index]

@@ -45,12 +45,6 @@ class Placement:
         """(x1, y1, x2, y2) in pixels of the scene."""
         return self.x, self.y, self.x + self.size[0], self.y + self.size[1]
 
-    @property
-    def center(self) -> tuple[float, float]:
-        """Center of the box."""
-        x1, y1, x2, y2 = self.box
-        return (x1 + x2) / 2, (y1 + y2) / 2
-
 
 @dataclass(frozen=True)
 class PhotoScene:
@@ -77,7 +71,6 @@ def place(
     size: int,
     extents: tuple[float, float] = (0.2, 0.38),
     match: float = 0.35,
-    taken: tuple[Box, ...] = (),
 ) -> list[Placement] | None:
     """Place objects at random positions where their boxes do not overlap; None if there is no room.
 
@@ -87,7 +80,6 @@ def place(
         size: Side length of the scene.
         extents: Range of the longer side of an object, as a fraction of the scene.
         match: See `Placement`.
-        taken: Boxes that must stay free.
     """
     placements: list[Placement] = []
     for cutout in cutouts:
@@ -97,8 +89,7 @@ def place(
             width, height = candidate.size
             x, y = int(rng.integers(size - width + 1)), int(rng.integers(size - height + 1))
             candidate = replace(candidate, x=x, y=y)
-            others = [*taken, *(placement.box for placement in placements)]
-            if all(box_iou(candidate.box, box) == 0 for box in others):
+            if all(box_iou(candidate.box, other.box) == 0 for other in placements):
                 placements.append(candidate)
                 break
         else:

@@ -99,17 +99,13 @@ def _marked(scene: PhotoScene, index: int = 0) -> tuple[Image.Image, np.ndarray]
     return scene.image, scene.masks[index]
 
 
-def _name(cutout: Cutout) -> str:
-    return cutout.noun
-
-
 def difference(studio: Studio) -> PhotoTask:
     """The reference shows the same place without one of the objects (with / without)."""
     new, *others = studio.objects(int(studio.rng.integers(2, 5)))
     background = studio.background([new, *others])
     scene = studio.scene([new, *others], background=background)
     before = compose(background, list(scene.placements[1:]))
-    answer = _name(new)
+    answer = new.noun
     return PhotoTask(
         scene.image,
         scene.masks[0],
@@ -139,7 +135,7 @@ def same_kind(studio: Studio) -> PhotoTask:
         _marked(studio.scene([example, *studio.objects(1, avoid=(target, *examples, *others))]))
         for example in examples
     )
-    answer = _name(target)
+    answer = target.noun
     return PhotoTask(
         scene.image,
         scene.masks[0],
@@ -164,7 +160,7 @@ def tracking(studio: Studio) -> PhotoTask:
         for moved, earlier in zip(after.placements, before.placements, strict=True)
     ]
     scene = compose(background, placements)
-    answer = _name(target)
+    answer = target.noun
     return PhotoTask(
         scene.image,
         scene.masks[0],
@@ -196,7 +192,7 @@ def relation(studio: Studio) -> PhotoTask:
         )
     ]
     scene = compose(studio.background([thing, anchor], scenery=True), placements)
-    noun = "object" if _name(thing) == _name(anchor) else _name(thing)
+    noun = ANY_OBJECT if thing.noun == anchor.noun else thing.noun
     other = studio.scene([anchor, *studio.objects(1, avoid=(thing, anchor))])
     prompt = f"the {noun} {preposition} the marked object"
     return PhotoTask(
@@ -227,7 +223,7 @@ def ordinal(studio: Studio) -> PhotoTask:
     order = [index, *(number for number in range(count) if number != index)]
     background = studio.background([thing], scenery=True)
     scene = compose(background, [placements[number] for number in order])
-    noun = _name(thing)
+    noun = thing.noun
     prompt = f"the {_ORDINALS[place_number]} {noun} from the {'left' if from_left else 'right'}"
     return PhotoTask(
         scene.image,
@@ -247,7 +243,7 @@ def odd_one_out(studio: Studio) -> PhotoTask:
     count = int(studio.rng.integers(3, 6))
     background = studio.background([odd, thing], scenery=True)
     scene = studio.scene([odd, *[thing] * count], extents=(0.17, 0.26), background=background)
-    answer = _name(odd)
+    answer = odd.noun
     return PhotoTask(
         scene.image,
         scene.masks[0],
@@ -275,7 +271,7 @@ def coexistence(studio: Studio, variant: int = 0) -> PhotoTask:
     )
     roles = ["other reading", "other reading", "another object"]
     roles[variant] = "target"
-    answer = _name(chosen)
+    answer = chosen.noun
     return PhotoTask(
         scene.image,
         scene.masks[variant],
@@ -295,7 +291,7 @@ def absent(studio: Studio) -> PhotoTask:
     references = tuple(
         _marked(studio.scene([missing, *studio.objects(1, avoid=(missing, *others))])) for _ in range(2)
     )
-    answer = _name(missing)
+    answer = missing.noun
     return PhotoTask(
         scene.image,
         np.zeros((studio.size, studio.size), dtype=bool),
@@ -311,7 +307,7 @@ def camouflaged(studio: Studio) -> PhotoTask:
     """One object whose colors are matched to its surroundings."""
     (thing,) = studio.objects(1)
     scene = studio.scene([thing], extents=(0.3, 0.5), match=0.95)
-    answer = _name(thing)
+    answer = thing.noun
     return PhotoTask(
         scene.image,
         scene.masks[0],
@@ -346,5 +342,3 @@ FAMILIES: tuple[tuple[str, str, Family], ...] = (
     ("CD", "camouflage", camouflaged),
 )
 """Level, group and family of each position in a round; the two positions of `coexistence` share a target."""
-
-__all__ = ["ANY_OBJECT", "FAMILIES", "Family", "PhotoTask", "Studio"]

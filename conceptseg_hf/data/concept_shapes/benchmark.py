@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from ...images import mask_to_image
 from ...references import Reference
 from ...suggestions import did_you_mean
 from ...writing import image_bytes, json_text, open_new, write_file
+from ..generated import GeneratedBenchmark
 from ..sample import ConceptSample
 from .families import FURTHER_GROUPS, GROUPS, TABLE_1_GROUPS, VARIANTS, Family, Task, TaskRng
 
@@ -55,7 +56,7 @@ class Slot:
     options: dict[str, Any]
 
 
-class ConceptShapes(Sequence[ConceptSample]):
+class ConceptShapes(GeneratedBenchmark):
     """Scenes of shapes with one concept to segment in each; identical on every machine.
 
     Samples cycle through the groups of the paper's Table 1, so any prefix of a split is balanced. In the split
@@ -119,15 +120,8 @@ class ConceptShapes(Sequence[ConceptSample]):
         """Whether the samples cycle through all groups of Table 1 and no others."""
         return self._round == list(range(len(GROUPS)))
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> ConceptSample:  # type: ignore[override]
-        if isinstance(index, slice):
-            raise TypeError("ConceptShapes: slices are not supported; use `length=` or itertools.islice.")
-        if not -self.length <= index < self.length:
-            raise IndexError(f"ConceptShapes: index {index} is outside of 0..{self.length - 1}.")
-        index %= self.length
+    def generate(self, index: int) -> ConceptSample:
+        """Generate the sample at an index of 0 or more."""
         slot = self.slot(index)
         task = self.task(index)
         return ConceptSample(
@@ -181,10 +175,6 @@ class ConceptShapes(Sequence[ConceptSample]):
             seeds,
             options,
         )
-
-    def __iter__(self) -> Iterator[ConceptSample]:
-        for index in range(self.length):
-            yield self[index]
 
     def to_dataset(self) -> datasets.Dataset:
         """Convert the split to a `datasets.Dataset`; see `as_dataset`."""

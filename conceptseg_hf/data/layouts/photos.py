@@ -38,8 +38,7 @@ def index_files(root: Path, source: Source, split: str) -> Index:
         if item_split == split:
             items.setdefault(item.dataset, []).append(item)
     if not items:
-        listed = ", ".join(f"{name!r} ({count})" for name, count in sorted(counts.items()))
-        raise ValueError(f"load_benchmark: {source.name!r} has no split {split!r}; its rows are in {listed}.")
+        raise ValueError(plain.describe_missing_split(source, split, dict(sorted(counts.items()))))
     turns = zip_longest(*items.values())
     return Index([item for turn in turns for item in turn if item is not None], ClassPool(pool), partial=True)
 
@@ -62,14 +61,9 @@ def _all_items(root: Path, source: Source) -> Iterator[tuple[FileItem, str]]:
         )
     for folder in folders:
         dataset = replace(source, name=folder.name)
-        seen: set[str] = set()
-        for item, split in plain.list_items(folder, dataset):
-            key = f"{split}/{item.sample_id}"
-            if key in seen:
-                raise ValueError(
-                    f"{str(folder)!r} has two samples with the id {item.sample_id!r}; give each a unique id."
-                )
-            seen.add(key)
+        listed = plain.list_items(folder, dataset)
+        plain.check_ids(folder, ((split, item.sample_id) for item, split in listed))
+        for item, split in listed:
             yield (
                 replace(
                     item,

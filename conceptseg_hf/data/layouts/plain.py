@@ -18,7 +18,7 @@ import io
 import json
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,7 @@ def index_files(root: Path, source: Source, split: str) -> Index:
     if not rows:
         raise ValueError(f"load_benchmark: {str(root)!r} lists no samples; write one row for each.")
     if counts and split not in counts:
-        named = ", ".join(f"{name!r} ({count})" for name, count in counts.items())
-        raise ValueError(f"load_benchmark: {source.name!r} has no split {split!r}; its rows are in {named}.")
+        raise ValueError(describe_missing_split(source, split, counts))
     if not counts:
         _warn_about_missing_splits(source, split, len(rows), "no row has a split")
     else:
@@ -71,13 +70,7 @@ def index_files(root: Path, source: Source, split: str) -> Index:
         for where, row in rows
         if not counts or (_split_of(row) or DEFAULT_SPLIT) == split
     ]
-    seen: set[str] = set()
-    for item in items:
-        if item.sample_id in seen:
-            raise ValueError(
-                f"{str(root)!r} has two samples with the id {item.sample_id!r}; give each a unique id."
-            )
-        seen.add(item.sample_id)
+    check_ids(root, ((split, item.sample_id) for item in items))
     return Index(items, partial=True)
 
 
@@ -97,6 +90,21 @@ def list_items(root: Path, source: Source) -> list[tuple[FileItem, str]]:
         (_item(root, source, f"{root.name}: {where}", row), _split_of(row) or DEFAULT_SPLIT)
         for where, row in _read_rows(root, source) or ()
     ]
+
+
+def check_ids(root: Path, ids: Iterable[tuple[str, str]]) -> None:
+    """Raise a ValueError if an id, given as split and id, is used twice."""
+    seen: set[tuple[str, str]] = set()
+    for key in ids:
+        if key in seen:
+            raise ValueError(f"{str(root)!r} has two samples with the id {key[1]!r}; give each a unique id.")
+        seen.add(key)
+
+
+def describe_missing_split(source: Source, split: str, counts: Mapping[str, int]) -> str:
+    """Return the error message for a split without rows; `counts` has the number of rows of each split."""
+    listed = ", ".join(f"{name!r} ({count})" for name, count in counts.items())
+    return f"load_benchmark: {source.name!r} has no split {split!r}; its rows are in {listed}."
 
 
 def _read_rows(root: Path, source: Source) -> list[Row] | None:

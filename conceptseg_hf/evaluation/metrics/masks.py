@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...boxes import box_iou
+from ...boxes import box_iou, foreground_iou
 from ...images import load_gray_mask, load_mask
 from ...suggestions import did_you_mean
 from .protocols import get_protocol
@@ -25,30 +25,6 @@ from .weighted_f import load_ndimage, weighted_f_measure
 METRICS = ("miou", "giou", "ciou", "mae", "ber", "mdice")
 # These need SciPy and pysodmetrics: pip install conceptseg-hf[eval].
 LIBRARY_METRICS = ("f_w", "s_measure")
-
-
-def foreground_iou(
-    prediction: np.ndarray, ground_truth: np.ndarray, ignore: np.ndarray | None = None
-) -> float:
-    """Compute the intersection over union of two masks; 1 when both are empty.
-
-    Args:
-        prediction: (H, W) bool.
-        ground_truth: (H, W) bool.
-        ignore: (H, W) bool, pixels to ignore.
-
-    Raises:
-        ValueError: If the shapes differ.
-    """
-    if prediction.shape != ground_truth.shape:
-        raise ValueError(
-            f"foreground_iou: the shapes {prediction.shape} and {ground_truth.shape} differ; resize the masks to "
-            "the same size."
-        )
-    if ignore is not None:
-        prediction, ground_truth = prediction & ~ignore, ground_truth & ~ignore
-    union = np.count_nonzero(prediction | ground_truth)
-    return np.count_nonzero(prediction & ground_truth) / union if union else 1.0
 
 
 def presence_auc(scores: Sequence[float], present: Sequence[bool]) -> float | None:

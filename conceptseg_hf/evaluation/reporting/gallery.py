@@ -173,7 +173,7 @@ def ground_truth_images(
             drawn = draw_mosaic(references, _HEIGHT, check, MosaicSettings.from_dict(mosaic or {}))
             images.append((caption, drawn))
     caption = "ground truth" if sample.present else "target; the concept is absent"
-    images.append((caption, _overlaid(sample, sample.mask)))
+    images.append((caption, _target_with_mask(sample)))
     return images
 
 
@@ -230,9 +230,8 @@ def _case(record: Record, samples: Sequence[ConceptSample], index: int, settings
     return case_html(case_title(record), images, facts)
 
 
-def _overlaid(sample: ConceptSample, mask: Image.Image) -> Image.Image:
-    target = load_image(sample.image)
-    return scaled_overlay(target, mask if sample.present else None, _HEIGHT)
+def _target_with_mask(sample: ConceptSample) -> Image.Image:
+    return scaled_overlay(load_image(sample.image), sample.mask if sample.present else None, _HEIGHT)
 
 
 def _data_url(image: Image.Image) -> str:
