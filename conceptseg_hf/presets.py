@@ -77,113 +77,164 @@ NANO_VLM_VOCABULARY_SIZE = 384
 NANO_SAM_VOCABULARY_SIZE = 176
 NANO_SAM_TEXT_LENGTH = 8
 
+MINI_IMAGE_SIZE = 224
+MINI_VLM_VOCABULARY_SIZE = 704
+MINI_SAM_VOCABULARY_SIZE = 512
+MINI_SAM_TEXT_LENGTH = 12
+
 
 def _preset_nano() -> dict[str, Any]:
     """Return a configuration small enough to train on a laptop, with the same classes as the large models."""
     width, sam_width = 128, 64
     return {
         "vlm_config": {
-            "model_type": "qwen2_5_vl",
-            "tie_word_embeddings": True,
-            # The first tokens of the nano tokenizer, in order.
-            "vision_start_token_id": 3,
-            "vision_end_token_id": 4,
-            "image_token_id": 5,
-            "video_token_id": 6,
-            "text_config": {
-                "model_type": "qwen2_5_vl_text",
-                "vocab_size": NANO_VLM_VOCABULARY_SIZE,
-                "hidden_size": width,
+            **_small_vlm(NANO_VLM_VOCABULARY_SIZE, width, intermediate_size=384, num_heads=4),
+            "vision_config": _small_vision(
+                width, NANO_IMAGE_SIZE, depth=3, hidden_size=64, full_attention=[0, 1, 2]
+            ),
+        },
+        "sam_config": _small_sam(
+            sam_width,
+            NANO_SAM_VOCABULARY_SIZE,
+            NANO_SAM_TEXT_LENGTH,
+            backbone={
+                "hidden_size": 128,
                 "intermediate_size": 384,
-                "num_hidden_layers": 6,
+                "num_hidden_layers": 4,
                 "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 1024,
-                "tie_word_embeddings": True,
-                "initializer_range": 0.04,
-                "pad_token_id": 0,
-                "bos_token_id": None,
-                "eos_token_id": 2,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [4, 6, 6]},
+                "image_size": NANO_IMAGE_SIZE,
+                "pretrain_image_size": NANO_IMAGE_SIZE,
+                "window_size": 8,
+                "global_attn_indexes": [1, 3],
             },
-            "vision_config": {
-                "model_type": "qwen2_5_vl",
-                "depth": 3,
-                "hidden_size": 64,
-                "intermediate_size": 192,
-                "num_heads": 4,
-                "out_hidden_size": width,
-                "patch_size": 8,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 1,
-                "window_size": NANO_IMAGE_SIZE,
-                "fullatt_block_indexes": [0, 1, 2],
-                "initializer_range": 0.04,
-            },
-        },
-        "sam_config": {
-            "vision_config": {
-                "backbone_config": {
-                    "model_type": "sam3_vit_model",
-                    "hidden_size": 128,
-                    "intermediate_size": 384,
-                    "num_hidden_layers": 4,
-                    "num_attention_heads": 4,
-                    "image_size": NANO_IMAGE_SIZE,
-                    "patch_size": 8,
-                    "window_size": 8,
-                    "global_attn_indexes": [1, 3],
-                    "pretrain_image_size": NANO_IMAGE_SIZE,
-                },
-                "fpn_hidden_size": sam_width,
-                "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
-                "scale_factors": [2.0, 1.0, 0.5, 0.5],
-            },
-            "text_config": {
-                "model_type": "clip_text_model",
-                "vocab_size": NANO_SAM_VOCABULARY_SIZE,
-                "hidden_size": sam_width,
-                "intermediate_size": 128,
-                "projection_dim": sam_width,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "max_position_embeddings": NANO_SAM_TEXT_LENGTH,
-                "hidden_act": "gelu",
-                "pad_token_id": 0,
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-            },
-            "geometry_encoder_config": {
-                "hidden_size": sam_width,
-                "num_layers": 1,
-                "num_attention_heads": 4,
-                "intermediate_size": 128,
-                "dropout": 0.0,
-                "roi_size": 3,
-            },
-            "detr_encoder_config": {
-                "hidden_size": sam_width,
-                "num_layers": 2,
-                "num_attention_heads": 4,
-                "intermediate_size": 192,
-                "dropout": 0.0,
-            },
-            "detr_decoder_config": {
-                "hidden_size": sam_width,
-                "num_layers": 2,
-                "num_queries": 8,
-                "num_attention_heads": 4,
-                "intermediate_size": 192,
-                "dropout": 0.0,
-            },
-            "mask_decoder_config": {
-                "hidden_size": sam_width,
-                "num_attention_heads": 4,
-                "num_upsampling_stages": 2,
-            },
-        },
+            scale_factors=[2.0, 1.0, 0.5, 0.5],
+        ),
         "ctm_config": {"hidden_size": width, "num_attention_heads": 4, "sam_hidden_size": sam_width},
     }
 
 
-PRESETS = {"3b": _preset_3b, "7b": _preset_7b, "nano": _preset_nano}
+def _preset_mini() -> dict[str, Any]:
+    """Return a configuration for photographs that can be trained on a CPU; masks have half of the input's side."""
+    width, sam_width = 192, 64
+    return {
+        "vlm_config": {
+            **_small_vlm(MINI_VLM_VOCABULARY_SIZE, width, intermediate_size=512, num_heads=6),
+            # Windows of 7 x 7 image tokens.
+            "vision_config": {
+                **_small_vision(width, MINI_IMAGE_SIZE, depth=4, hidden_size=96, full_attention=[1, 3]),
+                "window_size": MINI_IMAGE_SIZE // 2,
+            },
+        },
+        "sam_config": _small_sam(
+            sam_width,
+            MINI_SAM_VOCABULARY_SIZE,
+            MINI_SAM_TEXT_LENGTH,
+            backbone={
+                "hidden_size": 192,
+                "intermediate_size": 576,
+                "num_hidden_layers": 6,
+                "num_attention_heads": 6,
+                "image_size": MINI_IMAGE_SIZE,
+                "pretrain_image_size": MINI_IMAGE_SIZE,
+                "window_size": 14,
+                "global_attn_indexes": [2, 5],
+            },
+            scale_factors=[4.0, 2.0, 0.5, 0.5],
+        ),
+        "ctm_config": {"hidden_size": width, "num_attention_heads": 6, "sam_hidden_size": sam_width},
+    }
+
+
+def _small_vlm(vocab_size: int, hidden_size: int, intermediate_size: int, num_heads: int) -> dict[str, Any]:
+    """Return a configuration of Qwen2.5-VL with six layers, heads of 32 channels, and small images."""
+    return {
+        "model_type": "qwen2_5_vl",
+        "tie_word_embeddings": True,
+        # The first tokens of the tokenizers of small checkpoints, in order.
+        "vision_start_token_id": 3,
+        "vision_end_token_id": 4,
+        "image_token_id": 5,
+        "video_token_id": 6,
+        "text_config": {
+            "model_type": "qwen2_5_vl_text",
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_hidden_layers": 6,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.04,
+            "pad_token_id": 0,
+            "bos_token_id": None,
+            "eos_token_id": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [4, 6, 6]},
+        },
+    }
+
+
+def _small_vision(
+    out_hidden_size: int, image_size: int, depth: int, hidden_size: int, full_attention: list[int]
+) -> dict[str, Any]:
+    """Return a configuration of Qwen2.5-VL's vision tower with patches of 8 pixels."""
+    return {
+        "model_type": "qwen2_5_vl",
+        "depth": depth,
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_heads": 4,
+        "out_hidden_size": out_hidden_size,
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 1,
+        "window_size": image_size,
+        "fullatt_block_indexes": full_attention,
+        "initializer_range": 0.04,
+    }
+
+
+def _small_sam(
+    width: int, vocab_size: int, text_length: int, backbone: dict[str, Any], scale_factors: list[float]
+) -> dict[str, Any]:
+    """Return a configuration of SAM 3 with patches of 8 pixels and two layers in each of its transformers."""
+    grid = backbone["image_size"] // 8
+    transformer = {"hidden_size": width, "num_layers": 2, "num_attention_heads": 4, "dropout": 0.0}
+    return {
+        "vision_config": {
+            "backbone_config": {"model_type": "sam3_vit_model", "patch_size": 8, **backbone},
+            "fpn_hidden_size": width,
+            "backbone_feature_sizes": [[round(grid * factor)] * 2 for factor in scale_factors[:3]],
+            "scale_factors": scale_factors,
+        },
+        "text_config": {
+            "model_type": "clip_text_model",
+            "vocab_size": vocab_size,
+            "hidden_size": width,
+            "intermediate_size": 128,
+            "projection_dim": width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": text_length,
+            "hidden_act": "gelu",
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        "geometry_encoder_config": {
+            **transformer,
+            "num_layers": 1,
+            "intermediate_size": 128,
+            "roi_size": 3,
+        },
+        "detr_encoder_config": {**transformer, "intermediate_size": 192},
+        "detr_decoder_config": {**transformer, "num_queries": 8, "intermediate_size": 192},
+        "mask_decoder_config": {
+            "hidden_size": width,
+            "num_attention_heads": 4,
+            "num_upsampling_stages": 2,
+        },
+    }
+
+
+PRESETS = {"3b": _preset_3b, "7b": _preset_7b, "nano": _preset_nano, "mini": _preset_mini}

@@ -15,7 +15,7 @@ pytest.importorskip("trl", "1.16")
 
 from conceptseg_trainers.checkpoints import complete_checkpoints, last_good_checkpoint
 from conceptseg_trainers.divergence import DivergedError, FiniteLogs
-from conceptseg_trainers.nano.loop import Schedule, TrainingState, train
+from conceptseg_trainers.from_scratch.loop import Schedule, TrainingState, train
 from conceptseg_trainers.sft_config import ConceptSFTConfig
 from conceptseg_trainers.sft_trainer import ConceptSFTTrainer
 

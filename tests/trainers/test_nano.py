@@ -10,18 +10,18 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conceptseg_trainers.from_scratch.loop import Schedule, train
+from conceptseg_trainers.from_scratch.masks import mask_to_tokens
 from conceptseg_trainers.nano.dense import (
     DENSE_CLASSES,
     GRID,
     dense_class_loss,
     dense_targets,
-    mask_to_tokens,
     shape_accuracy,
     visible_objects,
 )
 from conceptseg_trainers.nano.examples import ExampleWriter
-from conceptseg_trainers.nano.loop import Schedule, train
-from conceptseg_trainers.nano.sam_stage import guidance_targets, negative_prompt, positive_prompt
+from conceptseg_trainers.nano.sam_data import guidance_targets, negative_prompt, positive_prompt
 from conceptseg_trainers.nano.scenes import TaskMix, sheet_scene
 from conceptseg_trainers.nano.tokenizers import build_processor, build_sam_tokenizer, build_vlm_tokenizer
 from conceptseg_trainers.nano.vlm_stage import RANDOM_CHOICE_FAMILIES, VlmStage, patches, positions
@@ -260,13 +260,13 @@ def test_guidance_targets_are_the_word_at_the_objects_that_it_describes() -> Non
     scene = sheet_scene(rng)
     while (prompt := positive_prompt(rng, scene)).box is not None:
         pass
-    targets, guided = guidance_targets(scene, prompt, prompt_length=10)
+    targets, guided = guidance_targets(scene, prompt, prompt_length=10, grid=GRID)
     assert targets.shape == (4, GRID * GRID, 10) and guided.any()
     for head in np.flatnonzero(guided):
         single = targets[head].sum(1) == 1
         assert single.any() and not single.all()
     described = np.any([targets[head].sum(1) == 1 for head in np.flatnonzero(guided)], axis=0)
-    assert described[mask_to_tokens(prompt.mask)].mean() > 0.5
+    assert described[mask_to_tokens(prompt.mask, GRID)].mean() > 0.5
 
 
 def test_tokenizers_contain_all_words_of_tasks() -> None:

@@ -15,7 +15,7 @@ sys.path.insert(0, sys.argv[1])
 for name in ("trl", "deepspeed", "peft", "datasets"):
     sys.modules[name] = None  # importing it raises ImportError
 import conceptseg_trainers
-import conceptseg_trainers.nano.loop
+import conceptseg_trainers.from_scratch.loop
 
 print(sorted(set(conceptseg_trainers.__all__) - set(dir(conceptseg_trainers))))
 try:

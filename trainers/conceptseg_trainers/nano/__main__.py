@@ -16,10 +16,14 @@ from pathlib import Path
 
 import torch
 
+from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
+
+from ..from_scratch.loop import Schedule, Stage, train
+from ..from_scratch.sam_stage import SamStage, SamWithHeads
 from .assemble import load_stage, write_checkpoint
 from .ctm_stage import CtmStage, CtmSteps
-from .loop import Schedule, Stage, train
-from .sam_stage import SamStage
+from .sam_data import ShapesSamData, make_heads
+from .tokenizers import build_processor
 from .vlm_stage import RANDOM_CHOICE_FAMILIES, VlmStage
 
 PRETRAINING = {"sam": 4000, "vlm": 5000}  # number of steps in which only the vision tower is trained
@@ -114,7 +118,10 @@ def _run_stage(arguments: argparse.Namespace) -> None:
     held_out, device, seed = _held_out(kind, arguments.scale), arguments.device, arguments.seed
     stage: Stage
     if kind == "sam":
-        stage = SamStage(pretraining, device=device, held_out=held_out, seed=seed)
+        torch.manual_seed(seed)
+        module = SamWithHeads(ConceptSegConfig.from_preset("nano").sam_config, make_heads)
+        data = ShapesSamData(held_out=held_out, seed=seed)
+        stage = SamStage(module, data, build_processor(), pretraining, device, seed)
         learning_rate = 1e-3
     else:
         is_base = arguments.stage == "base"

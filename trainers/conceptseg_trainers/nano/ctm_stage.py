@@ -37,10 +37,11 @@ from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures, box_tokens, decode, encode_image, encode_text
 from conceptseg_hf.vlm_backbone import last_hidden_states, model_inputs
 
-from .dense import DENSE_CLASSES, bounding_box, look_classes, total
+from ..from_scratch.loop import mean, write_tensors
+from ..from_scratch.masks import bounding_box, total
+from ..from_scratch.sam_stage import images_to_pixels, logits_to_masks, mask_logits
+from .dense import DENSE_CLASSES, look_classes
 from .examples import answer_for
-from .loop import mean, write_tensors
-from .sam_stage import mask_logits, scenes_to_pixels, to_masks
 from .scenes import TaskMix
 
 KINDS = ("own", "true", "other")
@@ -202,7 +203,7 @@ class CtmStage:
         return self.mix.task(_FIRST_TASK + row)
 
     def _encode(self, images: list[np.ndarray]) -> ImageFeatures:
-        return encode_image(self.model.sam, scenes_to_pixels(images, self.device), geometry_cls=False)
+        return encode_image(self.model.sam, images_to_pixels(images, self.device), geometry_cls=False)
 
     def _gather(
         self, table: dict[str, Tensor], name: str, rows: np.ndarray, kinds: list[int] | np.ndarray
@@ -273,7 +274,7 @@ class CtmStage:
     ) -> None:
         """Add the foreground IoUs of rows to the metrics; the labels are parts of their names."""
         own = [KINDS.index("own")] * len(rows)
-        pixels = scenes_to_pixels([task.scene.pixels for task in tasks], self.device)
+        pixels = images_to_pixels([task.scene.pixels for task in tasks], self.device)
         with_cls = encode_image(self.model.sam, pixels)
         without = ImageFeatures(with_cls.vision, None)
         concepts = self._concepts(table, rows, own)
@@ -290,7 +291,7 @@ class CtmStage:
         ):
             logits[name], _ = self._decode(table, features, rows, own, [text] * len(rows), z)
         for name, values in logits.items():
-            for mask, task, label in zip(to_masks(values), tasks, labels, strict=True):
+            for mask, task, label in zip(logits_to_masks(values, SIDE), tasks, labels, strict=True):
                 if task.mask.any():
                     metrics.setdefault(f"{name}_{label}", []).append(foreground_iou(mask, task.mask))
 

@@ -5,18 +5,17 @@ An image is divided into GRID x GRID image tokens, the resolution of the VLM and
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor, nn
 
-from conceptseg_hf.boxes import mask_to_box
 from conceptseg_hf.data.concept_shapes.rendering import COLORS, GREY, SHAPES, TEXTURES
 from conceptseg_hf.data.concept_shapes.scenes import Look, Scene
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
+
+from ..from_scratch.masks import bounding_box, token_coverage
 
 GRID = 8  # image tokens per side
 KINDS = ("", "glass", "shadow", "hidden", "core", "scratch", "stain", "hole", "lesion")
@@ -48,18 +47,6 @@ def visible_objects(scene: Scene) -> list[VisibleObject]:
     return [VisibleObject(item.look, item.mask) for item in scene.objects]
 
 
-def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Return the bounding box of a mask that is not empty; see `boxes.mask_to_box`."""
-    box = mask_to_box(mask)
-    assert box is not None
-    return box
-
-
-def total(losses: Iterable[Tensor]) -> Tensor:
-    """Return the sum of one or more losses."""
-    return functools.reduce(operator.add, losses)
-
-
 def dense_class_loss(logits: Tensor, classes: Tensor) -> Tensor:
     """Compute the cross-entropy of dense predictions: a quarter of the mean, plus the mean over the objects' positions.
 
@@ -82,28 +69,14 @@ def shape_accuracy(logits: Tensor, classes: Tensor) -> float:
     return float((shapes == classes[is_object, 0]).float().mean())
 
 
-def _token_coverage(mask: np.ndarray) -> np.ndarray:
-    """Return the fraction of each image token that a mask covers, (GRID * GRID,)."""
-    side = SIDE // GRID
-    return mask.reshape(GRID, side, GRID, side).mean(axis=(1, 3)).reshape(-1)
-
-
-def mask_to_tokens(mask: np.ndarray) -> np.ndarray:
-    """Return the image tokens of a mask, (GRID * GRID,) bool.
-
-    These are the tokens that the mask covers by a quarter, or by half of its largest coverage.
-    """
-    coverage = _token_coverage(mask)
-    return coverage >= min(0.25, 0.5 * coverage.max())
-
-
-def token_objects(masks: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the index of the object that covers most of each image token, (GRID * GRID,); -1 for the background.
+def token_objects(masks: Sequence[np.ndarray], grid: int = GRID) -> np.ndarray:
+    """Return the index of the object that covers most of each image token, (grid * grid,); -1 for the background.
 
     Args:
-        masks: (SIDE, SIDE) masks of the objects.
+        masks: Square masks of the objects.
+        grid: Number of image tokens per side.
     """
-    coverage = np.stack([np.full(GRID * GRID, _MIN_AREA), *(_token_coverage(mask) for mask in masks)])
+    coverage = np.stack([np.full(grid * grid, _MIN_AREA), *(token_coverage(mask, grid) for mask in masks)])
     return coverage.argmax(0) - 1
 
 

@@ -24,8 +24,10 @@ from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, CoordinateFrame
 from conceptseg_hf.references import Reference, Role, resolve_references
 
-from .dense import GRID, VisibleObject, bounding_box, dense_targets, mask_to_tokens, visible_objects
-from .tokenizers import COORDINATE_SCALE, short_processor
+from ..from_scratch.masks import bounding_box, mask_to_tokens
+from ..from_scratch.tokenizers import COORDINATE_SCALE
+from .dense import GRID, VisibleObject, dense_targets, visible_objects
+from .tokenizers import short_processor
 
 _NOISE = 0.15  # probability of replacing a color or texture word in the input of the VLM
 _MIN_PIXELS = 12  # size of the smallest objects in perception examples
@@ -202,14 +204,14 @@ class ExampleWriter:
             entry = entries[int(index)]
             words = self._ids(entry.phrase)
             if entry.phrase_masks:
-                tokens = {number: mask_to_tokens(mask) for number, mask in entry.phrase_masks.items()}
+                tokens = {number: mask_to_tokens(mask, GRID) for number, mask in entry.phrase_masks.items()}
                 attention_targets += [
                     AttentionTarget(len(completion) + i, tokens) for i in range(first_guided, len(words))
                 ]
             completion += words
             box = canvas_box_to_text(bounding_box(entry.mask))
             attention_targets += [
-                AttentionTarget(len(completion) + i, {entry.image: mask_to_tokens(entry.mask)})
+                AttentionTarget(len(completion) + i, {entry.image: mask_to_tokens(entry.mask, GRID)})
                 for i in _NUMBER_OFFSETS
             ]
             completion += self._ids(f"<bbox>{format_box(box, COORDINATE_SCALE)}</bbox>")
@@ -274,7 +276,7 @@ class ExampleWriter:
                 AttentionTarget(start + i, {0: text_box_to_tokens(check)}) for i in _NUMBER_OFFSETS
             ]
         if present:
-            target = {len(images) - 1: mask_to_tokens(mask)}
+            target = {len(images) - 1: mask_to_tokens(mask, GRID)}
             start = completion.index(self.ids["<bbox>"])
             attention_targets += [AttentionTarget(start + i, target) for i in _NUMBER_OFFSETS]
             attention_targets += self._word_targets(completion, think, answer, target, marked)
@@ -301,7 +303,7 @@ class ExampleWriter:
         that describe all marked objects are read from these.
         """
         attention_targets: list[AttentionTarget] = []
-        shared = {0: mask_to_tokens(_union([item.mask for item in marked]))} if marked else {}
+        shared = {0: mask_to_tokens(_union([item.mask for item in marked]), GRID)} if marked else {}
         # If the answer also describes all marked objects, its words can be read from these as well.
         describes_marked = marked and all(item.look.matches(answer.split()) for item in marked)
         answer_tokens = {**shared, **target} if describes_marked else target
@@ -412,4 +414,4 @@ def text_box_to_tokens(box: Sequence[float]) -> np.ndarray:
     x1, y1, x2, y2 = (value * SIDE / COORDINATE_SCALE for value in box)
     mask = np.zeros((SIDE, SIDE), dtype=bool)
     mask[round(y1) : max(round(y2), round(y1) + 1), round(x1) : max(round(x2), round(x1) + 1)] = True
-    return mask_to_tokens(mask)
+    return mask_to_tokens(mask, GRID)

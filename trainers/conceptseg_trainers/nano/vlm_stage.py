@@ -29,11 +29,12 @@ from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.vlm_backbone import encode_images
 
+from ..from_scratch.loop import mean
+from ..from_scratch.tokenizers import COORDINATE_SCALE
 from .dense import DENSE_CLASSES, GRID, dense_class_loss, dense_targets, shape_accuracy, visible_objects
 from .examples import ExampleWriter, TrainingExample
-from .loop import mean
 from .scenes import TaskMix, pretraining_scene, sheet_scene, simple_scene
-from .tokenizers import COORDINATE_SCALE, build_processor
+from .tokenizers import build_processor
 
 PERCEPTION_ONLY = 0.1
 """Fraction of the steps, from the first one on, that contain no tasks."""

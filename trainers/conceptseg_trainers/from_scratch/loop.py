@@ -1,4 +1,4 @@
-"""The training loop of every nano stage: seeded, resumable, with an exponential moving average and a log.
+"""The training loop of the stages: seeded, resumable, with an exponential moving average and a log.
 
 A stage implements `Stage`: it has a module, computes the loss of a step, and evaluates the module. A batch depends only
 on the step, so a resumed run is trained on the same batches as an uninterrupted one.
@@ -25,7 +25,7 @@ from conceptseg_hf.writing import json_text, write_error
 
 
 class Stage(Protocol):
-    """One stage of nano training."""
+    """One stage of a training from scratch."""
 
     @property
     def name(self) -> str:
