@@ -208,13 +208,15 @@ class SamStage(Generic[SceneT]):
         )
         size = prompts[0].mask.shape[0]
         boxes, has_box = sam_boxes([prompt.box for prompt in prompts], size, self.device)
-        geometry = self.sam.geometry_encoder(
-            box_embeddings=boxes,
-            box_mask=has_box[:, None],
-            box_labels=has_box[:, None].long(),
-            img_feats=features.vision.fpn_hidden_states[:-1],
-            img_pos_embeds=features.vision.fpn_position_encoding[:-1],
-        )
+        # The pooling of regions does not support autocast.
+        with torch.autocast(torch.device(self.device).type, enabled=False):
+            geometry = self.sam.geometry_encoder(
+                box_embeddings=boxes,
+                box_mask=has_box[:, None],
+                box_labels=has_box[:, None].long(),
+                img_feats=[level.float() for level in features.vision.fpn_hidden_states[:-1]],
+                img_pos_embeds=[level.float() for level in features.vision.fpn_position_encoding[:-1]],
+            )
         geometry_mask = geometry.attention_mask.bool().clone()
         keep_cls = torch.from_numpy(rng.random(len(prompts)) < 0.5).to(self.device)
         geometry_mask[:, -1] = has_box | keep_cls

@@ -9,8 +9,6 @@ were interrupted.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from dataclasses import astuple
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch
 
 from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 
+from ..from_scratch.command import common_options, make_parser, run_command, run_in_parallel, scaled
 from ..from_scratch.loop import Schedule, Stage, train
 from ..from_scratch.sam_stage import SamStage, SamWithHeads
 from .assemble import load_stage, write_checkpoint
@@ -26,87 +25,23 @@ from .sam_data import ShapesSamData, make_heads
 from .tokenizers import build_processor
 from .vlm_stage import RANDOM_CHOICE_FAMILIES, VlmStage
 
+_STAGES = ("sam", "vlm", "ctm", "base", "base-ctm")
 PRETRAINING = {"sam": 4000, "vlm": 5000}  # number of steps in which only the vision tower is trained
 STEPS = {"sam": 11_000, "vlm": 12_000}
 HELD_OUT = {"sam": 180, "vlm": 132, "ctm": 240}
 
 
 def main() -> None:
-    """Run the stages that are given on the command line; errors are reported in one sentence."""
-    try:
-        _run()
-    except (FloatingPointError, OSError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; run the same command to resume from the last saved state.\n")
-        sys.exit(130)
+    """Run the stages that are given on the command line."""
+    parser = make_parser(__package__ or "", __doc__.splitlines()[0], _STAGES, Path("runs/nano"))
+    run_command(parser, _run)
 
 
-def _run() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m conceptseg_trainers.nano", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument(
-        "--stage",
-        choices=["sam", "vlm", "ctm", "base", "base-ctm", "all"],
-        default="all",
-        help="which stage to run (default: all, which excludes base and base-ctm)",
-    )
-    parser.add_argument(
-        "--run-dir",
-        type=Path,
-        default=Path("runs/nano"),
-        help="folder of states, logs and weights (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        help="folder of the checkpoint (default: <run-dir>/checkpoint, or base-checkpoint for base-ctm)",
-    )
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device of all stages (default: %(default)s)",
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads per stage (default: PyTorch's default)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="factor of the number of steps (default: %(default)s)"
-    )
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+def _run(arguments: argparse.Namespace) -> None:
     if arguments.stage == "all":
-        _run_in_parallel(["sam", "vlm"], arguments)
+        run_in_parallel(__package__ or "", ["sam", "vlm"], arguments.threads, common_options(arguments))
         arguments.stage = "ctm"
     _run_stage(arguments)
-
-
-def _run_in_parallel(stages: list[str], arguments: argparse.Namespace) -> None:
-    """Run each stage in a separate process; the processes share the CPU cores.
-
-    Raises:
-        SystemExit: If a stage fails. The others are terminated, and resume when the command is run again.
-    """
-    threads = arguments.threads or max(1, torch.get_num_threads() // len(stages))
-    command = [
-        sys.executable,
-        "-m",
-        __package__,
-        "--threads",
-        str(threads),
-        "--run-dir",
-        str(arguments.run_dir),
-    ]
-    command += ["--device", arguments.device, "--seed", str(arguments.seed), "--scale", str(arguments.scale)]
-    processes = [subprocess.Popen([*command, "--stage", stage]) for stage in stages]
-    try:
-        for process in processes:
-            if process.wait():
-                sys.exit(process.returncode)
-    finally:
-        for process in processes:
-            process.terminate()
 
 
 def _run_stage(arguments: argparse.Namespace) -> None:
@@ -114,7 +49,7 @@ def _run_stage(arguments: argparse.Namespace) -> None:
         _run_ctm_stage(arguments)
         return
     kind = "sam" if arguments.stage == "sam" else "vlm"
-    pretraining, steps = (max(20, round(counts[kind] * arguments.scale)) for counts in (PRETRAINING, STEPS))
+    pretraining, steps = (scaled(counts[kind], arguments.scale, 20) for counts in (PRETRAINING, STEPS))
     held_out, device, seed = _held_out(kind, arguments.scale), arguments.device, arguments.seed
     stage: Stage
     if kind == "sam":
@@ -144,7 +79,7 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
     run_dir, scale = arguments.run_dir, min(1.0, arguments.scale)
     model, processor = load_stage(run_dir, "base" if is_base else "vlm")
     folder = run_dir / "base" if is_base else run_dir
-    steps = CtmSteps(*(max(10, round(count * scale)) for count in astuple(CtmSteps())))
+    steps = CtmSteps(*(scaled(count, scale) for count in astuple(CtmSteps())))
     stage = CtmStage(
         model,
         processor,

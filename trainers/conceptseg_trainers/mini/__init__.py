@@ -1,0 +1,1 @@
+"""Training of conceptseg-mini, a small checkpoint for photographs."""

@@ -1,0 +1,172 @@
+"""The photographs of the benchmark `photos` as training images: every image once, with all its marked regions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from conceptseg_hf.data.files import FileItem
+from conceptseg_hf.data.ground_truths import MaskFile
+from conceptseg_hf.data.layouts.photos import index_files
+from conceptseg_hf.data.suite import SOURCES
+from conceptseg_hf.images import load_image, load_mask
+
+from .nouns import COCO_CLASSES, domain_of, exclude_each_other, nouns_of
+from .scenes import Region, Scene
+
+_VAL_PERCENT = 5
+# Only images without a fixed orientation are rotated.
+_ROTATED_DATASETS = frozenset(
+    "bsdata camo crackforest cwfid isic2018-128 kvasir-seg magnetic-tile neu-seg".split()
+)
+_COMPLETE_DATASETS = frozenset(
+    {"coco128", "magnetic-tile"}
+)  # all nouns of the dataset are marked in each image
+_MIN_FRACTION = 0.0004  # smallest fraction of the image for a region of a training image
+
+
+@dataclass(frozen=True)
+class _Photograph:
+    path: Path
+    dataset: str
+    masks: tuple[tuple[tuple[str, ...], Path], ...]
+    absent: tuple[str, ...]
+
+
+class PhotographLibrary:
+    """The training photographs of the benchmark `photos`, divided into "train" and "val" by a hash of their names.
+
+    Args:
+        root: Folder of the benchmark.
+        part: "train" (95 % of the photographs) or "val".
+        size: Side length S of all images in pixels.
+    """
+
+    def __init__(self, root: Path, part: Literal["train", "val"], size: int) -> None:
+        self.size = size
+        items = index_files(root, SOURCES["photos"], "train").items
+        nouns = {item.dataset: set[str]() for item in items}
+        for item in items:
+            nouns[item.dataset].update(nouns_of(item))
+        if "coco128" in nouns:
+            nouns["coco128"].update(COCO_CLASSES)
+        self.nouns = tuple(sorted(set().union(*nouns.values())))
+        by_image: dict[Path, list[FileItem]] = {}
+        for item in items:
+            if isinstance(item.ground_truth, MaskFile) and (_is_val(item.image) == (part == "val")):
+                by_image.setdefault(item.image, []).append(item)
+        self.datasets: dict[str, list[_Photograph]] = {}
+        for path, group in by_image.items():
+            photograph = _photograph(path, group, nouns)
+            self.datasets.setdefault(photograph.dataset, []).append(photograph)
+
+    def draw(self, rng: np.random.Generator) -> Scene:
+        """Draw a scene with random crop, mirroring, rotation and colors; datasets by the square root of their size."""
+        names = sorted(self.datasets)
+        weights = np.sqrt([len(self.datasets[name]) for name in names])
+        name = names[int(rng.choice(len(names), p=weights / weights.sum()))]
+        photographs = self.datasets[name]
+        for _ in range(8):
+            scene = self._augmented(rng, photographs[int(rng.integers(len(photographs)))])
+            if scene.regions:
+                break
+        return scene
+
+    def scene(self, photograph: _Photograph) -> Scene:
+        """Return a photograph without augmentation, squeezed to a square as by the processor."""
+        image = load_image(photograph.path)
+        masks = [(nouns, load_mask(path, image.size)) for nouns, path in photograph.masks]
+        return self._to_scene(image, masks, photograph.absent)
+
+    def _augmented(self, rng: np.random.Generator, photograph: _Photograph) -> Scene:
+        image = load_image(photograph.path)
+        masks = [(nouns, load_mask(path, image.size)) for nouns, path in photograph.masks]
+        scale, aspect = rng.uniform(0.55, 1.0), np.exp(rng.uniform(-0.2, 0.2))
+        width, height = (
+            max(8, round(length * min(1.0, scale * factor)))
+            for length, factor in zip(image.size, (aspect, 1 / aspect), strict=True)
+        )
+        if rng.random() < 0.3:
+            width, height = image.size
+        left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
+        rows, columns = slice(top, top + height), slice(left, left + width)
+        image = image.crop((left, top, left + width, top + height))
+        scene = self._to_scene(
+            image, [(nouns, mask[rows, columns]) for nouns, mask in masks], photograph.absent
+        )
+        turns = int(rng.integers(4)) if photograph.dataset in _ROTATED_DATASETS else 0
+        mirrored = rng.random() < 0.5
+
+        def transform(array: np.ndarray) -> np.ndarray:
+            array = np.rot90(array, turns)
+            return np.ascontiguousarray(array[:, ::-1] if mirrored else array)
+
+        regions = tuple(Region(region.nouns, transform(region.mask)) for region in scene.regions)
+        return Scene(_with_other_colors(rng, transform(scene.pixels)), regions, scene.absent)
+
+    def _to_scene(
+        self,
+        image: Image.Image,
+        masks: Sequence[tuple[tuple[str, ...], np.ndarray]],
+        absent: tuple[str, ...],
+    ) -> Scene:
+        size = (self.size, self.size)
+        regions = []
+        for nouns, mask in masks:
+            resized = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
+            array = np.asarray(resized) > 127
+            if array.mean() >= _MIN_FRACTION:
+                regions.append(Region(nouns, array))
+        pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+        # A noun without a region may still have some pixels that were dropped; it is neither present nor absent.
+        return Scene(pixels, tuple(regions), absent)
+
+
+def _photograph(path: Path, items: Sequence[FileItem], nouns: dict[str, set[str]]) -> _Photograph:
+    """Return the photograph of some samples.
+
+    Args:
+        path: The image.
+        items: Its samples.
+        nouns: The nouns of each dataset.
+    """
+    dataset = items[0].dataset
+    masks: dict[Path, tuple[str, ...]] = {}
+    for item in items:
+        assert isinstance(item.ground_truth, MaskFile)
+        masks.setdefault(item.ground_truth.path, nouns_of(item))
+    domain = domain_of(dataset)
+    absent = set[str]().union(
+        *(names for other, names in nouns.items() if exclude_each_other(domain, domain_of(other)))
+    )
+    absent -= nouns[dataset]
+    if dataset in _COMPLETE_DATASETS:
+        absent |= nouns[dataset]
+    absent -= {noun for names in masks.values() for noun in names}
+    return _Photograph(
+        path, dataset, tuple((names, mask) for mask, names in masks.items()), tuple(sorted(absent))
+    )
+
+
+def _is_val(path: Path) -> bool:
+    digest = hashlib.sha256(f"{path.parent.parent.name}/{path.name}".encode()).digest()
+    return digest[0] * 100 < _VAL_PERCENT * 256
+
+
+def _with_other_colors(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
+    """Change brightness, contrast and the balance of the channels at random."""
+    if rng.random() < 0.3:
+        return pixels
+    x = pixels.astype(np.float32)
+    mean = x.mean()
+    gains = rng.uniform(0.75, 1.3) * rng.uniform(0.9, 1.1, 3).astype(np.float32)
+    x = (x - mean) * gains + mean * rng.uniform(0.75, 1.25)
+    if rng.random() < 0.1:
+        x = np.repeat(x.mean(axis=2, keepdims=True), 3, axis=2)
+    return x.clip(0, 255).astype(np.uint8)

@@ -1,0 +1,109 @@
+"""Scenes: images with marked regions, as photographs, composed of photographs, or drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from conceptseg_hf.data import ConceptShapes
+from conceptseg_hf.data.concept_photos.cutouts import CutoutLibrary
+from conceptseg_hf.data.concept_photos.families import Studio
+from conceptseg_hf.data.concept_shapes.scenes import Scene as DrawnScene
+from conceptseg_hf.data.layouts.photos import index_files
+from conceptseg_hf.data.suite import SOURCES
+
+from .nouns import OBJECT
+
+
+@dataclass(frozen=True)
+class Region:
+    """A marked region of an image.
+
+    Attributes:
+        nouns: Nouns that describe it, the answer first; empty if its class is not known.
+        mask: (S, S) bool.
+    """
+
+    nouns: tuple[str, ...]
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image with its regions.
+
+    Attributes:
+        pixels: (S, S, 3) uint8.
+        regions: The regions; none is empty.
+        absent: Nouns of which the image is known to contain nothing.
+        drawn: The scene of ConceptShapes, if the image is drawn.
+    """
+
+    pixels: np.ndarray
+    regions: tuple[Region, ...]
+    absent: tuple[str, ...]
+    drawn: DrawnScene | None = None
+
+    def masks(self) -> dict[str, np.ndarray]:
+        """Return the mask of each noun, the union of its regions."""
+        masks: dict[str, np.ndarray] = {}
+        for region in self.regions:
+            for noun in region.nouns:
+                masks[noun] = masks[noun] | region.mask if noun in masks else region.mask
+        return masks
+
+
+class Composer:
+    """Scenes of objects that are cut out of training photographs and pasted into others; see `ConceptPhotos`.
+
+    Args:
+        root: Folder of the benchmark `photos`.
+        size: Side length of all images in pixels.
+        absent: Nouns that no scene contains.
+    """
+
+    def __init__(self, root: Path, size: int, absent: tuple[str, ...]) -> None:
+        self.library = CutoutLibrary(index_files(root, SOURCES["photos"], "train").items)
+        self.size, self.absent = size, absent
+
+    def draw(self, rng: np.random.Generator, twins: bool = False) -> Scene:
+        """Draw a scene of one to four objects.
+
+        Args:
+            rng: Random generator.
+            twins: Whether the first object occurs two or three times.
+        """
+        studio = Studio(self.library, rng, self.size)
+        cutouts = studio.objects(int(rng.integers(1, 3 if twins else 5)))
+        if twins:
+            cutouts += [cutouts[0]] * int(rng.integers(1, 3))
+        scene = studio.scene(cutouts, extents=(0.18, 0.45), match=float(rng.uniform(0.1, 0.8)))
+        regions = tuple(
+            Region((OBJECT,) if placement.cutout.noun == OBJECT else (placement.cutout.noun, OBJECT), mask)
+            for placement, mask in zip(scene.placements, scene.masks, strict=True)
+            if mask.any()
+        )
+        return Scene(np.asarray(scene.image), regions, self.absent)
+
+
+class Drawings:
+    """Scenes of ConceptShapes.
+
+    Args:
+        size: Side length of all images in pixels.
+        absent: Nouns that no scene contains.
+    """
+
+    def __init__(self, size: int, absent: tuple[str, ...]) -> None:
+        self.benchmark = ConceptShapes("train", length=100_000_000, size=size)
+        self.absent = absent
+
+    def draw(self, number: int) -> Scene:
+        """Return a scene, which depends only on its number."""
+        drawn = self.benchmark.task(number).scene
+        regions = tuple(
+            Region(tuple(item.look.phrase.split()), item.mask) for item in drawn.objects if item.mask.any()
+        )
+        return Scene(drawn.pixels, regions, self.absent, drawn)
