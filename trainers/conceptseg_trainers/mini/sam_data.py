@@ -107,7 +107,7 @@ class PhotosSamData:
     # Losses
 
     def dense_loss(self, heads: nn.Module, scenes: Sequence[Scene], levels: Sequence[Tensor]) -> Tensor:
-        """Compute dice + focal of the maps of nouns that are known to be present or absent, averaged over the levels."""
+        """Compute dice + focal of the maps of nouns known to be present or absent, averaged over the levels."""
         rows, channels, masks = [], [], []
         for row, scene in enumerate(scenes):
             targets = {noun: mask for noun, mask in scene.masks().items() if noun in _CHANNELS}
