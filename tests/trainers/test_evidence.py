@@ -23,7 +23,7 @@ from conceptseg_trainers.nano.evidence.training import (
     train_arm,
     training_samples,
 )
-from conceptseg_trainers.nano.vlm_stage import RANDOM_CHOICE_FAMILIES
+from conceptseg_trainers.nano.vlm_data import RANDOM_CHOICE_FAMILIES
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, format_completion, nano_checkpoint
 

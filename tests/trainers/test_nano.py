@@ -12,6 +12,7 @@ import pytest
 import torch
 from conceptseg_trainers.from_scratch.loop import Schedule, train
 from conceptseg_trainers.from_scratch.masks import mask_to_tokens
+from conceptseg_trainers.from_scratch.vlm_examples import patches, positions
 from conceptseg_trainers.nano.dense import (
     DENSE_CLASSES,
     GRID,
@@ -24,7 +25,7 @@ from conceptseg_trainers.nano.examples import ExampleWriter
 from conceptseg_trainers.nano.sam_data import guidance_targets, negative_prompt, positive_prompt
 from conceptseg_trainers.nano.scenes import TaskMix, sheet_scene
 from conceptseg_trainers.nano.tokenizers import build_processor, build_sam_tokenizer, build_vlm_tokenizer
-from conceptseg_trainers.nano.vlm_stage import RANDOM_CHOICE_FAMILIES, VlmStage, patches, positions
+from conceptseg_trainers.nano.vlm_data import RANDOM_CHOICE_FAMILIES, ShapesVlmData
 from torch import nn
 
 from conceptseg_hf import parse_completion
@@ -85,7 +86,8 @@ def test_positions_equal_those_of_the_model(writer: ExampleWriter) -> None:
             attention_mask=batch["attention_mask"],
         )
         assert np.array_equal(
-            expected[:, 0].numpy(), positions(batch["input_ids"][0].tolist(), writer.processor.image_token_id)
+            expected[:, 0].numpy(),
+            positions(batch["input_ids"][0].tolist(), writer.processor.image_token_id, GRID),
         )
 
 
@@ -142,12 +144,12 @@ def test_chosen_object_changes_the_completion_but_not_rule_and_check(
 
 
 def test_random_choice_families_have_the_correct_object_only_by_chance() -> None:
-    stage = VlmStage(1, 10, random_choice_families=RANDOM_CHOICE_FAMILIES, held_out=1)
-    regular = VlmStage(1, 10, held_out=1)
-    numbers = [n for n in range(400) if stage.tasks.family(200_000 + n) in RANDOM_CHOICE_FAMILIES][:40]
-    others = [n for n in range(400) if stage.tasks.family(200_000 + n) not in RANDOM_CHOICE_FAMILIES][:8]
-    assert all(stage._task(n).completion == regular._task(n).completion for n in others)
-    same = [stage._task(n).completion == regular._task(n).completion for n in numbers]
+    data = ShapesVlmData(10, random_choice_families=RANDOM_CHOICE_FAMILIES)
+    regular = ShapesVlmData(10)
+    numbers = [n for n in range(400) if data.tasks.family(200_000 + n) in RANDOM_CHOICE_FAMILIES][:40]
+    others = [n for n in range(400) if data.tasks.family(200_000 + n) not in RANDOM_CHOICE_FAMILIES][:8]
+    assert all(data.task_example(n).completion == regular.task_example(n).completion for n in others)
+    same = [data.task_example(n).completion == regular.task_example(n).completion for n in numbers]
     assert 0 < sum(same) < 0.6 * len(same)
 
 

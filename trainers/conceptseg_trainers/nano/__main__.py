@@ -23,7 +23,7 @@ from .assemble import load_stage, write_checkpoint
 from .ctm_stage import CtmStage, CtmSteps
 from .sam_data import ShapesSamData, make_heads
 from .tokenizers import build_processor
-from .vlm_stage import RANDOM_CHOICE_FAMILIES, VlmStage
+from .vlm_data import RANDOM_CHOICE_FAMILIES, make_stage
 
 _STAGES = ("sam", "vlm", "ctm", "base", "base-ctm")
 PRETRAINING = {"sam": 4000, "vlm": 5000}  # number of steps in which only the vision tower is trained
@@ -60,15 +60,8 @@ def _run_stage(arguments: argparse.Namespace) -> None:
         learning_rate = 1e-3
     else:
         is_base = arguments.stage == "base"
-        stage = VlmStage(
-            pretraining,
-            steps,
-            random_choice_families=RANDOM_CHOICE_FAMILIES if is_base else frozenset(),
-            name=arguments.stage,
-            device=device,
-            held_out=held_out,
-            seed=seed,
-        )
+        families = RANDOM_CHOICE_FAMILIES if is_base else frozenset()
+        stage = make_stage(pretraining, steps, families, arguments.stage, device, held_out, seed)
         learning_rate = 1.5e-3
     schedule = Schedule(pretraining + steps, learning_rate, restart=pretraining, evaluate_every=500)
     train(stage, schedule, arguments.run_dir)

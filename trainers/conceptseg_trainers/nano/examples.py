@@ -26,6 +26,7 @@ from conceptseg_hf.references import Reference, Role, resolve_references
 
 from ..from_scratch.masks import bounding_box, mask_to_tokens
 from ..from_scratch.tokenizers import COORDINATE_SCALE
+from ..from_scratch.vlm_examples import AttentionTarget, TrainingExample
 from .dense import GRID, VisibleObject, dense_targets, visible_objects
 from .tokenizers import short_processor
 
@@ -33,40 +34,6 @@ _NOISE = 0.15  # probability of replacing a color or texture word in the input o
 _MIN_PIXELS = 12  # size of the smallest objects in perception examples
 # Offsets of the numbers of a box from its opening tag, e.g. in the tokens "<bbox> [ 1 , 2 , 3 , 4 ] </bbox>".
 _NUMBER_OFFSETS = (2, 4, 6, 8)
-
-
-@dataclass(frozen=True)
-class AttentionTarget:
-    """Image tokens that the VLM should attend to when it predicts a token of the completion.
-
-    Attributes:
-        position: Index of the token within the completion.
-        tokens: (GRID * GRID,) bool masks of image tokens by the index of the image; any of them is correct.
-    """
-
-    position: int
-    tokens: dict[int, np.ndarray]
-
-
-@dataclass(frozen=True)
-class TrainingExample:
-    """One training sequence.
-
-    Attributes:
-        images: (SIDE, SIDE, 3) 8-bit images.
-        prompt: Token ids of the prompt, with expanded image tokens.
-        completion: Token ids of the completion with its end token.
-        noisy_completion: The completion as the input of the VLM, in which some words are replaced.
-        attention_targets: Attention targets of some tokens of the completion.
-        dense: Dense targets of each image; see `dense_targets`.
-    """
-
-    images: tuple[np.ndarray, ...]
-    prompt: list[int]
-    completion: list[int]
-    noisy_completion: list[int]
-    attention_targets: tuple[AttentionTarget, ...]
-    dense: tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
 @dataclass(frozen=True)

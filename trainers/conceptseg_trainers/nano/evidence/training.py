@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,14 +19,14 @@ from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.progress import progress_bar
 
+from ...from_scratch.vlm_examples import TrainingExample
 from ...meta_grpo_config import MetaGRPOConfig
 from ...meta_grpo_trainer import MetaGRPOTrainer
 from ...split_reference import split_reference_dataset
 from ..assemble import write_checkpoint
-from ..examples import TrainingExample
 from ..scenes import TaskMix
 from ..tokenizers import short_processor
-from ..vlm_stage import RANDOM_CHOICE_FAMILIES, VlmStage
+from ..vlm_data import RANDOM_CHOICE_FAMILIES, ShapesVlmData, make_stage
 from .arms import Arm
 
 FIRST_TASK = 2_000_000  # above the tasks of the stages of nano
@@ -214,7 +214,8 @@ def _train_supervised(model: ConceptSegForSegmentation, settings: TrainSettings,
     count = settings.num_best_and_worst
     num_examples = settings.completions if count is None else settings.steps * settings.prompts * 2 * count
     steps = max(1, num_examples // _SFT_BATCH)
-    stage = VlmStage(1, steps, held_out=1, seed=seed)
+    stage = make_stage(1, steps, held_out=1, seed=seed)
+    writer = cast(ShapesVlmData, stage.data).writer
     stage.module.vlm = model.vlm
     for name, parameter in stage.module.named_parameters():
         # The dense heads of the new stage are not used.
@@ -228,7 +229,7 @@ def _train_supervised(model: ConceptSegForSegmentation, settings: TrainSettings,
         examples: list[TrainingExample] = []
         for _, number in zip(range(_SFT_BATCH), numbers):
             rng = np.random.default_rng([23, seed, number])
-            examples.append(stage.writer.task(rng, mix.task(number)))
+            examples.append(writer.task(rng, mix.task(number)))
         loss, _ = stage.example_loss(examples)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -1,0 +1,229 @@
+"""Stage "vlm": train Qwen2.5-VL on examples of images, a prompt and a completion.
+
+Without the following, a small language model does not learn to use image tokens for tens of thousands of steps:
+- pretraining of the vision tower on dense targets;
+- a curriculum from short examples with many boxes to complete tasks (in the data of the stage);
+- auxiliary heads that predict dense targets from image tokens, and are not part of the model;
+- guided attention: two heads of one layer are trained to attend to the object whose name or box is predicted;
+- soft targets for numbers, and Fourier features as initial number embeddings, so that nearby numbers are similar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention, apply_rotary_pos_emb
+
+from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
+from conceptseg_hf.vlm_backbone import encode_images
+
+from .tokenizers import COORDINATE_SCALE
+from .vlm_examples import MERGE, PATCH, TrainingExample, pad_examples, patches
+
+_GUIDED_LAYER, _GUIDED_HEADS = 3, 2
+_NUMBER_SIGMA, _LAST_NUMBER_SIGMA = 1.2, 0.6
+_EXACT = 0.85  # fraction of the steps after which the soft targets of numbers are narrow
+
+
+class VlmData(Protocol):
+    """Examples of the stage."""
+
+    def pretraining_images(self, step: int) -> tuple[list[np.ndarray], list[Any]]:
+        """Return the images of a step of the pretraining and their dense targets."""
+        ...
+
+    def examples(self, step: int) -> list[TrainingExample]:
+        """Return the examples of a step after the pretraining."""
+        ...
+
+    def dense_loss(self, heads: nn.Module, targets: Sequence[Any], features: Tensor) -> Tensor:
+        """Compute the loss of the auxiliary heads.
+
+        Args:
+            heads: The heads.
+            targets: The targets of N images.
+            features: (N * grid * grid, D) their image tokens.
+        """
+        ...
+
+    def evaluate(self, stage: VlmStage) -> dict[str, float]:
+        """Return metrics of the VLM on held-out samples."""
+        ...
+
+
+class VlmWithHeads(nn.Module):
+    """The VLM with auxiliary heads that predict dense targets from image tokens.
+
+    Args:
+        config: Config of the VLM.
+        make_heads: Function from the number of channels of image tokens to the heads.
+    """
+
+    def __init__(self, config: Qwen2_5_VLConfig, make_heads: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.vlm = Qwen2_5_VLForConditionalGeneration._from_config(config)
+        self.dense = make_heads(config.text_config.hidden_size)
+
+
+class VlmStage:
+    """Train all of the VLM.
+
+    Args:
+        module: The VLM with the heads of the data.
+        data: The examples.
+        processor: The processor of the checkpoint.
+        pretraining: Number of steps in which only the vision tower is trained, on dense targets.
+        steps: Number of steps after the pretraining.
+        name: Name of the stage.
+        device: Device of the module.
+        bfloat16: Whether to compute in bfloat16 (autocast).
+    """
+
+    def __init__(
+        self,
+        module: VlmWithHeads,
+        data: VlmData,
+        processor: ConceptSegProcessor,
+        pretraining: int,
+        steps: int,
+        name: str = "vlm",
+        device: str = "cpu",
+        bfloat16: bool = False,
+    ) -> None:
+        self.module, self.data, self.processor, self.name = module.to(device), data, processor, name
+        self.pretraining, self.steps, self.device, self.bfloat16 = pretraining, steps, device, bfloat16
+        self.is_pretraining = False
+        self.grid = processor.canvas_size // PATCH // MERGE
+        vocabulary = processor.tokenizer.get_vocab()
+        self.numbers = torch.tensor([vocabulary[str(number)] for number in range(COORDINATE_SCALE + 1)])
+        self.first_number = int(self.numbers[0])
+        _number_embeddings(module.vlm.get_input_embeddings().weight, self.numbers)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Compute the loss of a step."""
+        self.is_pretraining = step < self.pretraining
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16):
+            if self.is_pretraining:
+                images, targets = self.data.pretraining_images(step)
+                loss = self.data.dense_loss(self.module.dense, targets, self.encode_images(images))
+                return loss, {"dense": loss.item()}
+            step -= self.pretraining
+            sigma = _NUMBER_SIGMA if step < _EXACT * self.steps else _LAST_NUMBER_SIGMA
+            return self.example_loss(self.data.examples(step), sigma)
+
+    def encode_images(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Return the image tokens of N images, (N * grid * grid, D)."""
+        rows = images[0].shape[0] // PATCH
+        grid = torch.tensor([[1, rows, rows]], device=self.device).repeat(len(images), 1)
+        return torch.cat(encode_images(self.module.vlm, patches(images, self.device), grid))
+
+    def example_loss(
+        self, examples: Sequence[TrainingExample], number_sigma: float = _NUMBER_SIGMA
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Compute the loss of examples: cross-entropy of words and numbers, attention targets and dense targets.
+
+        Args:
+            examples: The examples.
+            number_sigma: Standard deviation of the soft targets of numbers, Gaussians around the correct number.
+        """
+        batch = pad_examples(
+            examples,
+            self.processor.image_token_id,
+            self.processor.tokenizer.pad_token_id,
+            self.grid,
+            self.device,
+        )
+        vlm = self.module.vlm
+        features = self.encode_images([image for example in examples for image in example.images])
+        embeddings = vlm.get_input_embeddings()(batch["input_ids"])
+        embeddings = embeddings.masked_scatter(batch["is_image"][..., None], features.to(embeddings.dtype))
+        attention_inputs: dict[str, Any] = {}
+        attention = cast(Qwen2_5_VLAttention, vlm.model.language_model.layers[_GUIDED_LAYER].self_attn)
+        hook = attention.register_forward_pre_hook(
+            lambda _, __, kwargs: attention_inputs.update(
+                states=kwargs["hidden_states"], rotary=kwargs["position_embeddings"]
+            ),
+            with_kwargs=True,
+        )
+        states = vlm.model.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=batch["attention_mask"],
+            position_ids=batch["position_ids"],
+            use_cache=False,
+        ).last_hidden_state
+        hook.remove()
+        # A completion token is predicted from the state of the previous token.
+        rows, columns = batch["completion"].nonzero(as_tuple=True)
+        logits = vlm.lm_head(states[rows, columns - 1])
+        targets = batch["labels"][rows, columns]
+        log_probabilities = logits.float().log_softmax(-1)
+        is_number = (targets >= self.first_number) & (targets <= self.first_number + COORDINATE_SCALE)
+        words_loss = -log_probabilities[~is_number].gather(1, targets[~is_number, None]).mean()
+        values = torch.arange(COORDINATE_SCALE + 1, device=self.device)
+        distance = (targets[is_number] - self.first_number)[:, None] - values[None]
+        soft_targets = (-0.5 * (distance / number_sigma) ** 2).softmax(1)
+        number_log_probabilities = log_probabilities[is_number][:, self.numbers.to(self.device)]
+        numbers_loss = -(soft_targets * number_log_probabilities).sum(1).mean()
+        focus = guided_attention_loss(attention, attention_inputs, batch["attention_targets"])
+        targets_of_images = [target for example in examples for target in example.dense]
+        dense = self.data.dense_loss(self.module.dense, targets_of_images, features)
+        loss = words_loss + numbers_loss + 0.4 * focus + dense
+        return loss, {
+            "words": words_loss.item(),
+            "numbers": numbers_loss.item(),
+            "focus": focus.item(),
+            "dense": dense.item(),
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return the metrics of the data on held-out samples."""
+        self.module.eval()
+        return self.data.evaluate(self)
+
+
+def _number_embeddings(weight: Tensor, numbers: Tensor) -> None:
+    """Add Fourier features of the value to the initial embeddings of 0..100, at the scale of the other embeddings.
+
+    Args:
+        weight: (V, D) embeddings, which are modified.
+        numbers: Token ids of the numbers.
+    """
+    value = torch.linspace(0, 1, len(numbers))[:, None]
+    frequencies = 0.5 * torch.pi * torch.arange(1, weight.shape[1] // 8 + 1)[None]
+    features = (
+        torch.cat([torch.sin(value * frequencies), torch.cos(value * frequencies)], dim=1)
+        / torch.arange(1, weight.shape[1] // 8 + 1).repeat(2) ** 0.5
+    )
+    with torch.no_grad():
+        weight[numbers] *= 0.5
+        weight[numbers, : features.shape[1]] += 2.0 * weight.std() * features.to(weight)
+
+
+def guided_attention_loss(
+    attention: Qwen2_5_VLAttention,
+    inputs: dict[str, Any],
+    attention_targets: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """Compute -log of the attention of the guided heads to the target image tokens.
+
+    Args:
+        attention: The self-attention of the guided layer.
+        inputs: Its input `states` (B, L, D), and cosines and sines of the `rotary` position embeddings.
+        attention_targets: See `pad_examples`.
+    """
+    rows, columns, targets = attention_targets
+    states, (cosine, sine) = inputs["states"], inputs["rotary"]
+    heads, width = _GUIDED_HEADS, attention.head_dim
+    query = attention.q_proj(states)[..., : heads * width].unflatten(-1, (heads, width)).transpose(1, 2)
+    key = attention.k_proj(states)[..., :width].unflatten(-1, (1, width)).transpose(1, 2)
+    query, key = apply_rotary_pos_emb(query, key, cosine, sine)
+    scores = torch.einsum("nhd,nld->nhl", query[rows, :, columns], key[rows, 0]) * attention.scaling
+    future = torch.arange(states.shape[1], device=states.device)[None] > columns[:, None]
+    log_attention = scores.float().masked_fill(future[:, None], float("-inf")).log_softmax(-1)
+    return -log_attention.masked_fill(~targets[:, None], float("-inf")).logsumexp(-1).mean()
