@@ -9,51 +9,31 @@ training step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from conceptseg_hf.boxes import Box
-from conceptseg_hf.completion import format_box, format_completion
+from conceptseg_hf.completion import format_completion
 from conceptseg_hf.data.concept_shapes.families import Task
 from conceptseg_hf.data.concept_shapes.rendering import COLORS, SHAPES, TEXTURES
 from conceptseg_hf.data.concept_shapes.scenes import Look, Scene, draw_scene, make_objects, random_look
-from conceptseg_hf.mosaic import compose_mosaic
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, CoordinateFrame
-from conceptseg_hf.references import Reference, Role, resolve_references
+from conceptseg_hf.references import Reference, Role
 
-from ..from_scratch.masks import bounding_box, mask_to_tokens
+from ..from_scratch.example_writer import BaseExampleWriter, Entry, TrainingImage, box_targets
+from ..from_scratch.masks import bounding_box
 from ..from_scratch.tokenizers import COORDINATE_SCALE
 from ..from_scratch.vlm_examples import AttentionTarget, TrainingExample
-from .dense import GRID, VisibleObject, dense_targets, visible_objects
+from .dense import VisibleObject, dense_targets, visible_objects
 from .tokenizers import short_processor
 
 _NOISE = 0.15  # probability of replacing a color or texture word in the input of the VLM
 _MIN_PIXELS = 12  # size of the smallest objects in perception examples
-# Offsets of the numbers of a box from its opening tag, e.g. in the tokens "<bbox> [ 1 , 2 , 3 , 4 ] </bbox>".
-_NUMBER_OFFSETS = (2, 4, 6, 8)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A phrase and a box of a perception example.
-
-    Attributes:
-        phrase: The phrase.
-        phrase_masks: Masks of the objects from which the phrase can be read, by the index of the image; empty for none.
-        image: Index of the image of the box.
-        mask: Mask of the box.
-    """
-
-    phrase: str
-    phrase_masks: dict[int, np.ndarray]
-    image: int
-    mask: np.ndarray
-
-
-class ExampleWriter:
+class ExampleWriter(BaseExampleWriter):
     """Convert scenes and tasks to training examples, with the tokenizer and template of a nano processor.
 
     Args:
@@ -61,14 +41,9 @@ class ExampleWriter:
     """
 
     def __init__(self, processor: ConceptSegProcessor) -> None:
-        self.processor = processor
+        super().__init__(processor)
         self.short_processor = short_processor(processor)
-        self.tokenizer = processor.tokenizer
         vocabulary = self.tokenizer.get_vocab()
-        self.ids = {
-            name: vocabulary[name]
-            for name in ("<check>", "<bbox>", "</think>", "<answer>", "</answer>", "<|im_end|>")
-        }
         # Token ids of the colors, and of the textures.
         self._word_groups = [
             np.asarray([vocabulary[word] for word in words]) for words in (COLORS, TEXTURES[1:])
@@ -83,12 +58,12 @@ class ExampleWriter:
         """Name and locate the objects of an image that have a unique name, in random order."""
         names = [item.look.phrase for item in objects]
         entries = [
-            _Entry(name, {0: item.mask}, 0, item.mask)
+            Entry(name, {0: item.mask}, 0, item.mask)
             for item, name in zip(objects, names, strict=True)
             if names.count(name) == 1 and item.mask.sum() >= _MIN_PIXELS
         ]
         # The order is random, so the first word of a phrase may be that of any object.
-        return self._listing(rng, "mark objects", [(image, objects)], entries, first_guided=1)
+        return self.listing(rng, "mark objects", [_training_image(image, objects)], entries, first_guided=1)
 
     def finding(
         self, rng: np.random.Generator, image: np.ndarray, objects: Sequence[VisibleObject]
@@ -100,8 +75,8 @@ class ExampleWriter:
             mask = np.any([other.mask for other in objects if other.look.matches(words)], axis=0)
             if mask.sum() >= _MIN_PIXELS:
                 masks[" ".join(words)] = mask
-        entries = [_Entry(phrase, {}, 0, mask) for phrase, mask in masks.items()]
-        return self._listing(rng, "find objects", [(image, objects)], entries, noise=False)
+        entries = [Entry(phrase, {}, 0, mask) for phrase, mask in masks.items()]
+        return self.listing(rng, "find objects", [_training_image(image, objects)], entries, noise=False)
 
     def naming_mosaic(self, rng: np.random.Generator, task: Task) -> TrainingExample:
         """Name and locate the objects of a mosaic, which trains the boxes of `<check>` in small cells."""
@@ -111,8 +86,10 @@ class ExampleWriter:
     def naming_marked(self, rng: np.random.Generator, task: Task) -> TrainingExample:
         """Name and locate the objects of a mosaic that are marked by red boxes."""
         mosaic, objects, _ = self._mosaic(task)
-        entries = [_Entry(item.look.phrase, {0: item.mask}, 0, item.mask) for item in objects if item.marked]
-        return self._listing(rng, "marked objects", [(mosaic, objects)], entries, first_guided=1)
+        entries = [Entry(item.look.phrase, {0: item.mask}, 0, item.mask) for item in objects if item.marked]
+        return self.listing(
+            rng, "marked objects", [_training_image(mosaic, objects)], entries, first_guided=1
+        )
 
     def matching(self, rng: np.random.Generator) -> TrainingExample:
         """Name objects that are marked in a mosaic, and locate them in another scene."""
@@ -134,7 +111,7 @@ class ExampleWriter:
                 references.setdefault(index, (reference, box))
         mosaic, objects, _ = self._compose(list(references.values()), role="support")
         entries = [
-            _Entry(
+            Entry(
                 looks[index].phrase,
                 {0: _union([o.mask for o in objects if o.marked and o.look == looks[index]]), 1: item.mask},
                 1,
@@ -143,54 +120,8 @@ class ExampleWriter:
             for index in references
             if (item := scene.objects[index]).mask.sum() >= _MIN_PIXELS
         ]
-        images = [(mosaic, objects), (scene.pixels, visible_objects(scene))]
-        return self._listing(rng, "same objects", images, entries, first_guided=1)
-
-    def _listing(
-        self,
-        rng: np.random.Generator,
-        instruction: str,
-        images: Sequence[tuple[np.ndarray, Sequence[VisibleObject]]],
-        entries: Sequence[_Entry],
-        first_guided: int = 0,
-        noise: bool = True,
-    ) -> TrainingExample:
-        """Create an example with up to six phrases and boxes, in random order.
-
-        Args:
-            rng: Random generator.
-            instruction: The instruction of the prompt.
-            images: The images with their objects.
-            entries: The phrases and boxes.
-            first_guided: Index of the first word of a phrase that has an attention target.
-            noise: Whether to replace some words in the input of the VLM.
-        """
-        completion: list[int] = []
-        attention_targets: list[AttentionTarget] = []
-        for index in rng.permutation(len(entries))[:6]:
-            entry = entries[int(index)]
-            words = self._ids(entry.phrase)
-            if entry.phrase_masks:
-                tokens = {number: mask_to_tokens(mask, GRID) for number, mask in entry.phrase_masks.items()}
-                attention_targets += [
-                    AttentionTarget(len(completion) + i, tokens) for i in range(first_guided, len(words))
-                ]
-            completion += words
-            box = canvas_box_to_text(bounding_box(entry.mask))
-            attention_targets += [
-                AttentionTarget(len(completion) + i, {entry.image: mask_to_tokens(entry.mask, GRID)})
-                for i in _NUMBER_OFFSETS
-            ]
-            completion += self._ids(f"<bbox>{format_box(box, COORDINATE_SCALE)}</bbox>")
-        completion.append(self.ids["<|im_end|>"])
-        return TrainingExample(
-            tuple(image for image, _ in images),
-            self._prompt(instruction, len(images)),
-            completion,
-            self._with_noise(rng, completion) if noise else completion,
-            tuple(attention_targets),
-            tuple(dense_targets(objects) for _, objects in images),
-        )
+        images = [_training_image(mosaic, objects), _scene_image(scene)]
+        return self.listing(rng, "same objects", images, entries, first_guided=1)
 
     # Tasks
 
@@ -215,13 +146,13 @@ class ExampleWriter:
             think = think.removesuffix(task.answer) + answer
         if short:
             think = f"it is the {answer}"
-        images = [(task.scene.pixels, visible_objects(task.scene))]
+        images = [_scene_image(task.scene)]
         check: Box | None = None
         marked: list[VisibleObject] = []
         if task.references:
             mosaic, objects, frame = self._mosaic(task)
             instruction = processor.instruction(task.prompt, frame)
-            images.insert(0, (mosaic, objects))
+            images.insert(0, _training_image(mosaic, objects))
             check = None if short else frame.check_box
             marked = [item for item in objects if item.marked]
         else:
@@ -231,29 +162,27 @@ class ExampleWriter:
             think,
             None if short else task.rule,
             check,
-            canvas_box_to_text(bounding_box(mask)) if present else None,
+            self.canvas_box_to_text(bounding_box(mask)) if present else None,
             answer,
             COORDINATE_SCALE,
         )
-        completion = [*self._ids(text), self.ids["<|im_end|>"]]
+        completion = [*self.token_ids(text), self.ids["<|im_end|>"]]
         attention_targets: list[AttentionTarget] = []
         if check is not None:
             start = completion.index(self.ids["<check>"])
-            attention_targets += [
-                AttentionTarget(start + i, {0: text_box_to_tokens(check)}) for i in _NUMBER_OFFSETS
-            ]
+            attention_targets += box_targets(start, {0: self.text_box_to_tokens(check)})
         if present:
-            target = {len(images) - 1: mask_to_tokens(mask, GRID)}
+            target = {len(images) - 1: self.mask_to_tokens(mask)}
             start = completion.index(self.ids["<bbox>"])
-            attention_targets += [AttentionTarget(start + i, target) for i in _NUMBER_OFFSETS]
+            attention_targets += box_targets(start, target)
             attention_targets += self._word_targets(completion, think, answer, target, marked)
         return TrainingExample(
-            tuple(image for image, _ in images),
-            self._prompt(instruction, len(images), processor),
+            tuple(image.pixels for image in images),
+            self.prompt_ids(instruction, len(images), processor),
             completion,
-            self._with_noise(rng, completion),
+            self.with_noise(rng, completion),
             tuple(attention_targets),
-            tuple(dense_targets(objects) for _, objects in images),
+            tuple(image.dense for image in images),
         )
 
     def _word_targets(
@@ -270,11 +199,11 @@ class ExampleWriter:
         that describe all marked objects are read from these.
         """
         attention_targets: list[AttentionTarget] = []
-        shared = {0: mask_to_tokens(_union([item.mask for item in marked]), GRID)} if marked else {}
+        shared = {0: self.mask_to_tokens(_union([item.mask for item in marked]))} if marked else {}
         # If the answer also describes all marked objects, its words can be read from these as well.
         describes_marked = marked and all(item.look.matches(answer.split()) for item in marked)
         answer_tokens = {**shared, **target} if describes_marked else target
-        length = len(self._ids(answer))
+        length = len(self.token_ids(answer))
         for end in (completion.index(self.ids["</think>"]), completion.index(self.ids["</answer>"])):
             attention_targets += [AttentionTarget(i, answer_tokens) for i in range(end - length, end)]
         for position, word in enumerate(think.split()[:-length], start=1):
@@ -293,18 +222,16 @@ class ExampleWriter:
         self, references: Sequence[tuple[Scene, Box | None]], role: Role = "auto"
     ) -> tuple[np.ndarray, list[VisibleObject], CoordinateFrame]:
         """Return the mosaic of references with the given role, its objects, and its coordinate frame."""
-        resolved = resolve_references(
+        mosaic, frame = self.mosaic(
             [Reference(Image.fromarray(scene.pixels), box=box, role=role) for scene, box in references]
         )
-        frame = self.processor.make_frame((SIDE, SIDE), resolved)
         layout = frame.layout
         assert layout is not None  # there are references
-        mosaic = compose_mosaic(resolved.images, resolved.boxes, layout, resolved.proxy)
         cells = [layout.cell(cell) for cell in frame.cell_of_reference]
-        boxes = [None if i == resolved.proxy else box for i, (_, box) in enumerate(references)]
-        return np.asarray(mosaic), mosaic_objects([scene for scene, _ in references], boxes, cells), frame
+        boxes = [None if i == frame.proxy else box for i, (_, box) in enumerate(references)]
+        return mosaic, mosaic_objects([scene for scene, _ in references], boxes, cells), frame
 
-    def _with_noise(self, rng: np.random.Generator, completion: Sequence[int]) -> list[int]:
+    def with_noise(self, rng: np.random.Generator, completion: Sequence[int]) -> list[int]:
         """Replace some color and texture words that are followed by another word of the same look.
 
         The second word must be read from the image instead of being predicted from the first one. Otherwise, the VLM
@@ -316,16 +243,6 @@ class ExampleWriter:
                 if completion[i + 1] in self._look_words and rng.random() < _NOISE:
                     noisy[i] = int(group[int(rng.integers(len(group)))])
         return noisy
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _prompt(
-        self, instruction: str, image_count: int, processor: ConceptSegProcessor | None = None
-    ) -> list[int]:
-        text = (processor or self.processor).chat_text(instruction, image_count)
-        token = self.processor.image_token
-        return self._ids(text.replace(token, token * GRID**2))
 
 
 def answer_for(task: Task, look: Look) -> str:
@@ -371,14 +288,9 @@ def mosaic_objects(
     return objects
 
 
-def canvas_box_to_text(box: Sequence[float]) -> list[float]:
-    """Map a box from canvas pixels to text units."""
-    return [value * COORDINATE_SCALE / SIDE for value in box]
+def _training_image(pixels: np.ndarray, objects: Sequence[VisibleObject]) -> TrainingImage:
+    return TrainingImage(pixels, dense_targets(objects))
 
 
-def text_box_to_tokens(box: Sequence[float]) -> np.ndarray:
-    """Return the image tokens of a box in text units, (GRID * GRID,) bool; see `mask_to_tokens`."""
-    x1, y1, x2, y2 = (value * SIDE / COORDINATE_SCALE for value in box)
-    mask = np.zeros((SIDE, SIDE), dtype=bool)
-    mask[round(y1) : max(round(y2), round(y1) + 1), round(x1) : max(round(x2), round(x1) + 1)] = True
-    return mask_to_tokens(mask, GRID)
+def _scene_image(scene: Scene) -> TrainingImage:
+    return _training_image(scene.pixels, visible_objects(scene))
