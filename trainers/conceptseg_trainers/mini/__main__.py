@@ -1,4 +1,4 @@
-"""Train conceptseg-mini: `python -m conceptseg_trainers.mini --root PHOTOS [--stage sam|all]`.
+"""Train conceptseg-mini: `python -m conceptseg_trainers.mini --root PHOTOS [--stage sam|vlm|all]`.
 
 Stages resume where they were interrupted.
 """
@@ -13,16 +13,19 @@ import torch
 from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 from conceptseg_hf.presets import MINI_IMAGE_SIZE
 
-from ..from_scratch.command import make_parser, run_command, scaled
-from ..from_scratch.loop import Schedule, train
+from ..from_scratch.command import common_options, make_parser, run_command, run_in_parallel, scaled
+from ..from_scratch.loop import Schedule, Stage, train
 from ..from_scratch.sam_stage import SamStage, SamWithHeads
+from ..from_scratch.vlm_stage import VlmStage, VlmWithHeads
+from .dense import DenseHeads
 from .sam_data import PhotosSamData, make_heads
 from .tokenizers import mini_processor
+from .vlm_data import PhotosVlmData
 
-_STAGES = ("sam",)
-_PRETRAINING = {"sam": 5000}  # number of steps in which only the vision tower is trained
-_STEPS = {"sam": 6000}
-_LEARNING_RATES = {"sam": 8e-4}
+_STAGES = ("sam", "vlm")
+_PRETRAINING = {"sam": 5000, "vlm": 4000}  # number of steps in which only the vision tower is trained
+_STEPS = {"sam": 6000, "vlm": 8000}
+_LEARNING_RATES = {"sam": 8e-4, "vlm": 1.2e-3}
 
 
 def main() -> None:
@@ -39,17 +42,28 @@ def main() -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    for stage in _STAGES if arguments.stage == "all" else (arguments.stage,):
-        _run_stage(stage, arguments)
+    if arguments.stage == "all":
+        options = [*common_options(arguments), "--root", str(arguments.root)]
+        run_in_parallel(__package__ or "", _STAGES, arguments.threads, options)
+    else:
+        _run_stage(arguments.stage, arguments)
 
 
 def _run_stage(name: str, arguments: argparse.Namespace) -> None:
     device, seed, scale = arguments.device, arguments.seed, arguments.scale
     pretraining, steps = scaled(_PRETRAINING[name], scale), scaled(_STEPS[name], scale)
+    config, processor = ConceptSegConfig.from_preset("mini"), mini_processor()
     torch.manual_seed(seed)
-    module = SamWithHeads(ConceptSegConfig.from_preset("mini").sam_config, make_heads)
-    data = PhotosSamData(arguments.root, images=12, held_out=scaled(24, min(1.0, scale), 2), seed=seed)
-    stage = SamStage(module, data, mini_processor(), pretraining, device, seed, bfloat16=True)
+    stage: Stage
+    if name == "sam":
+        held_out = scaled(24, min(1.0, scale), 2)
+        sam_data = PhotosSamData(arguments.root, images=12, held_out=held_out, seed=seed)
+        sam = SamWithHeads(config.sam_config, make_heads)
+        stage = SamStage(sam, sam_data, processor, pretraining, device, seed, bfloat16=True)
+    else:
+        vlm_data = PhotosVlmData(arguments.root, steps, held_out=scaled(8, min(1.0, scale), 1), seed=seed)
+        vlm = VlmWithHeads(config.vlm_config, DenseHeads)
+        stage = VlmStage(vlm, vlm_data, processor, pretraining, steps, name, device, bfloat16=True)
     schedule = Schedule(pretraining + steps, _LEARNING_RATES[name], restart=pretraining, evaluate_every=500)
     train(stage, schedule, arguments.run_dir)
 

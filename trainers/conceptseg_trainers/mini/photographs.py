@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +32,16 @@ _MIN_FRACTION = 0.0004  # smallest fraction of the image for a region of a train
 
 
 @dataclass(frozen=True)
-class _Photograph:
+class Photograph:
+    """An image file with the mask files of its regions.
+
+    Attributes:
+        path: The image.
+        dataset: Its dataset.
+        masks: Nouns and mask file of each region.
+        absent: Nouns of which it is known to contain nothing.
+    """
+
     path: Path
     dataset: str
     masks: tuple[tuple[tuple[str, ...], Path], ...]
@@ -61,10 +70,17 @@ class PhotographLibrary:
         for item in items:
             if isinstance(item.ground_truth, MaskFile) and (_is_val(item.image) == (part == "val")):
                 by_image.setdefault(item.image, []).append(item)
-        self.datasets: dict[str, list[_Photograph]] = {}
+        self.items = [item for group in by_image.values() for item in group]
+        self.datasets: dict[str, list[Photograph]] = {}
+        self._photographs: dict[Path, Photograph] = {}
         for path, group in by_image.items():
-            photograph = _photograph(path, group, nouns)
+            photograph = self._photographs[path] = _photograph(path, group, nouns)
             self.datasets.setdefault(photograph.dataset, []).append(photograph)
+
+    def photograph(self, item: FileItem) -> Photograph:
+        """Return the photograph of a sample; samples without a class have only their own region."""
+        photograph = self._photographs[item.image]
+        return photograph if nouns_of(item) else replace(photograph, masks=_masks_of([item]))
 
     def draw(self, rng: np.random.Generator) -> Scene:
         """Draw a scene with random crop, mirroring, rotation and colors; datasets by the square root of their size."""
@@ -73,18 +89,19 @@ class PhotographLibrary:
         name = names[int(rng.choice(len(names), p=weights / weights.sum()))]
         photographs = self.datasets[name]
         for _ in range(8):
-            scene = self._augmented(rng, photographs[int(rng.integers(len(photographs)))])
+            scene = self.augmented(rng, photographs[int(rng.integers(len(photographs)))])
             if scene.regions:
                 break
         return scene
 
-    def scene(self, photograph: _Photograph) -> Scene:
+    def scene(self, photograph: Photograph) -> Scene:
         """Return a photograph without augmentation, squeezed to a square as by the processor."""
         image = load_image(photograph.path)
         masks = [(nouns, load_mask(path, image.size)) for nouns, path in photograph.masks]
         return self._to_scene(image, masks, photograph.absent)
 
-    def _augmented(self, rng: np.random.Generator, photograph: _Photograph) -> Scene:
+    def augmented(self, rng: np.random.Generator, photograph: Photograph) -> Scene:
+        """Return a photograph with random crop, mirroring, rotation and colors."""
         image = load_image(photograph.path)
         masks = [(nouns, load_mask(path, image.size)) for nouns, path in photograph.masks]
         scale, aspect = rng.uniform(0.55, 1.0), np.exp(rng.uniform(-0.2, 0.2))
@@ -128,7 +145,7 @@ class PhotographLibrary:
         return Scene(pixels, tuple(regions), absent)
 
 
-def _photograph(path: Path, items: Sequence[FileItem], nouns: dict[str, set[str]]) -> _Photograph:
+def _photograph(path: Path, items: Sequence[FileItem], nouns: dict[str, set[str]]) -> Photograph:
     """Return the photograph of some samples.
 
     Args:
@@ -137,10 +154,7 @@ def _photograph(path: Path, items: Sequence[FileItem], nouns: dict[str, set[str]
         nouns: The nouns of each dataset.
     """
     dataset = items[0].dataset
-    masks: dict[Path, tuple[str, ...]] = {}
-    for item in items:
-        assert isinstance(item.ground_truth, MaskFile)
-        masks.setdefault(item.ground_truth.path, nouns_of(item))
+    masks = _masks_of(items)
     domain = domain_of(dataset)
     absent = set[str]().union(
         *(names for other, names in nouns.items() if exclude_each_other(domain, domain_of(other)))
@@ -148,10 +162,17 @@ def _photograph(path: Path, items: Sequence[FileItem], nouns: dict[str, set[str]
     absent -= nouns[dataset]
     if dataset in _COMPLETE_DATASETS:
         absent |= nouns[dataset]
-    absent -= {noun for names in masks.values() for noun in names}
-    return _Photograph(
-        path, dataset, tuple((names, mask) for mask, names in masks.items()), tuple(sorted(absent))
-    )
+    absent -= {noun for names, _ in masks for noun in names}
+    return Photograph(path, dataset, masks, tuple(sorted(absent)))
+
+
+def _masks_of(items: Sequence[FileItem]) -> tuple[tuple[tuple[str, ...], Path], ...]:
+    """Return the nouns and the mask file of each region of some samples of one image."""
+    masks: dict[Path, tuple[str, ...]] = {}
+    for item in items:
+        assert isinstance(item.ground_truth, MaskFile)
+        masks.setdefault(item.ground_truth.path, nouns_of(item))
+    return tuple((nouns, path) for path, nouns in masks.items())
 
 
 def _is_val(path: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -29,23 +28,19 @@ from ..from_scratch.sam_stage import (
     sam_boxes,
 )
 from ..nano import sam_data as drawings
-from .nouns import ABSENT_FROM_COMPOSITIONS, OBJECT, PHOTO_NOUNS, PROMPTS_WITHOUT_NOUN
+from .dense import CHANNELS, NOUNS
+from .nouns import PROMPTS_WITHOUT_NOUN
 from .photographs import PhotographLibrary
-from .scenes import Composer, Drawings, Scene
-from .tokenizers import SHAPE_WORDS
+from .scenes import Scene
+from .sources import SceneMix
 
-_COMPOSED, _DRAWN = 0.2, 0.12  # fractions of the scenes
-_TWINS = 0.4  # fraction of the composed scenes with identical objects
-_MAX_NOUNS, _ABSENT = 8, 4  # nouns per image in the dense targets
+_MAX_NOUNS = 8  # nouns per image in the dense targets
 _HEADS = 4  # attention heads of SAM 3's fusion
-_NOUNS = tuple(dict.fromkeys([*PHOTO_NOUNS, *SHAPE_WORDS]))
-_CHANNELS = {noun: i for i, noun in enumerate(_NOUNS)}
-_FIRST_VAL = 50_000_000  # first number of drawn scenes that are not trained
 
 
 def make_heads(width: int) -> nn.Module:
     """Return the auxiliary heads for feature maps of the given number of channels: a logit map for each noun."""
-    return nn.ModuleList(nn.Conv2d(width, len(_NOUNS), 1) for _ in range(3))
+    return nn.ModuleList(nn.Conv2d(width, len(NOUNS), 1) for _ in range(3))
 
 
 class PhotosSamData:
@@ -63,42 +58,25 @@ class PhotosSamData:
         self, root: Path, images: int = 16, prompts: int = 3, held_out: int = 24, seed: int = 0
     ) -> None:
         self.images, self.prompts, self.held_out, self.seed = images, prompts, held_out, seed
-        self.photographs = PhotographLibrary(root, "train", SIDE)
+        self.scenes = SceneMix(root, SIDE, seed)
         self.validation = PhotographLibrary(root, "val", SIDE)
-        self.composer = Composer(root, SIDE, absent=ABSENT_FROM_COMPOSITIONS)
-        self.drawings = Drawings(
-            SIDE, absent=tuple(noun for noun in PHOTO_NOUNS if noun not in {OBJECT, *SHAPE_WORDS})
-        )
 
     # Scenes
 
     def pretraining_scenes(self, step: int) -> list[Scene]:
         """Return the scenes of a step of the pretraining."""
-        return [self._scene(5, step * self.images + i) for i in range(self.images)]
+        return [self.scenes.scene(5, step * self.images + i) for i in range(self.images)]
 
     def prompted_scenes(self, step: int) -> list[tuple[Scene, list[SegmentationPrompt]]]:
         """Return the scenes of a step, with one prompt for an absent object each."""
         batch = []
         for i in range(self.images):
             index = step * self.images + i
-            scene = self._scene(7, index)
+            scene = self.scenes.scene(7, index)
             rng = np.random.default_rng([11, self.seed, index])
             prompts = [positive_prompt(rng, scene) for _ in range(self.prompts - 1)]
             batch.append((scene, [*prompts, negative_prompt(rng, scene)]))
         return batch
-
-    def _scene(self, stream: int, index: int) -> Scene:
-        rng = np.random.default_rng([stream, self.seed, index])
-        kind = rng.random()
-        if kind < _DRAWN:
-            scene = self.drawings.draw(index % _FIRST_VAL)
-        elif kind < _DRAWN + _COMPOSED:
-            scene = self.composer.draw(rng, twins=rng.random() < _TWINS)
-        else:
-            scene = self.photographs.draw(rng)
-        count = min(_ABSENT, len(scene.absent))
-        absent = [scene.absent[int(i)] for i in rng.choice(len(scene.absent), count, replace=False)]
-        return replace(scene, absent=tuple(absent))
 
     def pixels(self, scene: Scene) -> np.ndarray:
         """Return the image of a scene."""
@@ -110,12 +88,12 @@ class PhotosSamData:
         """Compute dice + focal of the maps of nouns known to be present or absent, averaged over the levels."""
         rows, channels, masks = [], [], []
         for row, scene in enumerate(scenes):
-            targets = {noun: mask for noun, mask in scene.masks().items() if noun in _CHANNELS}
+            targets = {noun: mask for noun, mask in scene.masks().items() if noun in NOUNS}
             empty = np.zeros((SIDE, SIDE), dtype=bool)
             targets = dict(list(targets.items())[:_MAX_NOUNS]) | dict.fromkeys(scene.absent, empty)
             for noun, mask in targets.items():
                 rows.append(row)
-                channels.append(_CHANNELS[noun])
+                channels.append(CHANNELS[noun])
                 masks.append(mask)
         device = levels[0].device
         ground_truth = torch.from_numpy(np.stack(masks)).to(device).float()
@@ -185,7 +163,7 @@ class PhotosSamData:
         if stage.is_pretraining:
             return {name: mean(values) for name, values in metrics.items()}
         rng = np.random.default_rng(1)
-        scenes = [self.composer.draw(rng, twins=True) for _ in range(self.held_out)]
+        scenes = [self.scenes.composer.draw(rng, twins=True) for _ in range(self.held_out)]
         boxes = [
             SegmentationPrompt(BOX_TEXT, bounding_box(scene.regions[0].mask), scene.regions[0].mask)
             for scene in scenes
@@ -198,7 +176,7 @@ class PhotosSamData:
     def _dense_ious(self, stage: SamStage[Scene], scenes: list[Scene]) -> list[float]:
         levels = stage.sam.get_vision_features(pixel_values=stage.pixel_values(scenes)).fpn_hidden_states
         head = cast(nn.Conv2d, cast(nn.ModuleList, stage.module.dense)[0])
-        channels = [_CHANNELS[scene.regions[0].nouns[0]] for scene in scenes]
+        channels = [CHANNELS[scene.regions[0].nouns[0]] for scene in scenes]
         logits = _noun_logits(head, levels[0], range(len(scenes)), channels)
         masks = logits_to_masks(logits[:, None], SIDE)
         return [foreground_iou(mask, _answer_mask(scene)) for mask, scene in zip(masks, scenes, strict=True)]

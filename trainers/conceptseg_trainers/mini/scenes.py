@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from conceptseg_hf.data import ConceptShapes
+from conceptseg_hf.data.concept_photos.compositing import PhotoScene
 from conceptseg_hf.data.concept_photos.cutouts import CutoutLibrary
 from conceptseg_hf.data.concept_photos.families import Studio
 from conceptseg_hf.data.concept_shapes.scenes import Scene as DrawnScene
@@ -80,10 +81,25 @@ class Composer:
         if twins:
             cutouts += [cutouts[0]] * int(rng.integers(1, 3))
         scene = studio.scene(cutouts, extents=(0.18, 0.45), match=float(rng.uniform(0.1, 0.8)))
+        return self._to_scene(scene)
+
+    def matching_pair(self, rng: np.random.Generator) -> tuple[Scene, Scene, int]:
+        """Draw a large object as a reference, and a scene that contains it.
+
+        Returns:
+            The reference, the scene, and the index of the object in the scene.
+        """
+        studio = Studio(self.library, rng, self.size)
+        cutouts = studio.objects(int(rng.integers(1, 4)))
+        index = int(rng.integers(len(cutouts)))
+        reference = studio.scene([cutouts[index]], extents=(0.35, 0.8))
+        scene = studio.scene(cutouts, extents=(0.2, 0.4))
+        return self._to_scene(reference), self._to_scene(scene), index
+
+    def _to_scene(self, scene: PhotoScene) -> Scene:
         regions = tuple(
             Region((OBJECT,) if placement.cutout.noun == OBJECT else (placement.cutout.noun, OBJECT), mask)
             for placement, mask in zip(scene.placements, scene.masks, strict=True)
-            if mask.any()
         )
         return Scene(np.asarray(scene.image), regions, self.absent)
 

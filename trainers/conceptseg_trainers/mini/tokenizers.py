@@ -33,7 +33,7 @@ SHAPE_WORDS = (
 """Words of the objects of ConceptShapes."""
 
 _OTHER_WORDS = tuple(
-    "alike all already animal are be beside between both breast buildings by cannot changed colon colors common "
+    "again alike all already animal are be beside between both breast buildings by cannot changed colon colors common "
     "compared cracks defects different dots earlier example few first fourth frame from glass has have image in is "
     "kind lesions like lies looks many marks middle more moved near next no not now object objects of on only open "
     "or other others over part parts photograph picture pictures place plants people polyps region regions right row "
