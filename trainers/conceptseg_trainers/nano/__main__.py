@@ -17,10 +17,11 @@ import torch
 from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 
 from ..from_scratch.command import common_options, make_parser, run_command, run_in_parallel, scaled
+from ..from_scratch.ctm_stage import CtmStage, CtmSteps
 from ..from_scratch.loop import Schedule, Stage, train
 from ..from_scratch.sam_stage import SamStage, SamWithHeads
 from .assemble import load_stage, write_checkpoint
-from .ctm_stage import CtmStage, CtmSteps
+from .ctm_data import ShapesCtmData
 from .sam_data import ShapesSamData, make_heads
 from .tokenizers import build_processor
 from .vlm_data import RANDOM_CHOICE_FAMILIES, make_stage
@@ -76,6 +77,7 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
     stage = CtmStage(
         model,
         processor,
+        ShapesCtmData(),
         folder,
         steps,
         tasks=max(48, round(9600 * scale)),
