@@ -1,4 +1,4 @@
-"""Train conceptseg-mini: `python -m conceptseg_trainers.mini --root PHOTOS [--stage sam|vlm|all]`.
+"""Train conceptseg-mini: `python -m conceptseg_trainers.mini --root PHOTOS [--stage sam|vlm|ctm|all]`.
 
 Stages resume where they were interrupted.
 """
@@ -6,6 +6,7 @@ Stages resume where they were interrupted.
 from __future__ import annotations
 
 import argparse
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -13,16 +14,19 @@ import torch
 from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 from conceptseg_hf.presets import MINI_IMAGE_SIZE
 
+from ..from_scratch.assemble import load_stages, write_checkpoint
 from ..from_scratch.command import common_options, make_parser, run_command, run_in_parallel, scaled
+from ..from_scratch.ctm_stage import CtmStage, CtmSteps
 from ..from_scratch.loop import Schedule, Stage, train
 from ..from_scratch.sam_stage import SamStage, SamWithHeads
 from ..from_scratch.vlm_stage import VlmStage, VlmWithHeads
+from .ctm_data import PhotosCtmData
 from .dense import DenseHeads
 from .sam_data import PhotosSamData, make_heads
 from .tokenizers import mini_processor
 from .vlm_data import PhotosVlmData
 
-_STAGES = ("sam", "vlm")
+_STAGES = ("sam", "vlm", "ctm")
 _PRETRAINING = {"sam": 5000, "vlm": 4000}  # number of steps in which only the vision tower is trained
 _STEPS = {"sam": 6000, "vlm": 8000}
 _LEARNING_RATES = {"sam": 8e-4, "vlm": 1.2e-3}
@@ -44,9 +48,34 @@ def main() -> None:
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.stage == "all":
         options = [*common_options(arguments), "--root", str(arguments.root)]
-        run_in_parallel(__package__ or "", _STAGES, arguments.threads, options)
+        run_in_parallel(__package__ or "", ["sam", "vlm"], arguments.threads, options)
+        arguments.stage = "ctm"
+    if arguments.stage == "ctm":
+        _run_ctm_stage(arguments)
     else:
         _run_stage(arguments.stage, arguments)
+
+
+def _run_ctm_stage(arguments: argparse.Namespace) -> None:
+    scale = min(1.0, arguments.scale)
+    processor = mini_processor()
+    model = load_stages("mini", processor, arguments.run_dir)
+    steps = CtmSteps(*(scaled(count, scale) for count in astuple(CtmSteps())))
+    stage = CtmStage(
+        model,
+        processor,
+        PhotosCtmData(arguments.root),
+        arguments.run_dir,
+        steps,
+        tasks=scaled(6000, scale, 48),
+        images=8,
+        device=arguments.device,
+        held_out=scaled(160, scale, 16),
+        seed=arguments.seed,
+    )
+    schedule = Schedule(steps.total, learning_rate=5e-4, warmup=50, decay=0.4, evaluate_every=400)
+    train(stage, schedule, arguments.run_dir)
+    write_checkpoint(model.cpu(), processor, arguments.output_dir or arguments.run_dir / "checkpoint")
 
 
 def _run_stage(name: str, arguments: argparse.Namespace) -> None:

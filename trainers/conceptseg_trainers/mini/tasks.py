@@ -23,6 +23,10 @@ from .scenes import Region
 _NO_REFERENCES = 0.25  # fraction of the tasks of photographs without references, if they are not listed
 _MAX_TRIES = 8
 _LENGTH = 100_000_000
+
+FIRST_HELD_OUT = 50_000_000
+"""First number of compositions that are not trained."""
+
 _DRAWN, _COMPOSED = 0.15, 0.3  # fractions of the tasks
 
 

@@ -21,13 +21,12 @@ from ..from_scratch.vlm_stage import VlmStage
 from .dense import DenseHeads, DenseTarget, dense_loss
 from .examples import PhotoExampleWriter
 from .sources import SceneMix
-from .tasks import TaskSource, TrainingTask
+from .tasks import FIRST_HELD_OUT, TaskSource, TrainingTask
 from .tokenizers import mini_processor
 
 _PERCEPTION_ONLY = 0.12  # fraction of the steps, from the first one on, that contain no tasks
 _BLOCK = 4  # number of consecutive steps with the same kind of examples
 _TEST_BATCH = 16
-_FIRST_HELD_OUT = 50_000_000  # first number of compositions that are not trained
 
 
 class PhotosVlmData:
@@ -130,7 +129,7 @@ class PhotosVlmData:
             for item in group[: self.held_out]
         ]
         return tasks + [
-            ("compositions", self.tasks.composition(_FIRST_HELD_OUT + i)) for i in range(2 * self.held_out)
+            ("compositions", self.tasks.composition(FIRST_HELD_OUT + i)) for i in range(2 * self.held_out)
         ]
 
 

@@ -16,11 +16,11 @@ import torch
 
 from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 
+from ..from_scratch.assemble import load_stages, write_checkpoint
 from ..from_scratch.command import common_options, make_parser, run_command, run_in_parallel, scaled
 from ..from_scratch.ctm_stage import CtmStage, CtmSteps
 from ..from_scratch.loop import Schedule, Stage, train
 from ..from_scratch.sam_stage import SamStage, SamWithHeads
-from .assemble import load_stage, write_checkpoint
 from .ctm_data import ShapesCtmData
 from .sam_data import ShapesSamData, make_heads
 from .tokenizers import build_processor
@@ -71,7 +71,8 @@ def _run_stage(arguments: argparse.Namespace) -> None:
 def _run_ctm_stage(arguments: argparse.Namespace) -> None:
     is_base = arguments.stage == "base-ctm"
     run_dir, scale = arguments.run_dir, min(1.0, arguments.scale)
-    model, processor = load_stage(run_dir, "base" if is_base else "vlm")
+    processor = build_processor()
+    model = load_stages("nano", processor, run_dir, "base" if is_base else "vlm")
     folder = run_dir / "base" if is_base else run_dir
     steps = CtmSteps(*(scaled(count, scale) for count in astuple(CtmSteps())))
     stage = CtmStage(

@@ -19,11 +19,11 @@ from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.progress import progress_bar
 
+from ...from_scratch.assemble import write_checkpoint
 from ...from_scratch.vlm_examples import TrainingExample
 from ...meta_grpo_config import MetaGRPOConfig
 from ...meta_grpo_trainer import MetaGRPOTrainer
 from ...split_reference import split_reference_dataset
-from ..assemble import write_checkpoint
 from ..scenes import TaskMix
 from ..tokenizers import short_processor
 from ..vlm_data import RANDOM_CHOICE_FAMILIES, ShapesVlmData, make_stage

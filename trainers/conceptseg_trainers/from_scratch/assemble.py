@@ -12,15 +12,15 @@ from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
 
-from .tokenizers import build_processor
 
-
-def load_stage(
-    run_dir: Path, vlm_stage: str = "vlm"
-) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
-    """Return the model with the averaged weights of SAM 3 and the VLM and a new CTM, and its processor.
+def load_stages(
+    preset: str, processor: ConceptSegProcessor, run_dir: Path, vlm_stage: str = "vlm"
+) -> ConceptSegForSegmentation:
+    """Return the model with the averaged weights of SAM 3 and the VLM and a new CTM.
 
     Args:
+        preset: Name of the preset of its config.
+        processor: Its processor.
         run_dir: Folder of the stages.
         vlm_stage: Name of the stage that trained the VLM: "vlm" or "base".
 
@@ -29,7 +29,7 @@ def load_stage(
     """
     torch.manual_seed(0)
     # Concept tokens contain a box, so SAM 3 is trained without the token for "no box" after them.
-    config = ConceptSegConfig.from_preset("nano", sam_geometry_cls_with_concepts=False)
+    config = ConceptSegConfig.from_preset(preset, sam_geometry_cls_with_concepts=False)
     model = ConceptSegForSegmentation(config)
     for part, stage, prefix in ((model.sam, "sam", "sam."), (model.vlm, vlm_stage, "vlm.")):
         path = run_dir / stage / "state.safetensors"
@@ -43,13 +43,12 @@ def load_stage(
                 if name.startswith(f"average/{prefix}")
             },
         )
-    processor = build_processor()
     tokenizer = processor.tokenizer
     generation_config = model.vlm.generation_config
     generation_config.eos_token_id = tokenizer.eos_token_id
     generation_config.pad_token_id = tokenizer.pad_token_id
     generation_config.max_new_tokens = 96
-    return model, processor
+    return model
 
 
 def _load_weights(part: nn.Module, weights: dict[str, torch.Tensor]) -> None:
