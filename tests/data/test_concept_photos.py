@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections import Counter
 from itertools import islice
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
+from trees import write_photos
 
 from conceptseg_hf.data import ConceptPhotos, load_benchmark
 from conceptseg_hf.data.check import check_benchmark
@@ -20,36 +20,6 @@ from conceptseg_hf.data.concept_photos.families import FAMILIES
 from conceptseg_hf.evaluation import evaluate
 
 REAL = Path(os.environ.get("CONCEPTSEG_PHOTOS", Path(__file__).parents[3] / "shared" / "data" / "photos"))
-SHAPES = ("ellipse", "rectangle")
-
-
-def write_photos(root: Path) -> Path:
-    """Photographs of one colored object each on noise, with their masks."""
-    rng = np.random.default_rng(0)
-    for name, level, prompts in (
-        ("coco128", "CI", ("bus", "clock", "bus", "clock")),
-        ("ecssd", "CD", ("salient",) * 6),
-    ):
-        folder = root / name
-        for part in ("images", "masks"):
-            (folder / part).mkdir(parents=True)
-        with (folder / "samples.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("id", "image", "mask", "prompt", "references", "split", "level", "group"))
-            for split in ("train", "test"):
-                for number, prompt in enumerate(prompts):
-                    stem = f"{split}_{number}"
-                    image = Image.fromarray(rng.integers(0, 255, (150, 200, 3), dtype=np.uint8))
-                    mask = Image.new("L", image.size)
-                    box = tuple(map(int, (*rng.integers(10, 40, 2), *rng.integers(90, 140, 2))))
-                    color = tuple(map(int, rng.integers(0, 255, 3)))
-                    for canvas, fill in ((image, color), (mask, 255)):
-                        getattr(ImageDraw.Draw(canvas), SHAPES[number % 2])(box, fill=fill)
-                    image.save(folder / "images" / f"{stem}.png")
-                    mask.save(folder / "masks" / f"{stem}.png")
-                    paths = f"images/{stem}.png", f"masks/{stem}.png"
-                    writer.writerow((stem, *paths, prompt, "", split, level, "group"))
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 SIZE = (24, 16)
 
@@ -64,3 +66,40 @@ class AuthorsTree:
 
 def hash_of(text: str) -> int:
     return sum(ord(letter) * place for place, letter in enumerate(text, start=1)) % 1000
+
+
+PHOTOS = (
+    ("coco128", "CI", ("bus", "clock", "bus", "clock")),
+    ("ecssd", "CD", ("salient object segmentation",) * 6),
+)
+
+
+def write_photos(root: Path, datasets: Sequence[tuple[str, str, Sequence[str]]] = PHOTOS) -> Path:
+    """Photographs of one colored object each on noise, with their masks.
+
+    Args:
+        root: Folder of the datasets.
+        datasets: Name, level, and prompts of the samples of each split.
+    """
+    rng = np.random.default_rng(0)
+    for name, level, prompts in datasets:
+        folder = root / name
+        for part in ("images", "masks"):
+            (folder / part).mkdir(parents=True)
+        with (folder / "samples.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("id", "image", "mask", "prompt", "references", "split", "level", "group"))
+            for split in ("train", "test"):
+                for number, prompt in enumerate(prompts):
+                    stem = f"{split}_{number}"
+                    image = Image.fromarray(rng.integers(0, 255, (150, 200, 3), dtype=np.uint8))
+                    mask = Image.new("L", image.size)
+                    box = tuple(map(int, (*rng.integers(10, 40, 2), *rng.integers(90, 140, 2))))
+                    color = tuple(map(int, rng.integers(0, 255, 3)))
+                    for canvas, fill in ((image, color), (mask, 255)):
+                        getattr(ImageDraw.Draw(canvas), ("ellipse", "rectangle")[number % 2])(box, fill=fill)
+                    image.save(folder / "images" / f"{stem}.png")
+                    mask.save(folder / "masks" / f"{stem}.png")
+                    paths = f"images/{stem}.png", f"masks/{stem}.png"
+                    writer.writerow((f"{stem}-{prompt}", *paths, prompt, "", split, level, "group"))
+    return root

@@ -1,0 +1,243 @@
+"""Tests of the training of the checkpoint for photographs: scenes, tasks, examples and the command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conceptseg_trainers.mini.ctm_data import PhotosCtmData
+from conceptseg_trainers.mini.dense import CHANNELS, MARKED, DenseHeads, dense_loss, dense_target
+from conceptseg_trainers.mini.examples import PhotoExampleWriter
+from conceptseg_trainers.mini.nouns import PROMPTS_WITHOUT_NOUN, exclude_each_other
+from conceptseg_trainers.mini.photographs import PhotographLibrary
+from conceptseg_trainers.mini.sam_data import PhotosSamData, negative_prompt, positive_prompt
+from conceptseg_trainers.mini.scenes import Region
+from conceptseg_trainers.mini.sources import SceneMix
+from conceptseg_trainers.mini.tasks import TaskSource
+from conceptseg_trainers.mini.tokenizers import mini_processor
+
+from conceptseg_hf import parse_completion
+from conceptseg_hf.boxes import mask_to_box
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from trees import write_photos
+
+SIZE = 224
+GRID = 14
+DATASETS = (
+    ("coco128", "CI", ("bus", "clock") * 12),
+    ("ecssd", "CD", ("salient object segmentation",) * 20),
+    ("kvasir-seg", "CD", ("polyp colon segmentation",) * 20),
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("photos"), DATASETS)
+
+
+@pytest.fixture(scope="module")
+def writer() -> PhotoExampleWriter:
+    return PhotoExampleWriter(mini_processor())
+
+
+@pytest.fixture(scope="module")
+def tasks(root) -> TaskSource:
+    return TaskSource(root, "train", SIZE)
+
+
+def test_parts_are_disjoint_and_complete(root) -> None:
+    parts = [
+        {item.sample_id for item in PhotographLibrary(root, part, SIZE).items} for part in ("train", "val")
+    ]
+    assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 64
+    assert len(parts[0]) > 50 and not any("/test_" in sample_id for sample_id in parts[0])
+
+
+def test_nouns_of_other_domains_and_unmarked_classes_are_absent(root) -> None:
+    library = PhotographLibrary(root, "train", SIZE)
+    polyp = library.scene(library.datasets["kvasir-seg"][0])
+    assert polyp.regions[0].nouns == ("polyp",) and {"bus", "salient object"} <= set(polyp.absent)
+    street = library.scene(library.datasets["coco128"][0])
+    present = street.regions[0].nouns[0]
+    # All classes of COCO are annotated, but "salient object" is not known.
+    assert {"bus", "clock", "polyp", "person"} - {present} <= set(street.absent)
+    assert not {present, "salient object"} & set(street.absent)
+    assert exclude_each_other("medical", "natural") and not exclude_each_other("street", "natural")
+
+
+def test_augmented_masks_follow_their_images(root) -> None:
+    """The objects have one color on noise, so inside of a mask the colors hardly vary."""
+    library = PhotographLibrary(root, "train", SIZE)
+    rng = np.random.default_rng(0)
+    for dataset in ("ecssd", "kvasir-seg"):  # the second one is rotated
+        for photograph in library.datasets[dataset][:6]:
+            scene = library.augmented(rng, photograph)
+            if not scene.regions:
+                continue
+            mask = scene.regions[0].mask
+            inner = (
+                mask & np.roll(mask, 3, 0) & np.roll(mask, -3, 0) & np.roll(mask, 3, 1) & np.roll(mask, -3, 1)
+            )
+            gray = scene.pixels.mean(axis=2)
+            assert inner.sum() > 100 and gray[inner].std() < 0.3 * gray[~mask].std()
+
+
+def test_scenes_depend_only_on_their_number(root) -> None:
+    mix = SceneMix(root, SIZE, seed=0)
+    for number in range(6):
+        first, second = (mix.scene(3, number) for _ in range(2))
+        assert np.array_equal(first.pixels, second.pixels) and first.absent == second.absent
+        assert all(region.mask.any() for region in first.regions)
+    reference, scene, index = mix.matching_pair(np.random.default_rng(0))
+    assert reference.regions[0].nouns == scene.regions[index].nouns
+
+
+def test_prompts_of_sam_have_correct_masks(root) -> None:
+    mix = SceneMix(root, SIZE, seed=0)
+    rng = np.random.default_rng(0)
+    tokenizer = mini_processor().sam_tokenizer
+    boxes = 0
+    for number in range(40):
+        scene = mix.scene(3, number)
+        if not scene.regions:
+            continue
+        positive = positive_prompt(rng, scene)
+        assert positive.mask.any()
+        if positive.box is not None:
+            boxes += 1
+            assert any(np.array_equal(positive.mask, region.mask) for region in scene.regions)
+        elif scene.drawn is None:
+            assert np.array_equal(positive.mask, scene.masks()[positive.phrase])
+        negative = negative_prompt(rng, scene)
+        assert not negative.mask.any()
+        if scene.drawn is None:
+            assert negative.segment == (negative.phrase not in PROMPTS_WITHOUT_NOUN)
+        for prompt in (positive, negative):
+            assert tokenizer.unk_token_id not in tokenizer(prompt.phrase)["input_ids"], prompt.phrase
+    assert boxes > 5
+
+
+def test_guidance_is_the_words_inside_and_the_rest_outside(root) -> None:
+    data = PhotosSamData(root, images=8)
+    checked = 0
+    for scene, prompts in data.prompted_scenes(0):
+        for prompt in prompts:
+            if scene.drawn is not None or prompt.box is not None or not prompt.mask.any():
+                continue
+            targets, guided = data.guidance(scene, prompt, 14, GRID)
+            words = np.zeros(14, dtype=bool)
+            words[1 : 1 + len(prompt.phrase.split())] = True
+            assert guided.tolist() == [True, True, False, False]
+            y, x = (int(i.mean()) * GRID // SIZE for i in np.nonzero(prompt.mask))
+            if prompt.mask[y * 16 : y * 16 + 16, x * 16 : x * 16 + 16].all():
+                assert np.array_equal(targets[0, y * GRID + x], words)
+                checked += 1
+    assert checked
+
+
+def test_tasks_follow_the_template(tasks, writer) -> None:
+    unknown = writer.tokenizer.unk_token_id
+    answers = set()
+    for number in range(60):
+        task = tasks.task(number)
+        example = writer.task(task)
+        text = writer.tokenizer.decode(example.completion, skip_special_tokens=True)
+        completion = parse_completion(text, 100)
+        assert completion.is_valid, text
+        assert (completion.think, completion.rule, completion.answer) == (task.think, task.rule, task.answer)
+        assert unknown not in example.prompt and unknown not in example.completion, text
+        if task.mask.any():
+            box = np.asarray(mask_to_box(task.mask)) * 100 / SIZE
+            assert np.abs(np.asarray(completion.bbox) - box).max() <= 0.5
+        else:
+            assert completion.bbox == (0, 0, 0, 0)
+        answers.add(task.answer)
+    assert {"polyp", "salient object", "bus", "object"} <= answers
+
+
+def test_task_examples_equal_the_inputs_of_the_processor(tasks, writer) -> None:
+    from conceptseg_trainers.from_scratch.vlm_examples import patches
+    from PIL import Image
+
+    for number in range(12):
+        task = tasks.task(number)
+        example = writer.task(task)
+        prepared = writer.processor.prepare(Image.fromarray(task.pixels), task.prompt, task.references)
+        assert example.prompt == prepared.input_ids.tolist()
+        torch.testing.assert_close(patches(example.images, "cpu"), prepared.pixel_values, rtol=0, atol=1e-5)
+
+
+def test_marked_regions_have_a_red_border(tasks, writer) -> None:
+    checked = 0
+    for number in range(40):
+        task = tasks.task(number)
+        if not any(mask is not None for mask in task.marked):
+            continue
+        mosaic, frame = writer.mosaic(task.references)
+        for region in writer._mosaic_regions(task, frame):
+            x1, y1, x2, y2 = mask_to_box(region.mask)
+            border = mosaic[max(0, y1 - 3) : y2 + 3, max(0, x1 - 3) : x2 + 3].reshape(-1, 3)
+            if MARKED in region.nouns:
+                assert (border == (255, 0, 0)).all(1).any()
+                checked += 1
+    assert checked > 10
+
+
+def test_dense_loss_of_correct_and_wrong_logits() -> None:
+    mask = np.zeros((SIZE, SIZE), dtype=bool)
+    mask[32:112, 32:112] = True
+    target = dense_target([Region(("polyp",), mask)], ["bus"], SIZE, GRID)
+    assert target.channels == (CHANNELS["bus"], CHANNELS["polyp"])
+    assert target.coverage[1].sum() == 25 and target.coverage[0].sum() == 0
+
+    class Heads(DenseHeads):
+        """Heads that read their outputs from the features."""
+
+        def __init__(self) -> None:
+            super().__init__(len(CHANNELS) + 4)
+            self.nouns = torch.nn.Linear(len(CHANNELS) + 4, len(CHANNELS), bias=False)
+            self.box = torch.nn.Linear(len(CHANNELS) + 4, 4, bias=False)
+            with torch.no_grad():
+                self.nouns.weight.copy_(torch.eye(len(CHANNELS), len(CHANNELS) + 4))
+                self.box.weight.copy_(torch.eye(len(CHANNELS) + 4)[-4:])
+
+    features = torch.full((GRID * GRID, len(CHANNELS) + 4), -20.0)
+    inside = torch.from_numpy(target.coverage[1] > 0)
+    features[inside, CHANNELS["polyp"]] = 20.0
+    features[:, -4:] = torch.from_numpy(target.boxes)
+    assert dense_loss(Heads(), [target], features) < 1e-2
+    features[inside, CHANNELS["polyp"]] = -20.0
+    assert dense_loss(Heads(), [target], features) > 0.9
+
+
+def test_ctm_tasks_contain_the_target_among_the_objects(root) -> None:
+    data = PhotosCtmData(root)
+    held_out = data.held_out()
+    for source, rows in (
+        (data.task, range(8)),
+        (held_out["val"], range(3)),
+        (held_out["val_compositions"], range(6)),
+    ):
+        for row in rows:
+            task = source(row)
+            assert task.think.endswith(task.answer) and all(len(item.classes) == 1 for item in task.objects)
+            if task.mask.any() and task.label == "compositions":
+                assert any(np.array_equal(task.mask, item.mask) for item in task.objects)
+
+
+@pytest.mark.slow
+def test_command_trains_a_checkpoint(root, tmp_path) -> None:
+    command = [sys.executable, "-m", "conceptseg_trainers.mini", "--root", str(root), "--scale", "0.001"]
+    result = subprocess.run(
+        [*command, "--run-dir", str(tmp_path), "--threads", "1"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    from conceptseg_hf import ConceptSegForSegmentation
+
+    model = ConceptSegForSegmentation.from_pretrained(tmp_path / "checkpoint")
+    assert model.config.sam_config.vision_config.backbone_config.image_size == SIZE
