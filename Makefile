@@ -6,7 +6,7 @@ DEMO_ARGS ?=
 APP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test lint format bench nano dev clean
+.PHONY: help demo app test lint format bench nano mini dev clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ bench: $(VENV)/.installed-core  ## measure the time of imports, data, both route
 
 nano: $(VENV)/.installed-core  ## train the embedded checkpoint from scratch (resumes after an interruption)
 	$(VENV)/bin/python -m conceptseg_trainers.nano $(NANO_ARGS)
+
+mini: $(VENV)/.installed-core  ## train the checkpoint for photographs from scratch: make mini MINI_ARGS="--root PHOTOS"
+	$(VENV)/bin/python -m conceptseg_trainers.mini $(MINI_ARGS)
 
 dev: $(VENV)/.installed-dev  ## install all development dependencies and the commit hooks
 	$(VENV)/bin/pre-commit install
