@@ -15,6 +15,7 @@ PLUGIN = "@conceptseg/conceptseg"
 OPERATORS = {
     *("segment_concept", "evaluate_concepts", "load_concept_benchmark", "find_uncertain"),
     *("show_references", "cancel_run", "release_model", "concept_explorer"),
+    *("induce_concept", "apply_concept", "edit_concept", "manage_concepts", "concept_library"),
 }
 
 
@@ -137,7 +138,10 @@ from fiftyone.operators.executor import ExecutionContext
 from fiftyone.operators.registry import OperatorRegistry
 registry = OperatorRegistry()
 assert registry.list_errors() == []
-for name in ("segment_concept", "evaluate_concepts", "load_concept_benchmark", "find_uncertain"):
+for name in (
+    *("segment_concept", "evaluate_concepts", "load_concept_benchmark", "find_uncertain"),
+    *("induce_concept", "apply_concept", "edit_concept", "manage_concepts"),
+):
     operator = registry.get_operator("@conceptseg/conceptseg/" + name)
     [shown] = operator.resolve_input(ExecutionContext({"params": {}})).type.properties.values()
     assert shown.invalid, name
@@ -147,7 +151,7 @@ for name in ("segment_concept", "evaluate_concepts", "load_concept_benchmark", "
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 4 and all("pip install 'conceptseg-hf[fiftyone]'" in line for line in lines)
+    assert len(lines) == 8 and all("pip install 'conceptseg-hf[fiftyone]'" in line for line in lines)
 
 
 def test_operator_errors_are_raised_in_python(fo, make_dataset, run_operator):

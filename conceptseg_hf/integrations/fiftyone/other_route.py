@@ -13,7 +13,7 @@ from .loop import pending_ids, segment_collection
 from .progress import Progress
 from .schema import other_route_field
 
-_OTHER_ROUTER_MODE = {"shortcut": "full_reasoning", "reasoning": "sam_only"}
+_OTHER_ROUTER_MODE = {"shortcut": "full_reasoning", "concept": "full_reasoning", "reasoning": "sam_only"}
 """Router mode that forces the other route, by the route of the prediction."""
 
 
