@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ LOWEST_SCORE, TOLERANCE = 0.3, 0.05
 """Otherwise: at least this score, and at most this much below the score of reasoning on the same references."""
 
 _MAX_HEADER = 1_000_000  # bytes; a concept's header contains a few kilobytes of text
-_MAX_FILE = 10_000_000  # bytes; the tokens of a concept take a few kilobytes
+_MAX_FILE = 16_000_000  # bytes; a concept has at most a few tokens
 _MAX_TEXT = 10_000  # characters of a prompt, phrase or rule
 _TENSOR = "concept_embeds"
 
@@ -99,8 +99,12 @@ class ConceptPrompt:
         values = self.scores[0].per_reference
         return min(range(len(values)), key=values.__getitem__) if values else None
 
-    def summary(self) -> str:
-        """Return one or two sentences about how well the concept is verified."""
+    def summary(self, reference_names: Sequence[str] | None = None) -> str:
+        """Return one or two sentences about how well the concept is verified.
+
+        Args:
+            reference_names: Names of the references; their indices by default.
+        """
         names = " or ".join(map(repr, self.phrases))
         if self.score is None:
             return f"{names} has not been verified; call `verify` with references."
@@ -108,9 +112,10 @@ class ConceptPrompt:
         if self.is_reliable or self.worst_reference is None:
             return text
         worst = self.scores[0].per_reference[self.worst_reference]
+        name = self.worst_reference if reference_names is None else reference_names[self.worst_reference]
         return (
             f"{text} This is below {self.required_score:.2f}, so the adaptive router uses full reasoning; reference "
-            f"{self.worst_reference} fits worst ({worst:.2f})."
+            f"{name} fits worst ({worst:.2f})."
         )
 
     def with_phrase(self, *phrases: str) -> ConceptPrompt:
@@ -168,8 +173,10 @@ class ConceptPrompt:
             raise FileNotFoundError(
                 f"concept {str(path)!r} is not a file; give a file of `conceptseg induce`."
             )
-        if path.stat().st_size > _MAX_FILE:
-            raise ValueError(f"{str(path)!r} is not a concept; give a file of `conceptseg induce`.")
+        if (size := path.stat().st_size) > _MAX_FILE:
+            raise ValueError(
+                f"{str(path)!r} has {size / 1e6:.0f} MB, too much for a concept; give a file of `conceptseg induce`."
+            )
         return cls.from_bytes(path.read_bytes(), str(path))
 
     @classmethod

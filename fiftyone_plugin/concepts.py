@@ -132,7 +132,7 @@ class EditConcept(foo.Operator):
         stored = None
         try:
             stored = load_concept(ctx.dataset, name)
-            edited = _edit(ctx).resolved(ctx.dataset)
+            edited = _edit(ctx, name).resolved(ctx.dataset)
             fault = fault_of_concept(edited.concept, edited.checkpoint)
         except (ValueError, OSError) as error:
             fault = str(error)
@@ -176,7 +176,9 @@ class EditConcept(foo.Operator):
         from conceptseg_hf.integrations.fiftyone import edit_concept
 
         try:
-            stored = yield from forms.in_background(ctx, lambda report: edit_concept(ctx.dataset, _edit(ctx)))
+            stored = yield from forms.in_background(
+                ctx, lambda report: edit_concept(ctx.dataset, _edit(ctx, named_concept(ctx)))
+            )
         except Exception as error:
             yield from forms.notified(ctx, error)
         yield from _shown(ctx, stored)
@@ -209,19 +211,25 @@ class ApplyConcept(foo.Operator):
             forms.warn(inputs, "missing", forms.INSTALL)
             return forms.form(inputs, label)
         from conceptseg_hf.integrations.fiftyone.concept_library import default_field, load_concept
+        from conceptseg_hf.integrations.fiftyone.concepts import summary_of
         from conceptseg_hf.integrations.fiftyone.schema import CONCEPT_ROUTERS
 
         name = choose_concept(inputs, ctx)
         if name is None:
             return forms.form(inputs, label)
         try:
-            stored, job, fault = load_concept(ctx.dataset, name), _job(ctx), None
+            stored, job, fault = load_concept(ctx.dataset, name), _job(ctx, name), None
         except ValueError as error:
             forms.warn(inputs, "fault", str(error))
             return forms.form(inputs, label)
         runs.add_summary(inputs, ctx, job, fault)
-        inputs.view("concept_summary", types.Notice(label=stored.concept.summary()))
-        inputs.view_target(ctx, action_description="Segment", require_flat=True)
+        inputs.view("concept_summary", types.Notice(label=summary_of(ctx.dataset, stored)))
+        inputs.view_target(
+            ctx,
+            action_description="Segment",
+            allow_selected_samples=not set(ctx.selected) <= set(job.reference_ids),
+            require_flat=True,
+        )
         forms.dropdown(inputs, "router", CONCEPT_ROUTERS, job.router, "Router")
         references = stored.present_references(ctx.dataset)
         if references:
@@ -241,7 +249,7 @@ class ApplyConcept(foo.Operator):
         """Apply the concept; the predictions are saved after each batch."""
         if forms.package_missing():
             raise ImportError(forms.INSTALL)
-        yield from runs.execute(ctx, lambda: _job(ctx))
+        yield from runs.execute(ctx, lambda: _job(ctx, named_concept(ctx)))
 
 
 def choose_concept(inputs: types.Object, ctx: Any) -> str | None:
@@ -262,11 +270,23 @@ def choose_concept(inputs: types.Object, ctx: Any) -> str | None:
     return chosen
 
 
-def first_concept(ctx: Any) -> str:
-    """Return the concept that the dropdown selects by default, or "" if there is none."""
+def named_concept(ctx: Any) -> str:
+    """Return the concept that an operator processes; by default the only one of the library.
+
+    Raises:
+        ValueError: If no concept is given, and the library has none or several.
+    """
     from conceptseg_hf.integrations.fiftyone import concept_names
 
-    return next(iter(concept_names(ctx.dataset)), "")
+    name, names = ctx.params.get("concept"), concept_names(ctx.dataset)
+    if name:
+        return name
+    if len(names) != 1:
+        known = (
+            f"use one of {', '.join(map(repr, names))}" if names else "the library of this dataset is empty"
+        )
+        raise ValueError(f"no concept is given; {known}.")
+    return names[0]
 
 
 def rerun_params(ctx: Any, name: str) -> dict[str, Any]:
@@ -282,10 +302,10 @@ def rerun_params(ctx: Any, name: str) -> dict[str, Any]:
 
 def results_of(ctx: Any, stored: Any) -> tuple[types.Object, dict[str, Any]]:
     """Return the outputs that describe a concept, and their values."""
-    from conceptseg_hf.integrations.fiftyone import reference_scores
+    from conceptseg_hf.integrations.fiftyone.concepts import reference_scores, summary_of
 
     concept, outputs = stored.concept, types.Object()
-    outputs.view("summary", types.Notice(label=forms.sentence(concept.summary())))
+    outputs.view("summary", types.Notice(label=summary_of(ctx.dataset, stored)))
     outputs.str("rule", label="Rule", view=types.LabelValueView(read_only=True))
     outputs.str("phrases", label="Phrases", view=types.LabelValueView(read_only=True))
     rows = reference_scores(ctx.dataset, stored)
@@ -361,13 +381,12 @@ def _induction(ctx: Any) -> Any:
     )
 
 
-def _edit(ctx: Any) -> Any:
+def _edit(ctx: Any, name: str) -> Any:
     """Create a `ConceptEdit` from the form's values."""
     from conceptseg_hf.integrations.fiftyone import ConceptEdit
     from conceptseg_hf.integrations.fiftyone.reference_samples import AUTO
 
     get = ctx.params.get
-    name = get("concept") or first_concept(ctx)
     phrases = _value(ctx, "phrases", name)
     if isinstance(phrases, str):
         phrases = [phrase.strip() for phrase in phrases.split(PHRASE_SEPARATOR) if phrase.strip()]
@@ -381,7 +400,7 @@ def _edit(ctx: Any) -> Any:
     )
 
 
-def _job(ctx: Any) -> Any:
+def _job(ctx: Any, name: str) -> Any:
     """Create the `SegmentationJob` of a concept from the form's values.
 
     Raises:
@@ -390,7 +409,6 @@ def _job(ctx: Any) -> Any:
     from conceptseg_hf.integrations.fiftyone import concept_job
 
     get = ctx.params.get
-    name = get("concept") or first_concept(ctx)
     settings = {
         "field": _value(ctx, "field", name),
         "checkpoint": _value(ctx, "checkpoint", name),

@@ -9,9 +9,15 @@ import fiftyone.operators as foo
 from fiftyone.operators import types
 
 from . import forms
-from .concepts import choose_concept, first_concept, rerun_params
+from .concepts import choose_concept, named_concept, rerun_params
 
 ACTIONS = {"rename": "Rename", "delete": "Delete", "export": "Export a file", "import": "Import a file"}
+_DETAILS = {
+    "prompt": "Prompt",
+    "rule": "Rule",
+    "phrases": "Phrases",
+    "threshold": "Presence from which it is accepted",
+}
 _PATH = "Path of a .safetensors file on the machine of the App's server"
 _PHRASES_WIDTH = 44  # number of characters that fit next to the sample grid
 
@@ -70,11 +76,8 @@ class ManageConcepts(foo.Operator):
         from conceptseg_hf.integrations import fiftyone as integration
 
         get, dataset, action = ctx.params.get, ctx.dataset, _action(ctx)
-        name, new_name, path = (
-            get("concept") or first_concept(ctx),
-            (get("new_name") or "").strip(),
-            (get("path") or "").strip(),
-        )
+        name = "" if action == "import" else named_concept(ctx)
+        new_name, path = _text(ctx, "new_name"), _text(ctx, "path")
         if action == "rename":
             integration.rename_concept(dataset, name, new_name)
             message = f"The concept {name!r} is now called {new_name!r}."
@@ -143,15 +146,17 @@ class ConceptLibrary(foo.Panel):
 
     def apply(self, ctx: Any) -> None:
         """Open the form that applies the concept, with the settings of its last run."""
-        self._prompt(ctx, "apply_concept", rerun_params(ctx, ctx.panel.get_state("name")))
+        name = self._name(ctx)
+        self._prompt(ctx, "apply_concept", rerun_params(ctx, name) if name else {})
 
     def edit(self, ctx: Any) -> None:
         """Open the form that edits the concept."""
-        self._prompt(ctx, "edit_concept", {"concept": ctx.panel.get_state("name")})
+        name = self._name(ctx)
+        self._prompt(ctx, "edit_concept", {"concept": name} if name else {})
 
     def manage(self, ctx: Any) -> None:
         """Open the form that renames, deletes, exports or imports concepts."""
-        name = ctx.panel.get_state("name")
+        name = self._name(ctx)
         self._prompt(ctx, "manage_concepts", {"concept": name} if name else {"action": "import"})
 
     def induce(self, ctx: Any) -> None:
@@ -204,21 +209,15 @@ class ConceptLibrary(foo.Panel):
             phrases = textwrap.shorten(" | ".join(concept.phrases), _PHRASES_WIDTH, placeholder=" …")
             score = "-" if concept.score is None else f"{concept.score:.2f}"
             rows.append({"name": name, "phrases": phrases, "score": score})
-        name = ctx.panel.get_state("name")
-        name = name if name in names else next(iter(names), None)
-        state: dict[str, Any] = {
-            "status": status,
-            "concepts": rows,
-            "name": name,
-            "details": "",
-            "references": [],
-        }
-        if name is not None:
-            state |= _details(ctx, name)
-        ctx.panel.set_state(state)
+        shown = self._name(ctx)
+        state: dict[str, Any] = {"status": status, "concepts": rows, "name": shown}
+        ctx.panel.set_state(state | ({} if shown is None else _details(ctx, shown)))
 
     def _render_concept(self, panel: types.Object, state: Any) -> None:
-        panel.md(state("details"), name="details_shown")
+        # Texts of concepts may come from files of others; Markdown could load images from other servers.
+        panel.view("summary_shown", types.Notice(label=state("summary")))
+        for key, label in _DETAILS.items():
+            panel.str(key, label=label, view=types.LabelValueView(read_only=True))
         row = panel.h_stack("concept_buttons", gap=2)
         row.btn("apply", label="Apply", on_click=self.apply)
         row.btn("edit", label="Edit and verify", on_click=self.edit)
@@ -227,28 +226,36 @@ class ConceptLibrary(foo.Panel):
             columns = {"file": "Reference", "iou": "IoU"}
             forms.table(panel, "references", columns, self.show_reference, "Show this sample")
 
+    def _name(self, ctx: Any) -> str | None:
+        """Return the shown concept; the first one if it was renamed or deleted since, None if there are none."""
+        from conceptseg_hf.integrations.fiftyone import concept_names
+
+        names, name = concept_names(ctx.dataset), ctx.panel.get_state("name")
+        return name if name in names else next(iter(names), None)
+
     def _prompt(self, ctx: Any, operator: str, params: dict[str, Any]) -> None:
         ctx.prompt(f"{forms.PLUGIN}/{operator}", params=params, on_success=self.refresh)
 
 
 def _details(ctx: Any, name: str) -> dict[str, Any]:
     """Return the part of the panel's state that describes a concept."""
-    from conceptseg_hf.integrations.fiftyone import load_concept, reference_scores
+    from conceptseg_hf.integrations.fiftyone.concept_library import load_concept
+    from conceptseg_hf.integrations.fiftyone.concepts import reference_scores, summary_of
 
     try:
         stored = load_concept(ctx.dataset, name)
     except ValueError as error:
-        return {"details": f"**{name}**: {forms.sentence(str(error))}"}
-    concept = stored.concept
-    lines = [
-        f"**{name}**: {forms.sentence(concept.summary())}",
-        f"Prompt: {concept.prompt}",
-        f"Rule: {concept.rule or '-'}",
-        f"Presence from which it is accepted: {concept.threshold:.2f}",
-    ]
-    rows = reference_scores(ctx.dataset, stored)
-    references = [row | {"iou": f"{row['iou']:.2f}"} for row in rows]
-    return {"details": "\n\n".join(lines), "references": references}
+        details: dict[str, Any] = dict.fromkeys(_DETAILS, "-")
+        return details | {"summary": forms.sentence(str(error)), "references": []}
+    concept, rows = stored.concept, reference_scores(ctx.dataset, stored)
+    return {
+        "summary": f"{name}: {summary_of(ctx.dataset, stored)}",
+        "prompt": concept.prompt,
+        "rule": concept.rule or "-",
+        "phrases": " | ".join(concept.phrases) or "-",
+        "threshold": f"{concept.threshold:.2f}",
+        "references": [row | {"iou": f"{row['iou']:.2f}"} for row in rows],
+    }
 
 
 def _text(ctx: Any, name: str) -> str:
@@ -266,7 +273,6 @@ def _fault_of(ctx: Any) -> str | None:
         check_export_path,
         check_import,
         check_name,
-        load_concept,
     )
 
     get, action = ctx.params.get, _action(ctx)
@@ -277,7 +283,6 @@ def _fault_of(ctx: Any) -> str | None:
         if action == "rename":
             check_name(ctx.dataset, new_name)
         elif action == "export":
-            load_concept(ctx.dataset, get("concept") or first_concept(ctx))
             check_export_path(path)
         elif action == "import":
             check_import(ctx.dataset, path, new_name or None, get("checkpoint") or "nano")

@@ -141,7 +141,7 @@ def test_files_that_are_too_large_are_not_read(tmp_path):
     path = tmp_path / "weights.safetensors"
     with path.open("wb") as file:
         file.truncate(20_000_000)
-    with pytest.raises(ValueError, match="is not a concept"):
+    with pytest.raises(ValueError, match="has 20 MB, too much for a concept"):
         ConceptPrompt.load(path)
 
 
@@ -162,6 +162,7 @@ def test_edits_have_to_be_verified_again():
     assert not make_concept(score=0.25, reasoning_score=0.1).is_reliable
     weak = make_concept(score=0.3, scores=(CandidateScore("star", 0.3, (0.5, 0.1)),))
     assert weak.worst_reference == 1 and "reference 1 fits worst (0.10)" in weak.summary()
+    assert "reference b.png fits worst (0.10)" in weak.summary(["a.png", "b.png"])
 
 
 def test_concepts_of_other_weights_are_refused(model, processor, picture, make_model):

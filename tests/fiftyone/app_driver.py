@@ -9,7 +9,7 @@ from typing import Any
 from playwright.sync_api import Locator, Page, expect
 
 SHOTS = os.environ.get("CONCEPTSEG_SCREENSHOTS")  # folder for screenshots; none are taken if it is not set
-TIMEOUT_MS = 600_000  # generous, so that tests also pass on a busy machine
+TIMEOUT_MS = int(os.environ.get("TMS", "600000"))  # generous, so that tests also pass on a busy machine
 
 expect.set_options(timeout=TIMEOUT_MS)
 
@@ -49,6 +49,15 @@ class App:
         """Select an option of a dropdown."""
         form.get_by_text(shown).click()
         self.page.get_by_role("option", name=option).click()
+
+    def fill(self, field: Locator, text: str) -> None:
+        """Fill in a text field until it keeps the text: FiftyOne resets a field while it sets the form's defaults."""
+        for _ in range(20):
+            field.fill(text)
+            self.page.wait_for_timeout(2000)  # wait until the form has processed the input
+            if field.input_value() == text:
+                return
+        raise AssertionError(f"the field does not keep {text!r}")
 
     def execute(self, form: Locator) -> None:
         """Submit the form for immediate execution."""

@@ -50,7 +50,7 @@ def test_an_induced_concept_is_stored_and_applied(shadows, ids, induced):
     assert shadows.select(ids[:3]).count("shadow") == 0
     assert found.values("shadow.route") == ["concept"] * 2
     assert all(foreground_iou(sample, "shadow") > 0.7 for sample in found)
-    assert others.count_values("shadow.route") == {"reasoning": 5}
+    assert "concept" not in others.count_values("shadow.route") and others.count("shadow.route") == 5
     assert set(shadows.distinct("shadow.concept")) == set(shadows.distinct("shadow.prompt")) == {"shadow"}
     assert set(found.values("shadow.threshold")) == {induced.concept.threshold}
 
@@ -119,12 +119,17 @@ def test_references_that_cannot_be_used_are_named_before_the_model_is_loaded(sha
 
 
 def test_negatives_set_the_threshold(shadows, ids, induced):
-    from conceptseg_hf.integrations.fiftyone import InductionJob, induce_concept
+    from conceptseg_hf.integrations.fiftyone import ConceptEdit, InductionJob, edit_concept, induce_concept
 
     job = InductionJob("shadow", ids[:3], name="strict", negative_ids=ids[5:8])
     strict = induce_concept(shadows, job)
     assert strict.concept.threshold != induced.concept.threshold
     assert strict.concept.phrases == induced.concept.phrases and strict.negative_ids == tuple(ids[5:8])
+    again = edit_concept(shadows, ConceptEdit("strict", rule="the shadow"))  # verified on the same samples
+    assert again.concept.threshold == strict.concept.threshold and again.negative_ids == strict.negative_ids
+    shadows.delete_samples(ids[5:7])
+    fewer = edit_concept(shadows, ConceptEdit("strict"))
+    assert fewer.negative_ids == (ids[7],) and fewer.concept.score == pytest.approx(strict.concept.score)
 
 
 def test_a_name_is_replaced_only_on_request(shadows, ids, induced):
@@ -268,7 +273,10 @@ def test_both_routes_of_a_concept_are_compared(shadows, ids, induced):
     *_, progress = segment_other_route(shadows, "shadow")
     assert progress.done == 7
     first, second = (shadows.values(f"{field}.route") for field in ("shadow", "shadow_other_route"))
-    assert set(zip(first, second)) == {("concept", "reasoning"), ("reasoning", "concept"), (None, None)}
+    assert {(one == "concept", other == "concept") for one, other in zip(first, second) if one} == {
+        (True, False),
+        (False, True),
+    }
     assert set(shadows.distinct("shadow_other_route.concept")) == {"shadow"}
 
 

@@ -19,35 +19,6 @@ OPERATORS = {
 }
 
 
-@pytest.fixture()
-def form_of(fo):
-    """Return a function that returns the inputs of an operator's form for given values."""
-    from fiftyone.operators.executor import ExecutionContext
-    from fiftyone.operators.registry import OperatorRegistry
-
-    def build_form(operator: str, dataset, params=None, **context):
-        request = {"dataset_name": dataset.name, "params": params or {}, **context}
-        instance = OperatorRegistry().get_operator(f"{PLUGIN}/{operator}")
-        return instance.resolve_input(ExecutionContext(request)).type.properties
-
-    return build_form
-
-
-@pytest.fixture()
-def messages(form_of):
-    """Return a function that returns the blocking warnings in a form for given values."""
-    from fiftyone.operators import types
-
-    def blocking_warnings(operator: str, dataset, params=None, **context):
-        return [
-            field.view.label
-            for field in form_of(operator, dataset, params, **context).values()
-            if isinstance(field.view, types.Warning) and field.invalid
-        ]
-
-    return blocking_warnings
-
-
 def test_all_operators_and_icons_are_registered(fo):
     from fiftyone.operators.registry import OperatorRegistry
 

@@ -53,8 +53,11 @@ class StoredConcept:
 
     def present_references(self, samples: fo.core.collections.SampleCollection) -> list[str]:
         """Return the ids of the references that are still in the dataset."""
-        valid = [sample_id for sample_id in self.reference_ids if ObjectId.is_valid(sample_id)]
-        return whole_dataset(samples).select(valid, ordered=True).values("id") if valid else []
+        return _present(samples, self.reference_ids)
+
+    def present_negatives(self, samples: fo.core.collections.SampleCollection) -> list[str]:
+        """Return the ids of the samples without the concept that are still in the dataset."""
+        return _present(samples, self.negative_ids)
 
 
 def concept_names(samples: fo.core.collections.SampleCollection) -> list[str]:
@@ -250,6 +253,11 @@ def decoded(text: Any, name: str) -> ConceptPrompt:
     except (TypeError, binascii.Error, ValueError) as error:
         raise ValueError(f"concept {name!r} is damaged; delete it, and induce or import it again.") from error
     return ConceptPrompt.from_bytes(content, name)
+
+
+def _present(samples: fo.core.collections.SampleCollection, ids: Sequence[str]) -> list[str]:
+    valid = [sample_id for sample_id in ids if ObjectId.is_valid(sample_id)]
+    return whole_dataset(samples).select(valid, ordered=True).values("id") if valid else []
 
 
 def _library(samples: fo.core.collections.SampleCollection) -> dict[str, dict[str, Any]]:

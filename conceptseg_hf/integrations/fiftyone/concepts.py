@@ -207,8 +207,7 @@ class ConceptEdit:
             concept = concept.with_phrase(*[phrase.strip() for phrase in self.phrases if phrase.strip()])
         if ids != list(stored.reference_ids):
             concept = replace(concept, reasoning_score=None)  # the score on other references
-        known = set(whole_dataset(samples).values("id")) if stored.negative_ids else set()
-        negatives = tuple(sample_id for sample_id in stored.negative_ids if sample_id in known)
+        negatives = tuple(stored.present_negatives(samples))
         return StoredConcept(self.name, concept, checkpoint, tuple(ids), field, negatives)
 
 
@@ -308,6 +307,12 @@ def reference_scores(
         }
         for sample_id, value in zip(stored.reference_ids, values, strict=True)
     ]
+
+
+def summary_of(samples: fo.core.collections.SampleCollection, stored: StoredConcept) -> str:
+    """Return `ConceptPrompt.summary` with the file names of the references."""
+    names = [row["file"] for row in reference_scores(samples, stored)]
+    return stored.concept.summary(names or None)
 
 
 def marked_references(
