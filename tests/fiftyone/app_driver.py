@@ -9,7 +9,7 @@ from typing import Any
 from playwright.sync_api import Locator, Page, expect
 
 SHOTS = os.environ.get("CONCEPTSEG_SCREENSHOTS")  # folder for screenshots; none are taken if it is not set
-TIMEOUT_MS = int(os.environ.get("TMS", "600000"))  # generous, so that tests also pass on a busy machine
+TIMEOUT_MS = 600_000  # generous, so that tests also pass on a busy machine
 
 expect.set_options(timeout=TIMEOUT_MS)
 

@@ -179,3 +179,37 @@ def test_explorer_shows_the_route_of_concepts(shadows, induced, run_operator):
     [bars] = explorer._routes_plot(shadows, "shadow")
     assert dict(zip(bars["x"], bars["y"])) == shadows.exists("shadow").count_values("shadow.route")
     assert "concept" in bars["x"]
+
+
+def test_library_panel_lists_damaged_concepts(shadows, induced):
+    """A damaged concept, such as that of an edited export, does not hide the others."""
+    from fiftyone.operators.executor import ExecutionContext, Executor
+    from fiftyone.operators.registry import OperatorRegistry
+
+    from conceptseg_hf.integrations.fiftyone import rename_concept, save_concept
+
+    save_concept(shadows, replace(induced, name="damaged"))
+    key = max(shadows.list_runs(), key=lambda key: shadows.get_run_info(key).config.name == "damaged")
+    config = shadows.get_run_info(key).config
+    config.file = "no file"
+    shadows.update_run_config(key, config)
+    panel = OperatorRegistry().get_operator(f"{PLUGIN}/concept_library")
+    request = {"dataset_name": shadows.name, "params": {}, "panel_id": "panel", "panel_state": {}}
+    context = ExecutionContext(request, executor=Executor())
+    panel.refresh(context)
+    state = context.panel.get_state
+    assert state("status") == "**Concepts stored with the dataset: 2**" and state("name") == "damaged"
+    damaged, good = state("concepts")
+    assert (
+        damaged["phrases"].startswith("concept 'damaged' is damaged; delete it") and damaged["score"] == "-"
+    )
+    assert good == {"name": "shadow", "phrases": "shadow", "score": "0.90"}
+    assert state("summary") == "Concept 'damaged' is damaged; delete it, and induce or import it again."
+    context.panel.set_state("name", "shadow")
+    panel.refresh(context)
+    assert state("summary") == "shadow: 'shadow' explains the references with a mean IoU of 0.90."
+    assert [row["iou"] for row in state("references")] == ["0.87", "0.89", "0.94"]
+    assert {"summary_shown", "rule", "references"} <= set(panel.render(context).type.properties)
+    rename_concept(shadows, "shadow", "dark")
+    panel.refresh(context)
+    assert state("name") == "damaged"
