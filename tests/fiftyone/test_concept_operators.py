@@ -158,7 +158,7 @@ def test_operators_can_be_called_from_python_and_scheduled(
         assert result == {"message": f"The concept {message}"}
     assert concept_names(shadows) == ["again", "shadow"] and ConceptPrompt.load(path).rule == "find the star"
     for name, message in (
-        ("moon", "concept 'moon' is not in"),
+        ("moon", "oncept 'moon' is not in the library"),
         (None, "no concept is given; use one of 'again', 'sh"),
     ):
         with pytest.raises(Exception, match=message):
@@ -194,7 +194,8 @@ def test_library_panel_lists_damaged_concepts(shadows, induced):
     config.file = "no file"
     shadows.update_run_config(key, config)
     panel = OperatorRegistry().get_operator(f"{PLUGIN}/concept_library")
-    request = {"dataset_name": shadows.name, "params": {}, "panel_id": "panel", "panel_state": {}}
+    params = {"panel_id": "panel", "panel_state": {}}
+    request = {"dataset_name": shadows.name, "params": params}
     context = ExecutionContext(request, executor=Executor())
     panel.refresh(context)
     state = context.panel.get_state
