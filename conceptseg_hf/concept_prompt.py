@@ -272,7 +272,7 @@ def _read(content: bytes, name: str) -> tuple[dict[str, str], torch.Tensor | Non
 def _with_sorted_header(content: bytes) -> bytes:
     """Sort the entries of a safetensors header, whose order is random otherwise."""
     end = 8 + _header_length(content)
-    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header = json_text(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # tensors are aligned
     return struct.pack("<Q", len(header)) + header + content[end:]
 
