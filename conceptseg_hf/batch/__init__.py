@@ -3,5 +3,6 @@
 from .job import BatchJob
 from .run import BatchReport, run_batch
 from .sources import open_images
+from .worker import BatchResult
 
-__all__ = ["BatchJob", "BatchReport", "open_images", "run_batch"]
+__all__ = ["BatchJob", "BatchReport", "BatchResult", "open_images", "run_batch"]

@@ -61,7 +61,7 @@ def run_batch(
     num_gpus: int | None = None,
     retry_failed: bool = False,
     progress: bool = False,
-    on_error: Callable[[str, str], None] | None = None,
+    on_batch: Callable[[BatchResult], None] | None = None,
 ) -> BatchReport:
     """Segment all images of a job, or those that an earlier run of the same job has not finished.
 
@@ -77,7 +77,7 @@ def run_batch(
         num_gpus: Number of GPUs that Ray's actors share.
         retry_failed: Whether to compute batches with failed images again.
         progress: Whether to show a progress bar.
-        on_error: Function that is called with name and error of each failed image.
+        on_batch: Function that is called with the result of each finished batch.
 
     Raises:
         BatchError: If the job cannot continue; finished batches are kept.
@@ -101,9 +101,8 @@ def run_batch(
                 output.finish(result.batch)
                 if bar is not None:
                     bar.update(len(job.rows_of(result.batch)))
-                if on_error is not None:
-                    for name, error in result.errors:
-                        on_error(name, error)
+                if on_batch is not None:
+                    on_batch(result)
         finally:
             if bar is not None:
                 bar.close()

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..images import is_file
 from ..writing import encode_text
 from .hub import download, is_hub
 from .items import SUFFIXES, ImageItem
@@ -44,7 +45,8 @@ class FileImages:
     """
 
     def __init__(self, names: Iterable[str], root: str = "", version: str = "") -> None:
-        self.names, self.root, self._version = tuple(names), root, version
+        # Absolute, because other processes may have another working directory.
+        self.names, self.root, self._version = tuple(names), str(Path(root).absolute()), version
 
     def __len__(self) -> int:
         return len(self.names)
@@ -85,15 +87,12 @@ def open_images(images: str | os.PathLike | Sequence[str], column: str | None = 
         folder, files = download(name)
         return _open_files(folder, files, name, column, version=folder.name)
     path = Path(name)
-    try:
-        if path.is_dir():
-            return _open_files(path, _files_below(path), name, column)
-        if path.is_file():
-            if path.suffix.lower() == ".txt":
-                return _read_list(path)
-            return _open_files(path.parent, [path], name, column)
-    except ValueError as error:  # for example a null byte
-        raise FileNotFoundError(f"images {name!r} is not a valid path: {error}.") from error
+    if _is_folder(path):
+        return _open_files(path, _files_below(path), name, column)
+    if is_file(name):
+        if path.suffix.lower() == ".txt":
+            return _read_list(path)
+        return _open_files(path.parent, [path], name, column)
     if glob.has_magic(name):
         # Path.glob accepts no absolute patterns.
         found = sorted(Path(each) for each in glob.glob(name, recursive=True) if Path(each).is_file())  # noqa: PTH207
@@ -129,6 +128,13 @@ def _read_list(path: Path) -> ImageSource:
         raise ValueError(f"images {str(path)!r} cannot be read: {error.strerror}.") from error
     names = [line.strip() for line in lines if line.strip()]
     return _checked(FileImages(names, str(path.parent)), repr(str(path)))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # too long, or contains a null byte
+        return False
 
 
 def _files_below(folder: Path) -> list[Path]:

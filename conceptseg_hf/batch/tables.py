@@ -34,7 +34,7 @@ class TableImages:
     """
 
     def __init__(self, files: Sequence[Path], column: str | None = None) -> None:
-        self.files = tuple(files)
+        self.files = tuple(file.absolute() for file in files)
         self._groups: list[tuple[int, int]] = []  # file and row group
         lengths: list[int] = []
         self.column = ""

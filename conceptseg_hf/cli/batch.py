@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .arguments import (
     BadInputError,
@@ -19,6 +19,9 @@ from .arguments import (
     read_template,
 )
 from .outputs import check_output_dir, explain_resuming
+
+if TYPE_CHECKING:
+    from conceptseg_hf.batch import BatchResult
 
 # Copies of conceptseg_hf.batch.run.ENGINES and conceptseg_hf.batch.exports.FORMATS, which require torch. A test checks
 # that they are equal.
@@ -148,7 +151,7 @@ def run(arguments: argparse.Namespace) -> int:
             num_gpus=arguments.num_gpus,
             retry_failed=arguments.retry_failed,
             progress=True,
-            on_error=_ErrorLines(),
+            on_batch=_ErrorLines(),
         )
     print(report.to_table())
     for path in report.outputs:
@@ -164,11 +167,12 @@ class _ErrorLines:
     def __init__(self) -> None:
         self._count = 0
 
-    def __call__(self, name: str, error: str) -> None:
+    def __call__(self, result: BatchResult) -> None:
         from conceptseg_hf.progress import print_line
 
-        self._count += 1
-        if self._count <= _SHOWN_ERRORS:
-            print_line(error if name in error else f"{name}: {error}", sys.stderr)
-        elif self._count == _SHOWN_ERRORS + 1:
-            print_line("further errors are only in the results.", sys.stderr)
+        for name, error in result.errors:
+            self._count += 1
+            if self._count <= _SHOWN_ERRORS:
+                print_line(error if name in error else f"{name}: {error}", sys.stderr)
+            elif self._count == _SHOWN_ERRORS + 1:
+                print_line("further errors are only in the results.", sys.stderr)
