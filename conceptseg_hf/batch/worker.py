@@ -19,10 +19,10 @@ from .job import BatchJob
 from .output import write_batch
 from .rows import make_row
 
-PREFETCHED = 2
-"""Batches whose images are read and preprocessed in threads while the model works on another."""
+BATCHES_AHEAD, THREADS = 2, 4
+"""Batches, and threads that read and preprocess their images, while the model works on another batch."""
 
-_Prepared = list[tuple[ImageItem, PreparedSample]]
+_Prepared = tuple[ImageItem, Future[PreparedSample]]
 
 
 @dataclass(frozen=True)
@@ -61,32 +61,30 @@ class Worker:
     def run(self, batches: Iterable[int]) -> Iterator[BatchResult]:
         """Process batches in order; each is on disk when its result is yielded."""
         threads = torch.get_num_threads()
-        pool = ThreadPoolExecutor(PREFETCHED, "prepare", torch.set_num_threads, (threads,))
-        ahead: deque[tuple[int, Future[_Prepared]]] = deque()
+        pool = ThreadPoolExecutor(THREADS, "prepare", torch.set_num_threads, (threads,))
+        ahead: deque[tuple[int, list[_Prepared]]] = deque()
         try:
             for batch in batches:
-                ahead.append((batch, pool.submit(self.prepare, batch)))
-                if len(ahead) > PREFETCHED:
+                rows = self.job.rows_of(batch)
+                items = self.job.images.read(rows.start, rows.stop)
+                ahead.append((batch, [(item, pool.submit(self._prepare, item)) for item in items]))
+                if len(ahead) > BATCHES_AHEAD:
                     yield self._finish(*ahead.popleft())
             while ahead:
                 yield self._finish(*ahead.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _finish(self, batch: int, prepared: Future[_Prepared]) -> BatchResult:
-        items, samples = zip(*prepared.result())
-        results = self.segment(batch, samples)
-        write_batch(self.folder, batch, [make_row(*pair) for pair in zip(items, results)])
+    def _finish(self, batch: int, prepared: list[_Prepared]) -> BatchResult:
+        items = [item for item, _ in prepared]
+        results = self.segment(batch, [sample.result() for _, sample in prepared])
+        write_batch(self.folder, batch, list(map(make_row, items, results)))
         routes = Counter(result.route for result in results if result.route is not None)
         errors = tuple((item.name, result.error) for item, result in zip(items, results) if result.error)
         return BatchResult(batch, routes, errors)
 
-    def prepare(self, batch: int) -> _Prepared:
-        """Read and preprocess the images of a batch; an image that cannot be read yields a sample with an error."""
-        rows = self.job.rows_of(batch)
-        return [(item, self._prepare(item)) for item in self.job.images.read(rows.start, rows.stop)]
-
     def _prepare(self, item: ImageItem) -> PreparedSample:
+        """Read and preprocess an image; one that cannot be read yields a sample with an error."""
         prompt = self.job.text
         if item.error is not None:
             return PreparedSample.failed(prompt, item.error)
