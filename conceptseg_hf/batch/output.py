@@ -39,9 +39,10 @@ def write_batch(folder: Path, batch: int, rows: Sequence[Row]) -> None:
     write_file(_batch_path(folder, batch), _encode(pa.Table.from_pylist(list(rows), schema())))
 
 
-def is_written(folder: Path, batch: int) -> bool:
-    """Whether the rows of a batch were written and not merged yet."""
-    return _batch_path(folder, batch).exists()
+def is_written(folder: Path, job: BatchJob, batch: int) -> bool:
+    """Whether the rows of a batch are on disk, alone or in their shard."""
+    shard = _shard_path(folder, batch // job.batches_per_shard)
+    return _batch_path(folder, batch).exists() or shard.exists()
 
 
 @contextmanager
@@ -106,7 +107,7 @@ class OutputFolder:
         """Count batches with failed images as not finished, because their files may have been fixed."""
         parquet = import_parquet()
         for shard in sorted(self._shards):
-            table = parquet.read_table(self._shard_path(shard))
+            table = parquet.read_table(_shard_path(self.folder, shard))
             batches = self._job.batches_of(shard)
             starts = [
                 self._job.rows_of(batch).start - self._job.rows_of(batches[0]).start for batch in batches
@@ -120,7 +121,7 @@ class OutputFolder:
                 continue
             for batch in set(batches) - failed:
                 write_file(_batch_path(self.folder, batch), _encode(parts[batch]))
-            self._shard_path(shard).unlink()
+            _shard_path(self.folder, shard).unlink()
             self._shards.remove(shard)
             self.finished -= failed
         for batch in [batch for batch in self.finished if _batch_path(self.folder, batch).exists()]:
@@ -132,20 +133,19 @@ class OutputFolder:
     def read(self, columns: list[str]) -> Iterator[Row]:
         """Yield the rows of all shards in order, one shard in memory at a time."""
         for shard in sorted(self._shards):
-            yield from import_parquet().read_table(self._shard_path(shard), columns=columns).to_pylist()
+            yield from (
+                import_parquet().read_table(_shard_path(self.folder, shard), columns=columns).to_pylist()
+            )
 
     def _merge(self, shard: int) -> None:
         import pyarrow as pa
 
         paths = [_batch_path(self.folder, batch) for batch in self._job.batches_of(shard)]
         tables = [import_parquet().read_table(path) for path in paths]
-        write_file(self._shard_path(shard), _encode(pa.concat_tables(tables)))
+        write_file(_shard_path(self.folder, shard), _encode(pa.concat_tables(tables)))
         self._shards.add(shard)
         for path in paths:
             path.unlink()
-
-    def _shard_path(self, shard: int) -> Path:
-        return self.folder / RESULTS / f"{shard:05d}.parquet"
 
     def _check_shard(self, shard: int) -> bool:
         """Whether a shard exists.
@@ -153,7 +153,7 @@ class OutputFolder:
         Raises:
             BatchError: If it is damaged.
         """
-        path = self._shard_path(shard)
+        path = _shard_path(self.folder, shard)
         if not path.exists():
             return False
         batches = self._job.batches_of(shard)
@@ -180,6 +180,10 @@ class OutputFolder:
 
 def _batch_path(folder: Path, batch: int) -> Path:
     return folder / UNFINISHED / f"{batch:08d}.parquet"
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / RESULTS / f"{shard:05d}.parquet"
 
 
 def _encode(table: Any) -> bytes:

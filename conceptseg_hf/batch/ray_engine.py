@@ -12,6 +12,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class RayWorker:
         """Process the batches of a chunk, and yield one row per batch."""
         batches = [int(batch) for text in chunk["batches"] for batch in text.split()]
         # Ray repeats a chunk whose actor died; its first batches may be on disk.
-        written = [batch for batch in batches if is_written(self._folder, batch)]
+        written = [batch for batch in batches if is_written(self._folder, self._job, batch)]
         for batch in written:
             yield _to_row(BatchResult(batch))
         try:
@@ -81,6 +82,8 @@ def run_with_ray(
     Raises:
         BatchError: If Ray is not installed or the job cannot continue.
     """
+    if job.model is not None and Path(job.model).exists():  # workers may have another working directory
+        job = replace(job, model=str(Path(job.model).absolute()))
     external = bool(os.environ.get("RAY_ADDRESS"))
     if not external:
         for name, value in _LOCAL.items():

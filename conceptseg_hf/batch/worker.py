@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from .job import BatchJob
 from .output import write_batch
 from .rows import make_row
 
-BATCHES_AHEAD, THREADS = 2, 4
+BATCHES_AHEAD, THREADS = 2, min(os.cpu_count() or 1, 16)
 """Batches, and threads that read and preprocess their images, while the model works on another batch."""
 
 _Prepared = tuple[ImageItem, Future[PreparedSample]]

@@ -1,8 +1,9 @@
 """A batch job as a process that tests can kill: batch_process.py IMAGES OUT ENGINE WORKERS CONCEPT LOG
 
-Each segmented batch is a line in LOG, also if it is not written afterwards.
+Each segmented batch is a line in LOG with the id of its process, also if it is not written afterwards.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class LoggedJob(BatchJob):
         def logged(*arguments, **options):
             results = segment(*arguments, **options)
             with Path(LOG).open("a") as file:
-                file.write("batch\n")
+                file.write(f"{os.getpid()}\n")
             return results
 
         model.segment = logged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -92,8 +93,20 @@ def test_killed_five_times(start, engine, workers):
     assert 0 <= lost <= KILLS * max(workers, 1), "one batch per kill and worker"
 
 
-def test_one_ray_worker_equals_two(start):
+def test_one_ray_worker_that_is_killed_equals_two(start):
+    """Ray starts the worker again, and repeats what it was working on."""
     pytest.importorskip("ray", reason="the engine 'ray' needs ray")
     process, whole = start("ray", 1)
-    assert process.finish() == 3 * BATCHES - 1
-    assert content(process.out) == whole and process.segmented() == BATCHES
+    running = process.start()
+    while process.segmented() < 3:
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.002)
+    worker = int(process.log.read_text().split()[0])
+    assert worker != running.pid
+    os.kill(worker, signal.SIGKILL)
+    stdout, stderr = running.communicate()
+    assert running.returncode == 0, stderr
+    # Ray prints its own lines about the worker.
+    assert int(stdout.split()[-1]) == 3 * BATCHES - 1 and content(process.out) == whole
+    assert BATCHES <= process.segmented() <= BATCHES + 1
+    assert len(set(process.log.read_text().split())) == 2, "processes"
