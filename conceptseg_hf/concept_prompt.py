@@ -29,6 +29,7 @@ LOWEST_SCORE, TOLERANCE = 0.3, 0.05
 """Otherwise: at least this score, and at most this much below the score of reasoning on the same references."""
 
 _MAX_HEADER = 1_000_000  # bytes; a concept's header contains a few kilobytes of text
+_MAX_FILE = 16_000_000  # bytes; a concept has at most a few tokens
 _MAX_TEXT = 10_000  # characters of a prompt, phrase or rule
 _TENSOR = "concept_embeds"
 
@@ -121,7 +122,13 @@ class ConceptPrompt:
         return replace(self, rule=rule)
 
     def check_model(self, model: ConceptSegForSegmentation) -> None:
-        """Raise a ValueError if the concept was made with other weights."""
+        """Raise a ValueError if the concept was made with other weights, or its tokens do not fit the model."""
+        width = model.config.ctm_config.sam_hidden_size
+        if self.concept_embeds is not None and self.concept_embeds.shape[-1] != width:
+            raise ValueError(
+                f"ConceptPrompt: the concept {self.prompt!r} has tokens of width {self.concept_embeds.shape[-1]}, but "
+                f"SAM 3 of this model has width {width}; induce it again with this model."
+            )
         found = concept_hash(model)
         if self.model_hash and self.model_hash != found:
             raise ValueError(
@@ -170,6 +177,8 @@ class ConceptPrompt:
             )
         try:
             values = json.loads(metadata["concept"])
+            if not isinstance(values["phrases"], list):
+                raise TypeError("phrases is not a list")
             scores = tuple(
                 CandidateScore(str(row["name"]), float(row["score"]), tuple(map(float, row["per_reference"])))
                 for row in values["scores"]
@@ -182,10 +191,10 @@ class ConceptPrompt:
                 threshold=float(values["threshold"]),
                 score=_number(values["score"]),
                 scores=scores,
-                model_hash=str(values["model_hash"]),
+                model_hash=_text(values["model_hash"]),
                 reasoning_score=_number(values.get("reasoning_score")),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}".rstrip(".")
             raise ValueError(f"concept {str(path)!r} is damaged ({reason}); induce it again.") from error
 
@@ -216,10 +225,15 @@ def _find_fault(concept: ConceptPrompt) -> str | None:
     for name, value in (*numbers, ("reasoning_score", concept.reasoning_score)):
         if value is not None and not 0 <= value <= 1:
             return f"{name} is {value}; use a number between 0 and 1."
+    for row in concept.scores:
+        if not all(0 <= value <= 1 for value in (row.score, *row.per_reference)):
+            return f"the scores of {row.name!r} are not between 0 and 1."
     tokens = concept.concept_embeds
-    if tokens is not None and (
-        tokens.ndim != 2 or not tokens.is_floating_point() or not tokens.isfinite().all()
-    ):
+    if tokens is None:
+        return None
+    if tokens.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return f"concept_embeds has dtype {tokens.dtype}; give float32."
+    if tokens.ndim != 2 or not tokens.numel() or not tokens.isfinite().all():
         return f"concept_embeds has shape {tuple(tokens.shape)} or is not finite; give finite numbers of shape (L, D)."
     return None
 
@@ -228,12 +242,23 @@ def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value
+
+
 def _read(path: Path) -> tuple[dict[str, str], torch.Tensor | None]:
     """Return the metadata and the tensor of a safetensors file."""
+    size = path.stat().st_size
+    if size > _MAX_FILE:
+        raise ValueError(
+            f"{str(path)!r} has {size / 1e6:.0f} MB, too much for a concept; give a file of `conceptseg induce`."
+        )
     with path.open("rb") as file:
         start = file.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-    if not 0 < length <= min(_MAX_HEADER, path.stat().st_size):
+    if not 0 < length <= min(_MAX_HEADER, size):
         raise ValueError(f"{str(path)!r} is not a concept; give a file of `conceptseg induce`.")
     try:
         with safe_open(path, "pt") as file:
