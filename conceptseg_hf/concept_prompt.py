@@ -127,7 +127,13 @@ class ConceptPrompt:
         return replace(self, rule=rule)
 
     def check_model(self, model: ConceptSegForSegmentation) -> None:
-        """Raise a ValueError if the concept was made with other weights."""
+        """Raise a ValueError if the concept was made with other weights, or its tokens do not fit the model."""
+        width = model.config.ctm_config.sam_hidden_size
+        if self.concept_embeds is not None and self.concept_embeds.shape[-1] != width:
+            raise ValueError(
+                f"ConceptPrompt: the concept {self.prompt!r} has tokens of width {self.concept_embeds.shape[-1]}, but "
+                f"SAM 3 of this model has width {width}; induce it again with this model."
+            )
         self.check_hash(concept_hash(model))
 
     def check_hash(self, found: str) -> None:
@@ -196,6 +202,8 @@ class ConceptPrompt:
             )
         try:
             values = json.loads(metadata["concept"])
+            if not isinstance(values["phrases"], list):
+                raise TypeError("phrases is not a list")
             scores = tuple(
                 CandidateScore(str(row["name"]), float(row["score"]), tuple(map(float, row["per_reference"])))
                 for row in values["scores"]
@@ -208,10 +216,10 @@ class ConceptPrompt:
                 threshold=float(values["threshold"]),
                 score=_number(values["score"]),
                 scores=scores,
-                model_hash=str(values["model_hash"]),
+                model_hash=_text(values["model_hash"]),
                 reasoning_score=_number(values.get("reasoning_score")),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}".rstrip(".")
             raise ValueError(f"concept {name!r} is damaged ({reason}); induce it again.") from error
 
@@ -242,16 +250,27 @@ def _find_fault(concept: ConceptPrompt) -> str | None:
     for name, value in (*numbers, ("reasoning_score", concept.reasoning_score)):
         if value is not None and not 0 <= value <= 1:
             return f"{name} is {value}; use a number between 0 and 1."
+    for row in concept.scores:
+        if not all(0 <= value <= 1 for value in (row.score, *row.per_reference)):
+            return f"the scores of {row.name!r} are not between 0 and 1."
     tokens = concept.concept_embeds
-    if tokens is not None and (
-        tokens.ndim != 2 or not tokens.is_floating_point() or not tokens.isfinite().all()
-    ):
+    if tokens is None:
+        return None
+    if tokens.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return f"concept_embeds has dtype {tokens.dtype}; give float32."
+    if tokens.ndim != 2 or not tokens.numel() or not tokens.isfinite().all():
         return f"concept_embeds has shape {tuple(tokens.shape)} or is not finite; give finite numbers of shape (L, D)."
     return None
 
 
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value
 
 
 def _read(content: bytes, name: str) -> tuple[dict[str, str], torch.Tensor | None]:
@@ -262,7 +281,7 @@ def _read(content: bytes, name: str) -> tuple[dict[str, str], torch.Tensor | Non
     try:
         tensors = load(content)  # also validates the header
         metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (SafetensorError, KeyError, ValueError, RuntimeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{name!r} is damaged or not a concept ({first_line(error)}).") from error
     if set(tensors) - {_TENSOR}:
         raise ValueError(f"{name!r} has other tensors than a concept; give a file of `conceptseg induce`.")

@@ -7,9 +7,9 @@ import struct
 
 import pytest
 import torch
+from hostile_concepts import hostile_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
 
 from conceptseg_hf import ConceptPrompt, ConceptSegmentationPipeline, ShortcutRouter
 from conceptseg_hf.concept_prompt import CandidateScore, as_concept, concept_hash
@@ -67,52 +67,6 @@ def test_any_text_survives_a_file(tmp_path_factory, phrase, rule, threshold, sco
 def test_refusals(changes, message):
     with pytest.raises(ValueError, match=message):
         make_concept(**changes)
-
-
-def hostile_files() -> dict[str, bytes]:
-    """Contents that are no concept, each with an idea of what is wrong."""
-    good = {"prompt": "p", "phrases": ["x"], "rule": None, "threshold": 0.1, "score": None, "scores": []}
-    good["model_hash"] = ""
-
-    def content(tensors=None, version="1", kind="conceptseg-concept", **changes) -> bytes:
-        text = json.dumps({**good, **changes})
-        return save(tensors or {}, {"format": kind, "version": version, "concept": text})
-
-    whole = content()
-    header = struct.pack("<Q", 10_000_000) + b"{" * 100
-    files = {
-        "empty": b"",
-        "short": b"abc",
-        "zeros": bytes(64),
-        "text": b"concept: star\n" * 30,
-        "cut header": whole[:40],
-        "cut tensor": content({"concept_embeds": torch.zeros(8, 8)})[:-100],
-        "huge header": header,
-        "endless header": struct.pack("<Q", 2**62) + b"{}",
-        "no metadata": save({"concept_embeds": torch.zeros(2, 2)}),
-        "another format": content(kind="weights"),
-        "newer version": content(version="2"),
-        "other tensors": content({"weight": torch.zeros(2, 2)}),
-        "NaN tokens": content({"concept_embeds": torch.full((2, 2), float("nan"))}),
-        "flat tokens": content({"concept_embeds": torch.zeros(4)}),
-        "integer tokens": content({"concept_embeds": torch.zeros(2, 2, dtype=torch.long)}),
-        "NaN threshold": content(threshold=float("nan")),
-        "negative threshold": content(threshold=-1),
-        "text threshold": content(threshold="high"),
-        "score above 1": content(score=7),
-        "no phrases": content(phrases=[]),
-        "phrases of numbers": content(phrases=[1, 2]),
-        "phrases null": content(phrases=None),
-        "blank prompt": content(prompt="  "),
-        "prompt of a list": content(prompt=["a"]),
-        "long rule": content(rule="x" * 50_000),
-        "scores of text": content(scores=["good"]),
-        "scores without names": content(scores=[{"score": 1.0}]),
-    }
-    broken = {"no JSON": "{", "a JSON list": "[]", "JSON null": "null"}
-    for name, text in broken.items():
-        files[name] = save({}, {"format": "conceptseg-concept", "version": "1", "concept": text})
-    return files
 
 
 @pytest.mark.parametrize("name", hostile_files())

@@ -23,6 +23,7 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *TRAINERS.rglob("*.py")])
 ROWS = [
     {"__main__"},
     {"cli", "integrations"},
+    {"batch"},
     {"evaluation", "pipelines", "conversion"},
     {"visualization", "data", "loading", "profiles", "induction"},
     {"modeling_conceptseg", "checkpointing", "concept_prompt", "inference"},
@@ -194,7 +195,7 @@ LAUNCH_LIGHTLY = (
         (),
         *(
             (subcommand,)
-            for subcommand in "demo segment evaluate compare ablate train convert data info".split()
+            for subcommand in "demo segment induce batch evaluate compare ablate train convert data info".split()
         ),
     ],
     ids=" ".join,
