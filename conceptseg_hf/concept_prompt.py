@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from .errors import first_line
 from .hashing import weights_hash
@@ -99,8 +99,12 @@ class ConceptPrompt:
         values = self.scores[0].per_reference
         return min(range(len(values)), key=values.__getitem__) if values else None
 
-    def summary(self) -> str:
-        """Return one or two sentences about how well the concept is verified."""
+    def summary(self, reference_names: Sequence[str] | None = None) -> str:
+        """Return one or two sentences about how well the concept is verified.
+
+        Args:
+            reference_names: Names of the references; their indices by default.
+        """
         names = " or ".join(map(repr, self.phrases))
         if self.score is None:
             return f"{names} has not been verified; call `verify` with references."
@@ -108,9 +112,10 @@ class ConceptPrompt:
         if self.is_reliable or self.worst_reference is None:
             return text
         worst = self.scores[0].per_reference[self.worst_reference]
+        name = self.worst_reference if reference_names is None else reference_names[self.worst_reference]
         return (
             f"{text} This is below {self.required_score:.2f}, so the adaptive router uses full reasoning; reference "
-            f"{self.worst_reference} fits worst ({worst:.2f})."
+            f"{name} fits worst ({worst:.2f})."
         )
 
     def with_phrase(self, *phrases: str) -> ConceptPrompt:
@@ -129,7 +134,10 @@ class ConceptPrompt:
                 f"ConceptPrompt: the concept {self.prompt!r} has tokens of width {self.concept_embeds.shape[-1]}, but "
                 f"SAM 3 of this model has width {width}; induce it again with this model."
             )
-        found = concept_hash(model)
+        self.check_hash(concept_hash(model))
+
+    def check_hash(self, found: str) -> None:
+        """Raise a ValueError if `found`, the `concept_hash` of a model, shows that it has other weights."""
         if self.model_hash and self.model_hash != found:
             raise ValueError(
                 f"ConceptPrompt: the concept {self.prompt!r} was made with other weights of SAM 3 or the CTM (hash "
@@ -145,14 +153,18 @@ class ConceptPrompt:
         Raises:
             OSError: If the file cannot be written.
         """
+        path = Path(path)
+        write_file(path, self.to_bytes())
+        return path
+
+    def to_bytes(self) -> bytes:
+        """Return the content of a file of `save`; equal concepts have equal contents."""
         values = asdict(replace(self, concept_embeds=None))
         metadata = {"format": FORMAT, "version": str(VERSION), "concept": json_text(values)}
         tensors = (
             {} if self.concept_embeds is None else {_TENSOR: self.concept_embeds.detach().cpu().contiguous()}
         )
-        path = Path(path)
-        write_file(path, save(tensors, metadata))
-        return path
+        return _with_sorted_header(save(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> ConceptPrompt:
@@ -167,12 +179,25 @@ class ConceptPrompt:
             raise FileNotFoundError(
                 f"concept {str(path)!r} is not a file; give a file of `conceptseg induce`."
             )
-        metadata, tensor = _read(path)
+        if (size := path.stat().st_size) > _MAX_FILE:
+            raise ValueError(
+                f"{str(path)!r} has {size / 1e6:.0f} MB, too much for a concept; give a file of `conceptseg induce`."
+            )
+        return cls.from_bytes(path.read_bytes(), str(path))
+
+    @classmethod
+    def from_bytes(cls, content: bytes, name: str = "concept") -> ConceptPrompt:
+        """Return the concept with a file content of `to_bytes`; `name` is the file's name in messages.
+
+        Raises:
+            ValueError: If the content is not a valid concept.
+        """
+        metadata, tensor = _read(content, name)
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{str(path)!r} is not a concept; give a file of `conceptseg induce`.")
+            raise ValueError(f"{name!r} is not a concept; give a file of `conceptseg induce`.")
         if metadata.get("version") != str(VERSION):
             raise ValueError(
-                f"concept {str(path)!r} has version {metadata.get('version')!r}, but this package reads version "
+                f"concept {name!r} has version {metadata.get('version')!r}, but this package reads version "
                 f"{VERSION}; induce it again, or use another version of the package."
             )
         try:
@@ -196,7 +221,7 @@ class ConceptPrompt:
             )
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}".rstrip(".")
-            raise ValueError(f"concept {str(path)!r} is damaged ({reason}); induce it again.") from error
+            raise ValueError(f"concept {name!r} is damaged ({reason}); induce it again.") from error
 
 
 def as_concept(concept: ConceptPrompt | str | os.PathLike) -> ConceptPrompt:
@@ -204,9 +229,9 @@ def as_concept(concept: ConceptPrompt | str | os.PathLike) -> ConceptPrompt:
     return concept if isinstance(concept, ConceptPrompt) else ConceptPrompt.load(concept)
 
 
-def concept_hash(model: ConceptSegForSegmentation) -> str:
-    """Return a hash of the weights that a concept depends on: those of SAM 3 and the CTM."""
-    return weights_hash({"sam": model.sam, "ctm": model.ctm})
+def concept_hash(model: ConceptSegForSegmentation, stored: Mapping[str, torch.Tensor] | None = None) -> str:
+    """Return a hash of the weights that a concept depends on: those of SAM 3 and the CTM; see `weights_hash`."""
+    return weights_hash({"sam": model.sam, "ctm": model.ctm}, stored)
 
 
 def _find_fault(concept: ConceptPrompt) -> str | None:
@@ -248,26 +273,28 @@ def _text(value: Any) -> str:
     return value
 
 
-def _read(path: Path) -> tuple[dict[str, str], torch.Tensor | None]:
-    """Return the metadata and the tensor of a safetensors file."""
-    size = path.stat().st_size
-    if size > _MAX_FILE:
-        raise ValueError(
-            f"{str(path)!r} has {size / 1e6:.0f} MB, too much for a concept; give a file of `conceptseg induce`."
-        )
-    with path.open("rb") as file:
-        start = file.read(8)
-    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-    if not 0 < length <= min(_MAX_HEADER, size):
-        raise ValueError(f"{str(path)!r} is not a concept; give a file of `conceptseg induce`.")
+def _read(content: bytes, name: str) -> tuple[dict[str, str], torch.Tensor | None]:
+    """Return the metadata and the tensor of the content of a safetensors file."""
+    length = _header_length(content)
+    if not 0 < length <= min(_MAX_HEADER, len(content)):
+        raise ValueError(f"{name!r} is not a concept; give a file of `conceptseg induce`.")
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            names: Sequence[str] = file.keys()
-            if set(names) - {_TENSOR}:
-                raise ValueError(
-                    f"{str(path)!r} has other tensors than a concept; give a file of `conceptseg induce`."
-                )
-            return metadata, file.get_tensor(_TENSOR) if _TENSOR in names else None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{str(path)!r} is damaged or not a concept ({first_line(error)}).") from error
+        tensors = load(content)  # also validates the header
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+    except (SafetensorError, KeyError, ValueError, RuntimeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{name!r} is damaged or not a concept ({first_line(error)}).") from error
+    if set(tensors) - {_TENSOR}:
+        raise ValueError(f"{name!r} has other tensors than a concept; give a file of `conceptseg induce`.")
+    return metadata, tensors.get(_TENSOR)
+
+
+def _with_sorted_header(content: bytes) -> bytes:
+    """Sort the entries of a safetensors header, whose order is random otherwise."""
+    end = 8 + _header_length(content)
+    header = json_text(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors are aligned
+    return struct.pack("<Q", len(header)) + header + content[end:]
+
+
+def _header_length(content: bytes) -> int:
+    return struct.unpack("<Q", content[:8])[0] if len(content) >= 8 else 0

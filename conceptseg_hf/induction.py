@@ -19,7 +19,7 @@ from .modeling_conceptseg import ConceptSegForSegmentation, evaluating
 from .phrases import candidate_phrases
 from .postprocessing import post_process_mask
 from .processing_conceptseg import ConceptSegProcessor
-from .progress import progress_bar
+from .progress import ProgressCalls, ProgressFunction, progress_bar
 from .references import Reference, resolve_references
 from .sam_prompt import ImageFeatures
 
@@ -102,7 +102,7 @@ def induce(
     num_samples: int = 1,
     refine: bool = False,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | ProgressFunction = False,
 ) -> ConceptPrompt:
     """Induce a concept from references with masks or boxes, to be applied to other images by SAM 3 alone.
 
@@ -121,7 +121,7 @@ def induce(
         refine: Also tune a few tokens in SAM 3's prompt space on the masks, with SAM 3 frozen. They are a candidate
             like the others, scored on references that they were not tuned on, so they need two references.
         seed: Random seed of sampling and tuning.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, or a function to call instead.
 
     Returns:
         The concept with the scores of all candidates.
@@ -169,6 +169,7 @@ def verify(
     processor: ConceptSegProcessor,
     references: Sequence[Reference],
     negatives: Sequence[ImageInput] = (),
+    candidates: Sequence[str] = (),
 ) -> ConceptPrompt:
     """Score a concept on references, for example after its phrases were edited; also sets its threshold.
 
@@ -178,6 +179,8 @@ def verify(
         processor: Its processor.
         references: References, each with a mask or boxes.
         negatives: Images without the concept.
+        candidates: Further phrases, such as the noun phrases of an edited rule. They replace the phrases of the
+            concept, alone or combined with them as in `induce`, if this explains the references better.
 
     Raises:
         ValueError: If a reference cannot be used, or the concept was made with other weights.
@@ -185,16 +188,35 @@ def verify(
     concept.check_model(model)
     with evaluating(model), loaded(model):
         examples = _encode(model, processor, references, negatives)
-        candidates = [_Candidate(phrase, phrase, concept.concept_embeds) for phrase in concept.phrases]
-        candidates = candidates or [_Candidate(REFINED, None, concept.concept_embeds)]
-        combined = _combine([_decode(model, processor, candidate, examples) for candidate in candidates])
+        tokens, phrases = concept.concept_embeds, concept.phrases
+        own = [_Candidate(phrase, phrase, tokens) for phrase in phrases] or [
+            _Candidate(REFINED, None, tokens)
+        ]
+        others = [_Candidate(phrase, phrase) for phrase in dict.fromkeys(candidates) if phrase not in phrases]
+        scored = [_decode(model, processor, candidate, examples) for candidate in (*own, *others)]
+        best = _combine(scored[: len(own)])
+        if others:
+            other, other_phrases = _select(scored)
+            if other.score > best.score + 1e-6:
+                best, phrases, tokens = other, other_phrases, other.candidate.tokens
     return replace(
         concept,
-        score=combined.score,
-        scores=_table([combined]),
-        threshold=_threshold(combined, len(examples)),
+        phrases=phrases,
+        concept_embeds=None if tokens is None else tokens.cpu(),
+        score=best.score,
+        scores=_table(
+            [best, *(each for each in scored if others and each.candidate.name != best.candidate.name)]
+        ),
+        threshold=_threshold(best, len(examples)),
         model_hash=concept_hash(model),
     )
+
+
+def _bar(progress: bool | ProgressFunction, total: int, unit: str, desc: str) -> Any:
+    """Return a progress bar, an object that reports to a function instead, or None without progress."""
+    if callable(progress):
+        return ProgressCalls(total, unit, progress)
+    return progress_bar(total, unit, desc) if progress else None
 
 
 def _encode(
@@ -244,7 +266,7 @@ def _complete(
     masks: Sequence[np.ndarray],
     num_samples: int,
     seed: int,
-    progress: bool,
+    progress: bool | ProgressFunction,
 ) -> tuple[list[tuple[str | None, str | None]], float]:
     """Complete the prompt for each reference as the target, with the other references as examples.
 
@@ -253,7 +275,7 @@ def _complete(
     """
     found: list[tuple[str | None, str | None]] = []
     ious: list[float] = []
-    bar = progress_bar(len(references) * num_samples, "completions", "induce") if progress else None
+    bar = _bar(progress, len(references) * num_samples, "completions", "induce")
     for number, target in enumerate(references):
         others = [reference for i, reference in enumerate(references) if i != number] or [target]
         sample = processor.prepare(target.image, prompt, others[:_MAX_EXAMPLES])
@@ -297,7 +319,7 @@ def _decode(
         for row, target in zip(logits, examples.masks)
     ]
     ious = tuple(
-        foreground_iou(prediction, target)
+        float(foreground_iou(prediction, target))
         for prediction, target in zip(predictions, examples.masks, strict=True)
     )
     counted = tuple(candidate.is_independent_of(i) for i in range(len(examples)))
@@ -362,12 +384,12 @@ def _refine(
     phrase: str,
     examples: _Examples,
     seed: int,
-    progress: bool,
+    progress: bool | ProgressFunction,
 ) -> _Scored:
     """Tune tokens that precede a phrase, and score them on references that they were not tuned on (two folds)."""
     count = len(examples)
     folds = [list(range(start, count, 2)) for start in range(2)]
-    bar = progress_bar(3 * _REFINE_STEPS, "steps", "refine") if progress else None
+    bar = _bar(progress, 3 * _REFINE_STEPS, "steps", "refine")
     ious = [0.0] * count
     best_step = []
     for fold in folds:

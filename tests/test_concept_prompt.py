@@ -79,6 +79,26 @@ def test_files_that_are_no_concept_give_one_sentence(tmp_path, name):
     assert "c.safetensors" in message and len(message) < 400 and "\n" not in message
 
 
+def test_equal_concepts_have_equal_files(tmp_path):
+    """In any process, although safetensors writes the entries of a header in a random order."""
+    concept = make_concept(concept_embeds=torch.arange(12.0).view(3, 4))
+    content = concept.to_bytes()
+    assert same(ConceptPrompt.from_bytes(content), concept) and concept.to_bytes() == content
+    names = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])["__metadata__"]
+    assert list(names) == ["concept", "format", "version"]
+    assert concept.save(tmp_path / "c.safetensors").read_bytes() == content
+    with pytest.raises(ValueError, match="'from the database' is not a concept"):
+        ConceptPrompt.from_bytes(b"", "from the database")
+
+
+def test_files_that_are_too_large_are_not_read(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    with path.open("wb") as file:
+        file.truncate(20_000_000)
+    with pytest.raises(ValueError, match="has 20 MB, too much for a concept"):
+        ConceptPrompt.load(path)
+
+
 def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a file"):
         ConceptPrompt.load(tmp_path / "none.safetensors")
@@ -96,6 +116,7 @@ def test_edits_have_to_be_verified_again():
     assert not make_concept(score=0.25, reasoning_score=0.1).is_reliable
     weak = make_concept(score=0.3, scores=(CandidateScore("star", 0.3, (0.5, 0.1)),))
     assert weak.worst_reference == 1 and "reference 1 fits worst (0.10)" in weak.summary()
+    assert "reference b.png fits worst (0.10)" in weak.summary(["a.png", "b.png"])
 
 
 def test_concepts_of_other_weights_are_refused(model, processor, picture, make_model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,42 @@ def test_edited_phrases_are_verified(nano, shadows):
         verify(concept.with_phrase(phrase), model, processor, references) for phrase in ("shadow", "star")
     )
     assert good.score > 0.7 > bad.score and good.scores[0].name == "shadow"
+
+
+def test_candidates_replace_phrases_that_explain_the_references_worse(nano, shadows):
+    model, processor = nano
+    references = [as_reference(sample) for sample in shadows[:2]]
+    concept = induce(model, processor, "shadow", references)
+    star = concept.with_phrase("star")
+    found = verify(star, model, processor, references, candidates=["circle", "shadow", "star", "shadow"])
+    assert found.phrases == ("shadow",) and found.score == pytest.approx(concept.score)
+    assert found.scores[0].name == "shadow"
+    assert sorted(row.name for row in found.scores) == ["circle", "shadow", "star"]
+    kept = verify(concept, model, processor, references, candidates=["star"])
+    assert kept.phrases == ("shadow",) and [row.name for row in kept.scores] == ["shadow", "star"]
+    width = model.config.ctm_config.sam_hidden_size
+    tokens = replace(star, concept_embeds=torch.zeros(4, width))
+    assert verify(tokens, model, processor, references).concept_embeds is not None
+    assert verify(tokens, model, processor, references, candidates=["shadow"]).concept_embeds is None
+
+
+def test_progress_is_reported_to_a_function(nano, shadows):
+    model, processor = nano
+    references = [as_reference(sample) for sample in shadows[:2]]
+    calls = []
+    induce(
+        model,
+        processor,
+        "shadow",
+        references,
+        num_samples=2,
+        refine=True,
+        progress=lambda *c: calls.append(c),
+    )
+    completions = [call for call in calls if call[2] == "completions"]
+    steps = [call for call in calls if call[2] == "steps"]
+    assert completions == [(done, 4, "completions") for done in range(5)]
+    assert [done for done, *_ in steps] == list(range(len(steps))) and len(steps) > 80
 
 
 def test_refined_tokens_are_a_candidate_and_seeded(nano, shadows):
