@@ -101,21 +101,21 @@ def test_unet_learns_and_its_state_can_be_restored(script, root, tmp_path):
     model = unet.UNet(4, width=8, levels=2, prompt_width=8)
     training = unet.Training(model, {"side": 32}, tmp_path / "state.safetensors")
     losses = []
-    for step in range(30):
+    for step in range(40):
         images, masks, prompts = data.batch(step, 4)
         loss = unet.dice_loss(model(images, prompts), masks)
         training.update(loss, 3e-3)
         losses.append(loss.item())
-    assert np.mean(losses[-5:]) < 0.6 * losses[0]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     assert model.films[-1].linear.weight.abs().sum() > 0  # the prompt is used
     training.seconds = 12.5
     training.save()
 
     restored = unet.Training(unet.UNet(4, 8, 2, 8), {"side": 32}, training.path)
-    assert (restored.step, restored.seconds) == (30, 12.5)
+    assert (restored.step, restored.seconds) == (40, 12.5)
     for each in (training, restored):
         each.model.train()
-        images, masks, prompts = data.batch(30, 4)
+        images, masks, prompts = data.batch(40, 4)
         each.update(unet.dice_loss(each.model(images, prompts), masks), 3e-3)
     states = training.model.state_dict(), restored.model.state_dict()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
