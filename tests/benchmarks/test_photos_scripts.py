@@ -145,3 +145,31 @@ def test_learning_rate(script):
     rate_at = script("photos_unet").rate_at
     assert rate_at(0, 1.0) == pytest.approx(0.01) and rate_at(0.02, 1.0) == pytest.approx(1)
     assert rate_at(0.51, 1.0) == pytest.approx(0.5) and rate_at(1.0, 1.0) == pytest.approx(0)
+
+
+def test_magnetic_tile_split_separates_tiles(script, tmp_path, capsys):
+    module = script("magnetic_tile")
+    assert module.groups_of([5000, 10, 40, 2000, 3200, 4600]) == [2, 0, 0, 1, 1, 2]
+    source = tmp_path / "source"
+    for folder in ("images", "masks"):
+        (source / folder).mkdir(parents=True)
+    with (source / "samples.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("id", "image", "mask", "prompt", "split"))
+        for tile in range(8):
+            for exposure in range(3):
+                stem = f"crack-exp{exposure}_num_{5000 * tile + 40 * exposure}"
+                for folder, suffix in (("images", "jpg"), ("masks", "png")):
+                    Image.new("L", (20, 20), 255).save(source / folder / f"{stem}.{suffix}")
+                writer.writerow((stem, f"images/{stem}.jpg", f"masks/{stem}.png", "crack", "train"))
+    module.main([str(source), str(tmp_path / "target")])
+    assert "8 groups, 2 held out: 18 training and 6 held-out images" in capsys.readouterr().out
+    parts = (load_benchmark("plain", tmp_path / "target", split).items for split in ("train", "test"))
+    tiles = [{int(item.sample_id.split("_")[-1]) // 5000 for item in items} for items in parts]
+    assert [len(each) for each in tiles] == [6, 2] and not tiles[0] & tiles[1]
+    (source / "samples.csv").write_text(
+        "id,image,mask,prompt,split\na,images/a.jpg,masks/a.png,crack,train\n"
+    )
+    with pytest.raises(SystemExit):
+        module.main([str(source), str(tmp_path / "other")])
+    assert "has other file names" in capsys.readouterr().err
