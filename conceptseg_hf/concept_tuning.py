@@ -31,7 +31,8 @@ from .sam_prompt import ImageFeatures
 WITHHELD = 5
 """One of this many references is withheld from tuning, to choose the best step and for the concept's score."""
 
-_MAX_WITHHELD, _MAX_VERIFIED = 40, 16
+_MAX_WITHHELD = 40
+_MAX_VERIFIED = 9  # `verify` accepts as many references as fit a mosaic
 _MAX_CACHE = 4 * 2**30  # bytes of image features that are kept; more are computed again for each batch
 _CHECKS = 10  # times the withheld references are decoded during tuning
 _PRESENCE_WEIGHT = 0.1
@@ -90,7 +91,7 @@ def tune_concept(
         progress: Whether to show a progress bar.
 
     Returns:
-        The concept, with score and threshold on at most 16 withheld references.
+        The concept, with score and threshold on at most nine withheld references.
 
     Raises:
         ValueError: If a reference has no mask or cannot be used, there are fewer than two, or the prompt is invalid.

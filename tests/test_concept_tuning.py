@@ -94,6 +94,15 @@ def test_negatives_lower_the_presence(nano, lesions):
     assert np.mean(presences[:3]) > np.mean(presences[3:]) + 0.2
 
 
+def test_more_withheld_references_than_can_be_verified(nano, lesions):
+    model, processor = nano
+    references = [as_reference(sample) for sample in lesions] * 4
+    concept = tune_concept(
+        model, processor, "star", references, options=TuningOptions(num_tokens=2, steps=1, batch_size=2)
+    )
+    assert len(split(references)[1]) == 11 and len(concept.scores[0].per_reference) == 9
+
+
 def test_split_withholds_every_fifth_and_at_most_40():
     for count, withheld in ((2, 1), (4, 1), (10, 2), (20, 4), (300, 40)):
         references = [Reference(f"{number}.png") for number in range(count)]
