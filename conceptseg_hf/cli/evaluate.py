@@ -64,6 +64,11 @@ def add_parser(subcommands: Any) -> None:
         metavar="FILE",
         help="write the completions to a new .csv file for annotation, which can then be given to --judgements",
     )
+    parser.add_argument(
+        "--exclude",
+        metavar="FILE",
+        help="leave samples out of the report: a file of conceptseg data check --duplicates, or one sample id per line",
+    )
     add_model_options(parser)
     add_profile_option(parser)
     add_template_option(parser)
@@ -96,12 +101,14 @@ def run(arguments: argparse.Namespace) -> int:
     )
     folder = check_output_dir(arguments.output_dir or f"evaluation_output/{name}", *FILES)
     from conceptseg_hf.data import load_benchmarks
+    from conceptseg_hf.data.duplicates import read_sample_ids
     from conceptseg_hf.evaluation import evaluate
     from conceptseg_hf.evaluation.distributed import join_processes
     from conceptseg_hf.evaluation.reporting.decomposition import write_annotation_sheet
     from conceptseg_hf.loading import profile_of
     from conceptseg_hf.profiles import get_profile
 
+    exclude = [] if arguments.exclude is None else as_bad_input(read_sample_ids, arguments.exclude)
     template = read_template(arguments.prompt_template)
     profile = as_bad_input(get_profile, arguments.profile or profile_of(arguments.model) or "paper")
     processes = join_processes()
@@ -133,6 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
             output_dir=folder,
             routing_regret=arguments.routing_regret,
             judgements=arguments.judgements,
+            exclude=exclude,
             progress=True,
         )
     if processes.is_main:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,6 +67,7 @@ def evaluate(
     judgements: str | os.PathLike | Judge | None = None,
     profile: str | None = None,
     groups: Sequence[str] | None = None,
+    exclude: Collection[str] = (),
 ) -> EvaluationReport:
     """Evaluate a model on one or several benchmarks.
 
@@ -107,6 +108,8 @@ def evaluate(
             protocol, and the loader of benchmarks given by name. None: the profile in the model's config, if any, with
             the current settings of model and processor.
         groups: Groups of the samples of a benchmark given by name; see `load_benchmark`.
+        exclude: Ids of samples that the report leaves out, such as duplicates of training images. Their records are
+            made and kept all the same.
 
     Returns:
         The report over the first `limit` samples.
@@ -177,6 +180,7 @@ def evaluate(
             None if output_dir is None else Path(output_dir),
             progress,
             judgements,
+            frozenset(exclude),
         )
 
 
@@ -188,27 +192,26 @@ def _evaluate_group(
     folder: Path | None,
     progress: bool,
     judgements: str | os.PathLike | Judge | None,
+    exclude: frozenset[str],
 ) -> EvaluationReport:
     """Evaluate the members of a group, or its only member if it wraps `samples`, and write the report."""
     processes = run.processes
-    reports = {}
+    reports, kept = {}, {}
     with Progress(sum(totals.values()), progress and processes.is_main) as bar:
         for name, member in group.members.items():
             bar.describe(name)
             member_folder = None if folder is None else folder / name
-            reports[name] = run.evaluate(member, totals[name], member_folder, bar)
+            reports[name], kept[name] = _without(
+                run.evaluate(member, totals[name], member_folder, bar), exclude
+            )
             if group is samples and member_folder is not None and processes.is_main:
-                reports[name].write(member_folder, member)
+                reports[name].write(member_folder, _subset(member, kept[name]))
     report = _combine(group.name, reports) if group is samples else reports[""]
     if judgements is not None:
         report = _judge(report, judgements)
     if folder is not None and processes.is_main:
-        # PyTorch's datasets accept any indexable collection and are one, but their annotations do not say so.
-        parts: list[Subset[ConceptSample]] = [
-            Subset(member, range(totals[name]))  # type: ignore[arg-type]
-            for name, member in group.members.items()
-        ]
-        report.write(folder, cast(Sequence[ConceptSample], ConcatDataset(parts)))
+        parts = [_subset(member, kept[name]) for name, member in group.members.items()]
+        report.write(folder, cast(Sequence[ConceptSample], ConcatDataset(parts)))  # type: ignore[arg-type]
     return report
 
 
@@ -338,6 +341,22 @@ def _pending_of(batch: Sequence[int], records: RecordStore) -> Sequence[int]:
     if not all(index in records for index in batch):
         return batch
     return [index for index in batch if records[index]["error"] is not None]
+
+
+def _without(report: EvaluationReport, exclude: frozenset[str]) -> tuple[EvaluationReport, Sequence[int]]:
+    """Return the report without excluded samples, and the indices of the others."""
+    kept = [i for i, record in enumerate(report.records) if record["sample_id"] not in exclude]
+    if not exclude:
+        return report, kept
+    if not kept:
+        raise ValueError("evaluate: exclude lists all samples; leave some of them out of the list.")
+    settings = {**report.settings, "excluded": len(report.records) - len(kept)}
+    return EvaluationReport([report.records[i] for i in kept], settings), kept
+
+
+def _subset(samples: Sequence[ConceptSample], indices: Sequence[int]) -> Sequence[ConceptSample]:
+    """Return some samples. PyTorch's datasets are indexable collections, but their annotations do not say so."""
+    return cast(Sequence[ConceptSample], Subset(samples, indices))  # type: ignore[arg-type]
 
 
 def _combine(name: str, reports: Mapping[str, EvaluationReport]) -> EvaluationReport:
