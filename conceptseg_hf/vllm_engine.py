@@ -1,33 +1,34 @@
 """Completions of the VLM from vLLM: continuous batching and prefix caching inside of this process.
 
 The engine holds a second copy of the language model; images are encoded by the VLM of the model, once per batch. vLLM
-returns no hidden states, so they come from one teacher-forced forward pass over prompts and completions. Written for
-vLLM 0.32 (the names that are not part of its documented interface are in `reload_weights`).
+returns no hidden states, so they come from one teacher-forced forward pass over prompts and completions.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
-import random
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig
 
 from . import vlm_backbone
 from .devices import execution_device, loaded, stored_value
 from .generation import GeneratedCompletions, prepare_generation_config
 from .hashing import weights_hash
+from .vllm_runtime import (
+    MAX_SEQUENCES,
+    MIN_LOGIT_BIAS,
+    cache_bytes,
+    collapse_image_tokens,
+    reload_weights,
+    start_engine,
+)
 
 if TYPE_CHECKING:
     from .inputs import PreparedSample
@@ -35,45 +36,16 @@ if TYPE_CHECKING:
     from .processing_conceptseg import ConceptSegProcessor
 
 MAX_MODEL_LENGTH = 4096  # prompts of 2048 tokens and completions of 768 (Table 7)
-MAX_SEQUENCES = 16
-NOT_INSTALLED = (
-    'vlm_engine is "vllm", but vLLM is not installed; install a version that works with the installed torch (see '
-    'docs/vllm.md), or use "transformers".'
-)
-# vLLM has no option to suppress tokens; with the smallest bias that it accepts, a token is practically never sampled.
-MIN_LOGIT_BIAS = -100.0
-
 # Fields of a GenerationConfig that are passed to vLLM, with the values of `generate` for unset fields.
 _SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0.0, "repetition_penalty": 1.0}
 # Fields that do not change the completions, or are handled by `prepare_generation_config`.
 _HANDLED = {
     *_SAMPLING,
-    *(
-        "do_sample",
-        "eos_token_id",
-        "bos_token_id",
-        "pad_token_id",
-        "max_new_tokens",
-        "max_length",
-        "suppress_tokens",
-    ),
-    *(
-        "use_cache",
-        "cache_implementation",
-        "cache_config",
-        "compile_config",
-        "disable_compile",
-        "prefill_chunk_size",
-    ),
-    *(
-        "output_attentions",
-        "output_hidden_states",
-        "output_logits",
-        "output_scores",
-        "return_dict_in_generate",
-    ),
-    *("num_beams", "guidance_scale", "stop_strings", "prompt_lookup_num_tokens", "assistant_early_exit"),
-    *("remove_invalid_values", "transformers_version"),
+    *"do_sample eos_token_id bos_token_id pad_token_id max_new_tokens max_length suppress_tokens".split(),
+    *"use_cache cache_implementation cache_config compile_config disable_compile prefill_chunk_size".split(),
+    *"output_attentions output_hidden_states output_logits output_scores return_dict_in_generate".split(),
+    *"num_beams guidance_scale stop_strings prompt_lookup_num_tokens assistant_early_exit".split(),
+    *"remove_invalid_values transformers_version".split(),
 }
 _NEUTRAL = {
     "num_return_sequences": 1,
@@ -248,122 +220,7 @@ class VllmEngine:
         return completions
 
 
-# -- the engine --
-
-
-def start_engine(**options: Any) -> Any:
-    """Build a `vllm.LLM` in this process for prompts with encoded images, with arbitrary weights.
-
-    vLLM reseeds the random generators, replaces `torch.set_num_threads` and changes the environment (such as
-    LD_PRELOAD); these are restored.
-
-    Args:
-        **options: Arguments of `vllm.LLM`, which take precedence over the defaults below.
-
-    Raises:
-        ImportError: If vLLM is not installed.
-    """
-    with engine_environment():
-        try:
-            from vllm import LLM
-        except ImportError as error:
-            raise ImportError(NOT_INSTALLED) from error
-        is_distributed = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        defaults: dict[str, Any] = {
-            "load_format": "dummy",  # `reload_weights` follows
-            "generation_config": "vllm",  # ignore the settings of the folder
-            "enforce_eager": not torch.cuda.is_available(),
-            # Images are given as embeddings: the engine needs no vision tower.
-            "enable_mm_embeds": True,
-            "limit_mm_per_prompt": {"image": 0, "video": 0},
-            "mm_processor_cache_gb": 0,  # would keep gigabytes of encoded images
-            "enable_prefix_caching": True,
-            # With several processes, each has an engine of its own.
-            "distributed_executor_backend": "external_launcher" if is_distributed else "uni",
-        }
-        return LLM(**defaults | options)
-
-
-@contextmanager
-def engine_environment() -> Iterator[None]:
-    """Context manager in which vLLM is imported and an engine is built; see `start_engine`."""
-    environment = dict(os.environ)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights can only be passed within a process
-    defaults = {
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # would change the threads of this process
-        "VLLM_NO_USAGE_STATS": "1",  # sends nothing
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        # The process group of the engine listens on this interface.
-        **({"GLOO_SOCKET_IFNAME": "lo"} if Path("/sys/class/net/lo").is_dir() else {}),
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(num_threads)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        for name in [name for name in os.environ if not name.startswith("VLLM_") and name not in environment]:
-            del os.environ[name]
-        os.environ.update(
-            {name: value for name, value in environment.items() if not name.startswith("VLLM_")}
-        )
-
-
-def reload_weights(llm: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Replace the weights of an engine in this process, and clear its caches.
-
-    `load_weights` of vLLM's models cannot be called a second time on a CPU: its linear layers pack their weights after
-    loading and drop the original parameters. The worker's `reload_weights` restores and packs them again, except for a
-    head that is tied to the embeddings, for which no weights arrive and which would keep the old packed weights.
-
-    Args:
-        llm: A `vllm.LLM`.
-        weights: Names of Transformers and values.
-    """
-    logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # warns of tied weights and of buffers, which are not in the checkpoint
-    try:
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-    finally:
-        logger.setLevel(level)
-    llm.apply_model(_repack_embeddings)
-    reset_caches(llm)
-
-
-def reset_caches(llm: Any) -> None:
-    """Clear everything that an engine has computed with earlier weights: prefixes and encoded images."""
-    llm.reset_prefix_cache()
-    llm.reset_mm_cache()
-    llm.llm_engine.reset_encoder_cache()
-
-
-def _repack_embeddings(model: nn.Module) -> None:
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        for module in model.modules():
-            if isinstance(module, VocabParallelEmbedding):
-                module.quant_method.process_weights_after_loading(module)
-
-
-def cache_bytes(text_config: Any, dtype: torch.dtype, tokens: int) -> int:
-    """Return the size of the key-value cache for a number of tokens, with a margin for partly filled blocks."""
-    head_size = (
-        getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    )
-    per_token = (
-        2 * text_config.num_hidden_layers * text_config.num_key_value_heads * head_size * dtype.itemsize
-    )
-    return int(1.1 * tokens * per_token) + 2**24
+# -- weights --
 
 
 def _describe_parameters(vlm: vlm_backbone.Vlm) -> dict[str, tuple[int, ...]]:
@@ -397,15 +254,6 @@ def _fingerprint(vlm: vlm_backbone.Vlm) -> tuple[Any, ...]:
         for parameter in vlm.parameters()
     )
     return weights_hash({"": vlm}), versions
-
-
-def collapse_image_tokens(ids: Sequence[int], image_token: int) -> list[int]:
-    """Replace each run of image tokens by one token, as vLLM expands the token of each image itself."""
-    return [
-        token
-        for position, token in enumerate(ids)
-        if token != image_token or position == 0 or ids[position - 1] != image_token
-    ]
 
 
 # -- settings --

@@ -25,7 +25,7 @@ ROWS = [
     {"cli", "integrations"},
     {"evaluation", "pipelines", "conversion"},
     {"visualization", "data", "loading", "profiles", "induction"},
-    {"modeling_conceptseg", "checkpointing", "concept_prompt", "inference"},
+    {"modeling_conceptseg", "checkpointing", "concept_prompt", "inference", "vlm_engines", "vllm_engine"},
     {"processing_conceptseg", "generation", "hub"},
     {"postprocessing", "collation", "chat"},
     {"inputs", "outputs", "processor_settings"},

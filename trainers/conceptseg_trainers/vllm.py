@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from conceptseg_hf import ConceptSegForSegmentation
-from conceptseg_hf.vllm_engine import (
+from conceptseg_hf.vllm_runtime import (
     MAX_SEQUENCES,
     MIN_LOGIT_BIAS,
     cache_bytes,

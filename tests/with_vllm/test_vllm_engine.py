@@ -233,7 +233,7 @@ def test_mosaic_of_a_batch_is_encoded_once_and_its_prompt_is_cached(
 
 def test_building_an_engine_leaves_the_process_as_it_was(engine) -> None:
     """And the engine listens on loopback only, in this process."""
-    from conceptseg_hf.vllm_engine import engine_environment
+    from conceptseg_hf.vllm_runtime import engine_environment
 
     assert (
         torch.set_num_threads.__module__ == "torch._C" or torch.set_num_threads.__name__ == "set_num_threads"
