@@ -7,11 +7,10 @@ import sys
 import pytest
 import torch
 
-from conceptseg_hf.cli import arguments
-from conceptseg_hf.cli.__main__ import main
+from conceptseg_hf.cli import arguments, main
 from conceptseg_hf.generation import GeneratedCompletions
-from conceptseg_hf.vlm_engines import VLM_ENGINES
 from conceptseg_hf.vllm_runtime import collapse_image_tokens
+from conceptseg_hf.vlm_engines import VLM_ENGINES
 
 
 class OwnEngine:
@@ -31,8 +30,8 @@ def without_vllm(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)  # `import vllm` fails
 
 
-def test_segment_uses_the_selected_engine(model, processor, image) -> None:
-    samples = lambda: [processor.prepare(image, prompt) for prompt in ("red circle", "odd one out")]  # noqa: E731
+def test_segment_uses_the_selected_engine(model, processor, picture) -> None:
+    samples = lambda: [processor.prepare(picture(0), prompt) for prompt in ("red circle", "odd one out")]  # noqa: E731
     options = {"processor": processor, "router": "full_reasoning"}
     before = [result.answer for result in model.segment(samples(), **options)]
     assert model.vlm_engine is None and "star" not in before
@@ -65,8 +64,8 @@ def test_names_of_the_command_are_those_of_the_package() -> None:
 
 
 @pytest.mark.parametrize("option", ["--vlm-engine", "--mllm-engine"])
-def test_command_without_vllm(tmp_path, image, capsys, without_vllm, option) -> None:
-    image.save(tmp_path / "image.png")
+def test_command_without_vllm(tmp_path, picture, capsys, without_vllm, option) -> None:
+    picture(0).save(tmp_path / "image.png")
     command = ["segment", str(tmp_path / "image.png"), "--prompt", "red circle", option, "vllm"]
     assert main([*command, "--output-dir", str(tmp_path / "output")]) == 2
     assert 'vlm_engine is "vllm", but vLLM is not installed' in capsys.readouterr().err

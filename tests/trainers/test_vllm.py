@@ -1,4 +1,4 @@
-"""Tests for rollouts with vLLM, without the engine, which needs a GPU: its weights and its arguments."""
+"""Tests for rollouts with vLLM, without the engine (see tests/with_vllm): its weights and its arguments."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from conceptseg_hf.data import load_benchmark
 def run(monkeypatch, engine):
     """Run a subcommand; vLLM engines that it builds are the engine of the other tests."""
     from conceptseg_hf import vllm_engine
-    from conceptseg_hf.cli.__main__ import main
+    from conceptseg_hf.cli import main
 
     monkeypatch.setattr(vllm_engine, "VllmEngine", lambda model, processor: engine)
     return lambda *arguments: main([str(argument) for argument in arguments])
