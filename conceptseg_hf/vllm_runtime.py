@@ -1,13 +1,16 @@
 """Building and updating a `vllm.LLM` inside of this process, for inference and training.
 
-Written for vLLM 0.32: `reload_weights` and `reset_caches` use its workers and its engine directly.
+Written for vLLM 0.32, parts of which are used that are not documented: `start_engine`, `keep_process_group`,
+`reload_weights` and `reset_caches`.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +59,30 @@ def start_engine(**options: Any) -> Any:
             # With several processes, each has an engine of its own.
             "distributed_executor_backend": "external_launcher" if is_distributed else "uni",
         }
-        return LLM(**defaults | options)
+        llm = LLM(**defaults | options)
+        from vllm.model_executor.layers import rotary_embedding
+    # vLLM caches position embeddings by their settings. Those of the omitted vision tower have no values, and would be
+    # used by the next engine with a vision tower, such as that of a trainer.
+    rotary_embedding._ROPE_DICT.clear()
+    keep_process_group(llm)
+    return llm
+
+
+def keep_process_group(llm: Any) -> None:
+    """Let an engine free its memory when it is released, but not destroy the process group.
+
+    vLLM destroys the default process group with the first engine that is garbage collected, even if it belongs to
+    accelerate or another engine, and fails at exit if the group is gone by then.
+    """
+    client = llm.llm_engine.engine_core
+    client._finalizer.detach()
+    weakref.finalize(client, _release, client.engine_core).atexit = False
+
+
+def _release(core: Any) -> None:
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()  # objects that vLLM has excluded from garbage collection
 
 
 @contextmanager

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import random
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -271,6 +273,23 @@ def test_threads_share_an_engine(loaded, engine, prepared) -> None:
     for thread in threads:
         thread.join()
     assert results == {index: expected[index : index + 3] for index in (0, 3, 6)}
+
+
+def test_released_engine_frees_its_memory_and_leaves_others_intact(loaded, engine, prepared) -> None:
+    """vLLM would destroy the process group, without which the other engine fails."""
+    expected = rows(expected_of(*loaded, prepared[:2]))
+    model, _ = loaded
+    model.set_vlm_engine("vllm", max_model_len=256, max_num_seqs=2)
+    second = model.vlm_engine
+    assert second is not engine and second.max_model_len == 256
+    assert rows(second.generate(*loaded, prepared[:2])) == expected
+    client = weakref.ref(second._llm.llm_engine.engine_core)
+    del second
+    model.set_vlm_engine("transformers")
+    gc.collect()
+    assert client() is None
+    assert torch.distributed.is_initialized()
+    assert rows(engine.generate(*loaded, prepared[:2])) == expected
 
 
 # -- errors --

@@ -21,6 +21,7 @@ from conceptseg_hf.vllm_runtime import (
     cache_bytes,
     collapse_image_tokens,
     engine_environment,
+    keep_process_group,
     reload_weights,
     reset_caches,
 )
@@ -122,6 +123,8 @@ class ConceptVLLMGeneration(VLLMGenerationAdapter):
         try:
             with engine_environment():
                 yield
+            if self.mode == "colocate" and hasattr(self, "llm"):
+                keep_process_group(self.llm)
         finally:
             composite.name_or_path = original
 
