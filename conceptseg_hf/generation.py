@@ -86,7 +86,7 @@ def generate_with_states(
         RuntimeError: If the VLM was compiled such that hidden states cannot be recorded.
     """
     inputs = move_to_hooks(vlm_backbone.model_inputs(inputs), vlm)
-    config, limits = _prepare_config(vlm, generation_config, inputs, max_total_length)
+    config, limits = prepare_generation_config(vlm, generation_config, inputs, max_total_length)
     limit = config.max_new_tokens
     at_token = hidden_states_at == "token"
     config.max_new_tokens = limit + int(at_token)
@@ -164,13 +164,20 @@ def _without_criteria_warning(enabled: bool) -> Iterator[None]:
         logger.removeFilter(is_unrelated)
 
 
-def _prepare_config(
+def prepare_generation_config(
     vlm: vlm_backbone.Vlm,
     overrides: GenerationConfig | Mapping[str, Any] | None,
     inputs: Mapping[str, Tensor],
     max_total_length: int | None,
 ) -> tuple[GenerationConfig, Tensor | None]:
-    """Return a copy of the generation config with all required values set, and (B,) length limits of the rows."""
+    """Return a copy of the generation config with all required values set, and (B,) length limits of the rows.
+
+    Args:
+        vlm: The VLM.
+        overrides: See `generate_with_states`.
+        inputs: The collated prompts.
+        max_total_length: See `generate_with_states`.
+    """
     prompt_length = inputs["input_ids"].shape[1]
     limits = None
     if isinstance(overrides, GenerationConfig):

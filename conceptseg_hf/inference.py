@@ -221,14 +221,19 @@ class Segmenter:
             ValueError: If `num_return_sequences` is above 1.
         """
         config = self.model.config
-        generated = generate_with_states(
-            self.model.vlm,
-            self.processor.collate(samples, device=execution_device(self.model.vlm)),
-            self.settings.generation_config,
-            config.hidden_states_at,
-            config.end_of_turn_state,
-            config.max_total_length,
-        )
+        if self.model.vlm_engine is not None:
+            generated = self.model.vlm_engine.generate(
+                self.model, self.processor, samples, self.settings.generation_config
+            )
+        else:
+            generated = generate_with_states(
+                self.model.vlm,
+                self.processor.collate(samples, device=execution_device(self.model.vlm)),
+                self.settings.generation_config,
+                config.hidden_states_at,
+                config.end_of_turn_state,
+                config.max_total_length,
+            )
         if len(generated.mask) != len(samples):
             raise ValueError(
                 "segment: num_return_sequences is above 1, but each sample has one result; set it to 1."

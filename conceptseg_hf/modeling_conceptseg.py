@@ -29,9 +29,10 @@ from .outputs import ConceptSegmentation, ConceptSegOutput, SegmentationOutputs
 from .processing_conceptseg import ConceptSegProcessor
 from .router import ShortcutRouter
 from .sam_prompt import ImageFeatures
+from .vlm_engines import VlmEngineMixin
 
 
-class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
+class ConceptSegForSegmentation(CheckpointMixin, VlmEngineMixin, GenerationMixin):
     """Segment the concept that a prompt describes, either directly or by reasoning over reference images.
 
     The model consists of `vlm` (the VLM), `ctm` (the Concept Translation Module) and `sam` (SAM 3, which is frozen and

@@ -27,7 +27,7 @@ ROWS = [
     {"evaluation", "pipelines", "conversion"},
     {"visualization", "data", "loading", "profiles", "concept_tuning"},
     {"induction"},
-    {"modeling_conceptseg", "checkpointing", "concept_prompt", "inference"},
+    {"modeling_conceptseg", "checkpointing", "concept_prompt", "inference", "vlm_engines", "vllm_engine"},
     {"processing_conceptseg", "generation", "hub"},
     {"postprocessing", "collation", "chat"},
     {"inputs", "outputs", "processor_settings"},

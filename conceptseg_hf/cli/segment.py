@@ -128,6 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
         "references": arguments.reference,
         "router": arguments.router,
         **({} if model.config.profile is None else {"profile": model.config.profile}),
+        **({} if model.vlm_engine is None else {"vlm_engine": model.vlm_engine.name}),
     }
     record |= {key: value for key, value in result.to_dict().items() if key not in ("mask", "heatmap")}
     record |= {key: path.name for key, path in paths.items()}

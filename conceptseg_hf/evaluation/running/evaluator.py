@@ -306,6 +306,7 @@ class _Run:
             "sam_prompt": self.sam_prompt,
             "max_references": self.max_references,
             **({"routing_regret": True} if self.routing_regret else {}),
+            **({"vlm_engine": engine.name} if (engine := self.model.vlm_engine) is not None else {}),
             **fingerprint(self.model),
             "configuration": configuration_hash(self.model, self.processor),
             "dtype": str(self.model.dtype).removeprefix("torch."),
