@@ -38,6 +38,7 @@ class SegmentSettings:
     generation_config: GenerationConfig | Mapping[str, Any] | None = None
     prompted_by: str = "concept+text"
     concept: ConceptPrompt | None = None
+    rule: str | None = None
 
     def __post_init__(self) -> None:
         if self.prompted_by not in SAM_PROMPTS:
@@ -221,13 +222,22 @@ class Segmenter:
             ValueError: If `num_return_sequences` is above 1.
         """
         config = self.model.config
+        num_given = None
+        started = list(samples)
+        if self.settings.rule is not None:
+            starts = [
+                self.processor.start_completion(self.processor.prepare_vlm(sample), self.settings.rule)
+                for sample in samples
+            ]
+            started, num_given = [sample for sample, _ in starts], [count for _, count in starts]
         generated = generate_with_states(
             self.model.vlm,
-            self.processor.collate(samples, device=execution_device(self.model.vlm)),
+            self.processor.collate(started, device=execution_device(self.model.vlm)),
             self.settings.generation_config,
             config.hidden_states_at,
             config.end_of_turn_state,
             config.max_total_length,
+            num_given,
         )
         if len(generated.mask) != len(samples):
             raise ValueError(
@@ -271,5 +281,6 @@ class Segmenter:
             decode_presence=decoded.presence,
             presence=None if first_pass is None else first_pass.presence,
             completion=decoded.completion,
+            given_rule=None if decoded.completion is None else self.settings.rule,
             phrase=decoded.phrase,
         )

@@ -333,6 +333,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         sam_prompt: str = ...,
         return_logits: bool = ...,
         concept: ConceptPrompt | str | os.PathLike | None = ...,
+        rule: str | None = ...,
         **tensors: Any,
     ) -> SegmentationOutputs: ...
 
@@ -349,6 +350,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         sam_prompt: str = ...,
         return_logits: bool = ...,
         concept: ConceptPrompt | str | os.PathLike | None = ...,
+        rule: str | None = ...,
         **tensors: Any,
     ) -> list[ConceptSegmentation]: ...
 
@@ -364,6 +366,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         sam_prompt: str = "concept+text",
         return_logits: bool = False,
         concept: ConceptPrompt | str | os.PathLike | None = None,
+        rule: str | None = None,
         **tensors: Any,
     ) -> list[ConceptSegmentation] | SegmentationOutputs:
         """Segment a batch of prompts; the router chooses the route of each prompt.
@@ -387,6 +390,8 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
             concept: A concept of `induction.induce`, or its file. SAM 3 applies it without the VLM and accepts masks
                 whose presence reaches its threshold; other images use full reasoning. The router modes `"sam_only"`
                 and `"full_reasoning"` force one of the two.
+            rule: A visual rule, such as "the striped object". The VLM does not write its reasoning and its rule, but
+                is given this rule and applies it to the image.
             **tensors: The items of `ConceptSegInputs`, as an alternative to `inputs`.
 
         Returns:
@@ -417,10 +422,12 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
                 f"segment: batch_size is {batch_size}; use at least 1, or None for all samples at once."
             )
         own_processor = self.processor if processor is None else processor
+        if rule is not None:
+            own_processor.check_rule(rule)
         segmenter = Segmenter(
             self,
             own_processor,
-            SegmentSettings(router, generation_config, sam_prompt, self._checked(concept)),
+            SegmentSettings(router, generation_config, sam_prompt, self._checked(concept), rule),
         )
         raw = []
         with evaluating(self), loaded(self):

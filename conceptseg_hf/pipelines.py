@@ -34,7 +34,7 @@ from .router import ShortcutRouter
 TASK = "concept-segmentation"
 
 _PREPROCESS_PARAMETERS = ("prompt", "references")
-_FORWARD_PARAMETERS = ("router", "generation_config", "return_heatmap", "concept")
+_FORWARD_PARAMETERS = ("router", "generation_config", "return_heatmap", "concept", "rule")
 _LOADER_PARAMETERS = ("batch_size", "num_workers")
 
 
@@ -88,6 +88,7 @@ class ConceptSegmentationPipeline(Pipeline):
                 `return_heatmap`: Whether to add the mask probabilities to each result.
                 `concept`: A `ConceptPrompt` or its file; see `ConceptSegForSegmentation.segment`. Its prompt is the
                     default for inputs without one.
+                `rule`: A visual rule that the VLM is given and applies; see `ConceptSegForSegmentation.segment`.
                 `batch_size`: Number of inputs per model call; defaults to 1.
                 `num_workers`: Number of processes that prepare inputs; defaults to 0. Streams use at most one.
 
@@ -118,6 +119,8 @@ class ConceptSegmentationPipeline(Pipeline):
         if forward.get("concept") is not None:
             forward["concept"] = as_concept(forward["concept"])
             preprocess.setdefault("prompt", forward["concept"].prompt)
+        if forward.get("rule") is not None:
+            self.processor.check_rule(forward["rule"])
         return preprocess, forward, {}
 
     def preprocess(  # type: ignore[override]
@@ -133,6 +136,7 @@ class ConceptSegmentationPipeline(Pipeline):
         generation_config: GenerationConfig | Mapping[str, Any] | None = None,
         return_heatmap: bool = False,
         concept: ConceptPrompt | None = None,
+        rule: str | None = None,
     ) -> list[ConceptSegmentation]:
         return self.model.segment(
             samples,
@@ -141,6 +145,7 @@ class ConceptSegmentationPipeline(Pipeline):
             generation_config=generation_config,
             return_heatmap=return_heatmap,
             concept=concept,
+            rule=rule,
         )
 
     def postprocess(  # type: ignore[override]

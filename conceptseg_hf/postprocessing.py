@@ -61,7 +61,7 @@ def post_process(
         mask=mask,
         label=raw.prompt,
         score=presence * float(foreground.mean()) if foreground.size else 0.0,
-        route="reasoning" if raw.completion is not None else "shortcut" if raw.phrase is None else "concept",
+        route=raw.route,
         presence=raw.presence,
         threshold=raw.threshold,
         decode_presence=presence,
