@@ -19,7 +19,8 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from . import vlm_backbone
-from .devices import loaded, move_to_hooks
+from .devices import has_hooks, loaded, move_to_hooks
+from .shared_references import ReferenceStore, read_references
 
 MAX_NEW_TOKENS = 768  # Table 7
 _NO_TOKEN = -1  # not a valid token id
@@ -59,6 +60,7 @@ def generate_with_states(
     end_of_turn_state: bool = False,
     max_total_length: int | None = None,
     num_given: Sequence[int] | None = None,
+    references: ReferenceStore | None = None,
 ) -> GeneratedCompletions:
     """Generate completions and record the hidden state of each completion token in the same pass.
 
@@ -79,6 +81,8 @@ def generate_with_states(
             `generation_config` sets no limit.
         num_given: Number of tokens at the end of each prompt that are the start of its completion. They and their
             states are part of the returned completions, but do not count for `max_new_tokens`.
+        references: Key-value pairs of references. If given, references that several prompts share are read once, except
+            for models with Accelerate's hooks, several completions per prompt, chunked prefill and other caches.
 
     Returns:
         Completions with T the length of the longest one (at least 1), including its end-of-sequence token if that has a
@@ -93,8 +97,12 @@ def generate_with_states(
     limit = config.max_new_tokens
     at_token = hidden_states_at == "token"
     config.max_new_tokens = limit + int(at_token)
-    prompt_length = inputs["input_ids"].shape[1]
+    if has_hooks(vlm) or not _uses_plain_cache(config):
+        references = None
     with _locks.setdefault(vlm, threading.Lock()):
+        shared = None if references is None else read_references(vlm, inputs, references)
+        prompts = inputs if shared is None else shared
+        prompt_length = prompts["input_ids"].shape[1]
         recorder = StateRecorder(max(num_given or [0]))
         criteria: list[StoppingCriteria] = [recorder]
         # The state of a token is computed in the step that follows it, so rows must end one step later.
@@ -117,7 +125,7 @@ def generate_with_states(
                 _without_criteria_warning(delayed_eos is not None),
             ):  # `loaded` is needed since generate calls modules of the VLM without its forward
                 sequences = vlm.generate(
-                    **inputs, generation_config=config, stopping_criteria=StoppingCriteriaList(criteria)
+                    **prompts, generation_config=config, stopping_criteria=StoppingCriteriaList(criteria)
                 )
         finally:
             for handle in handles:
@@ -143,9 +151,9 @@ def generate_with_states(
     )
     if not recorder.num_given:
         return generated
-    rows = len(token_ids) // len(inputs["input_ids"])
+    rows = len(token_ids) // len(prompts["input_ids"])
     return _prepend_given(
-        inputs["input_ids"].repeat_interleave(rows, dim=0),
+        prompts["input_ids"].repeat_interleave(rows, dim=0),
         torch.tensor(num_given, device=mask.device).repeat_interleave(rows),
         recorder.given_states(hidden_states_at).to(mask.device),
         generated,
@@ -163,6 +171,16 @@ def _prepend_given(
         torch.cat([given, generated.mask], dim=1),
         torch.cat([states.masked_fill(~given[..., None], 0), generated.hidden_states], dim=1),
         torch.cat([given, generated.state_mask], dim=1),
+    )
+
+
+def _uses_plain_cache(config: GenerationConfig) -> bool:
+    """Whether generation has one row per prompt and can continue a `DynamicCache`."""
+    return (
+        (config.num_return_sequences or 1) == 1
+        and config.use_cache is not False
+        and not config.cache_implementation
+        and not config.prefill_chunk_size
     )
 
 

@@ -19,6 +19,7 @@ from .outputs import RawSegmentation
 from .processing_conceptseg import ConceptSegProcessor
 from .router import ShortcutRouter
 from .sam_prompt import BOX_TEXT, SAM_PROMPTS, ImageFeatures
+from .shared_references import ReferenceStore
 
 if TYPE_CHECKING:
     from .modeling_conceptseg import ConceptSegForSegmentation
@@ -83,9 +84,14 @@ class Segmenter:
     """
 
     def __init__(
-        self, model: ConceptSegForSegmentation, processor: ConceptSegProcessor, settings: SegmentSettings
+        self,
+        model: ConceptSegForSegmentation,
+        processor: ConceptSegProcessor,
+        settings: SegmentSettings,
+        references: ReferenceStore,
     ) -> None:
         self.model, self.processor, self.settings = model, processor, settings
+        self.references = references
 
     def segment(
         self, samples: Sequence[PreparedSample], image_index: Sequence[int] | None = None
@@ -238,6 +244,7 @@ class Segmenter:
             config.end_of_turn_state,
             config.max_total_length,
             num_given,
+            self.references,
         )
         if len(generated.mask) != len(samples):
             raise ValueError(

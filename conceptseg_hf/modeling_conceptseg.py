@@ -29,6 +29,8 @@ from .outputs import ConceptSegmentation, ConceptSegOutput, SegmentationOutputs
 from .processing_conceptseg import ConceptSegProcessor
 from .router import ShortcutRouter
 from .sam_prompt import ImageFeatures
+from .shared_references import DEFAULT_MAX_BYTES, ReferenceStore
+from .teacher_forcing import check_forward_arguments, completion_states
 
 
 class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
@@ -44,6 +46,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
     ctm: ConceptTranslationModule
     sam: Sam3Model
     hf_device_map: Mapping[str, Any]
+    _references: ReferenceStore | None = None
 
     config_class = ConceptSegConfig
     base_model_prefix = "conceptseg"
@@ -174,7 +177,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         Returns:
             (B, L2, D) concept tokens Z.
         """
-        states, mask = _completion_states(hidden_states, completion_mask, self.config.hidden_states_at)
+        states, mask = completion_states(hidden_states, completion_mask, self.config.hidden_states_at)
         return self.encode_concepts(states.detach() if detach_hidden_states else states, mask)
 
     def encode_image(self, sam_pixel_values: Tensor) -> ImageFeatures:
@@ -275,7 +278,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         Raises:
             ValueError: If arguments are incompatible.
         """
-        _check_forward_arguments(
+        check_forward_arguments(
             sam_pixel_values, sam_features, sam_input_ids, sam_attention_mask, mask_labels
         )
         config = self.config
@@ -320,6 +323,27 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         )
 
     # -- inference --
+
+    @contextmanager
+    def shared_references(self, max_bytes: int = DEFAULT_MAX_BYTES) -> Iterator[ReferenceStore]:
+        """Read each set of references once for all calls of `segment` within the context.
+
+        Without this context, the prompts of a batch share their references. The key-value pairs are dropped when the
+        weights of the VLM change.
+
+        Args:
+            max_bytes: Maximum size of the key-value pairs; the least recently used ones are dropped.
+
+        Example:
+            >>> with model.shared_references():
+            ...     for image in images:
+            ...         model.segment(processor(image, prompt, references))
+        """
+        previous, self._references = self._references, ReferenceStore(max_bytes, across_batches=True)
+        try:
+            yield self._references
+        finally:
+            self._references = previous
 
     @overload
     def segment(
@@ -428,6 +452,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
             self,
             own_processor,
             SegmentSettings(router, generation_config, sam_prompt, self._checked(concept), rule),
+            ReferenceStore() if self._references is None else self._references,
         )
         raw = []
         with evaluating(self), loaded(self):
@@ -464,34 +489,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _check_forward_arguments(
-    sam_pixel_values: Tensor | None,
-    sam_features: ImageFeatures | None,
-    sam_input_ids: Tensor | None,
-    sam_attention_mask: Tensor | None,
-    mask_labels: Tensor | None,
-) -> None:
-    if sam_pixel_values is not None and sam_features is not None:
-        raise ValueError("forward: both sam_pixel_values and sam_features are given; pass only one of them.")
-    if mask_labels is not None and sam_pixel_values is None and sam_features is None:
-        raise ValueError(
-            "forward: mask_labels require an image to segment; also pass sam_pixel_values or sam_features."
-        )
-    if (sam_input_ids is None) != (sam_attention_mask is None):
-        raise ValueError(
-            "forward: only one of sam_input_ids and sam_attention_mask is given; pass both or neither."
-        )
-
-
-def _completion_states(
-    hidden_states: Tensor, completion_mask: Tensor, hidden_states_at: str
-) -> tuple[Tensor, Tensor]:
-    """Return the columns from the first to the last completion token (at least one), and their mask."""
-    mask = completion_mask.bool().to(hidden_states.device)
-    if hidden_states_at == "predict":  # the hidden state of the previous token predicts a token
-        mask = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
-    columns = mask.any(dim=0).nonzero()
-    first, last = (int(columns[0]), int(columns[-1])) if len(columns) else (0, 0)
-    return hidden_states[:, first : last + 1], mask[:, first : last + 1]

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from conceptseg_hf import Reference, vlm_backbone
 from conceptseg_hf.generation import generate_with_states
-from conceptseg_hf.modeling_conceptseg import _completion_states
+from conceptseg_hf.teacher_forcing import completion_states
 
 VISION_TOKENS = [3, 4, 5, 6]
 
@@ -40,7 +40,7 @@ def teacher_forced(vlm, processor, samples, generated, hidden_states_at="token")
     batch = processor.collate(samples, completions=completions)
     with torch.no_grad():
         states = vlm_backbone.last_hidden_states(vlm, vlm_backbone.model_inputs(batch))
-    return _completion_states(states, batch["completion_mask"], hidden_states_at)
+    return completion_states(states, batch["completion_mask"], hidden_states_at)
 
 
 @pytest.mark.parametrize("hidden_states_at", ["token", "predict"])
@@ -281,7 +281,7 @@ def test_state_of_the_end_of_turn_token_is_recorded_if_requested(vlm, processor,
     forced = processor.collate(samples, completions=completions)  # includes the end-of-turn tokens
     with torch.no_grad():
         states = vlm_backbone.last_hidden_states(vlm, vlm_backbone.model_inputs(forced))
-    states, mask = _completion_states(states, forced["completion_mask"], hidden_states_at)
+    states, mask = completion_states(states, forced["completion_mask"], hidden_states_at)
     assert torch.equal(mask, with_end.state_mask)
     assert (states - with_end.hidden_states)[mask].abs().max() < 1e-4
     assert not with_end.hidden_states[~mask].any()

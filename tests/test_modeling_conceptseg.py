@@ -1044,7 +1044,7 @@ def test_end_of_turn_state_is_passed_to_the_ctm_if_configured(model, inputs, mon
     mask, mask_with_end = (torch.tensor([[True, True, end, False]]) for end in (False, True))
     generate_arguments, encode_arguments = [], []
 
-    def generate(vlm, batch, generation, at, end_of_turn, limit, num_given):
+    def generate(vlm, batch, generation, at, end_of_turn, limit, *given):
         generate_arguments.append((at, end_of_turn, limit))
         return GeneratedCompletions(
             torch.tensor([[8, 9, 2, 0]]), mask, states, mask_with_end if end_of_turn else None
