@@ -76,7 +76,7 @@ def loaded(*modules: nn.Module) -> Iterator[None]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether Accelerate has added hooks to any part of a module."""
-    return any(_hooks(part) for part in module.modules())
+    return any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -27,6 +27,15 @@ def weights_hash(modules: Mapping[str, nn.Module]) -> str:
     return digest.hexdigest()[:16]
 
 
+def weights_counters(module: nn.Module) -> Hashable:
+    """Return a value that differs if weights of a module were replaced, moved, or written in place."""
+    return tuple(
+        (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device)
+        for tensor in chain(module.parameters(), module.buffers())
+        if not tensor.is_meta
+    )
+
+
 def weights_state(module: nn.Module) -> Hashable:
     """Return a value that differs if the weights, adapters, dtype or device of a module may have changed.
 
@@ -34,11 +43,6 @@ def weights_state(module: nn.Module) -> Hashable:
     tensor reveal writes through `.data`, which have no counter.
     """
     tensors = list(chain(module.parameters(), module.buffers()))
-    counters = tuple(
-        (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device)
-        for tensor in tensors
-        if not tensor.is_meta
-    )
     adapters = tuple(
         (
             name,
@@ -56,4 +60,4 @@ def weights_state(module: nn.Module) -> Hashable:
             flat = tensor.detach().flatten()
             by_device.setdefault(tensor.device, []).append(flat[:: -(-len(flat) // 4)].double())
     values = tuple(torch.cat(parts).cpu().numpy().tobytes() for parts in by_device.values())
-    return counters, adapters, values
+    return weights_counters(module), adapters, values

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from .completion import Completion
@@ -27,6 +28,18 @@ if TYPE_CHECKING:
 _EMPTY = -100.0  # mask logit of probability 0
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set a model to eval mode within the context, then restore the previous mode of each module."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 @dataclass(frozen=True)
 class SegmentSettings:
     """Settings of `Segmenter`; see `ConceptSegForSegmentation.segment`.
@@ -40,6 +53,13 @@ class SegmentSettings:
     prompted_by: str = "concept+text"
     concept: ConceptPrompt | None = None
     rule: str | None = None
+
+    @property
+    def given_rule(self) -> str | None:
+        """The rule that completions start with: the user's, or the verified one of the concept."""
+        if self.rule is None and self.router.mode == "adaptive" and self.concept is not None:
+            return self.concept.rule if self.concept.rule_is_reliable else None
+        return self.rule
 
     def __post_init__(self) -> None:
         if self.prompted_by not in SAM_PROMPTS:
@@ -92,6 +112,8 @@ class Segmenter:
     ) -> None:
         self.model, self.processor, self.settings = model, processor, settings
         self.references = references
+        if settings.given_rule is not None:
+            processor.check_rule(settings.given_rule)
 
     def segment(
         self, samples: Sequence[PreparedSample], image_index: Sequence[int] | None = None
@@ -102,6 +124,14 @@ class Segmenter:
             samples: The samples.
             image_index: Index of the image of each sample; by default, each sample has a separate image.
         """
+        sam = self.model.sam
+        # SAM 3 is in eval mode unless a user has changed it, and visiting all modules takes long for a small SAM 3.
+        with evaluating(sam) if sam.training else nullcontext():
+            return self._segment(samples, image_index)
+
+    def _segment(
+        self, samples: Sequence[PreparedSample], image_index: Sequence[int] | None
+    ) -> list[RawSegmentation]:
         image_of = range(len(samples)) if image_index is None else image_index
         valid = [i for i, sample in enumerate(samples) if sample.error is None]
         candidates = [i for i in valid if self._needs_first_pass(samples[i])]
@@ -201,7 +231,8 @@ class Segmenter:
         self, samples: Sequence[PreparedSample], indices: Sequence[int], images: _Images
     ) -> dict[int, _Decoded]:
         """Generate completions with the VLM and decode them with SAM 3; results are keyed by sample index."""
-        completions, concepts = self._complete([samples[i] for i in indices])
+        with evaluating(self.model.vlm), evaluating(self.model.ctm):
+            completions, concepts = self._complete([samples[i] for i in indices])
         by_index = dict(zip(indices, completions))
         prompted_by = self.settings.prompted_by
         if prompted_by == "box":
@@ -230,9 +261,9 @@ class Segmenter:
         config = self.model.config
         num_given = None
         started = list(samples)
-        if self.settings.rule is not None:
+        if (rule := self.settings.given_rule) is not None:
             starts = [
-                self.processor.start_completion(self.processor.prepare_vlm(sample), self.settings.rule)
+                self.processor.start_completion(self.processor.prepare_vlm(sample), rule)
                 for sample in samples
             ]
             started, num_given = [sample for sample, _ in starts], [count for _, count in starts]
@@ -275,6 +306,20 @@ class Segmenter:
             decoded |= self._decode(images, list(boxes), [BOX_TEXT] * len(boxes), boxes=centers)
         return decoded
 
+    def _reason_of_route(self, sample: PreparedSample, decoded: _Decoded, first_pass: _Decoded | None) -> str:
+        """Return why a sample took its route, as a short phrase."""
+        router, concept = self.settings.router, self.settings.concept
+        if router.mode != "adaptive":
+            return f"router {router.mode!r}"
+        if first_pass is not None:
+            compared = "reaches" if decoded.completion is None else "is below"
+            return (
+                f"presence {first_pass.presence:.2f} {compared} the threshold {self._threshold(sample):.2f}"
+            )
+        if concept is None:
+            return "the prompt is too long for the shortcut"
+        return "the concept is not verified" if concept.score is None else "the concept is not reliable"
+
     def _output(
         self, sample: PreparedSample, decoded: _Decoded | None, first_pass: _Decoded | None
     ) -> RawSegmentation:
@@ -288,6 +333,7 @@ class Segmenter:
             decode_presence=decoded.presence,
             presence=None if first_pass is None else first_pass.presence,
             completion=decoded.completion,
-            given_rule=None if decoded.completion is None else self.settings.rule,
+            given_rule=None if decoded.completion is None else self.settings.given_rule,
+            reason=self._reason_of_route(sample, decoded, first_pass),
             phrase=decoded.phrase,
         )

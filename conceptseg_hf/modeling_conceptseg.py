@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, overload
@@ -22,7 +22,8 @@ from .concept_prompt import ConceptPrompt, as_concept
 from .concept_translation import ConceptTranslationModule
 from .configuration_conceptseg import ConceptSegConfig
 from .devices import execution_device, loaded
-from .inference import Segmenter, SegmentSettings
+from .hashing import weights_counters
+from .inference import Segmenter, SegmentSettings, evaluating
 from .inputs import ConceptSegInputs, PreparedSample
 from .losses import segmentation_loss
 from .outputs import ConceptSegmentation, ConceptSegOutput, SegmentationOutputs
@@ -47,6 +48,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
     sam: Sam3Model
     hf_device_map: Mapping[str, Any]
     _references: ReferenceStore | None = None
+    _checked_concept: Hashable = None
 
     config_class = ConceptSegConfig
     base_model_prefix = "conceptseg"
@@ -446,8 +448,6 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
                 f"segment: batch_size is {batch_size}; use at least 1, or None for all samples at once."
             )
         own_processor = self.processor if processor is None else processor
-        if rule is not None:
-            own_processor.check_rule(rule)
         segmenter = Segmenter(
             self,
             own_processor,
@@ -455,7 +455,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
             ReferenceStore() if self._references is None else self._references,
         )
         raw = []
-        with evaluating(self), loaded(self):
+        with loaded(self):
             size = batch_size or max(len(samples), 1)
             for chunk in (slice(start, start + size) for start in range(0, len(samples), size)):
                 raw += segmenter.segment(samples[chunk], None if image_index is None else image_index[chunk])
@@ -475,17 +475,11 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         if concept is None:
             return None
         concept = as_concept(concept)
-        concept.check_model(self)
+        checked = concept.model_hash, weights_counters(self.sam), weights_counters(self.ctm)
+        if checked != self._checked_concept:  # hashing the weights takes longer than decoding a small image
+            concept.check_model(self)
+            self._checked_concept = checked
         return concept
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set a model to eval mode within the context, then restore the previous mode of each module."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+__all__ = ["ConceptSegForSegmentation", "evaluating"]

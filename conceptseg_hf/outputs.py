@@ -58,6 +58,7 @@ class ConceptSegmentation:
             empty mask.
         route: "shortcut" (SAM 3 alone), "concept" (SAM 3 alone with a `ConceptPrompt`), "rule" (the VLM applied a given
             rule) or "reasoning"; None if the item failed.
+        route_reason: Why this route was taken, as a short phrase; None if the item failed.
         presence: Presence of the prompt in SAM 3's first pass, in [0, 1]; None if there was no first pass.
         threshold: Minimum `presence` for the shortcut (eq. 9).
         decode_presence: Presence of the decoding that produced the mask, in [0, 1]; low if the concept is absent from
@@ -94,6 +95,7 @@ class ConceptSegmentation:
     heatmap: np.ndarray | None = None
     error: str | None = None
     mask_logits: np.ndarray | None = None
+    route_reason: str | None = None
 
     @classmethod
     def failed(cls, error: str, label: str = "") -> ConceptSegmentation:
@@ -121,6 +123,7 @@ class RawSegmentation:
         presence: Presence of the prompt in SAM 3's first pass, in [0, 1]; None if there was no first pass.
         completion: The VLM's completion; None on the shortcut.
         error: None, or one sentence that states why the item failed.
+        reason: Why the sample took its route; None if the item failed.
         given_rule: The rule that the completion was started with; None if the VLM wrote it.
         phrase: Phrase of the concept that the mask was decoded from; None without a concept.
     """
@@ -135,6 +138,7 @@ class RawSegmentation:
     error: str | None = None
     phrase: str | None = None
     given_rule: str | None = None
+    reason: str | None = None
 
     @property
     def route(self) -> str:

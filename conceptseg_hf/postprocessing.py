@@ -62,6 +62,7 @@ def post_process(
         label=raw.prompt,
         score=presence * float(foreground.mean()) if foreground.size else 0.0,
         route=raw.route,
+        route_reason=raw.reason,
         presence=raw.presence,
         threshold=raw.threshold,
         decode_presence=presence,

@@ -19,7 +19,7 @@ from transformers import Sam3Model
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput, Sam3VisionEncoderOutput
 
-from .devices import execution_device, loaded
+from .devices import execution_device, has_hooks, loaded
 
 SAM_PROMPTS = ("concept+text", "concept", "text", "box")
 """Modes of prompting SAM 3 with the VLM's output: the method of the paper, followed by its ablations."""
@@ -64,6 +64,8 @@ class ImageFeatures:
 
     def select(self, rows: Tensor) -> ImageFeatures:
         """Select images by index, in the order of `rows` (N,); indices may be repeated."""
+        if rows.tolist() == list(range(len(self))):
+            return self  # without copies of the feature pyramid
         rows = rows.to(self.device)
         return ImageFeatures(
             vision=Sam3VisionEncoderOutput(
@@ -106,10 +108,25 @@ def encode_image(sam: Sam3Model, pixel_values: Tensor, geometry_cls: bool = True
 
 
 def _geometry_cls(sam: Sam3Model, vision: Sam3VisionEncoderOutput) -> Tensor:
-    """Compute the geometry encoder's CLS token without boxes, by encoding one padding box."""
-    padding = vision.fpn_hidden_states[0].new_zeros(len(vision.fpn_hidden_states[0]), 1, 4)
-    tokens, mask = box_tokens(sam, vision, padding, valid=False)
-    return tokens[mask][:, None]
+    """Compute the geometry encoder's CLS token without boxes."""
+    encoder = sam.geometry_encoder
+    features, positions = vision.fpn_hidden_states[-2], vision.fpn_position_encoding[-2]
+    if hasattr(sam, "_hf_hook") or has_hooks(
+        encoder
+    ):  # only the encoder's own forward moves inputs and weights
+        tokens, mask = box_tokens(sam, vision, features.new_zeros(len(features), 1, 4), valid=False)
+        return tokens[mask][:, None]
+    # The steps of its forward for the CLS token alone: a padding box, which it requires, takes longer than the token.
+    token = encoder.prompt_layer_norm(encoder.final_proj(encoder.cls_embed.weight))
+    tokens = token[None].expand(len(features), -1, -1)
+    for layer in encoder.layers:
+        tokens = layer(
+            prompt_feats=tokens,
+            vision_feats=features.flatten(2).transpose(1, 2),
+            vision_pos_encoding=positions.flatten(2).transpose(1, 2),
+            prompt_mask=None,
+        )
+    return encoder.output_layer_norm(tokens)
 
 
 def box_tokens(

@@ -25,6 +25,7 @@ ROWS = [
     {"cli", "integrations"},
     {"evaluation", "pipelines", "conversion"},
     {"visualization", "data", "loading", "profiles", "induction"},
+    {"rules"},
     {"modeling_conceptseg", "checkpointing", "concept_prompt", "inference"},
     {"processing_conceptseg", "generation", "hub"},
     {"postprocessing", "collation", "chat"},
