@@ -11,11 +11,14 @@ from transformers import AutoModel
 from conceptseg_hf import (
     ConceptSegConfig,
     ConceptSegForSegmentation,
+    ConceptSegProcessor,
     Reference,
     ShortcutRouter,
     inference,
+    nano_checkpoint,
 )
 from conceptseg_hf.completion import format_completion
+from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.generation import GeneratedCompletions
 from conceptseg_hf.outputs import ConceptSegOutput, SegmentationOutputs
 from conceptseg_hf.processing_conceptseg import PreparedSample
@@ -957,6 +960,23 @@ def test_mixed_dtypes_are_preserved_by_save_and_load(checkpoint, tmp_path, input
     assert dtypes(again) == expected
     assert_same_weights(model, again)
     assert again.segment(inputs[:2], NEVER, GREEDY, processor)[1].error is None
+
+
+def test_sam_and_ctm_in_bfloat16_give_nearly_the_same_masks(processor):
+    path = nano_checkpoint()
+    nano_processor = ConceptSegProcessor.from_pretrained(path)
+    shapes = ConceptShapes("test")
+    samples = [nano_processor.prepare(s.image, s.prompt, s.references) for s in (shapes[i] for i in range(6))]
+    masks, sizes = [], []
+    for dtype in (None, torch.bfloat16):
+        model = ConceptSegForSegmentation.from_pretrained(path, sam_dtype=dtype)
+        assert model.vlm.dtype == torch.float32 and model.sam.dtype == (dtype or torch.float32)
+        sizes.append(sum(p.nbytes for part in (model.sam, model.ctm) for p in part.parameters()))
+        results = model.segment(samples, NEVER, {"max_new_tokens": 48}, nano_processor)
+        masks.append([np.asarray(result.mask) > 0 for result in results])
+    assert sizes[1] == sizes[0] / 2
+    ious = [(a & b).sum() / (a | b).sum() for a, b in zip(*masks, strict=True) if a.any()]
+    assert len(ious) >= 4 and min(ious) > 0.95
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", {"vlm_config": "eager", "sam_config": "sdpa"}])
