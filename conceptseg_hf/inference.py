@@ -31,6 +31,9 @@ _EMPTY = -100.0  # mask logit of probability 0
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Set a model to eval mode within the context, then restore the previous mode of each module."""
+    if not any(module.training for module in model.modules()):
+        yield  # setting the modes takes longer than reading them
+        return
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
