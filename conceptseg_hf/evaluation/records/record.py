@@ -184,7 +184,7 @@ def make_record(
             ious = {result.route: iou}
             route_ious = {route: ious.get(route, other_iou) for route in ("shortcut", "reasoning")}
             regret = max(route_ious.values()) - iou
-    reasoned = result.completion is not None
+    reasoned = result.route in ("rule", "reasoning")
     completion_box_iou = None
     mask = None if result.mask is None else np.asarray(result.mask) >= 128
     if reasoned and sample.box is not None:
