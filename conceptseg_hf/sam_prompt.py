@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import Sam3Model
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput, Sam3VisionEncoderOutput
 
@@ -116,17 +117,23 @@ def _geometry_cls(sam: Sam3Model, vision: Sam3VisionEncoderOutput) -> Tensor:
     ):  # only the encoder's own forward moves inputs and weights
         tokens, mask = box_tokens(sam, vision, features.new_zeros(len(features), 1, 4), valid=False)
         return tokens[mask][:, None]
-    # The steps of its forward for the CLS token alone: a padding box, which it requires, takes longer than the token.
-    token = encoder.prompt_layer_norm(encoder.final_proj(encoder.cls_embed.weight))
-    tokens = token[None].expand(len(features), -1, -1)
+    # The steps of its forward without the encoding of the padding box, which takes longest. A padding token
+    # replaces the box, so that the results are equal to the last bit.
+    token = encoder.cls_embed.weight
+    pair = torch.cat([token, torch.zeros_like(token)])[None].expand(len(features), -1, -1).contiguous()
+    tokens = encoder.prompt_layer_norm(encoder.final_proj(pair))
+    mask = torch.tensor([True, False], device=features.device).expand(len(features), -1)
+    attention_mask = create_bidirectional_mask(
+        config=encoder.config, inputs_embeds=tokens, attention_mask=mask
+    )
     for layer in encoder.layers:
         tokens = layer(
             prompt_feats=tokens,
             vision_feats=features.flatten(2).transpose(1, 2),
             vision_pos_encoding=positions.flatten(2).transpose(1, 2),
-            prompt_mask=None,
+            prompt_mask=attention_mask,
         )
-    return encoder.output_layer_norm(tokens)
+    return encoder.output_layer_norm(tokens)[:, :1]
 
 
 def box_tokens(

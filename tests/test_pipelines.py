@@ -24,6 +24,7 @@ from conceptseg_hf.pipelines import _Preparation, register_pipeline
 RESULT_FIELDS = {
     "mask", "label", "score", "route", "presence", "threshold", "think", "rule", "answer", "completion",
     "box", "check", "check_reference", "check_iou", "heatmap", "error", "decode_presence",
+    "route_reason",
 }  # fmt: skip
 SHORT = {"max_new_tokens": 4}
 

@@ -283,7 +283,8 @@ class _Run:
                 self.max_references,
                 self.protocol,
             )
-            batch_results = segment_samples(*batch, self.router, *options, self.concept)
+            own_route: tuple[Any, ...] = (self.router, *options, self.concept)
+            batch_results = segment_samples(*batch, *own_route)
             results = dict(zip(samples, batch_results, strict=True))
             if self.routing_regret:
                 other_results = dict(
