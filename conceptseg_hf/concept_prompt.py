@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,12 @@ RELIABLE_SCORE = 0.5
 
 LOWEST_SCORE, TOLERANCE = 0.3, 0.05
 """Otherwise: at least this score, and at most this much below the score of reasoning on the same references."""
+
+CAUTION = 0.5
+"""Means over references are reduced by this many standard errors, since few references can agree by coincidence."""
+
+RULE_GAIN = 0.1
+"""The router applies a rule whose score is this much above that of reasoning, as it is the best of several rules."""
 
 _MAX_HEADER = 1_000_000  # bytes; a concept's header contains a few kilobytes of text
 _MAX_FILE = 16_000_000  # bytes; a concept has at most a few tokens
@@ -56,13 +63,15 @@ class ConceptPrompt:
     Attributes:
         prompt: The user's prompt.
         phrases: Phrases for SAM 3; with several phrases, each image uses the one with the highest presence.
-        rule: The rule that the VLM wrote, or None.
+        rule: The rule that explains the references best if the VLM is given it, or None.
         concept_embeds: (L, D) tokens in SAM 3's prompt space that precede the phrase, or None.
         threshold: Minimum presence for accepting the mask without reasoning, in [0, 1].
         score: Mean IoU on the references; None if the concept was edited and not verified since.
         scores: Scores of all candidates, best first.
         model_hash: Hash of the weights of SAM 3 and the CTM that the concept was made with; see `concept_hash`.
         reasoning_score: Mean IoU of full reasoning on the references, each with the others as examples, or None.
+        reasoning_ious: IoU of full reasoning on each reference; empty if it is unknown.
+        rule_score: Mean IoU on the references if the VLM is given the rule; None if the rule is not verified.
     """
 
     prompt: str
@@ -74,6 +83,8 @@ class ConceptPrompt:
     scores: tuple[CandidateScore, ...] = ()
     model_hash: str = ""
     reasoning_score: float | None = None
+    reasoning_ious: tuple[float, ...] = ()
+    rule_score: float | None = None
 
     def __post_init__(self) -> None:
         if fault := _find_fault(self):
@@ -82,11 +93,31 @@ class ConceptPrompt:
     @property
     def is_reliable(self) -> bool:
         """Whether the concept explains the references as well as reasoning; otherwise the adaptive router reasons."""
-        return self.score is not None and self.score >= self.required_score
+        cautious = self.cautious_score
+        if self.score is None or cautious is None or cautious < self.required_score:
+            return False
+        ious = self.scores[0].per_reference if self.scores else ()
+        if len(ious) != len(self.reasoning_ious):
+            return True
+        return _cautious_mean([a - b for a, b in zip(ious, self.reasoning_ious)]) >= -TOLERANCE
+
+    @property
+    def cautious_score(self) -> float | None:
+        """The score, or if it is lower, the mean IoU minus `CAUTION` standard errors; the router relies on it."""
+        if self.score is None or self.reasoning_score is None or not self.scores:
+            return self.score
+        return min(self.score, _cautious_mean(self.scores[0].per_reference))
+
+    @property
+    def rule_is_reliable(self) -> bool:
+        """Whether the adaptive router gives the rule to the VLM when SAM 3 alone is not accepted."""
+        if self.rule is None or self.rule_score is None:
+            return False
+        return self.rule_score >= (self.reasoning_score or 0.0) + RULE_GAIN
 
     @property
     def required_score(self) -> float:
-        """Score from which the concept is reliable."""
+        """Minimum of `cautious_score`."""
         if self.reasoning_score is None:
             return RELIABLE_SCORE
         return max(LOWEST_SCORE, self.reasoning_score - TOLERANCE)
@@ -114,8 +145,10 @@ class ConceptPrompt:
         worst = self.scores[0].per_reference[self.worst_reference]
         name = self.worst_reference if reference_names is None else reference_names[self.worst_reference]
         return (
-            f"{text} This is below {self.required_score:.2f}, so the adaptive router uses full reasoning; reference "
-            f"{name} fits worst ({worst:.2f})."
+            f"{text} This is not reliably as good as reasoning ({self.required_score:.2f} required, with caution "
+            f"{self.cautious_score:.2f}), so the adaptive router uses "
+            f"{'the rule' if self.rule_is_reliable else 'full reasoning'}; reference {name} fits worst "
+            f"({worst:.2f})."
         )
 
     def with_phrase(self, *phrases: str) -> ConceptPrompt:
@@ -123,8 +156,8 @@ class ConceptPrompt:
         return replace(self, phrases=phrases, concept_embeds=None, score=None, scores=())
 
     def with_rule(self, rule: str | None) -> ConceptPrompt:
-        """Return a copy with another rule; phrases and scores do not depend on it."""
-        return replace(self, rule=rule)
+        """Return a copy with another rule, which has to be verified again; phrases and scores do not depend on it."""
+        return replace(self, rule=rule, rule_score=None)
 
     def check_model(self, model: ConceptSegForSegmentation) -> None:
         """Raise a ValueError if the concept was made with other weights, or its tokens do not fit the model."""
@@ -218,6 +251,8 @@ class ConceptPrompt:
                 scores=scores,
                 model_hash=_text(values["model_hash"]),
                 reasoning_score=_number(values.get("reasoning_score")),
+                reasoning_ious=tuple(map(float, values.get("reasoning_ious", ()))),
+                rule_score=_number(values.get("rule_score")),
             )
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}".rstrip(".")
@@ -246,8 +281,12 @@ def _find_fault(concept: ConceptPrompt) -> str | None:
             return f"{name} has {len(text)} characters; use at most {_MAX_TEXT}."
     if not concept.phrases and concept.concept_embeds is None:
         return "there are neither phrases nor concept tokens; give at least one of them."
-    numbers = (("threshold", concept.threshold), ("score", concept.score))
-    for name, value in (*numbers, ("reasoning_score", concept.reasoning_score)):
+    numbers: tuple[tuple[str, float | None], ...] = (
+        ("threshold", concept.threshold),
+        ("score", concept.score),
+    )
+    numbers += (("reasoning_score", concept.reasoning_score), ("rule_score", concept.rule_score))
+    for name, value in (*numbers, *(("reasoning_ious", value) for value in concept.reasoning_ious)):
         if value is not None and not 0 <= value <= 1:
             return f"{name} is {value}; use a number between 0 and 1."
     for row in concept.scores:
@@ -261,6 +300,15 @@ def _find_fault(concept: ConceptPrompt) -> str | None:
     if tokens.ndim != 2 or not tokens.numel() or not tokens.isfinite().all():
         return f"concept_embeds has shape {tuple(tokens.shape)} or is not finite; give finite numbers of shape (L, D)."
     return None
+
+
+def _cautious_mean(values: Sequence[float]) -> float:
+    """Return the mean minus `CAUTION` standard errors."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean - CAUTION * math.sqrt(variance / len(values))
 
 
 def _number(value: Any) -> float | None:

@@ -14,6 +14,7 @@ from .boxes import foreground_iou
 from .concept_prompt import CandidateScore, ConceptPrompt, concept_hash
 from .devices import execution_device, loaded
 from .images import ImageInput, load_image, load_mask
+from .inputs import PreparedSample
 from .losses import segmentation_loss
 from .modeling_conceptseg import ConceptSegForSegmentation, evaluating
 from .phrases import candidate_phrases
@@ -21,13 +22,13 @@ from .postprocessing import post_process_mask
 from .processing_conceptseg import ConceptSegProcessor
 from .progress import ProgressCalls, ProgressFunction, progress_bar
 from .references import Reference, resolve_references
+from .rules import leave_one_out, mask_ious, select_rule, verify_rule
 from .sam_prompt import ImageFeatures
 
 REFINED = "refined tokens"
 """Name of the candidate with tokens that are tuned on the references."""
 
 _MAX_PHRASES = 3  # phrases that are kept together
-_MAX_EXAMPLES = 4  # references beside the target in a completion
 _SAMPLING = {"do_sample": True, "temperature": 1.0}
 _REFINED_TOKENS, _REFINE_STEPS, _REFINE_RATE = 4, 40, 0.05
 
@@ -109,7 +110,8 @@ def induce(
     The VLM completes the prompt for each reference as the target, with the other references as examples. Its answers
     and their words, the noun phrases of its rules, and the user's prompt are candidate phrases. SAM 3
     decodes every candidate on all references; the candidate with the highest mean IoU is selected. A phrase that comes
-    from a single reference is scored on the others.
+    from a single reference is scored on the others. The rules that the VLM wrote, and the selected phrase, are verified
+    by completions that start with them.
 
     Args:
         model: The model.
@@ -134,8 +136,9 @@ def induce(
     processor.check_prompt(prompt)
     with evaluating(model), loaded(model):
         examples = _encode(model, processor, references, negatives)
-        completions, reasoning_score = _complete(
-            model, processor, prompt, references, examples.masks, num_samples, seed, progress
+        samples = leave_one_out(processor, prompt, references)
+        completions, reasoning_ious = _complete(
+            model, processor, samples, examples.masks, num_samples, seed, progress
         )
         phrases_by_source = candidate_phrases(prompt, completions, num_samples)
         scored = [
@@ -148,17 +151,27 @@ def induce(
                 _refine(model, processor, best.candidate.phrase or prompt, examples, seed, progress)
             )
         best, phrases = _select(scored)
-    rules = [rule for _, rule in completions if rule]
+        rule, rule_score = select_rule(
+            model,
+            processor,
+            phrases[0] if phrases else None,
+            phrases_by_source.get(phrases[0]) if phrases else None,
+            [rule for _, rule in completions[::num_samples]],
+            samples,
+            examples.masks,
+        )
     return ConceptPrompt(
         prompt=prompt,
         phrases=phrases,
-        rule=rules[0] if rules else None,
+        rule=rule,
         concept_embeds=None if best.candidate.tokens is None else best.candidate.tokens.cpu(),
         threshold=_threshold(best, len(examples)),
         score=best.score,
         scores=_table([best, *(each for each in scored if each is not best)]),
         model_hash=concept_hash(model),
-        reasoning_score=reasoning_score if len(references) > 1 else None,
+        reasoning_score=float(np.mean(reasoning_ious)) if len(references) > 1 else None,
+        reasoning_ious=reasoning_ious if len(references) > 1 else (),
+        rule_score=rule_score,
     )
 
 
@@ -171,7 +184,7 @@ def verify(
     negatives: Sequence[ImageInput] = (),
     candidates: Sequence[str] = (),
 ) -> ConceptPrompt:
-    """Score a concept on references, for example after its phrases were edited; also sets its threshold.
+    """Score a concept on references, for example after its phrases or its rule were edited; also sets its threshold.
 
     Args:
         concept: The concept.
@@ -199,6 +212,10 @@ def verify(
             other, other_phrases = _select(scored)
             if other.score > best.score + 1e-6:
                 best, phrases, tokens = other, other_phrases, other.candidate.tokens
+        rule_score = None
+        if concept.rule is not None and len(references) > 1:
+            samples = leave_one_out(processor, concept.prompt, references)
+            rule_score = verify_rule(model, processor, concept.rule, samples, examples.masks)
     return replace(
         concept,
         phrases=phrases,
@@ -209,6 +226,8 @@ def verify(
         ),
         threshold=_threshold(best, len(examples)),
         model_hash=concept_hash(model),
+        reasoning_ious=(),  # of the earlier references
+        rule_score=rule_score,
     )
 
 
@@ -261,24 +280,21 @@ def _mask_of(reference: Reference, size: tuple[int, int], boxes: Sequence[Sequen
 def _complete(
     model: ConceptSegForSegmentation,
     processor: ConceptSegProcessor,
-    prompt: str,
-    references: Sequence[Reference],
+    samples: Sequence[PreparedSample],
     masks: Sequence[np.ndarray],
     num_samples: int,
     seed: int,
     progress: bool | ProgressFunction,
-) -> tuple[list[tuple[str | None, str | None]], float]:
-    """Complete the prompt for each reference as the target, with the other references as examples.
+) -> tuple[list[tuple[str | None, str | None]], tuple[float, ...]]:
+    """Complete the prompt for each reference as the target.
 
     Returns:
-        Answer and rule of each completion, and the mean IoU of the masks of the greedy completions.
+        Answer and rule of each completion, and the IoU of the mask of each greedy completion.
     """
     found: list[tuple[str | None, str | None]] = []
-    ious: list[float] = []
-    bar = _bar(progress, len(references) * num_samples, "completions", "induce")
-    for number, target in enumerate(references):
-        others = [reference for i, reference in enumerate(references) if i != number] or [target]
-        sample = processor.prepare(target.image, prompt, others[:_MAX_EXAMPLES])
+    greedy = []
+    bar = _bar(progress, len(samples) * num_samples, "completions", "induce")
+    for number, sample in enumerate(samples):
         for repetition in range(num_samples):
             if repetition:
                 torch.manual_seed(seed * 1_000_003 + number * num_samples + repetition)
@@ -290,14 +306,12 @@ def _complete(
             )
             found.append((result.answer, result.rule))
             if not repetition:
-                ious.append(
-                    0.0 if result.mask is None else foreground_iou(np.asarray(result.mask) > 0, masks[number])
-                )
+                greedy.append(result)
             if bar is not None:
                 bar.update()
     if bar is not None:
         bar.close()
-    return found, float(np.mean(ious))
+    return found, mask_ious(greedy, masks)
 
 
 def _decode(

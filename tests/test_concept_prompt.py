@@ -31,7 +31,8 @@ def same(first: ConceptPrompt, second: ConceptPrompt) -> bool:
 
 @pytest.mark.parametrize("tokens", [None, torch.arange(12.0).view(3, 4)])
 def test_file_round_trip(tmp_path, tokens):
-    concept = make_concept(concept_embeds=tokens, model_hash="abc")
+    scores = {"reasoning_score": 0.5, "reasoning_ious": (0.25, 0.75), "rule_score": 0.625}
+    concept = make_concept(concept_embeds=tokens, model_hash="abc", **scores)
     path = concept.save(tmp_path / "c.safetensors")
     assert same(ConceptPrompt.load(path), concept) and same(as_concept(str(path)), concept)
     assert as_concept(concept) is concept
@@ -67,6 +68,73 @@ def test_any_text_survives_a_file(tmp_path_factory, phrase, rule, threshold, sco
 def test_refusals(changes, message):
     with pytest.raises(ValueError, match=message):
         make_concept(**changes)
+
+
+@pytest.mark.parametrize(
+    ("ious", "reasoning", "reliable"),
+    [
+        ((0.8, 0.8, 0.8, 0.8), (0.8, 0.8, 0.8, 0.8), True),
+        ((0.8, 0.8, 0.8, 0.8), (0.86, 0.86, 0.86, 0.86), False),  # more than 0.05 below reasoning
+        ((0.9, 0.9, 0.0, 0.9), (0.5, 0.5, 0.5, 0.5), True),  # cautious mean 0.56
+        ((0.9, 0.9, 0.0, 0.9), (0.65, 0.65, 0.6, 0.6), False),  # mean 0.68, cautious mean 0.56
+        ((0.9, 0.0, 0.0, 0.4), (0.0, 0.0, 0.0, 0.0), False),  # mean 0.33, cautious mean 0.22
+        ((0.9, 0.9, 0.3, 0.9), (0.5, 0.5, 0.9, 0.8), True),  # difference 0.08, cautiously -0.04
+        ((0.9, 0.9, 0.3, 0.9), (0.5, 0.5, 0.98, 0.85), False),  # difference 0.04, cautiously -0.09
+        ((0.7, 0.7), (), True),  # reasoning is known on other references only
+    ],
+)
+def test_a_concept_is_reliable_if_it_is_cautiously_as_good_as_reasoning(ious, reasoning, reliable):
+    score = sum(ious) / len(ious)
+    concept = make_concept(
+        score=score,
+        scores=(CandidateScore("red star", score, ious),),
+        reasoning_score=sum(reasoning) / len(reasoning) if reasoning else 0.6,
+        reasoning_ious=reasoning,
+    )
+    assert concept.is_reliable is reliable
+    assert ("full reasoning" in concept.summary()) is not reliable
+
+
+@pytest.mark.parametrize(
+    ("rule", "rule_score", "reasoning_score", "reliable"),
+    [("red", 0.7, 0.6, True), ("red", 0.69, 0.6, False), ("red", None, 0.6, False), (None, 0.9, 0.6, False)],
+)
+def test_a_rule_is_reliable_if_it_is_better_than_reasoning(rule, rule_score, reasoning_score, reliable):
+    concept = make_concept(rule=rule, rule_score=rule_score, reasoning_score=reasoning_score, score=0.2)
+    assert concept.rule_is_reliable is reliable and not concept.is_reliable
+    assert ("uses the rule" in concept.summary()) is reliable
+    edited = concept.with_rule("the blue one")
+    assert edited.rule_score is None and not edited.rule_is_reliable
+
+
+def test_the_router_has_three_tiers(model, processor, picture):
+    inputs = processor([picture(0), picture(1)], "the odd one out")
+
+    def tiers(concept, router="adaptive", **options):
+        results = model.segment(inputs, router, GREEDY, processor=processor, concept=concept, **options)
+        return {(result.route, result.route_reason, result.rule) for result in results}
+
+    verified = {"rule": "the red star", "rule_score": 0.9, "reasoning_score": 0.5}
+    low = {"score": 0.2, **verified}
+    accepted = tiers(make_concept(threshold=0.0, **verified))
+    assert {(route, rule) for route, _, rule in accepted} == {("concept", None)}
+    assert all(reason.endswith("reaches the threshold 0.00") for _, reason, _ in accepted)
+    assert tiers(make_concept(**low)) == {("rule", "the concept is not reliable", "the red star")}
+    assert tiers(make_concept(score=None, **verified)) == {
+        ("rule", "the concept is not verified", "the red star")
+    }
+    declined = tiers(make_concept(threshold=1.0, **verified))
+    assert {(route, rule) for route, _, rule in declined} == {("rule", "the red star")}
+    assert all("is below the threshold 1.00" in reason for _, reason, _ in declined)
+    unverified = make_concept(**{**low, "rule_score": 0.5})
+    assert {route for route, _, _ in tiers(unverified)} == {"reasoning"}
+    forced = tiers(make_concept(**low), "full_reasoning")
+    assert {(route, reason) for route, reason, _ in forced} == {("reasoning", "router 'full_reasoning'")}
+    assert {route for route, _, _ in tiers(make_concept(**low), "sam_only")} == {"concept"}
+    by_hand = tiers(make_concept(**low), rule="the blue circle")
+    assert {rule for _, _, rule in by_hand} == {"the blue circle"}
+    with pytest.raises(ValueError, match="contains the tag"):
+        tiers(make_concept(**{**low, "rule": "a</rule>"}))
 
 
 @pytest.mark.parametrize("name", hostile_files())

@@ -55,6 +55,8 @@ def test_induced_concept_segments_other_images(nano, shadows, tmp_path):
         for a, b in ((np.asarray(r.mask) > 0, np.asarray(s.mask) > 0) for r, s in zip(results, targets))
     ]
     assert np.mean(ious) > 0.7
+    assert len(concept.reasoning_ious) == 3 and np.mean(concept.reasoning_ious) == concept.reasoning_score
+    assert concept.rule_score > 0.7, "the rule that the VLM writes for shadows, or the phrase"
     again = induce(model, processor, "shadow", references)
     assert again.scores == concept.scores and again.phrases == concept.phrases
 
@@ -98,6 +100,9 @@ def test_edited_phrases_are_verified(nano, shadows):
         verify(concept.with_phrase(phrase), model, processor, references) for phrase in ("shadow", "star")
     )
     assert good.score > 0.7 > bad.score and good.scores[0].name == "shadow"
+    assert good.rule_score == bad.rule_score and good.rule_score > 0.7
+    star = verify(concept.with_rule("find the red star"), model, processor, references)
+    assert star.rule == "find the red star" and star.rule_score < good.rule_score
 
 
 def test_candidates_replace_phrases_that_explain_the_references_worse(nano, shadows):

@@ -27,6 +27,7 @@ ROWS = [
     {"evaluation", "pipelines", "conversion"},
     {"visualization", "data", "loading", "profiles", "concept_tuning"},
     {"induction"},
+    {"rules"},
     {"modeling_conceptseg", "checkpointing", "concept_prompt", "inference", "vlm_engines", "vllm_engine"},
     {"processing_conceptseg", "generation", "hub"},
     {"postprocessing", "collation", "chat"},

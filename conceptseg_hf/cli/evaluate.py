@@ -54,6 +54,9 @@ def add_parser(subcommands: Any) -> None:
         help="also run the route that was not selected, and report the regret of the router",
     )
     parser.add_argument(
+        "--concept", metavar="FILE", help="concept of `conceptseg induce` that is applied to all samples"
+    )
+    parser.add_argument(
         "--judgements",
         metavar="FILE",
         help="correctness of each think and rule, as .csv or .jsonl (sample_id, think, rule), for the eight outcomes "
@@ -83,6 +86,10 @@ def add_parser(subcommands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the subcommand."""
     check_model(arguments.model)
+    if arguments.concept is not None and not Path(arguments.concept).is_file():
+        raise BadInputError(
+            f"concept {arguments.concept!r} is not a file; give one that `conceptseg induce` wrote."
+        )
     sheet = arguments.annotation_sheet
     if sheet is not None:
         check_output_file(sheet, "--annotation-sheet")
@@ -141,6 +148,7 @@ def run(arguments: argparse.Namespace) -> int:
             routing_regret=arguments.routing_regret,
             judgements=arguments.judgements,
             exclude=exclude,
+            concept=arguments.concept,
             progress=True,
         )
     if processes.is_main:

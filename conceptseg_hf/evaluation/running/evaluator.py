@@ -7,6 +7,7 @@ again as a whole). Failed samples are retried, as their files may have been fixe
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from collections.abc import Collection, Mapping, Sequence
@@ -21,6 +22,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 import conceptseg_hf
 
+from ...concept_prompt import ConceptPrompt, as_concept
 from ...data import BenchmarkGroup, ConceptSample, UnreadableSampleError, load_benchmarks
 from ...data.groups import Root
 from ...loading import configuration_hash, fingerprint, load_model_and_processor, profile_of
@@ -68,6 +70,7 @@ def evaluate(
     profile: str | None = None,
     groups: Sequence[str] | None = None,
     exclude: Collection[str] = (),
+    concept: ConceptPrompt | str | os.PathLike | None = None,
 ) -> EvaluationReport:
     """Evaluate a model on one or several benchmarks.
 
@@ -110,6 +113,8 @@ def evaluate(
         groups: Groups of the samples of a benchmark given by name; see `load_benchmark`.
         exclude: Ids of samples that the report leaves out, such as duplicates of training images. Their records are
             made and kept all the same.
+        concept: A concept of `induction.induce`, or its file, that is applied to all samples. The report has the share
+            and the foreground IoU of each tier.
 
     Returns:
         The report over the first `limit` samples.
@@ -149,6 +154,7 @@ def evaluate(
         if isinstance(benchmark, str)
         else benchmark
     )
+    concept = None if concept is None else as_concept(concept)
     processes = join_processes()
     if isinstance(model_or_path, ConceptSegForSegmentation):
         model = model_or_path
@@ -171,6 +177,7 @@ def evaluate(
             max_references=max_references,
             routing_regret=routing_regret,
             profile=profile_name,
+            concept=concept,
         )
         return _evaluate_group(
             run,
@@ -231,6 +238,7 @@ class _Run:
     max_references: int | None
     routing_regret: bool
     profile: str | None
+    concept: ConceptPrompt | None
 
     def evaluate(
         self, samples: Sequence[ConceptSample], total: int, folder: Path | None, bar: Progress
@@ -278,7 +286,8 @@ class _Run:
                 self.max_references,
                 self.protocol,
             )
-            batch_results = segment_samples(*batch, self.router, *options)
+            own_route: tuple[Any, ...] = (self.router, *options, self.concept)
+            batch_results = segment_samples(*batch, *own_route)
             results = dict(zip(samples, batch_results, strict=True))
             if self.routing_regret:
                 other_results = dict(
@@ -307,6 +316,7 @@ class _Run:
             "max_references": self.max_references,
             **({"routing_regret": True} if self.routing_regret else {}),
             **({"vlm_engine": engine.name} if (engine := self.model.vlm_engine) is not None else {}),
+            **({} if self.concept is None else {"concept": _describe(self.concept)}),
             **fingerprint(self.model),
             "configuration": configuration_hash(self.model, self.processor),
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -326,6 +336,21 @@ class _Run:
         description = describe_profile(self.profile, self.model.config, self.processor, self.protocol, loader)
         has_paper_wording = self.processor.template == released_template()
         return {"profile": description, **({"prompt_words": "paper"} if has_paper_wording else {})}
+
+
+def _describe(concept: ConceptPrompt) -> dict[str, Any]:
+    """Return what results depend on; equal concepts have equal descriptions."""
+    tokens = concept.concept_embeds
+    return {
+        "prompt": concept.prompt,
+        "phrases": list(concept.phrases),
+        "rule": concept.rule if concept.rule_is_reliable else None,
+        "threshold": concept.threshold,
+        "reliable": concept.is_reliable,
+        "tokens": None
+        if tokens is None
+        else hashlib.blake2b(tokens.float().numpy().tobytes(), digest_size=8).hexdigest(),
+    }
 
 
 def _length(name: str, samples: Sequence[ConceptSample], limit: int | None) -> int:

@@ -206,7 +206,7 @@ class ConceptEdit:
                 raise ValueError("there are no phrases; give at least one phrase for SAM 3.")
             concept = concept.with_phrase(*[phrase.strip() for phrase in self.phrases if phrase.strip()])
         if ids != list(stored.reference_ids):
-            concept = replace(concept, reasoning_score=None)  # the score on other references
+            concept = replace(concept, reasoning_score=None, reasoning_ious=())  # of other references
         negatives = tuple(stored.present_negatives(samples))
         return StoredConcept(self.name, concept, checkpoint, tuple(ids), field, negatives)
 

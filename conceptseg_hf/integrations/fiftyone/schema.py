@@ -35,6 +35,7 @@ PREDICTION_ATTRIBUTES = {
     "rule": fo.StringField,
     "answer": fo.StringField,
     "route": fo.StringField,
+    "route_reason": fo.StringField,
     "presence": fo.FloatField,
     "threshold": fo.FloatField,
     "check_iou": fo.FloatField,
