@@ -97,16 +97,17 @@ class ConceptPrompt:
         if self.score is None or cautious is None or cautious < self.required_score:
             return False
         ious = self.scores[0].per_reference if self.scores else ()
-        if len(ious) != len(self.reasoning_ious):
+        if not ious or len(ious) != len(self.reasoning_ious):
             return True
         return _cautious_mean([a - b for a, b in zip(ious, self.reasoning_ious)]) >= -TOLERANCE
 
     @property
     def cautious_score(self) -> float | None:
         """The score, or if it is lower, the mean IoU minus `CAUTION` standard errors; the router relies on it."""
-        if self.score is None or self.reasoning_score is None or not self.scores:
+        ious = self.scores[0].per_reference if self.scores else ()
+        if self.score is None or self.reasoning_score is None or not ious:
             return self.score
-        return min(self.score, _cautious_mean(self.scores[0].per_reference))
+        return min(self.score, _cautious_mean(ious))
 
     @property
     def rule_is_reliable(self) -> bool:
@@ -303,7 +304,7 @@ def _find_fault(concept: ConceptPrompt) -> str | None:
 
 
 def _cautious_mean(values: Sequence[float]) -> float:
-    """Return the mean minus `CAUTION` standard errors."""
+    """Return the mean of one or more values minus `CAUTION` standard errors."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean

@@ -81,10 +81,11 @@ def test_refusals(changes, message):
         ((0.9, 0.9, 0.3, 0.9), (0.5, 0.5, 0.9, 0.8), True),  # difference 0.08, cautiously -0.04
         ((0.9, 0.9, 0.3, 0.9), (0.5, 0.5, 0.98, 0.85), False),  # difference 0.04, cautiously -0.09
         ((0.7, 0.7), (), True),  # reasoning is known on other references only
+        ((), (), True),  # the score of a candidate without those of the references
     ],
 )
 def test_a_concept_is_reliable_if_it_is_cautiously_as_good_as_reasoning(ious, reasoning, reliable):
-    score = sum(ious) / len(ious)
+    score = sum(ious) / len(ious) if ious else 0.7
     concept = make_concept(
         score=score,
         scores=(CandidateScore("red star", score, ious),),

@@ -47,6 +47,7 @@ class BatchJob:
         max_new_tokens: Maximum length of completions; None for the default of the checkpoint.
         profile: Profile to apply to the model, or None.
         template: Prompt template as a dictionary, or None for that of the checkpoint.
+        vlm_engine: Name of the engine that writes completions; see `ConceptSegForSegmentation.set_vlm_engine`.
         batch_size: Images per batch. Results depend on it, because batches are padded.
         batches_per_shard: Batches per file of the results.
 
@@ -65,6 +66,7 @@ class BatchJob:
     max_new_tokens: int | None = None
     profile: str | None = None
     template: Mapping[str, Any] | None = None
+    vlm_engine: str = "transformers"
     batch_size: int = 16
     batches_per_shard: int = 64
 
@@ -114,6 +116,7 @@ class BatchJob:
         if model.device.type == "cpu" and model.num_parameters() < _SMALL_MODEL:
             torch.set_num_threads(1)  # for small layers, synchronizing threads takes longer than computing
         self._configure(model, processor)
+        model.set_vlm_engine(self.vlm_engine, processor)
         return model, processor
 
     def _configure(self, model: ConceptSegForSegmentation, processor: ConceptSegProcessor) -> None:
@@ -143,6 +146,7 @@ class BatchJob:
             "concept": None if self.concept is None else _hash_of_concept(self.concept),
             "references": [_hash_of_reference(reference) for reference in self.references],
             "router": self.router,
+            "vlm_engine": self.vlm_engine,
             "generation": self.generation(),
             "weights": _hash_of_weights(checkpoint),
             "configuration": configuration_hash(model, processor),

@@ -138,6 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens,
         profile=arguments.profile,
         template=None if template is None else template.to_dict(),
+        vlm_engine=arguments.vlm_engine,
         batch_size=arguments.batch_size,
     )
     with explain_resuming(folder):

@@ -93,7 +93,7 @@ def _show_concept(arguments: argparse.Namespace) -> int:
     from conceptseg_hf.concept_prompt import as_concept, concept_hash
 
     concept = as_bad_input(as_concept, arguments.folder)
-    arguments.device, arguments.dtype = "cpu", "auto"
+    arguments.device, arguments.dtype, arguments.vlm_engine = "cpu", "auto", "transformers"
     model, _ = load_model(arguments)
     checkpoint = str(model.config.name_or_path)
     belongs = "those" if concept.model_hash == concept_hash(model) else "not those"
