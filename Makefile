@@ -1,15 +1,16 @@
 # Requires Python 3.10+ with pip. Each target installs what it needs and can be run repeatedly.
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 PYTEST_ARGS ?=
 NANO_ARGS ?=
 DEMO_ARGS ?=
 APP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test lint format bench nano mini dev clean
+.PHONY: help demo app test test-vllm lint format bench nano mini dev clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-core  ## segment the first ConceptShapes test samples; images go to demo_output/
 	@$(VENV)/bin/conceptseg demo $(DEMO_ARGS)
@@ -19,6 +20,9 @@ app: $(VENV)/.installed-app  ## open the FiftyOne App on ConceptShapes with the 
 
 test: $(VENV)/.installed-test  ## run the tests (PYTEST_ARGS="-m 'not slow'" skips slow tests)
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+
+test-vllm: $(VLLM_VENV)/.installed-vllm  ## run the tests that need vLLM, in an environment of its own (Linux, Python 3.11)
+	$(VLLM_VENV)/bin/python -m pytest tests/with_vllm $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## check style, format and types
 	$(VENV)/bin/ruff check .
@@ -44,8 +48,11 @@ dev: $(VENV)/.installed-dev  ## install all development dependencies and the com
 	$(VENV)/bin/pre-commit install
 
 clean:  ## remove the environment, caches and output folders
-	rm -rf $(VENV) build dist demo_output fiftyone_app evaluation_output ablation_output comparison_output conceptseg_output trainer_output .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	rm -rf $(VENV) $(VLLM_VENV) build dist demo_output fiftyone_app evaluation_output ablation_output comparison_output conceptseg_output trainer_output .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt .ci/setup
 	@.ci/setup $(VENV) $*
+
+$(VLLM_VENV)/.installed-vllm: pyproject.toml constraints.txt .ci/setup tests/with_vllm/requirements.txt
+	@.ci/setup $(VLLM_VENV) vllm

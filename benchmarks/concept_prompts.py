@@ -81,10 +81,14 @@ def main() -> None:
         concepts.append((rule.phrase, PROMPT, shown, rule_examples(rule, number, arguments.images, 1)))
     concepts = concepts[: arguments.concepts]
 
-    arms = ("words", "full reasoning", "concept", "concept and refined", "router", "router and refined")
+    arms = (
+        *("words", "full reasoning", "rule", "concept", "concept and refined"),
+        *("router", "router and refined"),
+    )
     values: dict[str, list[float]] = {arm: [] for arm in arms}
     by_concept: list[tuple[str, dict[str, float], str]] = []
-    shares: dict[str, list[float]] = {"router": [], "router and refined": []}
+    routes: dict[str, list[str]] = {"router": [], "router and refined": []}
+    by_route: dict[str, list[tuple[str, float, float]]] = {arm: [] for arm in routes}
     seconds = dict.fromkeys(arms, 0.0)
     for name, prompt, shown, targets in concepts:
         rows: dict[str, list[list[float]]] = {arm: [] for arm in arms}
@@ -106,6 +110,10 @@ def main() -> None:
             runs = {
                 "words": (inputs, {"router": "sam_only"}),
                 "full reasoning": (with_references, {"router": "full_reasoning"}),
+                "rule": (
+                    with_references,
+                    {"router": "full_reasoning", "rule": induced["plain"].rule or prompt},
+                ),
                 "concept": (inputs, {"router": "sam_only", "concept": induced["plain"]}),
                 "concept and refined": (inputs, {"router": "sam_only", "concept": induced["refined"]}),
                 "router": (with_references, {"concept": induced["plain"]}),
@@ -121,8 +129,13 @@ def main() -> None:
                         for result, (_, mask) in zip(results, targets)
                     ]
                 )
-                if arm in shares:
-                    shares[arm] += [float(result.route == "concept") for result in results]
+                if arm in routes:
+                    routes[arm] += [result.route for result in results]
+                    reasoned = rows["full reasoning"][-1]
+                    by_route[arm] += [
+                        (result.route, iou, other)
+                        for result, iou, other in zip(results, rows[arm][-1], reasoned, strict=True)
+                    ]
         means = {arm: np.mean(each, axis=0) for arm, each in rows.items()}
         for arm in arms:
             values[arm] += means[arm].tolist()
@@ -138,12 +151,20 @@ def main() -> None:
     for arm in arms:
         difference = resample(np.subtract(values[arm], values["full reasoning"]).tolist(), arm).interval()
         interval = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
-        share = f"{100 * np.mean(shares[arm]):.1f}" if arm in shares else "-"
+        share = f"{100 * np.mean([r == 'concept' for r in routes[arm]]):.1f}" if arm in routes else "-"
         cost = seconds[arm] / seconds["full reasoning"]
         print(f"| {arm} | {np.mean(values[arm]):.3f} | {interval} | {share} | {cost:.2f} |")
     for arm in ("router", "router and refined"):
         worst = min(by_concept, key=lambda row: row[1][arm] - row[1]["full reasoning"])
         print(f"{arm}: worst concept {worst[0]}, {worst[1][arm] - worst[1]['full reasoning']:+.3f}")
+        for route in ("concept", "rule", "reasoning"):
+            pairs = [(iou, other) for taken, iou, other in by_route[arm] if taken == route]
+            if pairs:
+                share = len(pairs) / len(by_route[arm])
+                mean, reasoned = np.mean(pairs, axis=0)
+                print(
+                    f"  {route}: {100 * share:.1f} % of images, {mean:.3f}, reasoning on them {reasoned:.3f}"
+                )
 
 
 if __name__ == "__main__":

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers import ProcessorMixin
 
 from . import vlm_backbone
-from .completion import format_box, format_box_list
+from .completion import find_markup, format_box, format_box_list, format_start
 from .coordinates import CoordinateFrame
+from .inputs import PreparedSample, known
 from .prompt_template import PromptTemplate
 
 
@@ -107,6 +110,33 @@ class ChatMixin(ProcessorMixin):
     def _chat_template(self) -> str:
         own_template: Any = self.chat_template  # a single template, hence a string
         return own_template or self.tokenizer.chat_template or vlm_backbone.chat_template(self.image_token)
+
+    def check_rule(self, rule: str) -> None:
+        """Raise a ValueError if a rule cannot be part of a completion; the message is one sentence."""
+        if not isinstance(rule, str) or not rule.strip():
+            raise ValueError(f"rule is {rule!r}; give the rule of the concept in a non-empty string.")
+        self.check_text(rule, "rule")
+        if (markup := find_markup(rule)) is not None:
+            raise ValueError(f"rule contains the tag {markup!r}; remove it.")
+
+    def start_completion(self, sample: PreparedSample, rule: str) -> tuple[PreparedSample, int]:
+        """Return a copy of a sample whose prompt ends with the start of a completion, and the number of its tokens.
+
+        Args:
+            sample: Sample with the VLM's tensors.
+            rule: The rule, which is written as the reasoning, too.
+        """
+        rule = rule.strip()
+        text = format_start(rule, rule, sample.coordinates.proxy is not None)
+        start = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+        ids = known(sample.input_ids, "input_ids")
+        types = known(sample.mm_token_type_ids, "mm_token_type_ids")
+        started = replace(
+            sample,
+            input_ids=torch.cat([ids, start.to(ids.device)]),
+            mm_token_type_ids=torch.cat([types, torch.zeros_like(start).to(types.device)]),
+        )
+        return started, len(start)
 
     def check_prompt(self, prompt: str) -> None:
         """Raise a ValueError if a prompt is invalid; the message is one sentence."""

@@ -116,6 +116,7 @@ class CheckpointMixin(PreTrainedModel):
         *model_args: Any,
         init_ctm: bool = ...,
         output_loading_info: Literal[False] = ...,
+        sam_dtype: torch.dtype | None = ...,
         **kwargs: Any,
     ) -> Self: ...
 
@@ -127,6 +128,7 @@ class CheckpointMixin(PreTrainedModel):
         *model_args: Any,
         init_ctm: bool = ...,
         output_loading_info: Literal[True],
+        sam_dtype: torch.dtype | None = ...,
         **kwargs: Any,
     ) -> tuple[Self, dict[str, Any]]: ...
 
@@ -137,6 +139,7 @@ class CheckpointMixin(PreTrainedModel):
         *model_args: Any,
         init_ctm: bool = False,
         output_loading_info: bool = False,
+        sam_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> Self | tuple[Self, dict[str, Any]]:
         """Load a checkpoint like any Transformers model, but raise an error if weights are missing.
@@ -146,6 +149,7 @@ class CheckpointMixin(PreTrainedModel):
             *model_args: See `PreTrainedModel.from_pretrained`.
             init_ctm: Randomly initialize missing CTM weights instead of raising an error.
             output_loading_info: Also return the dictionary of missing and unexpected keys.
+            sam_dtype: Dtype of SAM 3 and the CTM, such as `torch.bfloat16`; float32 by default, whatever `dtype` is.
             **kwargs: See `PreTrainedModel.from_pretrained`. A `quantization_config` applies only to the VLM. A
                 `device_map` may omit some of `vlm`, `ctm` and `sam`; the omitted parts are placed on the execution
                 device.
@@ -195,6 +199,14 @@ class CheckpointMixin(PreTrainedModel):
             info["missing_keys"] = type(info["missing_keys"])(set(info["missing_keys"]) - set(missing["sam"]))
         check_finite(model, checkpoint)
         model._freeze_sam()
+        if sam_dtype is not None:
+            if is_offloaded(model):
+                raise ValueError(
+                    f"{checkpoint}: sam_dtype is {sam_dtype}, but weights are offloaded; omit one of sam_dtype and "
+                    "device_map."
+                )
+            model.sam.to(sam_dtype)
+            model.ctm.to(sam_dtype)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(

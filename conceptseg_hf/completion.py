@@ -134,6 +134,19 @@ def format_completion(
     return "".join(parts)
 
 
+def format_start(think: str, rule: str, with_check: bool) -> str:
+    """Format the start of a completion, up to the bracket of its first box.
+
+    The text does not end with ">", which some tokenizers merge with the "<" of the next tag.
+
+    Args:
+        think: The reasoning.
+        rule: The visual rule.
+        with_check: Whether `<check>` follows the rule.
+    """
+    return f"<think>{think}</think><rule>{rule}</rule><{'check' if with_check else 'bbox'}>["
+
+
 def format_box(box: Sequence[float], scale: float) -> str:
     """Format a box as "[x1,y1,x2,y2]": integers if `scale` is above 1, otherwise three decimals."""
     if scale > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from .errors import first_line
 from .hashing import weights_hash
@@ -28,7 +29,14 @@ RELIABLE_SCORE = 0.5
 LOWEST_SCORE, TOLERANCE = 0.3, 0.05
 """Otherwise: at least this score, and at most this much below the score of reasoning on the same references."""
 
+CAUTION = 0.5
+"""Means over references are reduced by this many standard errors, since few references can agree by coincidence."""
+
+RULE_GAIN = 0.1
+"""The router applies a rule whose score is this much above that of reasoning, as it is the best of several rules."""
+
 _MAX_HEADER = 1_000_000  # bytes; a concept's header contains a few kilobytes of text
+_MAX_FILE = 16_000_000  # bytes; a concept has at most a few tokens
 _MAX_TEXT = 10_000  # characters of a prompt, phrase or rule
 _TENSOR = "concept_embeds"
 
@@ -55,13 +63,15 @@ class ConceptPrompt:
     Attributes:
         prompt: The user's prompt.
         phrases: Phrases for SAM 3; with several phrases, each image uses the one with the highest presence.
-        rule: The rule that the VLM wrote, or None.
+        rule: The rule that explains the references best if the VLM is given it, or None.
         concept_embeds: (L, D) tokens in SAM 3's prompt space that precede the phrase, or None.
         threshold: Minimum presence for accepting the mask without reasoning, in [0, 1].
         score: Mean IoU on the references; None if the concept was edited and not verified since.
         scores: Scores of all candidates, best first.
         model_hash: Hash of the weights of SAM 3 and the CTM that the concept was made with; see `concept_hash`.
         reasoning_score: Mean IoU of full reasoning on the references, each with the others as examples, or None.
+        reasoning_ious: IoU of full reasoning on each reference; empty if it is unknown.
+        rule_score: Mean IoU on the references if the VLM is given the rule; None if the rule is not verified.
     """
 
     prompt: str
@@ -73,6 +83,8 @@ class ConceptPrompt:
     scores: tuple[CandidateScore, ...] = ()
     model_hash: str = ""
     reasoning_score: float | None = None
+    reasoning_ious: tuple[float, ...] = ()
+    rule_score: float | None = None
 
     def __post_init__(self) -> None:
         if fault := _find_fault(self):
@@ -81,11 +93,32 @@ class ConceptPrompt:
     @property
     def is_reliable(self) -> bool:
         """Whether the concept explains the references as well as reasoning; otherwise the adaptive router reasons."""
-        return self.score is not None and self.score >= self.required_score
+        cautious = self.cautious_score
+        if self.score is None or cautious is None or cautious < self.required_score:
+            return False
+        ious = self.scores[0].per_reference if self.scores else ()
+        if not ious or len(ious) != len(self.reasoning_ious):
+            return True
+        return _cautious_mean([a - b for a, b in zip(ious, self.reasoning_ious)]) >= -TOLERANCE
+
+    @property
+    def cautious_score(self) -> float | None:
+        """The score, or if it is lower, the mean IoU minus `CAUTION` standard errors; the router relies on it."""
+        ious = self.scores[0].per_reference if self.scores else ()
+        if self.score is None or self.reasoning_score is None or not ious:
+            return self.score
+        return min(self.score, _cautious_mean(ious))
+
+    @property
+    def rule_is_reliable(self) -> bool:
+        """Whether the adaptive router gives the rule to the VLM when SAM 3 alone is not accepted."""
+        if self.rule is None or self.rule_score is None:
+            return False
+        return self.rule_score >= (self.reasoning_score or 0.0) + RULE_GAIN
 
     @property
     def required_score(self) -> float:
-        """Score from which the concept is reliable."""
+        """Minimum of `cautious_score`."""
         if self.reasoning_score is None:
             return RELIABLE_SCORE
         return max(LOWEST_SCORE, self.reasoning_score - TOLERANCE)
@@ -98,8 +131,12 @@ class ConceptPrompt:
         values = self.scores[0].per_reference
         return min(range(len(values)), key=values.__getitem__) if values else None
 
-    def summary(self) -> str:
-        """Return one or two sentences about how well the concept is verified."""
+    def summary(self, reference_names: Sequence[str] | None = None) -> str:
+        """Return one or two sentences about how well the concept is verified.
+
+        Args:
+            reference_names: Names of the references; their indices by default.
+        """
         names = " or ".join(map(repr, self.phrases))
         if self.score is None:
             return f"{names} has not been verified; call `verify` with references."
@@ -107,9 +144,12 @@ class ConceptPrompt:
         if self.is_reliable or self.worst_reference is None:
             return text
         worst = self.scores[0].per_reference[self.worst_reference]
+        name = self.worst_reference if reference_names is None else reference_names[self.worst_reference]
         return (
-            f"{text} This is below {self.required_score:.2f}, so the adaptive router uses full reasoning; reference "
-            f"{self.worst_reference} fits worst ({worst:.2f})."
+            f"{text} This is not reliably as good as reasoning ({self.required_score:.2f} required, with caution "
+            f"{self.cautious_score:.2f}), so the adaptive router uses "
+            f"{'the rule' if self.rule_is_reliable else 'full reasoning'}; reference {name} fits worst "
+            f"({worst:.2f})."
         )
 
     def with_phrase(self, *phrases: str) -> ConceptPrompt:
@@ -117,12 +157,21 @@ class ConceptPrompt:
         return replace(self, phrases=phrases, concept_embeds=None, score=None, scores=())
 
     def with_rule(self, rule: str | None) -> ConceptPrompt:
-        """Return a copy with another rule; phrases and scores do not depend on it."""
-        return replace(self, rule=rule)
+        """Return a copy with another rule, which has to be verified again; phrases and scores do not depend on it."""
+        return replace(self, rule=rule, rule_score=None)
 
     def check_model(self, model: ConceptSegForSegmentation) -> None:
-        """Raise a ValueError if the concept was made with other weights."""
-        found = concept_hash(model)
+        """Raise a ValueError if the concept was made with other weights, or its tokens do not fit the model."""
+        width = model.config.ctm_config.sam_hidden_size
+        if self.concept_embeds is not None and self.concept_embeds.shape[-1] != width:
+            raise ValueError(
+                f"ConceptPrompt: the concept {self.prompt!r} has tokens of width {self.concept_embeds.shape[-1]}, but "
+                f"SAM 3 of this model has width {width}; induce it again with this model."
+            )
+        self.check_hash(concept_hash(model))
+
+    def check_hash(self, found: str) -> None:
+        """Raise a ValueError if `found`, the `concept_hash` of a model, shows that it has other weights."""
         if self.model_hash and self.model_hash != found:
             raise ValueError(
                 f"ConceptPrompt: the concept {self.prompt!r} was made with other weights of SAM 3 or the CTM (hash "
@@ -138,14 +187,18 @@ class ConceptPrompt:
         Raises:
             OSError: If the file cannot be written.
         """
+        path = Path(path)
+        write_file(path, self.to_bytes())
+        return path
+
+    def to_bytes(self) -> bytes:
+        """Return the content of a file of `save`; equal concepts have equal contents."""
         values = asdict(replace(self, concept_embeds=None))
         metadata = {"format": FORMAT, "version": str(VERSION), "concept": json_text(values)}
         tensors = (
             {} if self.concept_embeds is None else {_TENSOR: self.concept_embeds.detach().cpu().contiguous()}
         )
-        path = Path(path)
-        write_file(path, save(tensors, metadata))
-        return path
+        return _with_sorted_header(save(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> ConceptPrompt:
@@ -160,16 +213,31 @@ class ConceptPrompt:
             raise FileNotFoundError(
                 f"concept {str(path)!r} is not a file; give a file of `conceptseg induce`."
             )
-        metadata, tensor = _read(path)
+        if (size := path.stat().st_size) > _MAX_FILE:
+            raise ValueError(
+                f"{str(path)!r} has {size / 1e6:.0f} MB, too much for a concept; give a file of `conceptseg induce`."
+            )
+        return cls.from_bytes(path.read_bytes(), str(path))
+
+    @classmethod
+    def from_bytes(cls, content: bytes, name: str = "concept") -> ConceptPrompt:
+        """Return the concept with a file content of `to_bytes`; `name` is the file's name in messages.
+
+        Raises:
+            ValueError: If the content is not a valid concept.
+        """
+        metadata, tensor = _read(content, name)
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{str(path)!r} is not a concept; give a file of `conceptseg induce`.")
+            raise ValueError(f"{name!r} is not a concept; give a file of `conceptseg induce`.")
         if metadata.get("version") != str(VERSION):
             raise ValueError(
-                f"concept {str(path)!r} has version {metadata.get('version')!r}, but this package reads version "
+                f"concept {name!r} has version {metadata.get('version')!r}, but this package reads version "
                 f"{VERSION}; induce it again, or use another version of the package."
             )
         try:
             values = json.loads(metadata["concept"])
+            if not isinstance(values["phrases"], list):
+                raise TypeError("phrases is not a list")
             scores = tuple(
                 CandidateScore(str(row["name"]), float(row["score"]), tuple(map(float, row["per_reference"])))
                 for row in values["scores"]
@@ -182,12 +250,14 @@ class ConceptPrompt:
                 threshold=float(values["threshold"]),
                 score=_number(values["score"]),
                 scores=scores,
-                model_hash=str(values["model_hash"]),
+                model_hash=_text(values["model_hash"]),
                 reasoning_score=_number(values.get("reasoning_score")),
+                reasoning_ious=tuple(map(float, values.get("reasoning_ious", ()))),
+                rule_score=_number(values.get("rule_score")),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}".rstrip(".")
-            raise ValueError(f"concept {str(path)!r} is damaged ({reason}); induce it again.") from error
+            raise ValueError(f"concept {name!r} is damaged ({reason}); induce it again.") from error
 
 
 def as_concept(concept: ConceptPrompt | str | os.PathLike) -> ConceptPrompt:
@@ -195,9 +265,9 @@ def as_concept(concept: ConceptPrompt | str | os.PathLike) -> ConceptPrompt:
     return concept if isinstance(concept, ConceptPrompt) else ConceptPrompt.load(concept)
 
 
-def concept_hash(model: ConceptSegForSegmentation) -> str:
-    """Return a hash of the weights that a concept depends on: those of SAM 3 and the CTM."""
-    return weights_hash({"sam": model.sam, "ctm": model.ctm})
+def concept_hash(model: ConceptSegForSegmentation, stored: Mapping[str, torch.Tensor] | None = None) -> str:
+    """Return a hash of the weights that a concept depends on: those of SAM 3 and the CTM; see `weights_hash`."""
+    return weights_hash({"sam": model.sam, "ctm": model.ctm}, stored)
 
 
 def _find_fault(concept: ConceptPrompt) -> str | None:
@@ -212,37 +282,68 @@ def _find_fault(concept: ConceptPrompt) -> str | None:
             return f"{name} has {len(text)} characters; use at most {_MAX_TEXT}."
     if not concept.phrases and concept.concept_embeds is None:
         return "there are neither phrases nor concept tokens; give at least one of them."
-    numbers = (("threshold", concept.threshold), ("score", concept.score))
-    for name, value in (*numbers, ("reasoning_score", concept.reasoning_score)):
+    numbers: tuple[tuple[str, float | None], ...] = (
+        ("threshold", concept.threshold),
+        ("score", concept.score),
+    )
+    numbers += (("reasoning_score", concept.reasoning_score), ("rule_score", concept.rule_score))
+    for name, value in (*numbers, *(("reasoning_ious", value) for value in concept.reasoning_ious)):
         if value is not None and not 0 <= value <= 1:
             return f"{name} is {value}; use a number between 0 and 1."
+    for row in concept.scores:
+        if not all(0 <= value <= 1 for value in (row.score, *row.per_reference)):
+            return f"the scores of {row.name!r} are not between 0 and 1."
     tokens = concept.concept_embeds
-    if tokens is not None and (
-        tokens.ndim != 2 or not tokens.is_floating_point() or not tokens.isfinite().all()
-    ):
+    if tokens is None:
+        return None
+    if tokens.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return f"concept_embeds has dtype {tokens.dtype}; give float32."
+    if tokens.ndim != 2 or not tokens.numel() or not tokens.isfinite().all():
         return f"concept_embeds has shape {tuple(tokens.shape)} or is not finite; give finite numbers of shape (L, D)."
     return None
+
+
+def _cautious_mean(values: Sequence[float]) -> float:
+    """Return the mean of one or more values minus `CAUTION` standard errors."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean - CAUTION * math.sqrt(variance / len(values))
 
 
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _read(path: Path) -> tuple[dict[str, str], torch.Tensor | None]:
-    """Return the metadata and the tensor of a safetensors file."""
-    with path.open("rb") as file:
-        start = file.read(8)
-    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-    if not 0 < length <= min(_MAX_HEADER, path.stat().st_size):
-        raise ValueError(f"{str(path)!r} is not a concept; give a file of `conceptseg induce`.")
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value
+
+
+def _read(content: bytes, name: str) -> tuple[dict[str, str], torch.Tensor | None]:
+    """Return the metadata and the tensor of the content of a safetensors file."""
+    length = _header_length(content)
+    if not 0 < length <= min(_MAX_HEADER, len(content)):
+        raise ValueError(f"{name!r} is not a concept; give a file of `conceptseg induce`.")
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            names: Sequence[str] = file.keys()
-            if set(names) - {_TENSOR}:
-                raise ValueError(
-                    f"{str(path)!r} has other tensors than a concept; give a file of `conceptseg induce`."
-                )
-            return metadata, file.get_tensor(_TENSOR) if _TENSOR in names else None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{str(path)!r} is damaged or not a concept ({first_line(error)}).") from error
+        tensors = load(content)  # also validates the header
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+    except (SafetensorError, KeyError, ValueError, RuntimeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{name!r} is damaged or not a concept ({first_line(error)}).") from error
+    if set(tensors) - {_TENSOR}:
+        raise ValueError(f"{name!r} has other tensors than a concept; give a file of `conceptseg induce`.")
+    return metadata, tensors.get(_TENSOR)
+
+
+def _with_sorted_header(content: bytes) -> bytes:
+    """Sort the entries of a safetensors header, whose order is random otherwise."""
+    end = 8 + _header_length(content)
+    header = json_text(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors are aligned
+    return struct.pack("<Q", len(header)) + header + content[end:]
+
+
+def _header_length(content: bytes) -> int:
+    return struct.unpack("<Q", content[:8])[0] if len(content) >= 8 else 0

@@ -53,7 +53,7 @@ def move_to_hooks(inputs: Mapping[str, Any], module: nn.Module) -> dict[str, Any
 
     Needed for methods that bypass the `forward` that the outermost hook wraps, which would have moved the inputs.
     """
-    if not any(_hooks(part) for part in module.modules()):
+    if not has_hooks(module):
         return dict(inputs)
     device = execution_device(module)
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
@@ -72,6 +72,11 @@ def loaded(*modules: nn.Module) -> Iterator[None]:
                 stack.callback(hook.post_forward, module, None)
                 hook.pre_forward(module)
         yield
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether Accelerate has added hooks to any part of a module."""
+    return any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import copy
 import logging
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
@@ -19,7 +19,8 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from . import vlm_backbone
-from .devices import loaded, move_to_hooks
+from .devices import has_hooks, loaded, move_to_hooks
+from .shared_references import ReferenceStore, read_references
 
 MAX_NEW_TOKENS = 768  # Table 7
 _NO_TOKEN = -1  # not a valid token id
@@ -33,7 +34,7 @@ class GeneratedCompletions:
     """Completions of a batch of prompts.
 
     Attributes:
-        token_ids: (B, T) token ids, padded on the right.
+        token_ids: (B, T) token ids, padded on the right; tokens that were given are padded on the left.
         mask: (B, T) bool, true at completion tokens, excluding end-of-sequence tokens.
         hidden_states: (B, T, C) last-layer, post-norm hidden states; zero where `state_mask` is false.
         state_mask: (B, T) bool, true at tokens with a hidden state: those of `mask`, and with `end_of_turn_state` the
@@ -58,6 +59,8 @@ def generate_with_states(
     hidden_states_at: str = "token",
     end_of_turn_state: bool = False,
     max_total_length: int | None = None,
+    num_given: Sequence[int] | None = None,
+    references: ReferenceStore | None = None,
 ) -> GeneratedCompletions:
     """Generate completions and record the hidden state of each completion token in the same pass.
 
@@ -76,6 +79,10 @@ def generate_with_states(
             step longer, in which this token is the input.
         max_total_length: Maximum number of tokens of a prompt (without padding) and its completion together; used if
             `generation_config` sets no limit.
+        num_given: Number of tokens at the end of each prompt that are the start of its completion. They and their
+            states are part of the returned completions, but do not count for `max_new_tokens`.
+        references: Key-value pairs of references. If given, references that several prompts share are read once, except
+            for models with Accelerate's hooks, several completions per prompt, chunked prefill and other caches.
 
     Returns:
         Completions with T the length of the longest one (at least 1), including its end-of-sequence token if that has a
@@ -86,13 +93,17 @@ def generate_with_states(
         RuntimeError: If the VLM was compiled such that hidden states cannot be recorded.
     """
     inputs = move_to_hooks(vlm_backbone.model_inputs(inputs), vlm)
-    config, limits = _prepare_config(vlm, generation_config, inputs, max_total_length)
+    config, limits = prepare_generation_config(vlm, generation_config, inputs, max_total_length)
     limit = config.max_new_tokens
     at_token = hidden_states_at == "token"
     config.max_new_tokens = limit + int(at_token)
-    prompt_length = inputs["input_ids"].shape[1]
+    if has_hooks(vlm) or not _uses_plain_cache(config):
+        references = None
     with _locks.setdefault(vlm, threading.Lock()):
-        recorder = StateRecorder()
+        shared = None if references is None else read_references(vlm, inputs, references)
+        prompts = inputs if shared is None else shared
+        prompt_length = prompts["input_ids"].shape[1]
+        recorder = StateRecorder(max(num_given or [0]))
         criteria: list[StoppingCriteria] = [recorder]
         # The state of a token is computed in the step that follows it, so rows must end one step later.
         delayed_eos = (
@@ -104,7 +115,9 @@ def generate_with_states(
             # Overrides the end-of-sequence criterion of `generate` and never stops a row.
             never = EosTokenCriteria(torch.tensor([_NO_TOKEN], device=inputs["input_ids"].device))
             criteria += [delayed_eos, never]
-        handle = vlm.get_output_embeddings().register_forward_pre_hook(recorder.record)
+        handles = [vlm.get_output_embeddings().register_forward_pre_hook(recorder.record)]
+        if recorder.num_given:
+            handles.append(vlm.base_model.register_forward_hook(recorder.record_prompt))
         try:
             with (
                 loaded(vlm),
@@ -112,10 +125,11 @@ def generate_with_states(
                 _without_criteria_warning(delayed_eos is not None),
             ):  # `loaded` is needed since generate calls modules of the VLM without its forward
                 sequences = vlm.generate(
-                    **inputs, generation_config=config, stopping_criteria=StoppingCriteriaList(criteria)
+                    **prompts, generation_config=config, stopping_criteria=StoppingCriteriaList(criteria)
                 )
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
             vlm_backbone.reset_rope_deltas(vlm)
 
     # The input of step t is token t - 1, and it predicts token t. If all rows end with their first token, no token has
@@ -132,8 +146,41 @@ def generate_with_states(
     length = max(1, int(state_mask.sum(1).max()))
     mask, state_mask = mask[:, :length], state_mask[:, :length]
     states = states[:, :length].to(mask.device)
-    return GeneratedCompletions(
+    generated = GeneratedCompletions(
         token_ids[:, :length], mask, states.masked_fill(~state_mask[..., None], 0), state_mask
+    )
+    if not recorder.num_given:
+        return generated
+    rows = len(token_ids) // len(prompts["input_ids"])
+    return _prepend_given(
+        prompts["input_ids"].repeat_interleave(rows, dim=0),
+        torch.tensor(num_given, device=mask.device).repeat_interleave(rows),
+        recorder.given_states(hidden_states_at).to(mask.device),
+        generated,
+    )
+
+
+def _prepend_given(
+    prompts: Tensor, num_given: Tensor, states: Tensor, generated: GeneratedCompletions
+) -> GeneratedCompletions:
+    """Prepend the given tokens, which are the last ones of the prompts, and their states to generated tokens."""
+    width = states.shape[1]
+    given = torch.arange(width, device=num_given.device) >= width - num_given[:, None]
+    return GeneratedCompletions(
+        torch.cat([prompts[:, -width:], generated.token_ids], dim=1),
+        torch.cat([given, generated.mask], dim=1),
+        torch.cat([states.masked_fill(~given[..., None], 0), generated.hidden_states], dim=1),
+        torch.cat([given, generated.state_mask], dim=1),
+    )
+
+
+def _uses_plain_cache(config: GenerationConfig) -> bool:
+    """Whether generation has one row per prompt and can continue a `DynamicCache`."""
+    return (
+        (config.num_return_sequences or 1) == 1
+        and config.use_cache is not False
+        and not config.cache_implementation
+        and not config.prefill_chunk_size
     )
 
 
@@ -164,13 +211,20 @@ def _without_criteria_warning(enabled: bool) -> Iterator[None]:
         logger.removeFilter(is_unrelated)
 
 
-def _prepare_config(
+def prepare_generation_config(
     vlm: vlm_backbone.Vlm,
     overrides: GenerationConfig | Mapping[str, Any] | None,
     inputs: Mapping[str, Tensor],
     max_total_length: int | None,
 ) -> tuple[GenerationConfig, Tensor | None]:
-    """Return a copy of the generation config with all required values set, and (B,) length limits of the rows."""
+    """Return a copy of the generation config with all required values set, and (B,) length limits of the rows.
+
+    Args:
+        vlm: The VLM.
+        overrides: See `generate_with_states`.
+        inputs: The collated prompts.
+        max_total_length: See `generate_with_states`.
+    """
     prompt_length = inputs["input_ids"].shape[1]
     limits = None
     if isinstance(overrides, GenerationConfig):
@@ -307,17 +361,34 @@ class StateRecorder(StoppingCriteria):
     processes) are therefore not recorded. The head is not part of a compiled language model, so the hook neither causes
     a recompilation nor is skipped.
 
+    Args:
+        num_given: Number of columns at the end of the prompts whose states are also recorded.
+
     Attributes:
         states: The states that predicted the tokens, in the order of the steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_given: int = 0) -> None:
+        self.num_given = num_given
         self.states: list[Tensor] = []
         self._last: Tensor | None = None
+        self._prompt: Tensor | None = None
 
     def record(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of the language-model head."""
         self._last = inputs[0][:, -1]
+
+    def record_prompt(self, base: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        """Forward hook of the base model: record the last states of the prompts, which may be read in chunks."""
+        if not self.states:
+            chunk = output[0][:, -self.num_given - 1 :]
+            chunks = [chunk] if self._prompt is None else [self._prompt, chunk]
+            self._prompt = torch.cat(chunks, dim=1)[:, -self.num_given - 1 :].clone()
+
+    def given_states(self, hidden_states_at: str) -> Tensor:
+        """Return the (B, num_given, C) states of the last tokens of the prompts."""
+        assert self._prompt is not None  # the prompts have been read if a token was generated
+        return self._prompt[:, 1:] if hidden_states_at == "token" else self._prompt[:, :-1]
 
     def stacked(self, hidden_states_at: str) -> Tensor:
         """Stack the states of the tokens to (B, S, C); the last token may have no state.

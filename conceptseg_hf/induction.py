@@ -14,20 +14,21 @@ from .boxes import foreground_iou
 from .concept_prompt import CandidateScore, ConceptPrompt, concept_hash
 from .devices import execution_device, loaded
 from .images import ImageInput, load_image, load_mask
+from .inputs import PreparedSample
 from .losses import segmentation_loss
 from .modeling_conceptseg import ConceptSegForSegmentation, evaluating
 from .phrases import candidate_phrases
 from .postprocessing import post_process_mask
 from .processing_conceptseg import ConceptSegProcessor
-from .progress import progress_bar
+from .progress import ProgressCalls, ProgressFunction, progress_bar
 from .references import Reference, resolve_references
+from .rules import leave_one_out, mask_ious, select_rule, verify_rule
 from .sam_prompt import ImageFeatures
 
 REFINED = "refined tokens"
 """Name of the candidate with tokens that are tuned on the references."""
 
 _MAX_PHRASES = 3  # phrases that are kept together
-_MAX_EXAMPLES = 4  # references beside the target in a completion
 _SAMPLING = {"do_sample": True, "temperature": 1.0}
 _REFINED_TOKENS, _REFINE_STEPS, _REFINE_RATE = 4, 40, 0.05
 
@@ -102,14 +103,15 @@ def induce(
     num_samples: int = 1,
     refine: bool = False,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | ProgressFunction = False,
 ) -> ConceptPrompt:
     """Induce a concept from references with masks or boxes, to be applied to other images by SAM 3 alone.
 
     The VLM completes the prompt for each reference as the target, with the other references as examples. Its answers
     and their words, the noun phrases of its rules, and the user's prompt are candidate phrases. SAM 3
     decodes every candidate on all references; the candidate with the highest mean IoU is selected. A phrase that comes
-    from a single reference is scored on the others.
+    from a single reference is scored on the others. The rules that the VLM wrote, and the selected phrase, are verified
+    by completions that start with them.
 
     Args:
         model: The model.
@@ -121,7 +123,7 @@ def induce(
         refine: Also tune a few tokens in SAM 3's prompt space on the masks, with SAM 3 frozen. They are a candidate
             like the others, scored on references that they were not tuned on, so they need two references.
         seed: Random seed of sampling and tuning.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, or a function to call instead.
 
     Returns:
         The concept with the scores of all candidates.
@@ -134,8 +136,9 @@ def induce(
     processor.check_prompt(prompt)
     with evaluating(model), loaded(model):
         examples = _encode(model, processor, references, negatives)
-        completions, reasoning_score = _complete(
-            model, processor, prompt, references, examples.masks, num_samples, seed, progress
+        samples = leave_one_out(processor, prompt, references)
+        completions, reasoning_ious = _complete(
+            model, processor, samples, examples.masks, num_samples, seed, progress
         )
         phrases_by_source = candidate_phrases(prompt, completions, num_samples)
         scored = [
@@ -148,17 +151,27 @@ def induce(
                 _refine(model, processor, best.candidate.phrase or prompt, examples, seed, progress)
             )
         best, phrases = _select(scored)
-    rules = [rule for _, rule in completions if rule]
+        rule, rule_score = select_rule(
+            model,
+            processor,
+            phrases[0] if phrases else None,
+            phrases_by_source.get(phrases[0]) if phrases else None,
+            [rule for _, rule in completions[::num_samples]],
+            samples,
+            examples.masks,
+        )
     return ConceptPrompt(
         prompt=prompt,
         phrases=phrases,
-        rule=rules[0] if rules else None,
+        rule=rule,
         concept_embeds=None if best.candidate.tokens is None else best.candidate.tokens.cpu(),
         threshold=_threshold(best, len(examples)),
         score=best.score,
         scores=_table([best, *(each for each in scored if each is not best)]),
         model_hash=concept_hash(model),
-        reasoning_score=reasoning_score if len(references) > 1 else None,
+        reasoning_score=float(np.mean(reasoning_ious)) if len(references) > 1 else None,
+        reasoning_ious=reasoning_ious if len(references) > 1 else (),
+        rule_score=rule_score,
     )
 
 
@@ -169,8 +182,9 @@ def verify(
     processor: ConceptSegProcessor,
     references: Sequence[Reference],
     negatives: Sequence[ImageInput] = (),
+    candidates: Sequence[str] = (),
 ) -> ConceptPrompt:
-    """Score a concept on references, for example after its phrases were edited; also sets its threshold.
+    """Score a concept on references, for example after its phrases or its rule were edited; also sets its threshold.
 
     Args:
         concept: The concept.
@@ -178,6 +192,8 @@ def verify(
         processor: Its processor.
         references: References, each with a mask or boxes.
         negatives: Images without the concept.
+        candidates: Further phrases, such as the noun phrases of an edited rule. They replace the phrases of the
+            concept, alone or combined with them as in `induce`, if this explains the references better.
 
     Raises:
         ValueError: If a reference cannot be used, or the concept was made with other weights.
@@ -185,16 +201,41 @@ def verify(
     concept.check_model(model)
     with evaluating(model), loaded(model):
         examples = _encode(model, processor, references, negatives)
-        candidates = [_Candidate(phrase, phrase, concept.concept_embeds) for phrase in concept.phrases]
-        candidates = candidates or [_Candidate(REFINED, None, concept.concept_embeds)]
-        combined = _combine([_decode(model, processor, candidate, examples) for candidate in candidates])
+        tokens, phrases = concept.concept_embeds, concept.phrases
+        own = [_Candidate(phrase, phrase, tokens) for phrase in phrases] or [
+            _Candidate(REFINED, None, tokens)
+        ]
+        others = [_Candidate(phrase, phrase) for phrase in dict.fromkeys(candidates) if phrase not in phrases]
+        scored = [_decode(model, processor, candidate, examples) for candidate in (*own, *others)]
+        best = _combine(scored[: len(own)])
+        if others:
+            other, other_phrases = _select(scored)
+            if other.score > best.score + 1e-6:
+                best, phrases, tokens = other, other_phrases, other.candidate.tokens
+        rule_score = None
+        if concept.rule is not None and len(references) > 1:
+            samples = leave_one_out(processor, concept.prompt, references)
+            rule_score = verify_rule(model, processor, concept.rule, samples, examples.masks)
     return replace(
         concept,
-        score=combined.score,
-        scores=_table([combined]),
-        threshold=_threshold(combined, len(examples)),
+        phrases=phrases,
+        concept_embeds=None if tokens is None else tokens.cpu(),
+        score=best.score,
+        scores=_table(
+            [best, *(each for each in scored if others and each.candidate.name != best.candidate.name)]
+        ),
+        threshold=_threshold(best, len(examples)),
         model_hash=concept_hash(model),
+        reasoning_ious=(),  # of the earlier references
+        rule_score=rule_score,
     )
+
+
+def _bar(progress: bool | ProgressFunction, total: int, unit: str, desc: str) -> Any:
+    """Return a progress bar, an object that reports to a function instead, or None without progress."""
+    if callable(progress):
+        return ProgressCalls(total, unit, progress)
+    return progress_bar(total, unit, desc) if progress else None
 
 
 def _encode(
@@ -239,24 +280,21 @@ def _mask_of(reference: Reference, size: tuple[int, int], boxes: Sequence[Sequen
 def _complete(
     model: ConceptSegForSegmentation,
     processor: ConceptSegProcessor,
-    prompt: str,
-    references: Sequence[Reference],
+    samples: Sequence[PreparedSample],
     masks: Sequence[np.ndarray],
     num_samples: int,
     seed: int,
-    progress: bool,
-) -> tuple[list[tuple[str | None, str | None]], float]:
-    """Complete the prompt for each reference as the target, with the other references as examples.
+    progress: bool | ProgressFunction,
+) -> tuple[list[tuple[str | None, str | None]], tuple[float, ...]]:
+    """Complete the prompt for each reference as the target.
 
     Returns:
-        Answer and rule of each completion, and the mean IoU of the masks of the greedy completions.
+        Answer and rule of each completion, and the IoU of the mask of each greedy completion.
     """
     found: list[tuple[str | None, str | None]] = []
-    ious: list[float] = []
-    bar = progress_bar(len(references) * num_samples, "completions", "induce") if progress else None
-    for number, target in enumerate(references):
-        others = [reference for i, reference in enumerate(references) if i != number] or [target]
-        sample = processor.prepare(target.image, prompt, others[:_MAX_EXAMPLES])
+    greedy = []
+    bar = _bar(progress, len(samples) * num_samples, "completions", "induce")
+    for number, sample in enumerate(samples):
         for repetition in range(num_samples):
             if repetition:
                 torch.manual_seed(seed * 1_000_003 + number * num_samples + repetition)
@@ -268,14 +306,12 @@ def _complete(
             )
             found.append((result.answer, result.rule))
             if not repetition:
-                ious.append(
-                    0.0 if result.mask is None else foreground_iou(np.asarray(result.mask) > 0, masks[number])
-                )
+                greedy.append(result)
             if bar is not None:
                 bar.update()
     if bar is not None:
         bar.close()
-    return found, float(np.mean(ious))
+    return found, mask_ious(greedy, masks)
 
 
 def _decode(
@@ -297,7 +333,7 @@ def _decode(
         for row, target in zip(logits, examples.masks)
     ]
     ious = tuple(
-        foreground_iou(prediction, target)
+        float(foreground_iou(prediction, target))
         for prediction, target in zip(predictions, examples.masks, strict=True)
     )
     counted = tuple(candidate.is_independent_of(i) for i in range(len(examples)))
@@ -362,12 +398,12 @@ def _refine(
     phrase: str,
     examples: _Examples,
     seed: int,
-    progress: bool,
+    progress: bool | ProgressFunction,
 ) -> _Scored:
     """Tune tokens that precede a phrase, and score them on references that they were not tuned on (two folds)."""
     count = len(examples)
     folds = [list(range(start, count, 2)) for start in range(2)]
-    bar = progress_bar(3 * _REFINE_STEPS, "steps", "refine") if progress else None
+    bar = _bar(progress, 3 * _REFINE_STEPS, "steps", "refine")
     ious = [0.0] * count
     best_step = []
     for fold in folds:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from .completion import Completion
@@ -19,11 +20,27 @@ from .outputs import RawSegmentation
 from .processing_conceptseg import ConceptSegProcessor
 from .router import ShortcutRouter
 from .sam_prompt import BOX_TEXT, SAM_PROMPTS, ImageFeatures
+from .shared_references import ReferenceStore
 
 if TYPE_CHECKING:
     from .modeling_conceptseg import ConceptSegForSegmentation
 
 _EMPTY = -100.0  # mask logit of probability 0
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set a model to eval mode within the context, then restore the previous mode of each module."""
+    if not any(module.training for module in model.modules()):
+        yield  # setting the modes takes longer than reading them
+        return
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,14 @@ class SegmentSettings:
     generation_config: GenerationConfig | Mapping[str, Any] | None = None
     prompted_by: str = "concept+text"
     concept: ConceptPrompt | None = None
+    rule: str | None = None
+
+    @property
+    def given_rule(self) -> str | None:
+        """The rule that completions start with: the user's, or the verified one of the concept."""
+        if self.rule is None and self.router.mode == "adaptive" and self.concept is not None:
+            return self.concept.rule if self.concept.rule_is_reliable else None
+        return self.rule
 
     def __post_init__(self) -> None:
         if self.prompted_by not in SAM_PROMPTS:
@@ -82,9 +107,16 @@ class Segmenter:
     """
 
     def __init__(
-        self, model: ConceptSegForSegmentation, processor: ConceptSegProcessor, settings: SegmentSettings
+        self,
+        model: ConceptSegForSegmentation,
+        processor: ConceptSegProcessor,
+        settings: SegmentSettings,
+        references: ReferenceStore,
     ) -> None:
         self.model, self.processor, self.settings = model, processor, settings
+        self.references = references
+        if settings.given_rule is not None:
+            processor.check_rule(settings.given_rule)
 
     def segment(
         self, samples: Sequence[PreparedSample], image_index: Sequence[int] | None = None
@@ -95,6 +127,14 @@ class Segmenter:
             samples: The samples.
             image_index: Index of the image of each sample; by default, each sample has a separate image.
         """
+        sam = self.model.sam
+        # SAM 3 is in eval mode unless a user has changed it, and visiting all modules takes long for a small SAM 3.
+        with evaluating(sam) if sam.training else nullcontext():
+            return self._segment(samples, image_index)
+
+    def _segment(
+        self, samples: Sequence[PreparedSample], image_index: Sequence[int] | None
+    ) -> list[RawSegmentation]:
         image_of = range(len(samples)) if image_index is None else image_index
         valid = [i for i, sample in enumerate(samples) if sample.error is None]
         candidates = [i for i in valid if self._needs_first_pass(samples[i])]
@@ -194,7 +234,8 @@ class Segmenter:
         self, samples: Sequence[PreparedSample], indices: Sequence[int], images: _Images
     ) -> dict[int, _Decoded]:
         """Generate completions with the VLM and decode them with SAM 3; results are keyed by sample index."""
-        completions, concepts = self._complete([samples[i] for i in indices])
+        with evaluating(self.model.vlm), evaluating(self.model.ctm):
+            completions, concepts = self._complete([samples[i] for i in indices])
         by_index = dict(zip(indices, completions))
         prompted_by = self.settings.prompted_by
         if prompted_by == "box":
@@ -221,14 +262,29 @@ class Segmenter:
             ValueError: If `num_return_sequences` is above 1.
         """
         config = self.model.config
-        generated = generate_with_states(
-            self.model.vlm,
-            self.processor.collate(samples, device=execution_device(self.model.vlm)),
-            self.settings.generation_config,
-            config.hidden_states_at,
-            config.end_of_turn_state,
-            config.max_total_length,
-        )
+        num_given = None
+        started = list(samples)
+        if (rule := self.settings.given_rule) is not None:
+            starts = [
+                self.processor.start_completion(self.processor.prepare_vlm(sample), rule)
+                for sample in samples
+            ]
+            started, num_given = [sample for sample, _ in starts], [count for _, count in starts]
+        if self.model.vlm_engine is not None and num_given is None:
+            generated = self.model.vlm_engine.generate(
+                self.model, self.processor, samples, self.settings.generation_config
+            )
+        else:  # completions that start with a rule are always written by Transformers
+            generated = generate_with_states(
+                self.model.vlm,
+                self.processor.collate(started, device=execution_device(self.model.vlm)),
+                self.settings.generation_config,
+                config.hidden_states_at,
+                config.end_of_turn_state,
+                config.max_total_length,
+                num_given,
+                self.references,
+            )
         if len(generated.mask) != len(samples):
             raise ValueError(
                 "segment: num_return_sequences is above 1, but each sample has one result; set it to 1."
@@ -258,6 +314,20 @@ class Segmenter:
             decoded |= self._decode(images, list(boxes), [BOX_TEXT] * len(boxes), boxes=centers)
         return decoded
 
+    def _reason_of_route(self, sample: PreparedSample, decoded: _Decoded, first_pass: _Decoded | None) -> str:
+        """Return why a sample took its route, as a short phrase."""
+        router, concept = self.settings.router, self.settings.concept
+        if router.mode != "adaptive":
+            return f"router {router.mode!r}"
+        if first_pass is not None:
+            compared = "reaches" if decoded.completion is None else "is below"
+            return (
+                f"presence {first_pass.presence:.2f} {compared} the threshold {self._threshold(sample):.2f}"
+            )
+        if concept is None:
+            return "the prompt is too long for the shortcut"
+        return "the concept is not verified" if concept.score is None else "the concept is not reliable"
+
     def _output(
         self, sample: PreparedSample, decoded: _Decoded | None, first_pass: _Decoded | None
     ) -> RawSegmentation:
@@ -271,5 +341,7 @@ class Segmenter:
             decode_presence=decoded.presence,
             presence=None if first_pass is None else first_pass.presence,
             completion=decoded.completion,
+            given_rule=None if decoded.completion is None else self.settings.given_rule,
+            reason=self._reason_of_route(sample, decoded, first_pass),
             phrase=decoded.phrase,
         )

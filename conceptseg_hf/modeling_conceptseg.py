@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, overload
@@ -22,16 +22,20 @@ from .concept_prompt import ConceptPrompt, as_concept
 from .concept_translation import ConceptTranslationModule
 from .configuration_conceptseg import ConceptSegConfig
 from .devices import execution_device, loaded
-from .inference import Segmenter, SegmentSettings
+from .hashing import weights_counters
+from .inference import Segmenter, SegmentSettings, evaluating
 from .inputs import ConceptSegInputs, PreparedSample
 from .losses import segmentation_loss
 from .outputs import ConceptSegmentation, ConceptSegOutput, SegmentationOutputs
 from .processing_conceptseg import ConceptSegProcessor
 from .router import ShortcutRouter
 from .sam_prompt import ImageFeatures
+from .shared_references import DEFAULT_MAX_BYTES, ReferenceStore
+from .teacher_forcing import check_forward_arguments, completion_states
+from .vlm_engines import VlmEngineMixin
 
 
-class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
+class ConceptSegForSegmentation(CheckpointMixin, VlmEngineMixin, GenerationMixin):
     """Segment the concept that a prompt describes, either directly or by reasoning over reference images.
 
     The model consists of `vlm` (the VLM), `ctm` (the Concept Translation Module) and `sam` (SAM 3, which is frozen and
@@ -44,6 +48,8 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
     ctm: ConceptTranslationModule
     sam: Sam3Model
     hf_device_map: Mapping[str, Any]
+    _references: ReferenceStore | None = None
+    _checked_concept: Hashable = None
 
     config_class = ConceptSegConfig
     base_model_prefix = "conceptseg"
@@ -174,7 +180,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         Returns:
             (B, L2, D) concept tokens Z.
         """
-        states, mask = _completion_states(hidden_states, completion_mask, self.config.hidden_states_at)
+        states, mask = completion_states(hidden_states, completion_mask, self.config.hidden_states_at)
         return self.encode_concepts(states.detach() if detach_hidden_states else states, mask)
 
     def encode_image(self, sam_pixel_values: Tensor) -> ImageFeatures:
@@ -275,7 +281,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         Raises:
             ValueError: If arguments are incompatible.
         """
-        _check_forward_arguments(
+        check_forward_arguments(
             sam_pixel_values, sam_features, sam_input_ids, sam_attention_mask, mask_labels
         )
         config = self.config
@@ -321,6 +327,27 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
 
     # -- inference --
 
+    @contextmanager
+    def shared_references(self, max_bytes: int = DEFAULT_MAX_BYTES) -> Iterator[ReferenceStore]:
+        """Read each set of references once for all calls of `segment` within the context.
+
+        Without this context, the prompts of a batch share their references. The key-value pairs are dropped when the
+        weights of the VLM change.
+
+        Args:
+            max_bytes: Maximum size of the key-value pairs; the least recently used ones are dropped.
+
+        Example:
+            >>> with model.shared_references():
+            ...     for image in images:
+            ...         model.segment(processor(image, prompt, references))
+        """
+        previous, self._references = self._references, ReferenceStore(max_bytes, across_batches=True)
+        try:
+            yield self._references
+        finally:
+            self._references = previous
+
     @overload
     def segment(
         self,
@@ -333,6 +360,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         sam_prompt: str = ...,
         return_logits: bool = ...,
         concept: ConceptPrompt | str | os.PathLike | None = ...,
+        rule: str | None = ...,
         **tensors: Any,
     ) -> SegmentationOutputs: ...
 
@@ -349,6 +377,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         sam_prompt: str = ...,
         return_logits: bool = ...,
         concept: ConceptPrompt | str | os.PathLike | None = ...,
+        rule: str | None = ...,
         **tensors: Any,
     ) -> list[ConceptSegmentation]: ...
 
@@ -364,6 +393,7 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         sam_prompt: str = "concept+text",
         return_logits: bool = False,
         concept: ConceptPrompt | str | os.PathLike | None = None,
+        rule: str | None = None,
         **tensors: Any,
     ) -> list[ConceptSegmentation] | SegmentationOutputs:
         """Segment a batch of prompts; the router chooses the route of each prompt.
@@ -387,6 +417,8 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
             concept: A concept of `induction.induce`, or its file. SAM 3 applies it without the VLM and accepts masks
                 whose presence reaches its threshold; other images use full reasoning. The router modes `"sam_only"`
                 and `"full_reasoning"` force one of the two.
+            rule: A visual rule, such as "the striped object". The VLM does not write its reasoning and its rule, but
+                is given this rule and applies it to the image.
             **tensors: The items of `ConceptSegInputs`, as an alternative to `inputs`.
 
         Returns:
@@ -420,10 +452,11 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         segmenter = Segmenter(
             self,
             own_processor,
-            SegmentSettings(router, generation_config, sam_prompt, self._checked(concept)),
+            SegmentSettings(router, generation_config, sam_prompt, self._checked(concept), rule),
+            ReferenceStore() if self._references is None else self._references,
         )
         raw = []
-        with evaluating(self), loaded(self):
+        with loaded(self):
             size = batch_size or max(len(samples), 1)
             for chunk in (slice(start, start + size) for start in range(0, len(samples), size)):
                 raw += segmenter.segment(samples[chunk], None if image_index is None else image_index[chunk])
@@ -443,48 +476,11 @@ class ConceptSegForSegmentation(CheckpointMixin, GenerationMixin):
         if concept is None:
             return None
         concept = as_concept(concept)
-        concept.check_model(self)
+        checked = concept.model_hash, weights_counters(self.sam), weights_counters(self.ctm)
+        if checked != self._checked_concept:  # hashing the weights takes longer than decoding a small image
+            concept.check_model(self)
+            self._checked_concept = checked
         return concept
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set a model to eval mode within the context, then restore the previous mode of each module."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _check_forward_arguments(
-    sam_pixel_values: Tensor | None,
-    sam_features: ImageFeatures | None,
-    sam_input_ids: Tensor | None,
-    sam_attention_mask: Tensor | None,
-    mask_labels: Tensor | None,
-) -> None:
-    if sam_pixel_values is not None and sam_features is not None:
-        raise ValueError("forward: both sam_pixel_values and sam_features are given; pass only one of them.")
-    if mask_labels is not None and sam_pixel_values is None and sam_features is None:
-        raise ValueError(
-            "forward: mask_labels require an image to segment; also pass sam_pixel_values or sam_features."
-        )
-    if (sam_input_ids is None) != (sam_attention_mask is None):
-        raise ValueError(
-            "forward: only one of sam_input_ids and sam_attention_mask is given; pass both or neither."
-        )
-
-
-def _completion_states(
-    hidden_states: Tensor, completion_mask: Tensor, hidden_states_at: str
-) -> tuple[Tensor, Tensor]:
-    """Return the columns from the first to the last completion token (at least one), and their mask."""
-    mask = completion_mask.bool().to(hidden_states.device)
-    if hidden_states_at == "predict":  # the hidden state of the previous token predicts a token
-        mask = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
-    columns = mask.any(dim=0).nonzero()
-    first, last = (int(columns[0]), int(columns[-1])) if len(columns) else (0, 0)
-    return hidden_states[:, first : last + 1], mask[:, first : last + 1]
+__all__ = ["ConceptSegForSegmentation", "evaluating"]

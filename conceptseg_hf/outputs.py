@@ -56,7 +56,9 @@ class ConceptSegmentation:
         label: The VLM's answer; the prompt on the shortcut or if the VLM gave no answer.
         score: Presence of the final decoding times the mean probability of the mask's pixels, in [0, 1]; 0 for an
             empty mask.
-        route: "concept" (a `ConceptPrompt` was applied), "shortcut" or "reasoning"; None if the item failed.
+        route: "shortcut" (SAM 3 alone), "concept" (SAM 3 alone with a `ConceptPrompt`), "rule" (the VLM applied a given
+            rule) or "reasoning"; None if the item failed.
+        route_reason: Why this route was taken, as a short phrase; None if the item failed.
         presence: Presence of the prompt in SAM 3's first pass, in [0, 1]; None if there was no first pass.
         threshold: Minimum `presence` for the shortcut (eq. 9).
         decode_presence: Presence of the decoding that produced the mask, in [0, 1]; low if the concept is absent from
@@ -93,6 +95,7 @@ class ConceptSegmentation:
     heatmap: np.ndarray | None = None
     error: str | None = None
     mask_logits: np.ndarray | None = None
+    route_reason: str | None = None
 
     @classmethod
     def failed(cls, error: str, label: str = "") -> ConceptSegmentation:
@@ -120,6 +123,8 @@ class RawSegmentation:
         presence: Presence of the prompt in SAM 3's first pass, in [0, 1]; None if there was no first pass.
         completion: The VLM's completion; None on the shortcut.
         error: None, or one sentence that states why the item failed.
+        reason: Why the sample took its route; None if the item failed.
+        given_rule: The rule that the completion was started with; None if the VLM wrote it.
         phrase: Phrase of the concept that the mask was decoded from; None without a concept.
     """
 
@@ -132,6 +137,15 @@ class RawSegmentation:
     completion: Completion | None = None
     error: str | None = None
     phrase: str | None = None
+    given_rule: str | None = None
+    reason: str | None = None
+
+    @property
+    def route(self) -> str:
+        """The route of the result; see `ConceptSegmentation`."""
+        if self.completion is not None:
+            return "reasoning" if self.given_rule is None else "rule"
+        return "shortcut" if self.phrase is None else "concept"
 
 
 class SegmentationOutputs(Sequence[ConceptSegmentation]):

@@ -30,11 +30,12 @@ from .outputs import ConceptSegmentation
 from .processing_conceptseg import ConceptSegProcessor
 from .references import Reference
 from .router import ShortcutRouter
+from .vlm_engines import check_vlm_engine
 
 TASK = "concept-segmentation"
 
 _PREPROCESS_PARAMETERS = ("prompt", "references")
-_FORWARD_PARAMETERS = ("router", "generation_config", "return_heatmap", "concept")
+_FORWARD_PARAMETERS = ("router", "generation_config", "return_heatmap", "concept", "rule", "vlm_engine")
 _LOADER_PARAMETERS = ("batch_size", "num_workers")
 
 
@@ -88,6 +89,9 @@ class ConceptSegmentationPipeline(Pipeline):
                 `return_heatmap`: Whether to add the mask probabilities to each result.
                 `concept`: A `ConceptPrompt` or its file; see `ConceptSegForSegmentation.segment`. Its prompt is the
                     default for inputs without one.
+                `rule`: A visual rule that the VLM is given and applies; see `ConceptSegForSegmentation.segment`.
+                `vlm_engine`: `"transformers"` or `"vllm"`, which writes the completions; by default the engine that
+                    the model's `set_vlm_engine` selected.
                 `batch_size`: Number of inputs per model call; defaults to 1.
                 `num_workers`: Number of processes that prepare inputs; defaults to 0. Streams use at most one.
 
@@ -115,9 +119,13 @@ class ConceptSegmentationPipeline(Pipeline):
                 )
         preprocess = {name: parameters[name] for name in _PREPROCESS_PARAMETERS if name in parameters}
         forward = {name: parameters[name] for name in _FORWARD_PARAMETERS if name in parameters}
+        if forward.get("vlm_engine") is not None:
+            check_vlm_engine(forward["vlm_engine"])
         if forward.get("concept") is not None:
             forward["concept"] = as_concept(forward["concept"])
             preprocess.setdefault("prompt", forward["concept"].prompt)
+        if forward.get("rule") is not None:
+            self.processor.check_rule(forward["rule"])
         return preprocess, forward, {}
 
     def preprocess(  # type: ignore[override]
@@ -133,15 +141,19 @@ class ConceptSegmentationPipeline(Pipeline):
         generation_config: GenerationConfig | Mapping[str, Any] | None = None,
         return_heatmap: bool = False,
         concept: ConceptPrompt | None = None,
+        rule: str | None = None,
+        vlm_engine: str | None = None,
     ) -> list[ConceptSegmentation]:
-        return self.model.segment(
-            samples,
-            processor=self.processor,
-            router=router,
-            generation_config=generation_config,
-            return_heatmap=return_heatmap,
-            concept=concept,
-        )
+        with self.model.using_vlm_engine(vlm_engine, self.processor):
+            return self.model.segment(
+                samples,
+                processor=self.processor,
+                router=router,
+                generation_config=generation_config,
+                return_heatmap=return_heatmap,
+                concept=concept,
+                rule=rule,
+            )
 
     def postprocess(  # type: ignore[override]
         self, result: ConceptSegmentation

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeAlias
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 30.0
+
+ProgressFunction: TypeAlias = Callable[[int, int, str], None]
+"""Function of the number of completed units, their total number and their name in the plural."""
 
 
 def progress_bar(
@@ -106,6 +109,29 @@ class ProgressLines:
         fraction = f" ({self.n / self.total:.0%})" if self.total else ""
         done, total = (self._number(value) if self.unit == "B" else value for value in (self.n, self.total))
         return f"{what}{done} of {total} {self.unit}{fraction}, {self._number(rate)} a second{left}"
+
+
+class ProgressCalls:
+    """Progress that calls a function, for interfaces other than a terminal.
+
+    Args:
+        total: Number of units in total.
+        unit: Name of the units in the plural.
+        report: Function that is called with the number of completed units, `total` and `unit`.
+    """
+
+    def __init__(self, total: int, unit: str, report: ProgressFunction) -> None:
+        self.total, self.unit, self.n = total, unit, 0
+        self._report = report
+        report(0, total, unit)
+
+    def update(self, count: int = 1) -> None:
+        """Advance the count of completed units."""
+        self.n += count
+        self._report(self.n, self.total, self.unit)
+
+    def close(self) -> None:
+        """Do nothing; part of the interface of tqdm."""
 
 
 def print_line(text: str, file: TextIO | None = None) -> None:

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import Sam3Model
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput, Sam3VisionEncoderOutput
 
-from .devices import execution_device, loaded
+from .devices import execution_device, has_hooks, loaded
 
 SAM_PROMPTS = ("concept+text", "concept", "text", "box")
 """Modes of prompting SAM 3 with the VLM's output: the method of the paper, followed by its ablations."""
@@ -64,6 +65,8 @@ class ImageFeatures:
 
     def select(self, rows: Tensor) -> ImageFeatures:
         """Select images by index, in the order of `rows` (N,); indices may be repeated."""
+        if rows.tolist() == list(range(len(self))):
+            return self  # without copies of the feature pyramid
         rows = rows.to(self.device)
         return ImageFeatures(
             vision=Sam3VisionEncoderOutput(
@@ -106,10 +109,31 @@ def encode_image(sam: Sam3Model, pixel_values: Tensor, geometry_cls: bool = True
 
 
 def _geometry_cls(sam: Sam3Model, vision: Sam3VisionEncoderOutput) -> Tensor:
-    """Compute the geometry encoder's CLS token without boxes, by encoding one padding box."""
-    padding = vision.fpn_hidden_states[0].new_zeros(len(vision.fpn_hidden_states[0]), 1, 4)
-    tokens, mask = box_tokens(sam, vision, padding, valid=False)
-    return tokens[mask][:, None]
+    """Compute the geometry encoder's CLS token without boxes."""
+    encoder = sam.geometry_encoder
+    features, positions = vision.fpn_hidden_states[-2], vision.fpn_position_encoding[-2]
+    if hasattr(sam, "_hf_hook") or has_hooks(
+        encoder
+    ):  # only the encoder's own forward moves inputs and weights
+        tokens, mask = box_tokens(sam, vision, features.new_zeros(len(features), 1, 4), valid=False)
+        return tokens[mask][:, None]
+    # The steps of its forward without the encoding of the padding box, which takes longest. A padding token
+    # replaces the box, so that the results are equal to the last bit.
+    token = encoder.cls_embed.weight
+    pair = torch.cat([token, torch.zeros_like(token)])[None].expand(len(features), -1, -1).contiguous()
+    tokens = encoder.prompt_layer_norm(encoder.final_proj(pair))
+    mask = torch.tensor([True, False], device=features.device).expand(len(features), -1)
+    attention_mask = create_bidirectional_mask(
+        config=encoder.config, inputs_embeds=tokens, attention_mask=mask
+    )
+    for layer in encoder.layers:
+        tokens = layer(
+            prompt_feats=tokens,
+            vision_feats=features.flatten(2).transpose(1, 2),
+            vision_pos_encoding=positions.flatten(2).transpose(1, 2),
+            prompt_mask=attention_mask,
+        )
+    return encoder.output_layer_norm(tokens)[:, :1]
 
 
 def box_tokens(

@@ -170,7 +170,7 @@ def caption_of(result: ConceptSegmentation, prompt: str, *remarks: str) -> str:
     if result.presence is not None:
         route += f", SAM 3 presence {result.presence:.2f} (threshold {result.threshold:.2f})"
     lines.append("; ".join((route, *remarks)))
-    if result.route == "reasoning":
+    if result.route in ("rule", "reasoning"):
         lines += [f"rule: {result.rule or 'none given'}", f"answer: {result.answer or 'none given'}"]
     if result.check_iou is not None:
         lines.append(f"IoU of the check box on the proxy query: {result.check_iou:.2f}")

@@ -1,4 +1,4 @@
-"""FiftyOne plugin @conceptseg/conceptseg: operators and a panel; the implementation is in `conceptseg_hf`."""
+"""FiftyOne plugin @conceptseg/conceptseg: operators and panels; the implementation is in `conceptseg_hf`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from .benchmark import LoadConceptBenchmark
 from .cancel import CancelRun
+from .concepts import ApplyConcept, EditConcept, InduceConcept
 from .evaluate import EvaluateConcepts
 from .explorer import ConceptExplorer
+from .library import ConceptLibrary, ManageConcepts
 from .segment import ReleaseModel, SegmentConcept
 from .uncertain import FindUncertain, ShowReferences
 
@@ -19,6 +21,10 @@ def register(plugin: PluginContext) -> None:
     """Register the operators and the panel; called by FiftyOne."""
     for operator in (
         SegmentConcept,
+        InduceConcept,
+        ApplyConcept,
+        EditConcept,
+        ManageConcepts,
         EvaluateConcepts,
         LoadConceptBenchmark,
         FindUncertain,
@@ -26,5 +32,6 @@ def register(plugin: PluginContext) -> None:
         CancelRun,
         ReleaseModel,
         ConceptExplorer,
+        ConceptLibrary,
     ):
         plugin.register(operator)

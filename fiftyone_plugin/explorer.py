@@ -13,7 +13,7 @@ from fiftyone.operators import types
 from . import forms
 from .evaluate import METRIC_COLUMNS, metrics_row
 
-NO_RULE = "(no rule: shortcut)"
+NO_RULE = "(no rule: SAM 3 alone)"
 _MAX_SHOWN_RULES = 50
 _RULE_WIDTH = 44  # number of characters that fit next to the sample grid
 
@@ -200,7 +200,7 @@ class ConceptExplorer(foo.Panel):
             layout=common
             | {
                 "title": {
-                    "text": "Presence against threshold (shortcut above the line)",
+                    "text": "Presence against threshold (SAM 3 alone above the line)",
                     "font": {"size": 14},
                 },
                 "xaxis": {"title": {"text": "threshold"}, "range": [-0.03, 1.03]},
@@ -215,23 +215,10 @@ class ConceptExplorer(foo.Panel):
         self, panel: types.Object, ctx: Any, name: str, title: str, columns: dict[str, str], on_click: Any
     ) -> None:
         panel.md(f"**{title}**", name=f"{name}_title")
-        table = types.TableView(
-            on_click_row=on_click,
-            actions_label="Show",
-            componentsProps={  # FiftyOne's default table is too wide for half a window
-                "table": {"sx": {"minWidth": 0}},
-                "tableHeadCell": {"sx": {"px": 1}},
-                "tableBodyCell": {"sx": {"px": 1, "fontSize": "1rem"}},
-                "tableBodyRow": {"hover": True, "sx": {"cursor": "pointer"}},
-            },
-        )
-        for key, label in columns.items():
-            table.add_column(key, label=label)
+        table = forms.table(panel, name, columns, on_click, "Show these samples")
         for index, row in enumerate(ctx.panel.get_state(name) or ()):
             if row.get("rule") != row.get("shown"):  # the rule was shortened
                 table.add_tooltip(index, 0, row["rule"])
-        table.add_row_action("show", on_click=on_click, icon="visibility", tooltip="Show these samples")
-        panel.list(name, types.Object(), view=table)
 
     def _row(self, ctx: Any, name: str) -> dict[str, Any] | None:
         """Return the clicked row, or None for the table header."""
@@ -293,7 +280,7 @@ def _failures(dataset: fo.Dataset, field: str, eval_key: str | None) -> dict[str
 
 def _routes_plot(dataset: fo.Dataset, field: str) -> list[dict[str, Any]]:
     counts = dataset.exists(field).count_values(f"{field}.route")
-    names = [name for name in ("shortcut", "reasoning") if counts.get(name)]
+    names = sorted(filter(None, counts), key=lambda name: (name == "reasoning", name))
     return [{"type": "bar", "name": "routes", "x": names, "y": [counts[name] for name in names]}]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping
+import queue
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,32 @@ def progress(
     yield ctx.ops.show_output(types.Property(outputs).to_json(), {"progress": fraction})
 
 
+def in_background(
+    ctx: Any, work: Callable[[Callable[[int, int, str], None]], Any]
+) -> Generator[Any, None, Any]:
+    """Run a function in a thread and show its progress.
+
+    Args:
+        ctx: Execution context.
+        work: The function. It is called with a function to report progress: the completed units, their total number,
+            and their name.
+
+    Yields:
+        Messages for the App.
+
+    Returns:
+        The result of the function.
+    """
+    reports: queue.Queue[tuple[int, int, str] | None] = queue.Queue()
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(work, lambda *report: reports.put(report))
+        future.add_done_callback(lambda _: reports.put(None))
+        while (report := reports.get()) is not None:
+            done, total, unit = report
+            yield from progress(ctx, done / max(total, 1), f"{done} of {total} {unit}")
+        return future.result()
+
+
 def notified(ctx: Any, error: Exception, remark: str = "") -> Iterator[Any]:
     """Show an error in the App and raise it, as the App does not display errors of generators.
 
@@ -132,6 +160,27 @@ def choose_field(
     dropdown(
         inputs, name, {field: field for field in fields}, default if default in fields else fields[0], label
     )
+
+
+def table(
+    panel: types.Object, name: str, columns: dict[str, str], on_click: Any, tooltip: str
+) -> types.TableView:
+    """Add a table with clickable rows to a panel and return its view; the rows are the panel's state `name`."""
+    view = types.TableView(
+        on_click_row=on_click,
+        actions_label="Show",
+        componentsProps={  # FiftyOne's default table is too wide for half a window
+            "table": {"sx": {"minWidth": 0}},
+            "tableHeadCell": {"sx": {"px": 1}},
+            "tableBodyCell": {"sx": {"px": 1, "fontSize": "1rem"}},
+            "tableBodyRow": {"hover": True, "sx": {"cursor": "pointer"}},
+        },
+    )
+    for key, label in columns.items():
+        view.add_column(key, label=label)
+    view.add_row_action("show", on_click=on_click, icon="visibility", tooltip=tooltip)
+    panel.list(name, types.Object(), view=view)
+    return view
 
 
 def form(inputs: types.Object, label: str) -> types.Property:

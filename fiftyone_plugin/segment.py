@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import fiftyone.operators as foo
-from fiftyone import ViewField as F
 from fiftyone.operators import types
 
-from . import forms
+from . import forms, runs
 
-DELEGATE_FROM = 500  # number of samples above which the form suggests to schedule the run
 REFERENCES = {
     "none": "None (prompt only)",
     "selected": "The selected samples",
@@ -50,14 +48,7 @@ class SegmentConcept(foo.Operator):
 
     def resolve_execution_options(self, ctx: Any) -> foo.ExecutionOptions:
         """Allow immediate and scheduled execution; scheduling is the default for large runs."""
-        large = (
-            ctx.dataset is not None
-            and not forms.package_missing()
-            and targets_of(ctx).count() > DELEGATE_FROM
-        )
-        return foo.ExecutionOptions(
-            allow_immediate_execution=True, allow_delegated_execution=True, default_choice_to_delegated=large
-        )
+        return runs.execution_options(ctx)
 
     def resolve_input(self, ctx: Any) -> types.Property:
         """Build the form."""
@@ -70,7 +61,9 @@ class SegmentConcept(foo.Operator):
             job, fault = job_of(ctx), None
         except ValueError as error:
             job, fault = None, str(error)
-        _add_summary(inputs, ctx, job, fault)
+        if fault is None and reference_source(ctx) == "selected" and not ctx.selected:
+            fault = "no sample is selected; select references in the grid."
+        runs.add_summary(inputs, ctx, job, fault)
         _add_prompt_inputs(inputs, ctx)
         _add_reference_inputs(inputs, ctx)
         inputs.view_target(
@@ -80,39 +73,14 @@ class SegmentConcept(foo.Operator):
             require_flat=True,
         )
         _add_model_inputs(inputs, ctx)
-        _add_output_inputs(inputs, ctx, job)
+        runs.add_output_inputs(inputs, ctx, job)
         return forms.form(inputs, label)
 
     def execute(self, ctx: Any) -> Iterator[Any]:
         """Segment; the predictions are saved after each batch."""
         if forms.package_missing():
             raise ImportError(forms.INSTALL)
-        from conceptseg_hf.integrations.fiftyone import segment_collection
-        from conceptseg_hf.integrations.fiftyone.schema import output_fields
-
-        progress = None
-        try:
-            job = job_of(ctx)
-            for progress in segment_collection(targets_of(ctx), job):
-                button = job.field if progress.done < progress.total and not progress.cancelled else None
-                yield from forms.progress(ctx, progress.fraction, str(progress), button)
-        except Exception as error:
-            remark = "" if progress is None else f"{progress}. Predictions are kept; run again to resume."
-            yield from forms.notified(ctx, error, remark)
-        if ctx.delegated or progress is None:
-            return
-        yield ctx.ops.reload_dataset()
-        yield ctx.ops.set_active_fields(
-            [*dict.fromkeys([*ctx.active_fields, *output_fields(job.field, job.outputs).values()])]
-        )
-        message = str(progress)
-        for kind, faults in (("invalid reference", progress.bad_references), ("error", progress.errors)):
-            if faults:
-                message += f". First {kind}: {next(iter(faults.values()))}"
-        if progress.cancelled:
-            message += ". Run again with the same settings to resume."
-        variant = "success" if message == str(progress) else "warning"
-        yield ctx.ops.notify(message, variant=variant)
+        yield from runs.execute(ctx, lambda: job_of(ctx))
 
 
 class ReleaseModel(foo.Operator):
@@ -158,12 +126,6 @@ def prompt_source(ctx: Any) -> str:
     return "field" if ctx.params.get("prompt_field") and not ctx.params.get("prompt") else "text"
 
 
-def outputs_of(ctx: Any) -> list[str]:
-    """Return the enabled outputs; by default masks only."""
-    defaults = {"segmentation": True, "detections": False, "heatmap": False}
-    return [name for name, default in defaults.items() if ctx.params.get(name, default)]
-
-
 def reference_samples(ctx: Any) -> Any:
     """Return the samples that are references for all targets, or None."""
     source = reference_source(ctx)
@@ -173,16 +135,6 @@ def reference_samples(ctx: Any) -> Any:
     if source == "saved_view" and name in ctx.dataset.list_saved_views():
         return ctx.dataset.load_saved_view(name)
     return None
-
-
-def targets_of(ctx: Any) -> Any:
-    """Return the samples to segment: the target view without the references of a benchmark."""
-    samples = forms.target_view(ctx)
-    if samples.has_field("role"):
-        return samples.match(F("role") != "reference")
-    if ctx.dataset.has_field("role"):  # hidden by the view
-        return samples.exclude(ctx.dataset.match(F("role") == "reference").values("id"))
-    return samples
 
 
 def job_of(ctx: Any) -> Any:
@@ -215,19 +167,11 @@ def job_of(ctx: Any) -> Any:
         boxes_together=get("boxes_together", False),
         checkpoint=get("checkpoint") or "nano",
         router=get("router") or "adaptive",
-        outputs=outputs_of(ctx),
+        outputs=runs.outputs_of(ctx),
         label=(get("label") or "").strip() or None,
-        skip_existing=_skip_existing(ctx),
+        skip_existing=runs.skip_existing(ctx),
         batch_size=get("batch_size") or 8,
     )
-
-
-def _skip_existing(ctx: Any) -> bool | None:
-    """Return `SegmentationJob.skip_existing`; after an interrupted run, the form has the input `resume` instead."""
-    skip, resume = ctx.params.get("skip_existing"), ctx.params.get("resume")
-    if skip or resume is None:
-        return skip
-    return None if resume else False
 
 
 def label_field_of(ctx: Any) -> str | None:
@@ -342,74 +286,3 @@ def _add_model_inputs(inputs: types.Object, ctx: Any) -> None:
         "checkpoint", default="nano", label="Checkpoint", description="nano (embedded), a folder, or a hub id"
     )
     forms.dropdown(inputs, "router", ROUTERS, "adaptive", "Router")
-
-
-def _add_output_inputs(inputs: types.Object, ctx: Any, job: Any) -> None:
-    from conceptseg_hf.integrations.fiftyone.loop import find_interrupted
-
-    inputs.str("field", default="concept", label="Field for the predictions")
-    options = {
-        "segmentation": ("Segmentation", "A mask file per sample", True),
-        "detections": ("Detections", "A box with an instance mask per connected region", False),
-        "heatmap": ("Heatmap", "A file with the mask probabilities per sample", False),
-    }
-    for name, (label, description, default) in options.items():
-        inputs.bool(name, default=default, label=label, description=description, view=types.SwitchView())
-    inputs.str(
-        "label",
-        label="Class of the detections and masks",
-        description="Default: each detection has the prompt of its sample; the answer is an attribute",
-    )
-    interrupted = None if job is None else find_interrupted(ctx.dataset, job)
-    if interrupted is not None:
-        inputs.bool(
-            "resume",
-            default=True,
-            label="Resume the interrupted run",
-            description=f"A run with these settings was interrupted; its {interrupted.done} predictions are kept",
-            view=types.SwitchView(),
-        )
-    else:
-        inputs.bool(
-            "skip_existing",
-            label="Skip samples that have a prediction",
-            description="Regardless of the run that created it; samples with an error are retried",
-            view=types.SwitchView(),
-        )
-    inputs.int("batch_size", default=8, min=1, label="Batch size")
-
-
-def _add_summary(inputs: types.Object, ctx: Any, job: Any, fault: str | None) -> None:
-    """Add a line at the top of the form: the first problem, or the number of samples to segment."""
-    from conceptseg_hf.integrations.fiftyone import loop
-    from conceptseg_hf.integrations.fiftyone.checkpoints import fault_of
-    from conceptseg_hf.integrations.fiftyone.field_locks import InUseError, check_free
-    from conceptseg_hf.integrations.fiftyone.runs import writable_fields
-
-    try:
-        fault = fault or fault_of(job.checkpoint)
-        if fault is None and reference_source(ctx) == "selected" and not ctx.selected:
-            fault = "no sample is selected; select references in the grid."
-        if fault is not None:
-            raise ValueError(fault)
-        job.check(ctx.dataset)
-        targets = targets_of(ctx)
-        count = len(loop.pending_ids(targets, job))
-        if count == 0:
-            raise ValueError(
-                "no samples to segment: the view is empty, or all of its samples are done; choose another view."
-            )
-    except (ValueError, OSError) as error:
-        forms.warn(inputs, "fault", str(error))
-        return
-    try:
-        check_free(ctx.dataset, writable_fields(job.field), f"field {job.field!r}")
-    except InUseError as error:  # not blocking: a scheduled run may start after the other one has ended
-        forms.warn(inputs, "in_use", str(error), blocks=False)
-    done = loop.targets_of(targets, job).count() - count
-    message = f"{count} samples will be segmented; reference samples are left out."
-    if done > 0:
-        message = f"{count} samples will be segmented, {done} are done; reference samples are left out."
-    if count > DELEGATE_FROM:
-        message += " Schedule this large run, so that it continues when the App is closed."
-    inputs.view("summary", types.Notice(label=message))

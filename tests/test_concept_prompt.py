@@ -7,9 +7,9 @@ import struct
 
 import pytest
 import torch
+from hostile_concepts import hostile_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
 
 from conceptseg_hf import ConceptPrompt, ConceptSegmentationPipeline, ShortcutRouter
 from conceptseg_hf.concept_prompt import CandidateScore, as_concept, concept_hash
@@ -31,7 +31,8 @@ def same(first: ConceptPrompt, second: ConceptPrompt) -> bool:
 
 @pytest.mark.parametrize("tokens", [None, torch.arange(12.0).view(3, 4)])
 def test_file_round_trip(tmp_path, tokens):
-    concept = make_concept(concept_embeds=tokens, model_hash="abc")
+    scores = {"reasoning_score": 0.5, "reasoning_ious": (0.25, 0.75), "rule_score": 0.625}
+    concept = make_concept(concept_embeds=tokens, model_hash="abc", **scores)
     path = concept.save(tmp_path / "c.safetensors")
     assert same(ConceptPrompt.load(path), concept) and same(as_concept(str(path)), concept)
     assert as_concept(concept) is concept
@@ -69,50 +70,72 @@ def test_refusals(changes, message):
         make_concept(**changes)
 
 
-def hostile_files() -> dict[str, bytes]:
-    """Contents that are no concept, each with an idea of what is wrong."""
-    good = {"prompt": "p", "phrases": ["x"], "rule": None, "threshold": 0.1, "score": None, "scores": []}
-    good["model_hash"] = ""
+@pytest.mark.parametrize(
+    ("ious", "reasoning", "reliable"),
+    [
+        ((0.8, 0.8, 0.8, 0.8), (0.8, 0.8, 0.8, 0.8), True),
+        ((0.8, 0.8, 0.8, 0.8), (0.86, 0.86, 0.86, 0.86), False),  # more than 0.05 below reasoning
+        ((0.9, 0.9, 0.0, 0.9), (0.5, 0.5, 0.5, 0.5), True),  # cautious mean 0.56
+        ((0.9, 0.9, 0.0, 0.9), (0.65, 0.65, 0.6, 0.6), False),  # mean 0.68, cautious mean 0.56
+        ((0.9, 0.0, 0.0, 0.4), (0.0, 0.0, 0.0, 0.0), False),  # mean 0.33, cautious mean 0.22
+        ((0.9, 0.9, 0.3, 0.9), (0.5, 0.5, 0.9, 0.8), True),  # difference 0.08, cautiously -0.04
+        ((0.9, 0.9, 0.3, 0.9), (0.5, 0.5, 0.98, 0.85), False),  # difference 0.04, cautiously -0.09
+        ((0.7, 0.7), (), True),  # reasoning is known on other references only
+        ((), (), True),  # the score of a candidate without those of the references
+    ],
+)
+def test_a_concept_is_reliable_if_it_is_cautiously_as_good_as_reasoning(ious, reasoning, reliable):
+    score = sum(ious) / len(ious) if ious else 0.7
+    concept = make_concept(
+        score=score,
+        scores=(CandidateScore("red star", score, ious),),
+        reasoning_score=sum(reasoning) / len(reasoning) if reasoning else 0.6,
+        reasoning_ious=reasoning,
+    )
+    assert concept.is_reliable is reliable
+    assert ("full reasoning" in concept.summary()) is not reliable
 
-    def content(tensors=None, version="1", kind="conceptseg-concept", **changes) -> bytes:
-        text = json.dumps({**good, **changes})
-        return save(tensors or {}, {"format": kind, "version": version, "concept": text})
 
-    whole = content()
-    header = struct.pack("<Q", 10_000_000) + b"{" * 100
-    files = {
-        "empty": b"",
-        "short": b"abc",
-        "zeros": bytes(64),
-        "text": b"concept: star\n" * 30,
-        "cut header": whole[:40],
-        "cut tensor": content({"concept_embeds": torch.zeros(8, 8)})[:-100],
-        "huge header": header,
-        "endless header": struct.pack("<Q", 2**62) + b"{}",
-        "no metadata": save({"concept_embeds": torch.zeros(2, 2)}),
-        "another format": content(kind="weights"),
-        "newer version": content(version="2"),
-        "other tensors": content({"weight": torch.zeros(2, 2)}),
-        "NaN tokens": content({"concept_embeds": torch.full((2, 2), float("nan"))}),
-        "flat tokens": content({"concept_embeds": torch.zeros(4)}),
-        "integer tokens": content({"concept_embeds": torch.zeros(2, 2, dtype=torch.long)}),
-        "NaN threshold": content(threshold=float("nan")),
-        "negative threshold": content(threshold=-1),
-        "text threshold": content(threshold="high"),
-        "score above 1": content(score=7),
-        "no phrases": content(phrases=[]),
-        "phrases of numbers": content(phrases=[1, 2]),
-        "phrases null": content(phrases=None),
-        "blank prompt": content(prompt="  "),
-        "prompt of a list": content(prompt=["a"]),
-        "long rule": content(rule="x" * 50_000),
-        "scores of text": content(scores=["good"]),
-        "scores without names": content(scores=[{"score": 1.0}]),
+@pytest.mark.parametrize(
+    ("rule", "rule_score", "reasoning_score", "reliable"),
+    [("red", 0.7, 0.6, True), ("red", 0.69, 0.6, False), ("red", None, 0.6, False), (None, 0.9, 0.6, False)],
+)
+def test_a_rule_is_reliable_if_it_is_better_than_reasoning(rule, rule_score, reasoning_score, reliable):
+    concept = make_concept(rule=rule, rule_score=rule_score, reasoning_score=reasoning_score, score=0.2)
+    assert concept.rule_is_reliable is reliable and not concept.is_reliable
+    assert ("uses the rule" in concept.summary()) is reliable
+    edited = concept.with_rule("the blue one")
+    assert edited.rule_score is None and not edited.rule_is_reliable
+
+
+def test_the_router_has_three_tiers(model, processor, picture):
+    inputs = processor([picture(0), picture(1)], "the odd one out")
+
+    def tiers(concept, router="adaptive", **options):
+        results = model.segment(inputs, router, GREEDY, processor=processor, concept=concept, **options)
+        return {(result.route, result.route_reason, result.rule) for result in results}
+
+    verified = {"rule": "the red star", "rule_score": 0.9, "reasoning_score": 0.5}
+    low = {"score": 0.2, **verified}
+    accepted = tiers(make_concept(threshold=0.0, **verified))
+    assert {(route, rule) for route, _, rule in accepted} == {("concept", None)}
+    assert all(reason.endswith("reaches the threshold 0.00") for _, reason, _ in accepted)
+    assert tiers(make_concept(**low)) == {("rule", "the concept is not reliable", "the red star")}
+    assert tiers(make_concept(score=None, **verified)) == {
+        ("rule", "the concept is not verified", "the red star")
     }
-    broken = {"no JSON": "{", "a JSON list": "[]", "JSON null": "null"}
-    for name, text in broken.items():
-        files[name] = save({}, {"format": "conceptseg-concept", "version": "1", "concept": text})
-    return files
+    declined = tiers(make_concept(threshold=1.0, **verified))
+    assert {(route, rule) for route, _, rule in declined} == {("rule", "the red star")}
+    assert all("is below the threshold 1.00" in reason for _, reason, _ in declined)
+    unverified = make_concept(**{**low, "rule_score": 0.5})
+    assert {route for route, _, _ in tiers(unverified)} == {"reasoning"}
+    forced = tiers(make_concept(**low), "full_reasoning")
+    assert {(route, reason) for route, reason, _ in forced} == {("reasoning", "router 'full_reasoning'")}
+    assert {route for route, _, _ in tiers(make_concept(**low), "sam_only")} == {"concept"}
+    by_hand = tiers(make_concept(**low), rule="the blue circle")
+    assert {rule for _, _, rule in by_hand} == {"the blue circle"}
+    with pytest.raises(ValueError, match="contains the tag"):
+        tiers(make_concept(**{**low, "rule": "a</rule>"}))
 
 
 @pytest.mark.parametrize("name", hostile_files())
@@ -123,6 +146,26 @@ def test_files_that_are_no_concept_give_one_sentence(tmp_path, name):
         ConceptPrompt.load(path)
     message = str(caught.value)
     assert "c.safetensors" in message and len(message) < 400 and "\n" not in message
+
+
+def test_equal_concepts_have_equal_files(tmp_path):
+    """In any process, although safetensors writes the entries of a header in a random order."""
+    concept = make_concept(concept_embeds=torch.arange(12.0).view(3, 4))
+    content = concept.to_bytes()
+    assert same(ConceptPrompt.from_bytes(content), concept) and concept.to_bytes() == content
+    names = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])["__metadata__"]
+    assert list(names) == ["concept", "format", "version"]
+    assert concept.save(tmp_path / "c.safetensors").read_bytes() == content
+    with pytest.raises(ValueError, match="'from the database' is not a concept"):
+        ConceptPrompt.from_bytes(b"", "from the database")
+
+
+def test_files_that_are_too_large_are_not_read(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    with path.open("wb") as file:
+        file.truncate(20_000_000)
+    with pytest.raises(ValueError, match="has 20 MB, too much for a concept"):
+        ConceptPrompt.load(path)
 
 
 def test_missing_files(tmp_path):
@@ -142,6 +185,7 @@ def test_edits_have_to_be_verified_again():
     assert not make_concept(score=0.25, reasoning_score=0.1).is_reliable
     weak = make_concept(score=0.3, scores=(CandidateScore("star", 0.3, (0.5, 0.1)),))
     assert weak.worst_reference == 1 and "reference 1 fits worst (0.10)" in weak.summary()
+    assert "reference b.png fits worst (0.10)" in weak.summary(["a.png", "b.png"])
 
 
 def test_concepts_of_other_weights_are_refused(model, processor, picture, make_model):

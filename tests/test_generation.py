@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from conceptseg_hf import Reference, vlm_backbone
 from conceptseg_hf.generation import generate_with_states
-from conceptseg_hf.modeling_conceptseg import _completion_states
+from conceptseg_hf.teacher_forcing import completion_states
 
 VISION_TOKENS = [3, 4, 5, 6]
 
@@ -40,7 +40,7 @@ def teacher_forced(vlm, processor, samples, generated, hidden_states_at="token")
     batch = processor.collate(samples, completions=completions)
     with torch.no_grad():
         states = vlm_backbone.last_hidden_states(vlm, vlm_backbone.model_inputs(batch))
-    return _completion_states(states, batch["completion_mask"], hidden_states_at)
+    return completion_states(states, batch["completion_mask"], hidden_states_at)
 
 
 @pytest.mark.parametrize("hidden_states_at", ["token", "predict"])
@@ -281,7 +281,7 @@ def test_state_of_the_end_of_turn_token_is_recorded_if_requested(vlm, processor,
     forced = processor.collate(samples, completions=completions)  # includes the end-of-turn tokens
     with torch.no_grad():
         states = vlm_backbone.last_hidden_states(vlm, vlm_backbone.model_inputs(forced))
-    states, mask = _completion_states(states, forced["completion_mask"], hidden_states_at)
+    states, mask = completion_states(states, forced["completion_mask"], hidden_states_at)
     assert torch.equal(mask, with_end.state_mask)
     assert (states - with_end.hidden_states)[mask].abs().max() < 1e-4
     assert not with_end.hidden_states[~mask].any()
@@ -318,3 +318,42 @@ def test_max_total_length_limits_prompt_and_completion(vlm, processor, samples):
     assert with_max_new_tokens.mask.sum(1).tolist() == [2, 2, 2]
     with pytest.raises(ValueError, match=f"max_total_length is {max(prompts)}, but a prompt has"):
         generate_with_states(vlm, batch, max_total_length=max(prompts))
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+@pytest.mark.parametrize("hidden_states_at", ["token", "predict"])
+def test_given_starts_of_completions_have_the_states_of_a_teacher_forced_pass(
+    vlm, processor, samples, hidden_states_at, chunk
+):
+    texts = ["the red circle", "star", "find the large red square in the image"]
+    starts = [processor.start_completion(sample, text) for sample, text in zip(samples, texts, strict=True)]
+    counts = [count for _, count in starts]
+    assert len(set(counts)) == 3
+    torch.manual_seed(3)
+    settings = {"max_new_tokens": 6, "do_sample": True, "eos_token_id": [], "prefill_chunk_size": chunk}
+    batch = processor.collate([sample for sample, _ in starts])
+    generated = generate_with_states(vlm, batch, settings, hidden_states_at, num_given=counts)
+    assert generated.mask.sum(1).tolist() == [count + 6 for count in counts]
+    for row, (text, sample) in enumerate(zip(texts, samples, strict=True)):
+        tag = "check" if sample.frame.proxy is not None else "bbox"
+        start = f"<think>{text}</think><rule>{text}</rule><{tag}>["
+        assert (
+            processor.tokenizer.decode(generated.token_ids[row][generated.mask[row]])
+            .replace(" ", "")
+            .startswith(start.replace(" ", ""))
+        )
+    expected, expected_mask = teacher_forced(vlm, processor, samples, generated, hidden_states_at)
+    for row in range(3):
+        found = generated.hidden_states[row][generated.mask[row]]
+        assert torch.allclose(found, expected[row][expected_mask[row]], atol=1e-5)
+    assert not generated.hidden_states[~generated.state_mask].any()
+
+
+def test_given_starts_with_several_completions_per_prompt(vlm, processor, samples):
+    started, count = processor.start_completion(samples[0], "the star")
+    settings = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 2, "eos_token_id": []}
+    generated = generate_with_states(vlm, processor.collate([started]), settings, num_given=[count])
+    assert generated.mask.shape == (2, count + 4) and generated.mask.all()
+    assert torch.equal(generated.token_ids[0, :count], generated.token_ids[1, :count])
+    expected, mask = teacher_forced(vlm, processor, [samples[0]] * 2, generated)
+    assert torch.allclose(generated.hidden_states[generated.mask], expected[mask], atol=1e-5)

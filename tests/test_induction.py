@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,8 @@ def test_induced_concept_segments_other_images(nano, shadows, tmp_path):
         for a, b in ((np.asarray(r.mask) > 0, np.asarray(s.mask) > 0) for r, s in zip(results, targets))
     ]
     assert np.mean(ious) > 0.7
+    assert len(concept.reasoning_ious) == 3 and np.mean(concept.reasoning_ious) == concept.reasoning_score
+    assert concept.rule_score > 0.7, "the rule that the VLM writes for shadows, or the phrase"
     again = induce(model, processor, "shadow", references)
     assert again.scores == concept.scores and again.phrases == concept.phrases
 
@@ -96,6 +100,45 @@ def test_edited_phrases_are_verified(nano, shadows):
         verify(concept.with_phrase(phrase), model, processor, references) for phrase in ("shadow", "star")
     )
     assert good.score > 0.7 > bad.score and good.scores[0].name == "shadow"
+    assert good.rule_score == bad.rule_score and good.rule_score > 0.7
+    star = verify(concept.with_rule("find the red star"), model, processor, references)
+    assert star.rule == "find the red star" and star.rule_score < good.rule_score
+
+
+def test_candidates_replace_phrases_that_explain_the_references_worse(nano, shadows):
+    model, processor = nano
+    references = [as_reference(sample) for sample in shadows[:2]]
+    concept = induce(model, processor, "shadow", references)
+    star = concept.with_phrase("star")
+    found = verify(star, model, processor, references, candidates=["circle", "shadow", "star", "shadow"])
+    assert found.phrases == ("shadow",) and found.score == pytest.approx(concept.score)
+    assert found.scores[0].name == "shadow"
+    assert sorted(row.name for row in found.scores) == ["circle", "shadow", "star"]
+    kept = verify(concept, model, processor, references, candidates=["star"])
+    assert kept.phrases == ("shadow",) and [row.name for row in kept.scores] == ["shadow", "star"]
+    width = model.config.ctm_config.sam_hidden_size
+    tokens = replace(star, concept_embeds=torch.zeros(4, width))
+    assert verify(tokens, model, processor, references).concept_embeds is not None
+    assert verify(tokens, model, processor, references, candidates=["shadow"]).concept_embeds is None
+
+
+def test_progress_is_reported_to_a_function(nano, shadows):
+    model, processor = nano
+    references = [as_reference(sample) for sample in shadows[:2]]
+    calls = []
+    induce(
+        model,
+        processor,
+        "shadow",
+        references,
+        num_samples=2,
+        refine=True,
+        progress=lambda *c: calls.append(c),
+    )
+    completions = [call for call in calls if call[2] == "completions"]
+    steps = [call for call in calls if call[2] == "steps"]
+    assert completions == [(done, 4, "completions") for done in range(5)]
+    assert [done for done, *_ in steps] == list(range(len(steps))) and len(steps) > 80
 
 
 def test_refined_tokens_are_a_candidate_and_seeded(nano, shadows):

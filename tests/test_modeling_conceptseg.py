@@ -11,11 +11,14 @@ from transformers import AutoModel
 from conceptseg_hf import (
     ConceptSegConfig,
     ConceptSegForSegmentation,
+    ConceptSegProcessor,
     Reference,
     ShortcutRouter,
     inference,
+    nano_checkpoint,
 )
 from conceptseg_hf.completion import format_completion
+from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.generation import GeneratedCompletions
 from conceptseg_hf.outputs import ConceptSegOutput, SegmentationOutputs
 from conceptseg_hf.processing_conceptseg import PreparedSample
@@ -486,8 +489,11 @@ def test_cache_has_the_length_of_the_batch(model, training_batch):
 # -- segment --
 
 
+@pytest.mark.parametrize("rule", [None, "the red star"])
 @pytest.mark.parametrize("hidden_states_at", ["token", "predict"])
-def test_segment_equals_the_teacher_forced_forward(model, processor, inputs, monkeypatch, hidden_states_at):
+def test_segment_equals_the_teacher_forced_forward(
+    model, processor, inputs, monkeypatch, hidden_states_at, rule
+):
     monkeypatch.setattr(model.config, "hidden_states_at", hidden_states_at)
     generated = []
     generate = inference.generate_with_states
@@ -497,7 +503,7 @@ def test_segment_equals_the_teacher_forced_forward(model, processor, inputs, mon
         lambda *args: generated.append(generate(*args)) or generated[0],
     )
     torch.manual_seed(5)
-    results = model.segment(inputs, router=NEVER, generation_config=SAMPLED, return_heatmap=True)
+    results = model.segment(inputs, NEVER, SAMPLED, return_heatmap=True, rule=rule)
 
     completions = [
         ids[mask].tolist() for ids, mask in zip(generated[0].token_ids, generated[0].mask, strict=True)
@@ -515,7 +521,9 @@ def test_segment_equals_the_teacher_forced_forward(model, processor, inputs, mon
         inputs, results, output.mask_logits, output.presence_logits, strict=True
     ):
         mask, probability = processor.post_process_mask(logits[0], sample.frame)
-        assert result.route == "reasoning" and result.mask.size == sample.frame.image_size == mask.size
+        assert result.route == ("reasoning" if rule is None else "rule")
+        assert rule is None or result.rule == result.think == rule
+        assert result.mask.size == sample.frame.image_size == mask.size
         assert np.allclose(result.heatmap, probability, atol=1e-4)
         assert result.decode_presence == pytest.approx(presence.sigmoid().item(), abs=1e-4)
 
@@ -795,6 +803,43 @@ def test_segment_rejects_invalid_arguments(model, processor, picture, inputs):
         model.segment(inputs[:1], NEVER, {**SAMPLED, "num_return_sequences": 2})
 
 
+def test_a_given_rule_starts_the_completion_of_samples_that_reason(model, inputs):
+    first, second = (
+        model.segment(inputs, "adaptive", GREEDY, return_heatmap=True, rule=rule)
+        for rule in ("the red star", " the blue circle ")
+    )
+    # The first sample takes the shortcut; the last one has a proxy query, so its completion has a check.
+    assert [result.route for result in first] == ["shortcut", "rule", "rule", "rule"]
+    assert [result.rule for result in second] == [None, *["the blue circle"] * 3]
+    starts = [result.completion.replace(" ", "") for result in first[1:]]
+    tags = ["check" if sample.frame.proxy is not None else "bbox" for sample in inputs[1:]]
+    assert set(tags) == {"check", "bbox"}
+    for start, tag in zip(starts, tags, strict=True):
+        assert start.startswith(f"<think>theredstar</think><rule>theredstar</rule><{tag}>[")
+    assert first[0].heatmap.tobytes() == second[0].heatmap.tobytes()
+    for one, other in zip(first[1:], second[1:], strict=True):
+        assert not np.allclose(one.heatmap, other.heatmap, atol=1e-3)
+    for i, result in enumerate(first):
+        single = model.segment(
+            inputs[i : i + 1], "adaptive", GREEDY, return_heatmap=True, rule="the red star"
+        )
+        assert_same_result(result, single[0])
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (" ", "rule is ' '"),
+        (3, "rule is 3"),
+        ("a</rule>", "contains the tag '</rule>'"),
+        ("a<|im_end|>", "reserved token"),
+    ],
+)
+def test_segment_rejects_invalid_rules(model, inputs, rule, message):
+    with pytest.raises(ValueError, match=message):
+        model.segment(inputs, rule=rule)
+
+
 def test_geometry_cls_can_be_omitted_with_concepts(model, training_batch, switch):
     """`sam_geometry_cls_with_concepts` only affects prompts that contain concept tokens."""
     features = model.encode_image(training_batch["sam_pixel_values"])
@@ -917,6 +962,23 @@ def test_mixed_dtypes_are_preserved_by_save_and_load(checkpoint, tmp_path, input
     assert again.segment(inputs[:2], NEVER, GREEDY, processor)[1].error is None
 
 
+def test_sam_and_ctm_in_bfloat16_give_nearly_the_same_masks(processor):
+    path = nano_checkpoint()
+    nano_processor = ConceptSegProcessor.from_pretrained(path)
+    shapes = ConceptShapes("test")
+    samples = [nano_processor.prepare(s.image, s.prompt, s.references) for s in (shapes[i] for i in range(6))]
+    masks, sizes = [], []
+    for dtype in (None, torch.bfloat16):
+        model = ConceptSegForSegmentation.from_pretrained(path, sam_dtype=dtype)
+        assert model.vlm.dtype == torch.float32 and model.sam.dtype == (dtype or torch.float32)
+        sizes.append(sum(p.nbytes for part in (model.sam, model.ctm) for p in part.parameters()))
+        results = model.segment(samples, NEVER, {"max_new_tokens": 48}, nano_processor)
+        masks.append([np.asarray(result.mask) > 0 for result in results])
+    assert sizes[1] == sizes[0] / 2
+    ious = [(a & b).sum() / (a | b).sum() for a, b in zip(*masks, strict=True) if a.any()]
+    assert len(ious) >= 4 and min(ious) > 0.95
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa", {"vlm_config": "eager", "sam_config": "sdpa"}])
 def test_attention_implementation_is_applied_to_vlm_and_sam(checkpoint, attention):
     model = AutoModel.from_pretrained(checkpoint / "full", attn_implementation=attention)
@@ -1002,7 +1064,7 @@ def test_end_of_turn_state_is_passed_to_the_ctm_if_configured(model, inputs, mon
     mask, mask_with_end = (torch.tensor([[True, True, end, False]]) for end in (False, True))
     generate_arguments, encode_arguments = [], []
 
-    def generate(vlm, batch, generation, at, end_of_turn, limit):
+    def generate(vlm, batch, generation, at, end_of_turn, limit, *given):
         generate_arguments.append((at, end_of_turn, limit))
         return GeneratedCompletions(
             torch.tensor([[8, 9, 2, 0]]), mask, states, mask_with_end if end_of_turn else None

@@ -6,7 +6,19 @@ from PIL import Image
 from conceptseg_hf.outputs import ConceptSegmentation, ConceptSegOutput
 
 RESULT_KEYS = {  # documented keys
-    *("mask", "label", "score", "route", "presence", "threshold", "think", "rule", "answer", "completion"),
+    *(
+        "mask",
+        "label",
+        "score",
+        "route",
+        "route_reason",
+        "presence",
+        "threshold",
+        "think",
+        "rule",
+        "answer",
+        "completion",
+    ),
     *("box", "check", "check_reference", "check_iou", "heatmap", "error"),
 }
 

@@ -24,6 +24,7 @@ from conceptseg_hf.pipelines import _Preparation, register_pipeline
 RESULT_FIELDS = {
     "mask", "label", "score", "route", "presence", "threshold", "think", "rule", "answer", "completion",
     "box", "check", "check_reference", "check_iou", "heatmap", "error", "decode_presence",
+    "route_reason",
 }  # fmt: skip
 SHORT = {"max_new_tokens": 4}
 
@@ -335,6 +336,15 @@ def test_arguments_of_the_pipeline_apply_to_each_call(pipe, picture) -> None:
     )
     assert other(picture(0))["label"] == "red"
     assert [result["route"] for result in other([picture(0), picture(1)])] == ["shortcut"] * 2
+
+
+def test_a_rule_is_given_to_the_vlm(pipe, picture) -> None:
+    references = [Reference(picture(1), box=(2, 2, 20, 20))]
+    result = pipe(picture(0), prompt="odd", references=references, rule="the red star", router="full_reasoning",
+                  generation_config={"max_new_tokens": 4})  # fmt: skip
+    assert result["route"] == "rule" and result["rule"] == "the red star"
+    with pytest.raises(ValueError, match="rule is ''"):
+        pipe([picture(0)], prompt="odd", rule="")
 
 
 def test_rejects_an_unknown_router(pipe, picture) -> None:

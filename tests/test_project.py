@@ -23,9 +23,12 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *TRAINERS.rglob("*.py")])
 ROWS = [
     {"__main__"},
     {"cli", "integrations"},
+    {"batch"},
     {"evaluation", "pipelines", "conversion"},
-    {"visualization", "data", "loading", "profiles", "induction"},
-    {"modeling_conceptseg", "checkpointing", "concept_prompt", "inference"},
+    {"visualization", "data", "loading", "profiles", "concept_tuning"},
+    {"induction"},
+    {"rules"},
+    {"modeling_conceptseg", "checkpointing", "concept_prompt", "inference", "vlm_engines", "vllm_engine"},
     {"processing_conceptseg", "generation", "hub"},
     {"postprocessing", "collation", "chat"},
     {"inputs", "outputs", "processor_settings"},
@@ -194,7 +197,7 @@ LAUNCH_LIGHTLY = (
         (),
         *(
             (subcommand,)
-            for subcommand in "demo segment evaluate compare ablate train convert data info".split()
+            for subcommand in "demo segment induce batch evaluate compare ablate train convert data info".split()
         ),
     ],
     ids=" ".join,

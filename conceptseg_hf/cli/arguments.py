@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # Copy of conceptseg_hf.router.ROUTER_MODES, which requires torch. A test checks that both are equal.
 ROUTERS = ("adaptive", "sam_only", "full_reasoning")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Copy of conceptseg_hf.vlm_engines.VLM_ENGINES.
+VLM_ENGINES = ("transformers", "vllm")
 # Names in conceptseg_hf.profiles.PROFILES, copied for the same reason.
 PROFILES = ("paper", "released")
 
@@ -139,7 +141,7 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser, router: bool = True) -> None:
-    """Add --model, --device, --dtype and optionally --router."""
+    """Add --model, --device, --dtype, --vlm-engine and optionally --router."""
     parser.add_argument(
         "--model",
         metavar="PATH_OR_ID",
@@ -153,6 +155,13 @@ def add_model_options(parser: argparse.ArgumentParser, router: bool = True) -> N
         choices=DTYPES,
         default="auto",
         help="dtype of the weights (default: that of the checkpoint)",
+    )
+    parser.add_argument(
+        "--vlm-engine",
+        "--mllm-engine",
+        choices=VLM_ENGINES,
+        default=VLM_ENGINES[0],
+        help="engine that writes the completions of the VLM (default: %(default)s)",
     )
     if router:
         parser.add_argument(
@@ -304,10 +313,10 @@ def check_model(name: str | None) -> None:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
-    """Load model and processor according to --model, --device and --dtype.
+    """Load model and processor according to --model, --device, --dtype and --vlm-engine.
 
     Raises:
-        BadInputError: If the model cannot be loaded.
+        BadInputError: If the model cannot be loaded, or the engine cannot run it.
     """
     check_model(arguments.model)
     from conceptseg_hf.loading import load_model_and_processor
@@ -321,6 +330,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[ConceptSegForSegmentation
             reason = f"model {arguments.model!r} is not a local folder and cannot be downloaded from the Hub: {reason}"
         raise BadInputError(reason) from error
     limit_threads(model)
+    as_bad_input(model.set_vlm_engine, arguments.vlm_engine, processor)
     return model, processor
 
 

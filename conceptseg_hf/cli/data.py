@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from .arguments import add_root_option, as_bad_input, parse_roots
+from .arguments import BadInputError, add_root_option, as_bad_input, parse_roots
+from .outputs import check_output_file
+
+if TYPE_CHECKING:
+    from conceptseg_hf.data import DataCheck
 
 
 def add_parser(subcommands: Any) -> None:
@@ -21,8 +27,10 @@ def add_parser(subcommands: Any) -> None:
     check = actions.add_parser(
         "check",
         help="report available and missing files, and whether the counts match the paper",
-        description="Reads ground-truth masks and references completely, and the headers of all other images. Exit "
-        "code 0: complete and usable; 1: files are missing or unusable, or a count differs; 2: invalid input.",
+        description="Reads ground-truth masks and references completely, and the headers of all other images. If the "
+        "train split is checked together with other splits, their images are compared with the training images, and "
+        "duplicates are listed. Exit code 0: complete and usable (duplicates included); 1: files are missing or "
+        "unusable, or a count differs; 2: invalid input.",
     )
     check.add_argument(
         "name",
@@ -35,6 +43,11 @@ def add_parser(subcommands: Any) -> None:
         "--split",
         help="split of benchmarks given by name (default: the splits that the paper counts, or all splits of custom "
         "data); groups use the splits of the paper",
+    )
+    check.add_argument(
+        "--duplicates",
+        metavar="FILE",
+        help="write the samples of duplicates to a .csv file, which conceptseg evaluate --exclude reads",
     )
     check.set_defaults(run=run_check)
 
@@ -61,6 +74,8 @@ def run_list(arguments: argparse.Namespace) -> int:
 
 def run_check(arguments: argparse.Namespace) -> int:
     """Print the state of benchmarks; return 0 if all are complete, else 1."""
+    if arguments.duplicates is not None:
+        check_output_file(arguments.duplicates, "--duplicates")
     from conceptseg_hf.data import SOURCES, check_benchmarks
 
     checks = as_bad_input(
@@ -68,6 +83,8 @@ def run_check(arguments: argparse.Namespace) -> int:
     )
     for check in checks:
         print("\n".join(check.lines()))
+    if arguments.duplicates is not None:
+        _write_duplicates(checks, arguments.duplicates)
     incomplete = dict.fromkeys(check.name for check in checks if not check.complete)
     if not incomplete:
         print("complete")
@@ -77,6 +94,35 @@ def run_check(arguments: argparse.Namespace) -> int:
     published = ", ".join(dict.fromkeys(SOURCES[name].published for name in incomplete))
     print(f"not complete{which}" + (f"; published at {published}" if published else ""))
     return 1
+
+
+def _write_duplicates(checks: Sequence[DataCheck], path: str) -> None:
+    """Write one line per sample whose image is a duplicate of a training image."""
+    from conceptseg_hf.evaluation.reporting.tables import csv_text
+    from conceptseg_hf.writing import write_file
+
+    if all(check.duplicates is None for check in checks):
+        raise BadInputError(
+            "--duplicates: no train split was checked together with another split; leave --split out, or the option."
+        )
+    rows = [
+        {
+            "sample_id": sample_id,
+            "split": check.split,
+            "dataset": pair.dataset,
+            "image": os.path.relpath(pair.image, check.root),
+            "train_image": os.path.relpath(pair.train_image, check.root),
+            "bits": pair.distance,
+            "exact": pair.is_exact,
+        }
+        for check in checks
+        if check.duplicates is not None and check.root is not None
+        for pair in check.duplicates.found
+        for sample_id in pair.sample_ids
+    ]
+    text = csv_text(rows) if rows else "sample_id\n"
+    as_bad_input(write_file, path, text)
+    print(path)
 
 
 def _row(source: Any) -> tuple[str, ...]:

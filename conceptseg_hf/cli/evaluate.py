@@ -54,6 +54,9 @@ def add_parser(subcommands: Any) -> None:
         help="also run the route that was not selected, and report the regret of the router",
     )
     parser.add_argument(
+        "--concept", metavar="FILE", help="concept of `conceptseg induce` that is applied to all samples"
+    )
+    parser.add_argument(
         "--judgements",
         metavar="FILE",
         help="correctness of each think and rule, as .csv or .jsonl (sample_id, think, rule), for the eight outcomes "
@@ -63,6 +66,11 @@ def add_parser(subcommands: Any) -> None:
         "--annotation-sheet",
         metavar="FILE",
         help="write the completions to a new .csv file for annotation, which can then be given to --judgements",
+    )
+    parser.add_argument(
+        "--exclude",
+        metavar="FILE",
+        help="leave samples out of the report: a file of conceptseg data check --duplicates, or one sample id per line",
     )
     add_model_options(parser)
     add_profile_option(parser)
@@ -78,6 +86,10 @@ def add_parser(subcommands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the subcommand."""
     check_model(arguments.model)
+    if arguments.concept is not None and not Path(arguments.concept).is_file():
+        raise BadInputError(
+            f"concept {arguments.concept!r} is not a file; give one that `conceptseg induce` wrote."
+        )
     sheet = arguments.annotation_sheet
     if sheet is not None:
         check_output_file(sheet, "--annotation-sheet")
@@ -96,12 +108,14 @@ def run(arguments: argparse.Namespace) -> int:
     )
     folder = check_output_dir(arguments.output_dir or f"evaluation_output/{name}", *FILES)
     from conceptseg_hf.data import load_benchmarks
+    from conceptseg_hf.data.duplicates import read_sample_ids
     from conceptseg_hf.evaluation import evaluate
     from conceptseg_hf.evaluation.distributed import join_processes
     from conceptseg_hf.evaluation.reporting.decomposition import write_annotation_sheet
     from conceptseg_hf.loading import profile_of
     from conceptseg_hf.profiles import get_profile
 
+    exclude = [] if arguments.exclude is None else as_bad_input(read_sample_ids, arguments.exclude)
     template = read_template(arguments.prompt_template)
     profile = as_bad_input(get_profile, arguments.profile or profile_of(arguments.model) or "paper")
     processes = join_processes()
@@ -133,6 +147,8 @@ def run(arguments: argparse.Namespace) -> int:
             output_dir=folder,
             routing_regret=arguments.routing_regret,
             judgements=arguments.judgements,
+            exclude=exclude,
+            concept=arguments.concept,
             progress=True,
         )
     if processes.is_main:

@@ -1,11 +1,15 @@
-"""`conceptseg info`: versions, devices, contents of a checkpoint, and folders of recipes and examples."""
+"""`conceptseg info`: versions, devices, contents of a checkpoint or a concept, and folders of recipes and examples."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .arguments import BadInputError, as_bad_input, check_model, installed_version
+from .arguments import BadInputError, as_bad_input, check_model, installed_version, load_model
+
+if TYPE_CHECKING:
+    from conceptseg_hf import ConceptPrompt
 
 _SHIPPED = {
     "recipes": ("recipes", "conceptseg_trainers"),
@@ -18,10 +22,20 @@ _PACKAGES = ("conceptseg-hf", "torch", "torchvision", "transformers", "accelerat
 
 def add_parser(subcommands: Any) -> None:
     """Add the parser of the subcommand."""
-    parser = subcommands.add_parser("info", help="show versions, devices and the contents of a checkpoint")
-    checkpoint_help = "checkpoint folder or hub id (default: the embedded nano checkpoint)"
-    parser.add_argument("folder", nargs="?", metavar="PATH_OR_ID", help=checkpoint_help)
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="same as the positional argument")
+    parser = subcommands.add_parser(
+        "info", help="show versions, devices and the contents of a checkpoint or a concept"
+    )
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        metavar="PATH_OR_ID",
+        help="checkpoint folder or hub id (default: the embedded nano checkpoint), or a concept file",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="PATH_OR_ID",
+        help="same as the positional argument; with a concept file: the checkpoint to compare its weights with",
+    )
     parser.add_argument(
         "--hashes",
         action="store_true",
@@ -34,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the subcommand."""
     import platform
 
+    if arguments.folder is not None and _is_concept(arguments.folder):
+        return _show_concept(arguments)
     if arguments.folder is not None and arguments.model is not None:
         raise BadInputError("the checkpoint is given twice; omit --model.")
     checkpoint = arguments.folder or arguments.model
@@ -53,10 +69,60 @@ def run(arguments: argparse.Namespace) -> int:
     rows |= as_bad_input(_describe, checkpoint)
     rows |= as_bad_input(_describe_files, checkpoint, arguments.hashes)
     rows |= {what: str(find_shipped_folder(*where) or "not installed") for what, where in _SHIPPED.items()}
+    _print_rows(rows)
+    return 0
+
+
+def _print_rows(rows: dict[str, str]) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
+
+
+def _is_concept(name: str) -> bool:
+    """Whether a name is a file, or would be a concept file if it existed."""
+    try:
+        return name.endswith(".safetensors") or (not Path(name).is_dir() and Path(name).exists())
+    except (OSError, ValueError):  # too long, or contains a null byte
+        return False
+
+
+def _show_concept(arguments: argparse.Namespace) -> int:
+    """Print a concept, and whether it belongs to a checkpoint."""
+    check_model(arguments.model)
+    from conceptseg_hf.concept_prompt import as_concept, concept_hash
+
+    concept = as_bad_input(as_concept, arguments.folder)
+    arguments.device, arguments.dtype, arguments.vlm_engine = "cpu", "auto", "transformers"
+    model, _ = load_model(arguments)
+    checkpoint = str(model.config.name_or_path)
+    belongs = "those" if concept.model_hash == concept_hash(model) else "not those"
+    rows = _describe_concept(concept)
+    rows["weights"] = f"{concept.model_hash} ({belongs} of {checkpoint})" if concept.model_hash else "any"
+    _print_rows(rows)
+    print(_printable(concept.summary()))
     return 0
+
+
+def _describe_concept(concept: ConceptPrompt) -> dict[str, str]:
+    rows = {"prompt": concept.prompt}
+    rows |= {f"phrase {number}": phrase for number, phrase in enumerate(concept.phrases)}
+    rows["rule"] = "none" if concept.rule is None else concept.rule
+    tokens = concept.concept_embeds
+    rows["tokens"] = "none" if tokens is None else f"{tokens.shape[0]} of width {tokens.shape[1]}"
+    rows["threshold"] = f"{concept.threshold:.3f}"
+    rows["score"] = "not verified" if concept.score is None else f"{concept.score:.3f}"
+    if concept.reasoning_score is not None:
+        rows["  of reasoning"] = f"{concept.reasoning_score:.3f}"
+    for row in concept.scores:
+        values = ", ".join(f"{value:.2f}" for value in row.per_reference)
+        rows[f"  {_printable(row.name)}"] = f"{row.score:.3f} (per reference: {values})"
+    return {name: _printable(value) for name, value in rows.items()}
+
+
+def _printable(text: str) -> str:
+    """Escape line breaks and control characters, which a file from elsewhere may contain."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _describe(checkpoint: str) -> dict[str, str]:
@@ -104,7 +170,6 @@ def _preset_of(config: Any) -> str | None:
 def _describe_files(checkpoint: str, hashes: bool) -> dict[str, str]:
     """Describe local weight files from their headers."""
     from collections import defaultdict
-    from pathlib import Path
 
     from conceptseg_hf.conversion import MANIFEST_NAME
     from conceptseg_hf.conversion.sources import SafetensorsSource, describe_files, read_json

@@ -50,6 +50,11 @@ def add_parser(subcommands: Any) -> None:
         "--concept", metavar="FILE", help="concept of `conceptseg induce`, applied by SAM 3 without the VLM"
     )
     parser.add_argument(
+        "--rule",
+        metavar="TEXT",
+        help='visual rule, such as "the striped object", that the VLM applies instead of inducing one',
+    )
+    parser.add_argument(
         "--reference",
         action="append",
         default=[],
@@ -77,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise BadInputError('--prompt is empty; give the concept to segment, such as --prompt "red circle".')
+    if arguments.rule is not None and not arguments.rule.strip():
+        raise BadInputError('--rule is empty; give a visual rule, such as --rule "the striped object".')
     if arguments.concept is not None and not Path(arguments.concept).is_file():
         raise BadInputError(
             f"concept {arguments.concept!r} is not a file; give one that `conceptseg induce` wrote."
@@ -107,6 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         router=arguments.router,
         generation_config=generation,
         concept=concept,
+        rule=arguments.rule,
     )[0]
     if result.error is not None or result.mask is None:
         raise BadInputError(result.error)
@@ -125,9 +133,11 @@ def run(arguments: argparse.Namespace) -> int:
         "image": _resolved(image),
         "prompt": prompt,
         **({} if concept is None else {"concept": arguments.concept}),
+        **({} if arguments.rule is None else {"given_rule": arguments.rule}),
         "references": arguments.reference,
         "router": arguments.router,
         **({} if model.config.profile is None else {"profile": model.config.profile}),
+        **({} if model.vlm_engine is None else {"vlm_engine": model.vlm_engine.name}),
     }
     record |= {key: value for key, value in result.to_dict().items() if key not in ("mask", "heatmap")}
     record |= {key: path.name for key, path in paths.items()}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .duplicates import Duplicates, find_duplicates
 from .files import describe_names
 from .groups import Root, is_single, list_rows, root_of
 from .inspection import Inspection, inspect_files
@@ -23,6 +24,7 @@ from .registry import (
 )
 
 _MAX_LISTED = 5  # missing files listed in a report
+_TRAIN = "train"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class DataCheck:
         without_references: Classes that have no reference image.
         inspection: Faults of the existing files.
         fault: Error message (one sentence) if the index cannot be read; else None.
+        root: Folder of the files; None if the benchmark reads none.
+        duplicates: Images that are duplicates of training images; None if the train split was not checked as well.
     """
 
     name: str
@@ -56,6 +60,8 @@ class DataCheck:
     without_references: tuple[str, ...] = ()
     inspection: Inspection = field(default_factory=Inspection)
     fault: str | None = None
+    root: Path | None = None
+    duplicates: Duplicates | None = None
 
     @property
     def matches(self) -> bool | None:
@@ -90,6 +96,8 @@ class DataCheck:
         lines += self.inspection.lines()
         if self.without_references:
             lines.append(f"  references: {describe_names(self.without_references)} none")
+        if self.duplicates is not None and self.root is not None:
+            lines += self.duplicates.lines(self.root)
         return lines
 
     def _count_line(self) -> str:
@@ -143,7 +151,8 @@ def check_benchmark(
     """Check that all files of a benchmark exist and can be used.
 
     Only the headers of target images are read. Ground-truth masks, and all references that any seed may draw, are
-    read completely.
+    read completely. If the train split is among the splits, the images of all splits are read, and those of the other
+    splits are compared with the training images (see `duplicates`).
 
     Args:
         name: Name of the benchmark.
@@ -172,7 +181,21 @@ def check_benchmark(
             splits = list_splits(source, root)
         except (OSError, ValueError):  # the error is reported for the default split
             splits = ("test",)
-    return [_check_split(name, root, each, seed, progress) for each in splits]
+    checks = [_check_split(name, root, each, seed, progress) for each in splits]
+    if not any(check.split == _TRAIN and check.found for check in checks):
+        return checks
+    return [_with_duplicates(check, root, seed, progress) for check in checks]
+
+
+def _with_duplicates(
+    check: DataCheck, root: str | os.PathLike | None, seed: int, progress: bool
+) -> DataCheck:
+    """Compare the images of a split with the training images."""
+    if check.split == _TRAIN or not check.found:
+        return check
+    samples, train = (open_benchmark(check.name, root, split, seed=seed) for split in (check.split, _TRAIN))
+    bar = f"{check.name}, duplicates" if progress else None
+    return replace(check, duplicates=find_duplicates(samples, train, bar))
 
 
 def _check_split(
@@ -204,6 +227,7 @@ def _check_split(
         missing=missing,
         without_references=samples.without_references,
         inspection=inspect_files(samples, missing_paths, f"{name}, {split}" if progress else None),
+        root=samples.root,
     )
 
 

@@ -5,6 +5,7 @@ from .reporting.comparison import compare
 from .reporting.report import EvaluationReport
 from .running.ablation import ablate, load_ablation
 from .running.evaluator import evaluate
+from .running.predictions import evaluate_masks
 
 __all__ = [
     "EvaluationReport",
@@ -13,6 +14,7 @@ __all__ = [
     "box_iou",
     "compare",
     "evaluate",
+    "evaluate_masks",
     "foreground_iou",
     "load_ablation",
     "presence_auc",

@@ -42,6 +42,15 @@ def test_induce_and_apply(capsys):
     assert (record["route"], record["prompt"], record["concept"]) == ("concept", "shadow", "c.safetensors")
 
 
+def test_a_rule_by_hand(capsys):
+    rule = ["--rule", "the dark region", "--router", "full_reasoning", "--max-new-tokens", "40"]
+    assert main(["segment", "2.png", "--prompt", "shadow", *rule, *REFERENCES, "--output-dir", "rule"]) == 0
+    assert capsys.readouterr().out.startswith("rule: 'shadow'")
+    record = json.loads(Path("rule/2.json").read_text())
+    assert record["given_rule"] == record["rule"] == record["think"] == "the dark region"
+    assert record["box"] is not None and record["check_iou"] is not None
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -56,6 +65,8 @@ def test_induce_and_apply(capsys):
         (["segment", "2.png", "--concept", "none.safetensors"], "concept 'none.safetensors' is not a file"),
         (["segment", "2.png", "--concept", "0.png"], "is not a concept"),
         (["segment", "2.png"], "--prompt is missing"),
+        (["segment", "2.png", "--prompt", "shadow", "--rule", ""], "--rule is empty"),
+        (["segment", "2.png", "--prompt", "shadow", "--rule", "</rule>"], "rule contains the tag '</rule>'"),
     ],
 )
 def test_bad_input_gives_one_sentence(words, message, capsys):

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset
 
-from conceptseg_hf import ConceptSegmentation, ShortcutRouter
+from conceptseg_hf import ConceptPrompt, ConceptSegmentation, ShortcutRouter
+from conceptseg_hf.concept_prompt import CandidateScore
 from conceptseg_hf.data import ConceptSample, load_benchmark
 from conceptseg_hf.evaluation import EvaluationReport, MaskMetrics, evaluate
 from conceptseg_hf.evaluation.records import make_record, segment_samples
@@ -623,3 +624,26 @@ def test_groups_outside_table_1_are_reported_by_stratum(model, processor, tmp_pa
         evaluate(model, "table1", processor=processor, groups=["saliency"])
     with pytest.raises(ValueError, match="has no groups"):
         evaluate(model, "plain", processor=processor, groups=["saliency"])
+
+
+def test_evaluation_with_a_concept_reports_its_tiers(model, processor, tmp_path):
+    scores = (CandidateScore("circle", 0.8, (0.8, 0.8)),)
+    good = ConceptPrompt("circle", ("circle",), score=0.8, scores=scores, threshold=0.0)
+    poor = replace(good, rule="the red circle", rule_score=0.9, score=0.2)
+    path = good.save(tmp_path / "c.safetensors")
+    reports = {
+        name: run(model, processor, concept=concept, output_dir=tmp_path / name)
+        for name, concept in (("good", path), ("poor", poor), ("none", None))
+    }
+    for name, tier in (("good", "concept"), ("poor", "rule")):
+        report = reports[name]
+        assert {record["route"] for record in report.records} == {tier}
+        (row,) = report.to_dict()["tiers"]
+        ious = [record["foreground_iou"] for record in report.records if record["present"]]
+        assert (row["tier"], row["samples"], row["share"]) == (tier, 5, 1.0)
+        assert row["foreground_iou"] == pytest.approx(np.mean(ious))
+        assert "## Tiers of the concept" in report.to_markdown()
+        assert report.settings["concept"]["phrases"] == ["circle"]
+    assert "tiers" not in reports["none"].to_dict() and "concept" not in reports["none"].settings
+    with pytest.raises(ValueError, match=r"other settings|another"):
+        run(model, processor, concept=poor, output_dir=tmp_path / "good")

@@ -50,6 +50,15 @@ class App:
         form.get_by_text(shown).click()
         self.page.get_by_role("option", name=option).click()
 
+    def fill(self, field: Locator, text: str) -> None:
+        """Fill in a text field until it keeps the text: FiftyOne resets a field while it sets the form's defaults."""
+        for _ in range(20):
+            field.fill(text)
+            self.page.wait_for_timeout(2000)  # wait until the form has processed the input
+            if field.input_value() == text:
+                return
+        raise AssertionError(f"the field does not keep {text!r}")
+
     def execute(self, form: Locator) -> None:
         """Submit the form for immediate execution."""
         form.get_by_role("button", name="Execute", exact=True).click()

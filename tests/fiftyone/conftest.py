@@ -86,6 +86,75 @@ def make_dataset(fo, request) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture(scope="session")
+def shadow_source(fo):
+    """Return a dataset of five shadows, a concept that the embedded checkpoint knows, and five other samples."""
+    from conceptseg_hf.integrations.fiftyone import load_concept_benchmark
+
+    loaded = load_concept_benchmark("concept-shapes", split="test", limit=120, dataset_name="shadow-source")
+    targets = loaded.match({"role": "target"})
+    ids = (
+        targets.match({"family": "shadow"}).values("id")
+        + targets.match({"family": "attribute"}).values("id")[:5]
+    )
+    dataset = loaded.select(ids, ordered=True).clone("shadows")
+    yield dataset
+    fo.delete_dataset("shadows")
+    fo.delete_dataset("shadow-source")
+
+
+@pytest.fixture()
+def shadows(fo, shadow_source, request):
+    """Return a copy of `shadow_source` for one test."""
+    name = f"shadows-{request.node.name[:50]}".replace("[", "-").replace("]", "")
+    yield shadow_source.clone(name)
+    if fo.dataset_exists(name):
+        fo.delete_dataset(name)
+
+
+@pytest.fixture()
+def ids(shadows):
+    """Return the ids of the shadows, then of the other samples."""
+    return shadows.values("id")
+
+
+@pytest.fixture()
+def induced(shadows, ids):
+    """Return the concept "shadow", which three samples show."""
+    from conceptseg_hf.integrations.fiftyone import InductionJob, induce_concept
+
+    return induce_concept(shadows, InductionJob("shadow", ids[:3]))
+
+
+@pytest.fixture()
+def form_of(fo):
+    """Return a function that returns the inputs of an operator's form for given values."""
+    from fiftyone.operators.executor import ExecutionContext
+    from fiftyone.operators.registry import OperatorRegistry
+
+    def build_form(operator: str, dataset, params=None, **context):
+        request = {"dataset_name": dataset.name, "params": params or {}, **context}
+        instance = OperatorRegistry().get_operator(f"{PLUGIN}/{operator}")
+        return instance.resolve_input(ExecutionContext(request)).type.properties
+
+    return build_form
+
+
+@pytest.fixture()
+def messages(form_of):
+    """Return a function that returns the blocking warnings in a form for given values."""
+    from fiftyone.operators import types
+
+    def blocking_warnings(operator: str, dataset, params=None, **context):
+        return [
+            field.view.label
+            for field in form_of(operator, dataset, params, **context).values()
+            if isinstance(field.view, types.Warning) and field.invalid
+        ]
+
+    return blocking_warnings
+
+
+@pytest.fixture(scope="session")
 def run_operator(fo) -> Callable[..., Any]:
     """Return a function that runs an operator of the plugin like a Python user.
 

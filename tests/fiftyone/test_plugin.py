@@ -15,36 +15,8 @@ PLUGIN = "@conceptseg/conceptseg"
 OPERATORS = {
     *("segment_concept", "evaluate_concepts", "load_concept_benchmark", "find_uncertain"),
     *("show_references", "cancel_run", "release_model", "concept_explorer"),
+    *("induce_concept", "apply_concept", "edit_concept", "manage_concepts", "concept_library"),
 }
-
-
-@pytest.fixture()
-def form_of(fo):
-    """Return a function that returns the inputs of an operator's form for given values."""
-    from fiftyone.operators.executor import ExecutionContext
-    from fiftyone.operators.registry import OperatorRegistry
-
-    def build_form(operator: str, dataset, params=None, **context):
-        request = {"dataset_name": dataset.name, "params": params or {}, **context}
-        instance = OperatorRegistry().get_operator(f"{PLUGIN}/{operator}")
-        return instance.resolve_input(ExecutionContext(request)).type.properties
-
-    return build_form
-
-
-@pytest.fixture()
-def messages(form_of):
-    """Return a function that returns the blocking warnings in a form for given values."""
-    from fiftyone.operators import types
-
-    def blocking_warnings(operator: str, dataset, params=None, **context):
-        return [
-            field.view.label
-            for field in form_of(operator, dataset, params, **context).values()
-            if isinstance(field.view, types.Warning) and field.invalid
-        ]
-
-    return blocking_warnings
 
 
 def test_all_operators_and_icons_are_registered(fo):
@@ -137,7 +109,10 @@ from fiftyone.operators.executor import ExecutionContext
 from fiftyone.operators.registry import OperatorRegistry
 registry = OperatorRegistry()
 assert registry.list_errors() == []
-for name in ("segment_concept", "evaluate_concepts", "load_concept_benchmark", "find_uncertain"):
+for name in (
+    *("segment_concept", "evaluate_concepts", "load_concept_benchmark", "find_uncertain"),
+    *("induce_concept", "apply_concept", "edit_concept", "manage_concepts"),
+):
     operator = registry.get_operator("@conceptseg/conceptseg/" + name)
     [shown] = operator.resolve_input(ExecutionContext({"params": {}})).type.properties.values()
     assert shown.invalid, name
@@ -147,7 +122,7 @@ for name in ("segment_concept", "evaluate_concepts", "load_concept_benchmark", "
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 4 and all("pip install 'conceptseg-hf[fiftyone]'" in line for line in lines)
+    assert len(lines) == 8 and all("pip install 'conceptseg-hf[fiftyone]'" in line for line in lines)
 
 
 def test_operator_errors_are_raised_in_python(fo, make_dataset, run_operator):

@@ -440,7 +440,7 @@ def test_other_training_settings(make_meta_grpo, settings) -> None:
 
 
 def test_vllm_engine_gets_the_weights_of_the_vlm(make_meta_grpo, monkeypatch) -> None:
-    """Only the engine itself needs a GPU."""
+    """The engine itself runs in tests/with_vllm."""
     from conceptseg_trainers.vllm import ConceptVLLMGeneration
     from trl.generation import vllm_generation
 

@@ -1,6 +1,8 @@
-"""Tests for rollouts with vLLM, without the engine, which needs a GPU: its weights and its arguments."""
+"""Tests for rollouts with vLLM, without the engine (see tests/with_vllm): its weights and its arguments."""
 
 from __future__ import annotations
+
+import inspect
 
 import pytest
 import torch
@@ -69,6 +71,49 @@ def test_image_tokens_are_suppressed_and_other_biases_kept(build, model) -> None
     backend, _ = build(model, generation_kwargs={"seed": 1, "logit_bias": {3: 2.0}})
     assert backend.generation_kwargs == {"seed": 1, "logit_bias": {3: 2.0, 7: -100.0, 9: -100.0}}
     assert suppress_tokens(None, []) == {"logit_bias": {}}
+
+
+def test_engine_computes_as_the_trainer_does(build, model) -> None:
+    backend, _ = build(model, max_model_length=256, max_num_seqs=4)
+    options = backend.engine_options()
+    text_config = model.config.vlm_config.get_text_config()
+    head_size = text_config.hidden_size // text_config.num_attention_heads
+    cache = 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * head_size * 4 * 256 * 4
+    assert cache <= options.pop("kv_cache_memory_bytes") < 1.2 * cache + 2**25
+    assert options == {
+        "dtype": "float32",
+        "limit_mm_per_prompt": {"image": 2, "video": 0},
+        "distributed_executor_backend": "uni",
+        "skip_mm_profiling": True,
+        "enforce_eager": True,
+        "enable_sleep_mode": False,
+    }
+
+
+def test_expanded_image_tokens_are_collapsed_for_a_colocated_engine(build, model, monkeypatch) -> None:
+    image = model.config.vlm_config.image_token_id
+    received = []
+    monkeypatch.setattr(
+        VLLMGeneration, "generate", lambda self, prompts, *args, **kwargs: received.append(prompts)
+    )
+    prompts = [[1, image, image, image, 8, image, image, 9], [1, 8]]
+    for mode in ("colocate", "server"):  # a server receives the positions of the image tokens
+        backend, _ = build(model, mode=mode)
+        backend.generate(prompts, None, 1)
+    assert received == [[[1, image, 8, image, 9], [1, 8]], prompts]
+
+
+def test_options_reach_the_engine_that_trl_builds(monkeypatch) -> None:
+    from conceptseg_trainers.trl_adapter import _llm_options
+    from trl.generation import vllm_generation
+
+    assert "from vllm import LLM" in inspect.getsource(vllm_generation)
+    built = []
+    monkeypatch.setattr(vllm_generation, "LLM", lambda **arguments: built.append(arguments), raising=False)
+    original = vllm_generation.LLM
+    with _llm_options({"dtype": "float32", "seed": 1}):
+        vllm_generation.LLM(model="a", seed=0)
+    assert built == [{"model": "a", "seed": 1, "dtype": "float32"}] and vllm_generation.LLM is original
 
 
 def test_error_if_vllm_is_not_installed(model) -> None:

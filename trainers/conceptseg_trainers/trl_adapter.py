@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer, __version__
+from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
@@ -57,7 +58,7 @@ PRIVATE_NAMES = {
     VLLMGeneration: ("_init_vllm", "_iter_named_params"),
 }
 """Private methods that are overridden or called, by class. The private attributes `_buffered_inputs`, `_metrics`,
-`_step` and `_last_loaded_step` of a GRPOTrainer are used as well."""
+`_step` and `_last_loaded_step` of a GRPOTrainer, and `LLM` in `trl.generation.vllm_generation`, are used as well."""
 
 
 class GRPOTrainerAdapter(GRPOTrainer):
@@ -213,12 +214,40 @@ class VLLMGenerationAdapter(VLLMGeneration):
         """Return a context manager in which the engine is built from `model.name_or_path`."""
         return nullcontext()
 
+    def engine_options(self) -> dict[str, Any]:
+        """Return arguments of a colocated `vllm.LLM` that replace TRL's or that TRL does not pass."""
+        return {}
+
     def engine_name(self, name: str) -> str | None:
         """Return the engine's name of a model parameter, or None to omit the parameter."""
         return name
 
+    def load_engine_weights(self, weights: Iterator[tuple[str, Tensor]]) -> bool:
+        """Load weights into the colocated engine; return False to let TRL load them."""
+        return False
+
+    def after_synchronization(self) -> None:
+        """Process the colocated engine after its weights have changed."""
+
+    def engine_prompt(self, token_ids: list[int]) -> list[int]:
+        """Return the prompt for the colocated engine."""
+        return token_ids
+
+    def generate(self, prompts: list[list[int]], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Generate completions; see TRL."""
+        if self.mode == "colocate":
+            prompts = [self.engine_prompt(token_ids) for token_ids in prompts]
+        return super().generate(prompts, *args, **kwargs)
+
+    def sync_weights(self) -> None:
+        """Send the weights of the model to the engine."""
+        if self.mode != "colocate" or not self.load_engine_weights(self._iter_named_params()):
+            super().sync_weights()
+        if self.mode == "colocate":
+            self.after_synchronization()
+
     def _init_vllm(self) -> None:
-        with self.engine_context():
+        with self.engine_context(), _llm_options(self.engine_options() if self.mode == "colocate" else {}):
             super()._init_vllm()
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
@@ -226,6 +255,20 @@ class VLLMGenerationAdapter(VLLMGeneration):
         for name, parameter in super()._iter_named_params():
             if (engine_name := self.engine_name(name)) is not None:
                 yield engine_name, parameter
+
+
+@contextmanager
+def _llm_options(options: dict[str, Any]) -> Iterator[None]:
+    """Temporarily replace the class `LLM` that TRL has imported, so that it is called with further arguments."""
+    original = getattr(vllm_generation, "LLM", None)  # missing without vLLM
+    if original is None or not options:
+        yield
+        return
+    vllm_generation.LLM = lambda **arguments: original(**arguments | options)
+    try:
+        yield
+    finally:
+        vllm_generation.LLM = original
 
 
 def steps_per_generation(args: GRPOConfig) -> int:

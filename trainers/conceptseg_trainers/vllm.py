@@ -1,4 +1,7 @@
-"""Rollouts with vLLM: the engine runs only the VLM; the CTM and SAM 3 stay in the trainer."""
+"""Rollouts with vLLM: the engine runs only the VLM; the CTM and SAM 3 stay in the trainer.
+
+Tested with TRL 1.16.0 and vLLM 0.32.0 on a CPU, where the engine gets its weights differently than on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from conceptseg_hf import ConceptSegForSegmentation
+from conceptseg_hf.vllm_runtime import (
+    MAX_SEQUENCES,
+    MIN_LOGIT_BIAS,
+    cache_bytes,
+    collapse_image_tokens,
+    engine_environment,
+    keep_process_group,
+    reload_weights,
+    reset_caches,
+)
 
 from .trl_adapter import GRPOTrainerAdapter, VLLMGenerationAdapter, steps_per_generation
 
@@ -17,8 +32,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _VLM = "vlm."
-# vLLM has no option to suppress tokens; with the smallest bias that it accepts, a token is practically never sampled.
-_MIN_LOGIT_BIAS = -100.0
 
 
 class ConceptVLLMGeneration(VLLMGenerationAdapter):
@@ -95,18 +108,65 @@ class ConceptVLLMGeneration(VLLMGenerationAdapter):
             generation_kwargs=cast(dict[str, Any] | None, args.generation_kwargs),
         )
 
+    @property
+    def _composite(self) -> ConceptSegForSegmentation:
+        return next(
+            module for module in self.model.modules() if isinstance(module, ConceptSegForSegmentation)
+        )
+
     @contextmanager
     def engine_context(self) -> Iterator[None]:
         """Temporarily set `model.name_or_path`, from which TRL builds the engine, to that of the VLM."""
-        composite = next(
-            module for module in self.model.modules() if isinstance(module, ConceptSegForSegmentation)
-        )
+        composite = self._composite
         original = composite.name_or_path
         composite.name_or_path = self.vlm_name_or_path
         try:
-            yield
+            with engine_environment():
+                yield
+            if self.mode == "colocate" and hasattr(self, "llm"):
+                keep_process_group(self.llm)
         finally:
             composite.name_or_path = original
+
+    def engine_options(self) -> dict[str, Any]:
+        """Return the options of an engine that computes as the trainer does: prompts have up to two images."""
+        precision = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision)
+        options: dict[str, Any] = {
+            "dtype": precision or str(self._composite.vlm.dtype).removeprefix("torch."),
+            "limit_mm_per_prompt": {"image": 2, "video": 0},
+        }
+        if self.accelerator.num_processes == 1:
+            options["distributed_executor_backend"] = "uni"  # needs no port
+        if self._on_cpu:
+            # Memory is not profiled on a CPU, and the profiling images of Qwen need two frames per patch.
+            options |= {"skip_mm_profiling": True, "enforce_eager": True, "enable_sleep_mode": False}
+            # Instead of `gpu_memory_utilization`, which is a fraction of all memory of the machine on a CPU.
+            text_config = self._composite.vlm.config.get_text_config()
+            length = self.max_model_length or text_config.max_position_embeddings
+            options["kv_cache_memory_bytes"] = cache_bytes(
+                text_config, getattr(torch, options["dtype"]), length * (self.max_num_seqs or MAX_SEQUENCES)
+            )
+        return options
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.accelerator.device.type == "cpu"
+
+    def load_engine_weights(self, weights: Iterator[tuple[str, Tensor]]) -> bool:
+        """On a CPU, replace the weights as vLLM's worker does; see `reload_weights`."""
+        if not self._on_cpu:
+            return False
+        # Copies, as vLLM keeps some tensors beyond the iteration, when adapters are no longer merged.
+        reload_weights(self.llm, ((name, value.clone()) for name, value in weights))
+        return True
+
+    def engine_prompt(self, token_ids: list[int]) -> list[int]:
+        """Collapse the image tokens of a prompt, which TRL has expanded and vLLM would expand once more."""
+        return collapse_image_tokens(token_ids, self._composite.config.vlm_config.image_token_id)
+
+    def after_synchronization(self) -> None:
+        """Clear the encoded images, which TRL leaves in the engine, besides the prefixes."""
+        reset_caches(self.llm)
 
     def engine_name(self, name: str) -> str | None:
         """Return the VLM's name of a parameter, or None for parameters of the CTM and SAM 3."""
@@ -118,6 +178,6 @@ def suppress_tokens(generation_kwargs: Mapping[str, Any] | None, tokens: Sequenc
     kwargs = dict(generation_kwargs or {})
     kwargs["logit_bias"] = {
         **(kwargs.get("logit_bias") or {}),
-        **dict.fromkeys(map(int, tokens), _MIN_LOGIT_BIAS),
+        **dict.fromkeys(map(int, tokens), MIN_LOGIT_BIAS),
     }
     return kwargs

@@ -31,6 +31,7 @@ import numpy as np
 from PIL import Image
 
 from ...completion import parse_completion
+from ...concept_prompt import ConceptPrompt
 from ...data import ConceptSample, UnreadableSampleError
 from ...inputs import PreparedSample
 from ...modeling_conceptseg import ConceptSegForSegmentation
@@ -78,6 +79,7 @@ def segment_samples(
     sam_prompt: str = "concept+text",
     max_references: int | None = None,
     protocol: str = "standard",
+    concept: ConceptPrompt | None = None,
 ) -> list[ConceptSegmentation]:
     """Segment benchmark samples in one batch; a sample that cannot be prepared gets a failed result.
 
@@ -91,6 +93,7 @@ def segment_samples(
         max_references: See `shown_references`.
         protocol: See `protocols`. For the datasets in `Protocol.own_size`, SAM 3's image and mask are resized as in the
             released code.
+        concept: See `ConceptSegForSegmentation.segment`.
     """
     own_size = get_protocol(protocol).own_size
     if own_size_indices := [index for index, sample in enumerate(samples) if sample.dataset in own_size]:
@@ -102,7 +105,9 @@ def segment_samples(
         results_by_index: dict[int, ConceptSegmentation] = {}
         for indices, batch_processor in ((own_size_indices, bicubic_processor), (other_indices, processor)):
             batch = [samples[index] for index in indices]
-            results = segment_samples(model, batch_processor, batch, *options) if batch else []
+            results = (
+                segment_samples(model, batch_processor, batch, *options, concept=concept) if batch else []
+            )
             results_by_index |= dict(zip(indices, results, strict=True))
         return [results_by_index[index] for index in range(len(samples))]
     prepared = []
@@ -120,6 +125,7 @@ def segment_samples(
         generation_config=generation_config,
         sam_prompt=sam_prompt,
         return_logits=True,
+        concept=concept,
     )
 
 
@@ -178,7 +184,7 @@ def make_record(
             ious = {result.route: iou}
             route_ious = {route: ious.get(route, other_iou) for route in ("shortcut", "reasoning")}
             regret = max(route_ious.values()) - iou
-    reasoned = result.route == "reasoning"
+    reasoned = result.route in ("rule", "reasoning")
     completion_box_iou = None
     mask = None if result.mask is None else np.asarray(result.mask) >= 128
     if reasoned and sample.box is not None:

@@ -33,6 +33,7 @@ from .tables import (
     provenance,
     provenance_line,
 )
+from .tiers import tier_rows, tier_table
 
 _MAX_LISTED_ERRORS = 50
 
@@ -183,6 +184,7 @@ class EvaluationReport:
                 if "judgements" in self.settings
                 else {}
             ),
+            **({"tiers": rows} if (rows := tier_rows(self.records)) else {}),
             **data_notes(self.records),
             "errors": [
                 {"sample_id": record["sample_id"], "error": record["error"]} for record in self.failed
@@ -229,6 +231,9 @@ class EvaluationReport:
             lines += ["", "## Cityscapes by class, as Table 2", "", *classes]
         if "judgements" in settings:
             lines += ["", "## Think, rule and prediction (appendix J)", "", *self._outcomes()]
+        if rows := tier_rows(self.records):
+            heading = ["tier", "samples", "share (%)", "fg IoU [95 % interval]"]
+            lines += ["", "## Tiers of the concept", "", *markdown_table(heading, tier_table(rows))]
         lines += [
             "",
             "In these tables, values of datasets are means over images, and values of groups are means over datasets.",

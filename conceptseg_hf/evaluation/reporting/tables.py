@@ -87,8 +87,9 @@ def provenance(settings: Mapping[str, Any], samples: int) -> dict[str, Any]:
     """
     names = ("benchmark", "split", "seed", "protocol", "router", "sam_prompt", "max_references", "generation")
     values = {name: settings.get(name) for name in names}
-    if "profile" in settings:
-        values["profile"] = settings["profile"]
+    for name in ("profile", "excluded"):
+        if name in settings:
+            values[name] = settings[name]
     return values | {
         "checkpoint": checkpoint_name(settings),
         "weights": settings.get("weights"),

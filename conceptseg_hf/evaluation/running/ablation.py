@@ -54,6 +54,7 @@ SETTINGS = {
     "seed": int,
     "generation": dict,
     "num_queries": int,
+    "concept": str,
 }
 """The settings of a variant and their types. `num_queries` is not set, but required of the variant's checkpoint."""
 
@@ -422,6 +423,7 @@ def ablate(
             sam_prompt=settings.get("sam_prompt", "concept+text"),
             max_references=settings.get("max_references"),
             generation_config=settings.get("generation"),
+            concept=settings.get("concept"),
         )
     processes = join_processes()
     processes.barrier()  # wait until the main process has merged the last records

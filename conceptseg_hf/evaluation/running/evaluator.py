@@ -7,9 +7,10 @@ again as a whole). Failed samples are retried, as their files may have been fixe
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 import conceptseg_hf
 
+from ...concept_prompt import ConceptPrompt, as_concept
 from ...data import BenchmarkGroup, ConceptSample, UnreadableSampleError, load_benchmarks
 from ...data.groups import Root
 from ...loading import configuration_hash, fingerprint, load_model_and_processor, profile_of
@@ -67,6 +69,8 @@ def evaluate(
     judgements: str | os.PathLike | Judge | None = None,
     profile: str | None = None,
     groups: Sequence[str] | None = None,
+    exclude: Collection[str] = (),
+    concept: ConceptPrompt | str | os.PathLike | None = None,
 ) -> EvaluationReport:
     """Evaluate a model on one or several benchmarks.
 
@@ -107,6 +111,10 @@ def evaluate(
             protocol, and the loader of benchmarks given by name. None: the profile in the model's config, if any, with
             the current settings of model and processor.
         groups: Groups of the samples of a benchmark given by name; see `load_benchmark`.
+        exclude: Ids of samples that the report leaves out, such as duplicates of training images. Their records are
+            made and kept all the same.
+        concept: A concept of `induction.induce`, or its file, that is applied to all samples. The report has the share
+            and the foreground IoU of each tier.
 
     Returns:
         The report over the first `limit` samples.
@@ -146,6 +154,7 @@ def evaluate(
         if isinstance(benchmark, str)
         else benchmark
     )
+    concept = None if concept is None else as_concept(concept)
     processes = join_processes()
     if isinstance(model_or_path, ConceptSegForSegmentation):
         model = model_or_path
@@ -168,6 +177,7 @@ def evaluate(
             max_references=max_references,
             routing_regret=routing_regret,
             profile=profile_name,
+            concept=concept,
         )
         return _evaluate_group(
             run,
@@ -177,6 +187,7 @@ def evaluate(
             None if output_dir is None else Path(output_dir),
             progress,
             judgements,
+            frozenset(exclude),
         )
 
 
@@ -188,27 +199,26 @@ def _evaluate_group(
     folder: Path | None,
     progress: bool,
     judgements: str | os.PathLike | Judge | None,
+    exclude: frozenset[str],
 ) -> EvaluationReport:
     """Evaluate the members of a group, or its only member if it wraps `samples`, and write the report."""
     processes = run.processes
-    reports = {}
+    reports, kept = {}, {}
     with Progress(sum(totals.values()), progress and processes.is_main) as bar:
         for name, member in group.members.items():
             bar.describe(name)
             member_folder = None if folder is None else folder / name
-            reports[name] = run.evaluate(member, totals[name], member_folder, bar)
+            reports[name], kept[name] = _without(
+                run.evaluate(member, totals[name], member_folder, bar), exclude
+            )
             if group is samples and member_folder is not None and processes.is_main:
-                reports[name].write(member_folder, member)
+                reports[name].write(member_folder, _subset(member, kept[name]))
     report = _combine(group.name, reports) if group is samples else reports[""]
     if judgements is not None:
         report = _judge(report, judgements)
     if folder is not None and processes.is_main:
-        # PyTorch's datasets accept any indexable collection and are one, but their annotations do not say so.
-        parts: list[Subset[ConceptSample]] = [
-            Subset(member, range(totals[name]))  # type: ignore[arg-type]
-            for name, member in group.members.items()
-        ]
-        report.write(folder, cast(Sequence[ConceptSample], ConcatDataset(parts)))
+        parts = [_subset(member, kept[name]) for name, member in group.members.items()]
+        report.write(folder, cast(Sequence[ConceptSample], ConcatDataset(parts)))  # type: ignore[arg-type]
     return report
 
 
@@ -228,6 +238,7 @@ class _Run:
     max_references: int | None
     routing_regret: bool
     profile: str | None
+    concept: ConceptPrompt | None
 
     def evaluate(
         self, samples: Sequence[ConceptSample], total: int, folder: Path | None, bar: Progress
@@ -275,7 +286,8 @@ class _Run:
                 self.max_references,
                 self.protocol,
             )
-            batch_results = segment_samples(*batch, self.router, *options)
+            own_route: tuple[Any, ...] = (self.router, *options, self.concept)
+            batch_results = segment_samples(*batch, *own_route)
             results = dict(zip(samples, batch_results, strict=True))
             if self.routing_regret:
                 other_results = dict(
@@ -303,6 +315,8 @@ class _Run:
             "sam_prompt": self.sam_prompt,
             "max_references": self.max_references,
             **({"routing_regret": True} if self.routing_regret else {}),
+            **({"vlm_engine": engine.name} if (engine := self.model.vlm_engine) is not None else {}),
+            **({} if self.concept is None else {"concept": _describe(self.concept)}),
             **fingerprint(self.model),
             "configuration": configuration_hash(self.model, self.processor),
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -324,6 +338,21 @@ class _Run:
         return {"profile": description, **({"prompt_words": "paper"} if has_paper_wording else {})}
 
 
+def _describe(concept: ConceptPrompt) -> dict[str, Any]:
+    """Return what results depend on; equal concepts have equal descriptions."""
+    tokens = concept.concept_embeds
+    return {
+        "prompt": concept.prompt,
+        "phrases": list(concept.phrases),
+        "rule": concept.rule if concept.rule_is_reliable else None,
+        "threshold": concept.threshold,
+        "reliable": concept.is_reliable,
+        "tokens": None
+        if tokens is None
+        else hashlib.blake2b(tokens.float().numpy().tobytes(), digest_size=8).hexdigest(),
+    }
+
+
 def _length(name: str, samples: Sequence[ConceptSample], limit: int | None) -> int:
     total = len(samples) if limit is None else min(limit, len(samples))
     if not total:
@@ -338,6 +367,22 @@ def _pending_of(batch: Sequence[int], records: RecordStore) -> Sequence[int]:
     if not all(index in records for index in batch):
         return batch
     return [index for index in batch if records[index]["error"] is not None]
+
+
+def _without(report: EvaluationReport, exclude: frozenset[str]) -> tuple[EvaluationReport, Sequence[int]]:
+    """Return the report without excluded samples, and the indices of the others."""
+    kept = [i for i, record in enumerate(report.records) if record["sample_id"] not in exclude]
+    if not exclude:
+        return report, kept
+    if not kept:
+        raise ValueError("evaluate: exclude lists all samples; leave some of them out of the list.")
+    settings = {**report.settings, "excluded": len(report.records) - len(kept)}
+    return EvaluationReport([report.records[i] for i in kept], settings), kept
+
+
+def _subset(samples: Sequence[ConceptSample], indices: Sequence[int]) -> Sequence[ConceptSample]:
+    """Return some samples. PyTorch's datasets are indexable collections, but their annotations do not say so."""
+    return cast(Sequence[ConceptSample], Subset(samples, indices))  # type: ignore[arg-type]
 
 
 def _combine(name: str, reports: Mapping[str, EvaluationReport]) -> EvaluationReport:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from transformers import AutoModel
 
 from ...cards import is_hub_id
-from ...loading import load_model_and_processor
+from ...concept_prompt import ConceptPrompt, concept_hash
+from ...hashing import HASHED_VALUES
+from ...loading import find_checkpoint, load_config, load_model_and_processor
 from ...outputs import ConceptSegmentation
 from ...pipelines import ConceptSegmentationPipeline
 
@@ -57,6 +63,70 @@ def get_pipeline(checkpoint: str = NANO, device: str | None = None) -> ConceptSe
             model, processor = load_model_and_processor(name, device)
             _cached[key] = ConceptSegmentationPipeline(model=model, processor=processor, device=model.device)
         return _cached[key]
+
+
+def concept_hash_of(checkpoint: str) -> str | None:
+    """Return the `concept_hash` of a checkpoint without loading it; None for a hub id whose model is not cached.
+
+    The hash is computed from the weight files of a folder, of which only the first values of each weight are read.
+
+    Raises:
+        ValueError: If the folder has no readable checkpoint.
+        OSError: If its files cannot be read.
+    """
+    with _lock:
+        cached = [pipeline for (name, _), pipeline in _cached.items() if name == checkpoint]
+    if cached:
+        return concept_hash(cached[0].model)
+    folder = Path(find_checkpoint(None if checkpoint == NANO else Path(checkpoint).expanduser()))
+    if not folder.is_dir():
+        return None
+    files = sorted(folder.glob("*.safetensors"))
+    return _hash_of_files(str(folder), tuple((str(path), path.stat().st_mtime_ns) for path in files))
+
+
+def fault_of_concept(concept: ConceptPrompt, checkpoint: str) -> str | None:
+    """Return a message if a concept was made with other weights than those of a checkpoint, or None.
+
+    The weights of a hub id are unknown until its model is loaded; a run compares them then.
+    """
+    try:
+        found = concept_hash_of(checkpoint)
+        if found is not None:
+            concept.check_hash(found)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+@lru_cache(maxsize=16)
+def _hash_of_files(folder: str, files: tuple[tuple[str, int], ...]) -> str | None:
+    """Return the `concept_hash` of a folder, or None if its files do not have all weights by name.
+
+    Args:
+        folder: The folder.
+        files: Path and time of the last change of each weight file.
+    """
+    with torch.device("meta"):
+        model = AutoModel.from_config(load_config(folder))
+    stored = {}
+    for path, _ in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if name.startswith(("sam.", "ctm.")):
+                    stored[name] = _first_values(file.get_slice(name))
+    try:
+        return concept_hash(model, stored)
+    except KeyError:  # for example, the weights are stored in another format
+        return None
+
+
+def _first_values(weight: Any) -> torch.Tensor:
+    """Return the first values of a weight in a file, at least as many as are hashed."""
+    shape = weight.get_shape()
+    if not shape:
+        return weight[...]
+    return weight[: math.ceil(HASHED_VALUES / max(1, math.prod(shape[1:])))]
 
 
 def segment_batch(

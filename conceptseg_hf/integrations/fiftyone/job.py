@@ -10,10 +10,12 @@ from typing import Any
 
 import fiftyone as fo
 
+from ...concept_prompt import ConceptPrompt
 from ...images import load_image, load_mask
 from ...references import Reference
 from ...router import ROUTER_MODES
 from .checkpoints import NANO
+from .concept_library import decoded, encoded
 from .reference_samples import AUTO, check_references, references_from, resolve_label_field, samples_by_id
 from .runs import check_output_fields, keep_run, load_run, run_key
 
@@ -31,7 +33,10 @@ _STORED_SETTINGS = (
     "router",
     "outputs",
     "label",
+    "concept_name",
 )
+_OPTIONAL_SETTINGS = ("boxes_together", "concept", "concept_name")
+"""Settings that are only stored if they are set, as the keys of runs from before they existed must not change."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,9 @@ class SegmentationJob:
             interrupted run (killed, cancelled or failed) with the same settings.
         batch_size: Number of samples per batch.
         folder: Folder for masks and heatmaps; inside FiftyOne's default dataset directory by default.
+        concept: Concept that SAM 3 applies, see `concepts.concept_job`. Its prompt is the default of `prompt`; the
+            references are those of the reasoning.
+        concept_name: Name of the concept in the labels' attribute `concept`.
     """
 
     field: str = "concept"
@@ -78,6 +86,8 @@ class SegmentationJob:
     batch_size: int = 8
     folder: str | Path | None = None
     boxes_together: bool = False
+    concept: ConceptPrompt | None = None
+    concept_name: str | None = None
 
     def check(self, samples: fo.core.collections.SampleCollection) -> None:
         """Validate the settings for these samples before anything is segmented.
@@ -93,7 +103,9 @@ class SegmentationJob:
             raise ValueError(
                 "samples are a view of patches, which does not store labels; choose a view of whole images."
             )
-        if not (self.prompt or "").strip() and self.prompt_field is None:
+        if self.concept is not None:
+            encoded(self.concept)  # raises if it is too large
+        elif not (self.prompt or "").strip() and self.prompt_field is None:
             raise ValueError(
                 "prompt is empty; enter a prompt, or choose the field that contains the prompts."
             )
@@ -154,8 +166,10 @@ class SegmentationJob:
         settings = {name: getattr(self, name) for name in _STORED_SETTINGS}
         settings |= {"outputs": sorted(self.outputs), "other_references": _digest_of(self.references)}
         settings |= {name: list(settings[name]) for name in ("reference_ids", "reference_label_ids")}
-        if not self.boxes_together:  # keys of earlier runs, without this setting, must not change
-            del settings["boxes_together"]
+        settings["concept"] = None if self.concept is None else encoded(self.concept)
+        settings = {
+            name: value for name, value in settings.items() if value or name not in _OPTIONAL_SETTINGS
+        }
         if (
             self.reference_ids or self.reference_ids_field is not None
         ):  # "auto" may resolve to another field later
@@ -175,7 +189,11 @@ class SegmentationJob:
                 f"run {key!r} cannot be repeated, as its references were not samples of the dataset; "
                 "add them as samples and use reference_ids."
             )
-        return cls(**{name: settings[name] for name in _STORED_SETTINGS if name in settings})
+        concept = settings.get("concept")
+        return cls(
+            **{name: settings[name] for name in _STORED_SETTINGS if name in settings},
+            concept=None if concept is None else decoded(concept, key),
+        )
 
 
 def _digest_of(references: Sequence[Reference]) -> str | None:

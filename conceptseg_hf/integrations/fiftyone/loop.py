@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import fiftyone as fo
 from bson import ObjectId
@@ -51,7 +52,8 @@ def segment_collection(
         The `Progress` object of the run.
 
     Raises:
-        ValueError: If the settings are invalid for these samples; see `SegmentationJob.check`.
+        ValueError: If the settings are invalid for these samples, see `SegmentationJob.check`, or the job's concept
+            was made with other weights.
         InUseError: If another run is writing to the field (a subclass of ValueError).
     """
     dataset = samples._dataset
@@ -60,6 +62,8 @@ def segment_collection(
     job.check(samples)
     references_of = _ReferenceReader(dataset, job)
     pipeline = pipeline or get_pipeline(job.checkpoint)
+    if job.concept is not None:
+        job.concept.check_model(pipeline.model)
     ids, total = pending_ids(samples, job), targets_of(samples, job).count()
     with locked(dataset, names, subject, job.key(dataset), len(ids)) as lock:
         with _DECLARATION_LOCK:  # runs that start concurrently would declare the same fields
@@ -88,6 +92,7 @@ def _segment_batches(
     dataset, everything = samples._dataset, whole_dataset(samples)
     fields = output_fields(job.field, job.outputs)
     settings = {"checkpoint": job.checkpoint, "router": job.router, "run": run}
+    settings |= {"concept": job.concept_name} if job.concept_name else {}
     folder = Path(job.folder) if job.folder else default_folder(dataset.name, job.field)
     needed = [name for name in (job.prompt_field, job.reference_ids_field) if name is not None]
     stale = stale_fields(dataset, job.field, job.outputs)
@@ -214,7 +219,7 @@ class _ReferenceReader:
 
 def _prompt_of(sample: fo.Sample, job: SegmentationJob) -> str:
     if job.prompt_field is None:
-        return job.prompt or ""
+        return job.prompt or ("" if job.concept is None else job.concept.prompt)
     value = sample[job.prompt_field]
     return "" if value is None else str(value)
 
@@ -236,7 +241,8 @@ def _segment(
             items[index] = {"image": sample.filepath, "prompt": prompt, "references": references_of(sample)}
         except (ValueError, OSError) as error:
             results[index] = ConceptSegmentation.failed(str(error), prompt)
-    settings = {"router": job.router, "return_heatmap": "heatmap" in job.outputs}
+    settings: dict[str, Any] = {"router": job.router, "return_heatmap": "heatmap" in job.outputs}
+    settings |= {} if job.concept is None else {"concept": job.concept}
     for index, result in zip(items, segment_batch(pipeline, list(items.values()), settings), strict=True):
         results[index] = result
     return [results[index] for index in range(len(samples))]

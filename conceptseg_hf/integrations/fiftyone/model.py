@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import fiftyone as fo
 import fiftyone.core.models as fom
 import numpy as np
 
+from ...concept_prompt import ConceptPrompt, as_concept
 from ...outputs import ConceptSegmentation
 from ...references import Reference
 from ...router import ROUTER_MODES
@@ -48,9 +50,12 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         reference_field: Sample field that lists the ids of each sample's own references.
         label: Class of the detections; each sample's prompt by default.
         boxes_together: Create one reference for a sample with several boxes, instead of one reference per box.
+        concept: Concept that SAM 3 applies, or its file; its prompt is the default of `prompt`.
 
     Raises:
-        ValueError: If the router, output or checkpoint is unknown, or a reference cannot be used.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the router, output or checkpoint is unknown, a reference cannot be used, or the concept was made
+            with other weights.
 
     Example:
         >>> declare_prediction_fields(dataset, "concept")
@@ -75,6 +80,7 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         reference_field: str | None = None,
         label: str | None = None,
         boxes_together: bool = False,
+        concept: ConceptPrompt | str | os.PathLike | None = None,
     ) -> None:
         super().__init__()
         output_fields("output", [output])
@@ -92,7 +98,11 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         self.outputs, self.label = [output, "heatmap"] if heatmap else [output], label
         self.reference_label_field, self.proxy = reference_label_field, proxy
         self.boxes_together = boxes_together
+        self.concept = None if concept is None else as_concept(concept)
         self.pipeline = get_pipeline(checkpoint, device)
+        if self.concept is not None:
+            self.prompt = prompt or self.concept.prompt
+            self.concept.check_model(self.pipeline.model)
         self.config = None
         self._preprocess = False
 
@@ -176,7 +186,8 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
                 "prompt": prompts[-1],
                 "references": references,
             }
-        settings = {"router": self.router, "return_heatmap": "heatmap" in self.outputs}
+        settings: dict[str, Any] = {"router": self.router, "return_heatmap": "heatmap" in self.outputs}
+        settings |= {} if self.concept is None else {"concept": self.concept}
         segmented = segment_batch(self.pipeline, list(items.values()), settings)
         for index, result in zip(items, segmented, strict=True):
             results[index] = result

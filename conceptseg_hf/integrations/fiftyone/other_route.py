@@ -13,8 +13,7 @@ from .loop import pending_ids, segment_collection
 from .progress import Progress
 from .schema import other_route_field
 
-_OTHER_ROUTER_MODE = {"shortcut": "full_reasoning", "reasoning": "sam_only"}
-"""Router mode that forces the other route, by the route of the prediction."""
+_SAM_ONLY_ROUTES = ("shortcut", "concept")
 
 
 def segment_other_route(
@@ -44,7 +43,9 @@ def segment_other_route(
     dataset, parts = samples._dataset, []
     for key in keys:
         original = SegmentationJob.load(dataset, key)
-        for route, router in _OTHER_ROUTER_MODE.items():
+        by_sam = F(f"{field}.route").is_in(_SAM_ONLY_ROUTES)
+        by_vlm = (F(f"{field}.route") != None) & ~by_sam  # noqa: E711 (FiftyOne expression)
+        for taken, router in ((by_sam, "full_reasoning"), (by_vlm, "sam_only")):
             job = replace(
                 original,
                 field=other_route_field(field),
@@ -54,7 +55,7 @@ def segment_other_route(
                 outputs=("segmentation",),
                 skip_existing=True,
             )
-            parts.append((samples.match((F(f"{field}.run") == key) & (F(f"{field}.route") == route)), job))
+            parts.append((samples.match((F(f"{field}.run") == key) & taken), job))
     pending = sum(len(pending_ids(view, job)) for view, job in parts)
     total = Progress(total=pending, skipped=sum(view.count() for view, _ in parts) - pending)
     yield total

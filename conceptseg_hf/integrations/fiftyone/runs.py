@@ -28,7 +28,7 @@ METHOD = "segment_concept"
 
 
 def catch_up(samples: fo.core.collections.SampleCollection) -> None:
-    """Reload the dataset if another process has added fields or runs to it.
+    """Reload the dataset if another process has added fields to it, or has added or deleted runs.
 
     Without such changes the dataset is not reloaded, as existing views become invalid after a reload.
 
@@ -40,7 +40,7 @@ def catch_up(samples: fo.core.collections.SampleCollection) -> None:
     if stored is None:
         raise ValueError(f"dataset {samples._dataset.name!r} was deleted; create or load it again.")
     fields = {field["name"] for field in stored["sample_fields"]}
-    if fields - {field.name for field in known.sample_fields} or set(stored["runs"]) - set(known.runs):
+    if fields - {field.name for field in known.sample_fields} or set(stored["runs"]) != set(known.runs):
         samples.reload()
 
 
@@ -73,6 +73,14 @@ def load_run(dataset: fo.Dataset, key: str) -> dict[str, Any]:
     if key not in dataset.list_runs():
         raise ValueError(f"run {key!r} is not stored in the dataset; segment its samples again.")
     return dataset.get_run_info(key).config.serialize()
+
+
+def stored_settings(dataset: fo.Dataset, method: str) -> dict[str, dict[str, Any]]:
+    """Return the settings of all runs of a method by key, as stored in the database, which other processes modify."""
+    database = odm.get_db_conn()
+    document = database["datasets"].find_one({"_id": dataset._doc.id}, {"runs": True}) or {"runs": {}}
+    found = database["runs"].find({"_id": {"$in": list(document["runs"].values())}, "config.method": method})
+    return {run["key"]: run["config"] for run in found.sort("_id")}
 
 
 def written_fields(dataset: fo.Dataset, field: str) -> set[str]:

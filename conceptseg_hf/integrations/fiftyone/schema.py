@@ -16,6 +16,13 @@ ROUTERS = {
 }
 """Router modes and their labels in forms."""
 
+CONCEPT_ROUTERS = {
+    "adaptive": "Adaptive: the concept, reason if its presence is low",
+    "sam_only": "Concept only: fast, never reasons",
+    "full_reasoning": "Always reason",
+}
+"""Router modes and their labels in forms that apply a concept."""
+
 TARGET, REFERENCE = "target", "reference"
 """Values of the field `role`."""
 
@@ -23,10 +30,12 @@ FOREGROUND = 255
 """Pixel value of the concept in mask files."""
 
 PREDICTION_ATTRIBUTES = {
+    "concept": fo.StringField,
     "prompt": fo.StringField,
     "rule": fo.StringField,
     "answer": fo.StringField,
     "route": fo.StringField,
+    "route_reason": fo.StringField,
     "presence": fo.FloatField,
     "threshold": fo.FloatField,
     "check_iou": fo.FloatField,
@@ -38,8 +47,8 @@ PREDICTION_ATTRIBUTES = {
     "router": fo.StringField,
     "run": fo.StringField,
 }
-"""Attributes of a predicted label, in the order of the App's tooltip. `ConceptSegmentation` documents them; `run` is
-the key of the custom run that stores the job's settings."""
+"""Attributes of a predicted label, in the order of the App's tooltip. `ConceptSegmentation` documents them, except for
+`concept`, the name of the applied concept, and `run`, the key of the custom run that stores the job's settings."""
 
 REGION_ATTRIBUTES = {name: kind for name, kind in PREDICTION_ATTRIBUTES.items() if name != "score"}
 """Attributes of a `Detection`, which has the score as `confidence`; FiftyOne's COCO exporter writes it as `score`."""

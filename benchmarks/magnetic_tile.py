@@ -1,0 +1,69 @@
+"""A split of the magnetic tile defects in which no tile is in both parts.
+
+    python benchmarks/magnetic_tile.py ../shared/data/photos/magnetic-tile tiles
+    python examples/finetune_on_your_data.py --root tiles
+
+The data has up to six exposures of each tile ("exp1" to "exp6" in the file names), and its own split separates
+exposures, not tiles. The numbers in the file names ascend in time, so images whose numbers are less than 1300 apart are
+taken to be of the same tile. A quarter of these groups is held out, drawn by seed. Images and masks are linked, not
+copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from conceptseg_hf.writing import write_file
+
+GAP = 1300
+HELD_OUT = 0.25
+
+
+def groups_of(numbers: Sequence[int], gap: int = GAP) -> list[int]:
+    """Group of each number: a group ends where the next larger number is at least `gap` away."""
+    group_of, group = {}, 0
+    ordered = sorted(set(numbers))
+    for previous, number in zip([ordered[0], *ordered], ordered):
+        group += number - previous >= gap
+        group_of[number] = group
+    return [group_of[number] for number in numbers]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the folder and print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="folder of the set, with samples.csv")
+    parser.add_argument("target", type=Path, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    with (arguments.source / "samples.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [re.search(r"_num_(\d+)", row["image"]) for row in rows]
+    if not rows or not all(found):
+        parser.error(f"{str(arguments.source)!r} has other file names than the magnetic tile defects")
+    groups = groups_of([int(match[1]) for match in found if match])
+    names = sorted(set(groups))
+    held_out = set(random.Random(arguments.seed).sample(names, round(HELD_OUT * len(names))))
+    lines = ["id,image,mask,prompt,split"]
+    for row, group in zip(rows, groups, strict=True):
+        split = "test" if group in held_out else "train"
+        lines.append(",".join((row["id"], row["image"], row["mask"], row["prompt"], split)))
+    arguments.target.mkdir(parents=True, exist_ok=True)
+    for folder in ("images", "masks"):
+        link = arguments.target / folder
+        if not link.exists():
+            link.symlink_to((arguments.source / folder).resolve())
+    write_file(arguments.target / "samples.csv", "\n".join(lines) + "\n")
+    count = sum(group in held_out for group in groups)
+    print(
+        f"{len(names)} groups, {len(held_out)} held out: {len(rows) - count} training and {count} held-out images"
+    )
+
+
+if __name__ == "__main__":
+    main()

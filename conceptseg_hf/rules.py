@@ -1,0 +1,106 @@
+"""Verification of rules: how well the VLM segments the references if it is given a rule."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from .boxes import foreground_iou
+from .inputs import PreparedSample
+from .modeling_conceptseg import ConceptSegForSegmentation
+from .outputs import ConceptSegmentation
+from .processing_conceptseg import ConceptSegProcessor
+from .references import Reference
+
+_MAX_EXAMPLES = 4  # references beside the target in a completion
+_MAX_WRITTEN_RULES = 2
+
+
+def leave_one_out(
+    processor: ConceptSegProcessor, prompt: str, references: Sequence[Reference]
+) -> list[PreparedSample]:
+    """Return a sample for each reference as the target, with the other references as examples."""
+    samples = []
+    for number, target in enumerate(references):
+        others = [reference for i, reference in enumerate(references) if i != number] or [target]
+        samples.append(processor.prepare(target.image, prompt, others[:_MAX_EXAMPLES]))
+    return samples
+
+
+def mask_ious(results: Sequence[ConceptSegmentation], masks: Sequence[np.ndarray]) -> tuple[float, ...]:
+    """Return the foreground IoU of each result with its (H, W) bool mask; 0 for failed results."""
+    return tuple(
+        0.0 if result.mask is None else float(foreground_iou(np.asarray(result.mask) > 0, mask))
+        for result, mask in zip(results, masks, strict=True)
+    )
+
+
+def verify_rule(
+    model: ConceptSegForSegmentation,
+    processor: ConceptSegProcessor,
+    rule: str,
+    samples: Sequence[PreparedSample],
+    masks: Sequence[np.ndarray],
+    sources: frozenset[int] | None = None,
+) -> float:
+    """Return the mean IoU of completions that start with a rule.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        rule: The rule.
+        samples: The result of `leave_one_out`.
+        masks: (H, W) bool ground-truth mask of each reference.
+        sources: The references that the rule comes from; a rule of a single reference is scored on the others.
+    """
+    results = model.segment(samples, router="full_reasoning", processor=processor, rule=rule)
+    ious = mask_ious(results, masks)
+    return float(np.mean([iou for i, iou in enumerate(ious) if sources != {i}] or ious))
+
+
+def select_rule(
+    model: ConceptSegForSegmentation,
+    processor: ConceptSegProcessor,
+    phrase: str | None,
+    sources: frozenset[int] | None,
+    written: Sequence[str | None],
+    samples: Sequence[PreparedSample],
+    masks: Sequence[np.ndarray],
+) -> tuple[str | None, float | None]:
+    """Return the rule with the highest mean IoU, and this IoU.
+
+    Candidates are the most frequent rules that the VLM wrote, and the phrase of the concept.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        phrase: The phrase of the concept, or None.
+        sources: The references that the phrase comes from; see `verify_rule`.
+        written: The rule that the VLM wrote for each reference, or None.
+        samples: The result of `leave_one_out`.
+        masks: (H, W) bool ground-truth mask of each reference.
+    """
+    counts = Counter(rule for rule in written if rule and _is_valid(processor, rule))
+    candidates: dict[str, frozenset[int] | None] = {
+        rule: frozenset(i for i, other in enumerate(written) if other == rule)
+        for rule, _ in counts.most_common(_MAX_WRITTEN_RULES)
+    }
+    if phrase is not None:
+        candidates[phrase] = sources
+    if len(samples) < 2 or not candidates:  # a rule cannot be verified on the reference that it comes from
+        return next(iter(counts), None), None
+    scores = {
+        rule: verify_rule(model, processor, rule, samples, masks, of) for rule, of in candidates.items()
+    }
+    best = max(scores, key=scores.__getitem__)
+    return best, scores[best]
+
+
+def _is_valid(processor: ConceptSegProcessor, rule: str) -> bool:
+    try:
+        processor.check_rule(rule)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,177 @@
+"""Stage II with rollouts of a colocated vLLM engine, with the embedded checkpoint; vLLM runs for real, on the CPU."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM needs an environment of its own: run `make test-vllm`")
+pytest.importorskip("trl", "1.16")
+
+import psutil
+import torch
+from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
+from peft import LoraConfig
+
+from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, nano_checkpoint, vlm_backbone
+from conceptseg_hf.data import load_benchmark
+from conceptseg_hf.generation import generate_with_states
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return list(load_benchmark("concept-shapes", split="train", limit=12))
+
+
+@pytest.fixture(scope="module")
+def vlm_folder(loaded, tmp_path_factory) -> str:
+    """The VLM alone, with its processor, as users save it."""
+    model, processor = loaded
+    folder = tmp_path_factory.mktemp("vlm")
+    model.vlm.save_pretrained(folder)
+    processor.vlm_processor().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def weight_hash():
+    def hash_of(module: torch.nn.Module) -> str:
+        digest = hashlib.sha256()
+        for name, weight in sorted(module.state_dict().items()):
+            digest.update(name.encode() + weight.detach().numpy().tobytes())
+        return digest.hexdigest()
+
+    return hash_of
+
+
+@pytest.fixture
+def make(shapes, vlm_folder, tmp_path):
+    def make_trainer(folder: str = "run", **settings) -> MetaGRPOTrainer:
+        model = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
+        arguments = {name: settings.pop(name) for name in ("peft_config",) if name in settings}
+        settings = {
+            "per_device_train_batch_size": 4,
+            "num_generations": 4,
+            "max_completion_length": 64,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "learning_rate": 1e-4,
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": [],
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "log_examples": 0,
+            "use_vllm": True,
+            "vllm_mode": "colocate",
+            "vllm_vlm_name_or_path": vlm_folder,
+            "vllm_max_model_length": 512,
+            **settings,
+        }
+        return MetaGRPOTrainer(
+            model,
+            args=MetaGRPOConfig(str(tmp_path / folder), **settings),
+            train_dataset=split_reference_dataset(shapes),
+            processing_class=ConceptSegProcessor.from_pretrained(nano_checkpoint()),
+            **arguments,
+        )
+
+    return make_trainer
+
+
+def greedy_of_engine(trainer, prepared) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    backend = trainer.vllm_generation
+    settings = SamplingParams(
+        temperature=0, max_tokens=64, logit_bias=backend.generation_kwargs["logit_bias"], detokenize=False
+    )
+    prompts = [
+        {
+            "prompt_token_ids": backend.engine_prompt(sample.input_ids.tolist()),
+            "multi_modal_data": {"image": list(sample.vlm_images)},
+        }
+        for sample in prepared
+    ]
+    ends = set(trainer.eos_token_ids)
+    outputs = backend.llm.generate(prompts, settings, use_tqdm=False)
+    return [[token for token in output.outputs[0].token_ids if token not in ends] for output in outputs]
+
+
+def greedy_of_policy(trainer, prepared) -> list[list[int]]:
+    model = trainer.concept_model
+    generated = generate_with_states(
+        model.vlm, trainer.concept_processor.collate(prepared), {"max_new_tokens": 64}
+    )
+    return [ids[mask].tolist() for ids, mask in zip(generated.token_ids, generated.mask)]
+
+
+def history(trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def test_engine_follows_the_policy(make, shapes) -> None:
+    """Completions and log-probabilities of the engine are those of the policy, also after updates."""
+    trainer = make(max_steps=3, learning_rate=3e-4)
+    prepared = [
+        trainer.concept_processor.prepare(sample.image, sample.prompt, sample.references)
+        for sample in shapes[:8]
+    ]
+    trainer.vllm_generation.sync_weights()
+    before = greedy_of_engine(trainer, prepared)
+    assert before == greedy_of_policy(trainer, prepared)
+
+    trainer.train()
+    assert trainer.vllm_importance_sampling_correction
+    # The engine sampled from the policy of the same step: vision tower, language model and tied head are current.
+    assert max(history(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
+    ratios = history(trainer, "sampling/importance_sampling_ratio/min")
+    assert len(ratios) == 3 and min(ratios) > 0.99
+    assert min(history(trainer, "rewards/format/mean")) == 1.0
+    assert history(trainer, "kl")[-1] > 1e-3
+
+    policy = greedy_of_policy(trainer, prepared)
+    assert policy != before
+    trainer.vllm_generation.sync_weights()
+    assert greedy_of_engine(trainer, prepared) == policy
+
+    listening = [c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
+    assert set(listening) <= {"127.0.0.1", "::1"}
+
+
+def test_vision_tower_alone_reaches_the_engine(make, shapes) -> None:
+    """The engine caches encoded images, which TRL does not clear."""
+    trainer = make()
+    sample = shapes[0]
+    prepared = [trainer.concept_processor.prepare(sample.image, sample.prompt, sample.references)]
+    trainer.vllm_generation.sync_weights()
+    before = greedy_of_engine(trainer, prepared)
+    with torch.no_grad():
+        for parameter in vlm_backbone.vision_tower(trainer.concept_model.vlm).parameters():
+            parameter.mul_(0.8)
+    expected = greedy_of_policy(trainer, prepared)
+    assert expected != before
+    trainer.vllm_generation.sync_weights()
+    assert greedy_of_engine(trainer, prepared) == expected
+
+
+def test_resumed_run_equals_an_undisturbed_one(make, weight_hash) -> None:
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    undisturbed = make("undisturbed", **settings)
+    undisturbed.train()
+    resumed = make("resumed", **settings)
+    resumed.train(resume_from_checkpoint=f"{undisturbed.args.output_dir}/checkpoint-2")
+    assert history(resumed, "loss")[-2:] == history(undisturbed, "loss")[-2:]
+    assert weight_hash(resumed.concept_model) == weight_hash(undisturbed.concept_model)
+
+
+def test_adapters_are_merged_for_the_engine(make) -> None:
+    config = LoraConfig(
+        r=4, target_modules=r"vlm\.model\.language_model\..*\.(q_proj|v_proj)", modules_to_save=["ctm"]
+    )
+    trainer = make(max_steps=3, peft_config=config, learning_rate=1e-2)
+    trainer.train()
+    assert max(history(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
+    assert history(trainer, "kl")[-1] > 1e-4
