@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from conceptseg_trainers.mini.ctm_data import PhotosCtmData
 from conceptseg_trainers.mini.dense import CHANNELS, MARKED, DenseHeads, dense_loss, dense_target
 from conceptseg_trainers.mini.examples import PhotoExampleWriter
+from conceptseg_trainers.mini.leaks import training_items
 from conceptseg_trainers.mini.nouns import PROMPTS_WITHOUT_NOUN, exclude_each_other
 from conceptseg_trainers.mini.photographs import PhotographLibrary
 from conceptseg_trainers.mini.sam_data import PhotosSamData, negative_prompt, positive_prompt
@@ -19,6 +21,7 @@ from conceptseg_trainers.mini.scenes import Region
 from conceptseg_trainers.mini.sources import SceneMix
 from conceptseg_trainers.mini.tasks import TaskSource
 from conceptseg_trainers.mini.tokenizers import mini_processor
+from PIL import Image, ImageOps
 
 from conceptseg_hf import parse_completion
 from conceptseg_hf.boxes import mask_to_box
@@ -56,6 +59,39 @@ def test_parts_are_disjoint_and_complete(root) -> None:
     ]
     assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 64
     assert len(parts[0]) > 50 and not any("/test_" in sample_id for sample_id in parts[0])
+
+
+def test_images_that_leak_test_images_are_not_trained(root, tmp_path) -> None:
+    """A smaller copy of a test image, in another dataset, and exposures of a tested tile; numbers far apart are
+    different tiles."""
+    copy = shutil.copytree(root, tmp_path / "photos")
+    source = next((copy / "kvasir-seg" / "images").glob("test_*"))
+    leak = next((copy / "ecssd" / "images").glob("train_*"))
+    Image.open(source).resize((150, 112)).resize((200, 150)).save(leak)
+    names = {
+        "blowhole-exp1_num_5000": "test",
+        "blowhole-exp2_num_5800": "train",
+        "crack-exp1_num_9000": "train",
+    }
+    tiles = write_photos(
+        tmp_path / "tiles", (("magnetic-tile", "CD", ("industrial defect segmentation",) * 3),)
+    )
+    folder = copy / "magnetic-tile"
+    lines = ["id,image,mask,prompt,split,level,group"]
+    for number, (name, split) in enumerate(names.items()):
+        for part in ("images", "masks"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            image = Image.open(tiles / "magnetic-tile" / part / f"train_{number}.png")
+            # Without the inversion, it would be equal to the image of another dataset.
+            (ImageOps.invert(image) if part == "images" else image).save(folder / part / f"{name}.png")
+        lines.append(f"{name},images/{name}.png,masks/{name}.png,defect,{split},CD,group")
+    (folder / "samples.csv").write_text("\n".join(lines) + "\n")
+    kept = {item.sample_id for item in training_items(copy)}
+    unchanged = {item.sample_id for item in training_items(root)}
+    assert len(unchanged) == 64
+    assert kept == unchanged - {f"ecssd/{leak.stem}-salient object segmentation"} | {
+        "magnetic-tile/crack-exp1_num_9000"
+    }
 
 
 def test_nouns_of_other_domains_and_unmarked_classes_are_absent(root) -> None:

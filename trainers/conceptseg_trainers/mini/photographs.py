@@ -13,10 +13,9 @@ from PIL import Image
 
 from conceptseg_hf.data.files import FileItem
 from conceptseg_hf.data.ground_truths import MaskFile
-from conceptseg_hf.data.layouts.photos import index_files
-from conceptseg_hf.data.suite import SOURCES
 from conceptseg_hf.images import load_image, load_mask
 
+from .leaks import training_items
 from .nouns import COCO_CLASSES, domain_of, exclude_each_other, nouns_of
 from .scenes import Region, Scene
 
@@ -59,7 +58,7 @@ class PhotographLibrary:
 
     def __init__(self, root: Path, part: Literal["train", "val"], size: int) -> None:
         self.size = size
-        items = index_files(root, SOURCES["photos"], "train").items
+        items = training_items(root)
         nouns = {item.dataset: set[str]() for item in items}
         for item in items:
             nouns[item.dataset].update(nouns_of(item))

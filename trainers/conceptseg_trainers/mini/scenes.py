@@ -12,9 +12,8 @@ from conceptseg_hf.data.concept_photos.compositing import PhotoScene
 from conceptseg_hf.data.concept_photos.cutouts import CutoutLibrary
 from conceptseg_hf.data.concept_photos.families import Studio
 from conceptseg_hf.data.concept_shapes.scenes import Scene as DrawnScene
-from conceptseg_hf.data.layouts.photos import index_files
-from conceptseg_hf.data.suite import SOURCES
 
+from .leaks import training_items
 from .nouns import OBJECT
 
 
@@ -66,7 +65,7 @@ class Composer:
     """
 
     def __init__(self, root: Path, size: int, absent: tuple[str, ...]) -> None:
-        self.library = CutoutLibrary(index_files(root, SOURCES["photos"], "train").items)
+        self.library = CutoutLibrary(training_items(root))
         self.size, self.absent = size, absent
 
     def draw(self, rng: np.random.Generator, twins: bool = False) -> Scene:

@@ -10,12 +10,14 @@ import numpy as np
 from PIL import Image
 
 from conceptseg_hf.data import ConceptPhotos, ConceptShapes
+from conceptseg_hf.data.concept_photos.cutouts import CutoutLibrary
 from conceptseg_hf.data.files import FileItem
 from conceptseg_hf.data.ground_truths import MaskFile
 from conceptseg_hf.data.pools import reference_count
 from conceptseg_hf.images import load_image, load_mask, mask_to_image
 from conceptseg_hf.references import Reference
 
+from .leaks import training_items
 from .nouns import OBJECT, nouns_of
 from .photographs import PhotographLibrary
 from .scenes import Region
@@ -72,6 +74,7 @@ class TaskSource:
         self.size = size
         self.photographs = PhotographLibrary(root, part, size)
         self._compositions = ConceptPhotos(root, "train", length=_LENGTH, size=size)
+        self._compositions.library = CutoutLibrary(training_items(root))
         self._drawings = ConceptShapes("train", length=_LENGTH, size=size)
         # References are training photographs in both parts.
         self._pools: dict[str, list[FileItem]] = {}

@@ -1,0 +1,66 @@
+"""Training photographs that show what a test photograph shows, which are not trained on."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from conceptseg_hf.data.duplicates import MAX_DISTANCE, fingerprints, nearest
+from conceptseg_hf.data.files import FileItem
+from conceptseg_hf.data.layouts.photos import index_files
+from conceptseg_hf.data.suite import SOURCES
+
+# The magnetic tiles have several exposures each, and the split of the data does not separate tiles. The numbers in the
+# file names ascend in time; images whose numbers are less than this apart are taken to be of the same tile.
+_TILE_GAP = 1300
+_TILES = "magnetic-tile"
+
+
+@functools.lru_cache(maxsize=4)
+def training_items(root: Path) -> tuple[FileItem, ...]:
+    """Return the training samples of the benchmark `photos` without those that leak test photographs.
+
+    Left out are images that are duplicates or near duplicates of a test image of any dataset (see
+    `data.duplicates`), and exposures of a magnetic tile that is in the test split.
+
+    Args:
+        root: Folder of the benchmark.
+    """
+    train, test = (index_files(root, SOURCES["photos"], split).items for split in ("train", "test"))
+    images = _images(train)
+    test_images = _images(test)
+    matches = nearest(fingerprints(images), fingerprints(test_images))
+    leaks = {
+        image
+        for image, match in zip(images, matches, strict=True)
+        if match is not None and (match[2] or match[1] <= MAX_DISTANCE)
+    }
+    tiles = [[image for image in each if image.parts[-3] == _TILES] for each in (images, test_images)]
+    leaks |= _same_tiles(*tiles)
+    return tuple(item for item in train if item.image not in leaks)
+
+
+def _images(items: Iterable[FileItem]) -> list[Path]:
+    return list(dict.fromkeys(item.image for item in items))
+
+
+def _same_tiles(images: Sequence[Path], test_images: Sequence[Path]) -> set[Path]:
+    """Return the images of tiles that test images show as well."""
+    numbers = {image: int(match[1]) for image in (*images, *test_images) if (match := _number(image))}
+    tested = set(test_images)
+    same: set[Path] = set()
+    group: list[Path] = []
+    for image in [*sorted(numbers, key=numbers.__getitem__), None]:
+        if image is None or (group and numbers[image] - numbers[group[-1]] >= _TILE_GAP):
+            if tested.intersection(group):
+                same.update(group)
+            group = []
+        if image is not None:
+            group.append(image)
+    return same - tested
+
+
+def _number(image: Path) -> re.Match[str] | None:
+    return re.search(r"_num_(\d+)", image.name)
