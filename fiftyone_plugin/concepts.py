@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import fiftyone.operators as foo
@@ -91,13 +91,9 @@ class InduceConcept(foo.Operator):
             raise ImportError(forms.INSTALL)
         from conceptseg_hf.integrations.fiftyone import induce_concept
 
-        try:
-            stored = yield from forms.in_background(
-                ctx, lambda report: induce_concept(ctx.dataset, _induction(ctx), progress=report)
-            )
-        except Exception as error:
-            yield from forms.notified(ctx, error)
-        yield from _shown(ctx, stored)
+        yield from _store_and_show(
+            ctx, lambda report: induce_concept(ctx.dataset, _induction(ctx), progress=report)
+        )
 
 
 class EditConcept(foo.Operator):
@@ -175,13 +171,9 @@ class EditConcept(foo.Operator):
             raise ImportError(forms.INSTALL)
         from conceptseg_hf.integrations.fiftyone import edit_concept
 
-        try:
-            stored = yield from forms.in_background(
-                ctx, lambda report: edit_concept(ctx.dataset, _edit(ctx, named_concept(ctx)))
-            )
-        except Exception as error:
-            yield from forms.notified(ctx, error)
-        yield from _shown(ctx, stored)
+        yield from _store_and_show(
+            ctx, lambda report: edit_concept(ctx.dataset, _edit(ctx, named_concept(ctx)))
+        )
 
 
 class ApplyConcept(foo.Operator):
@@ -332,7 +324,12 @@ def results_of(ctx: Any, stored: Any) -> tuple[types.Object, dict[str, Any]]:
     return outputs, values
 
 
-def _shown(ctx: Any, stored: Any) -> Iterator[Any]:
+def _store_and_show(ctx: Any, make: Callable[[Callable[[int, int, str], None]], Any]) -> Iterator[Any]:
+    """Make and store a concept in a thread, and show how well it explains the references; errors are shown, too."""
+    try:
+        stored = yield from forms.in_background(ctx, make)
+    except Exception as error:
+        yield from forms.notified(ctx, error)
     if ctx.delegated:
         return
     outputs, values = results_of(ctx, stored)

@@ -51,7 +51,7 @@ class ManageConcepts(foo.Operator):
             inputs.str(
                 "path",
                 label="File",
-                description="Path of a .safetensors file on the machine of the App's server",
+                description=_PATH,
             )
             inputs.str(
                 "new_name",

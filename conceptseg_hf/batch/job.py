@@ -16,6 +16,7 @@ import conceptseg_hf
 
 from ..concept_prompt import ConceptPrompt
 from ..conversion.sources import SafetensorsSource, find_folder
+from ..hashing import HASHED_VALUES
 from ..images import load_image, load_mask, mask_to_image
 from ..loading import configuration_hash, find_checkpoint, load_config, load_model_and_processor
 from ..modeling_conceptseg import ConceptSegForSegmentation
@@ -177,7 +178,7 @@ def _hash_of_weights(checkpoint: str) -> str:
     source = SafetensorsSource(find_folder(checkpoint, "model"))
     digest = hashlib.sha256()
     for name in sorted(source.tensors):
-        values = source.read(name).flatten()[:64].contiguous()
+        values = source.read(name).flatten()[:HASHED_VALUES].contiguous()
         digest.update(f"{name}{source.tensors[name].shape}".encode())
         digest.update(values.view(torch.uint8).numpy().tobytes())
     source.release()

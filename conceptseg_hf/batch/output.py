@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,16 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..writing import json_text, write_error, write_file, write_json
+from ..evaluation.records.settings import changed_settings, read_settings
+from ..writing import write_error, write_file, write_json
 from .errors import BatchError
 from .job import BatchJob
 from .requirements import import_parquet
 from .rows import Row, schema
 
 SETTINGS, RESULTS, UNFINISHED = "settings.json", "results", "unfinished"
-
-# They describe the environment, not the results, and may change when a job is resumed.
-_INFORMATIVE = ("environment",)
 
 
 def write_batch(folder: Path, batch: int, rows: Sequence[Row]) -> None:
@@ -247,18 +244,12 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
             )
         write_json(path, settings)
         return
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        stored = None
-    if not isinstance(stored, dict):
+    stored = read_settings(path)
+    if stored is None:
         raise BatchError(
             f"{str(path)!r} does not hold the settings of a job; give another folder, or remove this one."
         )
-    expected = json.loads(json_text(settings))
-    names = [name for name in {**stored, **expected} if name not in _INFORMATIVE]
-    changed = [name for name in names if stored.get(name) != expected.get(name)]
-    if changed:
+    if changed := changed_settings(stored, settings):
         raise BatchError(
             f"{str(folder)!r} holds the results of another job (different {', '.join(changed)}); give "
             "another folder, or remove this one."

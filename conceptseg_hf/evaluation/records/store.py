@@ -17,11 +17,9 @@ from typing import Any
 from ...writing import json_text, open_new, write_error, write_json
 from ..distributed import ALONE, Processes
 from .record import RECORD_FIELDS
+from .settings import changed_settings, read_settings
 
 Record = dict[str, Any]
-
-# Settings that may change when a run is resumed: they describe the environment, not the evaluation.
-INFORMATIVE = ("environment",)
 
 
 class RecordStore:
@@ -153,7 +151,6 @@ class RecordStore:
 
     def _check_settings(self, expected: dict[str, Any]) -> None:
         path = self._existing_folder / "settings.json"
-        expected = json.loads(json_text(expected))
         if not path.exists():
             if (self._existing_folder / "records.jsonl").exists():
                 raise ValueError(
@@ -161,23 +158,14 @@ class RecordStore:
                     "unknown; give another output folder, or remove this one."
                 )
             return
-        stored = self._read_settings(path)
-        names = [name for name in {**stored, **expected} if name not in INFORMATIVE]
-        changed = [name for name in names if stored.get(name) != expected.get(name)]
-        if changed:
-            raise self._other_run(", ".join(changed))
-
-    def _read_settings(self, path: Path) -> dict[str, Any]:
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            settings = None
-        if not isinstance(settings, dict):
+        stored = read_settings(path)
+        if stored is None:
             raise ValueError(
                 f"evaluate: {str(path)!r} does not hold the settings of a run; give another output folder, or remove "
                 "this one."
             )
-        return settings
+        if changed := changed_settings(stored, expected):
+            raise self._other_run(", ".join(changed))
 
     def _check_records(self, total: int | None, identify: Callable[[int], Mapping[str, Any]] | None) -> None:
         for index, record in self._records.items():

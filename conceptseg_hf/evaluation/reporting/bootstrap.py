@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -87,6 +88,26 @@ def resample(values: Sequence[float], stream: str = "", resamples: int = RESAMPL
         for start in range(0, resamples, block)
     ]
     return Resampled(float(numbers.mean()), np.concatenate(means), len(numbers), len(numbers))
+
+
+def foreground_iou(
+    records: Sequence[Mapping[str, Any]], stream: str
+) -> tuple[float | None, list[float] | None]:
+    """Return the mean foreground IoU of the records that show their concept, and [low, high]; None if not defined.
+
+    Args:
+        records: Records of an evaluation.
+        stream: See `resample`.
+    """
+    ious = [
+        record["foreground_iou"]
+        for record in records
+        if record["present"] and record["foreground_iou"] is not None
+    ]
+    resampled = resample(ious, stream=stream)
+    interval = None if resampled is None or resampled.smallest < 2 else resampled.interval()
+    mean = sum(ious) / len(ious) if ious else None
+    return mean, None if interval is None else [interval.low, interval.high]
 
 
 def average(parts: Sequence[Resampled | None]) -> Resampled | None:

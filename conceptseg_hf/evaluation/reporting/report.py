@@ -17,7 +17,7 @@ from ..records.choice import TARGET
 from ..records.store import Record
 from . import paper_figures
 from .aggregate import Row, aggregate, levels_of
-from .bootstrap import resample
+from .bootstrap import foreground_iou
 from .choice_table import choice_table
 from .data_notes import data_notes, data_remarks
 from .decomposition import decompose
@@ -334,20 +334,14 @@ def _row_values(row: Row, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _row(level: str, group: str, records: Sequence[Record]) -> dict[str, Any]:
     decoded = [record for record in records if record["decode_presence"] is not None]
-    ious = [
-        record["foreground_iou"]
-        for record in records
-        if record["present"] and record["foreground_iou"] is not None
-    ]
-    resampled = resample(ious, stream=f"{level}/{group}")
-    interval = None if resampled is None or resampled.smallest < 2 else resampled.interval()
+    mean, interval = foreground_iou(records, stream=f"{level}/{group}")
     regrets = [record["routing_regret"] for record in records if record.get("routing_regret") is not None]
     return {
         "level": level,
         "group": group,
         "samples": len(records),
-        "foreground_iou": _fraction(ious),
-        "foreground_iou_interval": None if interval is None else [interval.low, interval.high],
+        "foreground_iou": mean,
+        "foreground_iou_interval": interval,
         "rejection_rate": _mean(records, "rejected", lambda record: not record["present"]),
         "presence_auc": presence_auc(
             [record["decode_presence"] for record in decoded], [record["present"] for record in decoded]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..records.store import Record
-from .bootstrap import resample
+from .bootstrap import foreground_iou
 
 TIERS = ("concept", "rule", "reasoning")
 
@@ -25,20 +25,14 @@ def tier_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
         members = [record for record in records if record["route"] == tier]
         if not members:
             continue
-        ious = [
-            record["foreground_iou"]
-            for record in members
-            if record["present"] and record["foreground_iou"] is not None
-        ]
-        resampled = resample(ious, stream=f"tier/{tier}")
-        interval = None if resampled is None or resampled.smallest < 2 else resampled.interval()
+        mean, interval = foreground_iou(members, stream=f"tier/{tier}")
         rows.append(
             {
                 "tier": tier,
                 "samples": len(members),
                 "share": len(members) / len(routes),
-                "foreground_iou": sum(ious) / len(ious) if ious else None,
-                "foreground_iou_interval": None if interval is None else [interval.low, interval.high],
+                "foreground_iou": mean,
+                "foreground_iou_interval": interval,
             }
         )
     return rows
