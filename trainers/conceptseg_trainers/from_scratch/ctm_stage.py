@@ -71,7 +71,7 @@ class CtmWithHeads(nn.Module):
 class CtmData(Protocol):
     """Tasks of the stage."""
 
-    class_sizes: Sequence[int]
+    class_sizes: tuple[int, ...]
     """Number of classes of each auxiliary classification of looks."""
 
     def noun(self, answer: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ class SamAttention:
     """
 
     def __init__(self, sam: Sam3Model) -> None:
-        self._fusion = [layer.cross_attn for layer in sam.detr_encoder.layers]
-        self._decoder = [layer.vision_cross_attn for layer in sam.detr_decoder.layers]
+        self._fusion = [cast(Sam3Attention, layer.cross_attn) for layer in sam.detr_encoder.layers]
+        self._decoder = [cast(Sam3Attention, layer.vision_cross_attn) for layer in sam.detr_decoder.layers]
         self._inputs: list[dict[str, Tensor]] = []
 
     @contextmanager

@@ -104,7 +104,7 @@ class SamWithHeads(nn.Module):
     def __init__(self, config: Sam3Config, make_heads: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.sam = Sam3Model._from_config(config)
-        self.dense = make_heads(config.vision_config.fpn_hidden_size)
+        self.dense = make_heads(config.vision_config.fpn_hidden_size)  # type: ignore[union-attr]
 
 
 class SamStage(Generic[SceneT]):
@@ -179,7 +179,9 @@ class SamStage(Generic[SceneT]):
         look = attention.presence_loss(self._tensor(object_tokens), present)
         segment = torch.tensor([prompt.segment for prompt in prompts], device=self.device)
         logits = mask_logits(output)[:, 0].float()
-        soft_masks = nn.functional.adaptive_avg_pool2d(ground_truth[:, None], logits.shape[-2:])[:, 0]
+        soft_masks = nn.functional.adaptive_avg_pool2d(
+            ground_truth[:, None], (logits.shape[-2], logits.shape[-1])
+        )[:, 0]
         dice = dice_loss(logits[present], soft_masks[present])
         focal = focal_loss(logits, soft_masks)[segment].mean()
         presence_logits = output.presence_logits

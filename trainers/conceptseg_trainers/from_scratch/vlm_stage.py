@@ -67,7 +67,7 @@ class VlmWithHeads(nn.Module):
     def __init__(self, config: Qwen2_5_VLConfig, make_heads: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.vlm = Qwen2_5_VLForConditionalGeneration._from_config(config)
-        self.dense = make_heads(config.text_config.hidden_size)
+        self.dense = make_heads(config.text_config.hidden_size)  # type: ignore[union-attr]
 
 
 class VlmStage:

@@ -24,7 +24,7 @@ class PhotosCtmData:
         root: Folder of the benchmark `photos`.
     """
 
-    class_sizes = (len(CHANNELS) + 1,)
+    class_sizes: tuple[int, ...] = (len(CHANNELS) + 1,)
 
     def __init__(self, root: Path) -> None:
         self._tasks = TaskSource(root, "train", SIDE)

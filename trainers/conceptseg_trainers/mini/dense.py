@@ -55,7 +55,7 @@ def dense_target(regions: Sequence[Region], absent: Sequence[str], size: int, gr
     """
     maps = {noun: np.zeros(grid * grid, dtype=np.float32) for noun in absent}
     covered = [np.full(grid * grid, _MIN_COVERAGE)]
-    boxes = [np.zeros(4, dtype=np.float32)]
+    boxes: list[np.ndarray] = [np.zeros(4, dtype=np.float32)]
     for region in regions:
         coverage = token_coverage(region.mask, grid).astype(np.float32)
         covered.append(coverage)

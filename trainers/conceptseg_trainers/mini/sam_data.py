@@ -101,7 +101,9 @@ class PhotosSamData:
         losses = []
         for head, level in zip(cast(nn.ModuleList, heads), levels, strict=True):
             logits = _noun_logits(cast(nn.Conv2d, head), level, rows, channels)
-            soft_masks = nn.functional.adaptive_avg_pool2d(ground_truth[:, None], logits.shape[-2:])[:, 0]
+            soft_masks = nn.functional.adaptive_avg_pool2d(
+                ground_truth[:, None], (logits.shape[-2], logits.shape[-1])
+            )[:, 0]
             losses.append(
                 dice_loss(logits[present], soft_masks[present]) + 10 * focal_loss(logits, soft_masks).mean()
             )

@@ -126,8 +126,9 @@ class TaskSource:
         if nouns:
             mask = scene.masks().get(answer, np.zeros((self.size, self.size), dtype=bool))
         else:
-            mask = np.any([region.mask for region in scene.regions], axis=0) if scene.regions else None
-            mask = np.zeros((self.size, self.size), dtype=bool) if mask is None else mask
+            mask = np.zeros((self.size, self.size), dtype=bool)
+            for region in scene.regions:
+                mask = mask | region.mask
         images, marked = self._references(rng, item, augment)
         references = tuple(
             Reference(image, mask=None if mark is None else mask_to_image(mark))
