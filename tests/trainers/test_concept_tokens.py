@@ -46,7 +46,7 @@ def test_table_averages_seeds_before_it_pairs_samples() -> None:
     ]
     row = table(seeds).splitlines()[2]
     assert row.startswith(
-        "| CI | 2 | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 | 0.700 | +0.200 [+0.200, +0.200]"
+        "| CI | 2 | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 | 0.700 | +0.200 [+0.200, +0.200]"
     )
 
 

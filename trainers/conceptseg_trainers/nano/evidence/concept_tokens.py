@@ -2,8 +2,9 @@
 
 The VLM writes one completion per sample (greedy decoding), and SAM 3 decodes it with six prompts: the box of the
 completion, the noun of its answer, its answer, the concept tokens Z alone, Z with the noun, and Z with the answer. The
-differences are therefore paired, and caused by the prompt alone. Several checkpoints are treated as seeds of the same
-training: values are averaged over them before the bootstrap.
+differences are therefore paired, and caused by the prompt alone. A seventh prompt, the ground-truth box, shows what
+SAM 3 can do. Several checkpoints are treated as seeds of the same training: values are averaged over them before the
+bootstrap.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conceptseg_hf import Completion, ConceptSegForSegmentation, ConceptSegProcessor
+from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
+from conceptseg_hf.boxes import Box
 from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.generation import generate_with_states
@@ -29,7 +31,7 @@ from conceptseg_hf.writing import write_file
 
 from .tables import format_interval, mean_over_seeds, paired
 
-PROMPTS = ("box", "noun", "text", "Z", "Z + noun", "Z + text")
+PROMPTS = ("true box", "box", "noun", "text", "Z", "Z + noun", "Z + text")
 DIFFERENCES = (("Z + text", "text"), ("Z + text", "box"), ("Z + noun", "noun"))
 _SETS = {"test": None, "test-compositional": None, "test, which one": ["which one"]}
 _BATCH = 25
@@ -125,7 +127,17 @@ def prompt_ious(
         "Z + noun": model.decode_masks(features, *processor.sam_text(nouns), concepts)[0],
         "Z + text": model.decode_masks(features, *processor.sam_text(answers), concepts)[0],
     }
-    logits["box"] = _decode_boxes(model, processor, features, completions, prepared, logits["text"])
+    for name, boxes in (
+        (
+            "true box",
+            [
+                item.coordinates.image_box_to_text(s.box) if s.box else None
+                for item, s in zip(prepared, samples)
+            ],
+        ),
+        ("box", [completion.bbox for completion in completions]),
+    ):
+        logits[name] = _decode_boxes(model, processor, features, boxes, prepared, logits["text"])
     return {prompt: _ious(processor, logits[prompt], prepared, samples) for prompt in PROMPTS}
 
 
@@ -139,16 +151,16 @@ def _decode_boxes(
     model: ConceptSegForSegmentation,
     processor: ConceptSegProcessor,
     features: ImageFeatures,
-    completions: Sequence[Completion],
+    text_boxes: Sequence[Box | None],
     prepared: Sequence[PreparedSample],
     like: Tensor,
 ) -> Tensor:
-    """Return (B, 1, h, w) mask logits for the boxes of the completions; negative without a box."""
+    """Return (B, 1, h, w) mask logits for boxes in text units; negative without a box."""
     logits = torch.full_like(like, -1.0)
     boxes = {
-        row: prepared[row].coordinates.text_box_to_sam(completion.bbox)
-        for row, completion in enumerate(completions)
-        if completion.bbox is not None
+        row: prepared[row].coordinates.text_box_to_sam(box)
+        for row, box in enumerate(text_boxes)
+        if box is not None
     }
     rows = [row for row, box in boxes.items() if min(box[2:]) > 0]
     if rows:
