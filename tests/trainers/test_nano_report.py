@@ -26,5 +26,5 @@ def test_card_contains_all_tables(tmp_path, monkeypatch) -> None:
     assert card.count("| CR, box IoU of completions |") == 1
     assert "| test-compositional | full_reasoning |" in card
     assert "| test-rules | hidden rule | 4 |" in card
-    assert "| test, which one: identical look | 2 |" in card
+    assert "| test, which one: shared noun | 4 |" in card
     assert "{" not in card

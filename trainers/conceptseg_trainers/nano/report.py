@@ -170,9 +170,9 @@ class _SplitResults:
         }
 
     def value(self, router: str, level: str, name: str) -> float | None:
-        """Return a column of the row of all groups of a level."""
+        """Return a column of the row of all groups of a level; None if the level has no samples."""
         rows = (row for row in self._tables[router] if row["level"] == level and row["group"] == "all")
-        return next(rows)[name]
+        return next((row[name] for row in rows), None)
 
     def gain(self, level: str) -> float | None:
         """Return the foreground IoU of the adaptive router minus that of SAM 3 alone."""
