@@ -28,7 +28,7 @@ from .vlm_data import RANDOM_CHOICE_FAMILIES, make_stage
 
 _STAGES = ("sam", "vlm", "ctm", "base", "base-ctm")
 PRETRAINING = {"sam": 4000, "vlm": 5000}  # number of steps in which only the vision tower is trained
-STEPS = {"sam": 11_000, "vlm": 12_000, "base": 8_000}
+STEPS = {"sam": 11_000, "vlm": 12_000, "base": 6_000}
 HELD_OUT = {"sam": 180, "vlm": 132, "ctm": 240}
 
 
