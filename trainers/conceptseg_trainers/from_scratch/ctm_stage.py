@@ -30,7 +30,7 @@ from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
 from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures, box_tokens, decode, encode_image, encode_text
 
 from .ctm_completions import KINDS, TARGET, UNKNOWN, CompletionWriter, CtmTask
-from .loop import mean
+from .loop import Schedule, mean
 from .masks import total
 from .sam_stage import images_to_pixels, logits_to_masks, mask_logits
 
@@ -41,14 +41,18 @@ TEXTS = ("full", "noun", "none")
 class CtmSteps:
     """Number of steps of each phase."""
 
-    reading: int = 700
-    imitation: int = 700
-    segmenting: int = 1600
+    reading: int = 2000
+    imitation: int = 4000
+    segmenting: int = 6000
 
     @property
     def total(self) -> int:
         """Number of steps of all phases."""
         return self.reading + self.imitation + self.segmenting
+
+    def schedule(self) -> Schedule:
+        """Return the schedule of the stage."""
+        return Schedule(self.total, learning_rate=5e-4, warmup=50, decay=0.4, evaluate_every=1000)
 
 
 class CtmWithHeads(nn.Module):

@@ -87,8 +87,7 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
         held_out=_held_out("ctm", scale),
         seed=arguments.seed,
     )
-    schedule = Schedule(steps.total, learning_rate=5e-4, warmup=50, decay=0.4, evaluate_every=400)
-    train(stage, schedule, folder)
+    train(stage, steps.schedule(), folder)
     output_dir = run_dir / ("base-checkpoint" if is_base else "checkpoint")
     write_checkpoint(model.cpu(), processor, arguments.output_dir or output_dir)
 
