@@ -4,7 +4,7 @@ If the CTM is always trained together with the text of the answer, the concept t
 text is sufficient. It is therefore trained in three phases:
 
 1. reading: auxiliary heads predict the box and the look of the described object from Z, without SAM 3;
-2. imitation: Z approximates the tokens of SAM 3's own box prompt, for the box in the completion;
+2. imitation: Z approximates the tokens of SAM 3's own box prompt (box, CLS and words), for the box in the completion;
 3. segmenting: dice + focal (eq. 5) with Z and the complete answer, with Z and the noun of the answer, or with Z alone.
 
 There are three kinds of completions: those of the VLM ("own", generated once and cached in the run folder), the ground
@@ -14,6 +14,7 @@ several masks. The target is always the object that the completion describes, ev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,8 @@ class CtmSteps:
     """Number of steps of each phase."""
 
     reading: int = 2000
-    imitation: int = 4000
-    segmenting: int = 6000
+    imitation: int = 3000
+    segmenting: int = 4000
 
     @property
     def total(self) -> int:
@@ -185,9 +186,10 @@ class CtmStage:
             embeds, mask = encode_text(self.model.sam, *text)
             words = embeds[:, : int(mask[0].sum())]
             count = self.model.config.ctm_config.num_queries
-            # The token of the box comes first, so that a single concept token suffices; it is repeated as padding.
-            box = tokens[:, :1]
-            targets = torch.cat([box, words, box.expand(-1, count, -1)], dim=1)[:, :count]
+            # The token of the box comes first, so that a single concept token suffices. The geometry encoder's CLS
+            # token contains the box too; SAM 3 needs it to tell identical objects apart. Repeated words are padding.
+            repeated = [words] * math.ceil(count / words.shape[1])
+            targets = torch.cat([tokens, *repeated], dim=1)[:, :count]
         concepts = self._concepts(self.table, rows, kinds)
         loss = (concepts - targets)[has_box].square().mean() / targets.var()
         return loss, {"imitation": loss.item()}
