@@ -134,7 +134,13 @@ def script(monkeypatch, model, processor, texts):
 
 @pytest.mark.parametrize(
     ("preset", "width", "heads", "vlm", "tied"),
-    [("3b", 2048, 16, 3_754_622_976, True), ("7b", 3584, 16, 8_292_166_656, False)],
+    [
+        ("3b", 2048, 16, 3_754_622_976, True),
+        ("7b", 3584, 16, 8_292_166_656, False),
+        ("qwen3-2b", 2048, 16, 2_127_532_032, True),
+        ("qwen3-4b", 2560, 16, 4_437_815_808, True),
+        ("qwen3-8b", 4096, 16, 8_767_123_696, False),
+    ],
 )
 def test_presets_have_the_published_sizes(preset, width, heads, vlm, tied):
     with torch.device("meta"):
@@ -181,19 +187,18 @@ def test_new_ctm_is_initialized_with_its_initializer_range():
 
 def test_rejects_an_unsupported_vlm():
     with pytest.raises(ValueError, match="qwen2_5_vl"):
-        ConceptSegForSegmentation(ConceptSegConfig.from_preset("nano", vlm_config=_small_qwen3_vl()))
+        ConceptSegForSegmentation(ConceptSegConfig.from_preset("nano", vlm_config=_small_qwen2_vl()))
 
 
-def _small_qwen3_vl() -> dict:
+def _small_qwen2_vl() -> dict:
     text = {
-        "model_type": "qwen3_vl_text",
+        "model_type": "qwen2_vl_text",
         "hidden_size": 128,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
-        "head_dim": 64,
     }
     return {
-        "model_type": "qwen3_vl",
+        "model_type": "qwen2_vl",
         "text_config": {**text, "num_key_value_heads": 1, "intermediate_size": 64, "vocab_size": 64},
     }
 

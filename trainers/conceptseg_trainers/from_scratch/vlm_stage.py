@@ -20,7 +20,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention, apply_rotary_pos_emb
 
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
-from conceptseg_hf.vlm_backbone import encode_images
+from conceptseg_hf.vlm_families import get_family
 
 from .tokenizers import COORDINATE_SCALE
 from .vlm_examples import MERGE, PATCH, TrainingExample, pad_examples, patches
@@ -120,7 +120,9 @@ class VlmStage:
         """Return the image tokens of N images, (N * grid * grid, D)."""
         rows = images[0].shape[0] // PATCH
         grid = torch.tensor([[1, rows, rows]], device=self.device).repeat(len(images), 1)
-        return torch.cat(encode_images(self.module.vlm, patches(images, self.device), grid))
+        vlm = self.module.vlm
+        inputs = {"pixel_values": patches(images, self.device), "image_grid_thw": grid}
+        return torch.cat(get_family(vlm.config).encode_images(vlm, inputs))
 
     def example_loss(
         self, examples: Sequence[TrainingExample], number_sigma: float = _NUMBER_SIGMA
