@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,10 +11,15 @@ import torch
 from transformers import ProcessorMixin
 
 from .completion import find_markup, format_box, format_box_list, format_start
+from .configuration_conceptseg import ConceptSegConfig
 from .coordinates import CoordinateFrame
 from .inputs import PreparedSample, known
 from .prompt_template import PromptTemplate
 from .vlm_families import VlmFamily, get_family
+
+# Templates of thinking models open the reasoning in the generation prompt. Completions start with `<think>`, which
+# would then occur twice. Newlines are escaped in string literals of a template.
+_OPEN_THOUGHT = re.compile(r"(assistant(?:\\n|\n))<think>(?:\\n|\n)*")
 
 
 class ChatMixin(ProcessorMixin):
@@ -32,6 +38,14 @@ class ChatMixin(ProcessorMixin):
     def family(self) -> VlmFamily:
         """The family of the VLM."""
         return get_family(self.vlm_family)
+
+    def check_family(self, config: ConceptSegConfig) -> None:
+        """Raise a ValueError if the processor does not belong to the family of the model's VLM."""
+        if config.vlm_config.model_type != self.vlm_family:
+            raise ValueError(
+                f"the processor is for VLMs of the family {self.vlm_family!r}, but the model's is "
+                f"{config.vlm_config.model_type!r}; use the processor saved with the model, or set its vlm_family."
+            )
 
     @property
     def template(self) -> PromptTemplate:
@@ -66,6 +80,11 @@ class ChatMixin(ProcessorMixin):
             raise ValueError(
                 f"ConceptSegProcessor: the chat template wrote {chat.count(self.image_token)} image tokens "
                 f"for {num_images} images; use a template that writes one {self.image_token} per image."
+            )
+        if chat.rstrip().endswith("<think>"):
+            raise ValueError(
+                "ConceptSegProcessor: the chat template opens <think> in the generation prompt, but completions start "
+                "with it; use a template whose generation prompt ends with the role."
             )
         return chat
 
@@ -108,7 +127,8 @@ class ChatMixin(ProcessorMixin):
     @property
     def _chat_template(self) -> str:
         own_template: Any = self.chat_template  # a single template, hence a string
-        return own_template or self.tokenizer.chat_template or self.family.chat_template(self.image_token)
+        template = own_template or self.tokenizer.chat_template or self.family.chat_template(self.image_token)
+        return _OPEN_THOUGHT.sub(r"\1", template)
 
     def check_rule(self, rule: str) -> None:
         """Raise a ValueError if a rule cannot be part of a completion; the message is one sentence."""

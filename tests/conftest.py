@@ -76,7 +76,7 @@ WORDS = (
 )
 
 
-def build_vlm_tokenizer() -> PreTrainedTokenizerFast:
+def build_vlm_tokenizer(**settings: Any) -> PreTrainedTokenizerFast:
     """Create a word-level tokenizer with template tags, punctuation, numbers up to 100, and a few words."""
     vocabulary = {
         token: i for i, token in enumerate([*SPECIAL_TOKENS, "<|unk|>", *WORDS, *map(str, range(101))])
@@ -96,6 +96,7 @@ def build_vlm_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=[
             token for token in SPECIAL_TOKENS if token not in ("<|pad|>", "<|im_end|>")
         ],
+        **settings,
     )
 
 
@@ -123,7 +124,7 @@ def processor(vlm_family) -> ConceptSegProcessor:
 
     return tiny_processor(
         vlm_family,
-        build_vlm_tokenizer(),
+        build_vlm_tokenizer,
         sam_image_processor=Sam3ImageProcessor(size={"height": NANO_IMAGE_SIZE, "width": NANO_IMAGE_SIZE}),
         sam_tokenizer=build_sam_tokenizer(),
         sam_text_length=NANO_SAM_TEXT_LENGTH,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -42,7 +44,7 @@ def _internvl() -> dict:
 
 
 def tiny_processor(
-    family: str, tokenizer: PreTrainedTokenizerFast, coordinate_scale: float | None = 100, **arguments
+    family: str, make_tokenizer: Callable[..., PreTrainedTokenizerFast], **arguments
 ) -> ConceptSegProcessor:
     """Return a processor for `tiny_config`, with images of 64 pixels (16 or 4 image tokens)."""
     # These require torchvision or the shim of conceptseg_hf, which must be imported first.
@@ -50,16 +52,15 @@ def tiny_processor(
 
     if family == "internvl":
         image_processor = GotOcr2ImageProcessor(size={"height": 56, "width": 56})
-        for name, token in INTERNVL_TOKENS.items():
-            setattr(tokenizer, name, token)
-            setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+        tokenizer = make_tokenizer(model_specific_special_tokens=INTERNVL_TOKENS)
     else:
+        tokenizer = make_tokenizer()
         image_processor = Qwen2VLImageProcessor(patch_size=8, merge_size=2, temporal_patch_size=1)
     return ConceptSegProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         canvas_size=64,
-        coordinate_scale=coordinate_scale,
+        coordinate_scale=100,
         vlm_family=family,
         **arguments,
     )

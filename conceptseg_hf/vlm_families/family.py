@@ -52,7 +52,8 @@ class VlmFamily(ABC):
             `PreparedSample`, and arguments of `ConceptSegForSegmentation.forward`.
         canvas_size: Default of the processor's `canvas_size`: a side that the image processor does not resize.
         coordinate_scale: Default of the processor's `coordinate_scale`.
-        lora_target_modules: Regular expression of the modules of a `ConceptSegForSegmentation` that get adapters.
+        lora_target_modules: Regular expression of the modules of a `ConceptSegForSegmentation` that get adapters by
+            default: the attention projections of the language model.
     """
 
     model_type: ClassVar[str]
@@ -60,7 +61,7 @@ class VlmFamily(ABC):
     image_names: ClassVar[tuple[str, ...]] = ()
     canvas_size: ClassVar[int]
     coordinate_scale: ClassVar[float]
-    lora_target_modules: ClassVar[str] = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
+    lora_target_modules: ClassVar[str] = r"vlm\.model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj)"
 
     # -- processor --
 

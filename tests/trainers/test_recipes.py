@@ -14,6 +14,7 @@ from PIL import Image
 
 from conceptseg_hf.data import SOURCES, SUITE
 from conceptseg_hf.images import mask_to_image
+from conceptseg_hf.vlm_families import get_family
 
 pytest.importorskip("trl", "1.16")
 
@@ -88,7 +89,7 @@ def test_defaults_match_table_7(tmp_path):
 
 def test_lora_recipe_trains_adapters_and_the_ctm():
     _, policy, args = parse("3b_meta_grpo_lora.yaml")
-    config = policy.peft_config()
+    config = policy.peft_config(get_family("qwen2_5_vl"))
     assert config.modules_to_save == ["ctm"]
     pattern = config.target_modules
     assert re.fullmatch(pattern, "vlm.model.language_model.layers.3.self_attn.q_proj")
