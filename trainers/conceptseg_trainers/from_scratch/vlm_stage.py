@@ -214,7 +214,7 @@ def _number_embeddings(weight: Tensor, numbers: Tensor) -> None:
 
 
 def guided_attention_loss(
-    attention: nn.Module,
+    attention: Any,
     inputs: dict[str, Any],
     attention_targets: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor:
