@@ -34,8 +34,8 @@ def _internvl() -> dict:
         "text_config": text,
         "vision_config": {
             "model_type": "internvl_vision",
-            "hidden_size": 32,
-            "intermediate_size": 64,
+            "hidden_size": 64,
+            "intermediate_size": 128,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "image_size": [56, 56],

@@ -94,6 +94,24 @@ def test_frozen_vision_tower_does_not_change(make_meta_grpo, weight_hash) -> Non
     assert weight_hash(trainer.concept_model.vlm.model.language_model) != language
 
 
+@all_families
+def test_adapters_of_the_family_are_trained(make_meta_grpo, vlm_family) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=2, target_modules=get_family(vlm_family).lora_target_modules, modules_to_save=["ctm"]
+    )
+    trainer = make_meta_grpo(peft_config=config, max_steps=2, learning_rate=1e-2)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {
+        name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])
+    }
+    assert {name.rsplit("_proj", 1)[0][-1] for name in changed if "lora_B" in name} == set("qkvo")
+    assert all("lora_" in name or ".ctm.modules_to_save." in name for name in changed)
+    assert any(".ctm." in name for name in changed)
+
+
 # -- inputs of the losses --
 
 
