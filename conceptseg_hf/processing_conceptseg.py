@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature
 
 from . import hub
 from .chat import ChatMixin
@@ -121,15 +121,28 @@ class ConceptSegProcessor(ChatMixin):
         sam_tokenizer.padding_side = "right"
         for name, value in settings.items():
             setattr(self, name, value)
-        self.image_token = family.image_token(tokenizer)
-        self.image_token_id = tokenizer.get_vocab().get(self.image_token)
-        if self.image_token_id is None:
-            raise ValueError(
-                f"ConceptSegProcessor: the tokenizer has no image token {self.image_token!r}; "
-                "add it as a special token."
-            )
+        self._find_image_token()
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._reserved_tokens = sorted({self.image_token, *special, *tokenizer.all_special_tokens})
+
+    @classmethod
+    def from_backbones(
+        cls, vlm: str | os.PathLike, sam: str | os.PathLike, **settings: Any
+    ) -> ConceptSegProcessor:
+        """Combine the tokenizers and image processors of a VLM and SAM 3, for training in stage I.
+
+        Args:
+            vlm: Model id or folder of the VLM, whose configuration determines `vlm_family`.
+            sam: Model id or folder of SAM 3.
+            **settings: Arguments of the class from `chat_template` on.
+        """
+        return cls(
+            image_processor=AutoImageProcessor.from_pretrained(vlm),
+            tokenizer=AutoTokenizer.from_pretrained(vlm),
+            sam_image_processor=AutoImageProcessor.from_pretrained(sam),
+            sam_tokenizer=AutoTokenizer.from_pretrained(sam),
+            **{"vlm_family": AutoConfig.from_pretrained(vlm).model_type, **settings},
+        )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -188,7 +201,17 @@ class ConceptSegProcessor(ChatMixin):
         changed = copy.copy(self)
         for name, value in checked_settings(changes).items():
             setattr(changed, name, value)
+        changed._find_image_token()
         return changed
+
+    def _find_image_token(self) -> None:
+        self.image_token = self.family.image_token(self.tokenizer)
+        self.image_token_id = self.tokenizer.get_vocab().get(self.image_token)
+        if self.image_token_id is None:
+            raise ValueError(
+                f"ConceptSegProcessor: the tokenizer has no image token {self.image_token!r}; "
+                "add it as a special token."
+            )
 
     @property
     def mosaic_settings(self) -> MosaicSettings:

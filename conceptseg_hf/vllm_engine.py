@@ -86,6 +86,7 @@ class VllmEngine:
         max_num_seqs: int = MAX_SEQUENCES,
         **options: Any,
     ) -> None:
+        get_family(model.vlm.config).check_vllm()
         self._lock = threading.Lock()
         self._parameters = _describe_parameters(model.vlm)
         self._weights: tuple[Any, ...] | None = None  # of the weights in the engine; see `_fingerprint`

@@ -175,9 +175,10 @@ def test_processor_of_another_family_is_refused(model, processor, picture):
         model.segment([processor.prepare(picture(0), "star")], processor=other)
 
 
-def test_families_without_support_in_vllm_are_refused():
-    with pytest.raises(ValueError, match="'internvl' are not supported with vLLM"):
-        get_family("internvl").vllm_image_data([], {})
+def test_families_that_do_not_run_with_vllm_are_refused():
+    with pytest.raises(ValueError, match="'internvl' do not run with vLLM"):
+        get_family("internvl").check_vllm()
+    get_family("qwen3_vl").check_vllm()
 
 
 def test_vllm_gets_the_deepstack_features_of_qwen3():

@@ -52,6 +52,7 @@ class VlmFamily(ABC):
             `PreparedSample`, and arguments of `ConceptSegForSegmentation.forward`.
         canvas_size: Default of the processor's `canvas_size`: a side that the image processor does not resize.
         coordinate_scale: Default of the processor's `coordinate_scale`.
+        supports_vllm: Whether vLLM can write the completions; `vllm_image_data` is required then.
         lora_target_modules: Regular expression of the modules of a `ConceptSegForSegmentation` that get adapters by
             default: the attention projections of the language model.
     """
@@ -61,6 +62,7 @@ class VlmFamily(ABC):
     image_names: ClassVar[tuple[str, ...]] = ()
     canvas_size: ClassVar[int]
     coordinate_scale: ClassVar[float]
+    supports_vllm: ClassVar[bool] = False
     lora_target_modules: ClassVar[str] = r"vlm\.model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj)"
 
     # -- processor --
@@ -187,14 +189,16 @@ class VlmFamily(ABC):
         Args:
             tokens: Image tokens of the images of the prompt.
             images: The inputs in `image_names` of the prompt.
-
-        Raises:
-            ValueError: If the family is not supported with vLLM.
         """
-        raise ValueError(
-            f"VLMs of the family {self.model_type!r} are not supported with vLLM; "
-            'use vlm_engine="transformers".'
-        )
+        raise NotImplementedError
+
+    def check_vllm(self) -> None:
+        """Raise a ValueError if vLLM cannot write the completions."""
+        if not self.supports_vllm:
+            supported = "use one of Qwen's families, or let Transformers write the completions"
+            raise ValueError(
+                f"VLMs of the family {self.model_type!r} do not run with vLLM here; {supported}."
+            )
 
     # -- forward passes --
 

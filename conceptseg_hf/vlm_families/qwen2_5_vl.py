@@ -31,6 +31,7 @@ class Qwen2_5VlFamily(VlmFamily):  # noqa: N801 (as in Transformers)
     image_names = ("image_grid_thw",)
     canvas_size = 600  # the paper's, which the image processor rounds to 588
     coordinate_scale = 1.0
+    supports_vllm = True
 
     def image_token(self, tokenizer: Any) -> str:
         """Return the tokenizer's image token, by default `<|image_pad|>`."""

@@ -122,6 +122,8 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
         )
 
         self._family = get_family(self.concept_model.config.vlm_config)
+        if args.use_vllm:
+            self._family.check_vllm()
         self._vlm_processor = self.concept_processor.vlm_processor()
         self._reader = PromptReader(self.concept_processor, self._vlm_processor, args.max_prompt_length)
         for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():

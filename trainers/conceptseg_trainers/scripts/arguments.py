@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch.utils.data import ConcatDataset, Dataset
-from transformers import AutoImageProcessor, AutoTokenizer, TrainingArguments
+from transformers import TrainingArguments
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
 from conceptseg_hf.data import SOURCES, BenchmarkGroup, ConceptSample, load_benchmarks
@@ -190,14 +190,11 @@ class ModelArguments:
             dtype=options.pop("dtype"),
             vlm_kwargs=options,
         )
-        processor = ConceptSegProcessor(
-            image_processor=AutoImageProcessor.from_pretrained(self.vlm_name_or_path),
-            tokenizer=AutoTokenizer.from_pretrained(self.vlm_name_or_path),
-            sam_image_processor=AutoImageProcessor.from_pretrained(self.sam_name_or_path),
-            sam_tokenizer=AutoTokenizer.from_pretrained(self.sam_name_or_path),
+        processor = ConceptSegProcessor.from_backbones(
+            self.vlm_name_or_path,
+            self.sam_name_or_path,
             canvas_size=self.canvas_size,
             coordinate_scale=self.coordinate_scale,
-            vlm_family=model.config.vlm_config.model_type,
         )
         return model, processor
 
