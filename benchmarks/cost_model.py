@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation, ConceptSegProcessor, nano_checkpoint
+from conceptseg_hf.vlm_families import get_family
 
 REASONING = 0.06
 """Share of images on which the model reasons; that of the embedded checkpoint in docs/concepts.md."""
@@ -86,10 +87,12 @@ def vlm_parts(
     images = 2 if has_references else 1
     patches = images * (merged * vision.spatial_merge_size) ** 2
     prompt = images * merged**2 + text
-    tower, decoder = model.vlm.model.visual, model.vlm.model.language_model
+    tower = get_family(model.vlm.config).vision_tower(model.vlm)
+    decoder = model.vlm.model.language_model
     weights = count(decoder) - decoder.embed_tokens.weight.numel() + count(model.vlm.lm_head)
     per_token = 2 * 2 * language.num_hidden_layers * language.num_key_value_heads
-    per_token *= language.hidden_size // language.num_attention_heads  # bytes of keys and values in bfloat16
+    head_dim = getattr(language, "head_dim", None) or language.hidden_size // language.num_attention_heads
+    per_token *= head_dim  # bytes of keys and values in bfloat16
     prefill = dense(count(decoder) - decoder.embed_tokens.weight.numel(), prompt)
     prefill += attention(prompt, prompt / 2, language.hidden_size, language.num_hidden_layers)
     length = prompt + completion / 2

@@ -32,7 +32,7 @@ from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.induction import induce
 from conceptseg_hf.inputs import PreparedSample
-from conceptseg_hf.vlm_backbone import last_hidden_states, model_inputs, reset_rope_deltas
+from conceptseg_hf.vlm_families import get_family
 
 GREEDY = {"max_new_tokens": 64}
 DECLINES = ShortcutRouter(base=0.9999)  # a first pass that one-word prompts do not pass
@@ -87,13 +87,14 @@ class Bench:
         """One image in the scheme of the released code."""
         self.segment([sample], router="sam_only")
         model, processor = self.model, self.processor
+        family = get_family(model.vlm.config)
         batch = processor.collate([sample])
         length = batch["input_ids"].shape[1]
         ids = model.vlm.generate(**batch, **GREEDY, do_sample=False)[0, length:]
-        reset_rope_deltas(model.vlm)
+        family.reset(model.vlm)
         text = processor.tokenizer.decode(ids, skip_special_tokens=True)
         forced = processor.collate([sample], [text])
-        states = last_hidden_states(model.vlm, model_inputs(forced))
+        states = family.last_hidden_states(model.vlm, family.model_inputs(forced))
         concepts = model.translate_completion(states, forced["completion_mask"])
         answer = processor.decode_completion(ids, sample).answer or sample.prompt
         features = model.encode_image(sample.sam_pixel_values[None])

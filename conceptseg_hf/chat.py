@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
-from . import vlm_backbone
 from .completion import find_markup, format_box, format_box_list, format_start
+from .configuration_conceptseg import ConceptSegConfig
 from .coordinates import CoordinateFrame
 from .inputs import PreparedSample, known
 from .prompt_template import PromptTemplate
+from .vlm_families import VlmFamily, get_family
+
+# Templates of thinking models open the reasoning in the generation prompt. Completions start with `<think>`, which
+# would then occur twice. Newlines are escaped in string literals of a template.
+_OPEN_THOUGHT = re.compile(r"(assistant(?:\\n|\n))<think>(?:\\n|\n)*")
 
 
 class ChatMixin(ProcessorMixin):
@@ -26,7 +31,21 @@ class ChatMixin(ProcessorMixin):
     canvas_size: int
     coordinate_scale: float
     prompt_template: dict[str, Any]
+    vlm_family: str
     _reserved_tokens: Sequence[str]
+
+    @property
+    def family(self) -> VlmFamily:
+        """The family of the VLM."""
+        return get_family(self.vlm_family)
+
+    def check_family(self, config: ConceptSegConfig) -> None:
+        """Raise a ValueError if the processor does not belong to the family of the model's VLM."""
+        if config.vlm_config.model_type != self.vlm_family:
+            raise ValueError(
+                f"the processor is for VLMs of the family {self.vlm_family!r}, but the model's is "
+                f"{config.vlm_config.model_type!r}; use the processor saved with the model, or set its vlm_family."
+            )
 
     @property
     def template(self) -> PromptTemplate:
@@ -62,6 +81,11 @@ class ChatMixin(ProcessorMixin):
                 f"ConceptSegProcessor: the chat template wrote {chat.count(self.image_token)} image tokens "
                 f"for {num_images} images; use a template that writes one {self.image_token} per image."
             )
+        if chat.rstrip().endswith("<think>"):
+            raise ValueError(
+                "ConceptSegProcessor: the chat template opens <think> in the generation prompt, but completions start "
+                "with it; use a template whose generation prompt ends with the role."
+            )
         return chat
 
     def apply_chat_template(  # type: ignore[override]
@@ -96,20 +120,15 @@ class ChatMixin(ProcessorMixin):
         Applied to the same chat and the images of `draw_images`, it returns the same token ids and patches as
         `prepare_vlm`.
         """
-        image_processor = copy.deepcopy(self.image_processor)
-        image_processor.size = self._vlm_image_limits
-        return vlm_backbone.make_processor(image_processor, self.tokenizer, self._chat_template)
-
-    @property
-    def _vlm_image_limits(self) -> dict[str, int]:
-        """Pixel limits under which the image processor keeps the canvas size, except for rounding to patches."""
-        factor = self.image_processor.patch_size * self.image_processor.merge_size
-        return {"shortest_edge": factor**2, "longest_edge": (self.canvas_size + factor) ** 2}
+        return self.family.make_processor(
+            self.image_processor, self.tokenizer, self._chat_template, self.canvas_size
+        )
 
     @property
     def _chat_template(self) -> str:
         own_template: Any = self.chat_template  # a single template, hence a string
-        return own_template or self.tokenizer.chat_template or vlm_backbone.chat_template(self.image_token)
+        template = own_template or self.tokenizer.chat_template or self.family.chat_template(self.image_token)
+        return _OPEN_THOUGHT.sub(r"\1", template)
 
     def check_rule(self, rule: str) -> None:
         """Raise a ValueError if a rule cannot be part of a completion; the message is one sentence."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Sam3Model
 
-from . import hub, vlm_backbone
+from . import hub
 from .concept_translation import ConceptTranslationModule
 from .configuration_conceptseg import ConceptSegConfig, ConceptTranslationConfig
 from .devices import complete_device_map, dispatch_part, execution_device, is_offloaded, stored_value
@@ -21,6 +21,7 @@ from .errors import first_line
 from .finite import check_finite
 from .processing_conceptseg import ConceptSegProcessor
 from .quantization import exclude_sam_and_ctm
+from .vlm_families import Vlm
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,7 +37,7 @@ class CheckpointMixin(PreTrainedModel):
     """Build the model from backbones, load, save and upload it, and find its processor."""
 
     config: ConceptSegConfig
-    vlm: vlm_backbone.Vlm
+    vlm: Vlm
     ctm: ConceptTranslationModule
     sam: Sam3Model
     hf_device_map: Mapping[str, Any]

@@ -60,8 +60,11 @@ def pad_batch(
         "attention_mask": attention_mask,
         "mm_token_type_ids": token_types,
         "pixel_values": torch.cat([known(sample.pixel_values, "pixel_values") for sample in samples]),
-        "image_grid_thw": torch.cat([known(sample.image_grid_thw, "image_grid_thw") for sample in samples]),
     }
+    if any(sample.image_grid_thw is not None for sample in samples):
+        batch["image_grid_thw"] = torch.cat(
+            [known(sample.image_grid_thw, "image_grid_thw") for sample in samples]
+        )
     if completions is not None:
         batch["completion_mask"] = completion_mask
     return batch

@@ -53,7 +53,7 @@ class ConceptSegConfig(PreTrainedConfig):
     """Configuration of `ConceptSegForSegmentation`: a VLM, a Concept Translation Module and SAM 3.
 
     Args:
-        vlm_config: Configuration of the VLM; its `model_type` selects the class (default Qwen2.5-VL).
+        vlm_config: Configuration of the VLM; its `model_type` selects the family (see `vlm_families`).
         sam_config: Configuration of SAM 3.
         ctm_config: Configuration of the Concept Translation Module; its widths default to those of the VLM and SAM 3.
         tie_word_embeddings: Set to the VLM's value.
@@ -193,8 +193,9 @@ class ConceptSegConfig(PreTrainedConfig):
         """Create a configuration from a preset.
 
         Args:
-            name: `"3b"` or `"7b"` (Qwen2.5-VL of this size with the released SAM 3) or `"nano"` (the embedded
-                checkpoint).
+            name: `"3b"` or `"7b"` (Qwen2.5-VL of this size with the released SAM 3), `"qwen3-2b"`, `"qwen3-4b"` or
+                `"qwen3-8b"` (Qwen3-VL), `"nano"` or `"mini"` (the embedded checkpoints), or `"nano-qwen3"` (nano with
+                Qwen3-VL).
             **overrides: Fields of `ConceptSegConfig` to override.
 
         Raises:

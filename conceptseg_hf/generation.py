@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-from . import vlm_backbone
 from .devices import has_hooks, loaded, move_to_hooks
 from .shared_references import ReferenceStore, read_references
+from .vlm_families import Vlm, get_family
 
 MAX_NEW_TOKENS = 768  # Table 7
 _NO_TOKEN = -1  # not a valid token id
@@ -53,7 +53,7 @@ class GeneratedCompletions:
 
 @torch.no_grad()
 def generate_with_states(
-    vlm: vlm_backbone.Vlm,
+    vlm: Vlm,
     inputs: Mapping[str, Any],
     generation_config: GenerationConfig | Mapping[str, Any] | None = None,
     hidden_states_at: str = "token",
@@ -92,7 +92,8 @@ def generate_with_states(
         ValueError: If the generation config has an unknown field or an unsupported value, or the inputs are incomplete.
         RuntimeError: If the VLM was compiled such that hidden states cannot be recorded.
     """
-    inputs = move_to_hooks(vlm_backbone.model_inputs(inputs), vlm)
+    family = get_family(vlm.config)
+    inputs = move_to_hooks(family.model_inputs(inputs), vlm)
     config, limits = prepare_generation_config(vlm, generation_config, inputs, max_total_length)
     limit = config.max_new_tokens
     at_token = hidden_states_at == "token"
@@ -130,7 +131,7 @@ def generate_with_states(
         finally:
             for handle in handles:
                 handle.remove()
-            vlm_backbone.reset_rope_deltas(vlm)
+            family.reset(vlm)
 
     # The input of step t is token t - 1, and it predicts token t. If all rows end with their first token, no token has
     # been an input. On some devices, `generate` discards tokens past the end, so there may be more states than tokens.
@@ -185,7 +186,7 @@ def _uses_plain_cache(config: GenerationConfig) -> bool:
 
 
 @contextmanager
-def _without_device_warning(vlm: vlm_backbone.Vlm) -> Iterator[None]:
+def _without_device_warning(vlm: Vlm) -> Iterator[None]:
     """Suppress the device warning of `generate` if the first parameter is offloaded and on the meta device."""
     with warnings.catch_warnings():
         if vlm.device.type == "meta":
@@ -212,7 +213,7 @@ def _without_criteria_warning(enabled: bool) -> Iterator[None]:
 
 
 def prepare_generation_config(
-    vlm: vlm_backbone.Vlm,
+    vlm: Vlm,
     overrides: GenerationConfig | Mapping[str, Any] | None,
     inputs: Mapping[str, Tensor],
     max_total_length: int | None,
@@ -266,7 +267,7 @@ def prepare_generation_config(
     )
     config.suppress_tokens = sorted(
         {
-            *vlm_backbone.vision_token_ids(vlm.config),
+            *get_family(vlm.config).vision_token_ids(vlm.config),
             *(_first_set(config.suppress_tokens, defaults.suppress_tokens) or []),
         }
     )

@@ -115,6 +115,7 @@ class Segmenter:
     ) -> None:
         self.model, self.processor, self.settings = model, processor, settings
         self.references = references
+        processor.check_family(model.config)
         if settings.given_rule is not None:
             processor.check_rule(settings.given_rule)
 

@@ -37,8 +37,8 @@ class PreparedSample:
         vlm_text: The chat text, with one image token per image.
         input_ids: Token ids of the chat, image tokens expanded, (L,).
         mm_token_type_ids: 1 at image tokens, else 0, (L,).
-        pixel_values: Patches of all images, (patches, d).
-        image_grid_thw: Patch grid of each image, (images, 3).
+        pixel_values: Patches of all images, (patches, d), or images of one size, (images, 3, S, S).
+        image_grid_thw: Patch grid of each image, (images, 3); None for images of one size.
         error: None, or one sentence that states why the sample cannot be segmented; all tensors are None in this case.
         shortcut_pixel_values: SAM 3's input on the shortcut, (3, S, S), if the processor's `shortcut_size` is set, else
             None.
@@ -78,9 +78,9 @@ class ConceptSegInputs(BatchFeature):
         prompts: The user prompts, a list of B strings.
         frames: The B `CoordinateFrame`s.
         input_ids, attention_mask, mm_token_type_ids: The VLM's prompts, (B, L), padded on the left.
-        pixel_values: Patches of the VLM's images of all prompts, (patches, d).
-        image_grid_thw: Patch grids of the images, (images, 3): for each prompt the mosaic (if there are references),
-            then the target.
+        pixel_values: The VLM's images of all prompts: for each prompt the mosaic (if there are references), then the
+            target. Patches, (patches, d), or images of one size, (images, 3, S, S).
+        image_grid_thw: Patch grids of these images, (images, 3); only present with patches.
         sam_pixel_values: SAM 3's input for the N unique target images, (N, 3, S, S).
         image_index: Index of each prompt's target among the N images, (B,).
         shortcut_pixel_values: SAM 3's input on the shortcut, (N, 3, S, S); present only if the processor's
@@ -94,11 +94,10 @@ class ConceptSegInputs(BatchFeature):
         "attention_mask",
         "mm_token_type_ids",
         "pixel_values",
-        "image_grid_thw",
         "sam_pixel_values",
         "image_index",
     )
-    OPTIONAL = ("shortcut_pixel_values",)
+    OPTIONAL = ("image_grid_thw", "shortcut_pixel_values")
 
     @property
     def samples(self) -> list[PreparedSample]:
@@ -116,13 +115,15 @@ class ConceptSegInputs(BatchFeature):
                 f"segment: unknown argument {unknown[0]!r}; use items of the processor's output, or segment arguments."
             )
         samples = []
-        grids, patches = self["image_grid_thw"], self["pixel_values"]
+        grids, patches = self.get("image_grid_thw"), self["pixel_values"]
         shortcut = self.get("shortcut_pixel_values")
         for row, (prompt, frame) in enumerate(zip(self["prompts"], self["frames"], strict=True)):
             tokens = self["attention_mask"][row].bool()
             images = 1 if frame.layout is None else 2
-            sample_grids, grids = grids[:images], grids[images:]
-            count = int(sample_grids.prod(dim=-1).sum())
+            sample_grids, count = None, images
+            if grids is not None:
+                sample_grids, grids = grids[:images], grids[images:]
+                count = int(sample_grids.prod(dim=-1).sum())
             sample_patches, patches = patches[:count], patches[count:]
             image = int(self["image_index"][row])
             samples.append(

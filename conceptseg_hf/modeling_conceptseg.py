@@ -16,7 +16,6 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import can_return_tuple
 
 from . import sam_prompt as sam_adapter
-from . import vlm_backbone
 from .checkpointing import CheckpointMixin
 from .concept_prompt import ConceptPrompt, as_concept
 from .concept_translation import ConceptTranslationModule
@@ -33,6 +32,7 @@ from .sam_prompt import ImageFeatures
 from .shared_references import DEFAULT_MAX_BYTES, ReferenceStore
 from .teacher_forcing import check_forward_arguments, completion_states
 from .vlm_engines import VlmEngineMixin
+from .vlm_families import Vlm, get_family
 
 
 class ConceptSegForSegmentation(CheckpointMixin, VlmEngineMixin, GenerationMixin):
@@ -44,7 +44,7 @@ class ConceptSegForSegmentation(CheckpointMixin, VlmEngineMixin, GenerationMixin
     """
 
     config: ConceptSegConfig
-    vlm: vlm_backbone.Vlm
+    vlm: Vlm
     ctm: ConceptTranslationModule
     sam: Sam3Model
     hf_device_map: Mapping[str, Any]
@@ -66,7 +66,7 @@ class ConceptSegForSegmentation(CheckpointMixin, VlmEngineMixin, GenerationMixin
 
     def __init__(self, config: ConceptSegConfig) -> None:
         super().__init__(config)
-        vlm_backbone.check_supported(config.vlm_config)
+        get_family(config.vlm_config)  # raises an error for families that are not supported
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
         # The CTM and SAM 3 are always float32, regardless of the requested dtype.
         with local_torch_dtype(torch.float32):
@@ -240,8 +240,8 @@ class ConceptSegForSegmentation(CheckpointMixin, VlmEngineMixin, GenerationMixin
         attention_mask: Tensor,
         mm_token_type_ids: Tensor,
         pixel_values: Tensor,
-        image_grid_thw: Tensor,
-        completion_mask: Tensor,
+        image_grid_thw: Tensor | None = None,
+        completion_mask: Tensor | None = None,
         sam_pixel_values: Tensor | None = None,
         sam_features: ImageFeatures | None = None,
         sam_input_ids: Tensor | None = None,
@@ -260,9 +260,9 @@ class ConceptSegForSegmentation(CheckpointMixin, VlmEngineMixin, GenerationMixin
             input_ids: (B, L) token ids of prompt and completion.
             attention_mask: (B, L) nonzero at tokens, zero at padding.
             mm_token_type_ids: (B, L) token types of the VLM's processor (1 at image tokens).
-            pixel_values: (patches, d) image patches of all rows.
-            image_grid_thw: (images, 3) patch grids of the images.
-            completion_mask: (B, L) true at completion tokens; the end-of-sequence token is excluded unless
+            pixel_values: (patches, d) image patches of all rows, or (images, 3, S, S) images of one size.
+            image_grid_thw: (images, 3) patch grids of the images, for families of VLMs with patches.
+            completion_mask: (B, L) true at completion tokens, required; the end-of-sequence token is excluded unless
                 `config.end_of_turn_state` is set.
             sam_pixel_values: (B, 3, S, S) target images for SAM 3. If neither these nor `sam_features` are given, only
                 the concept tokens are computed.
@@ -281,19 +281,21 @@ class ConceptSegForSegmentation(CheckpointMixin, VlmEngineMixin, GenerationMixin
         Raises:
             ValueError: If arguments are incompatible.
         """
-        check_forward_arguments(
-            sam_pixel_values, sam_features, sam_input_ids, sam_attention_mask, mask_labels
+        completion_mask = check_forward_arguments(
+            completion_mask, sam_pixel_values, sam_features, sam_input_ids, sam_attention_mask, mask_labels
         )
         config = self.config
-        vlm_output = vlm_backbone.full_pass(
+        family = get_family(config.vlm_config)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "mm_token_type_ids": mm_token_type_ids,
+            "pixel_values": pixel_values,
+            "image_grid_thw": image_grid_thw,
+        }
+        vlm_output = family.full_pass(
             self.vlm,
-            {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "mm_token_type_ids": mm_token_type_ids,
-                "pixel_values": pixel_values,
-                "image_grid_thw": image_grid_thw,
-            },
+            family.model_inputs(inputs),
             output_hidden_states=(
                 config.output_hidden_states if output_hidden_states is None else output_hidden_states
             ),

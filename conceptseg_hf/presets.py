@@ -58,6 +58,91 @@ def _qwen2_5_vl(
     }
 
 
+def _qwen3_vl(
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    num_heads: int,
+    vision_config: dict[str, Any],
+    tie_word_embeddings: bool,
+) -> dict[str, Any]:
+    """Return the published configuration of a dense Qwen3-VL model."""
+    return {
+        "model_type": "qwen3_vl",
+        "tie_word_embeddings": tie_word_embeddings,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "vocab_size": 151936,
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": tie_word_embeddings,
+            "bos_token_id": 151643,
+            "eos_token_id": 151645,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5000000.0,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl_vision",
+            "num_heads": 16,
+            "out_hidden_size": hidden_size,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 2304,
+            **vision_config,
+        },
+    }
+
+
+_QWEN3_VISION = {
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "deepstack_visual_indexes": [5, 11, 17],
+}
+_QWEN3_LARGE_VISION = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
+
+
+def _preset_qwen3_2b() -> dict[str, Any]:
+    return {
+        "vlm_config": _qwen3_vl(2048, 6144, 28, 16, _QWEN3_VISION, tie_word_embeddings=True),
+        "ctm_config": {"hidden_size": 2048},
+    }
+
+
+def _preset_qwen3_4b() -> dict[str, Any]:
+    return {
+        "vlm_config": _qwen3_vl(2560, 9728, 36, 32, _QWEN3_VISION, tie_word_embeddings=True),
+        "ctm_config": {"hidden_size": 2560},
+    }
+
+
+def _preset_qwen3_8b() -> dict[str, Any]:
+    return {
+        "vlm_config": _qwen3_vl(4096, 12288, 36, 32, _QWEN3_LARGE_VISION, tie_word_embeddings=False),
+        "ctm_config": {"hidden_size": 4096},
+    }
+
+
 def _preset_3b() -> dict[str, Any]:
     return {
         "vlm_config": _qwen2_5_vl(2048, 11008, 36, 16, 2, 151936, tie_word_embeddings=True),
@@ -111,6 +196,28 @@ def _preset_nano() -> dict[str, Any]:
         ),
         "ctm_config": {"hidden_size": width, "num_attention_heads": 4, "sam_hidden_size": sam_width},
     }
+
+
+def _preset_nano_qwen3() -> dict[str, Any]:
+    """Return the configuration of nano with a Qwen3-VL of the same size."""
+    nano = _preset_nano()
+    text, vision = nano["vlm_config"]["text_config"], nano["vlm_config"]["vision_config"]
+    text = {
+        **text,
+        "model_type": "qwen3_vl_text",
+        "head_dim": text["hidden_size"] // text["num_attention_heads"],
+        "rope_parameters": {**text["rope_parameters"], "mrope_interleaved": True},
+    }
+    vision = {
+        **vision,
+        "model_type": "qwen3_vl_vision",
+        "num_position_embeddings": (NANO_IMAGE_SIZE // vision["patch_size"]) ** 2,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    for name in ("window_size", "fullatt_block_indexes"):
+        del vision[name]
+    vlm = {**nano["vlm_config"], "model_type": "qwen3_vl", "text_config": text, "vision_config": vision}
+    return {**nano, "vlm_config": vlm}
 
 
 def _preset_mini() -> dict[str, Any]:
@@ -237,4 +344,13 @@ def _small_sam(
     }
 
 
-PRESETS = {"3b": _preset_3b, "7b": _preset_7b, "nano": _preset_nano, "mini": _preset_mini}
+PRESETS = {
+    "3b": _preset_3b,
+    "7b": _preset_7b,
+    "qwen3-2b": _preset_qwen3_2b,
+    "qwen3-4b": _preset_qwen3_4b,
+    "qwen3-8b": _preset_qwen3_8b,
+    "nano": _preset_nano,
+    "nano-qwen3": _preset_nano_qwen3,
+    "mini": _preset_mini,
+}

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature
 
-from . import hub, vlm_backbone
+from . import hub
 from .chat import ChatMixin
 from .collation import pad_batch
 from .completion import Completion, parse_completion
@@ -32,8 +32,9 @@ from .postprocessing import post_process, post_process_mask
 from .processor_settings import OPTIONAL_SETTINGS, checked_settings
 from .prompt_template import PromptTemplate
 from .references import Reference, ResolvedReferences, resolve_references
+from .vlm_families import DEFAULT_FAMILY, get_family
 
-# Arguments of the model's `forward` for SAM 3; `vlm_backbone.INPUT_NAMES` are those for the VLM.
+# Arguments of the model's `forward` for SAM 3; `VlmFamily.input_names` are those for the VLM.
 _SAM_INPUT_NAMES = ("sam_pixel_values", "sam_input_ids", "sam_attention_mask")
 
 
@@ -41,17 +42,17 @@ class ConceptSegProcessor(ChatMixin):
     """Processor that combines the tokenizers and image processors of the VLM and SAM 3 with a prompt template.
 
     Args:
-        image_processor: The VLM's image processor (Qwen2-VL's or a compatible one).
+        image_processor: The VLM's image processor.
         tokenizer: The VLM's tokenizer; its padding side is set to left, as required for batched generation.
         sam_image_processor: SAM 3's image processor.
         sam_tokenizer: SAM 3's tokenizer; its padding side is set to right.
-        chat_template: Jinja chat template. Defaults to the tokenizer's template, or to Qwen's format if the tokenizer
+        chat_template: Jinja chat template. Defaults to the tokenizer's template, or to the family's if the tokenizer
             has none.
         canvas_size: Side of the square canvas to which the mosaic and the target are resized before the VLM's image
-            processor (paper: 600). The image processor then only rounds it to a multiple of its patch and merge size
-            (600 -> 588 for Qwen2.5-VL).
+            processor, by default that of the family (600 for Qwen2.5-VL, as in the paper). The image processor then
+            only rounds it to a multiple of its patch and merge size (600 -> 588 for Qwen2.5-VL).
         coordinate_scale: Length of a canvas side in text coordinates: 1 for decimals, `canvas_size` for integer canvas
-            pixels.
+            pixels. By default that of the family (1 for Qwen2.5-VL, as in the paper).
         sam_text_length: Number of tokens of SAM 3's text input; longer texts are truncated.
         prompt_template: Instruction template, as `PromptTemplate` or `PromptTemplate.to_dict()`; defaults to the
             official one. Saved in processor_config.json.
@@ -61,8 +62,9 @@ class ConceptSegProcessor(ChatMixin):
         sam_resampling: Pillow filter for resizing the target to SAM 3's input size: `"bicubic"` or `"bilinear"`; None
             to leave resizing to SAM 3's image processor.
         mask_resampling: Interpolation of SAM 3's mask logits to the target's size: `"bilinear"` or `"bicubic"`.
+        vlm_family: Family of the VLM, the `model_type` of its configuration; see `vlm_families`.
 
-    The last four settings are saved only if they differ from their defaults.
+    The last five settings are saved only if they differ from their defaults.
     """
 
     return_mm_token_type_ids = True
@@ -79,6 +81,7 @@ class ConceptSegProcessor(ChatMixin):
     shortcut_size: int | None
     sam_resampling: str | None
     mask_resampling: str
+    vlm_family: str
 
     def __init__(
         self,
@@ -87,24 +90,27 @@ class ConceptSegProcessor(ChatMixin):
         sam_image_processor: Any = None,
         sam_tokenizer: Any = None,
         chat_template: str | None = None,
-        canvas_size: int = 600,
-        coordinate_scale: float = 1.0,
+        canvas_size: int | None = None,
+        coordinate_scale: float | None = None,
         sam_text_length: int = 32,
         prompt_template: Mapping[str, str] | PromptTemplate | None = None,
         mosaic: Mapping[str, Any] | MosaicSettings | None = None,
         shortcut_size: int | None = None,
         sam_resampling: str | None = None,
         mask_resampling: str = "bilinear",
+        vlm_family: str = DEFAULT_FAMILY,
     ) -> None:
+        family = get_family(vlm_family)
         settings = {
-            "canvas_size": canvas_size,
-            "coordinate_scale": coordinate_scale,
+            "canvas_size": family.canvas_size if canvas_size is None else canvas_size,
+            "coordinate_scale": family.coordinate_scale if coordinate_scale is None else coordinate_scale,
             "sam_text_length": sam_text_length,
             "prompt_template": prompt_template,
             "mosaic": mosaic,
             "shortcut_size": shortcut_size,
             "sam_resampling": sam_resampling,
             "mask_resampling": mask_resampling,
+            "vlm_family": vlm_family,
         }
         settings = checked_settings(settings)
         super().__init__(
@@ -115,15 +121,28 @@ class ConceptSegProcessor(ChatMixin):
         sam_tokenizer.padding_side = "right"
         for name, value in settings.items():
             setattr(self, name, value)
-        self.image_token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
-        self.image_token_id = tokenizer.get_vocab().get(self.image_token)
-        if self.image_token_id is None:
-            raise ValueError(
-                f"ConceptSegProcessor: the tokenizer has no image token {self.image_token!r}; "
-                "add it as a special token."
-            )
+        self._find_image_token()
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._reserved_tokens = sorted({self.image_token, *special, *tokenizer.all_special_tokens})
+
+    @classmethod
+    def from_backbones(
+        cls, vlm: str | os.PathLike, sam: str | os.PathLike, **settings: Any
+    ) -> ConceptSegProcessor:
+        """Combine the tokenizers and image processors of a VLM and SAM 3, for training in stage I.
+
+        Args:
+            vlm: Model id or folder of the VLM, whose configuration determines `vlm_family`.
+            sam: Model id or folder of SAM 3.
+            **settings: Arguments of the class from `chat_template` on.
+        """
+        return cls(
+            image_processor=AutoImageProcessor.from_pretrained(vlm),
+            tokenizer=AutoTokenizer.from_pretrained(vlm),
+            sam_image_processor=AutoImageProcessor.from_pretrained(sam),
+            sam_tokenizer=AutoTokenizer.from_pretrained(sam),
+            **{"vlm_family": AutoConfig.from_pretrained(vlm).model_type, **settings},
+        )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -182,7 +201,17 @@ class ConceptSegProcessor(ChatMixin):
         changed = copy.copy(self)
         for name, value in checked_settings(changes).items():
             setattr(changed, name, value)
+        changed._find_image_token()
         return changed
+
+    def _find_image_token(self) -> None:
+        self.image_token = self.family.image_token(self.tokenizer)
+        self.image_token_id = self.tokenizer.get_vocab().get(self.image_token)
+        if self.image_token_id is None:
+            raise ValueError(
+                f"ConceptSegProcessor: the tokenizer has no image token {self.image_token!r}; "
+                "add it as a special token."
+            )
 
     @property
     def mosaic_settings(self) -> MosaicSettings:
@@ -192,7 +221,7 @@ class ConceptSegProcessor(ChatMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Names of the model's `forward` arguments that the processor creates."""
-        return [*vlm_backbone.INPUT_NAMES, *_SAM_INPUT_NAMES]
+        return [*self.family.input_names, *_SAM_INPUT_NAMES]
 
     # Preprocessing
 
@@ -337,19 +366,15 @@ class ConceptSegProcessor(ChatMixin):
         """Compute the VLM's tensors of a sample in place, unless already present, and return the sample."""
         if sample.input_ids is not None or sample.error is not None:
             return sample
-        encoded = self.image_processor(
-            images=list(sample.vlm_images), size=self._vlm_image_limits, return_tensors="pt"
-        )
-        counts = (encoded["image_grid_thw"].prod(dim=-1) // self.image_processor.merge_size**2).tolist()
-        pieces = sample.vlm_text.split(self.image_token)
-        text = "".join(
-            piece + self.image_token * count for piece, count in zip(pieces, [*counts, 0], strict=True)
-        )
+        encoded, counts = self.family.read_images(self.image_processor, sample.vlm_images, self.canvas_size)
+        text, *pieces = sample.vlm_text.split(self.image_token)
+        for piece, count in zip(pieces, counts, strict=True):
+            text += self.family.image_text(self.image_token, count) + piece
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         sample.input_ids = torch.tensor(ids, dtype=torch.long)
         sample.mm_token_type_ids = (sample.input_ids == self.image_token_id).long()
-        sample.pixel_values = encoded["pixel_values"]
-        sample.image_grid_thw = encoded["image_grid_thw"]
+        for name, tensor in encoded.items():
+            setattr(sample, name, tensor)
         return sample
 
     def collate(
@@ -371,9 +396,10 @@ class ConceptSegProcessor(ChatMixin):
                 (`ConceptSegConfig.end_of_turn_state`), for all completions or for each.
 
         Returns:
-            input_ids, attention_mask, mm_token_type_ids (B, L), pixel_values (patches, d), image_grid_thw
-            (images, 3); with completions also completion_mask (B, L) bool, true at completion tokens, excluding the
-            end-of-turn token unless `end_of_turn` is set. These are the positions of `generate_with_states`.
+            input_ids, attention_mask, mm_token_type_ids (B, L), pixel_values (patches, d) and image_grid_thw
+            (images, 3), or pixel_values (images, 3, S, S) for families with images of one size; with completions also
+            completion_mask (B, L) bool, true at completion tokens, excluding the end-of-turn token unless
+            `end_of_turn` is set. These are the positions of `generate_with_states`.
 
         Raises:
             ValueError: If there are no samples, a sample has an error, or the numbers of samples and completions

@@ -7,12 +7,14 @@ from typing import Any
 
 from .mosaic import RESAMPLING, MosaicSettings
 from .prompt_template import OFFICIAL_TEMPLATE, PromptTemplate
+from .vlm_families import DEFAULT_FAMILY, get_family
 
 OPTIONAL_SETTINGS = {
     "mosaic": None,
     "shortcut_size": None,
     "sam_resampling": None,
     "mask_resampling": "bilinear",
+    "vlm_family": DEFAULT_FAMILY,
 }
 """Optional settings of `ConceptSegProcessor`, saved only if they differ from these default values."""
 
@@ -43,6 +45,8 @@ def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(
                     f"ConceptSegProcessor: {name} is {value!r}; use {' or '.join(map(repr, RESAMPLING))}."
                 )
+        elif name == "vlm_family":
+            get_family(value)  # raises an error for families that are not supported
         else:
             raise ValueError(
                 f"ConceptSegProcessor: unknown setting {name!r}; use an argument of the class from canvas_size on."

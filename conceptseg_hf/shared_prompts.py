@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from . import vlm_backbone
+from .vlm_families import Vlm, get_family
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,20 @@ class SharedPrompts:
     row_of_prompt: list[int]
 
 
-def find_shared_prompts(
-    vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], length: int
-) -> SharedPrompts | None:
+def find_shared_prompts(vlm: Vlm, inputs: Mapping[str, Tensor], length: int) -> SharedPrompts | None:
     """Find rows with identical prompts by comparing the first columns of the rows, and their images.
 
     Args:
         vlm: The VLM.
-        inputs: The VLM's inputs (see `vlm_backbone.model_inputs`), with left-padded prompts.
+        inputs: The VLM's inputs (see `VlmFamily.model_inputs`), with left-padded prompts.
         length: Number of columns of the prompts.
 
     Returns:
         The shared prompts, or None if all prompts are different or there are images after the prompts.
     """
-    if inputs["mm_token_type_ids"][:, length:].any():
+    if (inputs["input_ids"][:, length:] == vlm.config.image_token_id).any():
         return None
-    patches = [part for _, part in vlm_backbone.patches_of_rows(vlm.config, inputs)]
+    patches = [row.pixels for row in get_family(vlm.config).images_of_rows(vlm.config, inputs)]
     prompts = [inputs[name][:, :length] for name in ("input_ids", "attention_mask")]
 
     def is_same(row: int, other: int) -> bool:
@@ -72,7 +70,7 @@ def find_shared_prompts(
 
 
 @contextmanager
-def share_prompts(vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], length: int) -> Iterator[None]:
+def share_prompts(vlm: Vlm, inputs: Mapping[str, Tensor], length: int) -> Iterator[None]:
     """Process each unique prompt once in forward passes of the VLM's base model over `inputs` within the context.
 
     With gradient checkpointing, which disables the key-value cache, only the images of each prompt are encoded once.
@@ -100,7 +98,7 @@ def share_prompts(vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], length: i
 
 
 def _read_prompts_once(
-    vlm: vlm_backbone.Vlm,
+    vlm: Vlm,
     forward: Callable[..., Any],
     shared: SharedPrompts,
     input_ids: Tensor,
@@ -112,7 +110,7 @@ def _read_prompts_once(
     output = _read_prompts(vlm, forward, inputs, shared)
     cache = output.past_key_values
     cache.batch_select_indices(torch.tensor(shared.prompt_of_row, device=input_ids.device))
-    positions = vlm_backbone.continue_positions(vlm, attention_mask, shared.prompt_of_row)
+    positions = get_family(vlm.config).continue_positions(vlm, attention_mask, shared.prompt_of_row)
     continued = forward(
         input_ids=input_ids[:, shared.length :],
         attention_mask=attention_mask,
@@ -124,23 +122,24 @@ def _read_prompts_once(
     return BaseModelOutputWithPast(last_hidden_state=torch.cat(states, dim=1))
 
 
-def _read_images_once(
-    vlm: vlm_backbone.Vlm, forward: Callable[..., Any], shared: SharedPrompts, **inputs: Any
-) -> Any:
+def _read_images_once(vlm: Vlm, forward: Callable[..., Any], shared: SharedPrompts, **inputs: Any) -> Any:
     """Replace the base model's forward and encode the images of each unique prompt once."""
-    images = [images for images, _ in vlm_backbone.patches_of_rows(vlm.config, inputs)]
-    prompts = vlm_backbone.select_rows(vlm.config, inputs, shared.row_of_prompt)
-    encoded = vlm_backbone.encode_images(vlm, prompts["pixel_values"], prompts["image_grid_thw"])
+    family = get_family(vlm.config)
+    images = [row.images for row in family.images_of_rows(vlm.config, inputs)]
+    first_images = [
+        image for row in shared.row_of_prompt for image in range(images[row].start, images[row].stop)
+    ]
+    encoded = family.encode_images(vlm, family.select_images(inputs, first_images))
     counts = [images[row].stop - images[row].start for row in shared.row_of_prompt]
     starts = [sum(counts[:prompt]) for prompt in range(len(counts))]
     tokens = [
         encoded[starts[prompt] + image] for prompt in shared.prompt_of_row for image in range(counts[prompt])
     ]
     del inputs["pixel_values"]
-    return forward(**inputs, **vlm_backbone.encoded_images(tokens))
+    return forward(**inputs, **family.encoded_images(vlm, tokens))
 
 
-def generate(vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], **kwargs: Any) -> Any:
+def generate(vlm: Vlm, inputs: Mapping[str, Tensor], **kwargs: Any) -> Any:
     """Call `vlm.generate`, processing each unique prompt once.
 
     Args:
@@ -158,18 +157,20 @@ def generate(vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], **kwargs: Any)
     with torch.no_grad():
         cache = _read_prompts(vlm, vlm.base_model, inputs, shared).past_key_values
     cache.batch_select_indices(torch.tensor(shared.prompt_of_row, device=inputs["input_ids"].device))
-    vlm_backbone.continue_positions(vlm, inputs["attention_mask"], shared.prompt_of_row)
+    get_family(vlm.config).continue_positions(vlm, inputs["attention_mask"], shared.prompt_of_row)
     text_inputs = {name: value for name, value in inputs.items() if name != "pixel_values"}
     return vlm.generate(**text_inputs, past_key_values=cache, **kwargs)
 
 
 def _read_prompts(
-    vlm: vlm_backbone.Vlm, forward: Callable[..., Any], inputs: Mapping[str, Any], shared: SharedPrompts
+    vlm: Vlm, forward: Callable[..., Any], inputs: Mapping[str, Any], shared: SharedPrompts
 ) -> Any:
     """Run a forward pass over the unique prompts; return its output with hidden states and key-value cache."""
-    prompts = vlm_backbone.select_rows(vlm.config, inputs, shared.row_of_prompt)
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+    family = get_family(vlm.config)
+    prompts = family.select_rows(vlm.config, inputs, shared.row_of_prompt)
+    for name in family.row_names:
         prompts[name] = prompts[name][:, : shared.length]
-    vlm_backbone.reset_rope_deltas(vlm)
+    family.reset(vlm)
     cache = DynamicCache(config=vlm.config.get_text_config())
-    return forward(**prompts, past_key_values=cache, use_cache=True)
+    positions = family.prompt_positions(prompts["attention_mask"])
+    return forward(**prompts, **positions, past_key_values=cache, use_cache=True)

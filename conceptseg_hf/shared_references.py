@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from . import vlm_backbone
 from .hashing import weights_state
+from .vlm_families import Vlm, get_family
 
 DEFAULT_MAX_BYTES = 2**30
 
@@ -30,12 +30,14 @@ class _Prefix:
     Attributes:
         row: The first row that starts with it.
         columns: Its columns in this row.
-        patches: Its part of `pixel_values`.
+        image: Index of its image in the batch.
+        pixels: Its part of `pixel_values`.
     """
 
     row: int
     columns: slice
-    patches: slice
+    image: int
+    pixels: slice
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,12 @@ class ReferenceStore:
             self._kept.popitem(last=False)
 
 
-def read_references(
-    vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], store: ReferenceStore
-) -> dict[str, Any] | None:
+def read_references(vlm: Vlm, inputs: Mapping[str, Tensor], store: ReferenceStore) -> dict[str, Any] | None:
     """Read the references of a batch, each set once.
 
     Args:
         vlm: The VLM.
-        inputs: The VLM's inputs (see `vlm_backbone.model_inputs`): complete, left-padded prompts.
+        inputs: The VLM's inputs (see `VlmFamily.model_inputs`): complete, left-padded prompts.
         store: Key-value pairs of earlier batches.
 
     Returns:
@@ -127,31 +127,30 @@ def read_references(
     return _continued_inputs(vlm, inputs, prefix_of_row, prefixes, read)
 
 
-def _find_prefixes(
-    vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor]
-) -> tuple[list[int | None], list[_Prefix]]:
+def _find_prefixes(vlm: Vlm, inputs: Mapping[str, Tensor]) -> tuple[list[int | None], list[_Prefix]]:
     """Return the index of the prefix of each row (None for rows with one image), and the unique prefixes."""
-    merged = vlm.config.vision_config.spatial_merge_size**2
-    ids, pixels, grids = inputs["input_ids"], inputs["pixel_values"], inputs["image_grid_thw"]
-    sizes = grids.prod(dim=-1).tolist()
+    family = get_family(vlm.config)
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    num_pixels, num_tokens = family.pixels_per_image(inputs), family.tokens_per_image(vlm.config, inputs)
     starts = inputs["attention_mask"].argmax(dim=1).tolist()
     first_image_tokens = (ids == vlm.config.image_token_id).int().argmax(dim=1).tolist()
     prefixes: list[_Prefix] = []
     prefix_of_row: list[int | None] = []
-    for row, (images, patches) in enumerate(vlm_backbone.patches_of_rows(vlm.config, inputs)):
-        if images.stop - images.start < 2:
+    for row, part in enumerate(family.images_of_rows(vlm.config, inputs)):
+        if part.images.stop - part.images.start < 2:
             prefix_of_row.append(None)
             continue
-        size = sizes[images.start]
+        image = part.images.start
         found = _Prefix(
             row,
-            slice(starts[row], first_image_tokens[row] + size // merged),
-            slice(patches.start, patches.start + size),
+            slice(starts[row], first_image_tokens[row] + num_tokens[image]),
+            image,
+            slice(part.pixels.start, part.pixels.start + num_pixels[image]),
         )
 
         def is_same(other: _Prefix, found: _Prefix = found, row: int = row) -> bool:
             return torch.equal(ids[row, found.columns], ids[other.row, other.columns]) and torch.equal(
-                pixels[found.patches], pixels[other.patches]
+                pixels[found.pixels], pixels[other.pixels]
             )
 
         index = next((i for i, other in enumerate(prefixes) if is_same(other)), len(prefixes))
@@ -162,7 +161,7 @@ def _find_prefixes(
 
 
 def _read_prefixes(
-    vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], prefixes: Sequence[_Prefix], store: ReferenceStore
+    vlm: Vlm, inputs: Mapping[str, Tensor], prefixes: Sequence[_Prefix], store: ReferenceStore
 ) -> list[_KeysValues]:
     """Return the key-value pairs of prefixes; those that are not kept are read together."""
     keys = [_key(inputs, prefix) if store.across_batches else None for prefix in prefixes]
@@ -181,35 +180,34 @@ def _key(inputs: Mapping[str, Tensor], prefix: _Prefix) -> Hashable:
     """Return a hash of the tokens and pixels of a prefix."""
     digest = hashlib.blake2b(digest_size=16)
     ids = inputs["input_ids"][prefix.row, prefix.columns].cpu()
-    pixels = inputs["pixel_values"][prefix.patches].cpu().contiguous()
+    pixels = inputs["pixel_values"][prefix.pixels].cpu().contiguous()
     digest.update(ids.numpy().tobytes())
     digest.update(pixels.view(torch.uint8).numpy().tobytes())
     return str(pixels.dtype), tuple(pixels.shape), digest.digest()
 
 
 def _forward_prefixes(
-    vlm: vlm_backbone.Vlm, inputs: Mapping[str, Tensor], prefixes: Sequence[_Prefix]
+    vlm: Vlm, inputs: Mapping[str, Tensor], prefixes: Sequence[_Prefix]
 ) -> list[_KeysValues]:
     """Read prefixes in one forward pass."""
     length = max(prefix.columns.stop - prefix.columns.start for prefix in prefixes)
-    images = vlm_backbone.patches_of_rows(vlm.config, inputs)
-    first_images = [images[prefix.row][0].start for prefix in prefixes]
+    family = get_family(vlm.config)
     batch = {
         name: torch.stack(
             [_left_padded(inputs[name][prefix.row, prefix.columns], length) for prefix in prefixes]
         )
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids")
+        for name in family.row_names
     }
-    vlm_backbone.reset_rope_deltas(vlm)
+    family.reset(vlm)
     cache = DynamicCache(config=vlm.config.get_text_config())
     vlm.base_model(
         **batch,
-        pixel_values=torch.cat([inputs["pixel_values"][prefix.patches] for prefix in prefixes]),
-        image_grid_thw=inputs["image_grid_thw"][first_images],
+        **family.select_images(inputs, [prefix.image for prefix in prefixes]),
+        **family.prompt_positions(batch["attention_mask"]),
         past_key_values=cache,
         use_cache=True,
     )
-    vlm_backbone.reset_rope_deltas(vlm)
+    family.reset(vlm)
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     layers: Any = cache.layers  # their annotations include caches of other architectures
     return [
@@ -228,20 +226,21 @@ def _forward_prefixes(
 
 
 def _continued_inputs(
-    vlm: vlm_backbone.Vlm,
+    vlm: Vlm,
     inputs: Mapping[str, Tensor],
     prefix_of_row: Sequence[int | None],
     prefixes: Sequence[_Prefix],
     read: Sequence[_KeysValues],
 ) -> dict[str, Any]:
     """Return the arguments of `generate` for rows that continue prefixes: [padding, prefix, padding, rest]."""
+    family = get_family(vlm.config)
     lengths = [0 if index is None else read[index].length for index in prefix_of_row]
     width = max(lengths)
     total = inputs["input_ids"].shape[1]
     starts = (inputs["attention_mask"].argmax(dim=1)).tolist()
     rest = max(total - start - length for start, length in zip(starts, lengths, strict=True))
     batch: dict[str, Any] = {}
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+    for name in family.row_names:
         rows = []
         for tensor, start, length in zip(inputs[name], starts, lengths, strict=True):
             begin, end = tensor[start : start + length], tensor[start + length :]
@@ -259,21 +258,14 @@ def _continued_inputs(
             pairs.append(torch.cat([padded[0 if index is None else index + 1] for index in prefix_of_row]))
         cache.update(pairs[0], pairs[1], layer)
     # Only images after the prefixes are encoded.
-    images, patches = zip(*vlm_backbone.patches_of_rows(vlm.config, inputs), strict=True)
-    sizes = inputs["image_grid_thw"].prod(dim=-1).tolist()
-    has_prefix = [index is not None for index in prefix_of_row]
     new_images = [
         image
-        for row, shared in zip(images, has_prefix, strict=True)
-        for image in range(row.start + shared, row.stop)
+        for row, index in zip(family.images_of_rows(vlm.config, inputs), prefix_of_row, strict=True)
+        for image in range(row.images.start + (index is not None), row.images.stop)
     ]
-    pixels = [
-        inputs["pixel_values"][row.start + (sizes[image.start] if shared else 0) : row.stop]
-        for row, image, shared in zip(patches, images, has_prefix, strict=True)
-    ]
-    tokens = vlm_backbone.encode_images(vlm, torch.cat(pixels), inputs["image_grid_thw"][new_images])
-    batch |= {"image_grid_thw": inputs["image_grid_thw"], "past_key_values": cache}
-    return batch | vlm_backbone.encoded_images(tokens)
+    tokens = family.encode_images(vlm, family.select_images(inputs, new_images))
+    batch |= {name: inputs[name] for name in family.image_names}
+    return batch | {"past_key_values": cache} | family.encoded_images(vlm, tokens)
 
 
 def _left_padded(row: Tensor, length: int) -> Tensor:

@@ -9,13 +9,16 @@ from .sam_prompt import ImageFeatures
 
 
 def check_forward_arguments(
+    completion_mask: Tensor | None,
     sam_pixel_values: Tensor | None,
     sam_features: ImageFeatures | None,
     sam_input_ids: Tensor | None,
     sam_attention_mask: Tensor | None,
     mask_labels: Tensor | None,
-) -> None:
-    """Raise a ValueError if arguments of `ConceptSegForSegmentation.forward` are incompatible."""
+) -> Tensor:
+    """Return `completion_mask`; raise a ValueError if arguments of the model's `forward` are incompatible."""
+    if completion_mask is None:
+        raise ValueError("forward: completion_mask is missing; pass the output of the processor's `collate`.")
     if sam_pixel_values is not None and sam_features is not None:
         raise ValueError("forward: both sam_pixel_values and sam_features are given; pass only one of them.")
     if mask_labels is not None and sam_pixel_values is None and sam_features is None:
@@ -26,6 +29,7 @@ def check_forward_arguments(
         raise ValueError(
             "forward: only one of sam_input_ids and sam_attention_mask is given; pass both or neither."
         )
+    return completion_mask
 
 
 def completion_states(

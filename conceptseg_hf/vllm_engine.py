@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from . import vlm_backbone
 from .devices import execution_device, loaded, stored_value
 from .generation import GeneratedCompletions, prepare_generation_config
 from .hashing import weights_hash
@@ -29,6 +28,7 @@ from .vllm_runtime import (
     reload_weights,
     start_engine,
 )
+from .vlm_families import Vlm, get_family
 
 if TYPE_CHECKING:
     from .inputs import PreparedSample
@@ -86,6 +86,7 @@ class VllmEngine:
         max_num_seqs: int = MAX_SEQUENCES,
         **options: Any,
     ) -> None:
+        get_family(model.vlm.config).check_vllm()
         self._lock = threading.Lock()
         self._parameters = _describe_parameters(model.vlm)
         self._weights: tuple[Any, ...] | None = None  # of the weights in the engine; see `_fingerprint`
@@ -135,7 +136,8 @@ class VllmEngine:
             ValueError: If a setting is not supported, or prompt and completion exceed `max_model_len`.
         """
         vlm, config = model.vlm, model.config
-        batch = vlm_backbone.model_inputs(processor.collate(samples, device=execution_device(vlm)))
+        family = get_family(vlm.config)
+        batch = family.model_inputs(processor.collate(samples, device=execution_device(vlm)))
         settings, limits = prepare_generation_config(vlm, generation_config, batch, config.max_total_length)
         _check_supported(settings, vlm.generation_config)
         max_tokens = [settings.max_new_tokens] * len(samples) if limits is None else limits.tolist()
@@ -156,7 +158,7 @@ class VllmEngine:
             _mask(stated, length, states.device),
         )
 
-    def synchronize(self, vlm: vlm_backbone.Vlm) -> None:
+    def synchronize(self, vlm: Vlm) -> None:
         """Load the weights of a VLM into the engine, unless it has them already.
 
         Raises:
@@ -174,7 +176,7 @@ class VllmEngine:
 
     def _write(
         self,
-        vlm: vlm_backbone.Vlm,
+        vlm: Vlm,
         samples: Sequence[PreparedSample],
         prompts: list[dict[str, Any]],
         settings: GenerationConfig,
@@ -223,7 +225,7 @@ class VllmEngine:
 # -- weights --
 
 
-def _describe_parameters(vlm: vlm_backbone.Vlm) -> dict[str, tuple[int, ...]]:
+def _describe_parameters(vlm: Vlm) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the parameters, by name.
 
     Raises:
@@ -243,7 +245,7 @@ def _describe_parameters(vlm: vlm_backbone.Vlm) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _fingerprint(vlm: vlm_backbone.Vlm) -> tuple[Any, ...]:
+def _fingerprint(vlm: Vlm) -> tuple[Any, ...]:
     """Return a value that changes with the weights.
 
     Version counters count operations in place, which change any value; the hash also changes with operations on
@@ -286,38 +288,41 @@ def _sampling_arguments(settings: GenerationConfig, defaults: GenerationConfig) 
 # -- prompts and states --
 
 
-def _encode_images(
-    vlm: vlm_backbone.Vlm, batch: Mapping[str, Tensor]
-) -> tuple[list[list[Tensor]], list[list[str]]]:
+def _encode_images(vlm: Vlm, batch: Mapping[str, Tensor]) -> tuple[list[list[Tensor]], list[list[str]]]:
     """Encode each distinct image of a batch once.
 
     Returns:
         The image tokens (tokens, C) of the images of each row, and a key of the content of each image, by which the
         prefix cache finds it (its image tokens have numerical noise that depends on the batch).
     """
-    sizes = batch["image_grid_thw"].prod(dim=1).tolist()
-    patches = batch["pixel_values"].split(sizes)
+    family = get_family(vlm.config)
     keys = [
-        hashlib.sha256(grid.cpu().numpy().tobytes() + part.float().cpu().numpy().tobytes()).hexdigest()
-        for grid, part in zip(batch["image_grid_thw"], patches, strict=True)
+        _key(family.select_images(batch, [image])) for image in range(len(family.pixels_per_image(batch)))
     ]
     first = {key: image for image, key in reversed(list(enumerate(keys)))}
     distinct = sorted(first.values())
-    encoded = vlm_backbone.encode_images(
-        vlm, torch.cat([patches[image] for image in distinct]), batch["image_grid_thw"][distinct]
-    )
+    encoded = family.encode_images(vlm, family.select_images(batch, distinct))
     by_key = dict(zip((keys[image] for image in distinct), encoded, strict=True))
-    rows = [images for images, _ in vlm_backbone.patches_of_rows(vlm.config, batch)]
+    rows = [row.images for row in family.images_of_rows(vlm.config, batch)]
     return [[by_key[key] for key in keys[row]] for row in rows], [keys[row] for row in rows]
 
 
+def _key(image: Mapping[str, Tensor]) -> str:
+    """Return a hash of the inputs of an image."""
+    digest = hashlib.sha256()
+    for tensor in image.values():
+        digest.update(tensor.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _prompts(
-    vlm: vlm_backbone.Vlm,
+    vlm: Vlm,
     samples: Sequence[PreparedSample],
     images: Sequence[Sequence[Tensor]],
     keys: Sequence[Sequence[str]],
 ) -> list[dict[str, Any]]:
     """Return the prompts of `vllm.LLM.generate`."""
+    family = get_family(vlm.config)
     prompts = []
     for sample, tokens, image_keys in zip(samples, images, keys, strict=True):
         prompts.append(
@@ -325,12 +330,7 @@ def _prompts(
                 "prompt_token_ids": collapse_image_tokens(
                     _known(sample.input_ids).tolist(), vlm.config.image_token_id
                 ),
-                "multi_modal_data": {
-                    "image": {
-                        "image_embeds": torch.cat(list(tokens)).cpu(),
-                        "image_grid_thw": _known(sample.image_grid_thw).cpu(),
-                    }
-                },
+                "multi_modal_data": {"image": family.vllm_image_data(tokens, vars(sample))},
                 "multi_modal_uuids": {"image": list(image_keys)},
             }
         )
@@ -347,13 +347,14 @@ def _teacher_forced_states(
     """Return the (B, T', C) hidden states of completions, from one forward pass over prompts and completions."""
     vlm = model.vlm
     batch = processor.collate(samples, list(completions), device=execution_device(vlm))
-    inputs = vlm_backbone.model_inputs(batch)
+    family = get_family(vlm.config)
+    inputs = family.model_inputs(batch)
     del inputs["pixel_values"]
-    tokens = vlm_backbone.encoded_images([image for row in images for image in row])
+    tokens = family.encoded_images(vlm, [image for row in images for image in row])
     start = max(len(_known(sample.input_ids)) for sample in samples)  # prompts are padded on the left
     if model.config.hidden_states_at == "predict":
         start -= 1
-    return vlm_backbone.full_pass(vlm, inputs, use_cache=False, **tokens).last_hidden_state[:, start:]
+    return family.full_pass(vlm, inputs, use_cache=False, **tokens).last_hidden_state[:, start:]
 
 
 def _as_list(token_ids: int | list[int] | None) -> list[int]:

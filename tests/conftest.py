@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from families import tiny_config, tiny_processor
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -75,7 +76,7 @@ WORDS = (
 )
 
 
-def build_vlm_tokenizer() -> PreTrainedTokenizerFast:
+def build_vlm_tokenizer(**settings: Any) -> PreTrainedTokenizerFast:
     """Create a word-level tokenizer with template tags, punctuation, numbers up to 100, and a few words."""
     vocabulary = {
         token: i for i, token in enumerate([*SPECIAL_TOKENS, "<|unk|>", *WORDS, *map(str, range(101))])
@@ -95,6 +96,7 @@ def build_vlm_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=[
             token for token in SPECIAL_TOKENS if token not in ("<|pad|>", "<|im_end|>")
         ],
+        **settings,
     )
 
 
@@ -110,28 +112,32 @@ def build_sam_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def processor() -> ConceptSegProcessor:
-    # These require torchvision or the shim of conceptseg_hf, which must be imported first.
-    from transformers import Qwen2VLImageProcessor, Sam3ImageProcessor
+def vlm_family(request) -> str:
+    """The family of the VLM of `processor` and `model`; see `families.all_families`."""
+    return getattr(request, "param", "qwen2_5_vl")
 
-    return ConceptSegProcessor(
-        image_processor=Qwen2VLImageProcessor(patch_size=8, merge_size=2, temporal_patch_size=1),
-        tokenizer=build_vlm_tokenizer(),
+
+@pytest.fixture(scope="session")
+def processor(vlm_family) -> ConceptSegProcessor:
+    # It requires torchvision or the shim of conceptseg_hf, which must be imported first.
+    from transformers import Sam3ImageProcessor
+
+    return tiny_processor(
+        vlm_family,
+        build_vlm_tokenizer,
         sam_image_processor=Sam3ImageProcessor(size={"height": NANO_IMAGE_SIZE, "width": NANO_IMAGE_SIZE}),
         sam_tokenizer=build_sam_tokenizer(),
-        canvas_size=64,
-        coordinate_scale=100,
         sam_text_length=NANO_SAM_TEXT_LENGTH,
     )
 
 
 @pytest.fixture(scope="session")
-def make_model(processor) -> Callable[..., ConceptSegForSegmentation]:
+def make_model(processor, vlm_family) -> Callable[..., ConceptSegForSegmentation]:
     """Create a random model of the nano preset, in eval mode."""
 
     def make(tied: bool = True, seed: int = 0, **overrides: Any) -> ConceptSegForSegmentation:
         torch.manual_seed(seed)
-        config = ConceptSegConfig.from_preset("nano", **overrides).to_dict()
+        config = tiny_config(vlm_family, **overrides).to_dict()
         config["vlm_config"]["tie_word_embeddings"] = tied
         config["vlm_config"]["text_config"]["tie_word_embeddings"] = tied
         model = ConceptSegForSegmentation(ConceptSegConfig.from_dict(config)).eval()

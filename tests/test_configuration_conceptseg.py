@@ -7,7 +7,15 @@ from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation, ConceptTr
 
 
 @pytest.mark.parametrize(
-    ("preset", "width", "tied"), [("3b", 2048, True), ("7b", 3584, False), ("nano", 128, True)]
+    ("preset", "width", "tied"),
+    [
+        ("3b", 2048, True),
+        ("7b", 3584, False),
+        ("qwen3-4b", 2560, True),
+        ("qwen3-8b", 4096, False),
+        ("nano", 128, True),
+        ("nano-qwen3", 128, True),
+    ],
 )
 def test_presets_match_their_backbones(preset: str, width: int, tied: bool) -> None:
     config = ConceptSegConfig.from_preset(preset)
@@ -57,7 +65,7 @@ def test_rejects_invalid_settings(overrides: dict, message: str) -> None:
 
 
 def test_error_of_an_unknown_preset_lists_the_presets() -> None:
-    with pytest.raises(ValueError, match="'3b', '7b', 'nano'"):
+    with pytest.raises(ValueError, match="'3b', '7b', 'qwen3-2b'"):
         ConceptSegConfig.from_preset("13b")
 
 

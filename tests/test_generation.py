@@ -4,11 +4,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from families import all_families
 from transformers import CompileConfig, GenerationConfig
 
-from conceptseg_hf import Reference, vlm_backbone
+from conceptseg_hf import Reference
 from conceptseg_hf.generation import generate_with_states, prepare_generation_config
 from conceptseg_hf.teacher_forcing import completion_states
+from conceptseg_hf.vlm_families import get_family
 
 VISION_TOKENS = [3, 4, 5, 6]
 
@@ -39,10 +41,11 @@ def teacher_forced(vlm, processor, samples, generated, hidden_states_at="token")
     completions = [ids[mask].tolist() for ids, mask in zip(generated.token_ids, generated.mask, strict=True)]
     batch = processor.collate(samples, completions=completions)
     with torch.no_grad():
-        states = vlm_backbone.last_hidden_states(vlm, vlm_backbone.model_inputs(batch))
+        states = get_family(vlm.config).last_hidden_states(vlm, get_family(vlm.config).model_inputs(batch))
     return completion_states(states, batch["completion_mask"], hidden_states_at)
 
 
+@all_families
 @pytest.mark.parametrize("hidden_states_at", ["token", "predict"])
 def test_states_equal_a_teacher_forced_pass_for_rows_of_different_lengths(
     vlm, processor, samples, hidden_states_at
@@ -68,6 +71,7 @@ def test_states_equal_a_teacher_forced_pass_for_rows_of_different_lengths(
         assert states[mask].abs().max() > 0.1
 
 
+@all_families
 def test_batch_equals_single(vlm, processor, samples):
     settings = {"do_sample": False, "max_new_tokens": 6}
     together = generate(vlm, processor.collate(samples), **settings)
@@ -122,9 +126,10 @@ def test_generation_runs_one_step_beyond_the_limit(vlm, processor, samples):
     assert steps == [batch["input_ids"].shape[1], 1, 1, 1, 1, 1]
 
 
+@all_families
 def test_calls_are_independent_of_each_other(vlm, processor, samples):
     first = generate(vlm, processor.collate(samples[:1]))
-    assert vlm.model.rope_deltas is None and not vlm.lm_head._forward_pre_hooks
+    assert getattr(vlm.model, "rope_deltas", None) is None and not vlm.lm_head._forward_pre_hooks
     generate(vlm, processor.collate(samples[1:]))
     again = generate(vlm, processor.collate(samples[:1]))
     assert torch.equal(first.token_ids, again.token_ids) and torch.equal(
@@ -144,6 +149,7 @@ def test_greedy_by_default_and_config_is_not_modified(vlm, processor, samples, m
     assert torch.equal(generate_with_states(vlm, batch, total).token_ids, a.token_ids)
 
 
+@all_families
 @pytest.mark.parametrize("hidden_states_at", ["token", "predict"])
 def test_chunked_prefill_gives_the_same_result(vlm, processor, samples, hidden_states_at):
     lengths = []
@@ -222,6 +228,7 @@ def test_rejects_a_vlm_compiled_as_a_whole(vlm, processor, samples, compiled):
     assert torch.allclose(generate(vlm, batch, **settings).hidden_states, expected.hidden_states, atol=1e-4)
 
 
+@all_families
 def test_several_completions_per_prompt(vlm, processor, samples):
     generated = generate(vlm, processor.collate(samples[:2]), num_return_sequences=2, eos_token_id=[])
     repeated = [samples[0]] * 2 + [samples[1]] * 2
@@ -291,7 +298,7 @@ def test_state_of_the_end_of_turn_token_is_recorded_if_requested(vlm, processor,
     ]
     forced = processor.collate(samples, completions=completions)  # includes the end-of-turn tokens
     with torch.no_grad():
-        states = vlm_backbone.last_hidden_states(vlm, vlm_backbone.model_inputs(forced))
+        states = get_family(vlm.config).last_hidden_states(vlm, get_family(vlm.config).model_inputs(forced))
     states, mask = completion_states(states, forced["completion_mask"], hidden_states_at)
     assert torch.equal(mask, with_end.state_mask)
     assert (states - with_end.hidden_states)[mask].abs().max() < 1e-4
@@ -331,11 +338,13 @@ def test_max_total_length_limits_prompt_and_completion(vlm, processor, samples):
         generate_with_states(vlm, batch, max_total_length=max(prompts))
 
 
+@all_families
 @pytest.mark.parametrize("chunk", [None, 16])
 @pytest.mark.parametrize("hidden_states_at", ["token", "predict"])
 def test_given_starts_of_completions_have_the_states_of_a_teacher_forced_pass(
-    vlm, processor, samples, hidden_states_at, chunk
+    make_model, processor, samples, hidden_states_at, chunk
 ):
+    vlm = make_model().double().vlm
     texts = ["the red circle", "star", "find the large red square in the image"]
     starts = [processor.start_completion(sample, text) for sample, text in zip(samples, texts, strict=True)]
     counts = [count for _, count in starts]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import all_families
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig
 
-from conceptseg_hf import nano_checkpoint
+from conceptseg_hf import Reference, nano_checkpoint
 from conceptseg_hf.data import load_benchmark
 from conceptseg_hf.quantization import UNQUANTIZED_MODULES, exclude_sam_and_ctm
 
@@ -23,6 +24,25 @@ def test_config_is_copied_and_skips_sam_and_ctm():
 def test_unsupported_config_is_rejected():
     with pytest.raises(ValueError, match="cannot skip SAM 3"):
         exclude_sam_and_ctm(object())
+
+
+@all_families
+def test_vlm_of_each_family_is_loaded_in_four_bits(make_model, processor, picture, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    make_model().save_pretrained(tmp_path)
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModel.from_pretrained(tmp_path, quantization_config=options, dtype=torch.bfloat16)
+    quantized = {name for name, value in model.named_parameters() if value.dtype == torch.uint8}
+    assert quantized and all(name.startswith("vlm.model.") for name in quantized)
+    projections = [name for name, _ in model.vlm.named_modules() if name.endswith("self_attn.q_proj")]
+    assert {f"vlm.{name}.weight" for name in projections if "language_model" in name} <= quantized
+    references = [Reference(picture(1), box=(2, 2, 20, 20))]
+    sample = processor.prepare(picture(0), "red circle", references)
+    settings = {"max_new_tokens": 4}
+    (result,) = model.segment(
+        [sample], router="full_reasoning", generation_config=settings, processor=processor
+    )
+    assert result.error is None and result.mask.size == (48, 40)
 
 
 @pytest.mark.parametrize(

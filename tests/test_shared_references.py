@@ -7,10 +7,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from families import all_families, num_encoded_images
 
-from conceptseg_hf import Reference, ShortcutRouter, vlm_backbone
+from conceptseg_hf import Reference, ShortcutRouter
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.shared_references import ReferenceStore
+from conceptseg_hf.vlm_families import get_family
 
 SETTINGS = {"max_new_tokens": 8, "eos_token_id": []}
 
@@ -34,11 +36,11 @@ class Images:
 
     def __init__(self, vlm):
         self.counts: list[int] = []
-        tower = vlm_backbone.vision_tower(vlm)
+        tower = get_family(vlm.config).vision_tower(vlm)
         self.handle = tower.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, module, args, kwargs):
-        self.counts.append(len(kwargs.get("grid_thw", args[-1])))
+        self.counts.append(num_encoded_images(args, kwargs))
 
 
 @pytest.fixture()
@@ -55,6 +57,7 @@ def assert_same_completions(one, other):
         assert torch.allclose(*states, atol=1e-4)
 
 
+@all_families
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("hidden_states_at", ["token", "predict"])
 def test_completions_equal_those_of_separate_prompts(
@@ -71,6 +74,7 @@ def test_completions_equal_those_of_separate_prompts(
     assert images.counts == [7, 2, 4], "two mosaics once, then four targets"
 
 
+@all_families
 @pytest.mark.parametrize("hidden_states_at", ["token", "predict"])
 def test_given_starts_equal_those_of_separate_prompts(model, processor, samples, hidden_states_at):
     texts = ["the red circle", "star", "find the large red square", "star"]
@@ -90,6 +94,7 @@ def test_unshared_references_are_not_read_separately(model, processor, samples, 
     assert images.counts == [5], "in one pass"
 
 
+@all_families
 def test_a_store_keeps_references_across_batches(model, processor, samples, images):
     store = ReferenceStore(across_batches=True)
     for rows, expected in (([3], [1, 1]), ([0, 1], [1, 2]), ([2, 3], [2]), ([0], [1])):
@@ -101,7 +106,7 @@ def test_a_store_keeps_references_across_batches(model, processor, samples, imag
     assert len(store) == 2
     text, layers = model.vlm.config.get_text_config(), len(model.vlm.model.language_model.layers)
     width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    mosaic = int(samples[0].image_grid_thw[0].prod()) // 4
+    mosaic = int((samples[0].input_ids == processor.image_token_id).sum()) // 2
     first = (samples[0].input_ids == processor.image_token_id).int().argmax()
     assert store.num_bytes == 2 * 2 * layers * width * 4 * (int(first) + mosaic)  # in float32
 
@@ -239,6 +244,7 @@ def test_segment_shares_references_within_a_batch_and_a_context(model, processor
             assert np.allclose(result.heatmap, expected.heatmap, atol=1e-4)
 
 
+@all_families
 @pytest.mark.parametrize(
     "settings",
     [{"num_return_sequences": 2, "do_sample": True}, {"prefill_chunk_size": 16}, {"use_cache": False}],

@@ -158,9 +158,10 @@ def _preset_of(config: Any) -> str | None:
     from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
     from conceptseg_hf.presets import PRESETS
 
-    def sizes(config: Any) -> tuple[int, ...]:
+    def sizes(config: Any) -> tuple[Any, ...]:
         text, vision = config.get_text_config(), config.vlm_config.vision_config
-        return text.hidden_size, text.num_hidden_layers, text.vocab_size, vision.hidden_size, vision.depth
+        family = config.vlm_config.model_type
+        return family, text.hidden_size, text.num_hidden_layers, text.vocab_size, vision.hidden_size
 
     return next(
         (name for name in PRESETS if sizes(ConceptSegConfig.from_preset(name)) == sizes(config)), None

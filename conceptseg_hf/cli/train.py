@@ -18,6 +18,10 @@ RECIPES = (
     "7b_sft",
     "nano_meta_grpo",
     "nano_sft",
+    "qwen3_4b_meta_grpo",
+    "qwen3_4b_meta_grpo_80gb",
+    "qwen3_4b_meta_grpo_lora",
+    "qwen3_4b_sft",
 )
 
 

@@ -14,6 +14,7 @@ from .. import hub
 from ..configuration_conceptseg import ConceptSegConfig
 from ..profiles import find_template_profile, get_profile
 from ..prompt_template import PromptTemplate
+from ..vlm_families.qwen2_5_vl import Qwen2_5VlFamily
 from . import names, original, processors
 from .errors import ConversionError
 from .plan import Plan, Rename, expected_tensors, make_plan
@@ -173,6 +174,11 @@ def to_original(
             f"converted checkpoint (model_type {ConceptSegConfig.model_type!r})."
         )
     config = ConceptSegConfig.from_pretrained(folder)
+    if config.vlm_config.model_type != Qwen2_5VlFamily.model_type:
+        raise ConversionError(
+            f"checkpoint {str(checkpoint)!r} has a VLM of the family {config.vlm_config.model_type!r}; --to-original "
+            f"requires {Qwen2_5VlFamily.model_type!r}, the only family of the authors' code."
+        )
     weights = SafetensorsSource(folder)
     expected, tied = expected_tensors(config)
     plan = make_plan(

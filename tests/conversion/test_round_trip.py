@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from conceptseg_hf import ConceptSegForSegmentation, nano_checkpoint
-from conceptseg_hf.conversion import MANIFEST_NAME, convert, to_original
+from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation, nano_checkpoint
+from conceptseg_hf.conversion import MANIFEST_NAME, ConversionError, convert, to_original
 
 from .conftest import old_config
 
@@ -23,6 +23,13 @@ def assert_same(actual, expected) -> None:
     assert set(actual) == set(expected)
     for name in expected:
         assert actual[name].dtype == expected[name].dtype and torch.equal(actual[name], expected[name]), name
+
+
+def test_other_families_have_no_original_layout(tmp_path):
+    config = ConceptSegConfig.from_preset("nano-qwen3")
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConversionError, match="'qwen3_vl'; --to-original requires 'qwen2_5_vl'"):
+        to_original(tmp_path, tmp_path / "original")
 
 
 def test_nano_round_trip(tmp_path):

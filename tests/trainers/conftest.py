@@ -25,8 +25,11 @@ def shapes() -> list:
 
 
 @pytest.fixture()
-def make_meta_grpo(nano_processor, shapes, tmp_path) -> Callable[..., Any]:
-    """Return a function that creates a MetaGRPOTrainer of the embedded checkpoint: groups of 4, one group per step."""
+def make_meta_grpo(vlm_family, request, shapes, tmp_path) -> Callable[..., Any]:
+    """Return a function that creates a MetaGRPOTrainer of the embedded checkpoint: groups of 4, one group per step.
+
+    The model is a random one for other families than that of the checkpoint.
+    """
     pytest.importorskip("trl", "1.16")
     from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
 
@@ -58,13 +61,17 @@ def make_meta_grpo(nano_processor, shapes, tmp_path) -> Callable[..., Any]:
             "log_examples": 0,
             **settings,
         }
-        if "model" not in arguments:
+        if vlm_family != "qwen2_5_vl":
+            arguments["model"] = request.getfixturevalue("make_model")()
+        elif "model" not in arguments:
             arguments["model"] = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
         if "train_dataset" not in arguments:
             arguments["train_dataset"] = split_reference_dataset(shapes)
         return MetaGRPOTrainer(
             args=MetaGRPOConfig(str(tmp_path / folder), **settings),
-            processing_class=nano_processor,
+            processing_class=request.getfixturevalue(
+                "nano_processor" if vlm_family == "qwen2_5_vl" else "processor"
+            ),
             **arguments,
         )
 

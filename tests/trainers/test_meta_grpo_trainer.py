@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import all_families
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 
 from conceptseg_hf import ConceptSegForSegmentation, nano_checkpoint
 from conceptseg_hf.evaluation import foreground_iou
-from conceptseg_hf.vlm_backbone import vision_token_ids
+from conceptseg_hf.vlm_families import get_family
 
 pytest.importorskip("trl", "1.16")
 from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
@@ -63,6 +64,7 @@ def test_detached_segmentation_loss_reaches_only_the_ctm(make_meta_grpo) -> None
     }
 
 
+@all_families
 def test_training_changes_vlm_and_ctm_but_not_sam(make_meta_grpo, weight_hash) -> None:
     trainer = make_meta_grpo(max_steps=3, learning_rate=1e-4)
     before = {name: weight.clone() for name, weight in trainer.concept_model.state_dict().items()}
@@ -92,16 +94,36 @@ def test_frozen_vision_tower_does_not_change(make_meta_grpo, weight_hash) -> Non
     assert weight_hash(trainer.concept_model.vlm.model.language_model) != language
 
 
+@all_families
+def test_adapters_of_the_family_are_trained(make_meta_grpo, vlm_family) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=2, target_modules=get_family(vlm_family).lora_target_modules, modules_to_save=["ctm"]
+    )
+    trainer = make_meta_grpo(peft_config=config, max_steps=2, learning_rate=1e-2)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {
+        name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])
+    }
+    assert {name.rsplit("_proj", 1)[0][-1] for name in changed if "lora_B" in name} == set("qkvo")
+    assert all("lora_" in name or ".ctm.modules_to_save." in name for name in changed)
+    assert any(".ctm." in name for name in changed)
+
+
 # -- inputs of the losses --
 
 
+@all_families
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probabilities_match_plain_logits(make_meta_grpo, temperature) -> None:
     trainer = make_meta_grpo(temperature=temperature)
     inputs = rollouts(trainer)
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-    images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
+    names = get_family(trainer.concept_model.config.vlm_config).input_names
+    images = {name: inputs[name] for name in names if name not in ("input_ids", "attention_mask")}
     length = inputs["completion_ids"].shape[1]
     with torch.no_grad():
         output = trainer.model(
@@ -149,7 +171,8 @@ def test_loss_and_reward_use_the_same_concepts(make_meta_grpo, monkeypatch, end_
     torch.testing.assert_close(reward_concepts, loss_concepts.detach(), rtol=0, atol=1e-4)
 
 
-def test_rewarded_mask_matches_inference(make_meta_grpo, shapes, nano_processor) -> None:
+@all_families
+def test_rewarded_mask_matches_inference(make_meta_grpo, shapes) -> None:
     """Greedy rollouts get the same masks as `model.segment`."""
     trainer = make_meta_grpo(generation_kwargs={"do_sample": False})
     row = trainer.train_dataset[0]
@@ -158,7 +181,7 @@ def test_rewarded_mask_matches_inference(make_meta_grpo, shapes, nano_processor)
     trainer._generate_and_score_completions(rows)
     sample = shapes[0]
     references = [replace(reference, role="auto") for reference in _composed(trainer, sample)]
-    inputs = nano_processor(sample.image, sample.prompt, [references])
+    inputs = trainer.concept_processor(sample.image, sample.prompt, [references])
     (result,) = trainer.concept_model.segment(inputs, router="full_reasoning")
     assert foreground_iou(np.asarray(result.mask) > 0, rows[0]["predicted_mask"]) > 0.99
 
@@ -215,10 +238,11 @@ def test_masked_truncated_completions_do_not_train_the_ctm(make_meta_grpo, weigh
 # -- rollouts --
 
 
+@all_families
 def test_image_tokens_are_never_sampled(make_meta_grpo) -> None:
     trainer = make_meta_grpo(generation_kwargs={"suppress_tokens": [17]}, max_completion_length=8)
     config = trainer.concept_model.config.vlm_config
-    tokens = {*vision_token_ids(config), 17}
+    tokens = {*get_family(config).vision_token_ids(config), 17}
     assert set(trainer.generation_config.suppress_tokens) == tokens
 
     def favor(module, inputs, logits):
@@ -452,7 +476,9 @@ def test_vllm_engine_gets_the_weights_of_the_vlm(make_meta_grpo, monkeypatch) ->
     names = {name for name, _ in trainer.vllm_generation._iter_named_params()}
     assert names == {name for name, _ in trainer.concept_model.vlm.named_parameters()}
     biases = trainer.vllm_generation.generation_kwargs["logit_bias"]
-    assert set(biases) == set(vision_token_ids(trainer.concept_model.config.vlm_config))
+    assert set(biases) == set(
+        trainer.concept_processor.family.vision_token_ids(trainer.concept_model.config.vlm_config)
+    )
 
 
 # -- bad input --

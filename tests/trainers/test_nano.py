@@ -27,7 +27,7 @@ from conceptseg_trainers.nano.examples import ExampleWriter
 from conceptseg_trainers.nano.sam_data import guidance_targets, negative_prompt, positive_prompt
 from conceptseg_trainers.nano.scenes import TaskMix, sheet_scene
 from conceptseg_trainers.nano.tokenizers import build_processor, build_sam_tokenizer, build_vlm_tokenizer
-from conceptseg_trainers.nano.vlm_data import RANDOM_CHOICE_FAMILIES, ShapesVlmData
+from conceptseg_trainers.nano.vlm_data import RANDOM_CHOICE_FAMILIES, ShapesVlmData, make_stage
 from torch import nn
 
 from conceptseg_hf import parse_completion
@@ -35,6 +35,7 @@ from conceptseg_hf.boxes import mask_to_box
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.data.concept_shapes.families import GROUPS
 from conceptseg_hf.data.concept_shapes.scenes import HELD_OUT_PAIRS
+from conceptseg_hf.vlm_families import DEFAULT_FAMILY
 
 SIZE = 128
 TASKS = range(200_000, 200_024)  # numbers of tasks of all groups
@@ -71,10 +72,11 @@ def test_task_examples_equal_the_inputs_of_the_processor(writer: ExampleWriter) 
             )
 
 
-def test_positions_equal_those_of_the_model(writer: ExampleWriter) -> None:
+@pytest.mark.parametrize("preset", ["nano", "nano-qwen3"])
+def test_positions_equal_those_of_the_model(writer: ExampleWriter, preset: str) -> None:
     from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation
 
-    model = ConceptSegForSegmentation(ConceptSegConfig.from_preset("nano"))
+    model = ConceptSegForSegmentation(ConceptSegConfig.from_preset(preset))
     split = ConceptShapes("val")
     for index in (0, 4, 9):
         sample = split[index]
@@ -336,12 +338,32 @@ def test_nonfinite_loss_stops_the_run(tmp_path) -> None:
         train(stage, Schedule(steps=3, learning_rate=0.1), tmp_path, report=lambda line: None)
 
 
+@pytest.mark.parametrize("preset", ["nano", "nano-qwen3"])
+def test_loss_of_the_vlm_stage_reaches_all_parameters(preset: str) -> None:
+    """Also the parameters of Qwen3-VL's DeepStack."""
+    stage = make_stage(pretraining=1, steps=2, held_out=1, preset=preset)
+    examples = stage.data.examples(1)[:3]
+    assert all(example.images for example in examples)
+    loss, parts = stage.example_loss(examples)
+    loss.backward()
+    assert np.isfinite(loss.item()) and parts["focus"] > 0
+    without = {
+        name
+        for name, parameter in stage.module.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    }
+    assert not without
+
+
 @pytest.mark.slow
-def test_command_trains_a_checkpoint(tmp_path) -> None:
+@pytest.mark.parametrize("family", [DEFAULT_FAMILY, "qwen3_vl"])
+def test_command_trains_a_checkpoint(tmp_path, family: str) -> None:
     command = [
         sys.executable,
         "-m",
         "conceptseg_trainers.nano",
+        "--family",
+        family,
         "--run-dir",
         str(tmp_path / "run"),
         "--scale",
@@ -359,6 +381,9 @@ def test_command_trains_a_checkpoint(tmp_path) -> None:
     sample = ConceptShapes("val")[0]
     result = model.segment(processor(sample.image, sample.prompt, sample.references))[0]
     assert result.error is None and result.mask.size == sample.image.size
+    assert model.config.vlm_config.model_type == processor.vlm_family == family
+    if family != DEFAULT_FAMILY:
+        return
 
     # Another CTM with the same VLM, SAM 3 and completions.
     completions = {

@@ -14,6 +14,7 @@ from PIL import Image
 
 from conceptseg_hf.data import SOURCES, SUITE
 from conceptseg_hf.images import mask_to_image
+from conceptseg_hf.vlm_families import get_family
 
 pytest.importorskip("trl", "1.16")
 
@@ -32,8 +33,12 @@ def parse(name: str):
 
 
 def test_all_recipes_exist():
-    stages = [f"{size}_{stage}.yaml" for size in ("3b", "7b", "nano") for stage in ("sft", "meta_grpo")]
-    assert set(stages) | {"3b_meta_grpo_lora.yaml"} == set(RECIPES)
+    sizes = ("3b", "7b", "nano", "qwen3_4b")
+    stages = [f"{size}_{stage}.yaml" for size in sizes for stage in ("sft", "meta_grpo")]
+    adapters = {
+        f"{name}.yaml" for name in ("3b_meta_grpo_lora", "qwen3_4b_meta_grpo_lora", "qwen3_4b_meta_grpo_80gb")
+    }
+    assert set(stages) | adapters == set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -46,7 +51,7 @@ def test_recipes_parse(name):
     assert args.seed == 42 and args.lr_scheduler_type == "linear"
 
 
-@pytest.mark.parametrize("size", ["3b", "7b"])
+@pytest.mark.parametrize("size", ["3b", "7b", "qwen3_4b"])
 def test_large_recipes_match_table_7(size):
     _, model, args = parse(f"{size}_sft.yaml")
     assert (args.learning_rate, args.num_train_epochs, 8 * args.per_device_train_batch_size) == (
@@ -54,7 +59,8 @@ def test_large_recipes_match_table_7(size):
         20,
         128,
     )
-    assert (model.num_concept_tokens, model.canvas_size) == (8, 600)
+    canvas_size = 608 if size == "qwen3_4b" else 600  # a multiple of the patches of Qwen3-VL
+    assert (model.num_concept_tokens, model.canvas_size) == (8, canvas_size)
     assert (args.max_prompt_length, args.max_completion_length) == (2048, 768)
 
     data, _, args = parse(f"{size}_meta_grpo.yaml")
@@ -88,7 +94,7 @@ def test_defaults_match_table_7(tmp_path):
 
 def test_lora_recipe_trains_adapters_and_the_ctm():
     _, policy, args = parse("3b_meta_grpo_lora.yaml")
-    config = policy.peft_config()
+    config = policy.peft_config(get_family("qwen2_5_vl"))
     assert config.modules_to_save == ["ctm"]
     pattern = config.target_modules
     assert re.fullmatch(pattern, "vlm.model.language_model.layers.3.self_attn.q_proj")
@@ -98,6 +104,23 @@ def test_lora_recipe_trains_adapters_and_the_ctm():
     assert "quantization_config" not in policy.load_kwargs()
     policy.load_in_4bit = True
     assert policy.load_kwargs()["quantization_config"].load_in_4bit
+
+
+@pytest.mark.parametrize(("name", "four_bits"), [("lora", True), ("80gb", False)])
+def test_recipes_of_qwen3_for_one_gpu_train_adapters(name, four_bits):
+    _, policy, args = parse(f"qwen3_4b_meta_grpo_{name}.yaml")
+    assert policy.use_peft and policy.load_in_4bit == four_bits
+    assert (
+        policy.peft_config(get_family("qwen3_vl")).target_modules
+        == get_family("qwen3_vl").lora_target_modules
+    )
+    assert args.generation_batch_size == 64
+
+
+def test_recipe_of_qwen3_has_the_defaults_of_its_family():
+    _, model, _ = parse("qwen3_4b_sft.yaml")
+    family = get_family("qwen3_vl")
+    assert (model.canvas_size, model.coordinate_scale) == (family.canvas_size, family.coordinate_scale)
 
 
 def test_four_bits_need_adapters(tmp_path):

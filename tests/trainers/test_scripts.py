@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import all_families
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from conceptseg_hf import ConceptSegForSegmentation, cli, nano_checkpoint
+from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, cli, nano_checkpoint
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.profiles import profile_changes
 
@@ -584,7 +585,8 @@ def test_resuming_from_the_last_complete_checkpoint(tmp_path):
         find(str(tmp_path / "checkpoint-400"))
 
 
-def test_model_is_built_from_backbones(model, processor, tmp_path):
+@all_families
+def test_model_is_built_from_backbones(model, processor, vlm_family, tmp_path):
     model.vlm.save_pretrained(tmp_path / "vlm")
     processor.tokenizer.save_pretrained(tmp_path / "vlm")
     processor.image_processor.save_pretrained(tmp_path / "vlm")
@@ -604,7 +606,11 @@ def test_model_is_built_from_backbones(model, processor, tmp_path):
     assert profile_changes("released", joined.config, joined_processor) == {}
     assert joined.config.ctm_config.num_queries == 3
     assert (joined_processor.canvas_size, joined_processor.coordinate_scale) == (64, 64)
-    assert joined_processor.image_processor.patch_size == processor.image_processor.patch_size
+    assert joined_processor.vlm_family == vlm_family
+    assert joined_processor.image_processor.to_dict() == processor.image_processor.to_dict()
+    defaults = ConceptSegProcessor.from_backbones(tmp_path / "vlm", tmp_path / "sam")
+    family = processor.family
+    assert (defaults.canvas_size, defaults.coordinate_scale) == (family.canvas_size, family.coordinate_scale)
     assert torch.equal(
         joined.vlm.get_input_embeddings().weight, model.vlm.get_input_embeddings().weight.to(joined.vlm.dtype)
     )

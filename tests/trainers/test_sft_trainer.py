@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import all_families
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
@@ -66,6 +67,7 @@ def digest(weight_hash):
     return lambda trainer: weight_hash(trainer.concept_model.ctm)
 
 
+@all_families
 def test_only_the_ctm_is_trained(make_trainer):
     trainer = make_trainer()
     before = weights(trainer)
@@ -78,6 +80,7 @@ def test_only_the_ctm_is_trained(make_trainer):
     assert 0 <= log["mask_iou"] <= 1
 
 
+@all_families
 def test_loss_matches_the_loss_of_the_model(make_trainer, samples):
     trainer = make_trainer()
     batch = trainer.data_collator(samples[:3])

@@ -14,7 +14,7 @@ import torch
 from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
 from peft import LoraConfig
 
-from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, nano_checkpoint, vlm_backbone
+from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, nano_checkpoint
 from conceptseg_hf.data import load_benchmark
 from conceptseg_hf.generation import generate_with_states
 
@@ -149,7 +149,7 @@ def test_vision_tower_alone_reaches_the_engine(make, shapes) -> None:
     trainer.vllm_generation.sync_weights()
     before = greedy_of_engine(trainer, prepared)
     with torch.no_grad():
-        for parameter in vlm_backbone.vision_tower(trainer.concept_model.vlm).parameters():
+        for parameter in trainer.concept_model.vlm.model.visual.parameters():
             parameter.mul_(0.8)
     expected = greedy_of_policy(trainer, prepared)
     assert expected != before

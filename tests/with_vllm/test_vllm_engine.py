@@ -18,9 +18,10 @@ import psutil
 import torch
 from transformers import pipeline
 
-from conceptseg_hf import vlm_backbone
 from conceptseg_hf.data import load_benchmarks
 from conceptseg_hf.generation import generate_with_states
+from conceptseg_hf.vlm_families import get_family
+from conceptseg_hf.vlm_families.qwen2_5_vl import Qwen2_5VlFamily
 
 STATE_NOISE = 2e-3  # float32 hidden states of two implementations
 
@@ -128,13 +129,13 @@ def test_suppressed_tokens_are_never_written(restored, loaded, engine, prepared)
     assert (logits.argmax(dim=1) == image_token).any()
     actual = engine.generate(*loaded, prepared)
     assert rows(actual) == rows(expected_of(*loaded, prepared))
-    assert not set(vlm_backbone.vision_token_ids(restored.vlm.config)) & {
+    assert not set(get_family(restored.vlm.config).vision_token_ids(restored.vlm.config)) & {
         t for row in rows(actual) for t in row
     }
 
 
 def processor_batch(loaded, prepared):
-    return vlm_backbone.model_inputs(loaded[1].collate(prepared))
+    return get_family(loaded[0].vlm.config).model_inputs(loaded[1].collate(prepared))
 
 
 def test_sampling_follows_the_seed_of_torch(loaded, engine, prepared) -> None:
@@ -207,11 +208,13 @@ def test_mosaic_of_a_batch_is_encoded_once_and_its_prompt_is_cached(
     targets = [each.image for each in samples[:3]]
     batch = [processor.prepare(target, sample.prompt, sample.references) for target in targets]
     counts = []
-    encode = vlm_backbone.encode_images
+    encode = Qwen2_5VlFamily.encode_images
     monkeypatch.setattr(
-        vlm_backbone,
+        Qwen2_5VlFamily,
         "encode_images",
-        lambda vlm, pixels, grid: counts.append(len(grid)) or encode(vlm, pixels, grid),
+        lambda family, vlm, images: (
+            counts.append(len(images["image_grid_thw"])) or encode(family, vlm, images)
+        ),
     )
     expected = rows(expected_of(*loaded, batch))
     assert rows(engine.generate(*loaded, batch[:1])) == expected[:1]

@@ -22,13 +22,13 @@ from conceptseg_hf import (
     ConceptSegProcessor,
     parse_completion,
     shared_prompts,
-    vlm_backbone,
 )
 from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.generation import StateRecorder
 from conceptseg_hf.losses import segmentation_loss
 from conceptseg_hf.processing_conceptseg import CoordinateFrame
 from conceptseg_hf.sam_prompt import ImageFeatures
+from conceptseg_hf.vlm_families import get_family
 
 from .batches import best_and_worst, group_rows, select_rows
 from .callbacks import EpochCallback, ExampleImagesCallback, FormatOnlyWarning, TrainingExample
@@ -121,6 +121,9 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
             "MetaGRPOTrainer", _without_adapters(model), args, MetaGRPOConfig, processing_class
         )
 
+        self._family = get_family(self.concept_model.config.vlm_config)
+        if args.use_vllm:
+            self._family.check_vllm()
         self._vlm_processor = self.concept_processor.vlm_processor()
         self._reader = PromptReader(self.concept_processor, self._vlm_processor, args.max_prompt_length)
         for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
@@ -128,7 +131,7 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
 
         sam: nn.Module = materialize(self.concept_model.detach_sam())
         if args.freeze_vision_tower:
-            vlm_backbone.vision_tower(self.concept_model.vlm).requires_grad_(False)
+            self._family.vision_tower(self.concept_model.vlm).requires_grad_(False)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         # `model_init_kwargs` has been applied; TRL would warn that it is ignored.
         applied = (
@@ -196,7 +199,7 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
     def _suppress_image_tokens(self) -> None:
         """Suppress image tokens in completions, as the next forward pass would expect an image for each of them."""
         configured = self.generation_kwargs.get("suppress_tokens") or ()
-        tokens = sorted({*configured, *vlm_backbone.vision_token_ids(self.concept_model.config.vlm_config)})
+        tokens = sorted({*configured, *self._family.vision_token_ids(self.concept_model.config.vlm_config)})
         self.generation_kwargs["suppress_tokens"] = tokens
         self.generation_config.suppress_tokens = tokens
         # A policy that has diverged has no valid probabilities; `check_loss` reports this in the following step.
@@ -205,7 +208,7 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
     def _start_vllm(self) -> None:
         from .vllm import ConceptVLLMGeneration
 
-        tokens = vlm_backbone.vision_token_ids(self.concept_model.config.vlm_config)
+        tokens = self._family.vision_token_ids(self.concept_model.config.vlm_config)
         name = self.args.vllm_vlm_name_or_path
         assert name is not None  # checked by MetaGRPOConfig
         self.set_engine(ConceptVLLMGeneration.from_trainer(self, name, tokens))
@@ -222,7 +225,7 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
         self._prompts, self._rollouts, self._generated = {}, [], ([], None)
 
     def _generate_recorded(self, **arguments: Any) -> Tensor:
-        inputs = {name: arguments.pop(name) for name in vlm_backbone.INPUT_NAMES}
+        inputs = {name: arguments.pop(name) for name in self._family.input_names}
         recorder = StateRecorder()
         handle = self.concept_model.get_output_embeddings().register_forward_pre_hook(recorder.record)
         try:
@@ -231,7 +234,7 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
             )
         finally:
             handle.remove()
-            vlm_backbone.reset_rope_deltas(self.concept_model.vlm)
+            self._family.reset(self.concept_model.vlm)
         tokens = sequences[:, inputs["input_ids"].shape[1] :].tolist()
         self._generated = tokens, recorder.stacked(self.concept_model.config.hidden_states_at)
         return sequences

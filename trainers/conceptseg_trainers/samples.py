@@ -149,6 +149,10 @@ def check_arguments(
         raise ValueError(
             f"{trainer}: processing_class is not the model's ConceptSegProcessor; pass it as processing_class=..."
         )
+    try:
+        processor.check_family(model.config)
+    except ValueError as error:
+        raise ValueError(f"{trainer}: {error}") from error
     # The Trainer would wrap the model in DataParallel, which does not replicate everything that a step needs.
     if args.n_gpu > 1:
         raise ValueError(

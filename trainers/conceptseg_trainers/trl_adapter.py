@@ -21,7 +21,8 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
-from conceptseg_hf import ConceptSegForSegmentation, shared_prompts, vlm_backbone
+from conceptseg_hf import ConceptSegForSegmentation, shared_prompts
+from conceptseg_hf.vlm_families import get_family
 
 from .loading import changed_settings
 
@@ -300,7 +301,7 @@ def read_prompts_once(model: PreTrainedModel, vlm: PreTrainedModel) -> None:
         length = int((labels != -100).any(dim=0).nonzero()[0])  # prompts are padded on the left
         with shared_prompts.share_prompts(vlm, kwargs, length):
             output = inner(*args, **kwargs)
-        vlm_backbone.reset_rope_deltas(vlm)
+        get_family(vlm.config).reset(vlm)
         return output
 
     model.forward = forward
@@ -329,7 +330,7 @@ def add_concept_head(model: ConceptSegForSegmentation, detach_hidden_states: boo
             output = inner(*args, **kwargs)
         finally:
             handle.remove()
-        vlm_backbone.reset_rope_deltas(model.vlm)
+        get_family(model.vlm.config).reset(model.vlm)
         concept_embeds = model.translate_completion(states[0], concept_mask, detach_hidden_states)
         return ConceptLMOutput(**output, concept_embeds=concept_embeds)
 

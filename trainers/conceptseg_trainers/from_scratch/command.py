@@ -90,7 +90,7 @@ def run_in_parallel(package: str, stages: Sequence[str], threads: int | None, op
 
 def common_options(arguments: argparse.Namespace) -> list[str]:
     """Return the options of a command, except for stage and threads, as a command line."""
-    names = ("run_dir", "device", "seed", "scale")
+    names = [name for name in ("run_dir", "device", "seed", "scale", "family") if hasattr(arguments, name)]
     return [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(arguments, name)))]
 
 

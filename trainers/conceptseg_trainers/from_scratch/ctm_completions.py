@@ -19,7 +19,7 @@ from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, CoordinateFrame, PreparedSample
 from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.references import Reference
-from conceptseg_hf.vlm_backbone import last_hidden_states, model_inputs
+from conceptseg_hf.vlm_families import get_family
 
 from .loop import write_tensors
 from .masks import bounding_box
@@ -195,7 +195,8 @@ class CompletionWriter:
         """Return the hidden states of given completions at their tokens, (B, T, C), and their mask (B, T)."""
         batch = self.processor.collate(prepared, completions, device=self.device)
         with torch.no_grad():
-            states = last_hidden_states(self.model.vlm, model_inputs(batch))
+            family = get_family(self.model.vlm.config)
+            states = family.last_hidden_states(self.model.vlm, family.model_inputs(batch))
         # Prompts are padded on the left, so all completions start in the same column.
         first = int(batch["completion_mask"].any(0).nonzero()[0])
         return states[:, first:], batch["completion_mask"][:, first:]

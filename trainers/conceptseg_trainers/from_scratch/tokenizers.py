@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Sam3Ima
 
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
 from conceptseg_hf.prompt_template import PromptTemplate
+from conceptseg_hf.vlm_families import DEFAULT_FAMILY
 
 COORDINATE_SCALE = 100
 TAGS = ("think", "rule", "check", "bbox", "answer")
@@ -116,6 +117,7 @@ def build_processor(
     image_size: int,
     template: PromptTemplate,
     patch_size: int = 8,
+    vlm_family: str = DEFAULT_FAMILY,
 ) -> ConceptSegProcessor:
     """Build a processor with the same size of canvas and SAM 3's input, and coordinates from 0 to 100.
 
@@ -125,6 +127,7 @@ def build_processor(
         image_size: Side length of canvas and input in pixels.
         template: The prompt template.
         patch_size: Patch size of the VLM; 2 x 2 patches are an image token.
+        vlm_family: Family of the VLM: "qwen2_5_vl" or "qwen3_vl".
     """
     image_processor = Qwen2VLImageProcessor(
         patch_size=patch_size,
@@ -142,4 +145,5 @@ def build_processor(
         coordinate_scale=COORDINATE_SCALE,
         sam_text_length=sam_tokenizer.model_max_length,
         prompt_template=template.to_dict(),
+        vlm_family=vlm_family,
     )

@@ -49,7 +49,7 @@ class TrainingExample:
 
 
 def patches(images: Sequence[np.ndarray], device: str) -> Tensor:
-    """Convert 8-bit images (S, S, 3) to Qwen2.5-VL's patches (N * (S / 8)^2, 192), grouped by image token."""
+    """Convert 8-bit images (S, S, 3) to Qwen's patches (N * (S / 8)^2, 192), grouped by image token."""
     n, side = len(images), images[0].shape[0]
     cells = side // PATCH // MERGE
     x = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 255
@@ -62,7 +62,7 @@ def patches(images: Sequence[np.ndarray], device: str) -> Tensor:
 
 
 def positions(ids: Sequence[int], image_token: int, grid: int) -> np.ndarray:
-    """Return Qwen2.5-VL's position ids (3, L) of (time, row, column).
+    """Return Qwen's position ids (3, L) of (time, row, column).
 
     The position increases by one with each text token, and by `grid`, the number of image tokens per side, with each
     image.
@@ -89,7 +89,7 @@ def pad_examples(
     """Convert examples to tensors, padded on the right.
 
     Returns:
-        input_ids (with noisy completions), labels (with the completions), attention_mask, is_image, completion: (B, L);
+        input_ids (with noisy completions), labels (with the completions), attention_mask, completion: (B, L);
         position_ids: (3, B, L);
         attention_targets: row (N,) and column (N,) of the query, the token before the predicted one, and the image
         tokens that it should attend to, (N, L) bool.
@@ -120,7 +120,6 @@ def pad_examples(
         "input_ids": ids,
         "labels": labels,
         "attention_mask": mask,
-        "is_image": ids == image_token,
         "completion": completion,
         "position_ids": position_ids,
     }

@@ -1,4 +1,4 @@
-"""Stage "vlm": train Qwen2.5-VL on examples of images, a prompt and a completion.
+"""Stage "vlm": train Qwen2.5-VL or Qwen3-VL on examples of images, a prompt and a completion.
 
 Without the following, a small language model does not learn to use image tokens for tens of thousands of steps:
 - pretraining of the vision tower on dense targets;
@@ -11,16 +11,16 @@ Without the following, a small language model does not learn to use image tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention, apply_rotary_pos_emb
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb  # Qwen3-VL has a copy
 
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
-from conceptseg_hf.vlm_backbone import encode_images
+from conceptseg_hf.vlm_families import Vlm, get_family
 
 from .tokenizers import COORDINATE_SCALE
 from .vlm_examples import MERGE, PATCH, TrainingExample, pad_examples, patches
@@ -64,10 +64,10 @@ class VlmWithHeads(nn.Module):
         make_heads: Function from the number of channels of image tokens to the heads.
     """
 
-    def __init__(self, config: Qwen2_5_VLConfig, make_heads: Callable[[int], nn.Module]) -> None:
+    def __init__(self, config: PreTrainedConfig, make_heads: Callable[[int], nn.Module]) -> None:
         super().__init__()
-        self.vlm = Qwen2_5_VLForConditionalGeneration._from_config(config)
-        self.dense = make_heads(config.text_config.hidden_size)  # type: ignore[union-attr]
+        self.vlm: Vlm = AutoModelForImageTextToText.from_config(config)
+        self.dense = make_heads(config.get_text_config().hidden_size)
 
 
 class VlmStage:
@@ -117,10 +117,19 @@ class VlmStage:
             return self.example_loss(self.data.examples(step), sigma)
 
     def encode_images(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Return the image tokens of N images, (N * grid * grid, D)."""
+        """Return the embeddings of the image tokens of N images, (N * grid * grid, D)."""
+        return self._embeddings(self._image_tokens(images))
+
+    def _embeddings(self, tokens: Sequence[Tensor]) -> Tensor:
+        # The tokens of Qwen3-VL also contain the features for its first layers.
+        return torch.cat(list(tokens))[:, : self.module.vlm.config.get_text_config().hidden_size]
+
+    def _image_tokens(self, images: Sequence[np.ndarray]) -> list[Tensor]:
         rows = images[0].shape[0] // PATCH
         grid = torch.tensor([[1, rows, rows]], device=self.device).repeat(len(images), 1)
-        return torch.cat(encode_images(self.module.vlm, patches(images, self.device), grid))
+        vlm = self.module.vlm
+        inputs = {"pixel_values": patches(images, self.device), "image_grid_thw": grid}
+        return get_family(vlm.config).encode_images(vlm, inputs)
 
     def example_loss(
         self, examples: Sequence[TrainingExample], number_sigma: float = _NUMBER_SIGMA
@@ -139,22 +148,21 @@ class VlmStage:
             self.device,
         )
         vlm = self.module.vlm
-        features = self.encode_images([image for example in examples for image in example.images])
-        embeddings = vlm.get_input_embeddings()(batch["input_ids"])
-        embeddings = embeddings.masked_scatter(batch["is_image"][..., None], features.to(embeddings.dtype))
+        tokens = self._image_tokens([image for example in examples for image in example.images])
         attention_inputs: dict[str, Any] = {}
-        attention = cast(Qwen2_5_VLAttention, vlm.model.language_model.layers[_GUIDED_LAYER].self_attn)
+        attention = vlm.model.language_model.layers[_GUIDED_LAYER].self_attn
         hook = attention.register_forward_pre_hook(
             lambda _, __, kwargs: attention_inputs.update(
                 states=kwargs["hidden_states"], rotary=kwargs["position_embeddings"]
             ),
             with_kwargs=True,
         )
-        states = vlm.model.language_model(
-            inputs_embeds=embeddings,
+        states = vlm.model(
+            input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             position_ids=batch["position_ids"],
             use_cache=False,
+            **get_family(vlm.config).encoded_images(vlm, tokens),
         ).last_hidden_state
         hook.remove()
         # A completion token is predicted from the state of the previous token.
@@ -171,7 +179,7 @@ class VlmStage:
         numbers_loss = -(soft_targets * number_log_probabilities).sum(1).mean()
         focus = guided_attention_loss(attention, attention_inputs, batch["attention_targets"])
         targets_of_images = [target for example in examples for target in example.dense]
-        dense = self.data.dense_loss(self.module.dense, targets_of_images, features)
+        dense = self.data.dense_loss(self.module.dense, targets_of_images, self._embeddings(tokens))
         loss = words_loss + numbers_loss + 0.4 * focus + dense
         return loss, {
             "words": words_loss.item(),
@@ -206,7 +214,7 @@ def _number_embeddings(weight: Tensor, numbers: Tensor) -> None:
 
 
 def guided_attention_loss(
-    attention: Qwen2_5_VLAttention,
+    attention: Any,
     inputs: dict[str, Any],
     attention_targets: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor:
@@ -220,8 +228,11 @@ def guided_attention_loss(
     rows, columns, targets = attention_targets
     states, (cosine, sine) = inputs["states"], inputs["rotary"]
     heads, width = _GUIDED_HEADS, attention.head_dim
-    query = attention.q_proj(states)[..., : heads * width].unflatten(-1, (heads, width)).transpose(1, 2)
-    key = attention.k_proj(states)[..., :width].unflatten(-1, (1, width)).transpose(1, 2)
+    query = attention.q_proj(states)[..., : heads * width].unflatten(-1, (heads, width))
+    key = attention.k_proj(states)[..., :width].unflatten(-1, (1, width))
+    if hasattr(attention, "q_norm"):  # Qwen3-VL
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    query, key = query.transpose(1, 2), key.transpose(1, 2)
     query, key = apply_rotary_pos_emb(query, key, cosine, sine)
     scores = torch.einsum("nhd,nld->nhl", query[rows, :, columns], key[rows, 0]) * attention.scaling
     future = torch.arange(states.shape[1], device=states.device)[None] > columns[:, None]

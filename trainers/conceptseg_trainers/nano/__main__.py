@@ -27,6 +27,8 @@ from .tokenizers import build_processor
 from .vlm_data import RANDOM_CHOICE_FAMILIES, make_stage
 
 _STAGES = ("sam", "vlm", "ctm", "base", "base-ctm")
+PRESETS = {"qwen2_5_vl": "nano", "qwen3_vl": "nano-qwen3"}
+"""Presets by the family of the VLM."""
 PRETRAINING = {"sam": 4000, "vlm": 5000}  # number of steps in which only the vision tower is trained
 STEPS = {"sam": 11_000, "vlm": 12_000, "base": 6_000}
 HELD_OUT = {"sam": 180, "vlm": 132, "ctm": 240}
@@ -35,6 +37,12 @@ HELD_OUT = {"sam": 180, "vlm": 132, "ctm": 240}
 def main() -> None:
     """Run the stages that are given on the command line."""
     parser = make_parser(__package__ or "", __doc__.splitlines()[0], _STAGES, Path("runs/nano"))
+    parser.add_argument(
+        "--family",
+        choices=list(PRESETS),
+        default="qwen2_5_vl",
+        help="family of the VLM (default: %(default)s)",
+    )
     run_command(parser, _run)
 
 
@@ -63,7 +71,8 @@ def _run_stage(arguments: argparse.Namespace) -> None:
     else:
         is_base = arguments.stage == "base"
         families = RANDOM_CHOICE_FAMILIES if is_base else frozenset()
-        stage = make_stage(pretraining, steps, families, arguments.stage, device, held_out, seed)
+        preset = PRESETS[arguments.family]
+        stage = make_stage(pretraining, steps, families, arguments.stage, device, held_out, seed, preset)
         learning_rate = 1.5e-3
     schedule = Schedule(pretraining + steps, learning_rate, restart=pretraining, evaluate_every=500)
     train(stage, schedule, arguments.run_dir)
@@ -72,8 +81,8 @@ def _run_stage(arguments: argparse.Namespace) -> None:
 def _run_ctm_stage(arguments: argparse.Namespace) -> None:
     is_base = arguments.stage == "base-ctm"
     run_dir, scale = arguments.run_dir, min(1.0, arguments.scale)
-    processor = build_processor()
-    model = load_stages("nano", processor, run_dir, "base" if is_base else "vlm")
+    processor = build_processor(arguments.family)
+    model = load_stages(PRESETS[arguments.family], processor, run_dir, "base" if is_base else "vlm")
     folder = run_dir / "base" if is_base else run_dir
     steps = CtmSteps(*(scaled(count, scale) for count in astuple(CtmSteps())))
     stage = CtmStage(

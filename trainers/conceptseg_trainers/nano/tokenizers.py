@@ -13,6 +13,7 @@ from conceptseg_hf.presets import (
 )
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
 from conceptseg_hf.prompt_template import PromptTemplate
+from conceptseg_hf.vlm_families import DEFAULT_FAMILY
 
 from ..from_scratch import tokenizers
 
@@ -60,10 +61,14 @@ def build_sam_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizers.build_sam_tokenizer(_WORDS, NANO_SAM_VOCABULARY_SIZE, NANO_SAM_TEXT_LENGTH)
 
 
-def build_processor() -> ConceptSegProcessor:
+def build_processor(vlm_family: str = DEFAULT_FAMILY) -> ConceptSegProcessor:
     """Build the processor: canvas and SAM 3 input of 128 pixels, coordinates from 0 to 100."""
     return tokenizers.build_processor(
-        build_vlm_tokenizer(), build_sam_tokenizer(), NANO_IMAGE_SIZE, NANO_TEMPLATE
+        build_vlm_tokenizer(),
+        build_sam_tokenizer(),
+        NANO_IMAGE_SIZE,
+        NANO_TEMPLATE,
+        vlm_family=vlm_family,
     )
 
 

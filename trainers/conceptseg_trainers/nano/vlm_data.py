@@ -62,12 +62,14 @@ def make_stage(
     device: str = "cpu",
     held_out: int = 132,
     seed: int = 0,
+    preset: str = "nano",
 ) -> VlmStage:
     """Return the stage "vlm", or "base" with families of random choices; see `VlmStage` and `ShapesVlmData`."""
     torch.manual_seed(seed)
-    module = VlmWithHeads(ConceptSegConfig.from_preset("nano").vlm_config, DenseHeads)
+    module = VlmWithHeads(ConceptSegConfig.from_preset(preset).vlm_config, DenseHeads)
     data = ShapesVlmData(steps, 24, random_choice_families, held_out, seed)
-    return VlmStage(module, data, data.processor, pretraining, steps, name, device)
+    processor = data.processor.with_settings(vlm_family=module.vlm.config.model_type)
+    return VlmStage(module, data, processor, pretraining, steps, name, device)
 
 
 class ShapesVlmData:

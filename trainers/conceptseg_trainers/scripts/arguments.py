@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch.utils.data import ConcatDataset, Dataset
-from transformers import AutoImageProcessor, AutoTokenizer, TrainingArguments
+from transformers import TrainingArguments
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
 from conceptseg_hf.data import SOURCES, BenchmarkGroup, ConceptSample, load_benchmarks
@@ -102,13 +102,14 @@ class ModelArguments:
 
     Attributes:
         model_name_or_path: Folder or hub id of a ConceptSeg checkpoint; the embedded one by default.
-        vlm_name_or_path: Folder or hub id of a Qwen2.5-VL to use as a backbone, instead of a checkpoint.
+        vlm_name_or_path: Folder or hub id of a VLM of a supported family to use as a backbone, instead of a checkpoint.
         sam_name_or_path: Folder or hub id of a SAM 3 to use as a backbone.
         num_concept_tokens: L2, the number of concept tokens of the new CTM (Table 7: 8, as in the released code; 16 in
             an early version of it). Only for backbones.
-        canvas_size: Side of the mosaic and the target, in pixels (Table 7: 600). Only for backbones.
+        canvas_size: Side of the mosaic and the target, in pixels; by default that of the VLM's family (Qwen2.5-VL: 600,
+            as in Table 7). Only for backbones.
         coordinate_scale: Length of a canvas side in text units: 1 for the paper's decimals, 600 for the pixels of the
-            released code. Only for backbones.
+            released code; by default that of the VLM's family. Only for backbones.
         dtype: Dtype of the VLM; the checkpoint's by default.
         attn_implementation: Attention implementation of the VLM.
         profile: Profile to apply to model and processor, "paper" or "released", which is saved with the trained model;
@@ -127,9 +128,11 @@ class ModelArguments:
     )
     sam_name_or_path: str | None = field(default=None, metadata={"help": "SAM 3 backbone."})
     num_concept_tokens: int = field(default=8, metadata={"help": "L2, for backbones."})
-    canvas_size: int = field(default=600, metadata={"help": "Side of mosaic and target, for backbones."})
-    coordinate_scale: float = field(
-        default=1.0, metadata={"help": "Text units of a canvas side, for backbones."}
+    canvas_size: int | None = field(
+        default=None, metadata={"help": "Side of mosaic and target, for backbones."}
+    )
+    coordinate_scale: float | None = field(
+        default=None, metadata={"help": "Text units of a canvas side, for backbones."}
     )
     dtype: str = field(
         default="auto",
@@ -187,11 +190,9 @@ class ModelArguments:
             dtype=options.pop("dtype"),
             vlm_kwargs=options,
         )
-        processor = ConceptSegProcessor(
-            image_processor=AutoImageProcessor.from_pretrained(self.vlm_name_or_path),
-            tokenizer=AutoTokenizer.from_pretrained(self.vlm_name_or_path),
-            sam_image_processor=AutoImageProcessor.from_pretrained(self.sam_name_or_path),
-            sam_tokenizer=AutoTokenizer.from_pretrained(self.sam_name_or_path),
+        processor = ConceptSegProcessor.from_backbones(
+            self.vlm_name_or_path,
+            self.sam_name_or_path,
             canvas_size=self.canvas_size,
             coordinate_scale=self.coordinate_scale,
         )

@@ -11,15 +11,14 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
+from conceptseg_hf.vlm_families import VlmFamily
+
 from ..meta_grpo_config import MetaGRPOConfig
 from ..meta_grpo_trainer import MetaGRPOTrainer
 from ..split_reference import split_reference_dataset
 from .arguments import DataArguments, ModelArguments
 from .recipe_parser import RecipeParser
 from .running import check_run, main
-
-# All attention projections of the language model; the vision tower gets no adapters.
-_LORA_TARGETS = r"vlm\.model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj)"
 
 
 @dataclass
@@ -51,8 +50,8 @@ class PolicyArguments(ModelArguments):
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters times the rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters."})
-    lora_target_modules: str = field(
-        default=_LORA_TARGETS, metadata={"help": "Modules that get adapters (regex)."}
+    lora_target_modules: str | None = field(
+        default=None, metadata={"help": "Modules that get adapters (regex)."}
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "Frozen VLM in 4 bits; needs use_peft."})
 
@@ -63,15 +62,15 @@ class PolicyArguments(ModelArguments):
                 "load_in_4bit is true without use_peft; 4-bit weights cannot be trained, so set use_peft."
             )
 
-    def peft_config(self) -> LoraConfig | None:
-        """Return the configuration of the adapters, or None without `use_peft`."""
+    def peft_config(self, family: VlmFamily) -> LoraConfig | None:
+        """Return the configuration of the adapters for a family of VLMs, or None without `use_peft`."""
         if not self.use_peft:
             return None
         return LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules,
+            target_modules=self.lora_target_modules or family.lora_target_modules,
             modules_to_save=["ctm"],
         )
 
@@ -118,7 +117,7 @@ def prepare(argv: Sequence[str]) -> MetaGRPOTrainer:
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=processor,
-        peft_config=policy.peft_config(),
+        peft_config=policy.peft_config(processor.family),
     )
 
 
