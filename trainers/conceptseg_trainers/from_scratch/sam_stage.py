@@ -25,6 +25,9 @@ from conceptseg_hf.sam_prompt import ImageFeatures, encode_image, encode_text
 from .masks import mask_to_tokens
 from .sam_guidance import SamAttention
 
+_BLIND = 0.5
+"""Fraction of the boxes that are encoded without image features."""
+
 SceneT = TypeVar("SceneT")
 
 
@@ -113,6 +116,8 @@ class SamStage(Generic[SceneT]):
     The vision tower is first pretrained on the dense targets alone, as phrases cannot be learned before the objects
     that they describe can be seen. The geometry encoder's CLS token, the last token of each prompt of SAM 3, is omitted
     from half of the prompts without a box. Otherwise it would mean "no box", although concept tokens may contain a box.
+    Half of the boxes are encoded without image features. Otherwise SAM 3 recognizes the features inside the box instead
+    of reading its coordinates, and concept tokens, which do not contain these features, cannot express a location.
 
     Args:
         module: SAM 3 with the heads of the data.
@@ -210,17 +215,20 @@ class SamStage(Generic[SceneT]):
         )
         size = prompts[0].mask.shape[0]
         boxes, has_box = sam_boxes([prompt.box for prompt in prompts], size, self.device)
+        keep_cls = torch.from_numpy(rng.random(len(prompts)) < 0.5).to(self.device)
+        blind = torch.from_numpy(rng.random(len(prompts)) < _BLIND).to(self.device)
+        levels = [level.float() for level in features.vision.fpn_hidden_states[:-1]]
+        levels[-1] = levels[-1] * ~blind[:, None, None, None]  # the level that the geometry encoder reads
         # The pooling of regions does not support autocast.
         with torch.autocast(torch.device(self.device).type, enabled=False):
             geometry = self.sam.geometry_encoder(
                 box_embeddings=boxes,
                 box_mask=has_box[:, None],
                 box_labels=has_box[:, None].long(),
-                img_feats=[level.float() for level in features.vision.fpn_hidden_states[:-1]],
+                img_feats=levels,
                 img_pos_embeds=[level.float() for level in features.vision.fpn_position_encoding[:-1]],
             )
         geometry_mask = geometry.attention_mask.bool().clone()
-        keep_cls = torch.from_numpy(rng.random(len(prompts)) < 0.5).to(self.device)
         geometry_mask[:, -1] = has_box | keep_cls
         return (
             torch.cat([text, geometry.last_hidden_state], dim=1),
