@@ -1,4 +1,4 @@
-"""Build the VLM's instruction and chat from a prompt, and validate prompts."""
+"""Build the VLM's instruction, chat and tensors from a prompt, and validate prompts."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class ChatMixin(ProcessorMixin):
     image_processor: Any
     tokenizer: Any
     image_token: str
+    image_token_id: int
     canvas_size: int
     coordinate_scale: float
     prompt_template: dict[str, Any]
@@ -38,6 +39,15 @@ class ChatMixin(ProcessorMixin):
     def family(self) -> VlmFamily:
         """The family of the VLM."""
         return get_family(self.vlm_family)
+
+    def _find_image_token(self) -> None:
+        self.image_token = self.family.image_token(self.tokenizer)
+        self.image_token_id = self.tokenizer.get_vocab().get(self.image_token)
+        if self.image_token_id is None:
+            raise ValueError(
+                f"ConceptSegProcessor: the tokenizer has no image token {self.image_token!r}; "
+                "add it as a special token."
+            )
 
     def check_family(self, config: ConceptSegConfig) -> None:
         """Raise a ValueError if the processor does not belong to the family of the model's VLM."""
@@ -113,6 +123,21 @@ class ChatMixin(ProcessorMixin):
                 conversation, chat_template=chat_template, tokenize=True, **kwargs
             )
         return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+
+    def prepare_vlm(self, sample: PreparedSample) -> PreparedSample:
+        """Compute the VLM's tensors of a sample in place, unless already present, and return the sample."""
+        if sample.input_ids is not None or sample.error is not None:
+            return sample
+        encoded, counts = self.family.read_images(self.image_processor, sample.vlm_images, self.canvas_size)
+        text, *pieces = sample.vlm_text.split(self.image_token)
+        for piece, count in zip(pieces, counts, strict=True):
+            text += self.family.image_text(self.image_token, count) + piece
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        sample.input_ids = torch.tensor(ids, dtype=torch.long)
+        sample.mm_token_type_ids = (sample.input_ids == self.image_token_id).long()
+        for name, tensor in encoded.items():
+            setattr(sample, name, tensor)
+        return sample
 
     def vlm_processor(self) -> ProcessorMixin:
         """Return a standard processor of the VLM, for trainers and inference engines that do not use SAM 3.

@@ -204,15 +204,6 @@ class ConceptSegProcessor(ChatMixin):
         changed._find_image_token()
         return changed
 
-    def _find_image_token(self) -> None:
-        self.image_token = self.family.image_token(self.tokenizer)
-        self.image_token_id = self.tokenizer.get_vocab().get(self.image_token)
-        if self.image_token_id is None:
-            raise ValueError(
-                f"ConceptSegProcessor: the tokenizer has no image token {self.image_token!r}; "
-                "add it as a special token."
-            )
-
     @property
     def mosaic_settings(self) -> MosaicSettings:
         """Layout of the references and handling of their boxes."""
@@ -361,21 +352,6 @@ class ConceptSegProcessor(ChatMixin):
 
     def _on_canvas(self, image: Image.Image) -> Image.Image:
         return image.resize((self.canvas_size, self.canvas_size), Image.Resampling.BICUBIC)
-
-    def prepare_vlm(self, sample: PreparedSample) -> PreparedSample:
-        """Compute the VLM's tensors of a sample in place, unless already present, and return the sample."""
-        if sample.input_ids is not None or sample.error is not None:
-            return sample
-        encoded, counts = self.family.read_images(self.image_processor, sample.vlm_images, self.canvas_size)
-        text, *pieces = sample.vlm_text.split(self.image_token)
-        for piece, count in zip(pieces, counts, strict=True):
-            text += self.family.image_text(self.image_token, count) + piece
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        sample.input_ids = torch.tensor(ids, dtype=torch.long)
-        sample.mm_token_type_ids = (sample.input_ids == self.image_token_id).long()
-        for name, tensor in encoded.items():
-            setattr(sample, name, tensor)
-        return sample
 
     def collate(
         self,

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import ProcessorMixin
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from .family import Vlm
 from .qwen2_5_vl import Qwen2_5VlFamily
@@ -41,6 +40,9 @@ class Qwen3VlFamily(Qwen2_5VlFamily):
 
     def encoded_images(self, vlm: Vlm, tokens: Sequence[Tensor]) -> dict[str, Any]:
         """Return the argument `mm_encoder_outputs`, including the features of the DeepStack layers."""
+        # Deferred, since importing the model takes time.
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
         width = vlm.config.get_text_config().hidden_size
         embeds, *features = zip(*(each.split(width, dim=-1) for each in tokens), strict=True)
         # `get_image_features` also returns tuples with one tensor per image.
