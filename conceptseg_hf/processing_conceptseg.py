@@ -5,7 +5,6 @@ Coordinate transforms are implemented by `coordinates.CoordinateFrame`; each sam
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -129,20 +128,6 @@ class ConceptSegProcessor(PromptProcessor):
         """Return the processor's attributes as a dictionary, without the `OPTIONAL_SETTINGS` at their default."""
         defaults = [name for name, value in OPTIONAL_SETTINGS.items() if getattr(self, name) == value]
         return {name: value for name, value in super().to_dict().items() if name not in defaults}
-
-    def with_settings(self, **changes: Any) -> ConceptSegProcessor:
-        """Return a shallow copy of the processor with different settings.
-
-        Args:
-            **changes: Arguments of the class from `canvas_size` on.
-
-        Raises:
-            ValueError: If a setting is unknown or its value is invalid.
-        """
-        changed = copy.copy(self)
-        for name, value in checked_settings(changes).items():
-            setattr(changed, name, value)
-        return changed
 
     @property
     def model_input_names(self) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -14,11 +15,16 @@ from transformers import BatchFeature
 from . import hub
 from .chat import ChatMixin
 from .collation import pad_batch
+from .completion import Completion
 from .coordinates import CoordinateFrame, make_frame
 from .images import ImageInput, as_list, load_image
 from .inputs import ConceptSegInputs, PreparedSample, PreparedTarget, index_images, known
 from .mosaic import MosaicSettings, compose_mosaic
+from .processor_settings import checked_settings
 from .references import Reference, ResolvedReferences, resolve_references
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class PromptProcessor(ChatMixin):
@@ -70,6 +76,20 @@ class PromptProcessor(ChatMixin):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return hub.upload(folder, repo_id, **kwargs)
+
+    def with_settings(self, **changes: Any) -> Self:
+        """Return a shallow copy of the processor with different settings.
+
+        Args:
+            **changes: Settings of the class, such as `prompt_template`.
+
+        Raises:
+            ValueError: If a setting is unknown or its value is invalid.
+        """
+        changed = copy.copy(self)
+        for name, value in checked_settings(changes).items():
+            setattr(changed, name, value)
+        return changed
 
     @property
     def mosaic_settings(self) -> MosaicSettings:
@@ -177,6 +197,17 @@ class PromptProcessor(ChatMixin):
 
     def sam_pixels(self, image: Image.Image) -> torch.Tensor:
         """Return SAM's input for an RGB image, (3, S, S)."""
+        raise NotImplementedError
+
+    def decode_completion(
+        self, token_ids: torch.Tensor | Sequence[int], sample: PreparedSample | None = None
+    ) -> Completion:
+        """Decode and parse one completion.
+
+        Args:
+            token_ids: Completion tokens, (T,).
+            sample: The sample of the completion.
+        """
         raise NotImplementedError
 
     def draw_images(

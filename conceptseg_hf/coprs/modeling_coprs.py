@@ -84,6 +84,10 @@ class CoPRSForSegmentation(VlmMethodsMixin, CoPRSCheckpointMixin, VlmEngineMixin
         if "sam" in self._modules:
             sam_decoder.freeze_encoder(self.sam)
 
+    def detach_encoder(self) -> nn.Module:
+        """Remove SAM's image encoder from the module tree, as `ConceptSegForSegmentation.detach_sam` removes SAM 3."""
+        return sam_decoder.detach_encoder(self.sam)
+
     def set_vlm_engine(self, engine: Any, processor: Any = None, **options: Any) -> None:
         """Select the engine of the VLM: only Transformers returns the hidden state of the concentration token.
 

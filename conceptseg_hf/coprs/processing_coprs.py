@@ -88,7 +88,6 @@ class CoPRSProcessor(PromptProcessor):
         for name, value in settings.items():
             setattr(self, name, value)
         self._read_tokens()
-        self._reserved_tokens = [*self._reserved_tokens, REF_POS]
 
     @classmethod
     def from_backbones(
@@ -125,6 +124,12 @@ class CoPRSProcessor(PromptProcessor):
         return [*vlm_backbone.INPUT_NAMES, "sam_pixel_values"]
 
     # Preprocessing
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raise a ValueError if a prompt is invalid; the message is one sentence."""
+        super().check_prompt(prompt)
+        if REF_POS in prompt:
+            raise ValueError(f"prompt contains the reserved token {REF_POS!r}; remove it.")
 
     @property
     def _vlm_image_limits(self) -> dict[str, int]:

@@ -50,6 +50,10 @@ class PriorFeatures:
         rows = rows.to(self.device)
         return PriorFeatures(tuple(level[rows] for level in self.levels))
 
+    def to(self, device: torch.device) -> PriorFeatures:
+        """Return the features on a device."""
+        return PriorFeatures(tuple(level.to(device) for level in self.levels))
+
     @staticmethod
     def concatenate(parts: Sequence[PriorFeatures]) -> PriorFeatures:
         """Concatenate features along the batch dimension."""
@@ -70,13 +74,27 @@ def set_single_mask(sam: Sam) -> None:
 
 
 def freeze_encoder(sam: Sam) -> None:
-    """Freeze all of SAM but prompt encoder and mask decoder, and set the vision encoder to eval mode."""
+    """Freeze all of SAM but what decodes a mask prompt to a mask, and set the vision encoder to eval mode."""
     sam.requires_grad_(False)
-    for part in (sam.prompt_encoder, sam.mask_decoder):
-        part.requires_grad_(True)
-    # The positional encoding of coordinates belongs to the image encoding.
-    sam.prompt_encoder.shared_embedding.requires_grad_(False)
+    sam.prompt_encoder.mask_embed.requires_grad_(True)
+    decoder = sam.mask_decoder
+    decoder.requires_grad_(True)
+    # These predict the quality of masks, the presence of an object, and further masks.
+    for unused in (
+        decoder.iou_prediction_head,
+        *decoder.output_hypernetworks_mlps[1:],
+        getattr(decoder, "pred_obj_score_head", None),
+    ):
+        if unused is not None:
+            unused.requires_grad_(False)
     sam.vision_encoder.eval()
+
+
+def detach_encoder(sam: Sam) -> nn.Module:
+    """Remove the vision encoder from the module tree of SAM, whose methods still use it; see `detach_sam`."""
+    if "vision_encoder" in sam._modules:
+        sam.__dict__["vision_encoder"] = sam._modules.pop("vision_encoder")
+    return sam.vision_encoder
 
 
 @torch.no_grad()
