@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
@@ -20,17 +21,20 @@ from .processing_conceptseg import ConceptSegProcessor
 
 
 def find_checkpoint(name: str | os.PathLike | None) -> str:
-    """Return the folder or hub id of a checkpoint; None selects the embedded checkpoint.
+    """Return the folder or hub id of a checkpoint; None and "nano" select the embedded one, "coprs-nano" that of CoPRS.
 
     Raises:
         FileNotFoundError: If there is no embedded checkpoint.
     """
-    if name is not None:
-        return os.fspath(name)
-    folder = conceptseg_hf.nano_checkpoint()
+    embedded = {"nano": conceptseg_hf.nano_checkpoint, "coprs-nano": conceptseg_hf.coprs_nano_checkpoint}
+    key = "nano" if name is None else os.fspath(name)
+    if key not in embedded or (name is not None and Path(key).exists()):
+        return key
+    folder = embedded[key]()
     if not (folder / "config.json").is_file():
+        what = "the embedded checkpoint" if key == "nano" else f"the embedded checkpoint {key!r}"
         raise FileNotFoundError(
-            "the embedded checkpoint is missing; train it with `make nano`, or select another checkpoint with --model."
+            f"{what} is missing; train it with `make {key}`, or select another checkpoint with --model."
         )
     return str(folder)
 
