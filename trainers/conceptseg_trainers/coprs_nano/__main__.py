@@ -17,7 +17,7 @@ from .stage import PriorStage, build_model
 from .tokenizers import build_processor
 
 _STAGES = ("prior", "checkpoint")
-STEPS = 5000
+STEPS = 2500
 HELD_OUT = 120
 
 
@@ -53,7 +53,7 @@ def _run(arguments) -> None:  # type: ignore[no-untyped-def]  # argparse.Namespa
         arguments.seed,
     )
     schedule = Schedule(
-        steps, learning_rate=1e-3, warmup=200, decay=0.5, evaluate_every=500, save_every=50, ema=0.998
+        steps, learning_rate=1e-3, warmup=200, decay=0.5, evaluate_every=500, save_every=25, ema=0.998
     )
     if arguments.stage in ("prior", "all"):
         train(stage, schedule, arguments.run_dir)

@@ -9,7 +9,7 @@ import numpy as np
 
 from conceptseg_hf.coprs import CoPRSForSegmentation, CoPRSProcessor
 from conceptseg_hf.coprs.completion import parse_reasoning
-from conceptseg_hf.data import ConceptShapes
+from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.evaluation.metrics.heatmaps import (
     correlation,
@@ -65,13 +65,10 @@ def measure(
             others = np.any(objects, axis=0) & ~truth if objects else np.zeros_like(truth)
             heatmap = result.heatmap
             assert heatmap is not None and result.mask is not None
-            level = sample.stratum or sample.group if sample.group == "which one" else sample.level
-            if level == "CR" and not sample.references:
-                level = "CR one image"
             rows.append(
                 MeasuredSample(
                     sample.sample_id,
-                    level,
+                    set_of(sample),
                     parse_reasoning(result.completion or "").is_valid,
                     (result.think or "").endswith(sample.answer or ""),
                     foreground_iou(np.asarray(result.mask) > 0, truth),
@@ -82,6 +79,13 @@ def measure(
                 )
             )
     return rows
+
+
+def set_of(sample: ConceptSample) -> str:
+    """Return the name of a sample's set; see `MeasuredSample`."""
+    if sample.group == "which one":
+        return sample.stratum
+    return "CR one image" if sample.level == "CR" and not sample.references else sample.level
 
 
 def summarize(
@@ -96,8 +100,8 @@ def summarize(
     for set_name, members in sorted(sets.items()):
         for metric in ("mask_iou", "prior_iou", "auroc", "average_precision", "share", "correct"):
             values = np.array([float(getattr(row, metric)) for row in members])
-            summary[f"{metric}_{set_name}"] = _interval(values[~np.isnan(values)], resamples, seed)
-    summary["format"] = _interval(np.array([float(row.valid) for row in rows]), resamples, seed)
+            summary[f"{metric}_{set_name}"] = bootstrap_mean(values[~np.isnan(values)], resamples, seed)
+    summary["format"] = bootstrap_mean(np.array([float(row.valid) for row in rows]), resamples, seed)
     present = [row for row in rows if not np.isnan(row.auroc)]
     iou = np.array([row.mask_iou for row in present])
     for metric in ("prior_iou", "average_precision"):
@@ -111,7 +115,8 @@ def summarize(
     return summary
 
 
-def _interval(values: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
+def bootstrap_mean(values: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
+    """Return mean, 95 % bootstrap interval ("low", "high", NaN without resamples) and number ("n") of values."""
     if not len(values):
         return {"mean": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0}
     low = high = float("nan")
