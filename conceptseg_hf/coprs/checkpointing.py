@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, Sam3TrackerModel, SamModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from ..devices import complete_device_map, execution_device
 from ..finite import check_finite
@@ -138,12 +137,9 @@ class CoPRSCheckpointMixin(ModelFolderMixin):
 
 def _load_sam(name: str | os.PathLike) -> PreTrainedModel:
     model_type = AutoConfig.from_pretrained(name).model_type
+    classes = sam_decoder.sam_classes()
     # SAM 3's repository contains the config of its video model, which holds the tracker.
-    classes: Mapping[str, Any] = {
-        "sam": SamModel,
-        "sam3_tracker": Sam3TrackerModel,
-        "sam3_video": Sam3TrackerModel,
-    }
+    classes["sam3_video"] = classes["sam3_tracker"]
     if model_type not in classes:
         raise ValueError(
             f"from_backbones: {os.fspath(name)!r} has model_type {model_type!r}; use a SamModel or a Sam3TrackerModel."

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, Sam3TrackerModel, SamModel
+from transformers import PreTrainedConfig
 
 Sam: TypeAlias = Any
 """A `SamModel` or a `Sam3TrackerModel`."""
@@ -60,10 +60,16 @@ class PriorFeatures:
         return PriorFeatures(tuple(map(torch.cat, zip(*(part.levels for part in parts), strict=True))))
 
 
+def sam_classes() -> dict[str, Any]:
+    """Return the classes of SAM by `model_type`; they are imported on first use."""
+    from transformers import Sam3TrackerModel, SamModel
+
+    return {"sam": SamModel, "sam3_tracker": Sam3TrackerModel}
+
+
 def make_sam(config: PreTrainedConfig) -> Sam:
     """Create the SAM of a configuration, in float32."""
-    classes: dict[str, Any] = {"sam": SamModel, "sam3_tracker": Sam3TrackerModel}
-    return classes[config.model_type]._from_config(config, dtype=torch.float32)
+    return sam_classes()[config.model_type]._from_config(config, dtype=torch.float32)
 
 
 def set_single_mask(sam: Sam) -> None:
@@ -101,7 +107,7 @@ def detach_encoder(sam: Sam) -> nn.Module:
 def encode_image(sam: Sam, pixel_values: Tensor) -> PriorFeatures:
     """Encode (B, 3, S, S) images."""
     output = sam.vision_encoder(pixel_values)
-    if isinstance(sam, SamModel):
+    if sam.config.model_type == "sam":
         return PriorFeatures((output.last_hidden_state,))
     levels = list(output.fpn_hidden_states)
     levels[-1] = levels[-1] + sam.no_memory_embedding.reshape(1, -1, 1, 1)  # as in Sam3TrackerModel
