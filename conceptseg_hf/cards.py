@@ -8,18 +8,15 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .writing import write_file
 
-if TYPE_CHECKING:
-    from .configuration_conceptseg import ConceptSegConfig
-    from .coprs import CoPRSConfig
-
-    AnyConfig: TypeAlias = ConceptSegConfig | CoPRSConfig
+AnyConfig: TypeAlias = Any
+"""A `ConceptSegConfig` or a `CoPRSConfig`."""
 
 logger = logging.getLogger(__name__)
 
@@ -251,23 +248,21 @@ def _card_text(
 def _description(config: AnyConfig) -> tuple[str, str, list[str]]:
     """Return the name of the system, its purpose, and the rows of the parts other than the VLM."""
     if config.model_type == "coprs":
-        coprs = cast("CoPRSConfig", config)
         return (
             "CoPRS",
             "Segments what a text prompt asks for; a heatmap shows where the reasoning of the VLM points (CoPRS).",
             [
-                f"| positional prior | {coprs.num_heads} heads of width {coprs.head_dim} |",
-                f"| SAM | {coprs.sam_config.model_type}, images of {coprs.sam_image_size} pixels |",
+                f"| positional prior | {config.num_heads} heads of width {config.head_dim} |",
+                f"| SAM | {config.sam_config.model_type}, images of {config.sam_image_size} pixels |",
             ],
         )
-    conceptseg = cast("ConceptSegConfig", config)
-    ctm = conceptseg.ctm_config
+    ctm = config.ctm_config
     return (
         "ConceptSeg",
         "Segments the concept given by a text prompt and optional reference images (ConceptSeg-R1).",
         [
             f"| Concept Translation Module | {ctm.num_queries} concept queries, {ctm.num_layers} blocks |",
-            f"| SAM 3 | frozen, images of {conceptseg.sam_config.vision_config.backbone_config.image_size} pixels |",
+            f"| SAM 3 | frozen, images of {config.sam_config.vision_config.backbone_config.image_size} pixels |",
         ],
     )
 

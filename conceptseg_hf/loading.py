@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
-
-import conceptseg_hf
 
 from .configuration_conceptseg import ConceptSegConfig, conversion_hint, is_original_config
 from .coprs import CoPRSConfig, CoPRSProcessor
@@ -18,25 +15,20 @@ from .devices import default_device
 from .hashing import weights_hash
 from .modeling_conceptseg import ConceptSegForSegmentation
 from .processing_conceptseg import ConceptSegProcessor
+from .shipped import find_embedded_checkpoint
 
 
 def find_checkpoint(name: str | os.PathLike | None) -> str:
-    """Return the folder or hub id of a checkpoint; None and "nano" select the embedded one, "coprs-nano" that of CoPRS.
+    """Return the folder or hub id of a checkpoint.
+
+    Args:
+        name: Name of an embedded checkpoint ("nano", "mini", "coprs-nano"), folder or hub id; None for "nano".
 
     Raises:
-        FileNotFoundError: If there is no embedded checkpoint.
+        FileNotFoundError: If the name is that of an embedded checkpoint, but this installation does not contain it.
     """
-    embedded = {"nano": conceptseg_hf.nano_checkpoint, "coprs-nano": conceptseg_hf.coprs_nano_checkpoint}
-    key = "nano" if name is None else os.fspath(name)
-    if key not in embedded or (name is not None and Path(key).exists()):
-        return key
-    folder = embedded[key]()
-    if not (folder / "config.json").is_file():
-        what = "the embedded checkpoint" if key == "nano" else f"the embedded checkpoint {key!r}"
-        raise FileNotFoundError(
-            f"{what} is missing; train it with `make {key}`, or select another checkpoint with --model."
-        )
-    return str(folder)
+    checkpoint = os.fspath("nano" if name is None else name)
+    return os.fspath(find_embedded_checkpoint(checkpoint) or checkpoint)
 
 
 def load_config(checkpoint: str) -> ConceptSegConfig | CoPRSConfig:
@@ -71,7 +63,7 @@ def load_model_and_processor(
     """Load a checkpoint for inference.
 
     Args:
-        name: Folder or hub id; None for the embedded checkpoint.
+        name: Name of an embedded checkpoint, folder or hub id; see `find_checkpoint`.
         device: Device of the model; by default an accelerator if available, else the CPU.
         dtype: `"auto"` for the dtype of the checkpoint, or a name such as `"bfloat16"`.
 
