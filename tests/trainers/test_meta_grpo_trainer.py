@@ -567,7 +567,7 @@ BAD_SETTINGS = {
     ),
     "columns": (
         {"remove_unused_columns": True},
-        r"remove_unused_columns is true, but SAM 3 and the rewards need",
+        r"remove_unused_columns is true, but SAM and the rewards need",
     ),
     "workers": (
         {"dataloader_persistent_workers": True},
