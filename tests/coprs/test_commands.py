@@ -74,3 +74,35 @@ def test_heatmap_overlay_colors() -> None:
     assert drawn[0].tolist() == [[20, 30, 120], [250, 220, 60], [190, 20, 30]]
     with pytest.raises(ValueError, match="the heatmap has the size"):
         heatmap_overlay(image, np.zeros((2, 2)))
+
+
+def test_settings_of_conceptseg_are_refused_in_one_sentence(checkpoint, make_image, tmp_path, capsys) -> None:
+    folder, _ = checkpoint
+    image = tmp_path / "photo.png"
+    make_image(0).save(image)
+    common = ["--prompt", "star", "--model", str(folder)]
+    output = ["--output-dir", str(tmp_path / "out")]
+    for arguments, message in (
+        (
+            ["segment", str(image), *common, *output, "--profile", "released"],
+            "profiles are settings of ConceptSeg",
+        ),
+        (
+            ["segment", str(image), *common, *output, "--rule", "the red one"],
+            "rule is an option of ConceptSeg",
+        ),
+        (["segment", str(image), *common, *output, "--vlm-engine", "vllm"], "CoPRS supports only"),
+        (
+            [
+                "induce",
+                *common,
+                "--reference",
+                f"{image}:2,2,40,40",
+                "--out",
+                str(tmp_path / "x.safetensors"),
+            ],
+            "applies no concepts",
+        ),
+    ):
+        assert main(arguments) == 2, arguments
+        assert message in capsys.readouterr().err
