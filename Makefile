@@ -3,11 +3,12 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 PYTEST_ARGS ?=
 NANO_ARGS ?=
+COPRS_NANO_ARGS ?=
 DEMO_ARGS ?=
 APP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-vllm lint format bench nano mini dev clean
+.PHONY: help demo app test test-vllm lint format bench nano mini coprs-nano dev clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +44,9 @@ nano: $(VENV)/.installed-core  ## train the embedded checkpoint from scratch (re
 
 mini: $(VENV)/.installed-core  ## train the checkpoint for photographs from scratch: make mini MINI_ARGS="--root PHOTOS"
 	$(VENV)/bin/python -m conceptseg_trainers.mini $(MINI_ARGS)
+
+coprs-nano: $(VENV)/.installed-core  ## train the embedded CoPRS checkpoint from nano (resumes after an interruption)
+	$(VENV)/bin/python -m conceptseg_trainers.coprs_nano $(COPRS_NANO_ARGS)
 
 dev: $(VENV)/.installed-dev  ## install all development dependencies and the commit hooks
 	$(VENV)/bin/pre-commit install

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor  # noqa: E402
 from .completion import Completion, format_completion, parse_completion  # noqa: E402
 from .concept_prompt import ConceptPrompt  # noqa: E402
 from .configuration_conceptseg import ConceptSegConfig, ConceptTranslationConfig  # noqa: E402
+from .coprs import CoPRSConfig, CoPRSForSegmentation, CoPRSOutput, CoPRSProcessor  # noqa: E402
 from .induction import induce  # noqa: E402
 from .modeling_conceptseg import ConceptSegForSegmentation  # noqa: E402
 from .outputs import ConceptSegmentation, ConceptSegOutput  # noqa: E402
@@ -28,6 +29,10 @@ from .router import ShortcutRouter  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "CoPRSConfig",
+    "CoPRSForSegmentation",
+    "CoPRSOutput",
+    "CoPRSProcessor",
     "Completion",
     "ConceptPrompt",
     "ConceptSegConfig",
@@ -39,6 +44,7 @@ __all__ = [
     "ConceptTranslationConfig",
     "Reference",
     "ShortcutRouter",
+    "coprs_nano_checkpoint",
     "format_completion",
     "induce",
     "nano_checkpoint",
@@ -52,12 +58,20 @@ def nano_checkpoint() -> pathlib.Path:
     return pathlib.Path(__file__).parent / "checkpoints" / "nano"
 
 
+def coprs_nano_checkpoint() -> pathlib.Path:
+    """Return the folder of the embedded CoPRS checkpoint, a small model for demonstrations, tests and teaching."""
+    return pathlib.Path(__file__).parent / "checkpoints" / "coprs-nano"
+
+
 def register() -> None:
     """Register the classes with Transformers. Repeated calls have no effect."""
     AutoConfig.register(ConceptTranslationConfig.model_type, ConceptTranslationConfig, exist_ok=True)
     AutoConfig.register(ConceptSegConfig.model_type, ConceptSegConfig, exist_ok=True)
     AutoModel.register(ConceptSegConfig, ConceptSegForSegmentation, exist_ok=True)
     AutoProcessor.register(ConceptSegConfig, ConceptSegProcessor, exist_ok=True)
+    AutoConfig.register(CoPRSConfig.model_type, CoPRSConfig, exist_ok=True)
+    AutoModel.register(CoPRSConfig, CoPRSForSegmentation, exist_ok=True)
+    AutoProcessor.register(CoPRSConfig, CoPRSProcessor, exist_ok=True)
     register_pipeline(nano_checkpoint())
 
 

@@ -8,15 +8,15 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .writing import write_file
 
-if TYPE_CHECKING:
-    from .configuration_conceptseg import ConceptSegConfig
+AnyConfig: TypeAlias = Any
+"""A `ConceptSegConfig` or a `CoPRSConfig`."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _KEPT_METADATA = ("license", "license_name", "license_link", "base_model", "data
 
 def save_model_card(
     folder: str | os.PathLike,
-    config: ConceptSegConfig,
+    config: AnyConfig,
     base_models: Sequence[str] = (),
     report: Any = None,
     overwrite: bool = False,
@@ -83,7 +83,7 @@ def save_model_card(
 
 
 def model_card(
-    config: ConceptSegConfig,
+    config: AnyConfig,
     base_models: Sequence[str] = (),
     report: Any = None,
     tags: Sequence[str] = (),
@@ -93,7 +93,7 @@ def model_card(
     """Return the model card of a checkpoint; see `save_model_card` for the arguments."""
     named = [
         *base_models,
-        config.sam_name_or_path,
+        getattr(config, "sam_name_or_path", None),
         config.vlm_config.name_or_path,
         config.sam_config.name_or_path,
     ]
@@ -182,11 +182,11 @@ def _add_tags(data: CardData, tags: Sequence[str]) -> None:
         data["tags"] = list(dict.fromkeys([*(data.get("tags") or ()), *tags]))
 
 
-def _holds_released_sam(config: ConceptSegConfig, bases: Sequence[str]) -> bool:
-    backbone = config.sam_config.vision_config.backbone_config
+def _holds_released_sam(config: AnyConfig, bases: Sequence[str]) -> bool:
+    backbone = getattr(config.sam_config.vision_config, "backbone_config", None)
     # A local copy of SAM 3 has no hub id, but can be recognized by its size.
     return any(name.startswith("facebook/sam3") for name in bases) or (
-        (backbone.hidden_size, backbone.num_hidden_layers) == _RELEASED_SAM_BACKBONE
+        backbone is not None and (backbone.hidden_size, backbone.num_hidden_layers) == _RELEASED_SAM_BACKBONE
     )
 
 
@@ -200,19 +200,19 @@ def is_hub_id(name: str) -> bool:
 
 
 def _card_text(
-    config: ConceptSegConfig, bases: Sequence[str], holds_released_sam: bool, training: str, evaluation: str
+    config: AnyConfig, bases: Sequence[str], holds_released_sam: bool, training: str, evaluation: str
 ) -> str:
-    text, ctm = config.get_text_config(), config.ctm_config
+    text = config.get_text_config()
+    title, purpose, parts = _description(config)
     lines = [
-        "# ConceptSeg checkpoint",
+        f"# {title} checkpoint",
         "",
-        "Segments the concept given by a text prompt and optional reference images (ConceptSeg-R1).",
+        purpose,
         "",
         "| part | description |",
         "|---|---|",
         f"| VLM | {config.vlm_config.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size} |",
-        f"| Concept Translation Module | {ctm.num_queries} concept queries, {ctm.num_layers} blocks |",
-        f"| SAM 3 | frozen, images of {config.sam_config.vision_config.backbone_config.image_size} pixels |",
+        *parts,
         "",
         "## Use",
         "",
@@ -243,6 +243,28 @@ def _card_text(
     if evaluation:
         lines += ["", "## Evaluation", "", evaluation.strip()]
     return "\n".join(lines)
+
+
+def _description(config: AnyConfig) -> tuple[str, str, list[str]]:
+    """Return the name of the system, its purpose, and the rows of the parts other than the VLM."""
+    if config.model_type == "coprs":
+        return (
+            "CoPRS",
+            "Segments what a text prompt asks for; a heatmap shows where the reasoning of the VLM points (CoPRS).",
+            [
+                f"| positional prior | {config.num_heads} heads of width {config.head_dim} |",
+                f"| SAM | {config.sam_config.model_type}, images of {config.sam_image_size} pixels |",
+            ],
+        )
+    ctm = config.ctm_config
+    return (
+        "ConceptSeg",
+        "Segments the concept given by a text prompt and optional reference images (ConceptSeg-R1).",
+        [
+            f"| Concept Translation Module | {ctm.num_queries} concept queries, {ctm.num_layers} blocks |",
+            f"| SAM 3 | frozen, images of {config.sam_config.vision_config.backbone_config.image_size} pixels |",
+        ],
+    )
 
 
 def _read_report(report: Any) -> tuple[str, list[EvalResult]]:

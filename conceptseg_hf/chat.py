@@ -11,7 +11,6 @@ import torch
 from transformers import ProcessorMixin
 
 from .completion import find_markup, format_box, format_box_list, format_start
-from .configuration_conceptseg import ConceptSegConfig
 from .coordinates import CoordinateFrame
 from .inputs import PreparedSample, known
 from .prompt_template import PromptTemplate
@@ -23,7 +22,7 @@ _OPEN_THOUGHT = re.compile(r"(assistant(?:\\n|\n))<think>(?:\\n|\n)*")
 
 
 class ChatMixin(ProcessorMixin):
-    """Chat-related methods of `ConceptSegProcessor`."""
+    """Chat-related methods of processors."""
 
     image_processor: Any
     tokenizer: Any
@@ -40,16 +39,21 @@ class ChatMixin(ProcessorMixin):
         """The family of the VLM."""
         return get_family(self.vlm_family)
 
+    @property
+    def _pixel_limits(self) -> tuple[int, int] | None:
+        """Minimum and maximum number of pixels of the VLM's images, or None if they have the size of the canvas."""
+        return None
+
     def _find_image_token(self) -> None:
         self.image_token = self.family.image_token(self.tokenizer)
         self.image_token_id = self.tokenizer.get_vocab().get(self.image_token)
         if self.image_token_id is None:
             raise ValueError(
-                f"ConceptSegProcessor: the tokenizer has no image token {self.image_token!r}; "
+                f"{type(self).__name__}: the tokenizer has no image token {self.image_token!r}; "
                 "add it as a special token."
             )
 
-    def check_family(self, config: ConceptSegConfig) -> None:
+    def check_family(self, config: Any) -> None:
         """Raise a ValueError if the processor does not belong to the family of the model's VLM."""
         if config.vlm_config.model_type != self.vlm_family:
             raise ValueError(
@@ -88,13 +92,13 @@ class ChatMixin(ProcessorMixin):
         chat = self.apply_chat_template(messages, add_generation_prompt=True)
         if chat.count(self.image_token) != num_images:
             raise ValueError(
-                f"ConceptSegProcessor: the chat template wrote {chat.count(self.image_token)} image tokens "
+                f"{type(self).__name__}: the chat template wrote {chat.count(self.image_token)} image tokens "
                 f"for {num_images} images; use a template that writes one {self.image_token} per image."
             )
         if chat.rstrip().endswith("<think>"):
             raise ValueError(
-                "ConceptSegProcessor: the chat template opens <think> in the generation prompt, but completions start "
-                "with it; use a template whose generation prompt ends with the role."
+                f"{type(self).__name__}: the chat template opens <think> in the generation prompt, but completions "
+                "start with it; use a template whose generation prompt ends with the role."
             )
         return chat
 
@@ -128,7 +132,9 @@ class ChatMixin(ProcessorMixin):
         """Compute the VLM's tensors of a sample in place, unless already present, and return the sample."""
         if sample.input_ids is not None or sample.error is not None:
             return sample
-        encoded, counts = self.family.read_images(self.image_processor, sample.vlm_images, self.canvas_size)
+        encoded, counts = self.family.read_images(
+            self.image_processor, sample.vlm_images, self.canvas_size, self._pixel_limits
+        )
         text, *pieces = sample.vlm_text.split(self.image_token)
         for piece, count in zip(pieces, counts, strict=True):
             text += self.family.image_text(self.image_token, count) + piece
@@ -146,7 +152,7 @@ class ChatMixin(ProcessorMixin):
         `prepare_vlm`.
         """
         return self.family.make_processor(
-            self.image_processor, self.tokenizer, self._chat_template, self.canvas_size
+            self.image_processor, self.tokenizer, self._chat_template, self.canvas_size, self._pixel_limits
         )
 
     @property

@@ -266,7 +266,13 @@ def as_concept(concept: ConceptPrompt | str | os.PathLike) -> ConceptPrompt:
 
 
 def concept_hash(model: ConceptSegForSegmentation, stored: Mapping[str, torch.Tensor] | None = None) -> str:
-    """Return a hash of the weights that a concept depends on: those of SAM 3 and the CTM; see `weights_hash`."""
+    """Return a hash of the weights that a concept depends on: those of SAM 3 and the CTM; see `weights_hash`.
+
+    Raises:
+        ValueError: If the model has no CTM.
+    """
+    if not hasattr(model, "ctm"):
+        raise ValueError(f"a {type(model).__name__} applies no concepts; use a ConceptSeg checkpoint.")
     return weights_hash({"sam": model.sam, "ctm": model.ctm}, stored)
 
 

@@ -165,6 +165,17 @@ class ConceptSegConfig(PreTrainedConfig):
             name: getattr(self, name) for name in OPTIONAL_FIELDS if getattr(self, name) != defaults[name]
         }
 
+    @property
+    def result_settings(self) -> list[Any]:
+        """Settings that affect results, apart from the weights; see `loading.configuration_hash`."""
+        switches = {name: value for name, value in self.non_default_fields.items() if name != "profile"}
+        return [
+            self.hidden_states_at,
+            self.sam_geometry_cls,
+            self.router_base,
+            *([switches] if switches else []),
+        ]
+
     def sam_text_prompt(self, answer: str | None, prompt: str) -> str:
         """Return SAM 3's text for a completion.
 

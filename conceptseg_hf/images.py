@@ -203,6 +203,11 @@ def mask_to_image(mask: np.ndarray) -> Image.Image:
     return Image.fromarray(mask.astype(bool).astype(np.uint8) * 255)
 
 
+def probabilities_to_image(probabilities: np.ndarray) -> Image.Image:
+    """Convert probabilities (H, W) to an 8-bit grayscale image, with 255 for probability 1."""
+    return Image.fromarray(np.rint(np.clip(probabilities, 0, 1) * 255).astype(np.uint8))
+
+
 def _open(image: ImageInput, role: str) -> tuple[Image.Image, int]:
     """Open and decode an input ("image" or "mask", named `role` in errors); also return its EXIF orientation."""
     if isinstance(image, Image.Image):

@@ -131,6 +131,10 @@ def induce(
     Raises:
         ValueError: If the prompt or a reference cannot be used, or there are no references with a mask or box.
     """
+    if not isinstance(model, ConceptSegForSegmentation):
+        raise ValueError(
+            f"induce: model is a {type(model).__name__}, which applies no concepts; use a ConceptSeg checkpoint."
+        )
     if num_samples < 1:
         raise ValueError(f"induce: num_samples is {num_samples}; use at least 1.")
     processor.check_prompt(prompt)

@@ -25,7 +25,7 @@ from .shared_references import ReferenceStore
 if TYPE_CHECKING:
     from .modeling_conceptseg import ConceptSegForSegmentation
 
-_EMPTY = -100.0  # mask logit of probability 0
+EMPTY_LOGIT = -100.0  # mask logit of probability 0
 
 
 @contextmanager
@@ -309,7 +309,7 @@ class Segmenter:
             if completion.bbox is not None
         }
         boxes = {i: box for i, box in boxes.items() if box[2] > 0 and box[3] > 0}
-        decoded = {i: _Decoded(torch.full((1, 1), _EMPTY), 0.0) for i in completions}
+        decoded = {i: _Decoded(torch.full((1, 1), EMPTY_LOGIT), 0.0) for i in completions}
         if boxes:
             centers = torch.tensor(list(boxes.values()))[:, None]
             decoded |= self._decode(images, list(boxes), [BOX_TEXT] * len(boxes), boxes=centers)

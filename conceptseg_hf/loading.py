@@ -7,9 +7,10 @@ import json
 import os
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from .configuration_conceptseg import ConceptSegConfig, conversion_hint, is_original_config
+from .coprs import CoPRSConfig, CoPRSProcessor
 from .devices import default_device
 from .hashing import weights_hash
 from .modeling_conceptseg import ConceptSegForSegmentation
@@ -21,7 +22,7 @@ def find_checkpoint(name: str | os.PathLike | None) -> str:
     """Return the folder or hub id of a checkpoint.
 
     Args:
-        name: Name of an embedded checkpoint ("nano", "mini"), folder or hub id; None for "nano".
+        name: Name of an embedded checkpoint ("nano", "mini", "coprs-nano"), folder or hub id; None for "nano".
 
     Raises:
         FileNotFoundError: If the name is that of an embedded checkpoint, but this installation does not contain it.
@@ -30,17 +31,17 @@ def find_checkpoint(name: str | os.PathLike | None) -> str:
     return os.fspath(find_embedded_checkpoint(checkpoint) or checkpoint)
 
 
-def load_config(checkpoint: str) -> ConceptSegConfig:
+def load_config(checkpoint: str) -> ConceptSegConfig | CoPRSConfig:
     """Load the config of a checkpoint.
 
     Raises:
         OSError: If the checkpoint cannot be found.
-        ValueError: If it is not a ConceptSeg checkpoint.
+        ValueError: If it is not a ConceptSeg or CoPRS checkpoint.
     """
     config = AutoConfig.from_pretrained(checkpoint)
     if is_original_config(config.to_dict()):
         raise ValueError(conversion_hint(checkpoint))
-    if not isinstance(config, ConceptSegConfig):
+    if not isinstance(config, (ConceptSegConfig, CoPRSConfig)):
         raise ValueError(
             f"model {checkpoint!r} has model_type {config.model_type!r} and is not a ConceptSeg checkpoint; give the "
             "folder or hub id of a ConceptSeg checkpoint."
@@ -73,12 +74,19 @@ def load_model_and_processor(
     checkpoint = find_checkpoint(name)
     target = default_device() if device is None else _check_device(device)
     # Check the config first, because AutoProcessor loads some processor from nearly any folder.
-    load_config(checkpoint)
+    config = load_config(checkpoint)
     processor = AutoProcessor.from_pretrained(checkpoint)
-    if not isinstance(processor, ConceptSegProcessor):
-        raise ValueError(f"model {checkpoint!r} has no ConceptSegProcessor; save one in the same folder.")
+    _check_processor(processor, checkpoint, config)
     model = AutoModel.from_pretrained(checkpoint, dtype=dtype)
     return model.to(target).eval(), processor
+
+
+def _check_processor(
+    processor: ProcessorMixin, checkpoint: str, config: ConceptSegConfig | CoPRSConfig
+) -> None:
+    expected = CoPRSProcessor if isinstance(config, CoPRSConfig) else ConceptSegProcessor
+    if not isinstance(processor, expected):
+        raise ValueError(f"model {checkpoint!r} has no {expected.__name__}; save one in the same folder.")
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, str]:
@@ -88,17 +96,10 @@ def fingerprint(model: PreTrainedModel) -> dict[str, str]:
 
 def configuration_hash(model: ConceptSegForSegmentation, processor: ConceptSegProcessor) -> str:
     """Return a hash of all settings that affect results: prompt, canvas, image sizes, router and others."""
-    config = model.config
-    switches = {name: value for name, value in config.non_default_fields.items() if name != "profile"}
     values = {
         "processor": processor.to_dict(),
         "template": processor.chat_template,
-        "model": [
-            config.hidden_states_at,
-            config.sam_geometry_cls,
-            config.router_base,
-            *([switches] if switches else []),
-        ],
+        "model": model.config.result_settings,
     }
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

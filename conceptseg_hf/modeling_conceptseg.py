@@ -33,9 +33,10 @@ from .shared_references import DEFAULT_MAX_BYTES, ReferenceStore
 from .teacher_forcing import check_forward_arguments, completion_states
 from .vlm_engines import VlmEngineMixin
 from .vlm_families import Vlm, get_family
+from .vlm_methods import VlmMethodsMixin
 
 
-class ConceptSegForSegmentation(CheckpointMixin, VlmEngineMixin, GenerationMixin):
+class ConceptSegForSegmentation(VlmMethodsMixin, CheckpointMixin, VlmEngineMixin, GenerationMixin):
     """Segment the concept that a prompt describes, either directly or by reasoning over reference images.
 
     The model consists of `vlm` (the VLM), `ctm` (the Concept Translation Module) and `sam` (SAM 3, which is frozen and
@@ -106,49 +107,6 @@ class ConceptSegForSegmentation(CheckpointMixin, VlmEngineMixin, GenerationMixin
         if "sam" in self._modules:
             self.__dict__["sam"] = self._modules.pop("sam")
         return self.sam
-
-    @property
-    def device(self) -> torch.device:
-        """The device on which the model runs and expects its inputs, even while its weights are offloaded."""
-        return execution_device(self)
-
-    # -- methods delegated to the VLM --
-
-    @property
-    def base_model(self) -> nn.Module:
-        """The VLM without its language-model head; TRL applies the output embeddings to its hidden states."""
-        return self.vlm.base_model if "vlm" in self._modules else self
-
-    @property
-    def generation_config(self) -> GenerationConfig:
-        """The VLM's generation config."""
-        return self.vlm.generation_config
-
-    @generation_config.setter
-    def generation_config(self, value: GenerationConfig) -> None:
-        if "vlm" in self._modules:  # the base class sets a default before the VLM exists
-            self.vlm.generation_config = value
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate text with the VLM."""
-        with loaded(self):
-            return self.vlm.generate(*args, **kwargs)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the VLM's input embeddings."""
-        return self.vlm.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the VLM's input embeddings."""
-        self.vlm.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the VLM's language-model head."""
-        return self.vlm.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the VLM's language-model head."""
-        self.vlm.set_output_embeddings(new_embeddings)
 
     # -- training --
 

@@ -54,15 +54,15 @@ class ConceptSegmentation:
     Attributes:
         mask: "L" image of 0 and 255 at the input image's size; None if the item failed.
         label: The VLM's answer; the prompt on the shortcut or if the VLM gave no answer.
-        score: Presence of the final decoding times the mean probability of the mask's pixels, in [0, 1]; 0 for an
-            empty mask.
+        score: Presence of the final decoding (1 for CoPRS) times the mean probability of the mask's pixels, in [0, 1];
+            0 for an empty mask.
         route: "shortcut" (SAM 3 alone), "concept" (SAM 3 alone with a `ConceptPrompt`), "rule" (the VLM applied a given
             rule) or "reasoning"; None if the item failed.
         route_reason: Why this route was taken, as a short phrase; None if the item failed.
         presence: Presence of the prompt in SAM 3's first pass, in [0, 1]; None if there was no first pass.
         threshold: Minimum `presence` for the shortcut (eq. 9).
         decode_presence: Presence of the decoding that produced the mask, in [0, 1]; low if the concept is absent from
-            the image.
+            the image. None for CoPRS, which does not predict it.
         think: The VLM's reasoning; None on the shortcut or if missing.
         rule: The rule induced by the VLM; None on the shortcut or if missing.
         answer: The noun phrase answered by the VLM; None on the shortcut or if missing.
@@ -71,7 +71,8 @@ class ConceptSegmentation:
         check: The VLM's check box, in pixels of the reference that contains its center.
         check_reference: Index of that reference.
         check_iou: IoU of `check` with the withheld box (0 if the check is missing); None without a proxy query.
-        heatmap: (H, W) float32 mask probabilities at the input image's size, returned if `return_heatmap=True`.
+        heatmap: (H, W) float32 probabilities at the input image's size, returned if `return_heatmap=True`: of the mask,
+            or for CoPRS of the positional prior.
         error: None, or one sentence that states why the item failed.
         mask_logits: (h, w) float32 mask logits of SAM 3 at their original resolution, returned if
             `return_logits=True`.
@@ -119,11 +120,12 @@ class RawSegmentation:
         threshold: Minimum `presence` for the shortcut (eq. 9); None if the item failed.
         frame: The sample's coordinate frame; None if the item failed.
         mask_logits: (h, w) mask logits of the final decoding; None if the item failed.
-        decode_presence: Presence of the final decoding, in [0, 1]; None if the item failed.
+        decode_presence: Presence of the final decoding, in [0, 1]; None if the item failed, and for CoPRS.
         presence: Presence of the prompt in SAM 3's first pass, in [0, 1]; None if there was no first pass.
         completion: The VLM's completion; None on the shortcut.
         error: None, or one sentence that states why the item failed.
         reason: Why the sample took its route; None if the item failed.
+        prior_logits: (h, w) logits of the positional prior of CoPRS; None for ConceptSeg.
         given_rule: The rule that the completion was started with; None if the VLM wrote it.
         phrase: Phrase of the concept that the mask was decoded from; None without a concept.
     """
@@ -139,6 +141,7 @@ class RawSegmentation:
     phrase: str | None = None
     given_rule: str | None = None
     reason: str | None = None
+    prior_logits: Tensor | None = None
 
     @property
     def route(self) -> str:

@@ -19,19 +19,18 @@ import torch
 import transformers
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import AutoModel, GenerationConfig, Pipeline
+from transformers import AutoModel, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import hub
-from .concept_prompt import ConceptPrompt, as_concept
+from .concept_prompt import as_concept
+from .coprs import CoPRSForSegmentation, CoPRSProcessor
 from .devices import is_offloaded
 from .images import as_list
 from .inputs import PreparedSample
-from .modeling_conceptseg import ConceptSegForSegmentation
 from .outputs import ConceptSegmentation
 from .processing_conceptseg import ConceptSegProcessor
 from .references import Reference
-from .router import ShortcutRouter
 from .shipped import find_embedded_checkpoint
 from .vlm_engines import check_vlm_engine
 
@@ -59,8 +58,8 @@ class ConceptSegmentationPipeline(Pipeline):
         >>> pipe([{"image": a, "prompt": "red circle"}, {"image": b, "prompt": "odd one out"}], batch_size=2)
     """
 
-    model: ConceptSegForSegmentation
-    processor: ConceptSegProcessor
+    model: Any  # a ConceptSegForSegmentation or a CoPRSForSegmentation
+    processor: Any  # a ConceptSegProcessor or a CoPRSProcessor
     # The base class declares None, but documents these values.
     _load_processor = True  # type: ignore[assignment]
     _load_tokenizer = False  # type: ignore[assignment]
@@ -71,10 +70,11 @@ class ConceptSegmentationPipeline(Pipeline):
     def __init__(self, model: Any, *args: Any, device: Any = None, **kwargs: Any) -> None:
         with _placed(model) if device is None else nullcontext(device) as device:
             super().__init__(model, *args, device=device, **kwargs)  # type: ignore[misc]
-        if not isinstance(self.processor, ConceptSegProcessor):
+        expected = CoPRSProcessor if isinstance(self.model, CoPRSForSegmentation) else ConceptSegProcessor
+        if not isinstance(self.processor, expected):
             raise ValueError(
                 f"ConceptSegmentationPipeline: processor is a {type(self.processor).__name__}; "
-                "pass the model's ConceptSegProcessor."
+                f"pass the model's {expected.__name__}."
             )
 
     def __call__(  # type: ignore[override]
@@ -89,7 +89,8 @@ class ConceptSegmentationPipeline(Pipeline):
                 `references`: A list of `Reference`, for inputs without references.
                 `router`: `"adaptive"`, `"sam_only"`, `"full_reasoning"` or a `ShortcutRouter`.
                 `generation_config`: Generation settings of the VLM, a `GenerationConfig` or a dict of its fields.
-                `return_heatmap`: Whether to add the mask probabilities to each result.
+                `return_heatmap`: Whether to add the heatmap to each result: the mask probabilities (not by default), or
+                    with CoPRS the positional prior (by default).
                 `concept`: A `ConceptPrompt` or its file; see `ConceptSegForSegmentation.segment`. Its prompt is the
                     default for inputs without one.
                 `rule`: A visual rule that the VLM is given and applies; see `ConceptSegForSegmentation.segment`.
@@ -138,25 +139,10 @@ class ConceptSegmentationPipeline(Pipeline):
         return _Preparation(self.processor, prompt, references)(inputs)
 
     def _forward(  # type: ignore[override]
-        self,
-        samples: list[PreparedSample],
-        router: str | ShortcutRouter = "adaptive",
-        generation_config: GenerationConfig | Mapping[str, Any] | None = None,
-        return_heatmap: bool = False,
-        concept: ConceptPrompt | None = None,
-        rule: str | None = None,
-        vlm_engine: str | None = None,
+        self, samples: list[PreparedSample], vlm_engine: str | None = None, **options: Any
     ) -> list[ConceptSegmentation]:
         with self.model.using_vlm_engine(vlm_engine, self.processor):
-            return self.model.segment(
-                samples,
-                processor=self.processor,
-                router=router,
-                generation_config=generation_config,
-                return_heatmap=return_heatmap,
-                concept=concept,
-                rule=rule,
-            )
+            return self.model.segment(samples, processor=self.processor, **options)
 
     def postprocess(  # type: ignore[override]
         self, result: ConceptSegmentation
@@ -293,7 +279,7 @@ def _with_embedded_checkpoints(pipeline: Callable[..., Pipeline]) -> Callable[..
 class _Preparation:
     """Convert inputs to `PreparedSample`; contains only the processor, so that workers receive no copy of the model."""
 
-    processor: ConceptSegProcessor
+    processor: ConceptSegProcessor | CoPRSProcessor
     prompt: str | None = None
     references: Sequence[Reference] | None = None
 

@@ -52,8 +52,9 @@ def post_process(
     if raw.error is not None:
         return ConceptSegmentation.failed(raw.error, raw.prompt)
     frame = known(raw.frame, "coordinate frame")
-    logits, presence = known(raw.mask_logits, "mask logits"), known(raw.decode_presence, "presence")
-    if not (math.isfinite(presence) and is_finite(logits)):
+    logits, prior = known(raw.mask_logits, "mask logits"), raw.prior_logits
+    presence = known(raw.decode_presence, "presence") if prior is None else 1.0
+    if not (math.isfinite(presence) and is_finite(logits) and (prior is None or is_finite(prior))):
         return ConceptSegmentation.failed(_NOT_FINITE, raw.prompt)
     mask, probability = post_process_mask(logits, frame.image_size, resampling, threshold)
     foreground = probability[probability > threshold]
@@ -65,10 +66,12 @@ def post_process(
         route_reason=raw.reason,
         presence=raw.presence,
         threshold=raw.threshold,
-        decode_presence=presence,
+        decode_presence=raw.decode_presence,
         heatmap=probability if return_heatmap else None,
         mask_logits=logits.cpu().numpy() if return_logits else None,
     )
+    if prior is not None and return_heatmap:
+        _, result.heatmap = post_process_mask(prior, frame.image_size)
     if raw.completion is not None:
         _add_completion(result, raw, frame)
     return result

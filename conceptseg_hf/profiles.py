@@ -128,6 +128,13 @@ def profile_changes(
     return {key: pair for key, pair in changes.items() if pair[0] != pair[1]}
 
 
+def _check_model(model: ConceptSegForSegmentation) -> None:
+    if model.config.model_type != "conceptseg":
+        raise ValueError(
+            f"profiles are settings of ConceptSeg, but the model is a {type(model).__name__}; omit the profile."
+        )
+
+
 def apply_profile(
     model: ConceptSegForSegmentation, processor: ConceptSegProcessor, name: str
 ) -> dict[str, tuple[Any, Any]]:
@@ -152,6 +159,7 @@ def apply_profile(
         >>> apply_profile(model, processor, "paper")["end_of_turn_state"]
         (True, False)
     """
+    _check_model(model)
     changes = profile_changes(name, model.config, processor)
     profile = get_profile(name)
     for key, value in profile.config.items():
@@ -184,6 +192,7 @@ def using_profile(
     if name is None:
         yield processor
         return
+    _check_model(model)
     before = {key: getattr(model.config, key) for key in ("profile", *PROFILE_FIELDS)}
     changed = processor.with_settings()  # a copy
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .devices import OFFLOADED
@@ -16,14 +16,20 @@ _SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
 def exclude_sam_and_ctm(quantization_config: Any, device_map: Any = None) -> Any:
-    """Exclude SAM 3, the CTM and the language-model head from a quantization config.
+    """Exclude SAM 3, the CTM and the language-model head from a quantization config; see `exclude_modules`."""
+    return exclude_modules(quantization_config, device_map, UNQUANTIZED_MODULES)
+
+
+def exclude_modules(quantization_config: Any, device_map: Any, unquantized: Sequence[str]) -> Any:
+    """Exclude modules from a quantization config.
 
     Args:
         quantization_config: Argument of `from_pretrained`: a quantization config of Transformers, or its dictionary.
         device_map: Argument of `from_pretrained`.
+        unquantized: Names of the modules.
 
     Returns:
-        A copy that skips `UNQUANTIZED_MODULES`. If the device map offloads only these modules, the copy permits
+        A copy that skips these modules. If the device map offloads only these modules, the copy permits
         offloading, which bitsandbytes rejects by default because it cannot offload quantized modules.
 
     Raises:
@@ -40,17 +46,17 @@ def exclude_sam_and_ctm(quantization_config: Any, device_map: Any = None) -> Any
             "BitsAndBytesConfig or TorchAoConfig."
         )
     config = copy.deepcopy(quantization_config)
-    setattr(config, field, list(dict.fromkeys([*(getattr(config, field) or ()), *UNQUANTIZED_MODULES])))
-    if _offloads_kept_modules_only(device_map) and hasattr(config, "llm_int8_enable_fp32_cpu_offload"):
+    setattr(config, field, list(dict.fromkeys([*(getattr(config, field) or ()), *unquantized])))
+    if _offloads_kept_modules_only(device_map, unquantized) and hasattr(
+        config, "llm_int8_enable_fp32_cpu_offload"
+    ):
         config.llm_int8_enable_fp32_cpu_offload = True
     return config
 
 
-def _offloads_kept_modules_only(device_map: Any) -> bool:
-    """Whether a device map contains an accelerator and offloads only `UNQUANTIZED_MODULES`."""
+def _offloads_kept_modules_only(device_map: Any, unquantized: Sequence[str]) -> bool:
+    """Whether a device map contains an accelerator and offloads only unquantized modules."""
     if not isinstance(device_map, Mapping):
         return False
     offloaded = [name for name, device in device_map.items() if str(device) in OFFLOADED]
-    return len(offloaded) < len(device_map) and all(
-        name.split(".")[0] in UNQUANTIZED_MODULES for name in offloaded
-    )
+    return len(offloaded) < len(device_map) and all(name.split(".")[0] in unquantized for name in offloaded)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-CHECKPOINTS = {"nano": "make nano", "mini": "make mini"}
+CHECKPOINTS = {"nano": "make nano", "mini": "make mini", "coprs-nano": "make coprs-nano"}
 """Names of embedded checkpoints, and the commands that train them."""
 
 _PREFIX = "conceptseg-"

@@ -20,6 +20,7 @@ Color = tuple[int, int, int]
 
 MASK_COLOR: Color = (30, 144, 255)
 BOX_COLOR: Color = (255, 191, 0)
+_HEATMAP_COLORS: tuple[Color, Color, Color] = ((20, 30, 120), (250, 220, 60), (190, 20, 30))
 _BACKGROUND_COLOR: Color = (255, 255, 255)
 _TEXT_COLOR: Color = (32, 32, 32)
 _TITLE_COLOR: Color = (112, 112, 112)
@@ -68,6 +69,31 @@ def overlay(
     tinted = Image.composite(tint, dark, solid)
     outline = ImageChops.difference(_dilate(solid, max(1, max(image.size) // 400)), solid)
     return Image.composite(Image.new("RGB", image.size, color), tinted, outline)
+
+
+def heatmap_overlay(image: Image.Image, heatmap: np.ndarray, opacity: float = 0.6) -> Image.Image:
+    """Blend an image with the colors of a heatmap, from blue (0) over yellow to red (1).
+
+    Args:
+        image: Image of any mode.
+        heatmap: (H, W) values in [0, 1], of the image's size.
+        opacity: Opacity of the colors, 0 to 1.
+
+    Raises:
+        ValueError: If the sizes differ.
+    """
+    image = image.convert("RGB")
+    if heatmap.shape != (image.height, image.width):
+        raise ValueError(
+            f"heatmap_overlay: the heatmap has the size {heatmap.shape[::-1]}, but its image {image.size}; resize one "
+            "of them."
+        )
+    values = np.clip(heatmap, 0, 1)[..., None]
+    low, middle, high = (np.asarray(color, dtype=np.float32) for color in _HEATMAP_COLORS)
+    colors = np.where(
+        values < 0.5, low + (middle - low) * 2 * values, middle + (high - middle) * (2 * values - 1)
+    )
+    return Image.blend(image, Image.fromarray(np.rint(colors).astype(np.uint8)), opacity)
 
 
 def _dilate(mask: Image.Image, radius: int) -> Image.Image:
@@ -125,8 +151,9 @@ def panel(
     caption: str = "",
     height: int = 320,
     mosaic_settings: MosaicSettings | None = None,
+    heatmap: np.ndarray | None = None,
 ) -> Image.Image:
-    """Draw a row of references, image with predicted box, mask and ground truth, above a caption.
+    """Draw a row of references, image with predicted box, heatmap, mask and ground truth, above a caption.
 
     Args:
         image: The target image.
@@ -138,6 +165,7 @@ def panel(
         caption: Lines of text, wrapped to the width of the panel.
         height: Height of the images in pixels.
         mosaic_settings: Layout settings of the processor.
+        heatmap: (H, W) values in [0, 1], of the image's size; None to omit it.
 
     Returns:
         An RGB image.
@@ -155,6 +183,8 @@ def panel(
         across, down = shown.width / target.width, shown.height / target.height
         shown = draw_box(shown, (box[0] * across, box[1] * down, box[2] * across, box[3] * down))
     tiles.append(("image" if box is None else "image and box", shown))
+    if heatmap is not None:
+        tiles.append(("heatmap", _resize_to_height(heatmap_overlay(target, heatmap), height)))
     tiles.append(("mask", scaled_overlay(target, mask, height)))
     if ground_truth is not None:
         tiles.append(("ground truth", scaled_overlay(target, ground_truth, height)))
@@ -171,7 +201,10 @@ def caption_of(result: ConceptSegmentation, prompt: str, *remarks: str) -> str:
         route += f", SAM 3 presence {result.presence:.2f} (threshold {result.threshold:.2f})"
     lines.append("; ".join((route, *remarks)))
     if result.route in ("rule", "reasoning"):
-        lines += [f"rule: {result.rule or 'none given'}", f"answer: {result.answer or 'none given'}"]
+        if result.rule is None and result.answer is None and result.heatmap is not None:
+            lines.append(f"reasoning: {result.think or 'none given'}")
+        else:
+            lines += [f"rule: {result.rule or 'none given'}", f"answer: {result.answer or 'none given'}"]
     if result.check_iou is not None:
         lines.append(f"IoU of the check box on the proxy query: {result.check_iou:.2f}")
     return "\n".join(lines)

@@ -28,8 +28,17 @@ ROWS = [
     {"visualization", "data", "loading", "profiles", "concept_tuning"},
     {"induction"},
     {"rules"},
-    {"modeling_conceptseg", "checkpointing", "concept_prompt", "inference", "vlm_engines", "vllm_engine"},
-    {"processing_conceptseg", "generation", "hub"},
+    {"coprs"},
+    {
+        "modeling_conceptseg",
+        "checkpointing",
+        "concept_prompt",
+        "inference",
+        "model_folder",
+        "vlm_engines",
+        "vllm_engine",
+    },
+    {"processing_conceptseg", "prompt_processing", "generation", "hub"},
     {"postprocessing", "collation", "chat"},
     {"inputs", "outputs", "processor_settings"},
     {"coordinates"},
@@ -140,7 +149,7 @@ def test_only_the_cli_prints(path):
 APPENDING = {
     "evaluation/records/store.py",
     "completions.py",
-    "nano/loop.py",
+    "from_scratch/loop.py",
     "integrations/fiftyone_app/app.py",
     "cli/outputs.py",
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoProcessor
+from transformers import AutoModel, AutoProcessor
 
 import conceptseg_hf
 
@@ -137,7 +137,7 @@ class BatchJob:
         config = load_config(checkpoint)
         processor = AutoProcessor.from_pretrained(checkpoint)
         with torch.device("meta"):
-            model = ConceptSegForSegmentation(config)
+            model: Any = AutoModel.from_config(config)
         self._configure(model, processor)
         versions = {module.__name__: module.__version__ for module in (conceptseg_hf, torch, transformers)}
         return {

@@ -224,7 +224,7 @@ def set_profile(
     from conceptseg_hf.profiles import apply_profile
 
     if profile is not None:
-        changes = apply_profile(model, processor, profile)
+        changes = as_bad_input(apply_profile, model, processor, profile)
         changed = ", ".join(f"{name} {after}" for name, (_, after) in changes.items())
         if verbose:
             sys.stderr.write(f"profile {profile}: {changed or 'nothing changes'}\n")

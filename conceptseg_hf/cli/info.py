@@ -128,21 +128,26 @@ def _printable(text: str) -> str:
 def _describe(checkpoint: str) -> dict[str, str]:
     """Describe the config and the number of parameters of each part, without loading weights."""
     import torch
+    from transformers import AutoModel
 
-    from conceptseg_hf import ConceptSegForSegmentation
+    from conceptseg_hf.coprs import CoPRSConfig
     from conceptseg_hf.loading import load_config
 
     config = load_config(checkpoint)
     with torch.device("meta"):
-        model = ConceptSegForSegmentation(config)
+        model = AutoModel.from_config(config)
+    is_coprs = isinstance(config, CoPRSConfig)
     rows = {"model": checkpoint}
     for part, kind in (
         ("vlm", config.vlm_config.model_type),
-        ("ctm", "concept translation module"),
+        ("prior", "positional prior") if is_coprs else ("ctm", "concept translation module"),
         ("sam", config.sam_config.model_type),
     ):
         count = sum(parameter.numel() for parameter in getattr(model, part).parameters())
         rows[f"  {part}"] = f"{count / 1e6:,.2f} M parameters ({kind})"
+    if isinstance(config, CoPRSConfig):
+        rows["  prior"] += f", {config.num_heads} heads of width {config.head_dim}"
+        return rows
     rows["  queries"] = (
         f"{config.ctm_config.num_queries} concept tokens, hidden states at {config.hidden_states_at!r}"
     )

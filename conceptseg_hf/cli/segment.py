@@ -27,8 +27,8 @@ from .arguments import (
 )
 from .outputs import check_output_dir, shorten_name
 
-_ENDINGS = (".json", "_mask.png", "_overlay.png")
-_RESERVED = len("-9999_overlay.png")
+_ENDINGS = (".json", "_mask.png", "_overlay.png", "_heatmap.png")
+_RESERVED = len("-9999_heatmap.png")
 
 
 def add_parser(subcommands: Any) -> None:
@@ -36,9 +36,10 @@ def add_parser(subcommands: Any) -> None:
     parser = subcommands.add_parser(
         "segment",
         help="segment a concept in one image",
-        description="Writes NAME_mask.png, NAME_overlay.png (references | image with predicted box | mask) and "
-        "NAME.json. NAME is the file name of the image without extension. If these files exist and are not earlier "
-        "results of the same image, NAME-2, NAME-3 and so on are used. A very long NAME is shortened.",
+        description="Writes NAME_mask.png, NAME_overlay.png (references | image with predicted box | heatmap | mask), "
+        "NAME.json, and with --heatmap NAME_heatmap.png. NAME is the file name of the image without extension. If "
+        "these files exist and are not earlier results of the same image, NAME-2, NAME-3 and so on are used. A very "
+        "long NAME is shortened.",
     )
     parser.add_argument("image", metavar="IMAGE", help="path or URL of the image")
     parser.add_argument(
@@ -68,6 +69,12 @@ def add_parser(subcommands: Any) -> None:
     parser.add_argument(
         "--max-new-tokens", type=positive_int, metavar="N", help="maximum number of generated tokens"
     )
+    parser.add_argument(
+        "--heatmap",
+        action="store_true",
+        help="also write the heatmap (0 to 255 for probabilities of 0 to 1): with a CoPRS checkpoint the positional "
+        "prior, otherwise the mask probabilities",
+    )
     add_output_option(parser, "conceptseg_output")
     parser.set_defaults(run=run)
 
@@ -91,14 +98,16 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.output_dir)
     inputs = [name for item in parsed for name in (item.image, item.mask) if name is not None]
     json_path, *image_paths = _free_paths(folder, image, inputs)
-    paths = dict(zip(("mask", "overlay"), image_paths, strict=True))
-    check_output_dir(folder, *(path.name for path in (*image_paths, json_path)))
+    paths = dict(zip(("mask", "overlay", "heatmap"), image_paths, strict=True))
+    if not arguments.heatmap:
+        del paths["heatmap"]
+    check_output_dir(folder, *(path.name for path in (*paths.values(), json_path)))
     template = read_template(arguments.prompt_template)
     model, processor = load_model(arguments)
     set_profile(model, processor, arguments.profile, template)
 
     from conceptseg_hf.concept_prompt import as_concept
-    from conceptseg_hf.images import load_image
+    from conceptseg_hf.images import load_image, probabilities_to_image
     from conceptseg_hf.visualization import caption_of, panel
     from conceptseg_hf.writing import image_bytes, json_text, write_files
 
@@ -115,6 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
         generation_config=generation,
         concept=concept,
         rule=arguments.rule,
+        return_heatmap=arguments.heatmap,
     )[0]
     if result.error is not None or result.mask is None:
         raise BadInputError(result.error)
@@ -128,6 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
         check=check,
         caption=caption_of(result, prompt),
         mosaic_settings=processor.mosaic_settings,
+        heatmap=result.heatmap,
     )
     record = {
         "image": _resolved(image),
@@ -147,12 +158,14 @@ def run(arguments: argparse.Namespace) -> int:
         paths["mask"]: image_bytes(result.mask),
         paths["overlay"]: image_bytes(figure),
     }
+    if result.heatmap is not None:
+        contents[paths["heatmap"]] = image_bytes(probabilities_to_image(result.heatmap))
     as_bad_input(write_files, contents)
 
+    presence = "" if result.decode_presence is None else f"presence {result.decode_presence:.2f}, "
     coverage = sum(result.mask.histogram()[128:]) / (result.mask.width * result.mask.height)
     print(
-        f"{result.route}: {result.label!r}, score {result.score:.2f}, presence "
-        f"{result.decode_presence:.2f}, {coverage:.1%} of the image"
+        f"{result.route}: {result.label!r}, score {result.score:.2f}, {presence}{coverage:.1%} of the image"
     )
     for path in (*paths.values(), json_path):
         print(path)

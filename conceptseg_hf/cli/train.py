@@ -8,14 +8,16 @@ from typing import Any
 
 from .arguments import BadInputError, as_bad_input, hide_bars, limit_threads
 
-_SCRIPTS = {"sft": "sft", "meta-grpo": "meta_grpo"}
+_SCRIPTS = {"sft": "sft", "meta-grpo": "meta_grpo", "coprs": "coprs"}
 # Copy of recipe_parser.recipe_names(), which requires torch. A test checks that both are equal.
 RECIPES = (
     "3b_meta_grpo",
     "3b_meta_grpo_lora",
     "3b_sft",
+    "7b_coprs",
     "7b_meta_grpo",
     "7b_sft",
+    "nano_coprs",
     "nano_meta_grpo",
     "nano_sft",
     "qwen3_4b_meta_grpo",
@@ -29,11 +31,11 @@ def add_parser(subcommands: Any) -> None:
     """Add the parser of the subcommand."""
     parser = subcommands.add_parser(
         "train",
-        help="train with a recipe: sft (stage I) or meta-grpo (stage II)",
-        description="Trains the concept translation module (sft), or the policy with reinforcement learning "
-        f"(meta-grpo). Recipes: {', '.join(RECIPES)}, or a custom YAML file. For several processes, start the module "
-        "conceptseg_trainers.scripts.sft or .meta_grpo with torchrun or accelerate launch.",
-        usage="%(prog)s {sft,meta-grpo} --config RECIPE [--any_field VALUE ...]",
+        help="train with a recipe: sft (stage I), meta-grpo (stage II) or coprs",
+        description="Trains the concept translation module (sft), the policy with reinforcement learning (meta-grpo), "
+        f"or a CoPRS model (coprs). Recipes: {', '.join(RECIPES)}, or a custom YAML file. For several processes, start "
+        "the module conceptseg_trainers.scripts.sft, .meta_grpo or .coprs with torchrun or accelerate launch.",
+        usage="%(prog)s {sft,meta-grpo,coprs} --config RECIPE [--any_field VALUE ...]",
     )
     parser.add_argument("stage", choices=_SCRIPTS, help="training stage")
     parser.add_argument(

@@ -180,6 +180,26 @@ _OTHERS = (
         counts={"val": 200, "test": 779},
         note="ignore regions are foreground in this copy, so its scores are not comparable with those of reasonseg",
     ),
+    *(
+        Source(
+            name,
+            title,
+            "CR",
+            "referring expressions",
+            None,
+            "refcoco",
+            "https://github.com/lichengunc/refer",
+            counts=dict.fromkeys(splits),
+            aliases={} if "test" in splits else {"test": "val"},
+            note="one sample per expression; cIoU is the usual metric; not in the ConceptSeg-R1 paper",
+        )
+        for name, title, splits in (
+            ("refcoco", "RefCOCO, UNC splits", ("train", "val", "testA", "testB")),
+            ("refcoco+", "RefCOCO+, UNC splits", ("train", "val", "testA", "testB")),
+            ("refcocog", "RefCOCOg, UMD splits", ("train", "val", "test")),
+            ("refcocog-google", "RefCOCOg, Google splits", ("train", "val")),
+        )
+    ),
     _coco20i(
         "coco20i",
         "COCO-20i",

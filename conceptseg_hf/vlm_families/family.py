@@ -73,14 +73,20 @@ class VlmFamily(ABC):
 
     @abstractmethod
     def read_images(
-        self, image_processor: Any, images: Sequence[Any], canvas_size: int
+        self,
+        image_processor: Any,
+        images: Sequence[Any],
+        canvas_size: int,
+        pixel_limits: tuple[int, int] | None = None,
     ) -> tuple[dict[str, Tensor], list[int]]:
-        """Preprocess images of canvas size.
+        """Preprocess images of canvas size, or of other sizes within pixel limits.
 
         Args:
             image_processor: The VLM's image processor.
-            images: The images, (canvas_size, canvas_size) pixels each.
-            canvas_size: Side of the images.
+            images: The images, (canvas_size, canvas_size) pixels each unless `pixel_limits` is given.
+            canvas_size: Side of the canvas.
+            pixel_limits: Minimum and maximum number of pixels, to which images are resized with their aspect ratio.
+                Families with images of one size ignore them.
 
         Returns:
             `pixel_values` and the inputs in `image_names`, and the number of image tokens of each image.
@@ -88,9 +94,14 @@ class VlmFamily(ABC):
 
     @abstractmethod
     def make_processor(
-        self, image_processor: Any, tokenizer: Any, chat_template: str, canvas_size: int
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        chat_template: str,
+        canvas_size: int,
+        pixel_limits: tuple[int, int] | None = None,
     ) -> ProcessorMixin:
-        """Create the standard processor of the family, which preprocesses images of canvas size as `read_images`."""
+        """Create the standard processor of the family, which preprocesses images as `read_images`."""
 
     @abstractmethod
     def chat_template(self, image_token: str) -> str:

@@ -28,14 +28,23 @@ class InternVlFamily(VlmFamily):
         return getattr(tokenizer, "context_image_token", None) or "<IMG_CONTEXT>"
 
     def read_images(
-        self, image_processor: Any, images: Sequence[Any], canvas_size: int
+        self,
+        image_processor: Any,
+        images: Sequence[Any],
+        canvas_size: int,
+        pixel_limits: tuple[int, int] | None = None,
     ) -> tuple[dict[str, Tensor], list[int]]:
         """Return the pixels of images, (images, 3, S, S)."""
         encoded = image_processor(images=list(images), **_NO_TILES, return_tensors="pt")
         return {"pixel_values": encoded["pixel_values"]}, [_num_tokens(image_processor)] * len(images)
 
     def make_processor(
-        self, image_processor: Any, tokenizer: Any, chat_template: str, canvas_size: int
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        chat_template: str,
+        canvas_size: int,
+        pixel_limits: tuple[int, int] | None = None,
     ) -> ProcessorMixin:
         """Create a processor that does not crop images to tiles, unlike the default."""
         from transformers import InternVLProcessor, InternVLVideoProcessor  # these require torchvision

@@ -38,22 +38,30 @@ class Qwen2_5VlFamily(VlmFamily):  # noqa: N801 (as in Transformers)
         return getattr(tokenizer, "image_token", None) or "<|image_pad|>"
 
     def read_images(
-        self, image_processor: Any, images: Sequence[Any], canvas_size: int
+        self,
+        image_processor: Any,
+        images: Sequence[Any],
+        canvas_size: int,
+        pixel_limits: tuple[int, int] | None = None,
     ) -> tuple[dict[str, Tensor], list[int]]:
         """Return the patches of images, (patches, d), and their grids, (images, 3)."""
-        encoded = image_processor(
-            images=list(images), size=_pixel_limits(image_processor, canvas_size), return_tensors="pt"
-        )
+        size = _image_size(image_processor, canvas_size, pixel_limits)
+        encoded = image_processor(images=list(images), size=size, return_tensors="pt")
         grids = encoded["image_grid_thw"]
         counts = (grids.prod(dim=-1) // image_processor.merge_size**2).tolist()
         return {"pixel_values": encoded["pixel_values"], "image_grid_thw": grids}, counts
 
     def make_processor(
-        self, image_processor: Any, tokenizer: Any, chat_template: str, canvas_size: int
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        chat_template: str,
+        canvas_size: int,
+        pixel_limits: tuple[int, int] | None = None,
     ) -> ProcessorMixin:
         """Create a processor of the family."""
         image_processor = copy.deepcopy(image_processor)
-        image_processor.size = _pixel_limits(image_processor, canvas_size)
+        image_processor.size = _image_size(image_processor, canvas_size, pixel_limits)
         return self._processor(image_processor, tokenizer, chat_template)
 
     def _processor(self, image_processor: Any, tokenizer: Any, chat_template: str) -> ProcessorMixin:
@@ -124,7 +132,11 @@ class Qwen2_5VlFamily(VlmFamily):  # noqa: N801 (as in Transformers)
         vlm.model.rope_deltas = None
 
 
-def _pixel_limits(image_processor: Any, canvas_size: int) -> dict[str, int]:
-    """Return limits under which the image processor keeps the canvas size, except for rounding to patches."""
-    factor = image_processor.patch_size * image_processor.merge_size
-    return {"shortest_edge": factor**2, "longest_edge": (canvas_size + factor) ** 2}
+def _image_size(
+    image_processor: Any, canvas_size: int, pixel_limits: tuple[int, int] | None
+) -> dict[str, int]:
+    """Return the image processor's `size`; by default, it keeps the canvas size, except for rounding to patches."""
+    if pixel_limits is None:
+        factor = image_processor.patch_size * image_processor.merge_size
+        pixel_limits = factor**2, (canvas_size + factor) ** 2
+    return dict(zip(("shortest_edge", "longest_edge"), pixel_limits, strict=True))

@@ -589,11 +589,11 @@ BAD_SETTINGS = {
     "batch": ({"sam_decode_batch_size": 0}, r"sam_decode_batch_size is 0; use at least 1"),
     "sync": (
         {"sync_ref_model": True},
-        r"sync_ref_model is true, but the reference policy of Meta-GRPO is fixed",
+        r"sync_ref_model is true, but the reference policy is fixed",
     ),
     "columns": (
         {"remove_unused_columns": True},
-        r"remove_unused_columns is true, but SAM 3 and the rewards need",
+        r"remove_unused_columns is true, but SAM and the rewards need",
     ),
     "workers": (
         {"dataloader_persistent_workers": True},

@@ -18,7 +18,7 @@ from conceptseg_hf.vlm_families import get_family
 
 pytest.importorskip("trl", "1.16")
 
-from conceptseg_trainers.scripts import meta_grpo, sft
+from conceptseg_trainers.scripts import coprs, meta_grpo, sft
 
 FOLDER = Path(__file__).parents[2] / "trainers"
 RECIPES = sorted(path.name for path in (FOLDER / "recipes").glob("*.yaml"))
@@ -28,7 +28,7 @@ ON_CPU = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--opti
 
 
 def parse(name: str):
-    script = sft if name.endswith("_sft.yaml") else meta_grpo
+    script = coprs if "coprs" in name else sft if name.endswith("_sft.yaml") else meta_grpo
     return script.make_parser().parse(["--config", str(FOLDER / "recipes" / name), *ON_CPU])
 
 
@@ -38,7 +38,8 @@ def test_all_recipes_exist():
     adapters = {
         f"{name}.yaml" for name in ("3b_meta_grpo_lora", "qwen3_4b_meta_grpo_lora", "qwen3_4b_meta_grpo_80gb")
     }
-    assert set(stages) | adapters == set(RECIPES)
+    coprs_recipes = {"7b_coprs.yaml", "nano_coprs.yaml"}
+    assert set(stages) | adapters | coprs_recipes == set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -48,7 +49,8 @@ def test_recipes_parse(name):
     parsed = {**vars(data), **vars(model), **vars(args)}
     for field in recipe.keys() - {"bf16", "report_to", "optim", "use_cpu"}:
         assert parsed[field] == recipe[field], field
-    assert args.seed == 42 and args.lr_scheduler_type == "linear"
+    schedule = "cosine_with_min_lr" if "coprs" in name else "linear"
+    assert args.seed == 42 and args.lr_scheduler_type == schedule
 
 
 @pytest.mark.parametrize("size", ["3b", "7b", "qwen3_4b"])
@@ -128,8 +130,21 @@ def test_four_bits_need_adapters(tmp_path):
         meta_grpo.make_parser().parse(["--load_in_4bit", "true", "--output_dir", str(tmp_path), *ON_CPU])
 
 
+def test_large_coprs_recipe_has_the_defaults_which_are_those_of_the_paper(tmp_path):
+    _, _, default = coprs.make_parser().parse(["--output_dir", str(tmp_path), *ON_CPU])
+    _, _, recipe = parse("7b_coprs.yaml")
+    content = yaml.safe_load((FOLDER / "recipes" / "7b_coprs.yaml").read_text())
+    changed = {
+        name for name in content if hasattr(default, name) and getattr(default, name) != getattr(recipe, name)
+    }
+    machine = {"bf16", "report_to", "save_steps", "save_total_limit", "logging_steps", "output_dir"}
+    batch = {"per_device_train_batch_size", "resume_from_checkpoint", "image_features_dir"}
+    assert changed <= machine | batch, changed
+    assert 8 * recipe.per_device_train_batch_size == 16 * recipe.num_generations
+
+
 def test_hyperparameters_of_the_paper_cite_table_7():
-    for name in RECIPES:
+    for name in (name for name in RECIPES if "coprs" not in name):
         for line in (FOLDER / "recipes" / name).read_text().splitlines():
             if re.match(r"(learning_rate|num_train_epochs|beta|num_generations|seed|max_\w+_length):", line):
                 assert "Table 7" in line, (name, line)
@@ -154,7 +169,7 @@ def test_recipes_name_launch_files_that_exist():
             assert launch_file in names
 
 
-LARGE = sorted(name for name in RECIPES if not name.startswith("nano"))
+LARGE = sorted(name for name in RECIPES if not name.startswith("nano") and "coprs" not in name)
 
 
 @pytest.mark.parametrize("name", LARGE)

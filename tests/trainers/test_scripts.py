@@ -419,7 +419,7 @@ BAD_ARGUMENTS = {
     "path of a recipe": (["--config", "/nowhere/recipes/nano_sft.yaml"], "(did you mean 'nano_sft'?)"),
     "recipe of the other stage": (
         ["--config", "nano_meta_grpo"],
-        "this is a recipe of the other stage",
+        "this is a recipe of another stage",
     ),
     "unknown source": (["--completion_source", "thin_air"], "completion_source"),
     "unknown benchmark": (["--benchmark", "nothing"], "no benchmark is named 'nothing'"),

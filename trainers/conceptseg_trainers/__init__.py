@@ -11,14 +11,25 @@ from typing import TYPE_CHECKING, Any
 import conceptseg_hf as conceptseg_hf  # before transformers: makes torchvision importable with a CPU-only torch
 
 if TYPE_CHECKING:
+    from .coprs_config import CoPRSTrainerConfig
+    from .coprs_trainer import CoPRSTrainer
     from .meta_grpo_config import MetaGRPOConfig
     from .meta_grpo_trainer import MetaGRPOTrainer
-    from .rewards import box_reward, format_reward, mask_reward, meta_reward
+    from .rewards import (
+        box_reward,
+        format_reward,
+        mask_reward,
+        meta_reward,
+        position_format_reward,
+        soft_mask_reward,
+    )
     from .sft_config import ConceptSFTConfig
     from .sft_trainer import ConceptSFTTrainer
     from .split_reference import split_reference_dataset
 
 _MODULES = {
+    "CoPRSTrainer": "coprs_trainer",
+    "CoPRSTrainerConfig": "coprs_config",
     "ConceptSFTConfig": "sft_config",
     "ConceptSFTTrainer": "sft_trainer",
     "MetaGRPOConfig": "meta_grpo_config",
@@ -27,10 +38,14 @@ _MODULES = {
     "format_reward": "rewards",
     "mask_reward": "rewards",
     "meta_reward": "rewards",
+    "position_format_reward": "rewards",
+    "soft_mask_reward": "rewards",
     "split_reference_dataset": "split_reference",
 }
 
 __all__ = [
+    "CoPRSTrainer",
+    "CoPRSTrainerConfig",
     "ConceptSFTConfig",
     "ConceptSFTTrainer",
     "MetaGRPOConfig",
@@ -39,6 +54,8 @@ __all__ = [
     "format_reward",
     "mask_reward",
     "meta_reward",
+    "position_format_reward",
+    "soft_mask_reward",
     "split_reference_dataset",
 ]
 

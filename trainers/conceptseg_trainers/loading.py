@@ -22,7 +22,8 @@ def load_model(
     args: TrainingArguments,
     quantization_config: Any = None,
     another_repository: bool = False,
-) -> ConceptSegForSegmentation:
+    model_class: Any = ConceptSegForSegmentation,
+) -> Any:
     """Load a checkpoint with `args.model_init_kwargs`, as GRPOTrainer does.
 
     Args:
@@ -30,6 +31,7 @@ def load_model(
         args: Settings of the trainer.
         quantization_config: Quantization of the VLM, if any.
         another_repository: Whether to ignore arguments that are specific to the repository of the trained model.
+        model_class: Class of the model.
 
     Raises:
         ValueError: If a quantization is given twice, or the checkpoint cannot be used.
@@ -38,21 +40,23 @@ def load_model(
     if quantization_config is not None:
         if "quantization_config" in options:
             raise ValueError(
-                "MetaGRPOTrainer: quantization_config is passed as an argument and in model_init_kwargs; pass it once."
+                "quantization_config is passed as an argument and in model_init_kwargs; pass it once."
             )
         options["quantization_config"] = quantization_config
     if another_repository:
         options = {name: value for name, value in options.items() if name not in _REPOSITORY_ARGUMENTS}
     if args.distributed_state.distributed_type in (DistributedType.MULTI_GPU, DistributedType.DEEPSPEED):
         options.pop("device_map", None)  # each process puts the model on its own device
-    return ConceptSegForSegmentation.from_pretrained(checkpoint, **options)
+    return model_class.from_pretrained(checkpoint, **options)
 
 
-def load_processor(checkpoint: str | os.PathLike, args: TrainingArguments) -> ConceptSegProcessor:
-    """Load the processor of a checkpoint from the same location as `load_model`."""
+def load_processor(
+    checkpoint: str | os.PathLike, args: TrainingArguments, processor_class: Any = ConceptSegProcessor
+) -> Any:
+    """Load the processor of a checkpoint, of the given class, from the same location as `load_model`."""
     options = _options(args)
     names = (*_SOURCE_ARGUMENTS, *_REPOSITORY_ARGUMENTS[:2])
-    return ConceptSegProcessor.from_pretrained(
+    return processor_class.from_pretrained(
         checkpoint, **{name: options[name] for name in names if name in options}
     )
 

@@ -4,61 +4,31 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from conceptseg_hf import (
-    ConceptSegForSegmentation,
-    ConceptSegProcessor,
-    parse_completion,
-    shared_prompts,
-)
+from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, parse_completion
 from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.generation import StateRecorder
 from conceptseg_hf.losses import segmentation_loss
 from conceptseg_hf.processing_conceptseg import CoordinateFrame
 from conceptseg_hf.sam_prompt import ImageFeatures
-from conceptseg_hf.vlm_families import get_family
 
-from .batches import best_and_worst, group_rows, select_rows
-from .callbacks import EpochCallback, ExampleImagesCallback, FormatOnlyWarning, TrainingExample
-from .cards import as_list, write_training_card
-from .checkpoints import run_folder
-from .distributed import clone_unsharded, make_generate_gather, materialize
-from .divergence import DivergenceCheckTrainer, FiniteLogs
-from .loading import load_model, load_processor
-from .meta_grpo_config import MetaGRPOConfig, without_renaming_warnings
+from .grpo_trainer import SegmentationGRPOTrainer
+from .meta_grpo_config import MetaGRPOConfig
 from .rewards import REWARDS, Reward, box_iou_or_zero, completion_text
-from .rollouts import Key, Prompt, PromptReader, Rollout, prompt_key, truncate_after_end
-from .samples import by_name, check_arguments, check_sample_ids, rows_to_check
-from .split_reference import COLUMNS, find_composer, set_epoch
-from .trl_adapter import (
-    Batch,
-    GRPOTrainerAdapter,
-    Rows,
-    add_concept_head,
-    read_prompts_once,
-    replaced_generate,
-    steps_per_generation,
-)
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from .rollouts import Rollout, prompt_key, truncate_after_end
+from .trl_adapter import Batch, Rows, add_concept_head
 
 logger = logging.getLogger(__name__)
 
 
-class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
+class MetaGRPOTrainer(SegmentationGRPOTrainer):
     """GRPOTrainer for the VLM and the CTM of a ConceptSeg model.
 
     There are two differences to GRPOTrainer. Each completion is also translated to concept tokens, from which SAM 3
@@ -94,118 +64,39 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
         ValueError: If model, processor or data cannot be used.
     """
 
-    model: PreTrainedModel | PeftModel
     args: MetaGRPOConfig
+    model_class = ConceptSegForSegmentation
+    processor_class = ConceptSegProcessor
+    config_class = MetaGRPOConfig
+    card_text = (
+        "Stage II, Meta-GRPO: reinforcement learning of the VLM and the Concept Translation Module with TRL's "
+        "GRPOTrainer."
+    )
 
     _tag_names = ["trl", "grpo", "meta-grpo"]  # noqa: RUF012, a list in TRL
     _name = "Meta-GRPO"
-
-    def __init__(
-        self,
-        model: ConceptSegForSegmentation | PeftModel | str | os.PathLike,
-        reward_funcs: Callable | list[Callable] | None = None,
-        args: MetaGRPOConfig | None = None,
-        train_dataset: datasets.Dataset | datasets.IterableDataset | None = None,
-        eval_dataset: Any = None,
-        processing_class: ConceptSegProcessor | None = None,
-        ref_model: PreTrainedModel | None = None,
-        **kwargs: Any,
-    ) -> None:
-        args = MetaGRPOConfig("meta-grpo") if args is None else args
-        if is_checkpoint := isinstance(model, (str, os.PathLike)):
-            if processing_class is None:
-                processing_class = load_processor(model, args)
-            model = load_model(model, args, kwargs.pop("quantization_config", None))
-        adapted = is_peft_model(model) or kwargs.get("peft_config") is not None
-        self.concept_model, self.concept_processor = check_arguments(
-            "MetaGRPOTrainer", _without_adapters(model), args, MetaGRPOConfig, processing_class
-        )
-
-        self._family = get_family(self.concept_model.config.vlm_config)
-        if args.use_vllm:
-            self._family.check_vllm()
-        self._vlm_processor = self.concept_processor.vlm_processor()
-        self._reader = PromptReader(self.concept_processor, self._vlm_processor, args.max_prompt_length)
-        for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
-            self._check_dataset(dataset, name)
-
-        sam: nn.Module = materialize(self.concept_model.detach_sam())
-        if args.freeze_vision_tower:
-            self._family.vision_tower(self.concept_model.vlm).requires_grad_(False)
-        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        # `model_init_kwargs` has been applied; TRL would warn that it is ignored.
-        applied = (
-            ["model_init_kwargs"]
-            if is_checkpoint and not any(isinstance(reward, str) for reward in rewards)
-            else []
-        )
-        use_vllm = args.use_vllm
-        with without_renaming_warnings():
-            super().__init__(
-                model=model,
-                reward_funcs=_default_rewards(args) if reward_funcs is None else reward_funcs,
-                args=args,
-                keep_beta=adapted,
-                ignored_settings=applied,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=self._vlm_processor,
-                **kwargs,
-            )
-        sam.to(self.accelerator.device)
-        read_prompts_once(self.concept_model, self.concept_model.vlm)
-        add_concept_head(self.concept_model, args.detach_hidden_states)
-        if self.beta and not adapted:
-            self.set_reference(self._load_reference(ref_model))
-        self._suppress_image_tokens()
-        if use_vllm:
-            self._start_vllm()
-
-        _warn_of_inexact_resume(args)
-        self.examples: list[TrainingExample] = []
-        self._prompts: dict[Key, Prompt] = {}
-        self._rollouts: list[Rollout] = []
-        self._generated: tuple[list[list[int]], Tensor | None] = [], None
-        self._saves_everything = False
-        self.add_callback(EpochCallback(functools.partial(set_epoch, self.train_dataset)))
-        self.add_callback(FormatOnlyWarning())
-        self.add_callback(FiniteLogs())
-        if args.log_examples:
-            self.add_callback(ExampleImagesCallback(self, args.log_examples_steps, args.log_examples))
+    _generated: tuple[list[list[int]], Tensor | None] = [], None
 
     # -- construction --
 
-    def _check_dataset(self, dataset: Any, name: str) -> None:
-        """Set the processor of a split-reference dataset, and check some rows."""
-        if (composer := find_composer(dataset)) is not None:
-            composer.processor = self.concept_processor
-        for number, row in enumerate(rows_to_check(dataset)):
-            missing = [column for column in COLUMNS if column not in row]
-            if missing:
-                raise ValueError(
-                    f"{name} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; create it with "
-                    "split_reference_dataset, or add the missing columns."
-                )
-            self._reader.read(row)
-            if number == 0 and composer is None:
-                check_sample_ids(dataset, name)
+    def detach_frozen(self) -> nn.Module:
+        """Remove SAM 3 from the module tree."""
+        return self.concept_model.detach_sam()
 
-    def _load_reference(self, model: PreTrainedModel | None) -> PreTrainedModel:
-        if model is None and self.args.ref_model_name_or_path is not None:
-            model = load_model(self.args.ref_model_name_or_path, self.args, another_repository=True)
-        model = self.concept_model if model is None else model
-        return clone_unsharded(model.vlm if isinstance(model, ConceptSegForSegmentation) else model)
+    def frozen_weights(self) -> dict[str, Tensor]:
+        """Return the weights of SAM 3."""
+        return {f"sam.{name}": weight for name, weight in self.concept_model.sam.state_dict().items()}
 
-    def _suppress_image_tokens(self) -> None:
-        """Suppress image tokens in completions, as the next forward pass would expect an image for each of them."""
-        configured = self.generation_kwargs.get("suppress_tokens") or ()
-        tokens = sorted({*configured, *self._family.vision_token_ids(self.concept_model.config.vlm_config)})
-        self.generation_kwargs["suppress_tokens"] = tokens
-        self.generation_config.suppress_tokens = tokens
-        # A policy that has diverged has no valid probabilities; `check_loss` reports this in the following step.
-        self.generation_config.remove_invalid_values = True
+    def extend_forward(self) -> None:
+        """Add the concept tokens to the output of the model."""
+        add_concept_head(self.concept_model, self.args.detach_hidden_states)
 
-    def _start_vllm(self) -> None:
+    def default_rewards(self, args: MetaGRPOConfig) -> list[Reward]:
+        """Return the rewards of `args.rewards` with their settings."""
+        return _default_rewards(args)
+
+    def start_engine(self) -> None:
+        """Build the colocated engine of the VLM."""
         from .vllm import ConceptVLLMGeneration
 
         tokens = self._family.vision_token_ids(self.concept_model.config.vlm_config)
@@ -217,64 +108,23 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
 
     @contextmanager
     def rollout_context(self, inputs: Rows) -> Iterator[None]:
-        """Encode each prompt once for all of its completions, and record the hidden states of generation."""
-        make_generate_gather(self.model_wrapped)
-        self._prompts = self._encode_prompts(inputs)
-        with replaced_generate(self.concept_model, self._generate_recorded), without_renaming_warnings():
+        """Encode each prompt once for all of its completions, and keep the hidden states of generation."""
+        with super().rollout_context(inputs):
             yield
-        self._prompts, self._rollouts, self._generated = {}, [], ([], None)
+        self._generated = [], None
 
-    def _generate_recorded(self, **arguments: Any) -> Tensor:
-        inputs = {name: arguments.pop(name) for name in self._family.input_names}
+    def generate_completions(self, **arguments: Any) -> Tensor:
+        """Generate completions, and record the hidden states of generation."""
+        length = arguments["input_ids"].shape[1]
         recorder = StateRecorder()
         handle = self.concept_model.get_output_embeddings().register_forward_pre_hook(recorder.record)
         try:
-            sequences = shared_prompts.generate(
-                self.concept_model.vlm, inputs, stopping_criteria=[recorder], **arguments
-            )
+            sequences = super().generate_completions(stopping_criteria=[recorder], **arguments)
         finally:
             handle.remove()
-            self._family.reset(self.concept_model.vlm)
-        tokens = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        tokens = sequences[:, length:].tolist()
         self._generated = tokens, recorder.stacked(self.concept_model.config.hidden_states_at)
         return sequences
-
-    def finish_rollouts(self, output: Batch) -> Batch:
-        """Add the rollouts, which the loss needs, and select the completions to train on."""
-        # TRL shuffles and splits the list along with the tensors; completions of a prompt share one `Prompt`.
-        output["rollouts"] = self._rollouts
-        count = self.args.num_best_and_worst
-        if not self.model.training or count is None:
-            return output
-        output = select_rows(output, best_and_worst(output["advantages"], self.num_generations, count))
-        if "num_items_in_batch" in output:
-            output["num_items_in_batch"] = self.accelerator.gather(output["completion_mask"].sum()).sum()
-        return output
-
-    def arrange_batches(self, batches: list[Batch]) -> list[Batch]:
-        """Place the completions of a prompt next to each other, so that a batch processes the prompt once."""
-        return group_rows(batches, lambda batch, row: id(batch["rollouts"][row].prompt))
-
-    def _encode_prompts(self, inputs: list[dict[str, Any]]) -> dict[Key, Prompt]:
-        """Read the prompts of the rows and encode their targets with SAM 3."""
-        rows = {prompt_key(row): row for row in inputs}
-        prompts = {key: self._reader.read(row) for key, row in rows.items()}
-        features: list[ImageFeatures] = []
-        with torch.no_grad():
-            for chunk in self._chunks([prompt.target for prompt in prompts.values()]):
-                pixels = self.concept_processor.sam_image_processor(images=list(chunk), return_tensors="pt")
-                encoded = self.concept_model.encode_image(pixels["pixel_values"])
-                features += [encoded.select(torch.tensor([number])) for number in range(len(chunk))]
-        device = self.accelerator.device
-        return {
-            key: replace(
-                prompt,
-                mask=prompt.mask.to(device),
-                ignore=None if prompt.ignore is None else prompt.ignore.to(device),
-                features=feature,
-            )
-            for (key, prompt), feature in zip(prompts.items(), features, strict=True)
-        }
 
     def before_rewards(
         self, inputs: Rows, completions: Sequence[Any], completion_ids: list[list[int]]
@@ -365,30 +215,6 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
             logits.append(mask_logits)
         return torch.cat(logits)
 
-    def _chunks(self, items: Sequence[Any]) -> Iterable[Sequence[Any]]:
-        size = self.args.sam_decode_batch_size
-        return (items[start : start + size] for start in range(0, len(items), size))
-
-    def _keep_examples(self, inputs: Rows, rewards: list[list[float]]) -> None:
-        """Store the first completion of some prompts for the example images."""
-        self.examples = []
-        first_rows = {prompt_key(row): number for number, row in reversed(list(enumerate(inputs)))}
-        for number in sorted(first_rows.values())[: self.args.log_examples]:
-            row, rollout = inputs[number], self._rollouts[number]
-            prompt, completion = rollout.prompt, rollout.completion
-            named_rewards = zip(self.reward_func_names, rewards[number], strict=True)
-            self.examples.append(
-                TrainingExample(
-                    target=prompt.target,
-                    gt_mask=prompt.mask.cpu().numpy(),
-                    predicted_mask=row["predicted_mask"],
-                    mosaic=row["images"][0] if len(row["images"]) > 1 else None,
-                    rule=completion.rule,
-                    answer=completion.answer,
-                    rewards={name: value for name, value in named_rewards if value == value},
-                )
-            )
-
     # -- the loss --
 
     def forward_arguments(self, inputs: Batch) -> dict[str, Any]:
@@ -436,56 +262,6 @@ class MetaGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
         dice, focal = (torch.stack(part).mean() for part in zip(*parts, strict=True))
         return dice, focal
 
-    # -- saving --
-
-    def create_model_card(  # type: ignore[override]  # TRL's signature differs from the Trainer's
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """Write our model card, which names the license of SAM 3, to `output_dir`; adapters get TRL's model card."""
-        if is_peft_model(self.model):
-            super().create_model_card(model_name, dataset_name, tags)
-        elif self.is_world_process_zero():
-            self._write_card(run_folder(self.args), tags, dataset_name)
-
-    def _write_card(
-        self, folder: str, tags: str | list[str] | None = None, dataset_name: str | None = None
-    ) -> None:
-        write_training_card(
-            folder,
-            self.concept_model.config,
-            f"Stage II, {self._name}: reinforcement learning of the VLM and the Concept Translation Module with TRL's "
-            "GRPOTrainer.",
-            [*self._tag_names, *as_list(tags)],
-            datasets=as_list(dataset_name) or None,
-        )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the complete model; internal calls of the Trainer, for checkpoints of a run, omit SAM 3."""
-        to_hub = output_dir is None  # the Trainer calls it without a folder before a push
-        self._saves_everything = (to_hub or not _internal_call) and not is_peft_model(self.model)
-        try:
-            super().save_model(output_dir, _internal_call)
-        finally:
-            self._saves_everything = False
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if self._saves_everything:
-            sam = {f"sam.{name}": weight for name, weight in self.concept_model.sam.state_dict().items()}
-            state_dict = {**(self.concept_model.state_dict() if state_dict is None else state_dict), **sam}
-            self._write_card(output_dir or run_folder(self.args))
-        self.processing_class = self.concept_processor
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.processing_class = self._vlm_processor
-
-
-def _without_adapters(model: ConceptSegForSegmentation | PeftModel) -> nn.Module:
-    return cast("PeftModel", model).get_base_model() if is_peft_model(model) else model
-
 
 def _default_rewards(args: MetaGRPOConfig) -> list[Reward]:
     rewards: dict[str, Reward] = {
@@ -494,22 +270,6 @@ def _default_rewards(args: MetaGRPOConfig) -> list[Reward]:
         "meta": functools.partial(REWARDS["meta"], without_proxy=args.meta_without_proxy),
     }
     return [rewards[name] for name in args.rewards]
-
-
-def _warn_of_inexact_resume(args: MetaGRPOConfig) -> None:
-    """Warn if a checkpoint may be saved inside of a generation batch, as checkpoints do not contain its completions."""
-    generation = steps_per_generation(args) * args.num_iterations
-    if (
-        args.save_strategy == "steps"
-        and args.save_steps >= 1
-        and args.save_steps * args.gradient_accumulation_steps % generation
-    ):
-        logger.warning(
-            "save_steps is %d, so checkpoints are saved inside of a generation batch and a resumed run continues with "
-            "different completions; make save_steps * gradient_accumulation_steps a multiple of %d.",
-            args.save_steps,
-            generation,
-        )
 
 
 __all__ = ["MetaGRPOTrainer"]

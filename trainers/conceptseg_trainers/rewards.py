@@ -12,6 +12,7 @@ import numpy as np
 
 from conceptseg_hf import Completion, parse_completion
 from conceptseg_hf.boxes import box_iou
+from conceptseg_hf.coprs.completion import format_score
 from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.images import load_mask
 
@@ -143,6 +144,67 @@ def box_reward(
     ]
 
 
+def position_format_reward(completions: Completions, **columns: Any) -> list[float]:
+    """Score the format of CoPRS completions: 0, 0.9 or 1; see `coprs.completion.format_score` (appendix B.2).
+
+    Args:
+        completions: Strings, or conversations with one assistant message.
+        **columns: Ignored.
+
+    Example:
+        >>> position_format_reward(["<think>a</think><REF_POS>", "see <think>a</think><REF_POS>", "<REF_POS>"])
+        [1.0, 0.9, 0.0]
+    """
+    return [format_score(completion_text(completion)) for completion in completions]
+
+
+def soft_mask_reward(
+    completions: Completions,
+    predicted_probability: Sequence[np.ndarray] | None = None,
+    gt_mask: Sequence[Any] | None = None,
+    ignore_mask: Sequence[Any] | None = None,
+    **columns: Any,
+) -> list[float]:
+    """Compute the mask reward of CoPRS: 0.5 soft IoU + 0.2 soft dice + 0.3 hard IoU (appendix B.2).
+
+    Args:
+        completions: Only their number is used.
+        predicted_probability: (H, W) mask probabilities per completion; `CoPRSTrainer` adds this column. All zeros if
+            the completion has no concentration token.
+        gt_mask: Ground-truth masks of the same sizes: images or arrays, see `images.load_mask`.
+        ignore_mask: Masks of the pixels to ignore, in the same format, or None.
+        **columns: Ignored.
+
+    Returns:
+        A score in [0, 1] per completion; 1 if both masks are empty.
+
+    Raises:
+        ValueError: If a column is missing.
+    """
+    if predicted_probability is None or gt_mask is None:
+        raise ValueError(
+            "soft_mask_reward: the column predicted_probability or gt_mask is missing; use CoPRSTrainer, which adds "
+            "predicted_probability, and a dataset with gt_mask."
+        )
+    ignored = [None] * len(completions) if ignore_mask is None else ignore_mask
+    rewards = []
+    for probability, ground_truth, ignore in zip(predicted_probability, gt_mask, ignored, strict=True):
+        truth = load_mask(ground_truth)
+        valid = np.ones_like(truth) if ignore is None else ~load_mask(ignore)
+        predicted, expected = (
+            np.asarray(probability, dtype=np.float64)[valid],
+            truth[valid].astype(np.float64),
+        )
+        overlap, total = float((predicted * expected).sum()), float(predicted.sum() + expected.sum())
+        soft_iou = overlap / (total - overlap) if total > overlap else 1.0
+        soft_dice = 2 * overlap / total if total else 1.0
+        hard = predicted > 0.5
+        union = float((hard | (expected > 0)).sum())
+        hard_iou = float((hard & (expected > 0)).sum()) / union if union else 1.0
+        rewards.append(0.5 * soft_iou + 0.2 * soft_dice + 0.3 * hard_iou)
+    return rewards
+
+
 def box_iou_or_zero(
     box: Sequence[float] | None, ground_truth: Sequence[float] | Sequence[Sequence[float]] | None
 ) -> float:
@@ -186,5 +248,8 @@ REWARDS: dict[str, Reward] = {
 }
 """Rewards by the names that are used in logs and in `MetaGRPOConfig.rewards`."""
 
-for _name, _reward in REWARDS.items():
+COPRS_REWARDS: dict[str, Reward] = {"mask": soft_mask_reward, "format": position_format_reward}
+"""Rewards of CoPRS by the names that are used in logs and in `CoPRSTrainerConfig.rewards`."""
+
+for _name, _reward in (*REWARDS.items(), *COPRS_REWARDS.items()):
     _reward.__name__ = _name

@@ -1,4 +1,4 @@
-"""Prompts and completions that `MetaGRPOTrainer` keeps from generation to the loss."""
+"""Prompts and completions that a trainer keeps from generation to the loss."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from conceptseg_hf import Completion, ConceptSegProcessor
+from conceptseg_hf import Completion
 from conceptseg_hf.images import load_image, load_mask
 from conceptseg_hf.inputs import PreparedSample
-from conceptseg_hf.sam_prompt import ImageFeatures
+from conceptseg_hf.prompt_processing import PromptProcessor
 
 from .samples import check_prompt_length
 from .split_reference import IGNORE, INDEX
@@ -32,14 +32,14 @@ class Prompt:
         target: The target image.
         mask: Ground-truth mask of the target, (H, W) bool.
         ignore: Pixels to ignore, (H, W) bool, or None.
-        features: SAM 3 features of the target, with batch size 1; None until the target is encoded.
+        features: SAM's features of the target, with batch size 1; None until the target is encoded.
     """
 
     prepared: PreparedSample
     target: Image.Image
     mask: Tensor
     ignore: Tensor | None = None
-    features: ImageFeatures | None = None
+    features: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class PromptReader:
         max_prompt_length: Maximum number of tokens of a prompt.
     """
 
-    processor: ConceptSegProcessor
+    processor: PromptProcessor
     vlm_processor: ProcessorMixin
     max_prompt_length: int
 

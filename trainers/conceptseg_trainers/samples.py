@@ -117,15 +117,19 @@ def check_arguments(
     args: TrainingArguments,
     args_class: type[TrainingArguments],
     processor: Any,
-) -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
+    model_class: Any = ConceptSegForSegmentation,
+    processor_class: Any = ConceptSegProcessor,
+) -> tuple[Any, Any]:
     """Check the arguments of a trainer.
 
     Args:
         trainer: Name of the trainer, for error messages.
-        model: Must be a ConceptSeg model, without any wrapper.
+        model: Must be a model of the required class, without any wrapper.
         args: Settings of the trainer.
         args_class: Required class of the settings.
         processor: Must be the model's processor.
+        model_class: Required class of the model.
+        processor_class: Required class of the processor.
 
     Returns:
         The model and the processor.
@@ -133,9 +137,9 @@ def check_arguments(
     Raises:
         ValueError: If one of them cannot be used.
     """
-    if not isinstance(model, ConceptSegForSegmentation):
+    if not isinstance(model, model_class):
         raise ValueError(
-            f"{trainer}: model is a {type(model).__name__}; pass a ConceptSegForSegmentation, or load one with "
+            f"{trainer}: model is a {type(model).__name__}; pass a {model_class.__name__}, or load one with "
             "from_pretrained."
         )
     if is_offloaded(model):
@@ -145,9 +149,10 @@ def check_arguments(
         )
     if not isinstance(args, args_class):
         raise ValueError(f"{trainer}: args is a {type(args).__name__}; pass a {args_class.__name__}.")
-    if not isinstance(processor, ConceptSegProcessor):
+    if not isinstance(processor, processor_class):
         raise ValueError(
-            f"{trainer}: processing_class is not the model's ConceptSegProcessor; pass it as processing_class=..."
+            f"{trainer}: processing_class is not the model's {processor_class.__name__}; pass it as "
+            "processing_class=..."
         )
     try:
         processor.check_family(model.config)

@@ -21,7 +21,8 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
-from conceptseg_hf import ConceptSegForSegmentation, shared_prompts
+from conceptseg_hf import ConceptSegForSegmentation, CoPRSForSegmentation, shared_prompts
+from conceptseg_hf.coprs.sam_decoder import PriorFeatures
 from conceptseg_hf.vlm_families import get_family
 
 from .loading import changed_settings
@@ -337,10 +338,67 @@ def add_concept_head(model: ConceptSegForSegmentation, detach_hidden_states: boo
     model.forward = forward
 
 
+@dataclass
+class PriorLMOutput(FusedCausalLMOutput):
+    """TRL's log-probabilities, and prior and masks of the same forward pass.
+
+    Attributes:
+        prior_logits: (B, 1, H, W) positional priors.
+        mask_logits: (B, 1, H, W) masks.
+        has_position: (B,) bool, whether the completion contains the concentration token.
+    """
+
+    prior_logits: Tensor | None = None
+    mask_logits: Tensor | None = None
+    has_position: Tensor | None = None
+
+
+def add_prior_head(model: CoPRSForSegmentation) -> None:
+    """Patch `model.forward` to return priors and masks in `model(..., fused_lm_head=True, position_mask=mask, ...)`.
+
+    All trained modules must run inside the forward pass that DDP, DeepSpeed or FSDP wraps.
+
+    Args:
+        model: The model, with TRL's fused head.
+    """
+    inner = model.forward
+
+    @functools.wraps(inner)
+    def forward(
+        *args: Any,
+        position_mask: Tensor | None = None,
+        sam_levels: Sequence[Tensor] | None = None,
+        valid_sizes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if position_mask is None or sam_levels is None or valid_sizes is None:
+            if sam_levels is not None:
+                kwargs["sam_features"] = PriorFeatures(tuple(sam_levels))
+            if valid_sizes is not None:
+                kwargs["valid_sizes"] = valid_sizes
+            return inner(*args, **kwargs)
+        states: list[Tensor] = []
+        handle = model.base_model.register_forward_hook(
+            lambda module, inputs, output: states.append(output.last_hidden_state)
+        )
+        try:
+            output = inner(*args, **kwargs)
+        finally:
+            handle.remove()
+        get_family(model.vlm.config).reset(model.vlm)
+        features = PriorFeatures(tuple(sam_levels))
+        positions, has_position = model.concentration_states(states[0], kwargs["input_ids"], position_mask)
+        prior = model.compute_prior(positions, features, valid_sizes)
+        masks = model.decode_masks(features, prior)
+        return PriorLMOutput(**output, prior_logits=prior, mask_logits=masks, has_position=has_position)
+
+    model.forward = forward
+
+
 @contextmanager
-def replaced_generate(model: ConceptSegForSegmentation, generate: Callable[..., Tensor]) -> Iterator[None]:
+def replaced_generate(model: Any, generate: Callable[..., Tensor]) -> Iterator[None]:
     """Temporarily replace `model.generate`, which TRL calls to sample completions."""
-    model.generate = generate  # type: ignore[method-assign]
+    model.generate = generate
     try:
         yield
     finally:
@@ -351,8 +409,10 @@ __all__ = [
     "PRIVATE_NAMES",
     "ConceptLMOutput",
     "GRPOTrainerAdapter",
+    "PriorLMOutput",
     "VLLMGenerationAdapter",
     "add_concept_head",
+    "add_prior_head",
     "read_prompts_once",
     "replaced_generate",
     "split_pixel_values_by_grid",

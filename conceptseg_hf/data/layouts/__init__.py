@@ -7,7 +7,18 @@ from pathlib import Path
 
 from ..files import Index
 from ..suite import Source
-from . import authors, cityscapes, coco20i, mgrounding, mig_bench, photos, plain, reasonseg, reasonseg_hub
+from . import (
+    authors,
+    cityscapes,
+    coco20i,
+    mgrounding,
+    mig_bench,
+    photos,
+    plain,
+    reasonseg,
+    reasonseg_hub,
+    refcoco,
+)
 
 LAYOUTS: dict[str, Callable[[Path, Source, str], Index]] = {
     "authors": authors.index_files,
@@ -19,6 +30,7 @@ LAYOUTS: dict[str, Callable[[Path, Source, str], Index]] = {
     "plain": plain.index_files,
     "reasonseg": reasonseg.index_files,
     "reasonseg-hf": reasonseg_hub.index_files,
+    "refcoco": refcoco.index_files,
 }
 
 LISTED_SPLITS: dict[str, Callable[[Path, Source], tuple[str, ...]]] = {

@@ -19,6 +19,7 @@ from . import paper_figures
 from .aggregate import Row, aggregate, levels_of
 from .bootstrap import foreground_iou
 from .choice_table import choice_table
+from .coprs_tables import sections as coprs_sections
 from .data_notes import data_notes, data_remarks
 from .decomposition import decompose
 from .gallery import write_gallery
@@ -229,6 +230,8 @@ class EvaluationReport:
             lines += ["", f"## {title}", "", *make(self.rows, settings)]
         if classes := table_2(self.records, settings):
             lines += ["", "## Cityscapes by class, as Table 2", "", *classes]
+        if coprs := coprs_sections(self.rows, settings):
+            lines += ["", "## Beside the tables of the CoPRS paper", "", *coprs]
         if "judgements" in settings:
             lines += ["", "## Think, rule and prediction (appendix J)", "", *self._outcomes()]
         if rows := tier_rows(self.records):

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import transformers
 from torch.utils.data import ConcatDataset, Subset
+from transformers import PreTrainedModel
 
 import conceptseg_hf
 
@@ -132,11 +133,11 @@ def evaluate(
     MaskMetrics(metrics=metrics)
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"evaluate: batch_size is {batch_size} and limit {limit}; use at least 1.")
-    if isinstance(model_or_path, ConceptSegForSegmentation) and processor is None:
+    if isinstance(model_or_path, PreTrainedModel) and processor is None:
         raise ValueError("evaluate: a model was given without a processor; pass processor=... as well.")
     if judgements is not None:
         check_judge(judgements)
-    if isinstance(model_or_path, ConceptSegForSegmentation):
+    if isinstance(model_or_path, PreTrainedModel):
         profile_name = profile or model_or_path.config.profile
     else:
         profile_name = profile or profile_of(model_or_path)
@@ -156,7 +157,7 @@ def evaluate(
     )
     concept = None if concept is None else as_concept(concept)
     processes = join_processes()
-    if isinstance(model_or_path, ConceptSegForSegmentation):
+    if isinstance(model_or_path, PreTrainedModel):
         model = model_or_path
     else:
         model, processor = load_model_and_processor(model_or_path)

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import fiftyone as fo
-import numpy as np
 from PIL import Image
 
 from ...writing import image_bytes, write_file
@@ -43,8 +42,3 @@ def write_image(image: Image.Image, folder: Path, stem: str) -> str:
     if not path.exists():
         write_file(path, content)
     return str(path.absolute())
-
-
-def probabilities_to_image(probabilities: np.ndarray) -> Image.Image:
-    """Convert probabilities (H, W) to an 8-bit grayscale image, with 255 for probability 1."""
-    return Image.fromarray(np.rint(np.clip(probabilities, 0, 1) * 255).astype(np.uint8))

@@ -19,8 +19,9 @@ from scipy.ndimage import find_objects
 from skimage.measure import label as label_regions
 
 from ...boxes import Box
+from ...images import probabilities_to_image
 from ...outputs import ConceptSegmentation
-from .files import probabilities_to_image, write_image
+from .files import write_image
 from .schema import FOREGROUND, PREDICTION_ATTRIBUTES, REGION_ATTRIBUTES
 
 _INTEGER_TOLERANCE = (

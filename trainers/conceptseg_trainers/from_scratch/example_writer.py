@@ -10,8 +10,9 @@ import numpy as np
 
 from conceptseg_hf.boxes import Box
 from conceptseg_hf.completion import format_box
+from conceptseg_hf.coordinates import CoordinateFrame
 from conceptseg_hf.mosaic import compose_mosaic
-from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, CoordinateFrame
+from conceptseg_hf.prompt_processing import PromptProcessor
 from conceptseg_hf.references import Reference, resolve_references
 
 from .masks import bounding_box, mask_to_tokens
@@ -63,7 +64,7 @@ class BaseExampleWriter:
         processor: The processor.
     """
 
-    def __init__(self, processor: ConceptSegProcessor) -> None:
+    def __init__(self, processor: PromptProcessor) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.size = processor.canvas_size
@@ -134,7 +135,7 @@ class BaseExampleWriter:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prompt_ids(
-        self, instruction: str, image_count: int, processor: ConceptSegProcessor | None = None
+        self, instruction: str, image_count: int, processor: PromptProcessor | None = None
     ) -> list[int]:
         """Return the token ids of a prompt, with expanded image tokens."""
         text = (processor or self.processor).chat_text(instruction, image_count)

@@ -235,13 +235,18 @@ class TrainingState:
                     self.optimizer.state[p] = {"step": tensors[f"step/{name}"], **moments}
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    temporary: Path | None = None,
+) -> None:
     """Write a safetensors file under a temporary name, and rename it.
 
     Raises:
         WriteError: If it cannot be written; an existing file is not changed.
     """
-    temporary = path.with_suffix(".tmp")
+    temporary = temporary or path.with_suffix(".tmp")
     try:
         save_file(tensors, temporary, metadata)
         temporary.replace(path)

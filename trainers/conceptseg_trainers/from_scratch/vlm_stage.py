@@ -11,6 +11,7 @@ Without the following, a small language model does not learn to use image tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb  # Qwen3-VL has a copy
 
-from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
+from conceptseg_hf.prompt_processing import PromptProcessor
 from conceptseg_hf.vlm_families import Vlm, get_family
 
 from .tokenizers import COORDINATE_SCALE
@@ -70,6 +71,25 @@ class VlmWithHeads(nn.Module):
         self.dense = make_heads(config.get_text_config().hidden_size)
 
 
+@dataclass(frozen=True)
+class ExampleStates:
+    """The VLM's states of examples.
+
+    Attributes:
+        batch: The tensors of `pad_examples`.
+        states: (B, L, C) last-layer, post-norm hidden states.
+        features: (N * grid * grid, C) embeddings of the image tokens of all images.
+        attention: The self-attention of the guided layer.
+        attention_inputs: Its inputs; see `guided_attention_loss`.
+    """
+
+    batch: dict[str, Any]
+    states: Tensor
+    features: Tensor
+    attention: Any
+    attention_inputs: dict[str, Any]
+
+
 class VlmStage:
     """Train all of the VLM.
 
@@ -88,7 +108,7 @@ class VlmStage:
         self,
         module: VlmWithHeads,
         data: VlmData,
-        processor: ConceptSegProcessor,
+        processor: PromptProcessor,
         pretraining: int,
         steps: int,
         name: str = "vlm",
@@ -140,6 +160,14 @@ class VlmStage:
             examples: The examples.
             number_sigma: Standard deviation of the soft targets of numbers, Gaussians around the correct number.
         """
+        run = self.run(examples)
+        loss, metrics = self.language_loss(run, number_sigma)
+        targets_of_images = [target for example in examples for target in example.dense]
+        dense = self.data.dense_loss(self.module.dense, targets_of_images, run.features)
+        return loss + dense, {**metrics, "dense": dense.item()}
+
+    def run(self, examples: Sequence[TrainingExample]) -> ExampleStates:
+        """Run the VLM on examples."""
         batch = pad_examples(
             examples,
             self.processor.image_token_id,
@@ -165,6 +193,13 @@ class VlmStage:
             **get_family(vlm.config).encoded_images(vlm, tokens),
         ).last_hidden_state
         hook.remove()
+        return ExampleStates(batch, states, self._embeddings(tokens), attention, attention_inputs)
+
+    def language_loss(
+        self, run: ExampleStates, number_sigma: float = _NUMBER_SIGMA
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Compute the loss of words, numbers and attention targets; see `example_loss`."""
+        vlm, batch, states = self.module.vlm, run.batch, run.states
         # A completion token is predicted from the state of the previous token.
         rows, columns = batch["completion"].nonzero(as_tuple=True)
         logits = vlm.lm_head(states[rows, columns - 1])
@@ -177,16 +212,13 @@ class VlmStage:
         soft_targets = (-0.5 * (distance / number_sigma) ** 2).softmax(1)
         number_log_probabilities = log_probabilities[is_number][:, self.numbers.to(self.device)]
         numbers_loss = -(soft_targets * number_log_probabilities).sum(1).mean()
-        focus = guided_attention_loss(attention, attention_inputs, batch["attention_targets"])
-        targets_of_images = [target for example in examples for target in example.dense]
-        dense = self.data.dense_loss(self.module.dense, targets_of_images, self._embeddings(tokens))
-        loss = words_loss + numbers_loss + 0.4 * focus + dense
-        return loss, {
-            "words": words_loss.item(),
-            "numbers": numbers_loss.item(),
-            "focus": focus.item(),
-            "dense": dense.item(),
-        }
+        focus = guided_attention_loss(run.attention, run.attention_inputs, batch["attention_targets"])
+        loss = words_loss + 0.4 * focus
+        metrics = {"words": words_loss.item(), "focus": focus.item()}
+        if is_number.any():
+            loss = loss + numbers_loss
+            metrics["numbers"] = numbers_loss.item()
+        return loss, metrics
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -15,11 +15,12 @@ from PIL import Image
 
 from conceptseg_hf.boxes import Box
 from conceptseg_hf.completion import format_completion
+from conceptseg_hf.coordinates import CoordinateFrame
 from conceptseg_hf.data.concept_shapes.families import Task
 from conceptseg_hf.data.concept_shapes.rendering import COLORS, SHAPES, TEXTURES
 from conceptseg_hf.data.concept_shapes.scenes import Look, Scene, draw_scene, make_objects, random_look
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
-from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, CoordinateFrame
+from conceptseg_hf.prompt_processing import PromptProcessor
 from conceptseg_hf.references import Reference, Role
 
 from ..from_scratch.example_writer import BaseExampleWriter, Entry, TrainingImage, box_targets
@@ -40,7 +41,7 @@ class ExampleWriter(BaseExampleWriter):
         processor: The processor.
     """
 
-    def __init__(self, processor: ConceptSegProcessor) -> None:
+    def __init__(self, processor: PromptProcessor) -> None:
         super().__init__(processor)
         self.short_processor = short_processor(processor)
         vocabulary = self.tokenizer.get_vocab()
@@ -71,7 +72,7 @@ class ExampleWriter(BaseExampleWriter):
         """Locate phrases that describe one or several objects of an image, each with the box of all of them."""
         masks: dict[str, np.ndarray] = {}
         for item in objects:
-            words = item.look.phrase.split() if item.look.kind else _some_words(rng, item.look)
+            words = item.look.phrase.split() if item.look.kind else some_words(rng, item.look)
             mask = np.any([other.mask for other in objects if other.look.matches(words)], axis=0)
             if mask.sum() >= _MIN_PIXELS:
                 masks[" ".join(words)] = mask
@@ -109,7 +110,7 @@ class ExampleWriter(BaseExampleWriter):
             reference = draw_scene(rng, cell, make_objects(rng, cell, [looks[index], *others]))
             if (box := reference.objects[0].box) is not None:
                 references.setdefault(index, (reference, box))
-        mosaic, objects, _ = self._compose(list(references.values()), role="support")
+        mosaic, objects, _ = self.compose(list(references.values()), role="support")
         entries = [
             Entry(
                 looks[index].phrase,
@@ -216,9 +217,9 @@ class ExampleWriter(BaseExampleWriter):
 
     def _mosaic(self, task: Task) -> tuple[np.ndarray, list[VisibleObject], CoordinateFrame]:
         """Return the mosaic of a task's references, its objects, and its coordinate frame."""
-        return self._compose(task.references)
+        return self.compose(task.references)
 
-    def _compose(
+    def compose(
         self, references: Sequence[tuple[Scene, Box | None]], role: Role = "auto"
     ) -> tuple[np.ndarray, list[VisibleObject], CoordinateFrame]:
         """Return the mosaic of references with the given role, its objects, and its coordinate frame."""
@@ -250,7 +251,7 @@ def answer_for(task: Task, look: Look) -> str:
     return look.shape if len(task.answer.split()) == 1 and not look.kind else look.phrase
 
 
-def _some_words(rng: np.random.Generator, look: Look) -> list[str]:
+def some_words(rng: np.random.Generator, look: Look) -> list[str]:
     """Draw one or more attributes of a look; "object" replaces a missing shape."""
     while True:
         keep = rng.random(3) < (0.5, 0.6, 0.7)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from transformers import PreTrainedTokenizerFast
 
 from conceptseg_hf.data.concept_shapes.rendering import COLORS, GREY, SHAPES, TEXTURES
@@ -12,10 +14,13 @@ from conceptseg_hf.presets import (
     NANO_VLM_VOCABULARY_SIZE,
 )
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
+from conceptseg_hf.prompt_processing import PromptProcessor
 from conceptseg_hf.prompt_template import PromptTemplate
 from conceptseg_hf.vlm_families import DEFAULT_FAMILY
 
 from ..from_scratch import tokenizers
+
+ProcessorT = TypeVar("ProcessorT", bound=PromptProcessor)
 
 # Words of noun phrases; they come first in the vocabularies.
 NOUN_WORDS = (
@@ -72,6 +77,6 @@ def build_processor(vlm_family: str = DEFAULT_FAMILY) -> ConceptSegProcessor:
     )
 
 
-def short_processor(processor: ConceptSegProcessor) -> ConceptSegProcessor:
+def short_processor(processor: ProcessorT) -> ProcessorT:
     """Return a copy of a processor with the template for completions without rule and check."""
     return processor.with_settings(prompt_template=SHORT_TEMPLATE.to_dict())

@@ -108,7 +108,7 @@ class RecipeParser(TrlParser):
             if name not in fields:
                 hint = did_you_mean(str(name), fields)
                 if path.stem in recipe_names() and path.stem not in names:
-                    hint = f" (this is a recipe of the other stage; the recipes of this one are {', '.join(names)})"
+                    hint = f" (this is a recipe of another stage; the recipes of this one are {', '.join(names)})"
                 raise ValueError(
                     f"the recipe {str(path)!r} sets {name!r}, which is not a field of {self.prog}{hint}; correct its "
                     "name, or remove it."

@@ -1,0 +1,108 @@
+"""The command and the evaluation with a CoPRS checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conceptseg_hf.cli import main
+from conceptseg_hf.evaluation import evaluate
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_coprs, tmp_path_factory):
+    """A random model whose only token is <REF_POS>."""
+    folder = tmp_path_factory.mktemp("coprs")
+    model = make_coprs("sam")
+    position = model.config.ref_pos_token_id
+    others = [token for token in range(model.config.get_text_config().vocab_size) if token != position]
+    model.config.max_new_tokens = 2
+    model.save_pretrained(folder)
+    model.processor.save_pretrained(folder)
+    return folder, {"suppress_tokens": others}
+
+
+def test_segment_writes_the_heatmap(checkpoint, make_image, tmp_path, capsys) -> None:
+    folder, _ = checkpoint
+    make_image(0).save(tmp_path / "photo.png")
+    arguments = ["segment", str(tmp_path / "photo.png"), "--prompt", "red circle", "--model", str(folder)]
+    assert main([*arguments, "--heatmap", "--output-dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("reasoning: 'red circle', score") and "presence" not in printed
+    record = json.loads((tmp_path / "out" / "photo.json").read_text())
+    assert record["heatmap"] == "photo_heatmap.png" and record["route"] == "reasoning"
+    heatmap = Image.open(tmp_path / "out" / "photo_heatmap.png")
+    assert heatmap.mode == "L" and heatmap.size == (90, 60)
+    assert main([*arguments, "--output-dir", str(tmp_path / "plain")]) == 0
+    assert not (tmp_path / "plain" / "photo_heatmap.png").exists()
+
+
+def test_sam_only_is_refused_in_one_sentence(checkpoint, make_image, tmp_path, capsys) -> None:
+    make_image(0).save(tmp_path / "photo.png")
+    options = [
+        "--prompt",
+        "star",
+        "--model",
+        str(checkpoint[0]),
+        "--router",
+        "sam_only",
+        "--output-dir",
+        str(tmp_path),
+    ]
+    assert main(["segment", str(tmp_path / "photo.png"), *options]) == 2
+    assert "CoPRS always reasons" in capsys.readouterr().err
+
+
+def test_evaluation_runs_and_resumes(checkpoint, tmp_path) -> None:
+    folder, generation = checkpoint
+    options = {"limit": 2, "output_dir": tmp_path, "batch_size": 2, "generation_config": generation}
+    report = evaluate(str(folder), "concept-shapes", **options)
+    assert [record["error"] for record in report.records] == [None, None]
+    assert [record["route"] for record in report.records] == ["reasoning", "reasoning"]
+    again = evaluate(str(folder), "concept-shapes", **options)
+    assert again.to_markdown() == report.to_markdown()
+
+
+def test_heatmap_overlay_colors() -> None:
+    from conceptseg_hf.visualization import heatmap_overlay
+
+    image = Image.new("RGB", (3, 1))
+    drawn = np.asarray(heatmap_overlay(image, np.array([[0.0, 0.5, 1.0]]), opacity=1.0))
+    assert drawn[0].tolist() == [[20, 30, 120], [250, 220, 60], [190, 20, 30]]
+    with pytest.raises(ValueError, match="the heatmap has the size"):
+        heatmap_overlay(image, np.zeros((2, 2)))
+
+
+def test_settings_of_conceptseg_are_refused_in_one_sentence(checkpoint, make_image, tmp_path, capsys) -> None:
+    folder, _ = checkpoint
+    image = tmp_path / "photo.png"
+    make_image(0).save(image)
+    common = ["--prompt", "star", "--model", str(folder)]
+    output = ["--output-dir", str(tmp_path / "out")]
+    for arguments, message in (
+        (
+            ["segment", str(image), *common, *output, "--profile", "released"],
+            "profiles are settings of ConceptSeg",
+        ),
+        (
+            ["segment", str(image), *common, *output, "--rule", "the red one"],
+            "rule is an option of ConceptSeg",
+        ),
+        (["segment", str(image), *common, *output, "--vlm-engine", "vllm"], "CoPRS supports only"),
+        (
+            [
+                "induce",
+                *common,
+                "--reference",
+                f"{image}:2,2,40,40",
+                "--out",
+                str(tmp_path / "x.safetensors"),
+            ],
+            "applies no concepts",
+        ),
+    ):
+        assert main(arguments) == 2, arguments
+        assert message in capsys.readouterr().err

@@ -1,0 +1,117 @@
+"""Tests for the training of coprs-nano: examples, features, resuming, and the checkpoint."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conceptseg_hf import ConceptSegForSegmentation, CoPRSForSegmentation, Reference, nano_checkpoint
+from conceptseg_hf.data import ConceptShapes
+
+pytest.importorskip("trl", "1.16")
+from conceptseg_trainers.coprs_nano import report
+from conceptseg_trainers.coprs_nano.measuring import measure, summarize
+from conceptseg_trainers.coprs_nano.stage import PriorStage, build_model, ideal_prior
+from conceptseg_trainers.coprs_nano.tokenizers import build_processor
+from conceptseg_trainers.from_scratch.loop import Schedule, TrainingState, train
+from conceptseg_trainers.from_scratch.vlm_examples import patches
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor()
+
+
+@pytest.fixture
+def make_stage(processor):
+    def make(steps: int = 40) -> PriorStage:
+        torch.manual_seed(0)
+        start = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
+        stage = PriorStage(build_model(start, processor), processor, steps, held_out=3)
+        stage.data.count = 3
+        return stage
+
+    return make
+
+
+def test_examples_equal_the_inputs_of_the_processor(make_stage, processor) -> None:
+    data = make_stage().data
+    unknown = processor.tokenizer.unk_token_id
+    for number in range(12):
+        task = data.tasks.task(number)
+        example = data.writer.reasoning(np.random.default_rng(0), task)
+        references = [Reference(Image.fromarray(scene.pixels), box=box) for scene, box in task.references]
+        sample = processor.prepare(Image.fromarray(task.scene.pixels), task.prompt, references)
+        assert sample.input_ids.tolist() == example.prompt
+        torch.testing.assert_close(patches(example.images, "cpu"), sample.pixel_values, atol=1e-5, rtol=0)
+        assert unknown not in example.completion
+        assert example.completion[-2:] == [processor.ref_pos_token_id, processor.tokenizer.eos_token_id]
+        completion = processor.decode_completion(example.completion)
+        assert completion.is_valid and completion.think.split() == task.think.split()
+
+
+def test_perception_examples_have_a_mask_per_token(make_stage, processor) -> None:
+    data = make_stage().data
+    rng = np.random.default_rng(0)
+    for several in (False, True):
+        scene = data.tasks.task(7).scene
+        example = data.writer.positions(rng, scene, several)
+        assert example.completion.count(processor.ref_pos_token_id) == len(example.masks) > 0
+        assert all(mask.any() for mask in example.masks)
+
+
+def test_features_equal_those_of_the_model(make_stage, processor) -> None:
+    stage = make_stage()
+    image = stage.data.tasks.task(0).scene.pixels
+    expected = stage.model.encode_image(processor.sam_pixels(Image.fromarray(image))[None])
+    for level, other in zip(stage._encode([image]).levels, expected.levels, strict=True):
+        torch.testing.assert_close(level, other, atol=1e-4, rtol=1e-4)
+
+
+def test_resume_is_exact_and_the_backbone_is_frozen(make_stage, tmp_path) -> None:
+    schedule = Schedule(2, learning_rate=1e-3, warmup=1, evaluate_every=100, save_every=1)
+    whole = make_stage()
+    backbone = {
+        name: value.clone() for name, value in whole.model.sam.vision_encoder.backbone.state_dict().items()
+    }
+    level = whole.model.sam.vision_encoder.neck.fpn_layers[0].proj1.weight.clone()
+    train(whole, schedule, tmp_path / "whole", report=lambda line: None)
+    first = make_stage()
+    state = TrainingState(first.module, schedule, tmp_path / "parts" / "prior" / "state.safetensors")
+    state.path.parent.mkdir(parents=True)
+    first.module.train()
+    state.update(first.loss(0)[0])
+    state.save()
+    second = make_stage()
+    train(second, schedule, tmp_path / "parts", report=lambda line: None)
+    weights = second.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in whole.model.state_dict().items())
+    after = whole.model.sam.vision_encoder
+    assert all(torch.equal(value, backbone[name]) for name, value in after.backbone.state_dict().items())
+    assert not torch.equal(after.neck.fpn_layers[0].proj1.weight, level)
+
+
+def test_checkpoint_is_small_and_loads_in_float32(make_stage, tmp_path) -> None:
+    stage = make_stage()
+    report.write_checkpoint(stage.model, tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 8_000_000
+    model = CoPRSForSegmentation.from_pretrained(tmp_path)
+    weight = stage.model.prior.query_head.weight
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(model.prior.query_head.weight, weight.half().float())
+    rows = measure(model, model.processor, ConceptShapes("test", size=128), 3)
+    summary = summarize(rows, resamples=10)
+    table = report.markdown(summary, {})
+    assert [row.sample_id for row in rows] == [f"test-{i:06d}" for i in range(3)]
+    assert "| CI | 1 | - |" in table and "Correlation of prior IoU and mask IoU" in table
+
+
+def test_ideal_prior_is_the_mask_at_the_resolution_of_the_keys() -> None:
+    masks = torch.zeros(1, 128, 128, dtype=torch.bool)
+    masks[0, 32:64, 64:96] = True
+    prior = ideal_prior(masks)
+    assert prior.shape == (1, 1, 64, 64)
+    inside = prior[0, 0, 18:30, 34:46]
+    assert (inside > 3).all() and (prior[0, 0, :12] < -3).all()

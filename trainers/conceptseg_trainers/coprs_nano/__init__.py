@@ -1,0 +1,1 @@
+"""Training of coprs-nano, the embedded CoPRS checkpoint: `python -m conceptseg_trainers.coprs_nano`."""

@@ -1,0 +1,115 @@
+"""Training examples of coprs-nano: completions with concentration tokens, and the mask of each token.
+
+Perception examples name several objects, each with a concentration token after its name: several masks per image. A
+task example is a complete task as in inference, with one token at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from conceptseg_hf.coprs.completion import REF_POS, format_reasoning
+from conceptseg_hf.coprs.processing_coprs import CoPRSProcessor
+from conceptseg_hf.data.concept_shapes.families import Task
+from conceptseg_hf.data.concept_shapes.scenes import Scene
+
+from ..from_scratch.vlm_examples import AttentionTarget, TrainingExample
+from ..nano.examples import ExampleWriter, some_words
+
+_MIN_PIXELS = 12  # size of the smallest objects in perception examples
+_MAX_NAMES = 4
+
+
+@dataclass(frozen=True)
+class PriorExample(TrainingExample):
+    """A training sequence with concentration tokens; its last image is the target.
+
+    Attributes:
+        masks: (S, S) bool mask of each concentration token.
+    """
+
+    masks: tuple[np.ndarray, ...] = ()
+
+
+class PriorExampleWriter(ExampleWriter):
+    """Convert scenes and tasks to examples with concentration tokens."""
+
+    def __init__(self, processor: CoPRSProcessor) -> None:
+        super().__init__(processor)
+
+    def positions(self, rng: np.random.Generator, scene: Scene, several: bool) -> PriorExample:
+        """Name objects of a scene, each followed by the concentration token.
+
+        Args:
+            rng: Random generator.
+            scene: The scene.
+            several: Whether phrases may describe several objects, which share a mask; otherwise they are unique names.
+        """
+        masks: dict[str, np.ndarray] = {}
+        for item in scene.objects:
+            words = item.look.phrase.split()
+            if several and not item.look.kind:
+                words = some_words(rng, item.look)
+            matching = [other for other in scene.objects if other.look.matches(words)]
+            if several or len(matching) == 1:
+                mask = np.any([other.mask for other in matching], axis=0)
+                if mask.sum() >= _MIN_PIXELS:
+                    masks[" ".join(words)] = mask
+        phrases = [list(masks)[int(i)] for i in rng.permutation(len(masks))[:_MAX_NAMES]]
+        completion: list[int] = []
+        attention_targets: list[AttentionTarget] = []
+        for phrase in phrases:
+            tokens = {0: self.mask_to_tokens(masks[phrase])}
+            name = self.token_ids(phrase)
+            if not several:  # the order is random, so the first word may be that of any object
+                attention_targets += [
+                    AttentionTarget(len(completion) + i, tokens) for i in range(1, len(name))
+                ]
+            completion += [*name, *self.token_ids(REF_POS)]
+            # The query of an attention target is the token before the position.
+            attention_targets.append(AttentionTarget(len(completion), tokens))
+        completion.append(self.ids["<|im_end|>"])
+        return PriorExample(
+            (scene.pixels,),
+            self.prompt_ids("find objects" if several else "mark objects", 1),
+            completion,
+            completion if several else self.with_noise(rng, completion),
+            tuple(attention_targets),
+            (),
+            tuple(masks[phrase] for phrase in phrases),
+        )
+
+    def reasoning(self, rng: np.random.Generator, task: Task) -> PriorExample:
+        """Create an example of a complete task: the instruction, the reasoning, and the concentration token."""
+        images = [task.scene.pixels]
+        if task.references:
+            mosaic, _, frame = self.compose(task.references)
+            instruction = self.processor.instruction(task.prompt, frame)
+            images.insert(0, mosaic)
+        else:
+            instruction = self.processor.template.fill("no_reference", task.prompt)
+        completion = [*self.token_ids(format_reasoning(task.think)), self.ids["<|im_end|>"]]
+        attention_targets: list[AttentionTarget] = []
+        if task.mask.any():
+            target = {len(images) - 1: self.mask_to_tokens(task.mask)}
+            end = completion.index(self.ids["</think>"])
+            length = len(self.token_ids(task.answer))
+            attention_targets = [AttentionTarget(i, target) for i in range(end - length, end)]
+            attention_targets.append(AttentionTarget(len(completion) - 1, target))
+        return PriorExample(
+            tuple(images),
+            self.prompt_ids(instruction, len(images)),
+            completion,
+            self.with_noise(rng, completion),
+            tuple(attention_targets),
+            (),
+            (task.mask,),
+        )
+
+
+def masks_of(examples: Sequence[PriorExample]) -> np.ndarray:
+    """Return the masks of all concentration tokens, in the order of examples and tokens, (N, S, S) bool."""
+    return np.stack([mask for example in examples for mask in example.masks])

@@ -1,0 +1,141 @@
+"""Write the checkpoint of coprs-nano in float16, and its table of held-out results beside those of nano."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from conceptseg_hf import ConceptSegForSegmentation, nano_checkpoint
+from conceptseg_hf.cards import save_model_card
+from conceptseg_hf.coprs import CoPRSForSegmentation
+from conceptseg_hf.data import ConceptShapes
+from conceptseg_hf.evaluation import foreground_iou
+from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
+from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
+from conceptseg_hf.progress import progress_bar
+from conceptseg_hf.writing import json_text, write_file
+
+from ..from_scratch.loop import Schedule, TrainingState
+from .measuring import MeasuredSample, bootstrap_mean, measure, set_of, summarize
+from .stage import PriorStage
+
+_BATCH = 30
+_METRICS = {
+    "mask_iou": "mask IoU",
+    "prior_iou": "prior IoU",
+    "auroc": "prior AUROC",
+    "average_precision": "prior AP",
+    "share": "share among siblings",
+}
+
+Summary = Mapping[str, Mapping[str, float]]
+
+
+def write_report(stage: PriorStage, schedule: Schedule, run_dir: Path, folder: Path, samples: int) -> None:
+    """Write the averaged weights as a checkpoint, load it, and measure it on held-out samples.
+
+    Args:
+        stage: The stage.
+        schedule: Its schedule.
+        run_dir: Folder of the run, in which `results.json` and `results.md` are written.
+        folder: Folder of the checkpoint.
+        samples: Number of samples of the set CI; 4 times as many of the split "test" are measured, and as many of its
+            group "which one".
+    """
+    TrainingState(stage.module, schedule, run_dir / stage.name / "state.safetensors").load_average()
+    write_checkpoint(stage.model, folder)
+    model = CoPRSForSegmentation.from_pretrained(folder)
+    splits = {
+        "test": (ConceptShapes("test", size=SIDE), 4 * samples),
+        "which one": (ConceptShapes("test", size=SIDE, groups=["which one"]), samples),
+    }
+    rows: list[MeasuredSample] = []
+    nano: dict[str, list[float]] = {}
+    for source, count in splits.values():
+        rows += measure(model, model.processor, source, count)
+        for name, iou in nano_ious(source, count):
+            nano.setdefault(name, []).append(iou)
+    summary = summarize(rows)
+    nano_summary = {
+        f"mask_iou_{name}": bootstrap_mean(np.array(values), 2000, 0) for name, values in nano.items()
+    }
+    table = markdown(summary, nano_summary)
+    write_file(
+        run_dir / "results.json", json_text({"coprs-nano": summary, "nano": nano_summary}, indent=2) + "\n"
+    )
+    write_file(run_dir / "results.md", table + "\n")
+    training = (
+        "coprs-nano is a small CoPRS model for demonstrations, tests and teaching. It starts from the VLM and the "
+        "vision backbone of conceptseg-nano and was trained with supervision on ConceptShapes (`make coprs-nano`); its "
+        f"weights are stored in float16.\n\n{table}"
+    )
+    save_model_card(folder, model.config, training=training, overwrite=True)
+
+
+def write_checkpoint(model: CoPRSForSegmentation, folder: Path) -> None:
+    """Write model and processor; weights are stored in float16 and loaded in float32."""
+    model.eval().cpu().save_pretrained(folder)
+    model.processor.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    weights = {
+        name: value.to(torch.float16) if value.is_floating_point() else value
+        for name, value in load_file(path).items()
+    }
+    save_file(weights, path, {"format": "pt"})
+    config_path = folder / "config.json"
+    # The dtype in which the checkpoint is loaded by default.
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    write_file(config_path, json_text({**config, "dtype": "float32"}, indent=2) + "\n")
+
+
+def nano_ious(samples: ConceptShapes, count: int) -> list[tuple[str, float]]:
+    """Return set and foreground IoU of the masks of conceptseg-nano for the first samples of a split."""
+    model = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
+    processor = ConceptSegProcessor.from_pretrained(nano_checkpoint())
+    ious: list[tuple[str, float]] = []
+    bar = progress_bar(count, "samples", "nano", mininterval=5)
+    for start in range(0, count, _BATCH):
+        batch = [samples[i] for i in range(start, min(start + _BATCH, count))]
+        prepared = [
+            processor.prepare(sample.image, sample.prompt, sample.references, lazy=True) for sample in batch
+        ]
+        for sample, result in zip(batch, model.segment(prepared, processor=processor), strict=True):
+            ious.append(
+                (set_of(sample), foreground_iou(np.asarray(result.mask) > 0, np.asarray(sample.mask) > 0))
+            )
+        bar.update(len(batch))
+    bar.close()
+    return ious
+
+
+def markdown(summary: Summary, nano: Summary) -> str:
+    """Return the results as Markdown: sets in rows, means with 95 % intervals."""
+    sets = [name.removeprefix("mask_iou_") for name in summary if name.startswith("mask_iou_")]
+    lines = [
+        "| set | n | nano, mask IoU | " + " | ".join(_METRICS.values()) + " |",
+        "|---|---|---|" + "---|" * len(_METRICS),
+    ]
+    for name in sets:
+        cells = [
+            _cell(nano.get(f"mask_iou_{name}")),
+            *(_cell(summary.get(f"{key}_{name}")) for key in _METRICS),
+        ]
+        lines.append(f"| {name} | {summary[f'mask_iou_{name}']['n']} | {' | '.join(cells)} |")
+    correlation = summary["correlation_prior_iou"]
+    note = (
+        f"Correlation of prior IoU and mask IoU over {correlation['n']} samples that contain the target: "
+        f"{correlation['mean']:.2f}. Completions that follow the template: {summary['format']['mean']:.3f}."
+    )
+    lines += ["", note]
+    return "\n".join(lines)
+
+
+def _cell(values: Mapping[str, float] | None) -> str:
+    if values is None or not values["n"]:
+        return "-"
+    return f"{values['mean']:.3f} [{values['low']:.3f}, {values['high']:.3f}]"

@@ -1,0 +1,233 @@
+"""Stage "prior": train VLM, positional prior and mask decoder on examples with concentration tokens.
+
+The VLM and the vision backbone of SAM 3 come from a ConceptSeg checkpoint. The backbone is frozen; of its feature
+pyramid only the finest level is trained, which the checkpoint does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from conceptseg_hf import ConceptSegForSegmentation
+from conceptseg_hf.coprs import CoPRSConfig, CoPRSForSegmentation, CoPRSProcessor
+from conceptseg_hf.coprs.losses import prior_losses
+from conceptseg_hf.coprs.positional_prior import resample_prior
+from conceptseg_hf.coprs.sam_decoder import PriorFeatures, decode
+from conceptseg_hf.data import ConceptShapes
+from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
+from conceptseg_hf.vlm_families import Vlm
+
+from ..from_scratch.sam_stage import images_to_pixels
+from ..from_scratch.vlm_stage import VlmStage
+from ..nano.scenes import TaskMix, sheet_scene, simple_scene
+from .examples import PriorExample, PriorExampleWriter, masks_of
+from .measuring import measure, summarize
+
+DICE_WEIGHT, FOCAL_WEIGHT = 1.5, 10.0
+_FIRST_TASK = 2_000_000  # above the tasks of the stages of nano
+_DECODED = 24  # number of masks that are decoded per step
+_GUIDED = 0.25  # fraction of the steps over which masks are also decoded from ideal priors
+
+
+def build_model(start: ConceptSegForSegmentation, processor: CoPRSProcessor) -> CoPRSForSegmentation:
+    """Return a model with the VLM and the vision backbone of a nano checkpoint, and new other parts."""
+    model = CoPRSForSegmentation(
+        CoPRSConfig.from_preset(
+            "nano",
+            vlm_config=start.config.vlm_config.to_dict(),
+            ref_pos_token_id=processor.ref_pos_token_id,
+        )
+    )
+    model.vlm.load_state_dict(start.vlm.state_dict())
+    embeddings = model.vlm.get_input_embeddings().weight
+    with torch.no_grad():
+        embeddings[processor.ref_pos_token_id] = embeddings[: processor.ref_pos_token_id].mean(dim=0)
+    source: Mapping[str, Tensor] = start.sam.vision_encoder.state_dict()
+    weights = {name: value for name, value in source.items() if ".fpn_layers." not in f".{name}"}
+    for name, value in source.items():
+        head, found, tail = name.partition("neck.fpn_layers.")
+        level, _, rest = tail.partition(".")
+        if found and level in ("0", "1"):  # levels of factor 2 and 1, which follow the new one of factor 4
+            weights[f"{head}{found}{int(level) + 1}.{rest}"] = value
+    missing, unexpected = model.sam.vision_encoder.load_state_dict(weights, strict=False)
+    if unexpected or any("fpn_layers.0." not in name for name in missing):
+        raise ValueError(
+            f"the vision backbone does not fit: missing {missing}, unexpected {unexpected}; start from a nano "
+            "checkpoint."
+        )
+    tokenizer, generation_config = processor.tokenizer, model.vlm.generation_config
+    generation_config.eos_token_id = tokenizer.eos_token_id
+    generation_config.pad_token_id = tokenizer.pad_token_id
+    model.processor = processor
+    return model
+
+
+class PriorModule(nn.Module):
+    """The model as the module of a `VlmStage`."""
+
+    def __init__(self, model: CoPRSForSegmentation) -> None:
+        super().__init__()
+        self.model = model
+        model.sam.vision_encoder.neck.fpn_layers[0].requires_grad_(True)
+
+    @property
+    def vlm(self) -> Vlm:
+        """The VLM."""
+        return self.model.vlm
+
+    def train(self, mode: bool = True) -> PriorModule:
+        """Set the mode; see `CoPRSForSegmentation.train`."""
+        super().train(mode)
+        self.model.train(mode)
+        self.model.sam.vision_encoder.neck.fpn_layers[0].requires_grad_(True)
+        return self
+
+
+class PriorData:
+    """Examples of the stage; the fraction of complete tasks increases.
+
+    Args:
+        steps: Number of steps.
+        processor: The processor.
+        count: Number of task examples per step.
+        seed: Random seed.
+    """
+
+    def __init__(self, steps: int, processor: CoPRSProcessor, count: int = 24, seed: int = 0) -> None:
+        self.steps, self.count, self.seed = steps, count, seed
+        self.writer = PriorExampleWriter(processor)
+        self.tasks = TaskMix()
+
+    def examples(self, step: int) -> list[PriorExample]:
+        """Return the examples of a step: either perception examples or tasks."""
+        progress = step / self.steps
+        perception = 0.6 if progress < 0.15 else 0.3 if progress < 0.6 else 0.1
+        rng = np.random.default_rng([31, self.seed, step])
+        if rng.random() < perception:
+            return [self._perception(rng, step * self.count + i) for i in range(self.count * 2 // 3)]
+        # Tasks with references have two images: batches of similar length need less padding.
+        with_references = rng.random() < 0.5
+        examples: list[PriorExample] = []
+        number = _FIRST_TASK + step * 8 * self.count
+        while len(examples) < self.count * (2 if with_references else 3) // 2:
+            task = self.tasks.task(number)
+            if bool(task.references) == with_references:
+                examples.append(self.writer.reasoning(rng, task))
+            number += 1
+        return examples
+
+    def _perception(self, rng: np.random.Generator, number: int) -> PriorExample:
+        while True:
+            kind = rng.random()
+            if kind < 0.25:
+                scene = sheet_scene(rng)
+            elif kind < 0.5:
+                scene = simple_scene(rng, int(rng.integers(1, 6)))
+            else:
+                scene = self.tasks.task(_FIRST_TASK + number).scene
+            example = self.writer.positions(rng, scene, several=rng.random() < 0.5)
+            if example.masks:
+                return example
+            number += 1
+
+
+class PriorStage:
+    """Train all of the model but the frozen backbone: L_SEG (eq. 8) and the cross-entropy of the completions.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        steps: Number of steps.
+        device: Device of the model.
+        held_out: Number of samples of the split "val" per evaluation.
+        seed: Random seed.
+    """
+
+    name = "prior"
+
+    def __init__(
+        self,
+        model: CoPRSForSegmentation,
+        processor: CoPRSProcessor,
+        steps: int,
+        device: str = "cpu",
+        held_out: int = 120,
+        seed: int = 0,
+    ) -> None:
+        self.module = PriorModule(model)
+        self.model, self.processor, self.steps = model, processor, steps
+        self.device, self.held_out, self.seed = device, held_out, seed
+        self.data = PriorData(steps, processor, seed=seed)
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        # The stage initializes number embeddings, which the start has already trained.
+        self._vlm_stage = VlmStage(_unused(self.module), _unused(), processor, 0, steps, self.name, device)
+        model.load_state_dict(weights)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Compute the loss of a step."""
+        examples = self.data.examples(step)
+        run = self._vlm_stage.run(examples)
+        loss, metrics = self._vlm_stage.language_loss(run)
+        is_position = (run.batch["input_ids"] == self.processor.ref_pos_token_id) & run.batch["completion"]
+        rows, columns = is_position.nonzero(as_tuple=True)
+        masks = torch.from_numpy(masks_of(examples)).to(self.device)
+        features = self._encode([example.images[-1] for example in examples]).select(rows)
+        none = torch.zeros(len(rows), 1, 64, 64, dtype=torch.bool, device=self.device)
+        prior = resample_prior(self.model.prior(run.states[rows, columns], features.keys), none, 0.0)
+        ignore = torch.zeros_like(masks)
+        # The prior of every token is trained; the masks of some of them.
+        rng = np.random.default_rng([37, self.seed, step])
+        chosen = torch.from_numpy(rng.permutation(len(rows))[:_DECODED]).to(self.device)
+        prompts = prior[chosen]
+        if rng.random() < 0.5 * max(0.0, 1 - step / (_GUIDED * self.steps)):
+            prompts = ideal_prior(masks[chosen])
+        decoded = decode(self.model.sam, features.select(chosen), prompts)
+        losses = prior_losses(prior, prior, masks, ignore)
+        mask_losses = prior_losses(prompts.detach(), decoded, masks[chosen], ignore[chosen])
+        loss = loss + losses.prior + DICE_WEIGHT * mask_losses.dice + FOCAL_WEIGHT * mask_losses.focal
+        return loss, {
+            **metrics,
+            "prior": losses.prior.item(),
+            "dice": mask_losses.dice.item(),
+            "focal": mask_losses.focal.item(),
+        }
+
+    def _encode(self, images: list[np.ndarray]) -> PriorFeatures:
+        """Encode images; only the finest level of the feature pyramid is differentiable."""
+        encoder = self.model.sam.vision_encoder
+        pixels = images_to_pixels(images, self.device)
+        with torch.no_grad():
+            states = encoder.backbone(pixels).last_hidden_state
+        grid = SIDE // encoder.config.backbone_config.patch_size
+        states = states.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+        return PriorFeatures(tuple(layer(states) for layer in encoder.neck.fpn_layers))
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return metrics of the model on the split "val"; see `measuring`."""
+        self.module.eval()
+        rows = measure(self.model, self.processor, ConceptShapes("val", size=SIDE), self.held_out)
+        rows += measure(
+            self.model,
+            self.processor,
+            ConceptShapes("val", size=SIDE, groups=["which one"]),
+            self.held_out // 3,
+        )
+        return {name: values["mean"] for name, values in summarize(rows, resamples=0).items()}
+
+
+def ideal_prior(masks: Tensor) -> Tensor:
+    """Return (N, 1, 64, 64) logits of a prior that knows the (N, S, S) masks at the resolution of the keys."""
+    coverage = nn.functional.interpolate(masks[:, None].float(), size=(16, 16), mode="area")
+    logits = coverage.clamp(0.02, 0.98).logit()
+    return nn.functional.interpolate(logits, size=(64, 64), mode="bilinear")
+
+
+def _unused(value: Any = None) -> Any:
+    """Return a value whose type is not checked: the `VlmStage` only runs examples, without heads and data."""
+    return value
