@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conceptseg_hf import CoPRSConfig, CoPRSForSegmentation, CoPRSProcessor, nano_checkpoint
 
@@ -42,7 +42,12 @@ def sam_config(kind: str) -> dict[str, Any]:
     }
 
 
-def build_processor(kind: str) -> CoPRSProcessor:
+def build_processor(
+    kind: str,
+    image_processor: Any = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    vlm_family: str = "qwen2_5_vl",
+) -> CoPRSProcessor:
     # These require torchvision or the shim of conceptseg_hf, which must be imported first.
     from transformers import Qwen2VLImageProcessor, Sam3ImageProcessor, SamImageProcessor
 
@@ -53,19 +58,22 @@ def build_processor(kind: str) -> CoPRSProcessor:
         else Sam3ImageProcessor(size=square)
     )
     return CoPRSProcessor(
-        Qwen2VLImageProcessor(patch_size=8, merge_size=2, temporal_patch_size=1),
-        AutoTokenizer.from_pretrained(nano_checkpoint()),
+        image_processor or Qwen2VLImageProcessor(patch_size=8, merge_size=2, temporal_patch_size=1),
+        tokenizer or AutoTokenizer.from_pretrained(nano_checkpoint()),
         sam_image_processor,
         max_pixels=64 * 64,
         min_pixels=16 * 16,
         canvas_size=64,
         coordinate_scale=100,
+        vlm_family=vlm_family,
     )
 
 
-def build_random_coprs(kind: str = "sam", seed: int = 0, **overrides: Any) -> CoPRSForSegmentation:
+def build_random_coprs(
+    kind: str = "sam", seed: int = 0, processor: CoPRSProcessor | None = None, **overrides: Any
+) -> CoPRSForSegmentation:
     """Create a random model, in eval mode, with large weights, so that images and prompts differ."""
-    processor = build_processor(kind)
+    processor = processor or build_processor(kind)
     torch.manual_seed(seed)
     config = CoPRSConfig.from_preset(
         "nano", sam_config=sam_config(kind), ref_pos_token_id=processor.ref_pos_token_id, **overrides
