@@ -197,7 +197,7 @@ LAUNCH_LIGHTLY = (
         (),
         *(
             (subcommand,)
-            for subcommand in "demo segment induce batch evaluate compare ablate train convert data info".split()
+            for subcommand in "demo app segment induce batch evaluate compare ablate train convert data info".split()
         ),
     ],
     ids=" ".join,
