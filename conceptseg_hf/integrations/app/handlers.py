@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...writing import image_bytes
+from ...writing import image_bytes, write_file
 from .examples import load_example
 from .figures import draw_check, draw_layers, draw_reference
 from .folders import ImageOutcome, segment_images, write_archive
@@ -80,7 +80,7 @@ class Handlers:
             if item.error is not None or item.mask is None:
                 raise ValueError(item.error)
             path = self.demo.new_file("mask.png")
-            path.write_bytes(image_bytes(item.mask))
+            write_file(path, image_bytes(item.mask))
             yield {
                 "status": describe_route(item),
                 "rationale": item.completion or "SAM 3 answered alone; there is no text.",

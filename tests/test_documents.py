@@ -1,11 +1,13 @@
-"""The commands and Python snippets of the README run as they are written, in a folder that has the files they name."""
+"""Commands and Python snippets of the documents run as they are written, in a folder that has the files they name."""
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -19,16 +21,35 @@ from conceptseg_hf.data import GROUPS, load_benchmark
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "data"))
 from trees import AuthorsTree
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
-SNIPPETS = [text for language, text in BLOCKS if language == "python"]
-COMMANDS = [
-    line.partition("  #")[0].strip()
-    for language, text in BLOCKS
-    if not language
-    for line in text.replace("\\\n", " ").splitlines()
-    if line.strip() and not line.startswith("#")
-]
+ROOT = pathlib.Path(conceptseg_hf.__file__).resolve().parents[1]
+DOCUMENTS = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("quickstart", "cli", "concepts", "how_it_works", "app")),
+)
+# Documents with snippets that need a GPU, vLLM, large weights or long training. Other tests check parts of them.
+NOT_RUN = {
+    *(
+        f"docs/{name}.md"
+        for name in ("ablations", "finetune", "own_data", "photos", "scale", "vllm", "weights")
+    ),
+}
+
+
+def blocks(document: str) -> list[tuple[str, str]]:
+    return re.findall(r"```(\w*)\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands(document: str) -> list[str]:
+    return [
+        line.partition("  #")[0].strip()
+        for language, text in blocks(document)
+        if not language
+        for line in text.replace("\\\n", " ").splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
+
+
+COMMANDS = list(dict.fromkeys(command for document in DOCUMENTS for command in commands(document)))
 HUB_IDS = ("zhaoyuan666/ConceptSeg-R1-7B", "facebook/sam3", "Qwen/Qwen2.5-VL-7B-Instruct")
 
 # Appended, where an option given twice has its last value: fewer samples and steps, and no GPU.
@@ -85,14 +106,48 @@ def words_of(command: str) -> list[str]:
     return words
 
 
-OURS = [command for command in COMMANDS if command.startswith("conceptseg ")]
+OURS = [
+    command
+    for command in COMMANDS
+    if command.startswith("conceptseg ") and command != "conceptseg app"  # tests/app
+]
 
 
 def test_the_other_commands_are_known():
     """What is not run here: it installs, or other tests run it."""
     others = {" ".join(command.split()[:2]) for command in COMMANDS if command not in OURS}
-    assert others == {"make demo", "make test", "pip install", "torchrun --nproc_per_node"}
-    assert len(OURS) >= 15
+    assert others == {"make demo", "make test", "pip install", "torchrun --nproc_per_node", "conceptseg app"}
+    assert len(OURS) >= 20
+
+
+def test_documents_whose_snippets_are_not_run_are_known():
+    with_snippets = {
+        f"docs/{path.name}"
+        for path in (ROOT / "docs").glob("*.md")
+        if any(language in ("", "python", "bash") for language, _ in blocks(f"docs/{path.name}"))
+    }
+    assert with_snippets == {*DOCUMENTS[1:]} | NOT_RUN
+
+
+def test_the_readme_is_short_and_its_links_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    assert len(links) > 15
+    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert text.index("docs/overview.png") < 1000  # on the first screen
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_warnings(tmp_path):
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "site" / "api" / "inference" / "index.html").read_text(encoding="utf-8")
+    assert "stream_segment" in reference and "router_base" in reference
+    assert (tmp_path / "site" / "training" / "index.html").is_file()
 
 
 @pytest.mark.parametrize("command", OURS)
@@ -112,17 +167,23 @@ def test_commands_run(command, folder, capsys):
     assert code == (1 if words[:2] == ["data", "check"] else 0), capsys.readouterr().err
 
 
-def test_python_snippets_run(folder, monkeypatch):
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_python_snippets_run(document, folder):
     """One after the other in one namespace, as a reader runs them."""
-    model = AutoModel.from_pretrained(conceptseg_hf.nano_checkpoint())
-    model.vlm.save_pretrained(folder / HUB_IDS[2])
-    model.sam.save_pretrained(folder / "facebook" / "sam3")
+    snippets = [text for language, text in blocks(document) if language == "python"]
+    if document == "docs/quickstart.md":
+        model = AutoModel.from_pretrained(conceptseg_hf.nano_checkpoint())
+        model.vlm.save_pretrained(folder / HUB_IDS[2])
+        model.sam.save_pretrained(folder / "facebook" / "sam3")
     namespace: dict[str, object] = {}
-    for snippet in SNIPPETS:
-        exec(compile(snippet, "README.md", "exec"), namespace)
-    assert namespace["result"]["mask"].size == (320, 240)
-    assert [result.error for result in namespace["results"]] == [None]
-    assert isinstance(namespace["model"], conceptseg_hf.ConceptSegForSegmentation)
+    for snippet in snippets:
+        exec(compile(snippet, document, "exec"), namespace)
+    if document == "README.md":
+        assert namespace["result"]["mask"].size == (320, 240)
+    if document == "docs/quickstart.md":
+        assert namespace["result"]["mask"].size == (320, 240)
+        assert [result.error for result in namespace["results"]] == [None]
+        assert isinstance(namespace["model"], conceptseg_hf.ConceptSegForSegmentation)
 
 
 def test_the_former_idiom_runs():
