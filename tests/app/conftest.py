@@ -44,7 +44,8 @@ def address(tmp_path_factory) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
-    assert "Traceback" not in (folder / "log").read_text()
+    # Gradio prints tracebacks of requests that it refuses.
+    assert "conceptseg_hf/integrations" not in (folder / "log").read_text()
 
 
 def _answers(url: str) -> bool:

@@ -285,3 +285,34 @@ def test_the_server_gives_no_other_files_and_answers_no_other_hosts(address, tmp
     for path in (secret, "/etc/passwd", "../../etc/passwd", "pyproject.toml"):
         assert get(f"{address}/gradio_api/file={path}")[0] in (403, 404)
     assert get(address, Host="attacker.example")[0] == 400
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "../../../../etc/hostname", "http://127.0.0.1:9/a.png"])
+def test_a_request_cannot_name_other_files_as_uploads(address, path):
+    """A client other than the page sends a path of the server, or an address, as its uploaded image."""
+    with urllib.request.urlopen(f"{address}/config") as response:
+        config = json.load(response)
+    ids = {part["props"].get("elem_id"): part["id"] for part in config["components"]}
+    number, inputs = next(
+        (entry["id"], entry["inputs"])
+        for entry in config["dependencies"]
+        if entry["inputs"][:4] == [ids[name] for name in ("image", "prompt", "router", "layers")]
+    )
+    image = {"path": path, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+    data = [image, "red circle", "adaptive", ["mask"], None][: len(inputs)]
+    body = json.dumps({"data": data, "fn_index": number, "session_hash": "tricks"}).encode()
+    join = urllib.request.Request(
+        f"{address}/gradio_api/queue/join", body, {"Content-Type": "application/json"}
+    )
+    try:
+        urllib.request.urlopen(join).close()
+    except urllib.error.HTTPError as error:
+        assert 400 <= error.code < 500
+        return
+    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash=tricks") as events:
+        for line in events:
+            message = json.loads(line.removeprefix(b"data:")) if line.startswith(b"data:") else {}
+            if message.get("msg") == "process_completed":
+                break
+    assert message["success"] is False
+    assert (b"Route" in json.dumps(message["output"]).encode()) is False
