@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,10 @@ def test_the_source_distribution_builds_the_same_wheel(tmp_path):
         "conceptseg_launcher.py",
     ):
         assert name in names
-    metadata = zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("METADATA"))).decode()
-    assert "License-Expression: Apache-2.0" in metadata
+    package_metadata = (
+        zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("METADATA"))).decode()
+    )
+    assert "License-Expression: Apache-2.0" in package_metadata
     assert any(name.endswith("licenses/LICENSE") for name in names)
     entry_points = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt")))
     assert b"conceptseg = conceptseg_launcher:main" in entry_points
@@ -78,3 +81,26 @@ def test_env_prints_versions_and_no_secrets(capsys, monkeypatch):
     assert re.fullmatch(r"SHA-256 [0-9a-f]{16}", rows["embedded checkpoint"])
     text = str(rows)
     assert "secret" not in text and str(Path.home()) not in text and str(ROOT) not in text
+
+
+def test_the_packages_that_gradio_imports_are_listed():
+    """The extra `gradio-parts` replaces Gradio's own requirements, see .ci/setup."""
+    pytest.importorskip("gradio")
+
+    def names(requirements) -> set[str]:
+        return {re.match(r"[\w-]+", item)[0].lower().replace("_", "-") for item in requirements}
+
+    required = names(item for item in metadata.requires("gradio") if "extra ==" not in item)
+    listed = names(
+        re.findall(r'"([^"]+)"', re.search(r"^gradio-parts = \[(.*)\]$", PYPROJECT, re.MULTILINE)[1])
+    )
+    core = names(
+        re.findall(
+            r'"([^"]+)"', re.search(r"^dependencies = \[(.*?)\]", PYPROJECT, re.DOTALL | re.MULTILINE)[1]
+        )
+    )
+    # Required by FastAPI, huggingface-hub or torch.
+    transitive = set(
+        "anyio httpx jinja2 markupsafe packaging pydantic starlette typer typing-extensions".split()
+    )
+    assert required <= listed | core | transitive
