@@ -24,31 +24,10 @@ import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from nano_sizes import PATCHES, load
+
 SCHEMES = ("shared", "released")
-PATCHES = (16, 72)
 STEPS, WARM_UP, TURNS, COMPLETIONS = 6, 1, 3, 16
-
-
-def load(patches: int) -> tuple:
-    """Return the embedded model with the given number of SAM 3 patches per side, and its processor."""
-    import torch
-
-    from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, nano_checkpoint
-
-    model = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
-    processor = ConceptSegProcessor.from_pretrained(nano_checkpoint())
-    config = model.config
-    vision = config.sam_config.vision_config
-    side = patches * vision.backbone_config.patch_size
-    if side != vision.backbone_config.image_size:
-        vision.backbone_config.image_size = side
-        vision.backbone_feature_sizes = [[patches * scale // 2] * 2 for scale in (4, 2, 1)]
-        torch.manual_seed(0)
-        larger = ConceptSegForSegmentation(config)
-        larger.vlm, larger.ctm = model.vlm, model.ctm
-        model = larger
-        processor.sam_image_processor.size = {"height": side, "width": side}
-    return model, processor
 
 
 def measure(scheme: str, patches: int) -> dict[str, float]:

@@ -6,7 +6,8 @@
 
 Convolutions and batch normalization at half resolution and below, without pretraining. The prompt is a learned vector
 that scales and shifts the channels of the bottleneck and of each decoder block (FiLM); prompts that do not occur in
-training share one vector, which 5 % of the training samples use. References are not seen. Images and masks are resized
+training share one vector, which 5 % of the training samples use. References are not seen. Training images that leak
+test images are left out (`conceptseg_trainers.mini.leaks`). Images and masks are resized
 to a square. Datasets are drawn with the square root of their size, then one of their training samples with random
 scaling, shift, horizontal flip, brightness and contrast. Loss: dice + 10 focal (without class weights). AdamW; the
 learning rate follows a cosine over CPU time, which includes decoding and resizing (images stay in memory, about
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from conceptseg_trainers.mini.leaks import training_items
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save
@@ -319,6 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(arguments.seed)
 
     samples = load_benchmark("photos", arguments.root, "train")
+    samples.items = list(training_items(Path(arguments.root)))  # without images that leak test images
     if arguments.datasets:
         names = arguments.datasets.split(",")
         samples.items = [item for item in samples.items if item.dataset in names]

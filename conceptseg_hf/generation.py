@@ -276,6 +276,9 @@ def prepare_generation_config(
         }
     )
     config.return_dict_in_generate = False
+    if config.compile_config is None:
+        # With a static cache on an accelerator, `generate` would compile the VLM as a whole and hide its hidden states.
+        config.disable_compile = True
     config.do_sample = bool(config.do_sample)
     if not config.do_sample:  # avoid warnings about unused sampling settings of the VLM
         config.temperature, config.top_p, config.top_k = 1.0, 1.0, 50

@@ -9,29 +9,25 @@ import os
 import torch
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 
-import conceptseg_hf
-
 from .configuration_conceptseg import ConceptSegConfig, conversion_hint, is_original_config
 from .devices import default_device
 from .hashing import weights_hash
 from .modeling_conceptseg import ConceptSegForSegmentation
 from .processing_conceptseg import ConceptSegProcessor
+from .shipped import find_embedded_checkpoint
 
 
 def find_checkpoint(name: str | os.PathLike | None) -> str:
-    """Return the folder or hub id of a checkpoint; None selects the embedded checkpoint.
+    """Return the folder or hub id of a checkpoint.
+
+    Args:
+        name: Name of an embedded checkpoint ("nano", "mini"), folder or hub id; None for "nano".
 
     Raises:
-        FileNotFoundError: If there is no embedded checkpoint.
+        FileNotFoundError: If the name is that of an embedded checkpoint, but this installation does not contain it.
     """
-    if name is not None:
-        return os.fspath(name)
-    folder = conceptseg_hf.nano_checkpoint()
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            "the embedded checkpoint is missing; train it with `make nano`, or select another checkpoint with --model."
-        )
-    return str(folder)
+    checkpoint = os.fspath("nano" if name is None else name)
+    return os.fspath(find_embedded_checkpoint(checkpoint) or checkpoint)
 
 
 def load_config(checkpoint: str) -> ConceptSegConfig:
@@ -66,7 +62,7 @@ def load_model_and_processor(
     """Load a checkpoint for inference.
 
     Args:
-        name: Folder or hub id; None for the embedded checkpoint.
+        name: Name of an embedded checkpoint, folder or hub id; see `find_checkpoint`.
         device: Device of the model; by default an accelerator if available, else the CPU.
         dtype: `"auto"` for the dtype of the checkpoint, or a name such as `"bfloat16"`.
 

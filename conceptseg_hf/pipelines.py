@@ -7,6 +7,7 @@ therefore batches lists of `PreparedSample` and leaves padding to the processor,
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import AutoModel, GenerationConfig, Pipeline
@@ -30,6 +32,7 @@ from .outputs import ConceptSegmentation
 from .processing_conceptseg import ConceptSegProcessor
 from .references import Reference
 from .router import ShortcutRouter
+from .shipped import find_embedded_checkpoint
 from .streaming import stream_call
 from .vlm_engines import check_vlm_engine
 
@@ -305,6 +308,22 @@ def register_pipeline(default_model: str | os.PathLike) -> None:
         default={"model": (os.fspath(default_model), "main")},
         type="multimodal",
     )
+    # `pipeline` reads the config of the model before it calls any class of the task, so it is wrapped.
+    wrapped = _with_embedded_checkpoints(transformers.pipelines.pipeline)
+    for module in (transformers.pipelines, transformers):
+        module.pipeline = wrapped  # type: ignore[attr-defined]
+
+
+def _with_embedded_checkpoints(pipeline: Callable[..., Pipeline]) -> Callable[..., Pipeline]:
+    """Return `transformers.pipeline` such that this task also finds embedded checkpoints by name, e.g. "mini"."""
+
+    @functools.wraps(pipeline)
+    def wrapped(task: Any = None, model: Any = None, *args: Any, **kwargs: Any) -> Pipeline:
+        if task == TASK and isinstance(model, str):
+            model = os.fspath(find_embedded_checkpoint(model) or model)
+        return pipeline(task, model, *args, **kwargs)
+
+    return wrapped
 
 
 @dataclass(frozen=True)

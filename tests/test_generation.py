@@ -4,10 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import CompileConfig, GenerationConfig
 
 from conceptseg_hf import Reference, vlm_backbone
-from conceptseg_hf.generation import generate_with_states
+from conceptseg_hf.generation import generate_with_states, prepare_generation_config
 from conceptseg_hf.teacher_forcing import completion_states
 
 VISION_TOKENS = [3, 4, 5, 6]
@@ -182,11 +182,13 @@ def compiled():
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("used_before", [False, True])
-def test_compiled_language_model(vlm, processor, samples, compiled, used_before):
+def test_compiled_language_model(vlm, processor, samples, compiled, used_before, cache):
     batch = processor.collate(samples)
     settings = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": []}
     expected = generate(vlm, batch, **settings)
+    settings["cache_implementation"] = cache
     graphs = compiled(vlm.model.language_model)
     if used_before:
         vlm.generate(**batch, max_new_tokens=12)
@@ -196,6 +198,15 @@ def test_compiled_language_model(vlm, processor, samples, compiled, used_before)
         assert torch.equal(generated.token_ids, expected.token_ids)
         assert torch.allclose(generated.hidden_states, expected.hidden_states, atol=1e-4)
     assert len(graphs) < 6  # not one per token
+
+
+def test_static_cache_does_not_compile_the_vlm_as_a_whole(vlm, processor, samples):
+    """On a GPU, `generate` compiles the model if the cache is static, unless this is disabled."""
+    batch = processor.collate(samples)
+    config, _ = prepare_generation_config(vlm, {"cache_implementation": "static"}, batch, None)
+    assert config.disable_compile
+    kept, _ = prepare_generation_config(vlm, {"compile_config": CompileConfig()}, batch, None)
+    assert not kept.disable_compile
 
 
 def test_rejects_a_vlm_compiled_as_a_whole(vlm, processor, samples, compiled):

@@ -145,7 +145,7 @@ def add_model_options(parser: argparse.ArgumentParser, router: bool = True) -> N
     parser.add_argument(
         "--model",
         metavar="PATH_OR_ID",
-        help="checkpoint folder or hub id (default: the embedded nano checkpoint)",
+        help="name of an embedded checkpoint (nano, mini), folder or hub id (default: nano)",
     )
     parser.add_argument(
         "--device", help="device: cpu, cuda, cuda:1, mps (default: an accelerator if available)"

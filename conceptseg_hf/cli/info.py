@@ -29,7 +29,7 @@ def add_parser(subcommands: Any) -> None:
         "folder",
         nargs="?",
         metavar="PATH_OR_ID",
-        help="checkpoint folder or hub id (default: the embedded nano checkpoint), or a concept file",
+        help="name of an embedded checkpoint (nano, mini), folder or hub id (default: nano), or a concept file",
     )
     parser.add_argument(
         "--model",

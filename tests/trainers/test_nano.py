@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conceptseg_trainers.from_scratch.ctm_stage import CtmSteps
 from conceptseg_trainers.from_scratch.loop import Schedule, train
 from conceptseg_trainers.from_scratch.masks import mask_to_tokens
 from conceptseg_trainers.from_scratch.vlm_examples import patches, positions
@@ -21,6 +22,7 @@ from conceptseg_trainers.nano.dense import (
     shape_accuracy,
     visible_objects,
 )
+from conceptseg_trainers.nano.evidence.ctm_runs import train_ctm
 from conceptseg_trainers.nano.examples import ExampleWriter
 from conceptseg_trainers.nano.sam_data import guidance_targets, negative_prompt, positive_prompt
 from conceptseg_trainers.nano.scenes import TaskMix, sheet_scene
@@ -357,3 +359,12 @@ def test_command_trains_a_checkpoint(tmp_path) -> None:
     sample = ConceptShapes("val")[0]
     result = model.segment(processor(sample.image, sample.prompt, sample.references))[0]
     assert result.error is None and result.mask.size == sample.image.size
+
+    # Another CTM with the same VLM, SAM 3 and completions.
+    completions = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "run/completions").rglob("*.safetensors")
+    }
+    other = train_ctm(tmp_path / "run", 2, 1, CtmSteps(2, 2, 2), tasks=48, held_out=24)
+    assert AutoModel.from_pretrained(other).config.ctm_config.num_queries == 2
+    assert {path: path.stat().st_mtime_ns for path in completions} == completions
+    assert train_ctm(tmp_path / "run", 2, 1) == other  # not trained again

@@ -19,6 +19,7 @@ from ...hashing import HASHED_VALUES
 from ...loading import find_checkpoint, load_config, load_model_and_processor
 from ...outputs import ConceptSegmentation
 from ...pipelines import ConceptSegmentationPipeline
+from ...shipped import find_embedded_checkpoint
 
 NANO = "nano"
 """Name of the checkpoint that is included in the package."""
@@ -29,8 +30,11 @@ _cached: dict[tuple[str, str | None], ConceptSegmentationPipeline] = {}
 
 def fault_of(checkpoint: str) -> str | None:
     """Return a message that explains why a checkpoint name is invalid, or None; hub ids are not looked up."""
-    if checkpoint == NANO:
-        return None
+    try:
+        if find_embedded_checkpoint(checkpoint) is not None:
+            return None
+    except FileNotFoundError as error:
+        return str(error)
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         if (folder / "config.json").is_file():
@@ -59,8 +63,7 @@ def get_pipeline(checkpoint: str = NANO, device: str | None = None) -> ConceptSe
     with _lock:
         if key not in _cached:
             _cached.clear()  # keep a single model: two 7B models may not fit on one GPU
-            name = None if checkpoint == NANO else str(Path(checkpoint).expanduser())
-            model, processor = load_model_and_processor(name, device)
+            model, processor = load_model_and_processor(Path(checkpoint).expanduser(), device)
             _cached[key] = ConceptSegmentationPipeline(model=model, processor=processor, device=model.device)
         return _cached[key]
 
@@ -78,7 +81,7 @@ def concept_hash_of(checkpoint: str) -> str | None:
         cached = [pipeline for (name, _), pipeline in _cached.items() if name == checkpoint]
     if cached:
         return concept_hash(cached[0].model)
-    folder = Path(find_checkpoint(None if checkpoint == NANO else Path(checkpoint).expanduser()))
+    folder = Path(find_checkpoint(Path(checkpoint).expanduser()))
     if not folder.is_dir():
         return None
     files = sorted(folder.glob("*.safetensors"))

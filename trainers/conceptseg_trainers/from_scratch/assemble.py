@@ -14,7 +14,12 @@ from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
 
 
 def load_stages(
-    preset: str, processor: ConceptSegProcessor, run_dir: Path, vlm_stage: str = "vlm"
+    preset: str,
+    processor: ConceptSegProcessor,
+    run_dir: Path,
+    vlm_stage: str = "vlm",
+    num_concept_tokens: int | None = None,
+    seed: int = 0,
 ) -> ConceptSegForSegmentation:
     """Return the model with the averaged weights of SAM 3 and the VLM and a new CTM.
 
@@ -23,13 +28,17 @@ def load_stages(
         processor: Its processor.
         run_dir: Folder of the stages.
         vlm_stage: Name of the stage that trained the VLM: "vlm" or "base".
+        num_concept_tokens: Number of concept tokens of the new CTM; by default that of the preset.
+        seed: Random seed of the weights of the new CTM.
 
     Raises:
         FileNotFoundError: If one of the two stages has not been run.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     # Concept tokens contain a box, so SAM 3 is trained without the token for "no box" after them.
     config = ConceptSegConfig.from_preset(preset, sam_geometry_cls_with_concepts=False)
+    if num_concept_tokens is not None:
+        config.ctm_config.num_queries = num_concept_tokens
     model = ConceptSegForSegmentation(config)
     for part, stage, prefix in ((model.sam, "sam", "sam."), (model.vlm, vlm_stage, "vlm.")):
         path = run_dir / stage / "state.safetensors"

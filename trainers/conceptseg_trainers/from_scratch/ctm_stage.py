@@ -4,7 +4,7 @@ If the CTM is always trained together with the text of the answer, the concept t
 text is sufficient. It is therefore trained in three phases:
 
 1. reading: auxiliary heads predict the box and the look of the described object from Z, without SAM 3;
-2. imitation: Z approximates the tokens of SAM 3's own box prompt, for the box in the completion;
+2. imitation: Z approximates the tokens of SAM 3's own box prompt (box, CLS and words), for the box in the completion;
 3. segmenting: dice + focal (eq. 5) with Z and the complete answer, with Z and the noun of the answer, or with Z alone.
 
 There are three kinds of completions: those of the VLM ("own", generated once and cached in the run folder), the ground
@@ -14,6 +14,7 @@ several masks. The target is always the object that the completion describes, ev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
 from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures, box_tokens, decode, encode_image, encode_text
 
 from .ctm_completions import KINDS, TARGET, UNKNOWN, CompletionWriter, CtmTask
-from .loop import mean
+from .loop import Schedule, mean
 from .masks import total
 from .sam_stage import images_to_pixels, logits_to_masks, mask_logits
 
@@ -41,14 +42,18 @@ TEXTS = ("full", "noun", "none")
 class CtmSteps:
     """Number of steps of each phase."""
 
-    reading: int = 700
-    imitation: int = 700
-    segmenting: int = 1600
+    reading: int = 2000
+    imitation: int = 3000
+    segmenting: int = 4000
 
     @property
     def total(self) -> int:
         """Number of steps of all phases."""
         return self.reading + self.imitation + self.segmenting
+
+    def schedule(self) -> Schedule:
+        """Return the schedule of the stage."""
+        return Schedule(self.total, learning_rate=5e-4, warmup=50, decay=0.4, evaluate_every=1000)
 
 
 class CtmWithHeads(nn.Module):
@@ -181,9 +186,10 @@ class CtmStage:
             embeds, mask = encode_text(self.model.sam, *text)
             words = embeds[:, : int(mask[0].sum())]
             count = self.model.config.ctm_config.num_queries
-            # The token of the box comes first, so that a single concept token suffices; it is repeated as padding.
-            box = tokens[:, :1]
-            targets = torch.cat([box, words, box.expand(-1, count, -1)], dim=1)[:, :count]
+            # The token of the box comes first, so that a single concept token suffices. The geometry encoder's CLS
+            # token contains the box too; SAM 3 needs it to tell identical objects apart. Repeated words are padding.
+            repeated = [words] * math.ceil(count / words.shape[1])
+            targets = torch.cat([tokens, *repeated], dim=1)[:, :count]
         concepts = self._concepts(self.table, rows, kinds)
         loss = (concepts - targets)[has_box].square().mean() / targets.var()
         return loss, {"imitation": loss.item()}

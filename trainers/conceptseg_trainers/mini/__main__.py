@@ -73,8 +73,7 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
         held_out=scaled(160, scale, 16),
         seed=arguments.seed,
     )
-    schedule = Schedule(steps.total, learning_rate=5e-4, warmup=50, decay=0.4, evaluate_every=400)
-    train(stage, schedule, arguments.run_dir)
+    train(stage, steps.schedule(), arguments.run_dir)
     write_checkpoint(model.cpu(), processor, arguments.output_dir or arguments.run_dir / "checkpoint")
 
 

@@ -28,7 +28,7 @@ from .vlm_data import RANDOM_CHOICE_FAMILIES, make_stage
 
 _STAGES = ("sam", "vlm", "ctm", "base", "base-ctm")
 PRETRAINING = {"sam": 4000, "vlm": 5000}  # number of steps in which only the vision tower is trained
-STEPS = {"sam": 11_000, "vlm": 12_000}
+STEPS = {"sam": 11_000, "vlm": 12_000, "base": 6_000}
 HELD_OUT = {"sam": 180, "vlm": 132, "ctm": 240}
 
 
@@ -50,7 +50,8 @@ def _run_stage(arguments: argparse.Namespace) -> None:
         _run_ctm_stage(arguments)
         return
     kind = "sam" if arguments.stage == "sam" else "vlm"
-    pretraining, steps = (scaled(counts[kind], arguments.scale, 20) for counts in (PRETRAINING, STEPS))
+    pretraining = scaled(PRETRAINING[kind], arguments.scale, 20)
+    steps = scaled(STEPS[arguments.stage], arguments.scale, 20)
     held_out, device, seed = _held_out(kind, arguments.scale), arguments.device, arguments.seed
     stage: Stage
     if kind == "sam":
@@ -86,8 +87,7 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
         held_out=_held_out("ctm", scale),
         seed=arguments.seed,
     )
-    schedule = Schedule(steps.total, learning_rate=5e-4, warmup=50, decay=0.4, evaluate_every=400)
-    train(stage, schedule, folder)
+    train(stage, steps.schedule(), folder)
     output_dir = run_dir / ("base-checkpoint" if is_base else "checkpoint")
     write_checkpoint(model.cpu(), processor, arguments.output_dir or output_dir)
 

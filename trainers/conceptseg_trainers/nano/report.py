@@ -1,17 +1,22 @@
 """Evaluate a nano checkpoint on held-out samples and write its model card.
 
 `python -m conceptseg_trainers.nano.report CHECKPOINT` evaluates 300 samples of "test" and of "test-compositional" with
-each router mode, and writes the tables to CHECKPOINT/README.md.
+each router mode, 300 samples of the groups beside Table 1, and the prompts of SAM 3 with and without concept tokens. It
+writes the tables to CHECKPOINT/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from conceptseg_hf.evaluation import EvaluationReport, evaluate
 from conceptseg_hf.writing import write_file
+
+from .evidence.concept_tokens import measure as measure_prompts
+from .evidence.concept_tokens import table as concept_table
 
 SPLITS = ("test", "test-compositional")
 ROUTERS = ("adaptive", "sam_only", "full_reasoning")
@@ -38,7 +43,9 @@ scenes.
 - SAM 3 on noun phrases and boxes, including absent objects. The prompts of the CD tasks ("camouflaged object
   segmentation"), which do not name an object, are trained as absent, without a mask loss.
 - The VLM, first on naming and locating objects, then on complete tasks.
-- The CTM on completions of the VLM and ground-truth completions, with the VLM and SAM 3 frozen.
+- The CTM on completions of the VLM and ground-truth completions, with the VLM and SAM 3 frozen: reading (auxiliary
+  heads predict the box and the look from the concept tokens Z), imitating SAM 3's own box prompt, then segmenting with
+  Z and the answer, Z and its noun, or Z alone.
 
 The vision towers of SAM 3 and the VLM are pretrained on sheets of shapes. Dense heads and guided attention are used in
 training only. The VLM was not trained by reinforcement learning.
@@ -49,7 +56,20 @@ The first {limit} samples of each split, which are not part of the training data
 combine colors and shapes that are not drawn together in training.
 
 {tables}
+
+### Groups beside Table 1
+
+Questions that the noun of the answer does not decide ("which one": siblings that share the noun, or that look
+identical), and rules that the references show ("hidden rule"; the split `test-rules` contains rules that training does
+not). Full reasoning; "chosen": fraction of the samples whose mask overlaps most with the target.
+
+{further_groups}
+
+### What the concept tokens add
+
+{concept_tokens}
 """
+FURTHER_GROUPS = (("test", "which one"), ("test", "hidden rule"), ("test-rules", "hidden rule"))
 
 
 def measure(checkpoint: Path, limit: int, output_dir: Path) -> dict[tuple[str, str], EvaluationReport]:
@@ -68,6 +88,48 @@ def measure(checkpoint: Path, limit: int, output_dir: Path) -> dict[tuple[str, s
         for split in SPLITS
         for router in ROUTERS
     }
+
+
+def further_groups(checkpoint: Path, limit: int, output_dir: Path) -> str:
+    """Evaluate the groups beside Table 1, and return a table by stratum."""
+    lines = [
+        "| split | group | samples | fg IoU | box IoU | check IoU | chosen |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for split, group in FURTHER_GROUPS:
+        report = evaluate(
+            str(checkpoint),
+            "concept-shapes",
+            split=split,
+            groups=[group],
+            router="full_reasoning",
+            limit=limit,
+            batch_size=25,
+            output_dir=output_dir / f"{split}-{group.replace(' ', '_')}",
+            progress=True,
+        )
+        by_stratum: dict[str, list[dict[str, Any]]] = {}
+        for record in report.records:
+            by_stratum.setdefault(record.get("stratum") or group, []).append(record)
+        for stratum, records in sorted(by_stratum.items()):
+            roles = [record.get("chosen") for record in records]
+            chosen = [None if role is None else float(role == "target") for role in roles]
+            columns = [
+                *(
+                    [record[name] for record in records]
+                    for name in ("foreground_iou", "box_iou", "check_iou")
+                ),
+                chosen,
+            ]
+            cells = " | ".join(_cell(_known_mean(column)) for column in columns)
+            name = group if stratum == group else f"{group}: {stratum}"
+            lines.append(f"| {split} | {name} | {len(records)} | {cells} |")
+    return "\n".join(lines)
+
+
+def _known_mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def tables(reports: dict[tuple[str, str], EvaluationReport]) -> str:
@@ -108,9 +170,9 @@ class _SplitResults:
         }
 
     def value(self, router: str, level: str, name: str) -> float | None:
-        """Return a column of the row of all groups of a level."""
+        """Return a column of the row of all groups of a level; None if the level has no samples."""
         rows = (row for row in self._tables[router] if row["level"] == level and row["group"] == "all")
-        return next(rows)[name]
+        return next((row[name] for row in rows), None)
 
     def gain(self, level: str) -> float | None:
         """Return the foreground IoU of the adaptive router minus that of SAM 3 alone."""
@@ -143,13 +205,18 @@ _FLOORS: tuple[tuple[str, str, Callable[[_SplitResults], float | None]], ...] = 
     ),
     (
         "CI, box IoU of completions",
-        "0.45",
+        "0.65; 0.50",
         lambda results: results.value("full_reasoning", "CI", "box_iou"),
     ),
     (
         "CD, box IoU of completions",
         "0.45",
         lambda results: results.value("full_reasoning", "CD", "box_iou"),
+    ),
+    (
+        "CR, box IoU of completions",
+        "0.60; -",
+        lambda results: results.value("full_reasoning", "CR", "box_iou"),
     ),
     ("CD, gain over SAM 3 alone", "+0.10", lambda results: results.gain("CD")),
     ("CR, gain over SAM 3 alone", "+0.10", lambda results: results.gain("CR")),
@@ -160,7 +227,9 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def write_card(checkpoint: Path, text: str, limit: int, notes: str = "") -> None:
+def write_card(
+    checkpoint: Path, text: str, groups_text: str, concept_text: str, limit: int, notes: str = ""
+) -> None:
     """Write the model card, CHECKPOINT/README.md, with the tables."""
     from transformers import AutoModel, AutoProcessor
 
@@ -171,6 +240,8 @@ def write_card(checkpoint: Path, text: str, limit: int, notes: str = "") -> None
         notes=f"\n{notes.strip()}\n" if notes else "",
         limit=limit,
         tables=text,
+        further_groups=groups_text,
+        concept_tokens=concept_text,
     )
     write_file(checkpoint / "README.md", card)
 
@@ -191,7 +262,9 @@ def main() -> None:
     parser.add_argument("--notes", default="", help="paragraph about the training run, for the model card")
     arguments = parser.parse_args()
     text = tables(measure(arguments.checkpoint, arguments.limit, arguments.output_dir))
-    write_card(arguments.checkpoint, text, arguments.limit, arguments.notes)
+    groups_text = further_groups(arguments.checkpoint, arguments.limit, arguments.output_dir)
+    concept_text = concept_table([measure_prompts(arguments.checkpoint, arguments.limit)])
+    write_card(arguments.checkpoint, text, groups_text, concept_text, arguments.limit, arguments.notes)
     write_file(arguments.output_dir / "tables.md", text + "\n")
 
 
