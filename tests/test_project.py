@@ -28,7 +28,15 @@ ROWS = [
     {"visualization", "data", "loading", "profiles", "concept_tuning"},
     {"induction"},
     {"rules"},
-    {"modeling_conceptseg", "checkpointing", "concept_prompt", "inference", "vlm_engines", "vllm_engine"},
+    {
+        "modeling_conceptseg",
+        "checkpointing",
+        "concept_prompt",
+        "inference",
+        "streaming",
+        "vlm_engines",
+        "vllm_engine",
+    },
     {"processing_conceptseg", "generation", "hub"},
     {"postprocessing", "collation", "chat"},
     {"inputs", "outputs", "processor_settings"},
@@ -197,7 +205,9 @@ LAUNCH_LIGHTLY = (
         (),
         *(
             (subcommand,)
-            for subcommand in "demo segment induce batch evaluate compare ablate train convert data info".split()
+            for subcommand in (
+                "demo app segment induce batch evaluate compare ablate train convert data info env".split()
+            )
         ),
     ],
     ids=" ".join,
