@@ -148,7 +148,7 @@ def test_only_the_cli_prints(path):
 APPENDING = {
     "evaluation/records/store.py",
     "completions.py",
-    "nano/loop.py",
+    "from_scratch/loop.py",
     "integrations/fiftyone_app/app.py",
     "cli/outputs.py",
 }
