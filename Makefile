@@ -6,15 +6,19 @@ NANO_ARGS ?=
 COPRS_NANO_ARGS ?=
 DEMO_ARGS ?=
 APP_ARGS ?=
+WEB_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-vllm lint format bench nano mini coprs-nano dev clean
+.PHONY: help demo web app docs test test-vllm lint format bench nano mini coprs-nano dev clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-core  ## segment the first ConceptShapes test samples; images go to demo_output/
 	@$(VENV)/bin/conceptseg demo $(DEMO_ARGS)
+
+web: $(VENV)/.installed-web  ## open the browser demo on this machine (conceptseg app)
+	@$(VENV)/bin/conceptseg app $(WEB_ARGS)
 
 app: $(VENV)/.installed-app  ## open the FiftyOne App on ConceptShapes with the plugin; all files go to fiftyone_app/
 	@$(VENV)/bin/python -m conceptseg_hf.integrations.fiftyone_app $(APP_ARGS)
@@ -24,6 +28,9 @@ test: $(VENV)/.installed-test  ## run the tests (PYTEST_ARGS="-m 'not slow'" ski
 
 test-vllm: $(VLLM_VENV)/.installed-vllm  ## run the tests that need vLLM, in an environment of its own (Linux, Python 3.11)
 	$(VLLM_VENV)/bin/python -m pytest tests/with_vllm $(PYTEST_ARGS)
+
+docs: $(VENV)/.installed-docs  ## build the site in build/site; warnings and dead links are errors
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 lint: $(VENV)/.installed-dev  ## check style, format and types
 	$(VENV)/bin/ruff check .

@@ -6,7 +6,7 @@ import copy
 import logging
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
@@ -61,6 +61,7 @@ def generate_with_states(
     max_total_length: int | None = None,
     num_given: Sequence[int] | None = None,
     references: ReferenceStore | None = None,
+    on_tokens: Callable[[Tensor, Tensor], None] | None = None,
 ) -> GeneratedCompletions:
     """Generate completions and record the hidden state of each completion token in the same pass.
 
@@ -83,6 +84,8 @@ def generate_with_states(
             states are part of the returned completions, but do not count for `max_new_tokens`.
         references: Key-value pairs of references. If given, references that several prompts share are read once, except
             for models with Accelerate's hooks, several completions per prompt, chunked prefill and other caches.
+        on_tokens: Called after each step with the (B, T) tokens generated so far, without given ones, and their (B, T)
+            mask as in `GeneratedCompletions`. An exception that it raises ends the generation.
 
     Returns:
         Completions with T the length of the longest one (at least 1), including its end-of-sequence token if that has a
@@ -106,6 +109,8 @@ def generate_with_states(
         prompt_length = prompts["input_ids"].shape[1]
         recorder = StateRecorder(max(num_given or [0]))
         criteria: list[StoppingCriteria] = [recorder]
+        if on_tokens is not None:
+            criteria.append(_TokenReporter(prompt_length, config.eos_token_id, limits, limit, on_tokens))
         # The state of a token is computed in the step that follows it, so rows must end one step later.
         delayed_eos = (
             _DelayedEosCriteria(config.eos_token_id, prompt_length)
@@ -355,6 +360,28 @@ class _DelayedEosCriteria(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Return true for rows that generated an end-of-sequence token before the last step."""
         return _is_end(input_ids[:, self._prompt_length : -1], self._eos_token_id).any(dim=1)
+
+
+class _TokenReporter(StoppingCriteria):
+    """Report the tokens of the completions after each step; never stops a row."""
+
+    def __init__(
+        self,
+        prompt_length: int,
+        eos_token_id: int | list[int] | None,
+        limits: Tensor | None,
+        limit: int,
+        on_tokens: Callable[[Tensor, Tensor], None],
+    ) -> None:
+        self._prompt_length, self._eos_token_id = prompt_length, eos_token_id
+        self._limits, self._limit, self._on_tokens = limits, limit, on_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Call `on_tokens`; return false for all rows."""
+        token_ids = input_ids[:, self._prompt_length :][:, : self._limit]
+        within_limit = _within(self._limits, *token_ids.shape).to(token_ids.device)
+        self._on_tokens(token_ids, _before_end(token_ids, self._eos_token_id) & within_limit)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class StateRecorder(StoppingCriteria):

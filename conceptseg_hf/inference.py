@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,13 @@ from .completion import Completion
 from .concept_prompt import ConceptPrompt
 from .devices import execution_device
 from .generation import generate_with_states
-from .inputs import PreparedSample
+from .inputs import PreparedSample, known
 from .outputs import RawSegmentation
 from .processing_conceptseg import ConceptSegProcessor
 from .router import ShortcutRouter
 from .sam_prompt import BOX_TEXT, SAM_PROMPTS, ImageFeatures
 from .shared_references import ReferenceStore
+from .streaming import TextPieces
 
 if TYPE_CHECKING:
     from .modeling_conceptseg import ConceptSegForSegmentation
@@ -103,7 +104,8 @@ class _Images:
 class Segmenter:
     """Segment batches of prepared samples with one model, processor and settings.
 
-    SAM 3 encodes each image once, and the VLM processes only samples that do not take the shortcut.
+    SAM 3 encodes each image once, and the VLM processes only samples that do not take the shortcut. With `on_text`,
+    which receives the text of the VLM while it is written, a batch has at most one sample.
     """
 
     def __init__(
@@ -112,9 +114,10 @@ class Segmenter:
         processor: ConceptSegProcessor,
         settings: SegmentSettings,
         references: ReferenceStore,
+        on_text: Callable[[str], None] | None = None,
     ) -> None:
         self.model, self.processor, self.settings = model, processor, settings
-        self.references = references
+        self.references, self.on_text = references, on_text
         processor.check_family(model.config)
         if settings.given_rule is not None:
             processor.check_rule(settings.given_rule)
@@ -271,6 +274,7 @@ class Segmenter:
                 for sample in samples
             ]
             started, num_given = [sample for sample, _ in starts], [count for _, count in starts]
+        pieces = self._text_pieces(started, num_given)
         if self.model.vlm_engine is not None and num_given is None:
             generated = self.model.vlm_engine.generate(
                 self.model, self.processor, samples, self.settings.generation_config
@@ -285,6 +289,7 @@ class Segmenter:
                 config.max_total_length,
                 num_given,
                 self.references,
+                None if pieces is None else pieces.update,
             )
         if len(generated.mask) != len(samples):
             raise ValueError(
@@ -294,10 +299,25 @@ class Segmenter:
             self.processor.decode_completion(token_ids[mask], sample)
             for token_ids, mask, sample in zip(generated.token_ids, generated.mask, samples)
         ]
+        if pieces is not None:
+            pieces.finish(completions[0].text)
         device = execution_device(self.model.ctm)
         return completions, self.model.encode_concepts(
             generated.hidden_states.to(device), generated.state_mask.to(device)
         )
+
+    def _text_pieces(
+        self, samples: Sequence[PreparedSample], num_given: Sequence[int] | None
+    ) -> TextPieces | None:
+        """Return the conversion of tokens to text for `on_text`; None if no text is requested."""
+        if self.on_text is None:
+            return None
+        (sample,) = samples
+        given = None
+        if num_given is not None:
+            ids = known(sample.input_ids, "input_ids")
+            given = ids[len(ids) - num_given[0] :]
+        return TextPieces(self.processor.decode_text, self.on_text, given)
 
     def _decode_boxes(
         self, images: _Images, samples: Sequence[PreparedSample], completions: Mapping[int, Completion]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, overload
@@ -30,13 +30,16 @@ from .processing_conceptseg import ConceptSegProcessor
 from .router import ShortcutRouter
 from .sam_prompt import ImageFeatures
 from .shared_references import DEFAULT_MAX_BYTES, ReferenceStore
+from .streaming import StreamingMixin
 from .teacher_forcing import check_forward_arguments, completion_states
 from .vlm_engines import VlmEngineMixin
 from .vlm_families import Vlm, get_family
 from .vlm_methods import VlmMethodsMixin
 
 
-class ConceptSegForSegmentation(VlmMethodsMixin, CheckpointMixin, VlmEngineMixin, GenerationMixin):
+class ConceptSegForSegmentation(
+    VlmMethodsMixin, CheckpointMixin, VlmEngineMixin, StreamingMixin, GenerationMixin
+):
     """Segment the concept that a prompt describes, either directly or by reasoning over reference images.
 
     The model consists of `vlm` (the VLM), `ctm` (the Concept Translation Module) and `sam` (SAM 3, which is frozen and
@@ -321,6 +324,7 @@ class ConceptSegForSegmentation(VlmMethodsMixin, CheckpointMixin, VlmEngineMixin
         return_logits: bool = ...,
         concept: ConceptPrompt | str | os.PathLike | None = ...,
         rule: str | None = ...,
+        on_text: Callable[[str], None] | None = ...,
         **tensors: Any,
     ) -> SegmentationOutputs: ...
 
@@ -338,6 +342,7 @@ class ConceptSegForSegmentation(VlmMethodsMixin, CheckpointMixin, VlmEngineMixin
         return_logits: bool = ...,
         concept: ConceptPrompt | str | os.PathLike | None = ...,
         rule: str | None = ...,
+        on_text: Callable[[str], None] | None = ...,
         **tensors: Any,
     ) -> list[ConceptSegmentation]: ...
 
@@ -354,6 +359,7 @@ class ConceptSegForSegmentation(VlmMethodsMixin, CheckpointMixin, VlmEngineMixin
         return_logits: bool = False,
         concept: ConceptPrompt | str | os.PathLike | None = None,
         rule: str | None = None,
+        on_text: Callable[[str], None] | None = None,
         **tensors: Any,
     ) -> list[ConceptSegmentation] | SegmentationOutputs:
         """Segment a batch of prompts; the router chooses the route of each prompt.
@@ -379,6 +385,8 @@ class ConceptSegForSegmentation(VlmMethodsMixin, CheckpointMixin, VlmEngineMixin
                 and `"full_reasoning"` force one of the two.
             rule: A visual rule, such as "the striped object". The VLM does not write its reasoning and its rule, but
                 is given this rule and applies it to the image.
+            on_text: Called with each piece of text that the VLM writes; samples are then processed one by one. An
+                exception that it raises ends the generation. See `stream_segment` for an iterator.
             **tensors: The items of `ConceptSegInputs`, as an alternative to `inputs`.
 
         Returns:
@@ -414,10 +422,11 @@ class ConceptSegForSegmentation(VlmMethodsMixin, CheckpointMixin, VlmEngineMixin
             own_processor,
             SegmentSettings(router, generation_config, sam_prompt, self._checked(concept), rule),
             ReferenceStore() if self._references is None else self._references,
+            on_text,
         )
         raw = []
         with loaded(self):
-            size = batch_size or max(len(samples), 1)
+            size = 1 if on_text is not None else batch_size or max(len(samples), 1)
             for chunk in (slice(start, start + size) for start in range(0, len(samples), size)):
                 raw += segmenter.segment(samples[chunk], None if image_index is None else image_index[chunk])
         if processor is not None:

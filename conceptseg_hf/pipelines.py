@@ -32,6 +32,7 @@ from .outputs import ConceptSegmentation
 from .processing_conceptseg import ConceptSegProcessor
 from .references import Reference
 from .shipped import find_embedded_checkpoint
+from .streaming import stream_call
 from .vlm_engines import check_vlm_engine
 
 TASK = "concept-segmentation"
@@ -78,12 +79,15 @@ class ConceptSegmentationPipeline(Pipeline):
             )
 
     def __call__(  # type: ignore[override]
-        self, inputs: Any, **kwargs: Any
-    ) -> dict[str, Any] | list[dict[str, Any]] | Iterable[dict[str, Any]]:
+        self, inputs: Any, stream: bool = False, **kwargs: Any
+    ) -> dict[str, Any] | list[dict[str, Any]] | Iterable[dict[str, Any]] | Iterator[str | dict[str, Any]]:
         """Segment one or more inputs.
 
         Args:
             inputs: One or more inputs; see the class.
+            stream: Return an iterator that yields, for each input in turn, the text of the VLM in pieces while it is
+                written, and then the result. Inputs are processed one by one, so `batch_size` and `num_workers` do not
+                apply. See `ConceptSegForSegmentation.stream_segment`.
             **kwargs: Optional arguments:
                 `prompt`: Description of the concept, for inputs without a prompt.
                 `references`: A list of `Reference`, for inputs without references.
@@ -104,6 +108,8 @@ class ConceptSegmentationPipeline(Pipeline):
             ValueError: If the router is unknown.
         """
         many = _as_many(inputs)
+        if stream:
+            return self._stream([inputs] if many is None else many, kwargs)
         if isinstance(many, list) and not many:
             self._sanitize_parameters(
                 **{name: value for name, value in kwargs.items() if name not in _LOADER_PARAMETERS}
@@ -131,6 +137,35 @@ class ConceptSegmentationPipeline(Pipeline):
         if forward.get("rule") is not None:
             self.processor.check_rule(forward["rule"])
         return preprocess, forward, {}
+
+    def _stream(self, inputs: Any, arguments: Mapping[str, Any]) -> Iterator[str | dict[str, Any]]:
+        """Return the iterator of a streamed call."""
+        preprocess, forward, postprocess = self._sanitize_parameters(
+            **{name: value for name, value in arguments.items() if name not in _LOADER_PARAMETERS}
+        )
+        prepare = _Preparation(self.processor, **(self._preprocess_params | preprocess))
+        forward = self._forward_params | forward
+        self.forward([], **forward)  # reports invalid arguments before the iterator is used
+        samples: Iterable[PreparedSample]
+        if isinstance(inputs, Sized) and hasattr(inputs, "__getitem__"):
+            sequence = _PreparedSequence(inputs, prepare)
+            samples = (sequence[index] for index in range(len(sequence)))
+        else:
+            samples = map(prepare, inputs)
+
+        def results() -> Iterator[str | dict[str, Any]]:
+            for sample in samples:
+
+                def segment(
+                    on_text: Callable[[str], None], sample: PreparedSample = sample
+                ) -> dict[str, Any]:
+                    return self.postprocess(
+                        self.forward([sample], on_text=on_text, **forward)[0], **postprocess
+                    )
+
+                yield from stream_call(segment, self.device.type)
+
+        return results()
 
     def preprocess(  # type: ignore[override]
         self, inputs: Any, prompt: str | None = None, references: Sequence[Reference] | None = None

@@ -183,7 +183,7 @@ class ConceptSegProcessor(PromptProcessor):
             token_ids: Completion tokens, (T,).
             sample: The sample of the completion, which determines whether `<check>` is expected.
         """
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.decode_text(token_ids)
         expect_check = None if sample is None or sample.frame is None else sample.frame.proxy is not None
         return parse_completion(text, self.coordinate_scale, expect_check)
 

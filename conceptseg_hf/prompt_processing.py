@@ -216,6 +216,10 @@ class PromptProcessor(ChatMixin):
         """Return SAM's input for an RGB image, (3, S, S)."""
         raise NotImplementedError
 
+    def decode_text(self, token_ids: torch.Tensor | Sequence[int]) -> str:
+        """Return the text of completion tokens, (T,), without special tokens."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
     def decode_completion(
         self, token_ids: torch.Tensor | Sequence[int], sample: PreparedSample | None = None
     ) -> Completion:

@@ -369,7 +369,8 @@ def test_given_starts_of_completions_have_the_states_of_a_teacher_forced_pass(
     assert not generated.hidden_states[~generated.state_mask].any()
 
 
-def test_given_starts_with_several_completions_per_prompt(vlm, processor, samples):
+def test_given_starts_with_several_completions_per_prompt(make_model, processor, samples):
+    vlm = make_model().double().vlm
     started, count = processor.start_completion(samples[0], "the star")
     settings = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 2, "eos_token_id": []}
     generated = generate_with_states(vlm, processor.collate([started]), settings, num_given=[count])

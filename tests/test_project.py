@@ -35,6 +35,7 @@ ROWS = [
         "concept_prompt",
         "inference",
         "model_folder",
+        "streaming",
         "vlm_engines",
         "vllm_engine",
     },
@@ -206,7 +207,9 @@ LAUNCH_LIGHTLY = (
         (),
         *(
             (subcommand,)
-            for subcommand in "demo segment induce batch evaluate compare ablate train convert data info".split()
+            for subcommand in (
+                "demo app segment induce batch evaluate compare ablate train convert data info env".split()
+            )
         ),
     ],
     ids=" ".join,

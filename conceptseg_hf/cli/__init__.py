@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from . import ablate, batch, compare, convert, data, demo, evaluate, induce, info, segment, train
+from . import ablate, app, batch, compare, convert, data, demo, env, evaluate, induce, info, segment, train
 from .arguments import BadInputError, installed_version, os_error_sentence
 from .outputs import make_printable
 from .suggestions import suggest, unknown_option
 
-_SUBCOMMANDS = (demo, segment, induce, batch, evaluate, compare, ablate, train, convert, data, info)
+_SUBCOMMANDS = (demo, app, segment, induce, batch, evaluate, compare, ablate, train, convert, data, info, env)
 
 
 class _Parser(argparse.ArgumentParser):

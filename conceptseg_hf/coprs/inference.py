@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from ..inputs import PreparedSample, known
 from ..outputs import RawSegmentation
 from ..router import ShortcutRouter
 from ..shared_references import ReferenceStore
+from ..streaming import TextPieces
 from .completion import REF_POS
 from .processing_coprs import CoPRSProcessor
 from .sam_decoder import PriorFeatures
@@ -46,7 +47,10 @@ def check_options(router: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class PriorSegmenter:
-    """Segment batches of prepared samples with one model, processor and generation settings."""
+    """Segment batches of prepared samples with one model, processor and generation settings.
+
+    With `on_text`, which receives the text of the VLM while it is written, a batch has at most one sample.
+    """
 
     def __init__(
         self,
@@ -54,8 +58,9 @@ class PriorSegmenter:
         processor: CoPRSProcessor,
         generation_config: GenerationConfig | Mapping[str, Any] | None,
         references: ReferenceStore,
+        on_text: Callable[[str], None] | None = None,
     ) -> None:
-        self.model, self.processor, self.references = model, processor, references
+        self.model, self.processor, self.references, self.on_text = model, processor, references, on_text
         processor.check_family(model.config)
         self.generation_config = ending_with_position(model, generation_config)
 
@@ -104,12 +109,14 @@ class PriorSegmenter:
             whether there is one.
         """
         model = self.model
+        pieces = None if self.on_text is None else TextPieces(self.processor.decode_text, self.on_text)
         generated = generate_with_states(
             model.vlm,
             self.processor.collate(samples, device=execution_device(model.vlm)),
             self.generation_config,
             end_of_turn_state=True,  # the concentration token ends the completion
             references=self.references,
+            on_tokens=None if pieces is None else pieces.update,
         )
         if len(generated.mask) != len(samples):
             raise ValueError(
@@ -119,6 +126,8 @@ class PriorSegmenter:
             self.processor.decode_completion(token_ids[mask])
             for token_ids, mask in zip(generated.token_ids, generated.state_mask, strict=True)
         ]
+        if pieces is not None:
+            pieces.finish(completions[0].text)
         states, has_position = model.concentration_states(
             generated.hidden_states, generated.token_ids, generated.state_mask
         )

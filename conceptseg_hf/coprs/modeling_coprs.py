@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, overload
 
@@ -16,6 +16,7 @@ from ..devices import execution_device, loaded
 from ..inputs import ConceptSegInputs, PreparedSample
 from ..outputs import ConceptSegmentation, SegmentationOutputs
 from ..shared_references import ReferenceStore
+from ..streaming import StreamingMixin
 from ..vlm_engines import VlmEngineMixin
 from ..vlm_families import Vlm, get_family
 from ..vlm_methods import VlmMethodsMixin
@@ -30,7 +31,9 @@ from .processing_coprs import CoPRSProcessor
 from .sam_decoder import PriorFeatures
 
 
-class CoPRSForSegmentation(VlmMethodsMixin, CoPRSCheckpointMixin, VlmEngineMixin, GenerationMixin):
+class CoPRSForSegmentation(
+    VlmMethodsMixin, CoPRSCheckpointMixin, VlmEngineMixin, StreamingMixin, GenerationMixin
+):
     """Segment what a prompt asks for: the reasoning ends with a token that looks for the target in the image.
 
     The model consists of `vlm` (the VLM), `prior` (query head, key projection and fusion of eq. 2) and `sam`, of which
@@ -243,6 +246,7 @@ class CoPRSForSegmentation(VlmMethodsMixin, CoPRSCheckpointMixin, VlmEngineMixin
         return_heatmap: bool = ...,
         batch_size: int | None = ...,
         return_logits: bool = ...,
+        on_text: Callable[[str], None] | None = ...,
         **tensors: Any,
     ) -> SegmentationOutputs: ...
 
@@ -257,6 +261,7 @@ class CoPRSForSegmentation(VlmMethodsMixin, CoPRSCheckpointMixin, VlmEngineMixin
         return_heatmap: bool = ...,
         batch_size: int | None = ...,
         return_logits: bool = ...,
+        on_text: Callable[[str], None] | None = ...,
         **tensors: Any,
     ) -> list[ConceptSegmentation]: ...
 
@@ -270,6 +275,7 @@ class CoPRSForSegmentation(VlmMethodsMixin, CoPRSCheckpointMixin, VlmEngineMixin
         return_heatmap: bool = True,
         batch_size: int | None = None,
         return_logits: bool = False,
+        on_text: Callable[[str], None] | None = None,
         **tensors: Any,
     ) -> list[ConceptSegmentation] | SegmentationOutputs:
         """Segment a batch of prompts; the VLM reasons about each of them.
@@ -282,6 +288,7 @@ class CoPRSForSegmentation(VlmMethodsMixin, CoPRSCheckpointMixin, VlmEngineMixin
             return_heatmap: Whether results contain the positional prior as probabilities.
             batch_size: Maximum number of samples per batch; None to process all samples at once.
             return_logits: Also return the mask logits, without padding.
+            on_text: Called with each piece of text that the VLM writes; samples are then processed one by one.
             **tensors: The items of `ConceptSegInputs`, as an alternative to `inputs`.
 
         Returns:
@@ -306,10 +313,10 @@ class CoPRSForSegmentation(VlmMethodsMixin, CoPRSCheckpointMixin, VlmEngineMixin
                 f"segment: batch_size is {batch_size}; use at least 1, or None for all samples at once."
             )
         own_processor = self.processor if processor is None else processor
-        segmenter = PriorSegmenter(self, own_processor, generation_config, ReferenceStore())
+        segmenter = PriorSegmenter(self, own_processor, generation_config, ReferenceStore(), on_text)
         raw = []
         with loaded(self):
-            size = batch_size or max(len(samples), 1)
+            size = 1 if on_text is not None else batch_size or max(len(samples), 1)
             for chunk in (slice(start, start + size) for start in range(0, len(samples), size)):
                 raw += segmenter.segment(samples[chunk], None if image_index is None else image_index[chunk])
         post_process = partial(

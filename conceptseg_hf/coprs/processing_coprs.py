@@ -178,8 +178,7 @@ class CoPRSProcessor(PromptProcessor):
             token_ids: Completion tokens, (T,).
             sample: Ignored; for compatibility with ConceptSeg.
         """
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return parse_reasoning(text)
+        return parse_reasoning(self.decode_text(token_ids))
 
     def post_process_mask(self, logits: Tensor, frame: CoordinateFrame) -> tuple[Image.Image, np.ndarray]:
         """Resize (h, w) logits without padding to the target image; see `postprocessing.post_process_mask`."""

@@ -123,6 +123,22 @@ def test_the_state_of_the_token_comes_from_the_generation_pass(coprs, make_image
         assert result.heatmap.shape == (60, 90) and 0 <= result.heatmap.min() <= result.heatmap.max() <= 1
 
 
+def test_streamed_text_adds_up_to_the_completion(coprs, make_image):
+    processor = coprs.processor
+    samples = [processor.prepare(make_image(4), "red circle"), processor.prepare(make_image(5), "star")]
+    options = {"processor": processor, "generation_config": {"max_new_tokens": 5}}
+    expected = coprs.segment(samples, batch_size=1, **options)
+    pieces, results = [""], []
+    for item in coprs.stream_segment(samples, **options):
+        if isinstance(item, str):
+            pieces[-1] += item
+        else:
+            results.append(item)
+            pieces.append("")
+    assert pieces == [*(result.completion for result in expected), ""]
+    assert [result.to_dict()["mask"] for result in results] == [each.to_dict()["mask"] for each in expected]
+
+
 def test_batched_equals_single(coprs, make_image):
     processor = coprs.processor
     items = [

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Sam3Config, Sam3Model
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput
+from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput, Sam3VisionEncoderOutput
 
 from conceptseg_hf.boxes import Box
 from conceptseg_hf.losses import dice_loss
@@ -247,6 +247,17 @@ class SamStage(Generic[SceneT]):
         """Return the metrics of the data on held-out samples."""
         self.module.eval()
         return self.data.evaluate(self)
+
+
+def without_content(vision: Sam3VisionEncoderOutput) -> Sam3VisionEncoderOutput:
+    """Return features from which the geometry encoder can read nothing, so that box tokens contain coordinates only."""
+    levels = list(vision.fpn_hidden_states)
+    levels[-2] = torch.zeros_like(levels[-2])  # the level that the geometry encoder reads
+    return Sam3VisionEncoderOutput(
+        last_hidden_state=vision.last_hidden_state,
+        fpn_hidden_states=tuple(levels),
+        fpn_position_encoding=vision.fpn_position_encoding,
+    )
 
 
 def mask_logits(output: Sam3ImageSegmentationOutput) -> Tensor:
