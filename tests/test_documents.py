@@ -28,7 +28,10 @@ DOCUMENTS = (
 )
 # Documents with snippets that need a GPU, vLLM, large weights or long training. Other tests check parts of them.
 NOT_RUN = {
-    *(f"docs/{name}.md" for name in ("ablations", "finetune", "own_data", "photos", "vllm", "weights")),
+    *(
+        f"docs/{name}.md"
+        for name in ("ablations", "families", "finetune", "own_data", "photos", "qwen3", "vllm", "weights")
+    ),
 }
 
 

@@ -389,7 +389,7 @@ def test_checkpoint_of_another_model_is_rejected(files, checkpoint, capsys):
 
 
 def test_a_missing_embedded_checkpoint_is_explained(files, monkeypatch, capsys):
-    monkeypatch.setattr("conceptseg_hf.nano_checkpoint", lambda: files / "nowhere")
+    monkeypatch.setattr("conceptseg_hf.shipped.__file__", str(files / "shipped.py"))
     assert command("info") == 2
     assert "make nano" in capsys.readouterr().err
 
