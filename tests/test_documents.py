@@ -30,7 +30,17 @@ DOCUMENTS = (
 NOT_RUN = {
     *(
         f"docs/{name}.md"
-        for name in ("ablations", "families", "finetune", "own_data", "photos", "qwen3", "vllm", "weights")
+        for name in (
+            "ablations",
+            "coprs",
+            "families",
+            "finetune",
+            "own_data",
+            "photos",
+            "qwen3",
+            "vllm",
+            "weights",
+        )
     ),
 }
 
