@@ -13,7 +13,6 @@ import torch
 from conceptseg_trainers.from_scratch.ctm_stage import CtmSteps
 from conceptseg_trainers.from_scratch.loop import Schedule, train
 from conceptseg_trainers.from_scratch.masks import mask_to_tokens
-from conceptseg_trainers.from_scratch.sam_stage import without_content
 from conceptseg_trainers.from_scratch.vlm_examples import patches, positions
 from conceptseg_trainers.nano.dense import (
     DENSE_CLASSES,
@@ -30,16 +29,12 @@ from conceptseg_trainers.nano.scenes import TaskMix, sheet_scene
 from conceptseg_trainers.nano.tokenizers import build_processor, build_sam_tokenizer, build_vlm_tokenizer
 from conceptseg_trainers.nano.vlm_data import RANDOM_CHOICE_FAMILIES, ShapesVlmData, make_stage
 from torch import nn
-from transformers import Sam3Model
 
 from conceptseg_hf import parse_completion
 from conceptseg_hf.boxes import mask_to_box
-from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.data.concept_shapes.families import GROUPS
 from conceptseg_hf.data.concept_shapes.scenes import HELD_OUT_PAIRS
-from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
-from conceptseg_hf.sam_prompt import box_tokens, encode_image
 from conceptseg_hf.vlm_families import DEFAULT_FAMILY
 
 SIZE = 128
@@ -398,18 +393,3 @@ def test_command_trains_a_checkpoint(tmp_path, family: str) -> None:
     assert AutoModel.from_pretrained(other).config.ctm_config.num_queries == 2
     assert {path: path.stat().st_mtime_ns for path in completions} == completions
     assert train_ctm(tmp_path / "run", 2, 1) == other  # not trained again
-
-
-def test_box_tokens_without_content_depend_on_the_box_only() -> None:
-    sam = Sam3Model._from_config(ConceptSegConfig.from_preset("nano").sam_config).eval()
-    pixels = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        vision = encode_image(sam, pixels).vision
-        same, other = (
-            torch.tensor([box, box])[:, None] for box in ([0.5, 0.5, 0.2, 0.2], [0.2, 0.7, 0.2, 0.2])
-        )
-        tokens, moved = (box_tokens(sam, without_content(vision), boxes)[0] for boxes in (same, other))
-        seen, _ = box_tokens(sam, vision, same)
-    assert torch.allclose(tokens[0], tokens[1], atol=1e-6)
-    assert not torch.allclose(tokens[0, 0], moved[0, 0], atol=1e-3)
-    assert not torch.allclose(seen[0, 0], seen[1, 0], atol=1e-3)

@@ -4,8 +4,7 @@ If the CTM is always trained together with the text of the answer, the concept t
 text is sufficient. It is therefore trained in three phases:
 
 1. reading: auxiliary heads predict the box and the look of the described object from Z, without SAM 3;
-2. imitation: Z approximates the tokens of SAM 3's own box prompt (box, CLS and words), for the box in the completion,
-   encoded without image features, which Z does not contain;
+2. imitation: Z approximates the tokens of SAM 3's own box prompt (box, CLS and words), for the box in the completion;
 3. segmenting: dice + focal (eq. 5) with Z and the complete answer, with Z and the noun of the answer, or with Z alone.
 
 There are three kinds of completions: those of the VLM ("own", generated once and cached in the run folder), the ground
@@ -34,7 +33,7 @@ from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures, box_tokens, decode
 from .ctm_completions import KINDS, TARGET, UNKNOWN, CompletionWriter, CtmTask
 from .loop import Schedule, mean
 from .masks import total
-from .sam_stage import images_to_pixels, logits_to_masks, mask_logits, without_content
+from .sam_stage import images_to_pixels, logits_to_masks, mask_logits
 
 TEXTS = ("full", "noun", "none")
 
@@ -182,7 +181,7 @@ class CtmStage:
             features = self._encode([self.data.task(int(row)).pixels for row in rows[::2]])
             features = features.select(torch.arange(len(rows), device=self.device) // 2)
             centers = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)
-            tokens, _ = box_tokens(self.model.sam, without_content(features.vision), centers[:, None])
+            tokens, _ = box_tokens(self.model.sam, features.vision, centers[:, None])
             text = self.processor.sam_text([BOX_TEXT] * len(rows), self.device)
             embeds, mask = encode_text(self.model.sam, *text)
             words = embeds[:, : int(mask[0].sum())]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Sam3Config, Sam3Model
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput, Sam3VisionEncoderOutput
+from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput
 
 from conceptseg_hf.boxes import Box
 from conceptseg_hf.losses import dice_loss
@@ -24,9 +24,6 @@ from conceptseg_hf.sam_prompt import ImageFeatures, encode_image, encode_text
 
 from .masks import mask_to_tokens
 from .sam_guidance import SamAttention
-
-_BLIND = 0.5
-"""Fraction of the boxes that are encoded without image features."""
 
 SceneT = TypeVar("SceneT")
 
@@ -116,8 +113,6 @@ class SamStage(Generic[SceneT]):
     The vision tower is first pretrained on the dense targets alone, as phrases cannot be learned before the objects
     that they describe can be seen. The geometry encoder's CLS token, the last token of each prompt of SAM 3, is omitted
     from half of the prompts without a box. Otherwise it would mean "no box", although concept tokens may contain a box.
-    Half of the boxes are encoded without image features. Otherwise SAM 3 recognizes the features inside the box instead
-    of reading its coordinates, and concept tokens, which do not contain these features, cannot express a location.
 
     Args:
         module: SAM 3 with the heads of the data.
@@ -215,20 +210,17 @@ class SamStage(Generic[SceneT]):
         )
         size = prompts[0].mask.shape[0]
         boxes, has_box = sam_boxes([prompt.box for prompt in prompts], size, self.device)
-        keep_cls = torch.from_numpy(rng.random(len(prompts)) < 0.5).to(self.device)
-        blind = torch.from_numpy(rng.random(len(prompts)) < _BLIND).to(self.device)
-        levels = [level.float() for level in features.vision.fpn_hidden_states[:-1]]
-        levels[-1] = levels[-1] * ~blind[:, None, None, None]  # the level that the geometry encoder reads
         # The pooling of regions does not support autocast.
         with torch.autocast(torch.device(self.device).type, enabled=False):
             geometry = self.sam.geometry_encoder(
                 box_embeddings=boxes,
                 box_mask=has_box[:, None],
                 box_labels=has_box[:, None].long(),
-                img_feats=levels,
+                img_feats=[level.float() for level in features.vision.fpn_hidden_states[:-1]],
                 img_pos_embeds=[level.float() for level in features.vision.fpn_position_encoding[:-1]],
             )
         geometry_mask = geometry.attention_mask.bool().clone()
+        keep_cls = torch.from_numpy(rng.random(len(prompts)) < 0.5).to(self.device)
         geometry_mask[:, -1] = has_box | keep_cls
         return (
             torch.cat([text, geometry.last_hidden_state], dim=1),
@@ -247,17 +239,6 @@ class SamStage(Generic[SceneT]):
         """Return the metrics of the data on held-out samples."""
         self.module.eval()
         return self.data.evaluate(self)
-
-
-def without_content(vision: Sam3VisionEncoderOutput) -> Sam3VisionEncoderOutput:
-    """Return features from which the geometry encoder can read nothing, so that box tokens contain coordinates only."""
-    levels = list(vision.fpn_hidden_states)
-    levels[-2] = torch.zeros_like(levels[-2])  # the level that the geometry encoder reads
-    return Sam3VisionEncoderOutput(
-        last_hidden_state=vision.last_hidden_state,
-        fpn_hidden_states=tuple(levels),
-        fpn_position_encoding=vision.fpn_position_encoding,
-    )
 
 
 def mask_logits(output: Sam3ImageSegmentationOutput) -> Tensor:
