@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,24 @@ def run_two_processes() -> Callable[..., subprocess.CompletedProcess]:
         return done
 
     return run
+
+
+def find_chromium() -> str | None:
+    """Return the path of Chromium from CONCEPTSEG_CHROMIUM or PATH, or None."""
+    names = (os.environ.get("CONCEPTSEG_CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
+    return next((path for path in map(shutil.which, filter(None, names)) if path), None)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """Return a headless browser; a process can only start Playwright once."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
+        except sync_api.Error as error:
+            pytest.skip(
+                f"Chromium does not start; set CONCEPTSEG_CHROMIUM to its path: {error.message[:200]}"
+            )
+        yield browser
+        browser.close()

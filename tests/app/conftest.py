@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,12 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
-
-def find_chromium() -> str | None:
-    """Return the path of Chromium from CONCEPTSEG_CHROMIUM or PATH, or None."""
-    names = (os.environ.get("CONCEPTSEG_CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
-    return next((path for path in map(shutil.which, filter(None, names)) if path), None)
 
 
 @pytest.fixture(scope="session")
@@ -55,21 +48,6 @@ def _answers(url: str) -> bool:
     except OSError:
         return False
     return True
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Any]:
-    """Return a headless browser."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
-        except sync_api.Error as error:
-            pytest.skip(
-                f"Chromium does not start; set CONCEPTSEG_CHROMIUM to its path: {error.message[:200]}"
-            )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -198,37 +197,6 @@ def server(fo, folder) -> Iterator[str]:
 def hosts_reached(server, folder) -> Callable[[], set[str]]:
     """Return a function that returns the hosts that the server's Python process has contacted."""
     return lambda: hosts_in(folder / "hosts")
-
-
-def find_chromium() -> str | None:
-    """Return the path of Chromium from CONCEPTSEG_CHROMIUM or PATH, or None."""
-    names = (os.environ.get("CONCEPTSEG_CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
-    return next((path for path in map(shutil.which, filter(None, names)) if path), None)
-
-
-def launch_chromium(playwright: Any) -> Any:
-    """Launch Chromium, by default the one installed by Playwright."""
-    from playwright.sync_api import Error
-
-    try:
-        return playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
-    except Error as error:
-        pytest.skip(
-            f"Chromium does not start; set CONCEPTSEG_CHROMIUM to its path: {error.message.splitlines()[0]}"
-        )
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Any]:
-    """Return a headless browser."""
-    if not _installed("playwright"):
-        pytest.skip("Playwright is not installed: pip install playwright")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = launch_chromium(playwright)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture()
