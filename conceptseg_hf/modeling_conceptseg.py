@@ -57,16 +57,9 @@ class ConceptSegForSegmentation(
 
     config_class = ConceptSegConfig
     base_model_prefix = "conceptseg"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")  # type: ignore[assignment]  # as in Transformers' own models
-    supports_gradient_checkpointing = True
     _no_split_modules = ["ConceptTranslationModule", *sam_adapter.NO_SPLIT_MODULES]  # noqa: RUF012 (the VLM adds its own modules)
     # A config stores a single dtype: without this, reloading in bfloat16 would also cast SAM 3 and the CTM.
     _keep_in_fp32_modules_strict = ["sam", "ctm"]  # noqa: RUF012 (type expected by the base class)
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: ConceptSegConfig) -> None:
         super().__init__(config)

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+_VISION_TOKENS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
+"""Ids of vision tokens, which Qwen2.5-VL and Qwen3-VL share."""
+
 
 def _qwen2_5_vl(
     hidden_size: int,
@@ -18,10 +26,7 @@ def _qwen2_5_vl(
     return {
         "model_type": "qwen2_5_vl",
         "tie_word_embeddings": tie_word_embeddings,
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
+        **_VISION_TOKENS,
         "text_config": {
             "model_type": "qwen2_5_vl_text",
             "vocab_size": vocab_size,
@@ -70,10 +75,7 @@ def _qwen3_vl(
     return {
         "model_type": "qwen3_vl",
         "tie_word_embeddings": tie_word_embeddings,
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
+        **_VISION_TOKENS,
         "text_config": {
             "model_type": "qwen3_vl_text",
             "vocab_size": 151936,

@@ -13,9 +13,17 @@ from .vlm_families import Vlm
 
 
 class VlmMethodsMixin(PreTrainedModel):
-    """Language-model methods of a model with a VLM, which TRL, PEFT and `generate` need."""
+    """Language-model methods and properties of a model with a VLM, which TRL, PEFT and `generate` need."""
 
     vlm: Vlm
+
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # as in Transformers' own models
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     @property
     def device(self) -> torch.device:

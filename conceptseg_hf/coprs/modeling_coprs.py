@@ -50,15 +50,8 @@ class CoPRSForSegmentation(
     config_class = CoPRSConfig
     processor_class = CoPRSProcessor
     base_model_prefix = "coprs"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")  # type: ignore[assignment]  # as in Transformers' own models
-    supports_gradient_checkpointing = True
     _no_split_modules = ["PositionalPrior", *sam_decoder.NO_SPLIT_MODULES]  # noqa: RUF012 (the VLM adds its own modules)
     _keep_in_fp32_modules_strict = ["sam", "prior"]  # noqa: RUF012 (type expected by the base class)
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: CoPRSConfig) -> None:
         super().__init__(config)

@@ -8,7 +8,7 @@ writes the tables to CHECKPOINT/README.md.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from conceptseg_hf.writing import write_file
 
 from .evidence.concept_tokens import measure as measure_prompts
 from .evidence.concept_tokens import table as concept_table
+from .evidence.tables import format_mean
 
 SPLITS = ("test", "test-compositional")
 ROUTERS = ("adaptive", "sam_only", "full_reasoning")
@@ -121,15 +122,10 @@ def further_groups(checkpoint: Path, limit: int, output_dir: Path) -> str:
                 ),
                 chosen,
             ]
-            cells = " | ".join(_cell(_known_mean(column)) for column in columns)
+            cells = " | ".join(format_mean(column) for column in columns)
             name = group if stratum == group else f"{group}: {stratum}"
             lines.append(f"| {split} | {name} | {len(records)} | {cells} |")
     return "\n".join(lines)
-
-
-def _known_mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def tables(reports: dict[tuple[str, str], EvaluationReport]) -> str:

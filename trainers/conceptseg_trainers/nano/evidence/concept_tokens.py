@@ -23,13 +23,13 @@ from conceptseg_hf.boxes import Box
 from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.generation import generate_with_states
-from conceptseg_hf.inputs import PreparedSample
+from conceptseg_hf.inputs import PreparedSample, known
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures
 from conceptseg_hf.writing import write_file
 
-from .tables import format_interval, mean_over_seeds, paired
+from .tables import format_interval, format_mean, mean_over_seeds, paired
 
 PROMPTS = ("true box", "box", "noun", "text", "Z", "Z + noun", "Z + text")
 DIFFERENCES = (("Z + text", "text"), ("Z + text", "box"), ("Z + noun", "noun"))
@@ -115,7 +115,9 @@ def prompt_ious(
         for ids, mask, item in zip(generated.token_ids, generated.mask, prepared, strict=True)
     ]
     concepts = model.encode_concepts(generated.hidden_states, generated.state_mask)
-    features = model.encode_image(torch.stack([sam_pixels(item) for item in prepared]))
+    features = model.encode_image(
+        torch.stack([known(item.sam_pixel_values, "sam_pixel_values") for item in prepared])
+    )
     answers = [
         model.config.sam_text_prompt(c.answer, s.prompt) for c, s in zip(completions, samples, strict=True)
     ]
@@ -139,12 +141,6 @@ def prompt_ious(
     ):
         logits[name] = _decode_boxes(model, processor, features, boxes, prepared, logits["text"])
     return {prompt: _ious(processor, logits[prompt], prepared, samples) for prompt in PROMPTS}
-
-
-def sam_pixels(sample: PreparedSample) -> Tensor:
-    """Return SAM 3's input of a sample, (3, S, S)."""
-    assert sample.sam_pixel_values is not None  # the sample was prepared for all routes
-    return sample.sam_pixel_values
 
 
 def _decode_boxes(
@@ -192,7 +188,7 @@ def table(seeds: Sequence[Values]) -> str:
     lines = ["| samples | n | " + " | ".join(titles) + " |", "|---" * (len(titles) + 2) + "|"]
     for label in seeds[0]:
         values = {prompt: mean_over_seeds([seed[label][prompt] for seed in seeds]) for prompt in PROMPTS}
-        cells = [f"{np.mean([v for v in values[prompt] if v is not None]):.3f}" for prompt in PROMPTS]
+        cells = [format_mean(values[prompt]) for prompt in PROMPTS]
         for prompt, baseline in DIFFERENCES:
             interval = paired(values[prompt], values[baseline], f"{label}/{prompt}/{baseline}")
             cells.append("-" if interval is None else format_interval(interval))

@@ -58,7 +58,7 @@ def comparison_table(
     reference = {name: mean_over_seeds([run[source][name] for run in results[baseline]]) for name in MEASURES}
     for arm, runs in results.items():
         values = {name: mean_over_seeds([run[source][name] for run in runs]) for name in MEASURES}
-        cells = [titles[arm], str(len(runs)), *(_mean(values[name]) for name in MEASURES)]
+        cells = [titles[arm], str(len(runs)), *(format_mean(values[name]) for name in MEASURES)]
         for name in ("mask_iou", "box_iou"):
             interval = (
                 None if arm == baseline else paired(values[name], reference[name], f"{arm}/{source}/{name}")
@@ -73,6 +73,7 @@ def format_interval(interval: Interval) -> str:
     return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
-def _mean(values: Sequence[float | None]) -> str:
+def format_mean(values: Sequence[float | None]) -> str:
+    """Format the mean of the known values; "-" if there are none."""
     known = [value for value in values if value is not None]
     return f"{np.mean(known):.3f}" if known else "-"
