@@ -12,10 +12,23 @@ import torch
 pytest.importorskip("trl", "1.16")
 
 from conceptseg_trainers.nano.evidence import training
-from conceptseg_trainers.nano.evidence.__main__ import MAIN_SOURCE, check_settings, main, run, write_report
+from conceptseg_trainers.nano.evidence.__main__ import (
+    MAIN_SOURCE,
+    check_settings,
+    main,
+    read_logs,
+    run,
+    write_report,
+)
 from conceptseg_trainers.nano.evidence.arms import ARMS
 from conceptseg_trainers.nano.evidence.measuring import MEASURES, values_of
-from conceptseg_trainers.nano.evidence.tables import comparison_table, mean_over_seeds, paired
+from conceptseg_trainers.nano.evidence.tables import (
+    comparison_table,
+    mean_over_seeds,
+    paired,
+    pairs_table,
+    runs_table,
+)
 from conceptseg_trainers.nano.evidence.training import (
     TrainSettings,
     evaluation_samples,
@@ -117,6 +130,33 @@ def test_table_has_a_row_per_arm() -> None:
     assert "| Meta-GRPO | 2 | 0.500 |" in table[3] and "+0.300 [+0.300, +0.300]" in table[3]
 
 
+def test_arms_are_compared_with_each_other() -> None:
+    def values(*levels: float) -> dict:
+        return {"set, greedy": {name: list(levels) for name in MEASURES}}
+
+    titles = {"meta": "Meta", "ctm": "CTM", "random": "Random"}
+    results = {"meta": [values(0.5, 0.7), values(0.7, 0.9)], "ctm": [values(0.2, 0.4)]}
+    table = pairs_table(results, [("meta", "ctm"), ("meta", "random")], titles, "set, greedy").splitlines()
+    assert len(table) == 3 and table[2] == "| Meta - CTM |" + " +0.400 [+0.400, +0.400] |" * len(MEASURES)
+
+
+def test_table_of_runs_has_cpu_time_and_entropy_of_each_seed() -> None:
+    def values(level: float) -> dict:
+        return {"set, greedy": {name: [level, level] for name in MEASURES}}
+
+    results = {"start": [values(0.1)], "meta": [values(0.3)], "sft": [values(0.6)]}
+    steps = [{"entropy": 1.0}, {"entropy": 0.5}, {"train_runtime": 1}]
+    logs = {
+        "meta": [{"seed": 2, "cpu_seconds": 90.0, "steps": steps}],
+        "sft": [{"seed": 2, "cpu_seconds": 60.0, "steps": []}],
+    }
+    table = runs_table(results, logs, "start", {"start": "start", "meta": "M", "sft": "S"}, "set, greedy")
+    assert table.splitlines()[2:] == [
+        "| M | 2 | +0.200 [+0.200, +0.200] | 1.5 | 1.00, 0.50 |",
+        "| S | 2 | +0.500 [+0.500, +0.500] | 1.0 | - |",
+    ]
+
+
 def test_results_of_other_settings_are_rejected(tmp_path, capsys) -> None:
     start = nano_checkpoint()
     check_settings(tmp_path / "full", SMALL, start, 8)
@@ -133,7 +173,7 @@ def test_results_of_other_settings_are_rejected(tmp_path, capsys) -> None:
 
 def test_one_stage_starts_with_a_new_ctm(tmp_path, monkeypatch) -> None:
     """The seed determines the new weights; the VLM and SAM 3 are those of the start."""
-    monkeypatch.setattr(training, "_train_by_reinforcement", lambda *arguments: None)
+    monkeypatch.setattr(training, "_train_by_reinforcement", lambda *arguments: [])
     start = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
     states = []
     for name in ("meta", "one-stage"):
@@ -170,5 +210,10 @@ def test_arms_are_trained_measured_and_compared(tmp_path) -> None:
     assert not any(results["no-meta-reasoning"][0][MAIN_SOURCE]["check_iou"])
     again = run(arms, [0], start, tmp_path, SMALL, samples)
     assert again == results
-    report = write_report(results, tmp_path / "evidence.md", SMALL, start)
+    logs = read_logs(names, [0], tmp_path)
+    assert len(logs["meta"][0]["steps"]) == 3 and not logs["sft"][0]["steps"]
+    assert all(log["seed"] == 0 and log["cpu_seconds"] > 0 for (log,) in logs.values())
+    report = write_report(results, logs, tmp_path / "evidence.md", SMALL, start)
     assert report.count("| Meta-GRPO | 1 |") == 6 and (tmp_path / "evidence.md").read_text() == report
+    assert report.count("| Meta-GRPO - random rewards (control) |") == 6
+    assert "| Meta-GRPO | 0 |" in report and "GRPO, CTM" not in report

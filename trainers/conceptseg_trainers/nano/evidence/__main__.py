@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from conceptseg_hf.data import ConceptSample
 from conceptseg_hf.progress import print_line
 from conceptseg_hf.writing import json_text, write_file
 
-from .arms import ARMS, Arm
+from .arms import ARMS, COMPARED_ARMS, Arm
 from .measuring import Values, measure
-from .tables import comparison_table, format_interval, paired
-from .training import TrainSettings, describe, evaluation_samples, train_arm
+from .tables import comparison_table, format_interval, paired, pairs_table, runs_table
+from .training import TRAINING_LOG, TrainSettings, describe, evaluation_samples, train_arm
 
 START = "start"
 MAIN_SOURCE = "trained families, greedy"
@@ -94,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("stopped; run the same command to continue with the first unfinished arm.\n")
         return 130
-    sys.stdout.write(write_report(results, folder / "evidence.md", settings, start))
+    sys.stdout.write(
+        write_report(results, read_logs(arms, seeds, folder), folder / "evidence.md", settings, start)
+    )
     if not arguments.quick:
         return 0
     gain = paired(
@@ -175,8 +177,23 @@ def run(
     return results
 
 
+def read_logs(arms: Iterable[str], seeds: Sequence[int], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Read the logs of finished trainings, for each arm one per seed; see `train_arm`."""
+    return {
+        name: [
+            json.loads((folder / name / f"seed_{seed}" / TRAINING_LOG).read_text(encoding="utf-8"))
+            for seed in seeds
+        ]
+        for name in arms
+    }
+
+
 def write_report(
-    results: Mapping[str, Sequence[Mapping[str, Values]]], path: Path, settings: TrainSettings, start: Path
+    results: Mapping[str, Sequence[Mapping[str, Values]]],
+    logs: Mapping[str, Sequence[Mapping[str, Any]]],
+    path: Path,
+    settings: TrainSettings,
+    start: Path,
 ) -> str:
     """Write the tables of all evaluation sets as Markdown, and return them."""
     titles = {START: "start", **{name: arm.title for name, arm in ARMS.items()}}
@@ -189,6 +206,9 @@ def write_report(
     ]
     for source in results[START][0]:
         parts += [f"## {source}", comparison_table(results, START, titles, source)]
+        if any(results.get(arm) and results.get(baseline) for arm, baseline in COMPARED_ARMS):
+            parts.append(pairs_table(results, COMPARED_ARMS, titles, source))
+    parts += ["## Runs", f"Evaluation: {MAIN_SOURCE}.", runs_table(results, logs, START, titles, MAIN_SOURCE)]
     report = "\n\n".join(parts) + "\n"
     write_file(path, report)
     return report

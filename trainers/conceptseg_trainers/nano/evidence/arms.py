@@ -43,3 +43,13 @@ ARMS = {
     "sft": Arm("SFT on ground-truth completions (upper bound)", supervised=True),
 }
 """The arms by name. All arms except "sft" use the same prompts and sample the same number of completions."""
+
+COMPARED_ARMS = (
+    ("meta", "ctm"),
+    ("meta", "no-meta-reward"),
+    ("meta", "no-meta-reasoning"),
+    ("meta", "one-stage"),
+    ("meta", "random"),
+    ("ctm", "box"),
+)
+"""Pairs of arms whose difference is one component of the method."""

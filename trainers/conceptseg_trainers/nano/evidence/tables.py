@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +66,71 @@ def comparison_table(
             )
             cells.append("-" if interval is None else format_interval(interval))
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def pairs_table(
+    results: Mapping[str, Sequence[Mapping[str, Values]]],
+    pairs: Sequence[tuple[str, str]],
+    titles: Mapping[str, str],
+    source: str,
+) -> str:
+    """Format a Markdown table with one row per pair of arms: differences of their means over seeds.
+
+    Args:
+        results: For each arm, the results of `measure` of its seeds.
+        pairs: The arms to compare, and their baselines; pairs without results are omitted.
+        titles: The arms' titles.
+        source: Evaluation set and decoding, a key of the results.
+    """
+    lines = [f"| difference | {' | '.join(MEASURES)} |", "|---" * (len(MEASURES) + 1) + "|"]
+    for arm, baseline in pairs:
+        if not (results.get(arm) and results.get(baseline)):
+            continue
+        cells = [f"{titles[arm]} - {titles[baseline]}"]
+        for name in MEASURES:
+            values, reference = (
+                mean_over_seeds([run[source][name] for run in results[each]]) for each in (arm, baseline)
+            )
+            interval = paired(values, reference, f"{arm}/{baseline}/{source}/{name}")
+            cells.append("-" if interval is None else format_interval(interval))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def runs_table(
+    results: Mapping[str, Sequence[Mapping[str, Values]]],
+    logs: Mapping[str, Sequence[Mapping[str, Any]]],
+    baseline: str,
+    titles: Mapping[str, str],
+    source: str,
+) -> str:
+    """Format a Markdown table with one row per run: its difference from the baseline, CPU time and entropy.
+
+    Args:
+        results: For each arm, the results of `measure` of its seeds.
+        logs: For each arm, the logs of `train_arm` of its seeds.
+        baseline: The arm that the others are compared with; it has one run.
+        titles: The arms' titles.
+        source: Evaluation set and decoding, a key of the results.
+    """
+    lines = [
+        f"| arm | seed | mask IoU - {titles[baseline]} | CPU minutes | entropy of tokens, first and last step |",
+        "|---" * 5 + "|",
+    ]
+    reference = results[baseline][0][source]["mask_iou"]
+    for arm, arm_logs in logs.items():
+        for run, log in zip(results[arm], arm_logs, strict=True):
+            interval = paired(run[source]["mask_iou"], reference, f"{arm}/{log['seed']}/{source}")
+            entropies = [step["entropy"] for step in log["steps"] if "entropy" in step]
+            cells = [
+                titles[arm],
+                str(log["seed"]),
+                "-" if interval is None else format_interval(interval),
+                f"{log['cpu_seconds'] / 60:.1f}",
+                f"{entropies[0]:.2f}, {entropies[-1]:.2f}" if entropies else "-",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from conceptseg_hf.concept_translation import ConceptTranslationModule
 from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.progress import progress_bar
+from conceptseg_hf.writing import json_text, write_file
 
 from ...from_scratch.assemble import write_checkpoint
 from ...from_scratch.vlm_examples import TrainingExample
@@ -30,6 +32,7 @@ from ..vlm_data import RANDOM_CHOICE_FAMILIES, ShapesVlmData, make_stage
 from .arms import Arm
 
 FIRST_TASK = 2_000_000  # above the tasks of the stages of nano
+TRAINING_LOG = "training.json"
 _TASKS_PER_SEED = 1_000_000
 _SFT_BATCH = 24
 
@@ -75,11 +78,13 @@ def train_arm(arm: Arm, start: Path, folder: Path, settings: TrainSettings, seed
         seed: Random seed of data and sampling.
 
     Returns:
-        The folder of the checkpoint.
+        The folder of the checkpoint. The file "training.json" beside it contains the seed, the CPU time in seconds and
+        the metrics of each step.
     """
     checkpoint = folder / "checkpoint"
     if checkpoint.is_dir():
         return checkpoint
+    start_time = time.process_time()
     model = ConceptSegForSegmentation.from_pretrained(start)
     processor = ConceptSegProcessor.from_pretrained(start)
     if not arm.meta_reasoning:
@@ -89,10 +94,13 @@ def train_arm(arm: Arm, start: Path, folder: Path, settings: TrainSettings, seed
         # `_init_weights` does not change loaded weights, so the module is replaced.
         model.ctm = ConceptTranslationModule(model.config.ctm_config)
         model.ctm.apply(model._init_weights)
+    steps: list[dict[str, Any]] = []
     if arm.supervised:
         _train_supervised(model, settings, seed)
     else:
-        _train_by_reinforcement(arm, model, processor, folder, settings, seed)
+        steps = _train_by_reinforcement(arm, model, processor, folder, settings, seed)
+    log = {"seed": seed, "cpu_seconds": round(time.process_time() - start_time, 1), "steps": steps}
+    write_file(folder / TRAINING_LOG, json_text(log) + "\n")
     temporary = folder / "checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     write_checkpoint(model, processor, temporary)
@@ -122,7 +130,8 @@ def _train_by_reinforcement(
     folder: Path,
     settings: TrainSettings,
     seed: int,
-) -> None:
+) -> list[dict[str, Any]]:
+    """Train an arm with MetaGRPOTrainer, and return the metrics of its steps."""
     samples = training_samples(settings.steps * settings.prompts, seed)
     completions_per_step = settings.prompts * settings.num_generations
     batch_size = min(settings.batch_size, completions_per_step)
@@ -164,8 +173,8 @@ def _train_by_reinforcement(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_ProgressCallback(f"{folder.parent.name}, seed {seed}"))
     trainer.train()
-    trainer.state.save_to_json(str(folder / "trainer_state.json"))
     model.sam = trainer.concept_model.sam  # the trainer has removed it from the modules
+    return trainer.state.log_history
 
 
 class _ProgressCallback(TrainerCallback):
