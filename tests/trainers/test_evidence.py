@@ -95,6 +95,14 @@ def test_values_of_records() -> None:
     assert values_of(records, meta_reasoning=False)["format"] == [0, 1, 0]
 
 
+def test_shortcut_has_no_format() -> None:
+    record = {"foreground_iou": 0.5, "box_iou": None, "check_iou": None, "completion": None}
+    assert values_of([{**record, "route": "shortcut"}, {**record, "route": "reasoning"}])["format"] == [
+        None,
+        0,
+    ]
+
+
 def test_format_requires_a_check_only_with_a_proxy_query() -> None:
     record = {"foreground_iou": 0.5, "box_iou": 0.25}
     texts = [format_completion("t", "r", check, (1, 2, 3, 4), "star", 100) for check in (None, (1, 2, 3, 4))]
@@ -216,4 +224,6 @@ def test_arms_are_trained_measured_and_compared(tmp_path) -> None:
     report = write_report(results, logs, tmp_path / "evidence.md", SMALL, start)
     assert report.count("| Meta-GRPO | 1 |") == 6 and (tmp_path / "evidence.md").read_text() == report
     assert report.count("| Meta-GRPO - random rewards (control) |") == 6
+    assert report.count("| SAM 3 only | 1 |") == 6 and report.count("| start, box prompt | 1 |") == 6
+    assert not any(results["sam-only"][0][MAIN_SOURCE]["format"])
     assert "| Meta-GRPO | 0 |" in report and "GRPO, CTM" not in report

@@ -153,10 +153,15 @@ def run(
         samples: Held-out samples by evaluation set.
 
     Returns:
-        For each arm, the results of `measure` of its seeds. The key "start" contains those of the base checkpoint.
+        For each arm, the results of `measure` of its seeds. The keys "start", "start-box" (the box prompts SAM 3) and
+        "sam-only" (the user's prompt does) contain those of the base checkpoint.
     """
     start_values = measure(start, samples, "concept+text", True, folder / "start.json")
-    results = {START: [start_values]}
+    results = {
+        "sam-only": [measure(start, samples, "text", True, folder / "sam-only.json", router="sam_only")],
+        "start-box": [measure(start, samples, "box", True, folder / "start-box.json")],
+        START: [start_values],
+    }
     for name, arm in arms.items():
         results[name] = []
         for seed in seeds:
@@ -196,7 +201,8 @@ def write_report(
     start: Path,
 ) -> str:
     """Write the tables of all evaluation sets as Markdown, and return them."""
-    titles = {START: "start", **{name: arm.title for name, arm in ARMS.items()}}
+    untrained = {"sam-only": "SAM 3 only", "start-box": "start, box prompt", START: "start"}
+    titles = {**untrained, **{name: arm.title for name, arm in ARMS.items()}}
     parts = [
         "# Stage II on nano-base",
         (

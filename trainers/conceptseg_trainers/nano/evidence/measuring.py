@@ -30,6 +30,7 @@ def measure(
     prompted_by: str,
     meta_reasoning: bool,
     path: Path,
+    router: str = "full_reasoning",
 ) -> dict[str, Values]:
     """Evaluate a checkpoint with greedy decoding and with sampling, or read the values if the file exists.
 
@@ -39,6 +40,7 @@ def measure(
         prompted_by: Prompt of SAM 3; see `sam_prompt` of `ConceptSegForSegmentation.segment`.
         meta_reasoning: See `values_of`.
         path: JSON file of the values.
+        router: Mode of the router; with "sam_only", `prompted_by` and decoding have no effect.
 
     Returns:
         For each set and decoding ("trained families, greedy"), the values of each measure, one per sample.
@@ -55,7 +57,7 @@ def measure(
                 model,
                 set_samples,
                 processor=processor,
-                router="full_reasoning",
+                router=router,
                 sam_prompt=prompted_by,
                 generation_config=generation_config,
                 batch_size=50,
@@ -83,8 +85,10 @@ def values_of(records: Sequence[Mapping[str, Any]], meta_reasoning: bool = True)
     }
 
 
-def _format(record: Mapping[str, Any], meta_reasoning: bool) -> float:
-    """Return 1 if the completion follows the template, otherwise 0."""
+def _format(record: Mapping[str, Any], meta_reasoning: bool) -> float | None:
+    """Return 1 if the completion follows the template, otherwise 0; None without the VLM."""
+    if record.get("route") == "shortcut":
+        return None
     # `check_iou` is None without a proxy query.
     expect_check = meta_reasoning and record["check_iou"] is not None
     completion = parse_completion(
