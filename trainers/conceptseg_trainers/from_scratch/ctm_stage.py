@@ -35,8 +35,7 @@ from .loop import Schedule, mean
 from .masks import total
 from .sam_stage import images_to_pixels, logits_to_masks, mask_logits
 
-TEXTS = {"full": 0.5, "noun": 0.25, "none": 0.25}
-"""Share of the prompts of the third phase, by the part of the answer that is their text."""
+TEXTS = ("full", "noun", "none")
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class CtmSteps:
 
     reading: int = 2000
     imitation: int = 3000
-    segmenting: int = 10_000
+    segmenting: int = 4000
 
     @property
     def total(self) -> int:
@@ -54,7 +53,7 @@ class CtmSteps:
 
     def schedule(self) -> Schedule:
         """Return the schedule of the stage."""
-        return Schedule(self.total, learning_rate=1e-3, warmup=50, decay=0.4, evaluate_every=1000)
+        return Schedule(self.total, learning_rate=5e-4, warmup=50, decay=0.4, evaluate_every=1000)
 
 
 class CtmWithHeads(nn.Module):
@@ -156,7 +155,7 @@ class CtmStage:
         ]
         if step < self.steps.reading + self.steps.imitation:
             return self._imitation_loss(rows, kinds)
-        texts = rng.choice(list(TEXTS), p=list(TEXTS.values()), size=len(rows)).tolist()
+        texts = [TEXTS[int(rng.integers(len(TEXTS)))] for _ in rows]
         return self._segmentation_loss(rows, kinds, texts)
 
     def _reading_loss(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
