@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import conceptseg_hf
-from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation, ConceptSegProcessor, nano_checkpoint
+from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation, ConceptSegProcessor
 
 pytest.importorskip("trl", "1.16")
 from conceptseg_trainers.nano import __main__ as nano
@@ -48,8 +48,12 @@ SHORTENED = {
 def folder(tmp_path_factory) -> Path:
     """The backbones and the training sets, under the names of the recipes."""
     folder = tmp_path_factory.mktemp("guide")
+    from transformers import Sam3Processor  # it requires torchvision or the shim of conceptseg_hf
+
     torch.manual_seed(0)
-    model = ConceptSegForSegmentation(ConceptSegConfig.from_preset("nano-qwen3"))
+    config = ConceptSegConfig.from_preset("nano-qwen3")
+    config.sam_config.text_config.max_position_embeddings = 32  # as in the released SAM 3
+    model = ConceptSegForSegmentation(config)
     processor = build_processor("qwen3_vl")
     vlm, sam = folder / "Qwen" / "Qwen3-VL-4B-Instruct", folder / "facebook" / "sam3"
     model.vlm.generation_config.eos_token_id = processor.tokenizer.eos_token_id
@@ -57,7 +61,7 @@ def folder(tmp_path_factory) -> Path:
     model.vlm.save_pretrained(vlm)
     processor.vlm_processor().save_pretrained(vlm)
     model.sam.save_pretrained(sam)
-    ConceptSegProcessor.from_pretrained(nano_checkpoint()).save_pretrained(sam)
+    Sam3Processor(processor.sam_image_processor, processor.sam_tokenizer).save_pretrained(sam)
     tree = AuthorsTree(folder / "data" / "ConceptSeg-Benchmark")
     for dataset in ("DUTS", "COD10K1024", "fewshot1000", "CoSOD3k1024", "MGrounding"):
         for number in range(3):
