@@ -86,7 +86,9 @@ class VllmEngine:
         max_num_seqs: int = MAX_SEQUENCES,
         **options: Any,
     ) -> None:
-        get_family(model.vlm.config).check_vllm()
+        family = get_family(model.vlm.config)
+        family.check_vllm()
+        options = {**family.vllm_options, **options}
         self._lock = threading.Lock()
         self._parameters = _describe_parameters(model.vlm)
         self._weights: tuple[Any, ...] | None = None  # of the weights in the engine; see `_fingerprint`

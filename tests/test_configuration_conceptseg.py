@@ -78,3 +78,30 @@ def test_ctm_widths_default_to_those_of_the_backbones() -> None:
     config = ConceptSegConfig()
     assert config.ctm_config.hidden_size == config.hidden_size
     assert config.ctm_config.sam_hidden_size == config.sam_config.detr_encoder_config.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("size", "layers", "heads", "vision", "deepstack"),
+    [
+        ("2b", 28, 16, (24, 1024, 4096), [5, 11, 17]),
+        ("4b", 36, 32, (24, 1024, 4096), [5, 11, 17]),
+        ("8b", 36, 32, (27, 1152, 4304), [8, 16, 24]),
+    ],
+)
+def test_presets_of_qwen3_have_the_published_values(size, layers, heads, vision, deepstack):
+    """Values that do not change the number of parameters, too; docs/families.md names the sources."""
+    config = ConceptSegConfig.from_preset(f"qwen3-{size}").vlm_config
+    text, tower = config.text_config, config.vision_config
+    assert (text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads) == (layers, heads, 8)
+    assert (text.head_dim, text.max_position_embeddings, text.rms_norm_eps) == (128, 262144, 1e-6)
+    assert text.rope_parameters == {
+        "rope_type": "default",
+        "rope_theta": 5e6,
+        "mrope_section": [24, 20, 20],
+        "mrope_interleaved": True,
+    }
+    assert (tower.depth, tower.hidden_size, tower.intermediate_size) == vision
+    assert (tower.num_heads, tower.patch_size, tower.num_position_embeddings) == (16, 16, 2304)
+    assert tower.deepstack_visual_indexes == deepstack and tower.hidden_act == "gelu_pytorch_tanh"
+    assert tower.out_hidden_size == text.hidden_size
+    assert config.tie_word_embeddings == (size != "8b")

@@ -24,8 +24,13 @@ from trees import AuthorsTree
 ROOT = pathlib.Path(conceptseg_hf.__file__).resolve().parents[1]
 DOCUMENTS = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("quickstart", "cli", "concepts", "how_it_works", "app", "scale")),
+    *(
+        f"docs/{name}.md"
+        for name in ("quickstart", "cli", "concepts", "how_it_works", "app", "scale", "families")
+    ),
 )
+# Documents whose commands another test runs, with tiny random models.
+RUN_BY = {"docs/qwen3.md": "tests/trainers/test_qwen3_guide.py"}
 # Documents with snippets that need a GPU, vLLM, large weights or long training. Other tests check parts of them.
 NOT_RUN = {
     *(
@@ -33,11 +38,9 @@ NOT_RUN = {
         for name in (
             "ablations",
             "coprs",
-            "families",
             "finetune",
             "own_data",
             "photos",
-            "qwen3",
             "vllm",
             "weights",
         )
@@ -61,6 +64,7 @@ def commands(document: str) -> list[str]:
 
 COMMANDS = list(dict.fromkeys(command for document in DOCUMENTS for command in commands(document)))
 HUB_IDS = ("zhaoyuan666/ConceptSeg-R1-7B", "facebook/sam3", "Qwen/Qwen2.5-VL-7B-Instruct")
+QWEN3_ID = "Qwen/Qwen3-VL-4B-Instruct"
 
 # Appended, where an option given twice has its last value: fewer samples and steps, and no GPU.
 SHORTENED = {
@@ -148,7 +152,9 @@ def test_documents_whose_snippets_are_not_run_are_known():
         for path in (ROOT / "docs").glob("*.md")
         if any(language in ("", "python", "bash") for language, _ in blocks(f"docs/{path.name}"))
     }
-    assert with_snippets == {*DOCUMENTS[1:]} | NOT_RUN
+    assert with_snippets == {*DOCUMENTS[1:]} | NOT_RUN | RUN_BY.keys()
+    for document, test in RUN_BY.items():
+        assert f'"{pathlib.Path(document).name}"' in (ROOT / test).read_text(encoding="utf-8")
 
 
 def test_the_readme_is_short_and_its_links_exist():
@@ -201,11 +207,24 @@ def test_python_snippets_run(document, folder):
         model = AutoModel.from_pretrained(conceptseg_hf.nano_checkpoint())
         model.vlm.save_pretrained(folder / HUB_IDS[2])
         model.sam.save_pretrained(folder / "facebook" / "sam3")
+    if document == "docs/families.md":
+        tiny = conceptseg_hf.ConceptSegForSegmentation(
+            conceptseg_hf.ConceptSegConfig.from_preset("nano-qwen3")
+        )
+        tiny.vlm.save_pretrained(folder / QWEN3_ID)
+        tiny.sam.save_pretrained(folder / "facebook" / "sam3")
+        processor = AutoProcessor.from_pretrained(conceptseg_hf.nano_checkpoint())
+        processor.with_settings(vlm_family="qwen3_vl").vlm_processor().save_pretrained(folder / QWEN3_ID)
     namespace: dict[str, object] = {}
     for snippet in snippets:
         exec(compile(snippet, document, "exec"), namespace)
     if document == "README.md":
         assert namespace["result"]["mask"].size == (320, 240)
+    if document == "docs/families.md":
+        processor = namespace["processor"]
+        assert (processor.vlm_family, processor.canvas_size) == ("qwen3_vl", 608)
+        assert namespace["model"].vlm.config.model_type == "qwen3_vl"
+        assert namespace["config"].vlm_config.text_config.hidden_size == 2560
     if document == "docs/quickstart.md":
         assert namespace["result"]["mask"].size == (320, 240)
         assert [result.error for result in namespace["results"]] == [None]

@@ -21,7 +21,7 @@ from conceptseg_hf import (
 from conceptseg_hf.completion import format_completion
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.generation import GeneratedCompletions
-from conceptseg_hf.outputs import ConceptSegOutput, SegmentationOutputs
+from conceptseg_hf.outputs import SegmentationOutputs
 from conceptseg_hf.processing_conceptseg import PreparedSample
 
 SAMPLED = {"max_new_tokens": 6, "do_sample": True}
@@ -226,13 +226,6 @@ def test_generate_equals_generate_of_the_vlm(model, processor, inputs):
     model.vlm.model.rope_deltas = None
 
 
-def test_embeddings_can_be_replaced(make_model):
-    model = make_model(tied=False)
-    model.set_input_embeddings(torch.nn.Embedding(400, 128))
-    model.set_output_embeddings(torch.nn.Linear(128, 400, bias=False))
-    assert model.vlm.get_input_embeddings().num_embeddings == 400 and model.vlm.lm_head.out_features == 400
-
-
 def test_train_keeps_sam_frozen_and_in_eval_mode(make_model):
     model = make_model()
     for parameter in model.parameters():
@@ -407,96 +400,6 @@ def test_an_optimizer_step_updates_vlm_and_ctm_but_not_sam(make_model, training_
 def test_forward_rejects_incompatible_arguments(model, training_batch, change, match):
     with pytest.raises(ValueError, match=match):
         model(**{**training_batch, **change})
-
-
-# -- forward, conventions of Transformers --
-
-
-@pytest.fixture(scope="module")
-def eager(checkpoint) -> ConceptSegForSegmentation:
-    return AutoModel.from_pretrained(checkpoint / "full", attn_implementation="eager")
-
-
-def flat(value) -> list:
-    """Collect the tensors of a nested output."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [tensor for part in value for tensor in flat(part)] if isinstance(value, (tuple, list)) else []
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"output_hidden_states": True},
-        {"output_attentions": True},
-        {"output_hidden_states": True, "output_attentions": True, "output_logits": True},
-        {"use_cache": True},
-    ],
-)
-@torch.no_grad()
-def test_tuple_output_equals_model_output(eager, training_batch, labels, options):
-    output = eager(**training_batch, mask_labels=labels, return_dict=True, **options)
-    as_tuple = eager(**training_batch, mask_labels=labels, return_dict=False, **options)
-    assert isinstance(output, ConceptSegOutput) and isinstance(as_tuple, tuple)
-    assert len(as_tuple) == len(output.keys()) and torch.equal(as_tuple[0], output.loss)
-    expected = flat(output.to_tuple())
-    assert len(flat(as_tuple)) == len(expected)
-    assert all(torch.equal(*pair) for pair in zip(flat(as_tuple), expected))
-
-
-@torch.no_grad()
-def test_return_dict_can_be_set_in_the_config(eager, training_batch, monkeypatch):
-    monkeypatch.setattr(eager.config, "return_dict", False)
-    assert isinstance(eager(**training_batch), tuple)
-    assert isinstance(eager(**training_batch, return_dict=True), ConceptSegOutput)
-    # `return_dict=False` in the configs of VLM and SAM 3 must not affect the model.
-    for config in (eager.vlm.config, eager.sam.config):
-        monkeypatch.setattr(config, "return_dict", False)
-    assert isinstance(eager(**training_batch, return_dict=True), ConceptSegOutput)
-
-
-@pytest.mark.parametrize("by", ["argument", "config"])
-@torch.no_grad()
-def test_hidden_states_and_attentions_of_the_vlm(eager, training_batch, monkeypatch, by):
-    plain = eager(**training_batch)
-    assert plain.hidden_states is plain.attentions is plain.past_key_values is None
-    names = ("output_hidden_states", "output_attentions")
-    if by == "config":
-        for name in names:
-            monkeypatch.setattr(eager.config, name, True)
-    output = eager(**training_batch, **(dict.fromkeys(names, True) if by == "argument" else {}))
-    text_config, (batch, length) = eager.config.get_text_config(), training_batch["input_ids"].shape
-    layers, heads = text_config.num_hidden_layers, text_config.num_attention_heads
-    assert [state.shape for state in output.hidden_states] == [(batch, length, 128)] * (layers + 1)
-    assert [weights.shape for weights in output.attentions] == [(batch, heads, length, length)] * layers
-    assert torch.equal(output.mask_logits, plain.mask_logits)
-    # The last hidden states are the inputs of the language-model head.
-    logits = eager.get_output_embeddings()(output.hidden_states[-1])
-    assert torch.equal(logits, eager(**training_batch, output_logits=True).logits)
-    tokens = training_batch["attention_mask"].bool()
-    torch.testing.assert_close(output.attentions[0].sum(-1)[:, 0][tokens], torch.ones(int(tokens.sum())))
-    if by == "config":
-        output = eager(**training_batch, **dict.fromkeys(names, False))
-        assert output.hidden_states is output.attentions is None
-
-
-def test_gradients_reach_hidden_states_and_attentions(eager, training_batch):
-    output = eager(**training_batch, output_hidden_states=True, output_attentions=True)
-    for tensor in (output.hidden_states[0], output.attentions[0]):
-        tensor.retain_grad()
-    output[0].flatten()[0].backward()
-    assert output.hidden_states[0].grad.any() and output.attentions[0].grad.any()
-    eager.zero_grad()
-
-
-@all_families
-@torch.no_grad()
-def test_cache_has_the_length_of_the_batch(model, training_batch):
-    output = model(**training_batch, use_cache=True)
-    assert output.past_key_values.get_seq_length() == training_batch["input_ids"].shape[1]
-    assert model(**training_batch, use_cache=False).past_key_values is None
-    assert getattr(model.vlm.model, "rope_deltas", None) is None
 
 
 # -- segment --
@@ -995,31 +898,6 @@ def test_sam_and_ctm_in_bfloat16_give_nearly_the_same_masks(processor):
     assert sizes[1] == sizes[0] / 2
     ious = [(a & b).sum() / (a | b).sum() for a, b in zip(*masks, strict=True) if a.any()]
     assert len(ious) >= 4 and min(ious) > 0.95
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa", {"vlm_config": "eager", "sam_config": "sdpa"}])
-def test_attention_implementation_is_applied_to_vlm_and_sam(checkpoint, attention):
-    model = AutoModel.from_pretrained(checkpoint / "full", attn_implementation=attention)
-    vlm, sam = attention.values() if isinstance(attention, dict) else (attention, attention)
-    text, vision = model.vlm.model.language_model.config, model.vlm.model.visual.config
-    assert (text._attn_implementation, vision._attn_implementation) == (vlm, vlm)
-    assert model.sam.config._attn_implementation == model.sam.detr_encoder.config._attn_implementation == sam
-
-
-def test_eager_equals_sdpa(checkpoint, training_batch):
-    with torch.no_grad():
-        eager, sdpa = (
-            AutoModel.from_pretrained(checkpoint / "full", attn_implementation=name)(
-                **training_batch
-            ).mask_logits
-            for name in ("eager", "sdpa")
-        )
-    assert torch.allclose(eager, sdpa, atol=1e-3)
-
-
-@pytest.mark.parametrize("device_map", ["cpu", "auto", {"vlm": "cpu", "ctm": "cpu", "sam": "cpu"}])
-def test_device_map(checkpoint, model, device_map):
-    assert_same_weights(AutoModel.from_pretrained(checkpoint / "full", device_map=device_map), model)
 
 
 @all_families

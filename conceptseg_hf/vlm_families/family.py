@@ -53,6 +53,7 @@ class VlmFamily(ABC):
         canvas_size: Default of the processor's `canvas_size`: a side that the image processor does not resize.
         coordinate_scale: Default of the processor's `coordinate_scale`.
         supports_vllm: Whether vLLM can write the completions; `vllm_image_data` is required then.
+        vllm_options: Arguments of `vllm.LLM` that the family needs.
         lora_target_modules: Regular expression of the modules of a `ConceptSegForSegmentation` that get adapters by
             default: the attention projections of the language model.
     """
@@ -63,6 +64,7 @@ class VlmFamily(ABC):
     canvas_size: ClassVar[int]
     coordinate_scale: ClassVar[float]
     supports_vllm: ClassVar[bool] = False
+    vllm_options: ClassVar[Mapping[str, Any]] = {}
     lora_target_modules: ClassVar[str] = r"vlm\.model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj)"
 
     # -- processor --

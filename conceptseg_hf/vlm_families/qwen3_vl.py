@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,12 @@ class Qwen3VlFamily(Qwen2_5VlFamily):
     model_type = "qwen3_vl"
     canvas_size = 608  # a multiple of its patches and merges (16 * 2), so that images are resized once
     coordinate_scale = 1000.0  # Qwen3-VL was trained with boxes in thousandths of the image
+    # vLLM reads DeepStack features of encoded images only if it has the vision tower, which it omits if the limit is 0;
+    # prompts have up to two images. Its images for profiling memory would run through the tower.
+    vllm_options: ClassVar[Mapping[str, Any]] = {
+        "limit_mm_per_prompt": {"image": 2, "video": 0},
+        "skip_mm_profiling": True,
+    }
 
     def _processor(self, image_processor: Any, tokenizer: Any, chat_template: str) -> ProcessorMixin:
         from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor  # these require torchvision

@@ -324,6 +324,20 @@ def test_interrupted_run_resumes_exactly(tmp_path) -> None:
     assert torch.equal(resumed.module.weight, whole.module.weight)
 
 
+def test_state_of_another_model_is_refused(tmp_path) -> None:
+    """As when a VLM of another family is trained in the same folder."""
+    schedule = Schedule(steps=2, learning_rate=0.05)
+    train(_Regression(), schedule, tmp_path, report=lambda line: None)
+    wider, renamed = _Regression(), _Regression()
+    wider.module = nn.Linear(3, 2)
+    renamed.module = nn.Sequential(nn.Linear(3, 1))
+    for stage in (wider, renamed):
+        with pytest.raises(
+            ValueError, match=r"state\.safetensors' is the state of another model .*--run-dir"
+        ):
+            train(stage, schedule, tmp_path, report=lambda line: None)
+
+
 def test_learning_rate_warms_up_again_at_the_restart() -> None:
     schedule = Schedule(steps=100, learning_rate=1.0, warmup=10, restart=50, decay=0.25)
     rates = [schedule.rate(step) for step in range(100)]

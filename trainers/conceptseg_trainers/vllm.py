@@ -44,7 +44,7 @@ class ConceptVLLMGeneration(VLLMGenerationAdapter):
         model: Model of the trainer: a composite, or a PEFT model that wraps one.
         accelerator: As for `VLLMGeneration`.
         processing_class: As for `VLLMGeneration`.
-        vlm_name_or_path: Folder or id of a Qwen2.5-VL of the same architecture, with its processor, from which a
+        vlm_name_or_path: Folder or id of a VLM of the same architecture, with its processor, from which a
             colocated engine is built. A server must be started with it manually.
         suppressed_tokens: Ids of image tokens, which a completion must not contain.
         generation_kwargs: Additional sampling parameters of vLLM.

@@ -97,6 +97,7 @@ def train(
     Raises:
         FloatingPointError: If the loss or a weight is not finite.
         OSError: If the state cannot be written.
+        ValueError: If the saved state is that of another model.
     """
     folder = run_dir / stage.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,6 +144,9 @@ class TrainingState:
         module: The module to train.
         schedule: The schedule.
         path: Path of the file; the state is loaded from it if it exists.
+
+    Raises:
+        ValueError: If the file has the state of another model.
 
     Attributes:
         step: Number of completed steps.
@@ -222,6 +226,12 @@ class TrainingState:
         with safe_open(self.path, "pt") as file:
             self.step = self.saved = int(file.metadata()["step"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if any(shapes.get(f"weight/{name}") != p.shape for name, p in self.parameters.items()):
+            raise ValueError(
+                f"{str(self.path)!r} is the state of another model (another family of VLMs, or another version of the "
+                "code); give another --run-dir, or delete the folder to train this stage again."
+            )
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(tensors[f"weight/{name}"])

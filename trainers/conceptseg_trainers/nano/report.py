@@ -28,9 +28,9 @@ library_name: conceptseg-hf
 tags: [concept-segmentation, conceptseg]
 ---
 
-# conceptseg-nano
+# conceptseg-nano{suffix}
 
-The embedded checkpoint of ConceptSeg-HF: the architecture of ConceptSeg-R1 (Qwen2.5-VL, Concept Translation Module,
+{what} ({vlm}, Concept Translation Module,
 SAM 3) with {parameters:.1f} million parameters, trained from scratch on ConceptShapes, a procedural benchmark of drawn
 scenes.
 
@@ -70,6 +70,15 @@ not). Full reasoning; "chosen": fraction of the samples whose mask overlaps most
 
 {concept_tokens}
 """
+_NAMES = {
+    "qwen2_5_vl": (
+        "",
+        "Qwen2.5-VL",
+        "The embedded checkpoint of ConceptSeg-HF: the architecture of ConceptSeg-R1",
+    ),
+    "qwen3_vl": ("-qwen3", "Qwen3-VL", "The architecture of ConceptSeg-R1 with another VLM"),
+}
+"""Suffix of the title, name of the VLM and description, by the family of the VLM."""
 FURTHER_GROUPS = (("test", "which one"), ("test", "hidden rule"), ("test-rules", "hidden rule"))
 
 
@@ -230,7 +239,11 @@ def write_card(
     from transformers import AutoModel, AutoProcessor
 
     model, processor = AutoModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+    suffix, vlm, what = _NAMES[processor.vlm_family]
     card = _CARD.format(
+        suffix=suffix,
+        vlm=vlm,
+        what=what,
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         words=len(processor.sam_tokenizer) // 10 * 10,
         notes=f"\n{notes.strip()}\n" if notes else "",
