@@ -35,6 +35,7 @@ def sample(**changes) -> ConceptSample:
     values = {
         "level": "CI",
         "group": "diverse classes",
+        "family": "attribute",
         "prompt": "red circle",
         "sample_id": "one",
         **changes,

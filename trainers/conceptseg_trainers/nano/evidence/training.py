@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,7 @@ from conceptseg_hf.progress import progress_bar
 
 from ...from_scratch.assemble import write_checkpoint
 from ...from_scratch.vlm_examples import TrainingExample
+from ...grpo_trainer import SegmentationGRPOTrainer
 from ...meta_grpo_config import MetaGRPOConfig
 from ...meta_grpo_trainer import MetaGRPOTrainer
 from ...split_reference import split_reference_dataset
@@ -80,6 +82,24 @@ def train_arm(arm: Arm, start: Path, folder: Path, settings: TrainSettings, seed
     checkpoint = folder / "checkpoint"
     if checkpoint.is_dir():
         return checkpoint
+    with complete_folder(checkpoint) as temporary:
+        _write_arm(arm, start, folder, settings, seed, temporary)
+    return checkpoint
+
+
+@contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed at the end, so that an existing folder is complete."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    yield temporary
+    temporary.rename(folder)
+
+
+def _write_arm(
+    arm: Arm, start: Path, folder: Path, settings: TrainSettings, seed: int, checkpoint: Path
+) -> None:
+    """Train an arm and write its checkpoint."""
     model = ConceptSegForSegmentation.from_pretrained(start)
     processor = ConceptSegProcessor.from_pretrained(start)
     if not arm.meta_reasoning:
@@ -93,11 +113,7 @@ def train_arm(arm: Arm, start: Path, folder: Path, settings: TrainSettings, seed
         _train_supervised(model, settings, seed)
     else:
         _train_by_reinforcement(arm, model, processor, folder, settings, seed)
-    temporary = folder / "checkpoint.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    write_checkpoint(model, processor, temporary)
-    temporary.rename(checkpoint)  # an existing checkpoint is complete
-    return checkpoint
+    write_checkpoint(model, processor, checkpoint)
 
 
 def _task_numbers(seed: int) -> Iterator[int]:
@@ -124,35 +140,13 @@ def _train_by_reinforcement(
     seed: int,
 ) -> None:
     samples = training_samples(settings.steps * settings.prompts, seed)
-    completions_per_step = settings.prompts * settings.num_generations
-    batch_size = min(settings.batch_size, completions_per_step)
     args = MetaGRPOConfig(
         str(folder / "run"),
         rewards=list(arm.rewards),
         meta_without_proxy="box",
         meta_reasoning=arm.meta_reasoning,
         seg_loss_weight=arm.seg_loss_weight,
-        num_generations=settings.num_generations,
-        num_best_and_worst=settings.num_best_and_worst,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=completions_per_step // batch_size,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=4,
-        beta=settings.beta,
-        max_steps=settings.steps,
-        max_completion_length=64,
-        freeze_vision_tower=True,
-        sam_decode_batch_size=64,
-        seed=seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        log_examples=0,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
+        **grpo_arguments(settings, seed),
     )
     trainer = MetaGRPOTrainer(
         model=model,
@@ -161,11 +155,45 @@ def _train_by_reinforcement(
         train_dataset=split_reference_dataset(samples, processor=processor),
         processing_class=processor,
     )
+    run_trainer(trainer, folder, f"{folder.parent.name}, seed {seed}")
+    model.sam = trainer.concept_model.sam  # the trainer has removed it from the modules
+
+
+def grpo_arguments(settings: TrainSettings, seed: int) -> dict[str, Any]:
+    """Return the arguments of `SegmentationGRPOConfig` that all arms have in common."""
+    completions_per_step = settings.prompts * settings.num_generations
+    batch_size = min(settings.batch_size, completions_per_step)
+    return {
+        "num_generations": settings.num_generations,
+        "num_best_and_worst": settings.num_best_and_worst,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": completions_per_step // batch_size,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 4,
+        "beta": settings.beta,
+        "max_steps": settings.steps,
+        "max_completion_length": 64,
+        "freeze_vision_tower": True,
+        "sam_decode_batch_size": 64,
+        "seed": seed,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "log_examples": 0,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+
+
+def run_trainer(trainer: SegmentationGRPOTrainer, folder: Path, description: str) -> None:
+    """Train with a progress bar, and write the log to `trainer_state.json`."""
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_ProgressCallback(f"{folder.parent.name}, seed {seed}"))
+    trainer.add_callback(_ProgressCallback(description))
     trainer.train()
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
-    model.sam = trainer.concept_model.sam  # the trainer has removed it from the modules
 
 
 class _ProgressCallback(TrainerCallback):
