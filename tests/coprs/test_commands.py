@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from random_coprs import save_random_coprs
 
+from conceptseg_hf import visualization
 from conceptseg_hf.cli import main
 from conceptseg_hf.evaluation import evaluate
 
@@ -58,6 +59,17 @@ def test_evaluation_runs_and_resumes(checkpoint, tmp_path) -> None:
     assert [record["route"] for record in report.records] == ["reasoning", "reasoning"]
     again = evaluate(str(checkpoint), "concept-shapes", **options)
     assert again.to_markdown() == report.to_markdown()
+
+
+def test_the_demo_shows_the_prior(checkpoint, tmp_path, capsys, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(
+        visualization, "heatmap_overlay", lambda image, heatmap: drawn.append(heatmap) or image
+    )
+    assert main(["demo", "--model", str(checkpoint), "--samples", "2", "--output-dir", str(tmp_path)]) == 0
+    records = json.loads((tmp_path / "results.json").read_text())
+    assert len(records) == 2 == len(drawn)
+    assert all(record["prior"]["iou"] >= 0 and record["format_valid"] is False for record in records)
 
 
 def test_heatmap_overlay_colors() -> None:

@@ -21,6 +21,7 @@ from conceptseg_trainers import (
     soft_mask_reward,
     split_reference_dataset,
 )
+from conceptseg_trainers.scripts.coprs import TRAINED_IN_FULL
 from random_coprs import build_random_coprs
 
 VALID = "<think>the red one</think><REF_POS>"
@@ -247,7 +248,7 @@ def test_segmentation_loss_equals_the_formula_and_reaches_the_vlm(make_coprs_tra
 
 LORA = {
     "target_modules": r"vlm\.model\.language_model\..*\.(q_proj|v_proj)",
-    "modules_to_save": ["prior", "mask_embed", "mask_decoder"],
+    "modules_to_save": list(TRAINED_IN_FULL),
     "r": 4,
 }
 
@@ -386,7 +387,7 @@ def test_stored_features_do_not_change_the_training(
     make_coprs_trainer, weight_hash, tmp_path, monkeypatch
 ) -> None:
     """Each image is encoded once for all epochs and runs, and the weights are those of a run without the option."""
-    hashes, encoded = {}, {}
+    hashes, encoded, images = {}, {}, set()
     for name in ("computed", "stored", "again"):
         folder = None if name == "computed" else str(tmp_path / "features")
         trainer = make_coprs_trainer(name, max_steps=8, image_features_dir=folder, learning_rate=1e-4)
@@ -397,8 +398,22 @@ def test_stored_features_do_not_change_the_training(
             "encode_image",
             lambda pixels, encode=encode, count=count: count.append(len(pixels)) or encode(pixels),
         )
+        images |= {row["target_image"].tobytes() for row in trainer.train_dataset}
         trainer.train()
         hashes[name] = weight_hash(trainer.concept_model)
     assert hashes["computed"] == hashes["stored"] == hashes["again"]
-    assert {name: sum(counts) for name, counts in encoded.items()} == {"computed": 8, "stored": 4, "again": 0}
-    assert len(list((tmp_path / "features").glob("*.safetensors"))) == 4
+    assert 1 < len(images) < 8
+    assert {name: sum(counts) for name, counts in encoded.items()} == {
+        "computed": 8,
+        "stored": len(images),
+        "again": 0,
+    }
+    assert len(list((tmp_path / "features").glob("*.safetensors"))) == len(images)
+
+
+def test_processes_that_do_not_save_write_no_files(make_coprs_trainer, tmp_path, monkeypatch) -> None:
+    """Otherwise, they would write to the folder in which the main process collects the files of the model."""
+    trainer = make_coprs_trainer()
+    monkeypatch.setattr(type(trainer.args), "should_save", property(lambda _: False))
+    trainer.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()

@@ -474,6 +474,17 @@ def test_adapters_can_be_trained_on_a_4_bit_vlm(tmp_path):
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
+def test_coprs_trains_adapters(tmp_path):
+    argv = coprs_argv(tmp_path, use_peft="true", max_steps=1, learning_rate=1e-3, save_steps=1)
+    trainer = coprs.prepare(argv)
+    trained_names = {name for name, value in trainer.model.named_parameters() if value.requires_grad}
+    assert all("lora_" in name or ".modules_to_save." in name for name in trained_names)
+    for part in ("lora_", ".prior.", ".mask_embed.", ".mask_decoder."):
+        assert any(part in name for name in trained_names), part
+    run(trainer)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
 BAD_ARGUMENTS = {
     "no recipe": (["--config", "/nowhere.yaml"], "'/nowhere.yaml' is neither a file"),
     "missing recipe name": (["--config"], "is neither a file"),

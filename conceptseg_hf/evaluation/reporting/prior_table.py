@@ -5,10 +5,11 @@ The second is research question 2 of the CoPRS paper: the correlation of prior a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..metrics.heatmaps import HEATMAP_METRICS
+from ..records.store import Record
 from .aggregate import levels_of
 from .bootstrap import Interval, correlation_interval, resample
 from .tables import interval_text, interval_values, markdown_table
@@ -27,7 +28,7 @@ _MEANINGS = (
     "share among siblings: fraction of the prior's sum over target and siblings that is on the target.",
 )
 
-Records = Sequence[Mapping[str, Any]]
+Records = Sequence[Record]
 
 
 def prior_rows(records: Records) -> list[dict[str, Any]]:

@@ -98,8 +98,8 @@ def summarize(rows: Sequence[MeasuredSample], resamples: int = 2000) -> dict[str
     present = [row for row in rows if not np.isnan(row.auroc)]
     ious = [row.mask_iou for row in present]
     for metric in ("prior_iou", "average_precision"):
-        values = [getattr(row, metric) for row in present]
-        found = correlation_interval(values, ious, metric, max(1, resamples))
+        qualities = [getattr(row, metric) for row in present]
+        found = correlation_interval(qualities, ious, metric, max(1, resamples))
         summary[f"correlation_{metric}"] = _values(found, len(present), resamples)
     return summary
 

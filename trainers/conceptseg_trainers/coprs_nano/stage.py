@@ -86,7 +86,7 @@ def build_model(
     embeddings = model.vlm.get_input_embeddings().weight
     with torch.no_grad():
         embeddings[processor.ref_pos_token_id] = embeddings[: processor.ref_pos_token_id].mean(dim=0)
-    source: Mapping[str, Tensor] = (backbone or start.sam.vision_encoder).state_dict()
+    source: Mapping[str, Tensor] = (start.sam.vision_encoder if backbone is None else backbone).state_dict()
     weights = {name: value for name, value in source.items() if ".fpn_layers." not in f".{name}"}
     for name, value in source.items():
         head, found, tail = name.partition("neck.fpn_layers.")
