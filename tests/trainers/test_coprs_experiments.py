@@ -201,7 +201,7 @@ def test_interfaces_are_compared_on_the_same_samples(make_model, processor, tmp_
     options = ["--conceptseg", str(conceptseg), "--coprs", str(coprs), "--output-dir", str(output)]
     assert interfaces.main([*options, "--samples", "3"]) == 0
     printed = capsys.readouterr().out
-    assert printed == (output / "interfaces.md").read_text()
+    assert printed.endswith((output / "interfaces.md").read_text())
 
     def ious(system: str, name: str) -> list[float]:
         lines = (output / system / name / "records.jsonl").read_text().splitlines()
@@ -209,7 +209,7 @@ def test_interfaces_are_compared_on_the_same_samples(make_model, processor, tmp_
 
     first, second = ious("conceptseg", "which-one"), ious("coprs", "which-one")
     assert len(first) == len(second) == 3
-    (row,) = (line for line in printed.splitlines() if "| which one" in line and "| CR" in line)
+    (row,) = (line for line in printed.splitlines() if line.startswith("| CR") and "| which one" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2:5] == ["3", f"{np.mean(first):.3f}", f"{np.mean(second):.3f}"]
     assert cells[5].startswith(f"{np.mean(second) - np.mean(first):+.3f} [")

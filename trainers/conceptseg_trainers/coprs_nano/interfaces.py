@@ -123,7 +123,8 @@ def table(comparisons: dict[str, Comparison]) -> str:
     """Return the comparison as Markdown: masks, chosen objects, and the prior of CoPRS."""
     masks, choices, priors = [], [], []
     for name, comparison in comparisons.items():
-        for row in comparison.table:
+        # Summary rows of a set with one group would repeat its row.
+        for row in (row for row in comparison.table if SETS[name] is None or row.group != "all"):
             difference = interval_text(row.difference, 3, signed=True)
             masks.append(
                 [
