@@ -18,6 +18,8 @@ import torch
 from conceptseg_hf import (
     ConceptSegForSegmentation,
     ConceptSegProcessor,
+    CoPRSForSegmentation,
+    CoPRSProcessor,
     format_completion,
     nano_checkpoint,
 )
@@ -116,13 +118,19 @@ def make_coprs_trainer(kind: str, folder: Path, **settings):
             ]
             return [ids[: ids.index(end) + 1] if end in ids else ids for ids in completions], None
 
-    model = build_random_coprs("sam")
+    # With ZeRO-3, a model that is built after the first trainer would be created in parts; one that is loaded is whole.
+    start = folder.parent / f"start_{os.environ.get('RANK', 0)}"
+    if not start.exists():
+        created = build_random_coprs("sam")
+        created.save_pretrained(start)
+        created.processor.save_pretrained(start)
+    model = CoPRSForSegmentation.from_pretrained(start)
     samples = [s for s in load_benchmark("concept-shapes", split="train", limit=12) if not s.references]
     return Scripted(
         model,
         args=CoPRSTrainerConfig(str(folder), **arguments(kind, 12, {"learning_rate": 1e-5, **settings})),
         train_dataset=split_reference_dataset(samples),
-        processing_class=model.processor,
+        processing_class=CoPRSProcessor.from_pretrained(start),
     )
 
 
