@@ -20,7 +20,8 @@ Color = tuple[int, int, int]
 
 MASK_COLOR: Color = (30, 144, 255)
 BOX_COLOR: Color = (255, 191, 0)
-_HEATMAP_COLORS: tuple[Color, Color, Color] = ((20, 30, 120), (250, 220, 60), (190, 20, 30))
+_HEATMAP_COLORS = np.array([(13, 8, 60), (126, 30, 120), (235, 105, 60), (252, 245, 170)], dtype=np.float32)
+"""Colors at 0, 1/3, 2/3 and 1: dark to light, so that the order is visible without color vision."""
 _BACKGROUND_COLOR: Color = (255, 255, 255)
 _TEXT_COLOR: Color = (32, 32, 32)
 _TITLE_COLOR: Color = (112, 112, 112)
@@ -72,7 +73,7 @@ def overlay(
 
 
 def heatmap_overlay(image: Image.Image, heatmap: np.ndarray, opacity: float = 0.6) -> Image.Image:
-    """Blend an image with the colors of a heatmap, from blue (0) over yellow to red (1).
+    """Blend an image with the colors of a heatmap, from dark (0) to light (1).
 
     Args:
         image: Image of any mode.
@@ -88,10 +89,9 @@ def heatmap_overlay(image: Image.Image, heatmap: np.ndarray, opacity: float = 0.
             f"heatmap_overlay: the heatmap has the size {heatmap.shape[::-1]}, but its image {image.size}; resize one "
             "of them."
         )
-    values = np.clip(heatmap, 0, 1)[..., None]
-    low, middle, high = (np.asarray(color, dtype=np.float32) for color in _HEATMAP_COLORS)
-    colors = np.where(
-        values < 0.5, low + (middle - low) * 2 * values, middle + (high - middle) * (2 * values - 1)
+    steps = np.linspace(0, 1, len(_HEATMAP_COLORS))
+    colors = np.stack(
+        [np.interp(heatmap, steps, _HEATMAP_COLORS[:, channel]) for channel in range(3)], axis=-1
     )
     return Image.blend(image, Image.fromarray(np.rint(colors).astype(np.uint8)), opacity)
 
@@ -178,13 +178,13 @@ def panel(
     if references:
         tiles.append(("references", draw_mosaic(references, height, check, mosaic_settings)))
     # The box is drawn after scaling, so that its line width does not depend on the size of the image.
-    shown = _resize_to_height(target, height)
+    shown = resize_to_height(target, height)
     if box is not None:
         across, down = shown.width / target.width, shown.height / target.height
         shown = draw_box(shown, (box[0] * across, box[1] * down, box[2] * across, box[3] * down))
     tiles.append(("image" if box is None else "image and box", shown))
     if heatmap is not None:
-        tiles.append(("heatmap", _resize_to_height(heatmap_overlay(target, heatmap), height)))
+        tiles.append(("heatmap", resize_to_height(heatmap_overlay(target, heatmap), height)))
     tiles.append(("mask", scaled_overlay(target, mask, height)))
     if ground_truth is not None:
         tiles.append(("ground truth", scaled_overlay(target, ground_truth, height)))
@@ -210,7 +210,8 @@ def caption_of(result: ConceptSegmentation, prompt: str, *remarks: str) -> str:
     return "\n".join(lines)
 
 
-def _resize_to_height(image: Image.Image, height: int, method: Image.Resampling | None = None) -> Image.Image:
+def resize_to_height(image: Image.Image, height: int, method: Image.Resampling | None = None) -> Image.Image:
+    """Resize an image to a height; extremely wide images are compressed."""
     width = min(max(1, round(image.width * height / image.height)), _MAX_ASPECT_RATIO * height)
     if method is None:  # enlarged images keep sharp pixels
         method = Image.Resampling.LANCZOS if image.height > height else Image.Resampling.NEAREST
@@ -229,16 +230,14 @@ def scaled_overlay(image: Image.Image, mask: Image.Image | np.ndarray | None, he
         ValueError: If the sizes differ.
     """
     if mask is None:
-        return _resize_to_height(image, height)
+        return resize_to_height(image, height)
     if isinstance(mask, np.ndarray):
         mask = mask_to_image(mask)
     if mask.size != image.size:
         raise ValueError(
             f"scaled_overlay: mask has size {mask.size}, but its image has size {image.size}; resize one of them."
         )
-    return overlay(
-        _resize_to_height(image, height), _resize_to_height(mask, height, Image.Resampling.NEAREST)
-    )
+    return overlay(resize_to_height(image, height), resize_to_height(mask, height, Image.Resampling.NEAREST))
 
 
 def side_by_side(
@@ -252,7 +251,7 @@ def side_by_side(
         height: Height of the images in pixels.
     """
     tiles = [
-        (title, tile if tile.height == height else _resize_to_height(tile, height)) for title, tile in tiles
+        (title, tile if tile.height == height else resize_to_height(tile, height)) for title, tile in tiles
     ]
     font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=13)
     width = sum(tile.width + _MARGIN for _, tile in tiles) + _MARGIN

@@ -14,6 +14,7 @@ from . import forms
 from .evaluate import METRIC_COLUMNS, metrics_row
 
 NO_RULE = "(no rule: SAM 3 alone)"
+PRIOR = "(no rule: positional prior of CoPRS)"
 _MAX_SHOWN_RULES = 50
 _RULE_WIDTH = 44  # number of characters that fit next to the sample grid
 
@@ -65,8 +66,7 @@ class ConceptExplorer(foo.Panel):
         """Show the samples of a row of the rules table."""
         row, field = self._row(ctx, "rules"), ctx.panel.get_state("field")
         if row:
-            rule = None if row["rule"] == NO_RULE else row["rule"]
-            self._show(ctx, _answered(ctx.dataset, field).match(F(f"{field}.rule") == rule))
+            self._show(ctx, _with_rule(ctx.dataset, field, row["rule"]))
 
     def show_failure(self, ctx: Any) -> None:
         """Show the samples of a row of the failures table."""
@@ -84,6 +84,15 @@ class ConceptExplorer(foo.Panel):
                 if row[name] != "all" and isinstance(ctx.dataset.get_field(name), fo.StringField):
                     view = _with_value(view, name, row[name])
             self._show(ctx, view)
+
+    def show_heatmaps(self, ctx: Any) -> None:
+        """Show the samples with a heatmap, and the heatmaps on them."""
+        from conceptseg_hf.integrations.fiftyone.schema import heatmap_field
+
+        name = heatmap_field(ctx.dataset, ctx.panel.get_state("field"))
+        if name is not None:
+            self._show(ctx, ctx.dataset.exists(name))
+            ctx.ops.set_active_fields([*dict.fromkeys([*ctx.active_fields, name])])
 
     def show_all(self, ctx: Any) -> None:
         """Show all samples."""
@@ -121,7 +130,7 @@ class ConceptExplorer(foo.Panel):
             ctx.panel.set_state("status", forms.INSTALL)
             return
         from conceptseg_hf.integrations.fiftyone.evaluation import BACKEND
-        from conceptseg_hf.integrations.fiftyone.schema import prediction_fields
+        from conceptseg_hf.integrations.fiftyone.schema import heatmap_field, prediction_fields
 
         ctx.dataset.reload()
         fields = prediction_fields(ctx.dataset)
@@ -141,8 +150,7 @@ class ConceptExplorer(foo.Panel):
         key = ctx.panel.get_state("eval_key")
         key = key if key in keys else next(iter(keys), None)
         summary, metrics = _evaluation(ctx.dataset, key)
-        rules = _answered(ctx.dataset, field).count_values(f"{field}.rule")
-        rules = sorted(((rule or NO_RULE, count) for rule, count in rules.items()), key=lambda item: -item[1])
+        rules = sorted(_rules(ctx.dataset, field).items(), key=lambda item: -item[1])
         failures = {kind: len(ids) for kind, ids in _failures(ctx.dataset, field, key).items() if ids}
         ctx.panel.set_state(
             {
@@ -153,6 +161,8 @@ class ConceptExplorer(foo.Panel):
                 "eval_keys": keys,
                 "summary": summary,
                 "metrics": metrics,
+                "has_presence": ctx.dataset.exists(f"{field}.presence").count() > 0,
+                "has_heatmaps": heatmap_field(ctx.dataset, field) is not None,
                 "rule_count": len(rules),
                 "rules": [
                     {
@@ -184,6 +194,8 @@ class ConceptExplorer(foo.Panel):
         row = panel.h_stack("buttons", gap=2)
         row.btn("refresh", label="Refresh", on_click=self.on_choose)
         row.btn("all", label="Show all samples", on_click=self.show_all)
+        if ctx.panel.get_state("has_heatmaps"):
+            row.btn("heatmaps", label="Show heatmaps", on_click=self.show_heatmaps)
 
     def _render_plots(self, panel: types.Object, ctx: Any) -> None:
         common = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "height": 280}
@@ -195,6 +207,8 @@ class ConceptExplorer(foo.Panel):
             config={"displayModeBar": False},
             on_click=self.show_route,
         )
+        if not ctx.panel.get_state("has_presence"):  # SAM 3 alone was never asked
+            return
         panel.plot(
             "presence",
             layout=common
@@ -259,16 +273,49 @@ def _answered(dataset: fo.Dataset, field: str) -> fo.DatasetView:
     return dataset.match(F(f"{field}.route") != None)  # noqa: E711 (FiftyOne expression)
 
 
+def _with_prior(view: fo.core.collections.SampleCollection, field: str) -> fo.DatasetView:
+    """Return the samples with predictions of CoPRS, which writes neither rule nor answer."""
+    from conceptseg_hf.coprs.inference import ROUTE_REASONS
+
+    return view.match(F(f"{field}.route_reason").is_in(list(ROUTE_REASONS)))
+
+
+def _without_prior(view: fo.core.collections.SampleCollection, field: str) -> fo.DatasetView:
+    from conceptseg_hf.coprs.inference import ROUTE_REASONS
+
+    return view.match(~F(f"{field}.route_reason").is_in(list(ROUTE_REASONS)))
+
+
+def _rules(dataset: fo.Dataset, field: str) -> dict[str, int]:
+    """Return the number of samples of each rule, and of those without a rule by the reason."""
+    answered = _answered(dataset, field)
+    rules = _without_prior(answered, field).count_values(f"{field}.rule")
+    counts = {rule or NO_RULE: count for rule, count in rules.items()}
+    prior = _with_prior(answered, field).count()
+    return counts | ({PRIOR: prior} if prior else {})
+
+
+def _with_rule(dataset: fo.Dataset, field: str, rule: str) -> fo.DatasetView:
+    """Return the samples of a row of the rules table."""
+    answered = _answered(dataset, field)
+    if rule == PRIOR:
+        return _with_prior(answered, field)
+    value = None if rule == NO_RULE else rule
+    return _without_prior(answered, field).match(F(f"{field}.rule") == value)
+
+
 def _failures(dataset: fo.Dataset, field: str, eval_key: str | None) -> dict[str, list[str]]:
     """Return sample ids by kind of failure; with the key of an evaluation, also the samples that it skipped."""
+    from conceptseg_hf.coprs.inference import NO_POSITION
     from conceptseg_hf.integrations.fiftyone.evaluation import left_out_of
 
     predicted = dataset.exists(field)
-    reasoned = predicted.match(F(f"{field}.route") == "reasoning")
+    reasoned = _without_prior(predicted.match(F(f"{field}.route") == "reasoning"), field)
     kinds = {
         "error": predicted.match(F(f"{field}.error") != None),  # noqa: E711 (FiftyOne expression)
         "no rule in the completion": reasoned.match(F(f"{field}.rule") == None),  # noqa: E711
         "no answer in the completion": reasoned.match(F(f"{field}.answer") == None),  # noqa: E711
+        NO_POSITION: predicted.match(F(f"{field}.route_reason") == NO_POSITION),
         "check IoU below 0.5": predicted.exists(f"{field}.check_iou").match(F(f"{field}.check_iou") < 0.5),
         "empty mask": predicted.match((F(f"{field}.score") == 0) & (F(f"{field}.error") == None)),  # noqa: E711
     }

@@ -70,9 +70,20 @@ def targets_of(ctx: Any) -> Any:
 
 
 def outputs_of(ctx: Any) -> list[str]:
-    """Return the enabled outputs; by default masks only."""
-    defaults = {"segmentation": True, "detections": False, "heatmap": False}
-    return [name for name, default in defaults.items() if ctx.params.get(name, default)]
+    """Return the enabled outputs; by default masks, and with a CoPRS checkpoint also the prior."""
+    get, prior = ctx.params.get, has_prior(ctx)
+    enabled = {"segmentation": get("segmentation", True), "detections": get("detections", False)}
+    enabled["heatmap"] = get("heatmap", prior)
+    if prior:
+        enabled["heatmap"] = get("prior", enabled["heatmap"])
+    return [name for name, value in enabled.items() if value]
+
+
+def has_prior(ctx: Any) -> bool:
+    """Whether the checkpoint of the form is a CoPRS model."""
+    from conceptseg_hf.integrations.fiftyone.checkpoints import is_coprs
+
+    return is_coprs(ctx.params.get("checkpoint") or "nano")
 
 
 def skip_existing(ctx: Any) -> bool | None:
@@ -101,8 +112,12 @@ def add_output_inputs(
     options = {
         "segmentation": ("Segmentation", "A mask file per sample", True),
         "detections": ("Detections", "A box with an instance mask per connected region", False),
-        "heatmap": ("Heatmap", "A file with the mask probabilities per sample", False),
     }
+    # Inputs of different names, as the App keeps the first default of an input.
+    if has_prior(ctx):
+        options["prior"] = ("Heatmap", "A file with the positional prior: where the reasoning points", True)
+    else:
+        options["heatmap"] = ("Heatmap", "A file with the mask probabilities per sample", False)
     for name, (label, description, default) in options.items():
         inputs.bool(name, default=default, label=label, description=description, view=types.SwitchView())
     inputs.str(
@@ -132,12 +147,12 @@ def add_output_inputs(
 def add_summary(inputs: types.Object, ctx: Any, job: Any, fault: str | None) -> None:
     """Add a line at the top of the form: the first problem, or the number of samples to segment."""
     from conceptseg_hf.integrations.fiftyone import loop
-    from conceptseg_hf.integrations.fiftyone.checkpoints import fault_of, fault_of_concept
+    from conceptseg_hf.integrations.fiftyone.checkpoints import fault_of, fault_of_concept, fault_of_router
     from conceptseg_hf.integrations.fiftyone.field_locks import InUseError, check_free
     from conceptseg_hf.integrations.fiftyone.runs import writable_fields
 
     try:
-        fault = fault or fault_of(job.checkpoint)
+        fault = fault or fault_of(job.checkpoint) or fault_of_router(job.router, job.checkpoint)
         if fault is None and job.concept is not None:
             fault = fault_of_concept(job.concept, job.checkpoint)
         if fault is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,4 +87,14 @@ def build_random_coprs(
             else:
                 parameter.mul_(4)
     model.processor = processor
+    return model
+
+
+def save_random_coprs(folder: Path, kind: str = "sam", **overrides: Any) -> CoPRSForSegmentation:
+    """Save a random model whose completions end with `<REF_POS>` at once, with its processor, and return it."""
+    model = build_random_coprs(kind, **overrides)
+    model.config.max_new_tokens = 2
+    model.generation_config.sequence_bias = [[[model.config.ref_pos_token_id], 1e6]]
+    model.save_pretrained(folder)
+    model.processor.save_pretrained(folder)
     return model

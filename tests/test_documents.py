@@ -12,6 +12,7 @@ import sys
 
 import pytest
 from PIL import Image
+from random_coprs import save_random_coprs
 from transformers import AutoModel, AutoProcessor
 
 import conceptseg_hf
@@ -99,6 +100,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
             (folder / "my_data" / part).mkdir(parents=True, exist_ok=True)
             Image.open(folder / image).save(folder / "my_data" / part / f"{number}.png")
     (folder / "my_data" / "prompt.txt").write_text("red circle")
+    save_random_coprs(folder / "coprs_checkpoint")
     nano = conceptseg_hf.nano_checkpoint()
     (folder / "path" / "to").mkdir(parents=True)
     (folder / "path" / "to" / "suite").symlink_to(folder / "suite")

@@ -78,7 +78,8 @@ def _save(sample: ConceptSample, result: ConceptSegmentation, folder: Path, numb
     from conceptseg_hf.writing import image_bytes, write_file
 
     name = f"{number:02d}_{sample.level}_{sample.group.replace(' ', '-')}.png"
-    record = {"picture": name} | make_record(sample, result)
+    # Only CoPRS returns heatmaps by default.
+    record = {"picture": name} | make_record(sample, result, has_prior=result.heatmap is not None)
     check_box, index = result.check, result.check_reference
     check = None if check_box is None or index is None else (index, check_box)
     figure = panel(
@@ -88,6 +89,7 @@ def _save(sample: ConceptSample, result: ConceptSegmentation, folder: Path, numb
         box=result.box,
         check=check,
         ground_truth=sample.mask,
+        heatmap=result.heatmap,
         caption=caption_of(result, sample.prompt, f"foreground IoU {record['foreground_iou']:.2f}"),
     )
     as_bad_input(write_file, folder / name, image_bytes(figure))

@@ -23,7 +23,15 @@ from .arguments import (
 )
 from .outputs import check_output_dir, check_output_file, explain_resuming, folder_name
 
-FILES = ("records.jsonl", "settings.json", "report.md", "report.json", "report.csv", "gallery.html")
+FILES = (
+    "records.jsonl",
+    "settings.json",
+    "report.md",
+    "report.json",
+    "report.csv",
+    "gallery.html",
+    "heatmaps.html",
+)
 
 
 def add_parser(subcommands: Any) -> None:

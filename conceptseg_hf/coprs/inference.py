@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from .modeling_coprs import CoPRSForSegmentation
 
 REASON = "CoPRS reasons about every prompt"
+NO_POSITION = f"the completion has no {REF_POS}"
+ROUTE_REASONS = (REASON, NO_POSITION)
+"""`ConceptSegmentation.route_reason` of results of CoPRS."""
+
+ROUTERS = ("adaptive", "full_reasoning")
+"""Router modes that CoPRS accepts; both always reason."""
+
 _CONCEPTSEG_OPTIONS = {"concept": None, "rule": None, "sam_prompt": "concept+text"}
 
 
@@ -37,13 +44,22 @@ def check_options(router: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If the router excludes reasoning, or another option of ConceptSeg is set.
     """
-    mode = router.mode if isinstance(router, ShortcutRouter) else router
-    if mode not in ("adaptive", "full_reasoning"):
-        raise ValueError(f"segment: router is {mode!r}, but CoPRS always reasons; use 'full_reasoning'.")
+    check_router(router)
     for name, default in _CONCEPTSEG_OPTIONS.items():
         if options.get(name, default) != default:
             raise ValueError(f"segment: {name} is an option of ConceptSeg that CoPRS does not have; omit it.")
     return {name: value for name, value in options.items() if name not in _CONCEPTSEG_OPTIONS}
+
+
+def check_router(router: Any) -> None:
+    """Check that a router mode, or a `ShortcutRouter`, does not exclude reasoning.
+
+    Raises:
+        ValueError: If it does.
+    """
+    mode = router.mode if isinstance(router, ShortcutRouter) else router
+    if mode not in ROUTERS:
+        raise ValueError(f"segment: router is {mode!r}, but CoPRS always reasons; use 'full_reasoning'.")
 
 
 class PriorSegmenter:
@@ -97,7 +113,7 @@ class PriorSegmenter:
                 mask_logits=self._without_padding(masks[row], size) if found else empty,
                 prior_logits=self._without_padding(prior[row], size) if found else empty,
                 completion=completions[row],
-                reason=REASON if found else f"the completion has no {REF_POS}",
+                reason=REASON if found else NO_POSITION,
             )
         return outputs
 

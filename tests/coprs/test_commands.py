@@ -7,28 +7,24 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from random_coprs import save_random_coprs
 
+from conceptseg_hf import visualization
 from conceptseg_hf.cli import main
 from conceptseg_hf.evaluation import evaluate
 
 
 @pytest.fixture(scope="module")
-def checkpoint(make_coprs, tmp_path_factory):
+def checkpoint(tmp_path_factory):
     """A random model whose only token is <REF_POS>."""
     folder = tmp_path_factory.mktemp("coprs")
-    model = make_coprs("sam")
-    position = model.config.ref_pos_token_id
-    others = [token for token in range(model.config.get_text_config().vocab_size) if token != position]
-    model.config.max_new_tokens = 2
-    model.save_pretrained(folder)
-    model.processor.save_pretrained(folder)
-    return folder, {"suppress_tokens": others}
+    save_random_coprs(folder)
+    return folder
 
 
 def test_segment_writes_the_heatmap(checkpoint, make_image, tmp_path, capsys) -> None:
-    folder, _ = checkpoint
     make_image(0).save(tmp_path / "photo.png")
-    arguments = ["segment", str(tmp_path / "photo.png"), "--prompt", "red circle", "--model", str(folder)]
+    arguments = ["segment", str(tmp_path / "photo.png"), "--prompt", "red circle", "--model", str(checkpoint)]
     assert main([*arguments, "--heatmap", "--output-dir", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("reasoning: 'red circle', score") and "presence" not in printed
@@ -46,7 +42,7 @@ def test_sam_only_is_refused_in_one_sentence(checkpoint, make_image, tmp_path, c
         "--prompt",
         "star",
         "--model",
-        str(checkpoint[0]),
+        str(checkpoint),
         "--router",
         "sam_only",
         "--output-dir",
@@ -57,13 +53,23 @@ def test_sam_only_is_refused_in_one_sentence(checkpoint, make_image, tmp_path, c
 
 
 def test_evaluation_runs_and_resumes(checkpoint, tmp_path) -> None:
-    folder, generation = checkpoint
-    options = {"limit": 2, "output_dir": tmp_path, "batch_size": 2, "generation_config": generation}
-    report = evaluate(str(folder), "concept-shapes", **options)
+    options = {"limit": 2, "output_dir": tmp_path, "batch_size": 2}
+    report = evaluate(str(checkpoint), "concept-shapes", **options)
     assert [record["error"] for record in report.records] == [None, None]
     assert [record["route"] for record in report.records] == ["reasoning", "reasoning"]
-    again = evaluate(str(folder), "concept-shapes", **options)
+    again = evaluate(str(checkpoint), "concept-shapes", **options)
     assert again.to_markdown() == report.to_markdown()
+
+
+def test_the_demo_shows_the_prior(checkpoint, tmp_path, capsys, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(
+        visualization, "heatmap_overlay", lambda image, heatmap: drawn.append(heatmap) or image
+    )
+    assert main(["demo", "--model", str(checkpoint), "--samples", "2", "--output-dir", str(tmp_path)]) == 0
+    records = json.loads((tmp_path / "results.json").read_text())
+    assert len(records) == 2 == len(drawn)
+    assert all(record["prior"]["iou"] >= 0 and record["format_valid"] is False for record in records)
 
 
 def test_heatmap_overlay_colors() -> None:
@@ -71,16 +77,15 @@ def test_heatmap_overlay_colors() -> None:
 
     image = Image.new("RGB", (3, 1))
     drawn = np.asarray(heatmap_overlay(image, np.array([[0.0, 0.5, 1.0]]), opacity=1.0))
-    assert drawn[0].tolist() == [[20, 30, 120], [250, 220, 60], [190, 20, 30]]
+    assert drawn[0].tolist() == [[13, 8, 60], [180, 68, 90], [252, 245, 170]]
     with pytest.raises(ValueError, match="the heatmap has the size"):
         heatmap_overlay(image, np.zeros((2, 2)))
 
 
 def test_settings_of_conceptseg_are_refused_in_one_sentence(checkpoint, make_image, tmp_path, capsys) -> None:
-    folder, _ = checkpoint
     image = tmp_path / "photo.png"
     make_image(0).save(image)
-    common = ["--prompt", "star", "--model", str(folder)]
+    common = ["--prompt", "star", "--model", str(checkpoint)]
     output = ["--output-dir", str(tmp_path / "out")]
     for arguments, message in (
         (

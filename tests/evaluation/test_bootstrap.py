@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conceptseg_hf.evaluation.reporting.bootstrap import average, resample
+from conceptseg_hf.evaluation.reporting.bootstrap import average, correlation_interval, resample
 
 
 def test_interval_is_close_to_the_normal_approximation():
@@ -66,3 +66,24 @@ def test_bad_arguments():
         resample([1.0], resamples=0)
     with pytest.raises(ValueError, match="confidence is 95"):
         resample([1.0]).interval(95)
+
+
+def test_correlation_interval_is_close_to_fishers():
+    rng = np.random.default_rng(3)
+    first = rng.normal(size=400)
+    second = 0.6 * first + 0.8 * rng.normal(size=400)
+    interval = correlation_interval(first.tolist(), second.tolist(), "r")
+    r = np.corrcoef(first, second)[0, 1]
+    low, high = np.tanh(np.arctanh(r) + np.array([-1, 1]) * 1.96 / np.sqrt(397))
+    assert interval.mean == pytest.approx(r, abs=1e-12) and interval.samples == 400
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.02)
+    assert correlation_interval(first.tolist(), second.tolist(), "r") == interval
+
+
+def test_correlations_that_are_not_defined():
+    assert correlation_interval([], []) is None
+    assert correlation_interval([0.1, 0.2], [0.3, 0.1]) is None  # always 1 or -1
+    assert correlation_interval([0.1, 0.1, 0.1], [0.3, 0.1, 0.2]) is None
+    pairs = correlation_interval([0.1, None, 0.2, float("nan"), 0.4], [0.2, 0.9, 0.4, 0.1, 0.8])
+    assert pairs.samples == 3 and pairs.mean == pytest.approx(1)
+    assert correlation_interval([0.1, 0.2, 0.3], [0.1, 0.1, 0.2], resamples=1).low >= -1

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -151,6 +152,34 @@ def messages(form_of):
         ]
 
     return blocking_warnings
+
+
+@pytest.fixture()
+def open_explorer(fo) -> Callable[[Any], tuple[Any, Any]]:
+    """Return a function that loads the Concept explorer and returns it with its context.
+
+    `context.panel.state` is the state of the panel, and `context.shown` lists the views that it opened.
+    """
+    from fiftyone.operators.registry import OperatorRegistry
+
+    def load(dataset: Any) -> tuple[Any, Any]:
+        state, shown, fields = {}, [], []
+
+        def set_state(name: Any, value: Any = None) -> None:
+            state.update(name if isinstance(name, dict) else {name: value})
+
+        panel = SimpleNamespace(
+            state=state, get_state=state.get, set_state=set_state, set_data=lambda data: None
+        )
+        ops = SimpleNamespace(set_view=lambda view: shown.append(view), set_active_fields=fields.extend)
+        context = SimpleNamespace(
+            dataset=dataset, panel=panel, ops=ops, params={}, shown=shown, active_fields=fields
+        )
+        explorer = OperatorRegistry().get_operator(f"{PLUGIN}/concept_explorer")
+        explorer.on_load(context)
+        return explorer, context
+
+    return load
 
 
 @pytest.fixture(scope="session")

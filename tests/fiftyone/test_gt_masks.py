@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -263,24 +261,15 @@ def test_an_interrupt_deletes_the_partial_run(pair, monkeypatch):
 
 
 @pytest.fixture()
-def explore(fo):
+def explore(open_explorer):
     """Return a function that returns the Concept explorer's state, and the view after a click on a row of metrics."""
-    from fiftyone.operators.registry import OperatorRegistry
 
     def load(dataset, row=None):
-        state, shown = {}, []
-
-        def set_state(name, value=None):
-            state.update(name if isinstance(name, dict) else {name: value})
-
-        panel = SimpleNamespace(get_state=state.get, set_state=set_state, set_data=lambda data: None)
-        ops = SimpleNamespace(set_view=lambda view: shown.append(view))
-        context = SimpleNamespace(dataset=dataset, panel=panel, ops=ops, params={"row": row})
-        explorer = OperatorRegistry().get_operator(f"{PLUGIN}/concept_explorer")
-        explorer.on_load(context)
+        explorer, context = open_explorer(dataset)
         if row is not None:
+            context.params["row"] = row
             explorer.show_group(context)
-        return state, *shown
+        return context.panel.state, *context.shown
 
     return load
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +79,20 @@ def make_meta_grpo(vlm_family, request, shapes, tmp_path) -> Callable[..., Any]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def run_two(run_two_processes) -> Callable[..., dict]:
+    """Return a function that runs `two_processes.py` in two processes and reads its results."""
+    worker = Path(__file__).with_name("two_processes.py")
+
+    def run(kind: str, folder: Path, system: str = "conceptseg") -> dict:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+        result = run_two_processes(str(worker), kind, str(folder), system, env=environment)
+        assert result.returncode == 0, result.stderr[-20000:]
+        return json.loads((folder / "figures.json").read_text())
+
+    return run
 
 
 @pytest.fixture(scope="session")

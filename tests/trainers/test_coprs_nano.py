@@ -13,10 +13,11 @@ from conceptseg_hf.data import ConceptShapes
 pytest.importorskip("trl", "1.16")
 from conceptseg_trainers.coprs_nano import report
 from conceptseg_trainers.coprs_nano.measuring import measure, summarize
-from conceptseg_trainers.coprs_nano.stage import PriorStage, build_model, ideal_prior
+from conceptseg_trainers.coprs_nano.stage import PriorSettings, PriorStage, build_model, ideal_prior
 from conceptseg_trainers.coprs_nano.tokenizers import build_processor
 from conceptseg_trainers.from_scratch.loop import Schedule, TrainingState, train
 from conceptseg_trainers.from_scratch.vlm_examples import patches
+from conceptseg_trainers.nano.vlm_data import RANDOM_CHOICE_FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +27,11 @@ def processor():
 
 @pytest.fixture
 def make_stage(processor):
-    def make(steps: int = 40) -> PriorStage:
-        torch.manual_seed(0)
+    def make(steps: int = 40, **settings) -> PriorStage:
+        torch.seed()  # a resumed run is another process: only the seed of the stage determines the new weights
         start = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
-        stage = PriorStage(build_model(start, processor), processor, steps, held_out=3)
+        model = build_model(start, processor)
+        stage = PriorStage(model, processor, steps, held_out=3, settings=PriorSettings(**settings))
         stage.data.count = 3
         return stage
 
@@ -60,6 +62,42 @@ def test_perception_examples_have_a_mask_per_token(make_stage, processor) -> Non
         example = data.writer.positions(rng, scene, several)
         assert example.completion.count(processor.ref_pos_token_id) == len(example.masks) > 0
         assert all(mask.any() for mask in example.masks)
+
+
+def test_examples_of_random_choices_and_without_reasoning(make_stage, processor) -> None:
+    """Only the chosen families describe another object; its mask belongs to its description."""
+    plain, random, silent = (
+        make_stage().data,
+        make_stage(random_choice_families=RANDOM_CHOICE_FAMILIES).data,
+        make_stage(with_reasoning=False).data,
+    )
+    differing = 0
+    for number in range(60):
+        task = plain.tasks.task(number)
+        chosen = random._chosen(number)
+        assert plain._chosen(number) is None and random._chosen(number) == chosen
+        assert (chosen is not None) == (plain.tasks.family(number) in RANDOM_CHOICE_FAMILIES)
+        if chosen is None:
+            continue
+        example = random.writer.reasoning(np.random.default_rng(0), task, chosen)
+        item = task.scene.objects[chosen]
+        assert np.array_equal(example.masks[0], item.mask) and item.mask.any()
+        think = processor.decode_completion(example.completion).think
+        assert think.split()[-1] in item.look.phrase.split()
+        differing += not np.array_equal(item.mask, task.mask)
+    assert differing > 5
+    task = plain.tasks.task(3)
+    example = silent.writer.reasoning(np.random.default_rng(0), task, None, False)
+    completion = processor.decode_completion(example.completion)
+    assert completion.is_valid and completion.think == "" and np.array_equal(example.masks[0], task.mask)
+    assert [target.position for target in example.attention_targets] == [len(example.completion) - 1]
+
+
+def test_the_prior_loss_can_be_left_out(make_stage) -> None:
+    whole, without = make_stage(), make_stage(prior_weight=0.0)
+    (loss, metrics), (other, _) = whole.loss(3), without.loss(3)
+    assert metrics["prior"] > 0.1
+    assert loss.item() - other.item() == pytest.approx(metrics["prior"], abs=1e-4)
 
 
 def test_features_equal_those_of_the_model(make_stage, processor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import numpy as np
@@ -20,6 +21,7 @@ from conceptseg_trainers import (
     soft_mask_reward,
     split_reference_dataset,
 )
+from conceptseg_trainers.scripts.coprs import TRAINED_IN_FULL
 from random_coprs import build_random_coprs
 
 VALID = "<think>the red one</think><REF_POS>"
@@ -31,6 +33,7 @@ def make_coprs_trainer(shapes, tmp_path):
 
     def make(folder: str = "run", kind: str = "sam", **settings) -> CoPRSTrainer:
         model = settings.pop("model", None) or build_random_coprs(kind)
+        peft_config = settings.pop("peft_config", None)
         settings = {
             "per_device_train_batch_size": 4,
             "num_generations": 4,
@@ -53,6 +56,7 @@ def make_coprs_trainer(shapes, tmp_path):
             args=CoPRSTrainerConfig(str(tmp_path / folder), **settings),
             train_dataset=split_reference_dataset([s for s in shapes if not s.references][:4]),
             processing_class=model.processor,
+            peft_config=peft_config,
         )
 
     return make
@@ -242,7 +246,87 @@ def test_segmentation_loss_equals_the_formula_and_reaches_the_vlm(make_coprs_tra
     assert all(parameter.grad is None for parameter in model.sam.vision_encoder.parameters())
 
 
-def test_resume_is_exact(make_coprs_trainer, weight_hash) -> None:
+LORA = {
+    "target_modules": r"vlm\.model\.language_model\..*\.(q_proj|v_proj)",
+    "modules_to_save": list(TRAINED_IN_FULL),
+    "r": 4,
+}
+
+
+def test_adapters_prior_and_decoder_are_trained(make_coprs_trainer, weight_hash, tmp_path) -> None:
+    from peft import LoraConfig, PeftModel
+
+    model = build_random_coprs("sam")
+    base = copy.deepcopy(model)
+    trainer = make_coprs_trainer(model=model, peft_config=LoraConfig(**LORA), learning_rate=1e-3)
+    assert trainer.ref_model is None  # the reference policy is the VLM without adapters
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    assert not any("vision_encoder" in name for name in before)
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert all("lora_" in name or ".modules_to_save." in name for name in changed)
+    for part in ("lora_B", ".prior.", ".mask_embed.", ".mask_decoder."):
+        assert any(part in name for name in changed), part
+    log = trainer.state.log_history
+    assert log[0]["kl"] == 0.0 and log[1]["kl"] > 0
+    assert log[0]["loss/dice"] > 0.1 and log[0]["rewards/mask/mean"] > 0
+    # The learning rates of the prior and the decoder are multiples here, too.
+    names = {id(value): name for name, value in trainer.model.named_parameters()}
+    rates = {
+        part: group["lr"]
+        for group in trainer.optimizer.param_groups
+        for value in group["params"]
+        for part in ("lora_", ".prior.", ".mask_embed.", ".mask_decoder.")
+        if part in names[id(value)]
+    }
+    ratios = [rates[part] / rates["lora_"] for part in (".prior.", ".mask_embed.", ".mask_decoder.")]
+    assert ratios == pytest.approx([25, 10, 5])
+
+    trainer.save_model(str(tmp_path / "adapters"))
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapters")
+    assert weight_hash(loaded.get_base_model().prior.modules_to_save["default"]) == weight_hash(
+        trainer.concept_model.prior.modules_to_save["default"]
+    )
+    merged = loaded.merge_and_unload()
+    expected = trainer.concept_model
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    prepared = [merged.processor.prepare(image, "star")]
+    options = {"generation_config": {"max_new_tokens": 4, **trainer.generation_kwargs}}
+    one, other = (
+        each.segment(prepared, processor=merged.processor, **options)[0] for each in (merged, expected)
+    )
+    assert one.completion == other.completion
+    np.testing.assert_allclose(one.heatmap, other.heatmap, atol=1e-4)
+
+
+def test_the_reference_of_adapters_decodes_with_the_initial_modules(make_coprs_trainer) -> None:
+    from peft import LoraConfig
+
+    trainer = make_coprs_trainer(peft_config=LoraConfig(**LORA), max_steps=1)
+    trainer.model.train()
+    row, probabilities = trainer.train_dataset[0], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        rows = [dict(row) for _ in range(4)]
+        trainer._generate_and_score_completions(rows)
+        probabilities.append([item["predicted_probability"] for item in rows])
+        with torch.no_grad():
+            trainer.concept_model.prior.modules_to_save["default"].fusion[2].bias += 3
+    assert max(np.abs(a - b).max() for a, b in zip(*probabilities, strict=True)) == 0
+    assert max(values.max() for values in probabilities[0]) > 0
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora", "stored features"])
+def test_resume_is_exact(make_coprs_trainer, weight_hash, tmp_path, kind) -> None:
+    from peft import LoraConfig
+
+    def make(folder: str) -> CoPRSTrainer:
+        options = {"peft_config": LoraConfig(**LORA)} if kind == "lora" else {}
+        if kind == "stored features":
+            options["image_features_dir"] = str(tmp_path / "features")
+        return make_coprs_trainer(folder, **settings, **options)
+
     settings = {
         "max_steps": 3,
         "save_strategy": "steps",
@@ -250,11 +334,12 @@ def test_resume_is_exact(make_coprs_trainer, weight_hash) -> None:
         "learning_rate": 1e-4,
         "save_only_model": False,
     }
-    whole = make_coprs_trainer("whole", **settings)
+    whole = make("whole")
+    start = weight_hash(whole.model)
     whole.train()
-    resumed = make_coprs_trainer("resumed", **settings)
+    resumed = make("resumed")
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
-    assert weight_hash(resumed.concept_model) == weight_hash(whole.concept_model)
+    assert weight_hash(resumed.model) == weight_hash(whole.model) != start
     losses = [
         log["loss"]
         for trainer in (whole, resumed)
@@ -296,3 +381,39 @@ def test_stored_features_equal_computed_ones(make_coprs_trainer, tmp_path) -> No
     (path,) = (tmp_path / "features").glob("*.safetensors")
     path.write_bytes(b"damaged")
     assert torch.equal(stored.encode_images([image])[0].keys, expected.keys)
+
+
+def test_stored_features_do_not_change_the_training(
+    make_coprs_trainer, weight_hash, tmp_path, monkeypatch
+) -> None:
+    """Each image is encoded once for all epochs and runs, and the weights are those of a run without the option."""
+    hashes, encoded, images = {}, {}, set()
+    for name in ("computed", "stored", "again"):
+        folder = None if name == "computed" else str(tmp_path / "features")
+        trainer = make_coprs_trainer(name, max_steps=8, image_features_dir=folder, learning_rate=1e-4)
+        count = encoded[name] = []
+        encode = trainer.concept_model.encode_image
+        monkeypatch.setattr(
+            trainer.concept_model,
+            "encode_image",
+            lambda pixels, encode=encode, count=count: count.append(len(pixels)) or encode(pixels),
+        )
+        images |= {row["target_image"].tobytes() for row in trainer.train_dataset}
+        trainer.train()
+        hashes[name] = weight_hash(trainer.concept_model)
+    assert hashes["computed"] == hashes["stored"] == hashes["again"]
+    assert 1 < len(images) < 8
+    assert {name: sum(counts) for name, counts in encoded.items()} == {
+        "computed": 8,
+        "stored": len(images),
+        "again": 0,
+    }
+    assert len(list((tmp_path / "features").glob("*.safetensors"))) == len(images)
+
+
+def test_processes_that_do_not_save_write_no_files(make_coprs_trainer, tmp_path, monkeypatch) -> None:
+    """Otherwise, they would write to the folder in which the main process collects the files of the model."""
+    trainer = make_coprs_trainer()
+    monkeypatch.setattr(type(trainer.args), "should_save", property(lambda _: False))
+    trainer.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()

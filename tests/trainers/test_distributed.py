@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,33 +10,16 @@ from torch import nn
 from conceptseg_hf import ConceptSegForSegmentation
 
 pytest.importorskip("trl", "1.16")
+import two_processes
 from conceptseg_trainers.distributed import clone_unsharded, make_generate_gather, materialize
+from distributed_runs import check_resumed, compare
 
-WORKER = Path(__file__).with_name("two_processes.py")
 LOGGED = ("loss", "kl", "loss/grpo", "loss/seg", "loss/dice", "loss/focal", "mask_iou", "box_iou", "reward")
-
-
-@pytest.fixture(scope="module")
-def run_two(run_two_processes) -> Callable[[str, Path], dict]:
-    """Return a function that runs the worker and reads its results."""
-
-    def run(kind: str, folder: Path) -> dict:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-        result = run_two_processes(str(WORKER), kind, str(folder), env=environment)
-        assert result.returncode == 0, result.stderr[-20000:]
-        return json.loads((folder / "figures.json").read_text())
-
-    return run
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory) -> Path:
     """Folder of the same run in one process, which accumulates the gradients of two batches."""
-    sys.path.insert(0, str(WORKER.parent))
-    try:
-        import two_processes
-    finally:
-        sys.path.pop(0)
     folder = tmp_path_factory.mktemp("one")
     two_processes.write(two_processes.train("none", folder, gradient_accumulation_steps=2), folder)
     return folder
@@ -54,33 +33,16 @@ def ddp(run_two, tmp_path_factory) -> Path:
     return folder
 
 
-def compare(folder: Path, other: Path, names: Sequence[str]) -> dict:
-    """Assert that two runs have the same losses (within 1e-5) and final weights, and return the results."""
-    ours, theirs = (json.loads((path / "figures.json").read_text()) for path in (folder, other))
-    assert len(ours["log"]) == len(theirs["log"]) == 3
-    for our_entry, their_entry in zip(ours["log"], theirs["log"], strict=True):
-        for name in names:
-            assert our_entry[name] == pytest.approx(their_entry[name], abs=1e-5), (name, our_entry["step"])
-    ours["weights"], theirs["weights"] = (
-        ConceptSegForSegmentation.from_pretrained(path / "whole").state_dict() for path in (folder, other)
-    )
-    differences = [
-        (weight - theirs["weights"][name]).abs().max().item() for name, weight in ours["weights"].items()
-    ]
-    assert max(differences) < 2e-5
-    return ours
-
-
 @pytest.mark.slow
 def test_two_processes_match_one_process(one_process, ddp) -> None:
     # TRL averages the KL over the tokens of a batch and then over batches, so that it depends on the batches.
-    figures = compare(ddp, one_process, [name for name in LOGGED if name != "kl"])
+    figures = compare(ddp, one_process, [name for name in LOGGED if name != "kl"], ConceptSegForSegmentation)
     assert figures["world_size"] == 2 and figures["kind"] == "MULTI_CPU"
     assert [entry["frac_reward_zero_std"] for entry in figures["log"]] != [
         1.0
     ] * 3  # rewards differ within some group
     assert figures["log"][0]["kl"] == 0.0 and figures["log"][2]["kl"] > 0
-    check_resumed(figures)
+    check_resumed(figures, LOGGED)
 
 
 @pytest.mark.slow
@@ -88,18 +50,10 @@ def test_two_processes_match_one_process(one_process, ddp) -> None:
 def test_zero_matches_ddp(run_two, ddp, tmp_path, stage) -> None:
     pytest.importorskip("deepspeed")
     run_two(f"zero{stage}", tmp_path)
-    figures = compare(tmp_path, ddp, LOGGED)
+    figures = compare(tmp_path, ddp, LOGGED, ConceptSegForSegmentation)
     assert figures["world_size"] == 2 and figures["zero_stage"] == stage
-    assert figures["sharded"] == [stage == 3] and figures["sam_sharded"] == [False]
-    check_resumed(figures)
-
-
-def check_resumed(figures: dict) -> None:
-    """Check that resuming at step 2 gives the same step 3, and that SAM 3 has not changed."""
-    for name in LOGGED:
-        assert figures["resumed"][name] == pytest.approx(figures["log"][2][name], abs=1e-7), name
-    assert figures["resumed_weights"] == figures["final_weights"]
-    assert figures["sam_unchanged"]
+    assert figures["sharded"] == [stage == 3] and figures["frozen_sharded"] == [False]
+    check_resumed(figures, LOGGED)
 
 
 @pytest.mark.slow

@@ -12,16 +12,10 @@ import torch
 pytest.importorskip("trl", "1.16")
 
 from conceptseg_trainers.nano.evidence import training
-from conceptseg_trainers.nano.evidence.__main__ import (
-    MAIN_SOURCE,
-    check_settings,
-    main,
-    read_logs,
-    run,
-    write_report,
-)
+from conceptseg_trainers.nano.evidence.__main__ import MAIN_SOURCE, main, read_logs, run, write_report
 from conceptseg_trainers.nano.evidence.arms import ARMS
 from conceptseg_trainers.nano.evidence.measuring import MEASURES, values_of
+from conceptseg_trainers.nano.evidence.run_folder import check_settings
 from conceptseg_trainers.nano.evidence.tables import (
     comparison_table,
     mean_over_seeds,

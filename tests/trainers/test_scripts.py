@@ -11,9 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from families import all_families
@@ -26,11 +28,12 @@ from conceptseg_hf.profiles import profile_changes
 
 pytest.importorskip("trl", "1.16")
 
-from conceptseg_trainers.scripts import meta_grpo, running, sft
+from conceptseg_trainers.scripts import coprs, meta_grpo, running, sft
 from conceptseg_trainers.scripts.arguments import DataArguments, ModelArguments
 from conceptseg_trainers.scripts.recipe_parser import find_recipe
 from conceptseg_trainers.scripts.running import find_resume_checkpoint, run
 from conceptseg_trainers.sft_config import ConceptSFTConfig
+from random_coprs import build_random_coprs
 from two_processes import deepspeed_config
 
 RECIPES = Path(__file__).parents[2] / "trainers" / "recipes"
@@ -73,7 +76,44 @@ def meta_grpo_argv(folder: Path) -> list[str]:
     return argv + [argument for name, value in options.items() for argument in (f"--{name}", str(value))]
 
 
-STAGES = {"sft": (sft, sft_argv), "meta_grpo": (meta_grpo, meta_grpo_argv)}
+@functools.cache
+def random_checkpoint() -> tuple[tempfile.TemporaryDirectory, int]:
+    """Return the folder of a random CoPRS model, which is deleted at the end, and the id of its token."""
+    folder = tempfile.TemporaryDirectory()
+    model = build_random_coprs("sam")
+    model.save_pretrained(folder.name)
+    model.processor.save_pretrained(folder.name)
+    return folder, model.config.ref_pos_token_id
+
+
+def coprs_argv(folder: Path, **changes) -> list[str]:
+    """Return the command line for CoPRS, with one group of four completions per step."""
+    checkpoint, position = random_checkpoint()
+    options = {
+        "model_name_or_path": checkpoint.name,
+        "max_steps": STEPS,
+        "train_samples": 8,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "generation_kwargs": json.dumps({"sequence_bias": [[[position], 20.0]]}),
+        "save_steps": 1,
+        "save_total_limit": STEPS,
+        "logging_steps": 1,
+        "log_examples_steps": 2,
+        "output_dir": folder,
+        **changes,
+    }
+    argv = ["--config", str(RECIPES / "nano_coprs.yaml")]
+    return argv + [argument for name, value in options.items() for argument in (f"--{name}", str(value))]
+
+
+STAGES = {
+    "sft": (sft, sft_argv),
+    "meta_grpo": (meta_grpo, meta_grpo_argv),
+    "coprs": (coprs, coprs_argv),
+}
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +357,36 @@ def test_killed_run_ends_with_the_same_weights_after_resuming(stage, whole_runs,
     assert losses(tmp_path) == losses(whole)
 
 
+@pytest.mark.slow
+def test_coprs_killed_at_random_points_ends_with_the_same_weights(whole_runs, tmp_path, environment):
+    """A run that is killed while it writes checkpoints or image features, and started again, loses nothing."""
+    features = tmp_path / "features"
+    argv = coprs_argv(tmp_path / "run", image_features_dir=features)
+    command = [sys.executable, "-m", "conceptseg_trainers.scripts.coprs", *argv]
+    rng = np.random.default_rng(7)
+    entries = 0
+    for _ in range(2):
+        # Files appear one by one, so that their number marks a point of the run, also within a checkpoint.
+        entries += int(rng.integers(3, 16))
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            while sum(1 for _ in tmp_path.rglob("*")) < entries:
+                assert process.poll() is None
+                time.sleep(0.001)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert not (tmp_path / "run" / f"checkpoint-{STEPS}" / "trainer_state.json").exists()
+        entries = sum(1 for _ in tmp_path.rglob("*"))
+    run(coprs.prepare(argv))
+    whole = whole_runs("coprs")  # without stored features
+    for name, value in trained(whole).items():
+        assert torch.equal(value, trained(tmp_path / "run")[name]), name
+    assert losses(tmp_path / "run") == losses(whole)
+
+
 # Skips the compilation of a DeepSpeed operation, which takes minutes and is not needed with gloo.
 WORKER = """
 import sys
@@ -401,6 +471,17 @@ def test_adapters_can_be_trained_on_a_4_bit_vlm(tmp_path):
     }
     assert any("lora_" in name for name in changed) and any("ctm" in name for name in changed)
     assert [name for name in changed if "lora_" not in name and "modules_to_save" not in name] == []
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_coprs_trains_adapters(tmp_path):
+    argv = coprs_argv(tmp_path, use_peft="true", max_steps=1, learning_rate=1e-3, save_steps=1)
+    trainer = coprs.prepare(argv)
+    trained_names = {name for name, value in trainer.model.named_parameters() if value.requires_grad}
+    assert all("lora_" in name or ".modules_to_save." in name for name in trained_names)
+    for part in ("lora_", ".prior.", ".mask_embed.", ".mask_decoder."):
+        assert any(part in name for name in trained_names), part
+    run(trainer)
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 

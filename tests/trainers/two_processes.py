@@ -1,6 +1,7 @@
-"""Worker of `test_distributed.py` for torchrun: run one kind of training on CPU and write its results as JSON.
+"""Worker for torchrun: run one kind of training on CPU and write its results as JSON.
 
-Usage: `torchrun --nproc_per_node N two_processes.py KIND OUTPUT_DIR`, where KIND is ddp, zero2, zero3 or fsdp2.
+Usage: `torchrun --nproc_per_node N two_processes.py KIND OUTPUT_DIR [SYSTEM]`, where KIND is ddp, zero2, zero3 or
+fsdp2, and SYSTEM is conceptseg (the default) or coprs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from conceptseg_hf import (
     ConceptSegForSegmentation,
     ConceptSegProcessor,
+    CoPRSForSegmentation,
+    CoPRSProcessor,
     format_completion,
     nano_checkpoint,
 )
@@ -71,43 +74,106 @@ def make_trainer(kind: str, folder: Path, **settings):
             tokenizer = self.concept_processor.tokenizer
             return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
-    args = MetaGRPOConfig(
-        str(folder),
-        per_device_train_batch_size=GROUP,
-        num_generations=GROUP,
-        gradient_accumulation_steps=settings.pop("gradient_accumulation_steps", 1),
-        max_completion_length=48,
-        max_steps=STEPS,
-        logging_steps=1,
-        save_strategy="steps",
-        save_steps=2,
-        learning_rate=1e-4,
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        log_examples=0,
-        deepspeed=deepspeed_config(int(kind[-1])) if kind.startswith("zero") else None,
-        **settings,
-    )
     samples = list(load_benchmark("concept-shapes", split="train", limit=8))
     return Scripted(
         ConceptSegForSegmentation.from_pretrained(nano_checkpoint()),
-        args=args,
+        args=MetaGRPOConfig(str(folder), **arguments(kind, 48, settings)),
         train_dataset=split_reference_dataset(samples),
         processing_class=ConceptSegProcessor.from_pretrained(nano_checkpoint()),
     )
 
 
-def train(kind: str, folder: Path, **settings) -> dict:
+# The first one has no concentration token, so that rewards differ, and one process may have fewer masks.
+COPRS_TEXTS = (
+    "<think>a star</think>",
+    "<think>the red one</think><REF_POS>",
+    "x <think>left</think><REF_POS>",
+    "<REF_POS>",
+)
+
+
+def make_coprs_trainer(kind: str, folder: Path, **settings):
+    from conceptseg_trainers import CoPRSTrainer, CoPRSTrainerConfig, split_reference_dataset
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from random_coprs import build_random_coprs
+
+    class Scripted(CoPRSTrainer):
+        """Use completions that depend only on the index in the group, as sampling differs by process."""
+
+        def _generate_single_turn(
+            self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
+        ):
+            sampled, _ = super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
+            )
+            assert all(0 < len(ids) <= self.max_completion_length for ids in sampled)
+            tokenizer, end = self.concept_processor.tokenizer, self.concept_processor.ref_pos_token_id
+            completions = [
+                [
+                    *tokenizer(COPRS_TEXTS[row % GROUP], add_special_tokens=False)["input_ids"],
+                    tokenizer.eos_token_id,
+                ]
+                for row in range(len(prompt_ids))
+            ]
+            return [ids[: ids.index(end) + 1] if end in ids else ids for ids in completions], None
+
+    # With ZeRO-3, a model that is built after the first trainer would be created in parts; one that is loaded is whole.
+    start = folder.parent / f"start_{os.environ.get('RANK', 0)}"
+    if not start.exists():
+        created = build_random_coprs("sam")
+        created.save_pretrained(start)
+        created.processor.save_pretrained(start)
+    model = CoPRSForSegmentation.from_pretrained(start)
+    samples = [s for s in load_benchmark("concept-shapes", split="train", limit=12) if not s.references]
+    return Scripted(
+        model,
+        args=CoPRSTrainerConfig(str(folder), **arguments(kind, 12, {"learning_rate": 1e-5, **settings})),
+        train_dataset=split_reference_dataset(samples),
+        processing_class=CoPRSProcessor.from_pretrained(start),
+    )
+
+
+MAKERS = {"conceptseg": make_trainer, "coprs": make_coprs_trainer}
+
+
+def arguments(kind: str, max_completion_length: int, settings: dict) -> dict:
+    """Return the arguments of a run; `settings` take precedence."""
+    return {
+        "per_device_train_batch_size": GROUP,
+        "num_generations": GROUP,
+        "gradient_accumulation_steps": 1,
+        "max_completion_length": max_completion_length,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "learning_rate": 1e-4,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "log_examples": 0,
+        "deepspeed": deepspeed_config(int(kind[-1])) if kind.startswith("zero") else None,
+        **settings,
+    }
+
+
+def frozen_part(trainer):
+    """Return the part of SAM that is removed from the module tree."""
+    sam = trainer.concept_model.sam
+    return sam if hasattr(trainer.concept_model, "ctm") else sam.vision_encoder
+
+
+def train(kind: str, folder: Path, system: str = "conceptseg", **settings) -> dict:
     from conceptseg_trainers.distributed import is_sharded
 
-    trainer = make_trainer(kind, folder / "run", **settings)
-    sam = _hash(trainer.concept_model.sam)
+    trainer = MAKERS[system](kind, folder / "run", **settings)
+    frozen = _hash(frozen_part(trainer))
     trainer.train()
     trainer.save_model(str(folder / "whole"))
-    resumed = make_trainer(kind, folder / "run", **settings)
+    resumed = MAKERS[system](kind, folder / "run", **settings)
     resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
     resumed.save_model(str(folder / "resumed"))
     return {
@@ -115,14 +181,12 @@ def train(kind: str, folder: Path, **settings) -> dict:
         "zero_stage": trainer.args.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None,
         "world_size": trainer.accelerator.num_processes,
         "sharded": sorted({is_sharded(parameter) for parameter in trainer.concept_model.parameters()}),
-        "sam_sharded": sorted(
-            {is_sharded(parameter) for parameter in trainer.concept_model.sam.parameters()}
-        ),
+        "frozen_sharded": sorted({is_sharded(parameter) for parameter in frozen_part(trainer).parameters()}),
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "resumed": [entry for entry in resumed.state.log_history if "loss" in entry][-1],
         "final_weights": _file_hash(folder / "whole"),
         "resumed_weights": _file_hash(folder / "resumed"),
-        "sam_unchanged": _hash(trainer.concept_model.sam) == sam,
+        "frozen_unchanged": _hash(frozen_part(trainer)) == frozen,
     }
 
 
@@ -178,7 +242,7 @@ if __name__ == "__main__":
     kind, folder = sys.argv[1], Path(sys.argv[2])
     if kind.startswith("zero"):
         skip_compilation()
-    figures = shard_and_generate() if kind == "fsdp2" else train(kind, folder)
+    figures = shard_and_generate() if kind == "fsdp2" else train(kind, folder, *sys.argv[3:])
     if torch.distributed.get_rank() == 0:
         write(figures, folder)
     torch.distributed.barrier()

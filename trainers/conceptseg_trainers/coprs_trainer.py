@@ -22,6 +22,7 @@ from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.processing_conceptseg import CoordinateFrame
 
 from .coprs_config import CoPRSTrainerConfig
+from .distributed import gathered, is_sharded
 from .feature_store import FeatureStore
 from .grpo_trainer import SegmentationGRPOTrainer
 from .rewards import COPRS_REWARDS, Reward, completion_text
@@ -299,11 +300,18 @@ def _first(encode: Callable[[list[Image.Image]], list[PriorFeatures]], image: Im
 
 
 def _copy_of_modules(model: CoPRSForSegmentation) -> CoPRSForSegmentation:
-    """Return a frozen copy of prior and mask decoder, without VLM and image encoder."""
+    """Return a frozen and unsharded copy of prior and mask decoder, without VLM and image encoder."""
     vlm, encoder = model._modules.pop("vlm"), model.sam.__dict__.pop("vision_encoder", None)
     module = model.sam._modules.pop("vision_encoder", None)
     try:
-        copied = copy.deepcopy(model)
+        copies: dict[
+            int, Any
+        ] = {}  # the memo of deepcopy: ZeRO-3 has sharded the parameters of a loaded model
+        for parameter in model.parameters():
+            if is_sharded(parameter):
+                with gathered([parameter]):
+                    copies[id(parameter)] = nn.Parameter(parameter.data.clone())
+        copied = copy.deepcopy(model, copies)
     finally:
         model._modules["vlm"] = vlm
         if encoder is not None:

@@ -334,7 +334,8 @@ class SegmentationGRPOTrainer(DivergenceCheckTrainer, GRPOTrainerAdapter):
         if self._saves_everything:
             trained = self.concept_model.state_dict() if state_dict is None else state_dict
             state_dict = {**trained, **self.frozen_weights()}
-            self._write_card(output_dir or run_folder(self.args))
+            if self.args.should_save:  # all processes come here
+                self._write_card(output_dir or run_folder(self.args))
         self.processing_class = self.concept_processor
         try:
             super()._save(output_dir, state_dict)

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from conceptseg_hf import ConceptSegProcessor, Reference, nano_checkpoint
+from conceptseg_hf import ConceptSegProcessor, CoPRSProcessor, Reference, nano_checkpoint
 from conceptseg_hf.data import ConceptSample
 from conceptseg_hf.images import load_image
 from conceptseg_hf.processing_conceptseg import CoordinateFrame
@@ -42,7 +42,7 @@ def split_reference_dataset(
     samples: Sequence[ConceptSample],
     grid: int = 2,
     seed: int = 42,
-    processor: ConceptSegProcessor | None = None,
+    processor: ConceptSegProcessor | CoPRSProcessor | None = None,
 ) -> datasets.Dataset:
     """Create a dataset for `MetaGRPOTrainer` in which references are composed at random in each epoch.
 
@@ -114,7 +114,7 @@ class SplitReferences:
         samples: Sequence[ConceptSample],
         grid: int,
         seed: int,
-        processor: ConceptSegProcessor | None = None,
+        processor: ConceptSegProcessor | CoPRSProcessor | None = None,
     ) -> None:
         self.samples = ReadableSamples(samples, self._check_prompt)
         self.grid = grid
@@ -128,14 +128,14 @@ class SplitReferences:
         return {**vars(self), "_rows": OrderedDict()}
 
     @property
-    def processor(self) -> ConceptSegProcessor:
+    def processor(self) -> ConceptSegProcessor | CoPRSProcessor:
         """Processor that formats prompts and boxes."""
         if self._processor is None:
             self._processor = ConceptSegProcessor.from_pretrained(nano_checkpoint())
         return self._processor
 
     @processor.setter
-    def processor(self, processor: ConceptSegProcessor) -> None:
+    def processor(self, processor: ConceptSegProcessor | CoPRSProcessor) -> None:
         self._processor = processor
         self._rows.clear()
         self.samples.replacements.clear()  # another tokenizer may have other reserved tokens

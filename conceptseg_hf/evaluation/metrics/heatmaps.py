@@ -4,6 +4,36 @@ from __future__ import annotations
 
 import numpy as np
 
+HEATMAP_METRICS = ("iou", "auroc", "average_precision", "share")
+"""Keys of `heatmap_scores`."""
+
+
+def heatmap_scores(
+    heatmap: np.ndarray,
+    mask: np.ndarray,
+    others: np.ndarray | None = None,
+    ignore: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Compute all metrics of a heatmap; a metric that is not defined is NaN.
+
+    Args:
+        heatmap: (H, W) probabilities.
+        mask: (H, W) bool.
+        others: (H, W) bool, the pixels of sibling objects; None or empty without siblings, which have no "share".
+        ignore: (H, W) bool, pixels to leave out.
+    """
+    has_share = others is not None and bool(others.any()) and bool(mask.any())
+    if ignore is not None:
+        kept = ~ignore
+        heatmap, mask = heatmap[kept], mask[kept]
+        others = None if others is None else others[kept]
+    return {
+        "iou": heatmap_iou(heatmap, mask),
+        "auroc": heatmap_auroc(heatmap, mask),
+        "average_precision": heatmap_average_precision(heatmap, mask),
+        "share": heatmap_share(heatmap, mask, others) if has_share else float("nan"),
+    }
+
 
 def heatmap_auroc(heatmap: np.ndarray, mask: np.ndarray) -> float:
     """Compute the area under the ROC curve over pixels: the probability that a foreground pixel has the larger value.

@@ -14,7 +14,8 @@ A record holds JSON values only:
 - `route_ious`, `routing_regret`: the foreground IoU of both routes, and the IoU of the better one minus that of the
   route taken; None if it was not requested or could not be computed.
 
-Records of samples with candidates also hold `stratum`, `chosen` and `sibling_fraction` (see `choice`).
+Records of samples with candidates also hold `stratum`, `chosen` and `sibling_fraction` (see `choice`). Records of CoPRS
+also hold `prior` (see `prior`).
 
 Optional fields: `mask_resized_from` and `mask_refused`, the (width, height) of a ground truth mask that is stored at
 another size than its image; `reference_faults` and `references_lost`, as in `ConceptSample`. An evaluation adds
@@ -32,6 +33,7 @@ from PIL import Image
 
 from ...completion import parse_completion
 from ...concept_prompt import ConceptPrompt
+from ...coprs.completion import parse_reasoning
 from ...data import ConceptSample, UnreadableSampleError
 from ...inputs import PreparedSample
 from ...modeling_conceptseg import ConceptSegForSegmentation
@@ -41,6 +43,7 @@ from ...references import Reference
 from ...router import ShortcutRouter
 from ..metrics import METRICS, MaskMetrics, box_iou, get_protocol
 from .choice import choice_values
+from .prior import prior_values
 from .rle import encode_mask
 
 # If the final decode has a presence below this value, the model rejects the concept as absent.
@@ -162,6 +165,7 @@ def make_record(
     protocol: str = "standard",
     metrics: Sequence[str] = METRICS,
     other: ConceptSegmentation | None = None,
+    has_prior: bool = False,
 ) -> dict[str, Any]:
     """Compare a result with the ground truth.
 
@@ -171,6 +175,8 @@ def make_record(
         protocol: See `protocols`.
         metrics: See `MaskMetrics`.
         other: The result of the route that was not taken, if routing regret is requested.
+        has_prior: Whether the result is that of CoPRS: its heatmap is a positional prior, and its completion has
+            another format.
 
     Returns:
         The record; its fields are listed in the docstring of the module.
@@ -185,9 +191,12 @@ def make_record(
             route_ious = {route: ious.get(route, other_iou) for route in ("shortcut", "reasoning")}
             regret = max(route_ious.values()) - iou
     reasoned = result.route in ("rule", "reasoning")
-    completion_box_iou = None
+    completion_box_iou = format_valid = None
+    if reasoned:
+        parse = parse_reasoning if has_prior else parse_completion
+        format_valid = parse(result.completion or "").is_valid
     mask = None if result.mask is None else np.asarray(result.mask) >= 128
-    if reasoned and sample.box is not None:
+    if reasoned and sample.box is not None and not has_prior:
         completion_box_iou = 0.0 if result.box is None else box_iou(result.box, sample.box)
     return {
         "sample_id": sample.sample_id,
@@ -214,7 +223,7 @@ def make_record(
         "rule": result.rule,
         "gt_rule": sample.rule,
         "completion": result.completion,
-        "format_valid": parse_completion(result.completion or "").is_valid if reasoned else None,
+        "format_valid": format_valid,
         "box": None if result.box is None else list(result.box),
         "gt_box": None if sample.box is None else list(sample.box),
         "box_iou": completion_box_iou,
@@ -228,6 +237,7 @@ def make_record(
         **choice_values(
             sample, np.zeros(np.asarray(sample.mask).shape, dtype=bool) if mask is None else mask
         ),
+        **(prior_values(sample, result) if has_prior else {}),
         **_notes(sample),
     }
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..metrics.heatmaps import correlation
+
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 _BLOCK = 4_000_000  # draws at a time, to limit memory usage
@@ -88,6 +90,45 @@ def resample(values: Sequence[float], stream: str = "", resamples: int = RESAMPL
         for start in range(0, resamples, block)
     ]
     return Resampled(float(numbers.mean()), np.concatenate(means), len(numbers), len(numbers))
+
+
+def correlation_interval(
+    first: Sequence[float | None],
+    second: Sequence[float | None],
+    stream: str = "",
+    resamples: int = RESAMPLES,
+) -> Interval | None:
+    """Compute Pearson's correlation over samples with its bootstrap interval.
+
+    Args:
+        first: One value per sample; samples without both values are skipped.
+        second: The other values.
+        stream: Name of the random stream.
+        resamples: Number of resamples; those in which a sequence is constant are left out.
+
+    Returns:
+        The correlation and its interval; None if it is not defined, because there are fewer than three pairs, or one of
+        the sequences is constant.
+    """
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    values = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+    values = values[~np.isnan(values).any(axis=1)]
+    count = len(values)
+    if count < 3 or (np.ptp(values, axis=0) == 0).any():
+        return None
+    rng = np.random.default_rng(zlib.crc32(stream.encode()))
+    block = max(1, _BLOCK // count)
+    found = []
+    for start in range(0, resamples, block):
+        sampled = values[rng.integers(count, size=(min(block, resamples - start), count))]
+        centered = sampled - sampled.mean(axis=1, keepdims=True)
+        covariance = (centered[..., 0] * centered[..., 1]).mean(axis=1)
+        scale = np.sqrt((centered**2).mean(axis=1).prod(axis=1))
+        found.append(covariance[scale > 1e-15] / scale[scale > 1e-15])
+    drawn = np.concatenate(found)
+    tails = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+    low, high = np.quantile(drawn, tails) if len(drawn) else (-1.0, 1.0)
+    return Interval(correlation(*values.T), float(low), float(high), count)
 
 
 def foreground_iou(

@@ -24,6 +24,7 @@ from .gallery import (
     case_title,
     ground_truth_images,
     prediction_image,
+    prior_image,
     result_facts,
     write_page,
 )
@@ -287,6 +288,8 @@ class Comparison:
         if isinstance(sample, ConceptSample):
             images = ground_truth_images(sample, mosaic=self.settings[0].get("mosaic"))
             for letter, record in zip("AB", (pair.first, pair.second), strict=True):
+                if (prior := prior_image(sample, record)) is not None:
+                    images.append((f"{letter}: positional prior", prior))
                 if record["error"] is None:
                     images.append((letter, prediction_image(sample, record)))
         facts = {"prompt": pair.first["prompt"], "ground truth answer": pair.first.get("gt_answer")}

@@ -16,9 +16,10 @@ from PIL import Image
 from ...data import ConceptSample
 from ...images import load_image
 from ...mosaic import MosaicSettings
-from ...visualization import draw_box, draw_mosaic, scaled_overlay
+from ...visualization import draw_box, draw_mosaic, heatmap_overlay, resize_to_height, scaled_overlay
 from ...writing import write_file
 from ..records import shown_references
+from ..records.prior import decode_heatmap
 from ..records.rle import decode_mask
 from ..records.samples import sample_to_show
 from ..records.store import Record
@@ -94,6 +95,45 @@ def write_gallery(
         )
     ]
     write_page(path, "Worst and median cases", provenance_line(settings, len(records)), sections)
+
+
+def write_prior_gallery(
+    path: str | Path,
+    records: Sequence[Record],
+    settings: Mapping[str, Any],
+    samples: Sequence[ConceptSample],
+    count: int = CASES,
+) -> None:
+    """Write a page of heatmap overlays of CoPRS beside masks and ground truths.
+
+    Args:
+        path: The HTML file.
+        records: The records of the run; those without a prior are not shown.
+        settings: The settings of the run.
+        samples: The samples of the records, in the same order; only those on the page are read.
+        count: Maximum number of cases per section.
+    """
+    with_prior = [index for index, record in enumerate(records) if record.get("prior") is not None]
+    positions = range(min(count, len(with_prior)))
+    evenly = [with_prior[position * len(with_prior) // len(positions)] for position in positions]
+    scored = [
+        (abs(records[index]["prior"]["iou"] - records[index]["foreground_iou"]), -index)
+        for index in with_prior
+        if records[index]["prior"].get("iou") is not None and records[index]["foreground_iou"] is not None
+    ]
+    differing = [-index for _, index in sorted(scored, reverse=True)[:count]]
+    sections = [
+        Section(heading, note, (_case(records[index], samples, index, settings) for index in indices))
+        for heading, note, indices in (
+            ("A sample of the run", "Samples at equal distances, whatever their results.", evenly),
+            (
+                "Prior and mask differ",
+                "The samples with the largest differences of prior IoU (threshold 0.5) and foreground IoU.",
+                differing,
+            ),
+        )
+    ]
+    write_page(path, "Positional priors", provenance_line(settings, len(records)), sections)
 
 
 def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:
@@ -189,6 +229,15 @@ def prediction_image(sample: ConceptSample, record: Record) -> Image.Image:
     return image
 
 
+def prior_image(sample: ConceptSample, record: Record) -> Image.Image | None:
+    """Return the target with the positional prior of a record; None if it has none."""
+    if record.get("prior") is None:
+        return None
+    target = load_image(sample.image)
+    heatmap = decode_heatmap(record["prior"]["heatmap"])
+    return resize_to_height(heatmap_overlay(target, heatmap), _HEIGHT)
+
+
 def result_facts(record: Record) -> dict[str, Any]:
     """Return the facts of a record that explain its result."""
     if record["error"] is not None:
@@ -198,6 +247,13 @@ def result_facts(record: Record) -> dict[str, Any]:
         route += (
             f"; presence in SAM 3's first pass {record['presence']:.2f}, threshold {record['threshold']:.2f}"
         )
+    if (prior := record.get("prior")) is not None:
+        return {
+            "foreground IoU": fraction(record["foreground_iou"]),
+            "prior IoU": None if prior.get("iou") is None else fraction(prior["iou"]),
+            "AUROC of the prior": None if prior.get("auroc") is None else fraction(prior["auroc"]),
+            "reasoning": record["think"] or "none given",
+        }
     reasoned = record["route"] == "reasoning"
     return {
         "foreground IoU": fraction(record["foreground_iou"]),
@@ -221,6 +277,8 @@ def _case(record: Record, samples: Sequence[ConceptSample], index: int, settings
     images = []
     if isinstance(sample, ConceptSample):
         images = ground_truth_images(sample, settings.get("max_references"), record, settings.get("mosaic"))
+        if (prior := prior_image(sample, record)) is not None:
+            images.append(("positional prior", prior))
         if record["error"] is None:
             caption = "prediction" if record["box"] is None else "prediction and the VLM's box"
             images.append((caption, prediction_image(sample, record)))

@@ -22,8 +22,9 @@ from .choice_table import choice_table
 from .coprs_tables import sections as coprs_sections
 from .data_notes import data_notes, data_remarks
 from .decomposition import decompose
-from .gallery import write_gallery
+from .gallery import write_gallery, write_prior_gallery
 from .paper_tables import paper_value, remarks, table_1, table_2, table_8, table_10
+from .prior_table import prior_dict, prior_section
 from .tables import (
     csv_text,
     fraction,
@@ -154,7 +155,7 @@ class EvaluationReport:
         return "foreground IoU: " + " | ".join(f"{level} {fraction(value)}" for level, value in rows.items())
 
     def write(self, folder: str | os.PathLike, samples: Sequence[ConceptSample] | None = None) -> None:
-        """Write report.md, report.json and report.csv, and gallery.html if samples are given.
+        """Write report.md, report.json and report.csv; if samples are given, gallery.html; for CoPRS, heatmaps.html.
 
         Args:
             folder: An existing folder.
@@ -170,6 +171,8 @@ class EvaluationReport:
         )
         if samples is not None:
             write_gallery(folder / "gallery.html", self.records, self.settings, samples)
+            if any(record.get("prior") is not None for record in self.records):
+                write_prior_gallery(folder / "heatmaps.html", self.records, self.settings, samples)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all numbers and their provenance as JSON values."""
@@ -186,6 +189,7 @@ class EvaluationReport:
                 else {}
             ),
             **({"tiers": rows} if (rows := tier_rows(self.records)) else {}),
+            **({"prior": rows} if (rows := prior_dict(self.records)) else {}),
             **data_notes(self.records),
             "errors": [
                 {"sample_id": record["sample_id"], "error": record["error"]} for record in self.failed
@@ -232,6 +236,8 @@ class EvaluationReport:
             lines += ["", "## Cityscapes by class, as Table 2", "", *classes]
         if coprs := coprs_sections(self.rows, settings):
             lines += ["", "## Beside the tables of the CoPRS paper", "", *coprs]
+        if prior := prior_section(self.records):
+            lines += ["", "## Positional prior", "", *prior]
         if "judgements" in settings:
             lines += ["", "## Think, rule and prediction (appendix J)", "", *self._outcomes()]
         if rows := tier_rows(self.records):

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 import conceptseg_hf
 
 from ...concept_prompt import ConceptPrompt, as_concept
+from ...coprs import CoPRSForSegmentation
 from ...data import BenchmarkGroup, ConceptSample, UnreadableSampleError, load_benchmarks
 from ...data.groups import Root
 from ...loading import configuration_hash, fingerprint, load_model_and_processor, profile_of
@@ -298,12 +299,17 @@ class _Run:
         return [
             (
                 index,
-                make_record(sample, results[index], *comparison, other_results.get(index))
+                make_record(sample, results[index], *comparison, other_results.get(index), self.has_prior)
                 if isinstance(sample, ConceptSample)
                 else make_error_record(sample, *comparison),
             )
             for index, sample in inputs.items()
         ]
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether the model is CoPRS, whose heatmaps are evaluated, too."""
+        return isinstance(self.model, CoPRSForSegmentation)
 
     def settings(self, samples: Sequence[ConceptSample]) -> dict[str, Any]:
         """Return the settings that the records depend on, and the environment."""
@@ -318,6 +324,7 @@ class _Run:
             **({"routing_regret": True} if self.routing_regret else {}),
             **({"vlm_engine": engine.name} if (engine := self.model.vlm_engine) is not None else {}),
             **({} if self.concept is None else {"concept": _describe(self.concept)}),
+            **({"prior": True} if self.has_prior else {}),
             **fingerprint(self.model),
             "configuration": configuration_hash(self.model, self.processor),
             "dtype": str(self.model.dtype).removeprefix("torch."),

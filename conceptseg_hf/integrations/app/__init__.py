@@ -4,7 +4,7 @@
 """
 
 from .examples import EXAMPLE_NAMES, Example, load_example
-from .figures import draw_check, draw_heatmap, draw_layers
+from .figures import draw_check, draw_layers
 from .folders import ImageOutcome, segment_images, write_archive
 from .marks import BOX, MASK, mark_reference, parse_box
 from .uploads import MAX_BYTES, MAX_PIXELS, UploadError, read_upload
@@ -19,7 +19,6 @@ __all__ = [
     "ImageOutcome",
     "UploadError",
     "draw_check",
-    "draw_heatmap",
     "draw_layers",
     "load_example",
     "mark_reference",

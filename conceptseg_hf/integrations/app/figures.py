@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import numpy as np
 from PIL import Image
 
 from ...images import load_gray_mask, load_image
 from ...outputs import ConceptSegmentation
 from ...references import Reference
-from ...visualization import draw_box, draw_mosaic, overlay
+from ...visualization import draw_box, draw_mosaic, heatmap_overlay, overlay
 
 LAYERS = ("mask", "box", "heatmap")
 _MIN_SIDE = 512
-
-# Colors at probabilities 0, 1/3, 2/3 and 1: dark to light, so that the order is visible without color vision.
-_COLORS = np.array([(13, 8, 60), (126, 30, 120), (235, 105, 60), (252, 245, 170)], dtype=np.float32)
 
 
 def draw_layers(
@@ -32,7 +28,8 @@ def draw_layers(
     scale = _scale(image)
     shown = _enlarge(image.convert("RGB"), scale)
     if "heatmap" in layers and result.heatmap is not None:
-        shown = draw_heatmap(shown, result.heatmap.repeat(scale, axis=0).repeat(scale, axis=1))
+        heatmap = result.heatmap.repeat(scale, axis=0).repeat(scale, axis=1)
+        shown = heatmap_overlay(shown, heatmap, opacity=0.75)
     if "mask" in layers and result.mask is not None:
         shown = overlay(shown, _enlarge(result.mask, scale))
     if "box" in layers and result.box is not None:
@@ -50,13 +47,6 @@ def _enlarge(image: Image.Image, scale: int) -> Image.Image:
     if scale == 1:
         return image
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-
-
-def draw_heatmap(image: Image.Image, heatmap: np.ndarray, opacity: float = 0.75) -> Image.Image:
-    """Blend an image with its (H, W) mask probabilities in colors from dark (0) to light (1)."""
-    steps = np.linspace(0, 1, len(_COLORS))
-    colors = np.stack([np.interp(heatmap, steps, _COLORS[:, channel]) for channel in range(3)], axis=-1)
-    return Image.blend(image.convert("RGB"), Image.fromarray(colors.astype(np.uint8)), opacity)
 
 
 def draw_check(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import gradio as gr
 from gradio.themes import Base
 
-from ...router import ROUTER_MODES
 from .components import CheckedEditor, CheckedImage
 from .examples import EXAMPLE_NAMES
 from .figures import LAYERS
 from .marks import BOX, MASK
-from .sessions import status_html
+from .sessions import Demo, status_html
 
 CSS = """
 .gradio-container {max-width: 1200px !important; margin: auto;
@@ -37,8 +36,8 @@ SCROLL_TO_STATUS = """(...values) => {
 THEME = Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="blue")
 
 
-def add_inputs() -> None:
-    """Add the column of inputs: image, prompt, route and references."""
+def add_inputs(demo: Demo) -> None:
+    """Add the column of inputs: image, prompt, route (if there are several) and references."""
     gr.Dropdown(
         list(EXAMPLE_NAMES),
         value=None,
@@ -56,8 +55,9 @@ def add_inputs() -> None:
     )
     gr.Textbox(label="Concept", placeholder="red circle, the odd one out, ...", elem_id="prompt", lines=1)
     gr.Radio(
-        list(ROUTER_MODES),
-        value="adaptive",
+        list(demo.routers),
+        value=demo.routers[0],
+        visible=len(demo.routers) > 1,
         label="Route",
         info="adaptive: SAM 3 alone if it is confident enough, otherwise reasoning.",
         elem_id="router",
@@ -89,11 +89,13 @@ def add_inputs() -> None:
     gr.Gallery(label="References", columns=3, height=170, interactive=False, elem_id="added", buttons=[])
 
 
-def add_results() -> None:
-    """Add the column of results: route, text, image with layers, rule and check."""
+def add_results(demo: Demo) -> None:
+    """Add the column of results: route, text, image with layers, rule and check; for CoPRS, the prior as a layer."""
+    layers = [name for name in LAYERS if name != "box"] if demo.has_prior else list(LAYERS)
+    shown = ["mask", "heatmap" if demo.has_prior else "box"]
     gr.HTML(status_html("Results appear here."), elem_id="status", label="Status")
     gr.Textbox(label="What the model writes", lines=5, max_lines=12, interactive=False, elem_id="rationale")
-    gr.CheckboxGroup(list(LAYERS), value=["mask", "box"], label="Layers", elem_id="layers")
+    gr.CheckboxGroup(layers, value=shown, label="Layers", elem_id="layers")
     gr.Image(
         label="Result",
         interactive=False,
@@ -105,12 +107,13 @@ def add_results() -> None:
     gr.DownloadButton("Download the mask", interactive=False, elem_id="mask-file")
     gr.Textbox(
         label="Rule",
+        visible=not demo.has_prior,
         info="Edit the rule and run again: the model then applies it instead of finding one.",
         elem_id="rule",
     )
-    gr.Button("Run with this rule", elem_id="rerun")
+    gr.Button("Run with this rule", elem_id="rerun", visible=not demo.has_prior)
     gr.Image(
-        label="References as the model sees them, and its check",
+        label="References as the model sees them" + ("" if demo.has_prior else ", and its check"),
         interactive=False,
         height=300,
         elem_id="check",
@@ -119,14 +122,14 @@ def add_results() -> None:
     )
 
 
-def add_tabs() -> None:
-    """Add the tabs below: comparison of routes, and a concept for many images."""
-    with gr.Tab("Compare routes"):
+def add_tabs(demo: Demo) -> None:
+    """Add the tabs below: comparison of routes, and a concept for many images; CoPRS has neither."""
+    with gr.Tab("Compare routes", visible=len(demo.routers) > 1):
         gr.Button("Run all routes", elem_id="compare")
         gr.Gallery(
             label="Routes", columns=3, interactive=False, height="auto", elem_id="compared", buttons=[]
         )
-    with gr.Tab("Concept for many images"):
+    with gr.Tab("Concept for many images", visible=not demo.has_prior):
         gr.Markdown(
             "Induce the concept once from the references above, then apply it to other images without reasoning."
         )

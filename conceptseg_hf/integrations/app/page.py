@@ -38,10 +38,10 @@ def build_page(demo: Demo, note: str = "") -> gr.Blocks:
         gr.Markdown(f"# {TITLE}\n{note}")
         with gr.Row():
             with gr.Column(min_width=320):
-                add_inputs()
+                add_inputs(demo)
             with gr.Column(min_width=320):
-                add_results()
-        add_tabs()
+                add_results(demo)
+        add_tabs(demo)
         session = gr.State(Session())
         parts = {
             block.elem_id.replace("-", "_"): block

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ...concept_prompt import ConceptPrompt
+from ...coprs import CoPRSForSegmentation
 from ...induction import induce
 from ...modeling_conceptseg import ConceptSegForSegmentation
 from ...outputs import ConceptSegmentation
@@ -59,10 +60,17 @@ class Demo:
     Args:
         model: The model.
         processor: Its processor.
+
+    Attributes:
+        has_prior: Whether it is a CoPRS model, whose heatmaps are positional priors.
+        routers: The router modes that it supports.
     """
 
     def __init__(self, model: ConceptSegForSegmentation, processor: ConceptSegProcessor) -> None:
         self.model, self.processor = model, processor
+        # CoPRS always reasons, to a heatmap: it has no routes, rules, boxes and concepts.
+        self.has_prior = isinstance(model, CoPRSForSegmentation)
+        self.routers = ("full_reasoning",) if self.has_prior else ROUTER_MODES
         self._folder = tempfile.TemporaryDirectory(prefix="conceptseg-app-")
 
     def new_file(self, name: str) -> Path:
@@ -127,7 +135,7 @@ class Demo:
         self, session: Session, image: Image.Image, prompt: str
     ) -> Iterator[tuple[str, ConceptSegmentation]]:
         """Yield the result of each router mode."""
-        for router in ROUTER_MODES:
+        for router in self.routers:
             yield router, self.segment(session, image, prompt, router=router)
 
     def induce(self, session: Session, prompt: str) -> Path:

@@ -15,6 +15,8 @@ from transformers import AutoModel
 
 from ...cards import is_hub_id
 from ...concept_prompt import ConceptPrompt, concept_hash
+from ...coprs import CoPRSConfig, CoPRSForSegmentation
+from ...coprs.inference import check_router
 from ...hashing import HASHED_VALUES
 from ...loading import find_checkpoint, load_config, load_model_and_processor
 from ...outputs import ConceptSegmentation
@@ -43,6 +45,37 @@ def fault_of(checkpoint: str) -> str | None:
     if is_hub_id(checkpoint):
         return None
     return f"checkpoint {checkpoint!r} was not found; use 'nano', a folder, or a hub id such as owner/name."
+
+
+def is_coprs(checkpoint: str) -> bool:
+    """Whether a folder, or an embedded checkpoint, is a CoPRS model; hub ids are not looked up."""
+    try:
+        folder = Path(find_checkpoint(Path(checkpoint).expanduser()))
+        return folder.is_dir() and isinstance(load_config(str(folder)), CoPRSConfig)
+    except (OSError, ValueError):
+        return False
+
+
+def fault_of_router(router: str, checkpoint: str) -> str | None:
+    """Return a message if a checkpoint does not support a router mode, or None."""
+    try:
+        if is_coprs(checkpoint):
+            check_router(router)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_pipeline(pipeline: ConceptSegmentationPipeline, router: str, concept: ConceptPrompt | None) -> None:
+    """Check that a model supports the settings of a run, so that not every sample fails.
+
+    Raises:
+        ValueError: If it does not support the router mode, or the concept was made with other weights.
+    """
+    if isinstance(pipeline.model, CoPRSForSegmentation):
+        check_router(router)
+    if concept is not None:
+        concept.check_model(pipeline.model)
 
 
 def get_pipeline(checkpoint: str = NANO, device: str | None = None) -> ConceptSegmentationPipeline:

@@ -19,7 +19,7 @@ from fiftyone import ViewField as F
 from ...outputs import ConceptSegmentation
 from ...pipelines import ConceptSegmentationPipeline
 from ...references import Reference
-from .checkpoints import get_pipeline, segment_batch
+from .checkpoints import check_pipeline, get_pipeline, segment_batch
 from .field_locks import Holder, Lock, check_free, interrupted_run, locked, request_cancel
 from .files import default_folder
 from .job import SegmentationJob
@@ -52,8 +52,8 @@ def segment_collection(
         The `Progress` object of the run.
 
     Raises:
-        ValueError: If the settings are invalid for these samples, see `SegmentationJob.check`, or the job's concept
-            was made with other weights.
+        ValueError: If the settings are invalid for these samples, see `SegmentationJob.check`, or the model does not
+            support the job's router or concept.
         InUseError: If another run is writing to the field (a subclass of ValueError).
     """
     dataset = samples._dataset
@@ -62,8 +62,7 @@ def segment_collection(
     job.check(samples)
     references_of = _ReferenceReader(dataset, job)
     pipeline = pipeline or get_pipeline(job.checkpoint)
-    if job.concept is not None:
-        job.concept.check_model(pipeline.model)
+    check_pipeline(pipeline, job.router, job.concept)
     ids, total = pending_ids(samples, job), targets_of(samples, job).count()
     with locked(dataset, names, subject, job.key(dataset), len(ids)) as lock:
         with _DECLARATION_LOCK:  # runs that start concurrently would declare the same fields

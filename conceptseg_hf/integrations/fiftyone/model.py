@@ -14,7 +14,7 @@ from ...concept_prompt import ConceptPrompt, as_concept
 from ...outputs import ConceptSegmentation
 from ...references import Reference
 from ...router import ROUTER_MODES
-from .checkpoints import NANO, get_pipeline, segment_batch
+from .checkpoints import NANO, check_pipeline, get_pipeline, segment_batch
 from .labels import attributes_of, to_labels
 from .reference_samples import (
     AUTO,
@@ -40,8 +40,8 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         references: References for all samples.
         router: `"adaptive"`, `"sam_only"` or `"full_reasoning"`.
         output: `"segmentation"` or `"detections"`.
-        heatmap: Whether to also return mask probabilities; `apply_model` then writes the fields
-            `<label_field>_<output>` and `<label_field>_heatmap`.
+        heatmap: Whether to also return mask probabilities, or for CoPRS the positional prior; `apply_model` then writes
+            the fields `<label_field>_<output>` and `<label_field>_heatmap`.
         reference_label_field: Field with the boxes or masks that mark the concept in reference samples. `"auto"`
             selects a field in each dataset; None passes the references without marks.
         proxy: Withhold the box of the first reference sample, so that the predicted rule is checked against it.
@@ -54,8 +54,8 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the router, output or checkpoint is unknown, a reference cannot be used, or the concept was made
-            with other weights.
+        ValueError: If the router, output or checkpoint is unknown, a reference cannot be used, or the model does not
+            support the router or the concept.
 
     Example:
         >>> declare_prediction_fields(dataset, "concept")
@@ -100,9 +100,9 @@ class ConceptSegFiftyOneModel(fom.SamplesMixin, fom.SupportsGetItem, fom.TorchMo
         self.boxes_together = boxes_together
         self.concept = None if concept is None else as_concept(concept)
         self.pipeline = get_pipeline(checkpoint, device)
+        check_pipeline(self.pipeline, router, self.concept)
         if self.concept is not None:
             self.prompt = prompt or self.concept.prompt
-            self.concept.check_model(self.pipeline.model)
         self.config = None
         self._preprocess = False
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 import fiftyone as fo
 
 OUTPUTS = ("segmentation", "detections", "heatmap")
-"""Outputs of a run: a mask file, a box with an instance mask per connected region, mask probabilities."""
+"""Outputs of a run: a mask file, a box with an instance mask per connected region, and a heatmap: the mask
+probabilities, or for CoPRS the positional prior."""
 
 ROUTERS = {
     "adaptive": "Adaptive: SAM 3 first, reason if it is not sure",
@@ -93,6 +94,12 @@ def output_fields(field: str, outputs: Iterable[str]) -> dict[str, str]:
         )
     ordered = [name for name in OUTPUTS if name in requested]
     return {name: field if index == 0 else f"{field}_{name}" for index, name in enumerate(ordered)}
+
+
+def heatmap_field(samples: fo.core.collections.SampleCollection, field: str) -> str | None:
+    """Return the field of the heatmaps of predictions, or None if there is none."""
+    name = f"{field}_heatmap"
+    return name if name in fields_of_type(samples, fo.Heatmap) else None
 
 
 def other_route_field(field: str) -> str:

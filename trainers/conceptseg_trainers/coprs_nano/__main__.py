@@ -1,29 +1,33 @@
-"""Train coprs-nano: `python -m conceptseg_trainers.coprs_nano [--stage prior|grpo|checkpoint|all]`.
+"""Train coprs-nano: `python -m conceptseg_trainers.coprs_nano [--stage prior|checkpoint|base|all]`.
 
-The stage "prior" starts from the VLM and the vision backbone of nano and trains the whole model with supervision. All
-stages resume where they were interrupted.
+The stage "prior" starts from the VLM and the vision backbone of nano and trains the whole model with supervision;
+"checkpoint" writes and measures the checkpoint. "base", which is not part of "all", trains a model that points at a
+random object in some task families, from the checkpoint of nano's stage "base-ctm": it is the start of `grpo_effect`.
+All stages resume where they were interrupted.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from conceptseg_hf import ConceptSegForSegmentation, nano_checkpoint
 
 from ..from_scratch.command import make_parser, run_command, scaled
-from ..from_scratch.loop import Schedule, train
-from .report import write_report
-from .stage import PriorStage, build_model
+from ..from_scratch.loop import train
+from ..nano.vlm_data import RANDOM_CHOICE_FAMILIES
+from .report import write_checkpoint, write_report
+from .settings import HELD_OUT, STEPS, schedule_of
+from .stage import PriorSettings, PriorStage, build_model
 from .tokenizers import build_processor
 
-_STAGES = ("prior", "checkpoint")
-STEPS = 2500
-HELD_OUT = 120
+_STAGES = ("prior", "checkpoint", "base")
+_BASE = "base"
 
 
 def main() -> None:
     """Run the stages that are given on the command line."""
-    parser = make_parser(__package__ or "", __doc__.splitlines()[0], _STAGES, Path("runs/coprs-nano"))
+    parser = make_parser(__package__ or "", __doc__.splitlines()[0], Path("runs/coprs-nano"), _STAGES)
     parser.add_argument(
         "--start",
         type=Path,
@@ -39,10 +43,11 @@ def main() -> None:
     run_command(parser, _run)
 
 
-def _run(arguments) -> None:  # type: ignore[no-untyped-def]  # argparse.Namespace
+def _run(arguments: argparse.Namespace) -> None:
+    is_base = arguments.stage == _BASE
     processor = build_processor()
     start = ConceptSegForSegmentation.from_pretrained(arguments.start)
-    model = build_model(start, processor)
+    model = build_model(start, processor, arguments.seed)
     steps = scaled(STEPS, arguments.scale)
     stage = PriorStage(
         model,
@@ -51,13 +56,15 @@ def _run(arguments) -> None:  # type: ignore[no-untyped-def]  # argparse.Namespa
         arguments.device,
         max(12, round(HELD_OUT * min(1.0, arguments.scale))),
         arguments.seed,
+        PriorSettings(random_choice_families=RANDOM_CHOICE_FAMILIES) if is_base else None,
+        _BASE if is_base else "prior",
     )
-    schedule = Schedule(
-        steps, learning_rate=1e-3, warmup=200, decay=0.5, evaluate_every=500, save_every=25, ema=0.998
-    )
-    if arguments.stage in ("prior", "all"):
+    schedule = schedule_of(steps)
+    if arguments.stage != "checkpoint":
         train(stage, schedule, arguments.run_dir)
-    if arguments.stage in ("checkpoint", "all"):
+    if is_base:
+        write_checkpoint(stage.model, arguments.output_dir or arguments.run_dir / "base-checkpoint")
+    elif arguments.stage != "prior":
         folder = arguments.output_dir or arguments.run_dir / "checkpoint"
         write_report(stage, schedule, arguments.run_dir, folder, arguments.samples)
 

@@ -17,7 +17,7 @@ from conceptseg_hf.data.concept_shapes.families import Task
 from conceptseg_hf.data.concept_shapes.scenes import Scene
 
 from ..from_scratch.vlm_examples import AttentionTarget, TrainingExample
-from ..nano.examples import ExampleWriter, some_words
+from ..nano.examples import ExampleWriter, described_object, some_words
 
 _MIN_PIXELS = 12  # size of the smallest objects in perception examples
 _MAX_NAMES = 4
@@ -82,8 +82,23 @@ class PriorExampleWriter(ExampleWriter):
             tuple(masks[phrase] for phrase in phrases),
         )
 
-    def reasoning(self, rng: np.random.Generator, task: Task) -> PriorExample:
-        """Create an example of a complete task: the instruction, the reasoning, and the concentration token."""
+    def reasoning(
+        self,
+        rng: np.random.Generator,
+        task: Task,
+        chosen: int | None = None,
+        with_reasoning: bool = True,
+    ) -> PriorExample:
+        """Create an example of a complete task: the instruction, the reasoning, and the concentration token.
+
+        Args:
+            rng: Random generator.
+            task: The task.
+            chosen: Index of an object of the target scene. If given, reasoning and mask are those of this object
+                instead of the correct one.
+            with_reasoning: Whether `<think>` contains the reasoning; otherwise it is empty.
+        """
+        mask, answer, think = described_object(task, chosen)
         images = [task.scene.pixels]
         if task.references:
             mosaic, _, frame = self.compose(task.references)
@@ -91,12 +106,13 @@ class PriorExampleWriter(ExampleWriter):
             images.insert(0, mosaic)
         else:
             instruction = self.processor.template.fill("no_reference", task.prompt)
-        completion = [*self.token_ids(format_reasoning(task.think)), self.ids["<|im_end|>"]]
+        text = format_reasoning(think if with_reasoning else "")
+        completion = [*self.token_ids(text), self.ids["<|im_end|>"]]
         attention_targets: list[AttentionTarget] = []
-        if task.mask.any():
-            target = {len(images) - 1: self.mask_to_tokens(task.mask)}
+        if mask.any():
+            target = {len(images) - 1: self.mask_to_tokens(mask)}
             end = completion.index(self.ids["</think>"])
-            length = len(self.token_ids(task.answer))
+            length = len(self.token_ids(answer)) if with_reasoning else 0
             attention_targets = [AttentionTarget(i, target) for i in range(end - length, end)]
             attention_targets.append(AttentionTarget(len(completion) - 1, target))
         return PriorExample(
@@ -106,7 +122,7 @@ class PriorExampleWriter(ExampleWriter):
             self.with_noise(rng, completion),
             tuple(attention_targets),
             (),
-            (task.mask,),
+            (mask,),
         )
 
 

@@ -11,13 +11,8 @@ from conceptseg_hf.coprs import CoPRSForSegmentation, CoPRSProcessor
 from conceptseg_hf.coprs.completion import parse_reasoning
 from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.evaluation import foreground_iou
-from conceptseg_hf.evaluation.metrics.heatmaps import (
-    correlation,
-    heatmap_auroc,
-    heatmap_average_precision,
-    heatmap_iou,
-    heatmap_share,
-)
+from conceptseg_hf.evaluation.metrics.heatmaps import heatmap_scores
+from conceptseg_hf.evaluation.reporting.bootstrap import Interval, correlation_interval, resample
 
 _BATCH = 30
 
@@ -63,8 +58,8 @@ def measure(
             truth = np.asarray(sample.mask) > 0
             objects = [item.mask for item in samples.task(index).scene.objects]
             others = np.any(objects, axis=0) & ~truth if objects else np.zeros_like(truth)
-            heatmap = result.heatmap
-            assert heatmap is not None and result.mask is not None
+            assert result.heatmap is not None and result.mask is not None
+            prior = heatmap_scores(result.heatmap, truth, others)
             rows.append(
                 MeasuredSample(
                     sample.sample_id,
@@ -72,10 +67,10 @@ def measure(
                     parse_reasoning(result.completion or "").is_valid,
                     (result.think or "").endswith(sample.answer or ""),
                     foreground_iou(np.asarray(result.mask) > 0, truth),
-                    heatmap_iou(heatmap, truth),
-                    heatmap_auroc(heatmap, truth),
-                    heatmap_average_precision(heatmap, truth),
-                    heatmap_share(heatmap, truth, others) if truth.any() and others.any() else float("nan"),
+                    prior["iou"],
+                    prior["auroc"],
+                    prior["average_precision"],
+                    prior["share"],
                 )
             )
     return rows
@@ -88,9 +83,7 @@ def set_of(sample: ConceptSample) -> str:
     return "CR one image" if sample.level == "CR" and not sample.references else sample.level
 
 
-def summarize(
-    rows: Sequence[MeasuredSample], resamples: int = 2000, seed: int = 0
-) -> dict[str, dict[str, float]]:
+def summarize(rows: Sequence[MeasuredSample], resamples: int = 2000) -> dict[str, dict[str, float]]:
     """Return mean, and with `resamples` a 95 % bootstrap interval ("low", "high"), of each metric and set."""
     summary: dict[str, dict[str, float]] = {}
     sets = {
@@ -100,28 +93,26 @@ def summarize(
     for set_name, members in sorted(sets.items()):
         for metric in ("mask_iou", "prior_iou", "auroc", "average_precision", "share", "correct"):
             values = np.array([float(getattr(row, metric)) for row in members])
-            summary[f"{metric}_{set_name}"] = bootstrap_mean(values[~np.isnan(values)], resamples, seed)
-    summary["format"] = bootstrap_mean(np.array([float(row.valid) for row in rows]), resamples, seed)
+            summary[f"{metric}_{set_name}"] = bootstrap_mean(values[~np.isnan(values)], resamples)
+    summary["format"] = bootstrap_mean([float(row.valid) for row in rows], resamples)
     present = [row for row in rows if not np.isnan(row.auroc)]
-    iou = np.array([row.mask_iou for row in present])
+    ious = [row.mask_iou for row in present]
     for metric in ("prior_iou", "average_precision"):
-        r = correlation(np.array([getattr(row, metric) for row in present]), iou)
-        summary[f"correlation_{metric}"] = {
-            "mean": r,
-            "low": float("nan"),
-            "high": float("nan"),
-            "n": len(iou),
-        }
+        qualities = [getattr(row, metric) for row in present]
+        found = correlation_interval(qualities, ious, metric, max(1, resamples))
+        summary[f"correlation_{metric}"] = _values(found, len(present), resamples)
     return summary
 
 
-def bootstrap_mean(values: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
+def bootstrap_mean(values: Sequence[float], resamples: int = 2000) -> dict[str, float]:
     """Return mean, 95 % bootstrap interval ("low", "high", NaN without resamples) and number ("n") of values."""
-    if not len(values):
-        return {"mean": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0}
-    low = high = float("nan")
-    if resamples:
-        rng = np.random.default_rng(seed)
-        means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(axis=1)
-        low, high = (float(value) for value in np.quantile(means, (0.025, 0.975)))
-    return {"mean": float(values.mean()), "low": low, "high": high, "n": len(values)}
+    resampled = resample(values, resamples=max(1, resamples))
+    return _values(None if resampled is None else resampled.interval(), len(values), resamples)
+
+
+def _values(interval: Interval | None, count: int, resamples: int) -> dict[str, float]:
+    nan = float("nan")
+    if interval is None:
+        return {"mean": nan, "low": nan, "high": nan, "n": count}
+    low, high = (interval.low, interval.high) if resamples else (nan, nan)
+    return {"mean": interval.mean, "low": low, "high": high, "n": interval.samples}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -61,9 +62,7 @@ def write_report(stage: PriorStage, schedule: Schedule, run_dir: Path, folder: P
         for name, iou in nano_ious(source, count):
             nano.setdefault(name, []).append(iou)
     summary = summarize(rows)
-    nano_summary = {
-        f"mask_iou_{name}": bootstrap_mean(np.array(values), 2000, 0) for name, values in nano.items()
-    }
+    nano_summary = {f"mask_iou_{name}": bootstrap_mean(values) for name, values in nano.items()}
     table = markdown(summary, nano_summary)
     write_file(
         run_dir / "results.json", json_text({"coprs-nano": summary, "nano": nano_summary}, indent=2) + "\n"
@@ -129,13 +128,13 @@ def markdown(summary: Summary, nano: Summary) -> str:
     correlation = summary["correlation_prior_iou"]
     note = (
         f"Correlation of prior IoU and mask IoU over {correlation['n']} samples that contain the target: "
-        f"{correlation['mean']:.2f}. Completions that follow the template: {summary['format']['mean']:.3f}."
+        f"{_cell(correlation)}. Completions that follow the template: {summary['format']['mean']:.3f}."
     )
     lines += ["", note]
     return "\n".join(lines)
 
 
 def _cell(values: Mapping[str, float] | None) -> str:
-    if values is None or not values["n"]:
+    if values is None or not values["n"] or math.isnan(values["mean"]):
         return "-"
     return f"{values['mean']:.3f} [{values['low']:.3f}, {values['high']:.3f}]"

@@ -7,6 +7,7 @@ pyramid only the finest level is trained, which the checkpoint does not have.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from conceptseg_hf.vlm_families import Vlm
 
 from ..from_scratch.sam_stage import images_to_pixels
 from ..from_scratch.vlm_stage import VlmStage
+from ..nano.examples import random_object
 from ..nano.scenes import TaskMix, sheet_scene, simple_scene
 from .examples import PriorExample, PriorExampleWriter, masks_of
 from .measuring import measure, summarize
@@ -34,20 +36,57 @@ _DECODED = 24  # number of masks that are decoded per step
 _GUIDED = 0.25  # fraction of the steps over which masks are also decoded from ideal priors
 
 
-def build_model(start: ConceptSegForSegmentation, processor: CoPRSProcessor) -> CoPRSForSegmentation:
-    """Return a model with the VLM and the vision backbone of a nano checkpoint, and new other parts."""
-    model = CoPRSForSegmentation(
-        CoPRSConfig.from_preset(
-            "nano",
-            vlm_config=start.config.vlm_config.to_dict(),
-            ref_pos_token_id=processor.ref_pos_token_id,
+@dataclass(frozen=True)
+class PriorSettings:
+    """What the stage trains; the defaults are those of the embedded checkpoint.
+
+    Attributes:
+        with_reasoning: Whether completions contain reasoning before the concentration token.
+        prior_weight: Weight of the cross-entropy of the prior (eq. 8).
+        random_choice_families: Families whose examples describe a random object of the scene; see
+            `nano.vlm_data.RANDOM_CHOICE_FAMILIES`.
+    """
+
+    with_reasoning: bool = True
+    prior_weight: float = 1.0
+    random_choice_families: frozenset[str] = frozenset()
+
+
+def build_model(
+    start: ConceptSegForSegmentation,
+    processor: CoPRSProcessor,
+    seed: int = 0,
+    backbone: nn.Module | None = None,
+    **config: Any,
+) -> CoPRSForSegmentation:
+    """Return a model with the VLM and the vision backbone of a nano checkpoint, and new other parts.
+
+    Args:
+        start: The nano checkpoint.
+        processor: The processor of the model.
+        seed: Random seed of the new parts. Some of them are never trained, such as SAM's Fourier features of positions,
+            and therefore not in the state of a run: with the same seed, a resumed run has the same ones.
+        backbone: Vision encoder of another SAM 3, to use instead of that of `start`.
+        **config: Further settings of `CoPRSConfig`.
+
+    Raises:
+        ValueError: If the vision backbone does not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CoPRSForSegmentation(
+            CoPRSConfig.from_preset(
+                "nano",
+                vlm_config=start.config.vlm_config.to_dict(),
+                ref_pos_token_id=processor.ref_pos_token_id,
+                **config,
+            )
         )
-    )
     model.vlm.load_state_dict(start.vlm.state_dict())
     embeddings = model.vlm.get_input_embeddings().weight
     with torch.no_grad():
         embeddings[processor.ref_pos_token_id] = embeddings[: processor.ref_pos_token_id].mean(dim=0)
-    source: Mapping[str, Tensor] = start.sam.vision_encoder.state_dict()
+    source: Mapping[str, Tensor] = (start.sam.vision_encoder if backbone is None else backbone).state_dict()
     weights = {name: value for name, value in source.items() if ".fpn_layers." not in f".{name}"}
     for name, value in source.items():
         head, found, tail = name.partition("neck.fpn_layers.")
@@ -96,10 +135,19 @@ class PriorData:
         processor: The processor.
         count: Number of task examples per step.
         seed: Random seed.
+        settings: Whether examples have reasoning, and which describe a random object.
     """
 
-    def __init__(self, steps: int, processor: CoPRSProcessor, count: int = 24, seed: int = 0) -> None:
+    def __init__(
+        self,
+        steps: int,
+        processor: CoPRSProcessor,
+        count: int = 24,
+        seed: int = 0,
+        settings: PriorSettings | None = None,
+    ) -> None:
         self.steps, self.count, self.seed = steps, count, seed
+        self.settings = settings or PriorSettings()
         self.writer = PriorExampleWriter(processor)
         self.tasks = TaskMix()
 
@@ -117,9 +165,18 @@ class PriorData:
         while len(examples) < self.count * (2 if with_references else 3) // 2:
             task = self.tasks.task(number)
             if bool(task.references) == with_references:
-                examples.append(self.writer.reasoning(rng, task))
+                examples.append(
+                    self.writer.reasoning(rng, task, self._chosen(number), self.settings.with_reasoning)
+                )
             number += 1
         return examples
+
+    def _chosen(self, number: int) -> int | None:
+        """Return the object that the example of a task describes; None for the correct one."""
+        if self.tasks.family(number) not in self.settings.random_choice_families:
+            return None
+        rng = np.random.default_rng([41, self.seed, number])
+        return random_object(rng, self.tasks.task(number).scene)
 
     def _perception(self, rng: np.random.Generator, number: int) -> PriorExample:
         while True:
@@ -146,9 +203,9 @@ class PriorStage:
         device: Device of the model.
         held_out: Number of samples of the split "val" per evaluation.
         seed: Random seed.
+        settings: What is trained.
+        name: Name of the stage.
     """
-
-    name = "prior"
 
     def __init__(
         self,
@@ -158,11 +215,14 @@ class PriorStage:
         device: str = "cpu",
         held_out: int = 120,
         seed: int = 0,
+        settings: PriorSettings | None = None,
+        name: str = "prior",
     ) -> None:
+        self.name, self.settings = name, settings or PriorSettings()
         self.module = PriorModule(model)
         self.model, self.processor, self.steps = model, processor, steps
         self.device, self.held_out, self.seed = device, held_out, seed
-        self.data = PriorData(steps, processor, seed=seed)
+        self.data = PriorData(steps, processor, seed=seed, settings=self.settings)
         weights = {name: value.clone() for name, value in model.state_dict().items()}
         # The stage initializes number embeddings, which the start has already trained.
         self._vlm_stage = VlmStage(_unused(self.module), _unused(), processor, 0, steps, self.name, device)
@@ -189,7 +249,12 @@ class PriorStage:
         decoded = decode(self.model.sam, features.select(chosen), prompts)
         losses = prior_losses(prior, prior, masks, ignore)
         mask_losses = prior_losses(prompts.detach(), decoded, masks[chosen], ignore[chosen])
-        loss = loss + losses.prior + DICE_WEIGHT * mask_losses.dice + FOCAL_WEIGHT * mask_losses.focal
+        loss = (
+            loss
+            + self.settings.prior_weight * losses.prior
+            + DICE_WEIGHT * mask_losses.dice
+            + FOCAL_WEIGHT * mask_losses.focal
+        )
         return loss, {
             **metrics,
             "prior": losses.prior.item(),

@@ -26,30 +26,34 @@ def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
 
 
 def make_parser(
-    package: str, description: str, stages: Sequence[str], run_dir: Path
+    package: str, description: str, run_dir: Path, stages: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
     """Return a parser with the options of all commands.
 
     Args:
         package: Package of the command.
         description: First sentence of the help.
-        stages: Names of the stages; "all" is added.
         run_dir: Default folder of states, logs and weights.
+        stages: Names of the stages; "all" is added. Without stages, there are no options for stages and checkpoint.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {package}", description=description)
-    parser.add_argument(
-        "--stage", choices=[*stages, "all"], default="all", help="which stage to run (default: %(default)s)"
-    )
+    if stages:
+        parser.add_argument(
+            "--stage",
+            choices=[*stages, "all"],
+            default="all",
+            help="which stage to run (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--output-dir",
+            type=Path,
+            help="folder of the checkpoint (default: below the folder of --run-dir)",
+        )
     parser.add_argument(
         "--run-dir",
         type=Path,
         default=run_dir,
         help="folder of states, logs and weights (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        help="folder of the checkpoint (default: below the folder of --run-dir)",
     )
     parser.add_argument(
         "--device",

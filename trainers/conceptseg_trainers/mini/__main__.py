@@ -35,7 +35,7 @@ _LEARNING_RATES = {"sam": 8e-4, "vlm": 1.2e-3}
 def main() -> None:
     """Run the stages that are given on the command line."""
     description = f"Train conceptseg-mini on photographs of {MINI_IMAGE_SIZE} pixels."
-    parser = make_parser(__package__ or "", description, _STAGES, Path("runs/mini"))
+    parser = make_parser(__package__ or "", description, Path("runs/mini"), _STAGES)
     parser.add_argument(
         "--root",
         type=Path,

@@ -36,7 +36,7 @@ HELD_OUT = {"sam": 180, "vlm": 132, "ctm": 240}
 
 def main() -> None:
     """Run the stages that are given on the command line."""
-    parser = make_parser(__package__ or "", __doc__.splitlines()[0], _STAGES, Path("runs/nano"))
+    parser = make_parser(__package__ or "", __doc__.splitlines()[0], Path("runs/nano"), _STAGES)
     parser.add_argument(
         "--family",
         choices=list(PRESETS),

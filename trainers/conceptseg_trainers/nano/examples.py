@@ -139,12 +139,7 @@ class ExampleWriter(BaseExampleWriter):
             short: Whether to omit rule, check, and the reasoning about the references.
         """
         processor = self.short_processor if short else self.processor
-        mask, answer, think = task.mask, task.answer, task.think
-        if chosen is not None:
-            item = task.scene.objects[chosen]
-            mask = item.mask
-            answer = answer_for(task, item.look)
-            think = think.removesuffix(task.answer) + answer
+        mask, answer, think = described_object(task, chosen)
         if short:
             think = f"it is the {answer}"
         images = [_scene_image(task.scene)]
@@ -244,6 +239,21 @@ class ExampleWriter(BaseExampleWriter):
                 if completion[i + 1] in self._look_words and rng.random() < _NOISE:
                     noisy[i] = int(group[int(rng.integers(len(group)))])
         return noisy
+
+
+def described_object(task: Task, chosen: int | None = None) -> tuple[np.ndarray, str, str]:
+    """Return mask, answer and reasoning of the target, or of the object of the scene with the index `chosen`."""
+    if chosen is None:
+        return task.mask, task.answer, task.think
+    item = task.scene.objects[chosen]
+    answer = answer_for(task, item.look)
+    return item.mask, answer, task.think.removesuffix(task.answer) + answer
+
+
+def random_object(rng: np.random.Generator, scene: Scene) -> int:
+    """Return the index of a random visible object."""
+    visible = [i for i, item in enumerate(scene.objects) if item.mask.any()]
+    return visible[int(rng.integers(len(visible)))]
 
 
 def answer_for(task: Task, look: Look) -> str:

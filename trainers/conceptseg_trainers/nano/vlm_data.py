@@ -25,7 +25,7 @@ from ..from_scratch.loop import mean
 from ..from_scratch.vlm_examples import TrainingExample
 from ..from_scratch.vlm_stage import VlmStage, VlmWithHeads
 from .dense import DENSE_CLASSES, dense_class_loss, dense_targets, shape_accuracy, visible_objects
-from .examples import ExampleWriter
+from .examples import ExampleWriter, random_object
 from .scenes import TaskMix, pretraining_scene, sheet_scene, simple_scene
 from .tokenizers import build_processor
 
@@ -146,8 +146,7 @@ class ShapesVlmData:
         task = self.tasks.task(_FIRST_TASK + number)
         chosen = None
         if self.tasks.family(_FIRST_TASK + number) in self.random_choice_families:
-            visible = [i for i, item in enumerate(task.scene.objects) if item.mask.any()]
-            chosen = visible[int(rng.integers(len(visible)))]
+            chosen = random_object(rng, task.scene)
         short = bool(self.random_choice_families) and rng.random() < _SHORT
         return self.writer.task(rng, task, chosen, short)
 

@@ -13,14 +13,18 @@ from conceptseg_hf.loading import find_checkpoint
 from ..coprs_config import CoPRSTrainerConfig
 from ..coprs_trainer import CoPRSTrainer
 from ..split_reference import split_reference_dataset
+from .adapters import AdapterArguments
 from .arguments import DataArguments
 from .recipe_parser import RecipeParser
 from .running import check_run, main
 
+TRAINED_IN_FULL = ("prior", "mask_embed", "mask_decoder")
+"""Modules beside the adapters of the VLM: the prior, and what decodes it."""
+
 
 @dataclass
-class CoPRSModelArguments:
-    """Arguments for the model.
+class CoPRSModelArguments(AdapterArguments):
+    """Arguments for the model, and for training LoRA adapters instead of the full VLM.
 
     Attributes:
         model_name_or_path: Checkpoint of CoPRS, or "coprs-nano" for the embedded one.
@@ -89,7 +93,12 @@ def prepare(argv: Sequence[str]) -> CoPRSTrainer:
         for samples in data.load(args)
     )
     return CoPRSTrainer(
-        model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=processor
+        model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=processor,
+        peft_config=source.peft_config(processor.family, TRAINED_IN_FULL),
     )
 
 

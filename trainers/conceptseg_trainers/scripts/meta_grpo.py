@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from transformers import BitsAndBytesConfig
-
-from conceptseg_hf.vlm_families import VlmFamily
 
 from ..meta_grpo_config import MetaGRPOConfig
 from ..meta_grpo_trainer import MetaGRPOTrainer
 from ..split_reference import split_reference_dataset
+from .adapters import AdapterArguments
 from .arguments import DataArguments, ModelArguments
 from .recipe_parser import RecipeParser
 from .running import check_run, main
@@ -33,26 +31,13 @@ class SplitReferenceArguments(DataArguments):
 
 
 @dataclass
-class PolicyArguments(ModelArguments):
+class PolicyArguments(AdapterArguments, ModelArguments):
     """Arguments for the model, and for training LoRA adapters instead of the full VLM.
 
     Attributes:
-        use_peft: Train LoRA adapters of the VLM, and the CTM.
-        lora_r: Rank of the adapters.
-        lora_alpha: Alpha of the adapters (their scale times the rank).
-        lora_dropout: Dropout of the adapters.
-        lora_target_modules: Regular expression for the names of the modules that get adapters; the attention
-            projections of the language model by default.
         load_in_4bit: Load the frozen VLM in 4 bits (needs bitsandbytes).
     """
 
-    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters and the CTM."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters times the rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters."})
-    lora_target_modules: str | None = field(
-        default=None, metadata={"help": "Modules that get adapters (regex)."}
-    )
     load_in_4bit: bool = field(default=False, metadata={"help": "Frozen VLM in 4 bits; needs use_peft."})
 
     def __post_init__(self) -> None:
@@ -61,18 +46,6 @@ class PolicyArguments(ModelArguments):
             raise ValueError(
                 "load_in_4bit is true without use_peft; 4-bit weights cannot be trained, so set use_peft."
             )
-
-    def peft_config(self, family: VlmFamily) -> LoraConfig | None:
-        """Return the configuration of the adapters for a family of VLMs, or None without `use_peft`."""
-        if not self.use_peft:
-            return None
-        return LoraConfig(
-            r=self.lora_r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules or family.lora_target_modules,
-            modules_to_save=["ctm"],
-        )
 
     def load_kwargs(self) -> dict[str, Any]:
         """See `ModelArguments.load_kwargs`."""
@@ -117,7 +90,7 @@ def prepare(argv: Sequence[str]) -> MetaGRPOTrainer:
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=processor,
-        peft_config=policy.peft_config(processor.family),
+        peft_config=policy.peft_config(processor.family, ["ctm"]),
     )
 
 

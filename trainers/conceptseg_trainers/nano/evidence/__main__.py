@@ -7,11 +7,10 @@ Trains each arm with each seed from the base checkpoint, evaluates all of them o
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ import torch
 
 from conceptseg_hf.data import ConceptSample
 from conceptseg_hf.progress import print_line
-from conceptseg_hf.writing import json_text, write_file
+from conceptseg_hf.writing import write_file
 
 from .arms import ARMS, COMPARED_ARMS, Arm
 from .measuring import Values, measure
+from .run_folder import check_settings
 from .tables import comparison_table, format_interval, paired, pairs_table, runs_table
 from .training import TRAINING_LOG, TrainSettings, describe, evaluation_samples, train_arm
 
@@ -103,35 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["meta"][0][MAIN_SOURCE]["mask_iou"], results[START][0][MAIN_SOURCE]["mask_iou"], "quick"
     )
     return int(gain is None or gain.low <= 0)
-
-
-def check_settings(folder: Path, settings: TrainSettings, start: Path, samples: int) -> None:
-    """Check that finished arms in a folder have the same settings, or write the settings to an empty folder.
-
-    Args:
-        folder: Folder of the runs.
-        settings: How arms are trained.
-        start: Folder of the base checkpoint.
-        samples: Number of samples per evaluation set.
-
-    Raises:
-        ValueError: If the folder contains results with other settings.
-    """
-    digest = hashlib.sha256()
-    for weights in sorted(start.glob("*.safetensors")):
-        digest.update(weights.read_bytes())
-    current: dict[str, Any] = {**asdict(settings), "samples": samples, "start": digest.hexdigest()[:16]}
-    path = folder / "settings.json"
-    if not path.is_file():
-        write_file(path, json_text(current, indent=2) + "\n")
-        return
-    existing = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in current.items():
-        if existing.get(name) != value:
-            raise ValueError(
-                f"{str(folder)!r} contains results with {name} = {existing.get(name)}, but {name} is {value}; use "
-                "another --output-dir."
-            )
 
 
 def run(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, parse_completion
+from conceptseg_hf import parse_completion
 from conceptseg_hf.data import ConceptSample
 from conceptseg_hf.evaluation import evaluate
+from conceptseg_hf.loading import load_model_and_processor
 from conceptseg_hf.writing import json_text, write_file
 
 DECODING: dict[str, dict[str, Any]] = {
@@ -32,7 +34,7 @@ def measure(
     path: Path,
     router: str = "full_reasoning",
 ) -> dict[str, Values]:
-    """Evaluate a checkpoint with greedy decoding and with sampling, or read the values if the file exists.
+    """Evaluate a checkpoint of ConceptSeg; see `measured_values`.
 
     Args:
         checkpoint: Folder of the checkpoint.
@@ -45,24 +47,50 @@ def measure(
     Returns:
         For each set and decoding ("trained families, greedy"), the values of each measure, one per sample.
     """
+    to_values = partial(values_of, meta_reasoning=meta_reasoning)
+    return measured_values(checkpoint, samples, to_values, path, router=router, sam_prompt=prompted_by)
+
+
+def measured_values(
+    checkpoint: Path,
+    samples: Mapping[str, Sequence[ConceptSample]],
+    to_values: Callable[[Sequence[Mapping[str, Any]]], Values],
+    path: Path,
+    decoding: Mapping[str, Mapping[str, Any]] | None = None,
+    router: str = "full_reasoning",
+    **options: Any,
+) -> dict[str, Values]:
+    """Evaluate a checkpoint with greedy decoding and with sampling, or read the values if the file exists.
+
+    Args:
+        checkpoint: Folder of the checkpoint, of ConceptSeg or CoPRS.
+        samples: Held-out samples by evaluation set.
+        to_values: Function from records of an evaluation to the measures.
+        path: JSON file of the values.
+        decoding: Generation settings by name; `DECODING` by default.
+        router: Mode of the router.
+        **options: Further arguments of `evaluate`.
+
+    Returns:
+        For each set and decoding ("trained families, greedy"), the values of each measure, one per sample.
+    """
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
-    model = ConceptSegForSegmentation.from_pretrained(checkpoint)
-    processor = ConceptSegProcessor.from_pretrained(checkpoint)
+    model, processor = load_model_and_processor(checkpoint)
     values: dict[str, Values] = {}
     for name, set_samples in samples.items():
-        for decoding, generation_config in DECODING.items():
+        for name_of_decoding, generation_config in (decoding or DECODING).items():
             torch.manual_seed(0)
             report = evaluate(
                 model,
                 set_samples,
                 processor=processor,
                 router=router,
-                sam_prompt=prompted_by,
-                generation_config=generation_config,
+                generation_config=dict(generation_config),
                 batch_size=50,
+                **options,
             )
-            values[f"{name}, {decoding}"] = values_of(report.records, meta_reasoning)
+            values[f"{name}, {name_of_decoding}"] = to_values(report.records)
     write_file(path, json_text(values) + "\n")
     return values
 

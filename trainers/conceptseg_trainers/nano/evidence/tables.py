@@ -42,6 +42,8 @@ def comparison_table(
     baseline: str,
     titles: Mapping[str, str],
     source: str,
+    measures: Sequence[str] = MEASURES,
+    compared: Sequence[str] = ("mask_iou", "box_iou"),
 ) -> str:
     """Format a Markdown table with one row per arm: means over seeds, and differences from the baseline.
 
@@ -50,17 +52,23 @@ def comparison_table(
         baseline: The arm that the others are compared with.
         titles: The arms' titles.
         source: Evaluation set and decoding, a key of the results.
+        measures: Measures to show.
+        compared: Measures whose differences are shown.
     """
     title = titles[baseline]
     lines = [
-        "| arm | seeds | " + " | ".join(MEASURES) + f" | mask IoU - {title} | box IoU - {title} |",
-        "|---" * (len(MEASURES) + 4) + "|",
+        "| "
+        + " | ".join(
+            ["arm", "seeds", *measures, *(f"{name.replace('_iou', ' IoU')} - {title}" for name in compared)]
+        )
+        + " |",
+        "|---" * (len(measures) + len(compared) + 2) + "|",
     ]
-    reference = {name: mean_over_seeds([run[source][name] for run in results[baseline]]) for name in MEASURES}
+    reference = {name: mean_over_seeds([run[source][name] for run in results[baseline]]) for name in measures}
     for arm, runs in results.items():
-        values = {name: mean_over_seeds([run[source][name] for run in runs]) for name in MEASURES}
-        cells = [titles[arm], str(len(runs)), *(format_mean(values[name]) for name in MEASURES)]
-        for name in ("mask_iou", "box_iou"):
+        values = {name: mean_over_seeds([run[source][name] for run in runs]) for name in measures}
+        cells = [titles[arm], str(len(runs)), *(format_mean(values[name]) for name in measures)]
+        for name in compared:
             interval = (
                 None if arm == baseline else paired(values[name], reference[name], f"{arm}/{source}/{name}")
             )

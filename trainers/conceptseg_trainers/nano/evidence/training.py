@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from conceptseg_hf.writing import json_text, write_file
 
 from ...from_scratch.assemble import write_checkpoint
 from ...from_scratch.vlm_examples import TrainingExample
+from ...grpo_trainer import SegmentationGRPOTrainer
 from ...meta_grpo_config import MetaGRPOConfig
 from ...meta_grpo_trainer import MetaGRPOTrainer
 from ...split_reference import split_reference_dataset
@@ -84,6 +86,24 @@ def train_arm(arm: Arm, start: Path, folder: Path, settings: TrainSettings, seed
     checkpoint = folder / "checkpoint"
     if checkpoint.is_dir():
         return checkpoint
+    with complete_folder(checkpoint) as temporary:
+        _write_arm(arm, start, folder, settings, seed, temporary)
+    return checkpoint
+
+
+@contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed at the end, so that an existing folder is complete."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    yield temporary
+    temporary.rename(folder)
+
+
+def _write_arm(
+    arm: Arm, start: Path, folder: Path, settings: TrainSettings, seed: int, checkpoint: Path
+) -> None:
+    """Train an arm and write its checkpoint and its log."""
     start_time = time.process_time()
     model = ConceptSegForSegmentation.from_pretrained(start)
     processor = ConceptSegProcessor.from_pretrained(start)
@@ -99,13 +119,14 @@ def train_arm(arm: Arm, start: Path, folder: Path, settings: TrainSettings, seed
         _train_supervised(model, settings, seed)
     else:
         steps = _train_by_reinforcement(arm, model, processor, folder, settings, seed)
-    log = {"seed": seed, "cpu_seconds": round(time.process_time() - start_time, 1), "steps": steps}
+    write_log(folder, seed, time.process_time() - start_time, steps)
+    write_checkpoint(model, processor, checkpoint)
+
+
+def write_log(folder: Path, seed: int, cpu_seconds: float, steps: Sequence[Mapping[str, Any]]) -> None:
+    """Write "training.json": the seed, the CPU time and the metrics of each step."""
+    log = {"seed": seed, "cpu_seconds": round(cpu_seconds, 1), "steps": list(steps)}
     write_file(folder / TRAINING_LOG, json_text(log) + "\n")
-    temporary = folder / "checkpoint.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    write_checkpoint(model, processor, temporary)
-    temporary.rename(checkpoint)  # an existing checkpoint is complete
-    return checkpoint
 
 
 def _task_numbers(seed: int) -> Iterator[int]:
@@ -133,35 +154,13 @@ def _train_by_reinforcement(
 ) -> list[dict[str, Any]]:
     """Train an arm with MetaGRPOTrainer, and return the metrics of its steps."""
     samples = training_samples(settings.steps * settings.prompts, seed)
-    completions_per_step = settings.prompts * settings.num_generations
-    batch_size = min(settings.batch_size, completions_per_step)
     args = MetaGRPOConfig(
         str(folder / "run"),
         rewards=list(arm.rewards),
         meta_without_proxy="box",
         meta_reasoning=arm.meta_reasoning,
         seg_loss_weight=arm.seg_loss_weight,
-        num_generations=settings.num_generations,
-        num_best_and_worst=settings.num_best_and_worst,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=completions_per_step // batch_size,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=4,
-        beta=settings.beta,
-        max_steps=settings.steps,
-        max_completion_length=64,
-        freeze_vision_tower=True,
-        sam_decode_batch_size=64,
-        seed=seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        log_examples=0,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
+        **grpo_arguments(settings, seed),
     )
     trainer = MetaGRPOTrainer(
         model=model,
@@ -170,10 +169,45 @@ def _train_by_reinforcement(
         train_dataset=split_reference_dataset(samples, processor=processor),
         processing_class=processor,
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_ProgressCallback(f"{folder.parent.name}, seed {seed}"))
-    trainer.train()
+    log_history = run_trainer(trainer, f"{folder.parent.name}, seed {seed}")
     model.sam = trainer.concept_model.sam  # the trainer has removed it from the modules
+    return log_history
+
+
+def grpo_arguments(settings: TrainSettings, seed: int) -> dict[str, Any]:
+    """Return the arguments of `SegmentationGRPOConfig` that all arms have in common."""
+    completions_per_step = settings.prompts * settings.num_generations
+    batch_size = min(settings.batch_size, completions_per_step)
+    return {
+        "num_generations": settings.num_generations,
+        "num_best_and_worst": settings.num_best_and_worst,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": completions_per_step // batch_size,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 4,
+        "beta": settings.beta,
+        "max_steps": settings.steps,
+        "max_completion_length": 64,
+        "freeze_vision_tower": True,
+        "sam_decode_batch_size": 64,
+        "seed": seed,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "log_examples": 0,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+
+
+def run_trainer(trainer: SegmentationGRPOTrainer, description: str) -> list[dict[str, Any]]:
+    """Train with a progress bar, and return the metrics of the steps."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_ProgressCallback(description))
+    trainer.train()
     return trainer.state.log_history
 
 
