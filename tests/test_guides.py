@@ -116,7 +116,7 @@ def write_plain(folder: Path, samples, splits) -> None:
 def namespaces() -> dict[str, dict[str, object]]:
     """Return the namespaces of the documents, with what their snippets expect to exist."""
     model, processor = load_model_and_processor(None, "cpu")
-    samples = load_benchmark("concept-shapes", split="test", limit=6)
+    samples = list(load_benchmark("concept-shapes", split="test", limit=6))
     given = {
         "model": model,
         "processor": processor,
