@@ -35,13 +35,21 @@ def blocks(document: str) -> list[tuple[str, str]]:
     return re.findall(r"```(\w*)\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
 
 
-def commands(document: str) -> list[str]:
+def command_lines(text: str) -> list[str]:
+    """Return the commands of a block, without comments."""
     return [
         line.partition("  #")[0].strip()
-        for language, text in blocks(document)
-        if language in ("", "bash")
         for line in text.replace("\\\n", " ").splitlines()
         if line.strip() and not line.startswith("#")
+    ]
+
+
+def commands(document: str) -> list[str]:
+    return [
+        line
+        for language, text in blocks(document)
+        if language in ("", "bash")
+        for line in command_lines(text)
     ]
 
 

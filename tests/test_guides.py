@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from documents import ROOT, blocks, commands, words_of, write_files
+from documents import ROOT, blocks, command_lines, words_of, write_files
 from PIL import Image
 from trees import write_photos
 
@@ -44,7 +44,7 @@ NOT_RUN = {
     ),
 }
 
-# Parts of snippets, and what takes their places: existing files, the CPU, fewer steps.
+# Parts of snippets, and what takes their places: existing files, the CPU, fewer steps and datasets.
 REPLACED = {
     "PATH_OR_ID": "my-checkpoint",
     "DIR": "suite",
@@ -53,6 +53,7 @@ REPLACED = {
     'device_map={"": 0}': 'device_map={"": "cpu"}',
     "device=0": 'device="cpu"',
     "steps=300": "steps=2",
+    "--benchmark table1 --root suite --metrics all": "--benchmark DUTS --root suite --metrics all",
 }
 FEWER_STEPS = {
     "sft": ["--log_examples", "0"],
@@ -73,8 +74,14 @@ def is_run(snippet: str) -> bool:
 
 def snippets(document: str) -> list[tuple[str, str]]:
     """Return language and text of what a document shows; commands one by one, without the lines of shell loops."""
-    found = [("", line) for line in commands(document) if not line.startswith("for ") and line != "done"]
-    return found + [block for block in blocks(document) if block[0] not in ("", "bash")]
+    found: list[tuple[str, str]] = []
+    for language, text in blocks(document):
+        if language in ("", "bash"):
+            lines = command_lines(text)
+            found += [("", line) for line in lines if not line.startswith("for ") and line != "done"]
+        else:
+            found.append((language, text))
+    return found
 
 
 CASES = [

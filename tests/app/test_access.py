@@ -75,7 +75,7 @@ def open_everything(page) -> None:
     wait_for(page, "Route: reasoning")
     page.locator("#references button").first.click()
     page.locator("#editor .empty").wait_for()
-    page.get_by_role("tab", name="Concept for many images").click()
+    page.get_by_role("tab", name="Many images").click()
     page.locator("#induce").wait_for()
 
 
@@ -131,7 +131,7 @@ def test_nothing_is_wider_than_a_phone(page):
     open_everything(page)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     small = """() => [...document.querySelectorAll(".gradio-container button, .gradio-container [role=tab]")]
-        .filter(e => e.getClientRects().length > 0 && !e.closest("#editor, .icon-button-wrapper"))
+        .filter(e => e.getClientRects().length > 0 && e.tabIndex >= 0 && !e.closest("#editor, .icon-button-wrapper"))
         .filter(e => e.getBoundingClientRect().height < 24)
         .map(e => e.outerHTML.slice(0, 160))"""
     assert page.evaluate(small) == []

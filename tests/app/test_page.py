@@ -105,7 +105,7 @@ def test_references_are_drawn_or_typed_and_a_concept_is_applied_to_files(page):
 
     choose(page, "Drawing: a shape by its looks")
     expect(page.locator("#prompt textarea, #prompt input").first).not_to_have_value("transparent")
-    page.get_by_role("tab", name="Concept for many images").click()
+    page.get_by_role("tab", name="Many images").click()
     page.locator("#induce").click()
     wait_for(page, "The concept is ready.", "#induce-status")
     expect(page.locator("#summary textarea, #summary input").first).to_have_value(

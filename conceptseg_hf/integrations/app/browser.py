@@ -8,7 +8,9 @@ CSS = """
     --block-title-text-color: #374151; --input-placeholder-color: #4b5563}
 .dark .gradio-container, .dark.gradio-container {--body-text-color-subdued: #d1d5db; --block-info-text-color: #d1d5db;
     --block-label-text-color: #e5e7eb; --block-title-text-color: #e5e7eb; --input-placeholder-color: #d1d5db}
+#image button.icon {min-width: 24px; min-height: 24px}
 .dark #editor .empty div {color: #d1d5db}
+.dark button[role=tab][aria-selected=true] {color: #93c5fd !important}
 :focus-visible {outline: 3px solid #1d4ed8 !important; outline-offset: 2px}
 .dark :focus-visible {outline-color: #93c5fd !important}
 .bar {position: relative; display: inline-block; width: 160px; max-width: 50%; height: 12px; background: #d4d4d8;
@@ -20,12 +22,20 @@ CSS = """
 #result .image-container, #check .image-container {padding-top: 30px}
 """
 
-# On a narrow screen, the results are below the inputs.
-SCROLL_TO_STATUS = """(...values) => {
-    const status = document.querySelector("#status");
-    if (status.getBoundingClientRect().top > window.innerHeight * 0.8) status.scrollIntoView({behavior: "smooth"});
+
+def scroll_to(elem_id: str, block: str) -> str:
+    """Return a script that scrolls to a status that is out of view, as results are on a narrow screen.
+
+    Args:
+        elem_id: `elem_id` of the status.
+        block: Where the screen then shows it: "start", "center" or "nearest".
+    """
+    return f"""(...values) => {{
+    const status = document.querySelector("#{elem_id}"), {{top, bottom}} = status.getBoundingClientRect();
+    if (top > window.innerHeight * 0.8 || bottom < 0) status.scrollIntoView({{behavior: "smooth", block: "{block}"}});
     return values;
-}"""
+}}"""
+
 
 # Runs when the page has loaded.
 # Gradio's image editor clears its canvas when its toolbar appears, and loses files that arrive earlier. They are kept

@@ -109,12 +109,13 @@ def add_results() -> None:
 
 def add_tabs() -> None:
     """Add the tabs below: comparison of routes, and a concept for many images."""
-    with gr.Tab("Compare routes"):
+    # Short names: on a narrow screen, Gradio hides tabs that do not fit behind a button without a name.
+    with gr.Tab("Compare"):
         _add_run("Run all routes", "compare")
         gr.Gallery(
             label="Routes", columns=3, interactive=False, height="auto", elem_id="compared", buttons=[]
         )
-    with gr.Tab("Concept for many images"):
+    with gr.Tab("Many images"):
         gr.Markdown(
             "Induce the concept once from the references above, then apply it to other images without reasoning."
         )

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from .browser import SCROLL_TO_STATUS
+from .browser import scroll_to
 from .handlers import Download, Handlers, Updates
 from .layout import add_inputs, add_results, add_tabs
 from .sessions import Canceled, Demo, Session, status_html
@@ -87,9 +87,9 @@ def _connect(parts: Mapping[str, Any], session: gr.State, handlers: Handlers) ->
     ):
         # The tabs show the progress of their runs themselves: the status of the first run can be out of view.
         status = f"{handler}_status" if f"{handler}_status" in parts else "status"
-        scroll = {"js": SCROLL_TO_STATUS} if status == "status" else {}
+        scroll = scroll_to(parts[status].elem_id, "start" if status == "status" else "center")
         # `start` does not wait in the queue, so that "cancel" also ends runs that are waiting.
-        started = call(trigger, "start", queue=False, status=status, **scroll, **quick)
+        started = call(trigger, "start", queue=False, status=status, js=scroll, **quick)
         call(started.then, handler, *_RUNS[handler], status=status, show_progress_on=[parts[status]], **run)
 
 
