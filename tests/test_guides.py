@@ -46,8 +46,8 @@ NOT_RUN = {
 
 # Parts of snippets, and what takes their places: existing files, the CPU, fewer steps and datasets.
 REPLACED = {
+    "--benchmark table1 --root DIR": "--benchmark DUTS --root suite",
     "PATH_OR_ID": "my-checkpoint",
-    "DIR": "suite",
     "$config": "references",
     "../shared/data/photos": "my_datasets",
     'device_map={"": 0}': 'device_map={"": "cpu"}',
