@@ -1,16 +1,19 @@
-"""Draw the figures of the README and the site with the embedded checkpoint: `python benchmarks/figures.py docs`.
+"""Draw the figures of the README and the site with the embedded checkpoints: `python benchmarks/figures.py docs`.
 
-Each figure shows the first ConceptShapes test samples of its kind, which were not selected by result.
+Each figure shows the first samples of its kind, which were not selected by result: ConceptShapes test samples with the
+checkpoint "nano", and below them photographs of the smoke set with the checkpoint for photographs, if there is one.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from conceptseg_hf.data import ConceptSample, load_benchmark
+from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
+from conceptseg_hf.data import SMOKE_PHOTOS, ConceptSample, load_benchmark
 from conceptseg_hf.evaluation.records import segment_samples
 from conceptseg_hf.loading import load_model_and_processor
 from conceptseg_hf.outputs import ConceptSegmentation
@@ -25,14 +28,25 @@ LEVELS = {
 }
 
 
-def main(folder: Path) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write overview.png, mosaic.png and routes.png."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="folder of the figures")
+    parser.add_argument(
+        "--photos-model", default="mini", help="checkpoint for photographs (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    folder = options.folder
+
     model, processor = load_model_and_processor(None, "cpu")
     samples = list(load_benchmark("concept-shapes", split="test", limit=60))
     firsts = [next(sample for sample in samples if sample.level == level) for level in LEVELS]
-    results = segment_samples(model, processor, firsts)
-    panels = [draw(sample, result) for sample, result in zip(firsts, results, strict=True)]
-    save(beside(panels), folder / "overview.png")
+    rows = [draw_row(model, processor, firsts)]
+    try:
+        rows.append(draw_row(*load_model_and_processor(options.photos_model, "cpu"), first_photos()))
+    except FileNotFoundError as error:
+        print(f"overview.png shows drawings only: {error}")
+    save(stack(rows), folder / "overview.png")
 
     sample = firsts[-1]
     prepared = processor.prepare(sample.image, sample.prompt, sample.references)
@@ -43,6 +57,22 @@ def main(folder: Path) -> None:
         (result,) = segment_samples(model, processor, [sample], router=router)
         tiles.append((f"{router}: {result.route}", scaled_overlay(sample.image, result.mask, 280)))
     save(side_by_side(tiles, f"prompt: {sample.prompt}", 280), folder / "routes.png")
+
+
+def first_photos() -> list[ConceptSample]:
+    """Return the first photograph of each group of the smoke set, whose license permits publication."""
+    firsts: dict[str | None, ConceptSample] = {}
+    for sample in load_benchmark("plain", root=SMOKE_PHOTOS, split="test"):
+        firsts.setdefault(sample.group, sample)
+    return list(firsts.values())
+
+
+def draw_row(
+    model: ConceptSegForSegmentation, processor: ConceptSegProcessor, samples: Sequence[ConceptSample]
+) -> Image.Image:
+    """Segment samples and draw them beside each other."""
+    results = segment_samples(model, processor, samples)
+    return beside([draw(sample, result) for sample, result in zip(samples, results, strict=True)])
 
 
 def draw(sample: ConceptSample, result: ConceptSegmentation) -> Image.Image:
@@ -69,10 +99,20 @@ def beside(images: list[Image.Image]) -> Image.Image:
     return canvas
 
 
+def stack(images: list[Image.Image]) -> Image.Image:
+    """Paste images below each other on white."""
+    canvas = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
+    top = 0
+    for image in images:
+        canvas.paste(image, (0, top))
+        top += image.height
+    return canvas
+
+
 def save(image: Image.Image, path: Path) -> None:
     """Save an optimized PNG file."""
     image.quantize(256).save(path, optimize=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -81,26 +80,3 @@ def test_env_prints_versions_and_no_secrets(capsys, monkeypatch):
     assert re.fullmatch(r"SHA-256 [0-9a-f]{16}", rows["embedded checkpoint"])
     text = str(rows)
     assert "secret" not in text and str(Path.home()) not in text and str(ROOT) not in text
-
-
-def test_the_packages_that_gradio_imports_are_listed():
-    """The extra `gradio-parts` replaces Gradio's own requirements, see .ci/setup."""
-    pytest.importorskip("gradio")
-
-    def names(requirements) -> set[str]:
-        return {re.match(r"[\w-]+", item)[0].lower().replace("_", "-") for item in requirements}
-
-    required = names(item for item in metadata.requires("gradio") if "extra ==" not in item)
-    listed = names(
-        re.findall(r'"([^"]+)"', re.search(r"^gradio-parts = \[(.*)\]$", PYPROJECT, re.MULTILINE)[1])
-    )
-    core = names(
-        re.findall(
-            r'"([^"]+)"', re.search(r"^dependencies = \[(.*?)\]", PYPROJECT, re.DOTALL | re.MULTILINE)[1]
-        )
-    )
-    # Required by FastAPI, huggingface-hub or torch.
-    transitive = set(
-        "anyio httpx jinja2 markupsafe packaging pydantic starlette typer typing-extensions".split()
-    )
-    assert required <= listed | core | transitive

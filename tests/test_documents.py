@@ -5,126 +5,42 @@ from __future__ import annotations
 import os
 import pathlib
 import re
-import shlex
-import shutil
 import subprocess
 import sys
 
 import pytest
-from PIL import Image
-from random_coprs import save_random_coprs
+from documents import HUB_IDS, ROOT, blocks, commands, words_of, write_files
+from test_guides import GUIDES
 from transformers import AutoModel, AutoProcessor
 
 import conceptseg_hf
 from conceptseg_hf.cli import main
-from conceptseg_hf.data import GROUPS, load_benchmark
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent / "data"))
-from trees import AuthorsTree
-
-ROOT = pathlib.Path(conceptseg_hf.__file__).resolve().parents[1]
 DOCUMENTS = (
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("quickstart", "cli", "concepts", "how_it_works", "app", "scale", "families")
+        for name in ("quickstart", "cli", "concepts", "how_it_works", "app", "scale", "families", "faq")
     ),
 )
 # Documents whose commands another test runs, with tiny random models.
 RUN_BY = {"docs/qwen3.md": "tests/trainers/test_qwen3_guide.py"}
-# Documents with snippets that need a GPU, vLLM, large weights or long training. Other tests check parts of them.
-NOT_RUN = {
-    *(
-        f"docs/{name}.md"
-        for name in (
-            "ablations",
-            "coprs",
-            "finetune",
-            "own_data",
-            "photos",
-            "vllm",
-            "weights",
-        )
-    ),
-}
-
-
-def blocks(document: str) -> list[tuple[str, str]]:
-    return re.findall(r"```(\w*)\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
-
-
-def commands(document: str) -> list[str]:
-    return [
-        line.partition("  #")[0].strip()
-        for language, text in blocks(document)
-        if not language
-        for line in text.replace("\\\n", " ").splitlines()
-        if line.strip() and not line.startswith("#")
-    ]
+# Documents on models that are tested elsewhere: tests/coprs.
+NOT_RUN = {"docs/coprs.md"}
+QWEN3_ID = "Qwen/Qwen3-VL-4B-Instruct"
 
 
 COMMANDS = list(dict.fromkeys(command for document in DOCUMENTS for command in commands(document)))
-HUB_IDS = ("zhaoyuan666/ConceptSeg-R1-7B", "facebook/sam3", "Qwen/Qwen2.5-VL-7B-Instruct")
-QWEN3_ID = "Qwen/Qwen3-VL-4B-Instruct"
-
-# Appended, where an option given twice has its last value: fewer samples and steps, and no GPU.
-SHORTENED = {
-    "evaluate": ["--limit", "1"],
-    "ablate": ["--limit", "2"],
-    "train": [
-        *("--max_steps", "1", "--train_samples", "8", "--per_device_train_batch_size", "8"),
-        *("--eval_strategy", "no", "--log_examples", "0"),
-    ],
-}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
-    """The files that the README names."""
-    folder = tmp_path_factory.mktemp("readme")
-    samples = load_benchmark("concept-shapes", split="val")
-    for name, sample in zip(("photo", "a", "b", "c"), samples):
-        sample.image.resize((320, 240)).save(folder / f"{name}.jpg")
-    (folder / "photos").mkdir()
-    shutil.copy(folder / "photo.jpg", folder / "photos")
-    for name, number in zip("ab", (1, 2)):
-        samples[number].mask.resize((320, 240), Image.Resampling.NEAREST).save(folder / f"{name}_mask.png")
-    suite = AuthorsTree(folder / "suite")
-    for name, _ in GROUPS["table1"]:
-        for number in range(2):
-            suite.add("train", name, name, f"train_{number}")
-            suite.add("test", name, name, f"test_{number}", problem="find it")
-    suite.write()
-    for number in range(2):
-        for part, image in (("images", "b.jpg"), ("masks", "a_mask.png")):
-            (folder / "my_data" / part).mkdir(parents=True, exist_ok=True)
-            Image.open(folder / image).save(folder / "my_data" / part / f"{number}.png")
-    (folder / "my_data" / "prompt.txt").write_text("red circle")
-    save_random_coprs(folder / "coprs_checkpoint")
-    nano = conceptseg_hf.nano_checkpoint()
-    (folder / "path" / "to").mkdir(parents=True)
-    (folder / "path" / "to" / "suite").symlink_to(folder / "suite")
-    shutil.copytree(nano, folder / "path" / "to" / "checkpoint")
-    shutil.copytree(nano, folder / "facebook" / "sam3")
-    arguments = ["--to-original", "--checkpoint", str(nano), "--out", str(folder / HUB_IDS[0])]
-    assert main(["convert", *arguments]) == 0
-    return folder
+    return write_files(tmp_path_factory.mktemp("readme"))
 
 
 @pytest.fixture(autouse=True)
 def here(folder, monkeypatch):
     monkeypatch.chdir(folder)
-
-
-def words_of(command: str) -> list[str]:
-    """The words of a command as they are run; an ellipsis stands for options that are left out."""
-    words = [word for word in shlex.split(command)[1:] if word != "..."]
-    words += SHORTENED.get(words[0], [])
-    if "--engine" in words:  # tests/batch runs Ray
-        words = words[: words.index("--engine")]
-    if "cuda" in words:
-        words += ["--device", "cpu"]
-    return words
 
 
 OURS = [
@@ -154,7 +70,7 @@ def test_documents_whose_snippets_are_not_run_are_known():
         for path in (ROOT / "docs").glob("*.md")
         if any(language in ("", "python", "bash") for language, _ in blocks(f"docs/{path.name}"))
     }
-    assert with_snippets == {*DOCUMENTS[1:]} | NOT_RUN | RUN_BY.keys()
+    assert with_snippets == {*DOCUMENTS[1:], *GUIDES} | NOT_RUN | RUN_BY.keys()
     for document, test in RUN_BY.items():
         assert f'"{pathlib.Path(document).name}"' in (ROOT / test).read_text(encoding="utf-8")
 
@@ -166,6 +82,15 @@ def test_the_readme_is_short_and_its_links_exist():
     assert len(links) > 15
     assert [link for link in links if not (ROOT / link).exists()] == []
     assert text.index("docs/overview.png") < 1000  # on the first screen
+
+
+def test_the_comparison_of_the_readme_is_that_of_the_site():
+    """The page of the site has notes and sources for the cells."""
+    readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/comparison.md"))
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(rows) > 10 and "\n".join(re.sub(r" \[\d\]", "", row) for row in rows) in readme
+    notes = re.findall(r"^(\d)\. ", page, re.MULTILINE)
+    assert sorted(set(re.findall(r"\[(\d)\]", "\n".join(rows)))) == notes
 
 
 @pytest.mark.slow
@@ -220,6 +145,8 @@ def test_python_snippets_run(document, folder):
     namespace: dict[str, object] = {}
     for snippet in snippets:
         exec(compile(snippet, document, "exec"), namespace)
+    if document == "docs/faq.md":
+        assert [result["error"] for result in namespace["results"]] == [None, None]
     if document == "README.md":
         assert namespace["result"]["mask"].size == (320, 240)
     if document == "docs/families.md":

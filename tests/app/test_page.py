@@ -13,32 +13,13 @@ import zlib
 
 import numpy as np
 import pytest
+from page_steps import RULE_EXAMPLE, choose, expect, png, status, upload, wait_for
 from PIL import Image
 
 from conceptseg_hf.integrations.app import load_example
 from conceptseg_hf.loading import load_model_and_processor
 
 pytestmark = pytest.mark.slow
-
-RULE_EXAMPLE = "Drawing: the rule that references share"
-
-
-def choose(page, name: str) -> None:
-    page.get_by_label("Example").click()
-    page.get_by_role("option", name=name).click()
-    page.locator("#image img").wait_for()
-    page.locator("#added img").first.wait_for()
-    page.wait_for_timeout(300)
-
-
-def expect(locator):
-    from playwright.sync_api import expect
-
-    return expect(locator)
-
-
-def status(page):
-    return page.locator("#status [role=status]")
 
 
 def downloaded(page, selector: str) -> bytes:
@@ -47,10 +28,6 @@ def downloaded(page, selector: str) -> bytes:
     with page.expect_download() as download:
         button.click()
     return download.value.path().read_bytes()
-
-
-def wait_for(page, text: str | re.Pattern) -> None:
-    expect(status(page)).to_contain_text(text, timeout=120_000)
 
 
 @pytest.fixture(scope="module")
@@ -90,29 +67,11 @@ def test_the_page_shows_what_segment_returns(page, outside, expected):
 def test_routes_are_compared(page):
     choose(page, RULE_EXAMPLE)
     page.locator("#compare").click()
-    wait_for(page, "3 routes finished")
+    wait_for(page, "3 routes finished", "#compare-status")
+    expect(page.locator("#compare-status")).to_be_in_viewport()
+    expect(status(page)).to_have_text("Results appear here.")
     expect(page.locator("#compared")).to_contain_text("sam_only: shortcut")
     expect(page.locator("#compared")).to_contain_text("full_reasoning: reasoning")
-
-
-def png(size: int = 96, seed: int = 0) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def upload(page, selector: str, *files: tuple[str, bytes]) -> None:
-    page.locator(f"{selector} input[type=file]").first.set_input_files(
-        [
-            {
-                "name": name,
-                "mimeType": "image/png" if name.endswith(".png") else "text/plain",
-                "buffer": content,
-            }
-            for name, content in files
-        ]
-    )
 
 
 def test_references_are_drawn_or_typed_and_a_concept_is_applied_to_files(page):
@@ -120,8 +79,6 @@ def test_references_are_drawn_or_typed_and_a_concept_is_applied_to_files(page):
     captions = page.locator("#added .caption-label")
     count = captions.count()
     page.locator("#references button").first.click()
-    page.get_by_text("Upload an image").wait_for()
-    page.wait_for_timeout(1500)  # until then, the editor ignores files
     upload(page, "#editor", ("reference.png", png()))
     canvas = page.locator("#editor canvas").last
     canvas.wait_for()
@@ -139,7 +96,6 @@ def test_references_are_drawn_or_typed_and_a_concept_is_applied_to_files(page):
     expect(captions.last).to_have_text(f"{count + 1}: mask")
 
     page.get_by_text("Upload an image").wait_for()
-    page.wait_for_timeout(1000)
     upload(page, "#editor", ("reference.png", png()))
     expect(page.get_by_text("Upload an image")).to_be_hidden()
     page.get_by_label("Or type a box").fill("4, 4, 40, 50")
@@ -149,8 +105,9 @@ def test_references_are_drawn_or_typed_and_a_concept_is_applied_to_files(page):
 
     choose(page, "Drawing: a shape by its looks")
     expect(page.locator("#prompt textarea, #prompt input").first).not_to_have_value("transparent")
-    page.get_by_role("tab", name="Concept for many images").click()
+    page.get_by_role("tab", name="Many images").click()
     page.locator("#induce").click()
+    wait_for(page, "The concept is ready.", "#induce-status")
     expect(page.locator("#summary textarea, #summary input").first).to_have_value(
         re.compile("explains the references with a mean IoU"), timeout=120_000
     )
@@ -158,7 +115,8 @@ def test_references_are_drawn_or_typed_and_a_concept_is_applied_to_files(page):
     upload(page, "#files", ("a.png", png(seed=1)), ("b.png", png(seed=2)), ("broken.png", b"not an image"))
     expect(page.locator("#files")).to_contain_text("broken", timeout=30_000)
     page.locator("#apply").click()
-    wait_for(page, "3 images, 1 failed.")
+    wait_for(page, "3 images, 1 failed.", "#apply-status")
+    expect(page.locator("#apply-status")).to_be_in_viewport()
     archive = zipfile.ZipFile(io.BytesIO(downloaded(page, "#archive")))
     assert archive.namelist() == ["0001_a_mask.png", "0002_b_mask.png", "results.json"]
     records = json.loads(archive.read("results.json"))

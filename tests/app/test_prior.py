@@ -78,7 +78,7 @@ def test_the_page_shows_the_prior(coprs_page, outside, expected) -> None:
     assert page.get_by_label("box", exact=True).count() == 0
     for name in ("#router", "#rule", "#rerun"):
         assert page.locator(name).count() == 0 or not page.locator(name).is_visible(), name
-    for name in ("Compare routes", "Concept for many images"):
+    for name in ("Compare", "Many images"):
         assert page.get_by_role("tab", name=name).count() == 0, name
     page.locator("#run").click()
     expect(page.locator("#status [role=status]")).to_contain_text("Route: reasoning", timeout=120_000)

@@ -72,6 +72,7 @@ class Handlers:
     ) -> Iterator[Updates]:
         """Segment the image, and show the text of the VLM while it is written."""
         image = _check_inputs(image, prompt)
+        references = tuple(session.references)
         yield {"status": "Running…", "rationale": "", "mask_file": Download()}
         for item in self.demo.stream(session, image, prompt, router, rule):
             if isinstance(item, str):
@@ -79,6 +80,7 @@ class Handlers:
                 continue
             if item.error is not None or item.mask is None:
                 raise ValueError(item.error)
+            session.image, session.result = image, item
             path = self.demo.new_file("mask.png")
             write_file(path, image_bytes(item.mask))
             yield {
@@ -87,7 +89,7 @@ class Handlers:
                 "result": draw_layers(image, item, layers),
                 "mask_file": Download(path),
                 "rule": item.rule or "",
-                "check": draw_check(session.used, item),
+                "check": draw_check(references, item),
             }
 
     def run_with_rule(
@@ -121,10 +123,14 @@ class Handlers:
         _check_prompt(prompt)
         if not any(reference.is_marked for reference in session.references):
             raise ValueError("there is no marked reference; add one with a mask or a box.")
-        yield {"summary": "Inducing the concept…", "concept_file": Download()}
+        yield {"status": "Inducing the concept…", "summary": "", "concept_file": Download()}
         path = self.demo.induce(session, prompt)
         assert session.concept is not None
-        yield {"summary": session.concept.summary(), "concept_file": Download(path)}
+        yield {
+            "status": "The concept is ready.",
+            "summary": session.concept.summary(),
+            "concept_file": Download(path),
+        }
 
     def apply(
         self, paths: Sequence[str] | None, layers: Sequence[str], session: Session

@@ -11,29 +11,17 @@ from .figures import LAYERS
 from .marks import BOX, MASK
 from .sessions import Demo, status_html
 
-CSS = """
-.gradio-container {max-width: 1200px !important; margin: auto;
-    --body-text-color-subdued: #4b5563; --block-info-text-color: #4b5563; --block-label-text-color: #374151;
-    --block-title-text-color: #374151; --input-placeholder-color: #6b7280}
-.dark .gradio-container, .dark.gradio-container {--body-text-color-subdued: #d1d5db; --block-info-text-color: #d1d5db;
-    --block-label-text-color: #e5e7eb; --block-title-text-color: #e5e7eb; --input-placeholder-color: #9ca3af}
-:focus-visible {outline: 3px solid #1d4ed8 !important; outline-offset: 2px}
-.bar {position: relative; display: inline-block; width: 160px; max-width: 50%; height: 12px; background: #d4d4d8;
-      border: 1px solid #52525b; vertical-align: middle}
-.bar .value {position: absolute; left: 0; top: 0; bottom: 0; background: #1d4ed8}
-.bar .threshold {position: absolute; top: -4px; bottom: -4px; width: 2px; background: #b91c1c}
-#rationale textarea {font-family: ui-monospace, monospace; font-size: 13px}
-#image img, #result img, #check img {width: 100%; height: 100%; object-fit: contain}
-#result .image-container, #check .image-container {padding-top: 30px}
-"""
-# On a narrow screen, the results are below the inputs.
-SCROLL_TO_STATUS = """(...values) => {
-    const status = document.querySelector("#status");
-    if (status.getBoundingClientRect().top > window.innerHeight * 0.8) status.scrollIntoView({behavior: "smooth"});
-    return values;
-}"""
 # Fonts of the system: the page loads nothing from other servers.
-THEME = Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="blue")
+# Colors with a contrast of at least 4.5 to 1; Gradio's blue of buttons and tabs has 3.7.
+THEME = Base(
+    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="blue"
+).set(
+    color_accent="#1d4ed8",
+    button_primary_background_fill="#1d4ed8",
+    button_primary_background_fill_dark="#1d4ed8",
+    button_primary_background_fill_hover="#1e40af",
+    button_primary_background_fill_hover_dark="#1e40af",
+)
 
 
 def add_inputs(demo: Demo) -> None:
@@ -124,19 +112,28 @@ def add_results(demo: Demo) -> None:
 
 def add_tabs(demo: Demo) -> None:
     """Add the tabs below: comparison of routes, and a concept for many images; CoPRS has neither."""
-    with gr.Tab("Compare routes", visible=len(demo.routers) > 1):
-        gr.Button("Run all routes", elem_id="compare")
+    # Short names: on a narrow screen, Gradio hides tabs that do not fit behind a button without a name.
+    with gr.Tab("Compare", visible=len(demo.routers) > 1):
+        _add_run("Run all routes", "compare")
         gr.Gallery(
             label="Routes", columns=3, interactive=False, height="auto", elem_id="compared", buttons=[]
         )
-    with gr.Tab("Concept for many images", visible=not demo.has_prior):
+    with gr.Tab("Many images", visible=not demo.has_prior):
         gr.Markdown(
             "Induce the concept once from the references above, then apply it to other images without reasoning."
         )
-        gr.Button("Induce the concept", elem_id="induce")
+        _add_run("Induce the concept", "induce")
         gr.Textbox(label="Concept", interactive=False, elem_id="summary")
         gr.DownloadButton("Download the concept file", interactive=False, elem_id="concept-file")
         gr.File(label="Images (select all files of a folder)", file_count="multiple", elem_id="files")
-        gr.Button("Apply to these images", elem_id="apply")
+        _add_run("Apply to these images", "apply")
         gr.Gallery(label="Masks", columns=4, interactive=False, height="auto", elem_id="applied", buttons=[])
         gr.DownloadButton("Download all masks", interactive=False, elem_id="archive")
+
+
+def _add_run(label: str, name: str) -> None:
+    """Add a button that starts a run, one that cancels it, and its status."""
+    with gr.Row():
+        gr.Button(label, elem_id=name, min_width=120)
+        gr.Button("Cancel", elem_id=f"{name}-cancel", min_width=120)
+    gr.HTML(status_html(""), elem_id=f"{name}-status", label="Status")

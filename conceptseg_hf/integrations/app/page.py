@@ -10,8 +10,9 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
+from .browser import scroll_to
 from .handlers import Download, Handlers, Updates
-from .layout import SCROLL_TO_STATUS, add_inputs, add_results, add_tabs
+from .layout import add_inputs, add_results, add_tabs
 from .sessions import Canceled, Demo, Session, status_html
 
 TITLE = "ConceptSeg: segment what a prompt means"
@@ -56,13 +57,16 @@ def _connect(parts: Mapping[str, Any], session: gr.State, handlers: Handlers) ->
     """Connect the components to their handlers."""
     outputs = list(parts.values())
 
-    def call(trigger: Callable[..., Any], handler: str, *names: str, **options: Any) -> Any:
+    def call(
+        trigger: Callable[..., Any], handler: str, *names: str, status: str = "status", **options: Any
+    ) -> Any:
         inputs: list[Component] = [*(parts[name] for name in names), session]
-        function = reported(getattr(handlers, handler), parts)
+        function = reported(getattr(handlers, handler), parts, status)
         return trigger(function, inputs, outputs, api_visibility="private", **options)
 
     quick: dict[str, Any] = {"show_progress": "hidden"}
-    call(parts["cancel"].click, "cancel", queue=False, **quick)
+    for name in ("cancel", "compare_cancel", "induce_cancel", "apply_cancel"):
+        call(parts[name].click, "cancel", queue=False, **quick)
     call(parts["example"].input, "load_example", "example", **quick)
     call(parts["add"].click, "add_reference", "editor", "kind", "box", **quick)
     call(parts["clear"].click, "clear_references", **quick)
@@ -71,7 +75,6 @@ def _connect(parts: Mapping[str, Any], session: gr.State, handlers: Handlers) ->
         "concurrency_id": "model",
         "concurrency_limit": 1,
         "show_progress": "minimal",
-        "show_progress_on": [parts["status"]],
     }
     for trigger, handler in (
         (parts["run"].click, "run"),
@@ -82,27 +85,33 @@ def _connect(parts: Mapping[str, Any], session: gr.State, handlers: Handlers) ->
         (parts["induce"].click, "induce"),
         (parts["apply"].click, "apply"),
     ):
+        # The tabs show the progress of their runs themselves: the status of the first run can be out of view.
+        status = f"{handler}_status" if f"{handler}_status" in parts else "status"
+        scroll = scroll_to(parts[status].elem_id, "start" if status == "status" else "center")
         # `start` does not wait in the queue, so that "cancel" also ends runs that are waiting.
-        started = call(trigger, "start", queue=False, js=SCROLL_TO_STATUS, **quick)
-        call(started.then, handler, *_RUNS[handler], **run)
+        started = call(trigger, "start", queue=False, status=status, js=scroll, **quick)
+        call(started.then, handler, *_RUNS[handler], status=status, show_progress_on=[parts[status]], **run)
 
 
 def reported(
-    function: Callable[..., Any], parts: Mapping[str, Any]
+    function: Callable[..., Any], parts: Mapping[str, Any], status: str = "status"
 ) -> Callable[..., Iterator[dict[Any, Any]]]:
     """Return a generator function for Gradio that reports invalid inputs as a sentence and a canceled run as a status.
 
     Args:
         function: A handler, which may be a generator.
         parts: The components by name.
+        status: Name of the component that shows the status.
     """
 
     def to_components(updates: Updates) -> dict[Any, Any]:
         values = {
-            parts[name]: status_html(value) if name == "status" else _value(value)
+            parts[status if name == "status" else name]: (
+                status_html(value) if name == "status" else _value(value)
+            )
             for name, value in updates.items()
         }
-        return values or {parts["status"]: gr.skip()}
+        return values or {parts[status]: gr.skip()}
 
     def iterate(*arguments: Any) -> Iterator[dict[Any, Any]]:
         try:
@@ -112,10 +121,10 @@ def reported(
             else:
                 yield to_components(function(*arguments))
         except Canceled:
-            yield {parts["status"]: status_html("Canceled.")}
+            yield {parts[status]: status_html("Canceled.")}
         except (ValueError, OSError) as error:
             sentence = str(error)[:1].upper() + str(error)[1:]
-            yield {parts["status"]: status_html(f"<strong>Failed:</strong> {html.escape(sentence)}")}
+            yield {parts[status]: status_html(f"<strong>Failed:</strong> {html.escape(sentence)}")}
             raise gr.Error(html.escape(sentence), print_exception=False) from error
 
     return iterate

@@ -77,7 +77,8 @@ def serve(demo: Demo, port: int, note: str = "", wait: bool = True) -> Any:
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from .layout import CSS, THEME
+    from .browser import CSS, PREPARE_PAGE
+    from .layout import THEME
     from .page import build_page
 
     page = build_page(demo, note)
@@ -98,6 +99,7 @@ def serve(demo: Demo, port: int, note: str = "", wait: bool = True) -> Any:
         max_file_size=MAX_BYTES,
         theme=THEME,
         css=CSS,
+        js=PREPARE_PAGE,
         app_kwargs={
             # Other host names would allow pages of other origins to reach the server (DNS rebinding).
             "middleware": [

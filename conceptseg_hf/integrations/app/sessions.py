@@ -33,9 +33,8 @@ class Session:
 
     Attributes:
         references: The references that the user has added.
-        image: Image of the last result.
-        result: The last result.
-        used: References of the last result.
+        image: Image of the result that the page shows.
+        result: The result that the page shows.
         concept: The induced concept.
         canceled: Whether the current run is to end.
     """
@@ -44,7 +43,6 @@ class Session:
         self.references: list[Reference] = []
         self.image: Image.Image | None = None
         self.result: ConceptSegmentation | None = None
-        self.used: tuple[Reference, ...] = ()
         self.concept: ConceptPrompt | None = None
         self.canceled = False
 
@@ -91,7 +89,7 @@ class Demo:
         """Segment an image; yield the text of the VLM so far while it is written, then the result.
 
         Args:
-            session: The session, which keeps the result.
+            session: The session.
             image: The image.
             prompt: The concept.
             router: The router mode.
@@ -103,8 +101,7 @@ class Demo:
             ValueError: If an input is invalid.
         """
         session.check()
-        references = tuple(session.references)
-        sample = self.processor.prepare(image, prompt, references, lazy=True)
+        sample = self.processor.prepare(image, prompt, tuple(session.references), lazy=True)
         items = self.model.stream_segment(
             [sample], self.processor, router=router, rule=rule, concept=concept, return_heatmap=True
         )
@@ -113,7 +110,6 @@ class Demo:
             for item in items:
                 session.check()
                 if not isinstance(item, str):
-                    session.image, session.result, session.used = image, item, references
                     yield item
                     continue
                 text += item
