@@ -25,8 +25,8 @@ DOCUMENTS = (
 )
 # Documents whose commands another test runs, with tiny random models.
 RUN_BY = {"docs/qwen3.md": "tests/trainers/test_qwen3_guide.py"}
-# Documents on models that are tested elsewhere: tests/coprs.
-NOT_RUN = {"docs/coprs.md"}
+# Documents on models and long experiments that are tested elsewhere: tests/coprs, tests/trainers/test_evidence.py.
+NOT_RUN = {"docs/coprs.md", "docs/evidence.md"}
 QWEN3_ID = "Qwen/Qwen3-VL-4B-Instruct"
 
 

@@ -204,12 +204,17 @@ def test_library_panel_lists_damaged_concepts(shadows, induced):
     assert (
         damaged["phrases"].startswith("concept 'damaged' is damaged; delete it") and damaged["score"] == "-"
     )
-    assert good == {"name": "shadow", "phrases": "shadow", "score": "0.90"}
+    assert good == {"name": "shadow", "phrases": "shadow", "score": f"{induced.score:.2f}"}
     assert state("summary") == "Concept 'damaged' is damaged; delete it, and induce or import it again."
     context.panel.set_state("name", "shadow")
     panel.refresh(context)
-    assert state("summary") == "shadow: 'shadow' explains the references with a mean IoU of 0.90."
-    assert [row["iou"] for row in state("references")] == ["0.87", "0.89", "0.94"]
+    assert (
+        state("summary")
+        == f"shadow: 'shadow' explains the references with a mean IoU of {induced.score:.2f}."
+    )
+    assert [row["iou"] for row in state("references")] == [
+        f"{iou:.2f}" for iou in induced.scores[0].per_reference
+    ]
     assert {"summary_shown", "rule", "references"} <= set(panel.render(context).type.properties)
     rename_concept(shadows, "shadow", "dark")
     panel.refresh(context)
