@@ -204,16 +204,16 @@ def test_library_panel_lists_damaged_concepts(shadows, induced):
     assert (
         damaged["phrases"].startswith("concept 'damaged' is damaged; delete it") and damaged["score"] == "-"
     )
-    assert good == {"name": "shadow", "phrases": "shadow", "score": f"{induced.score:.2f}"}
+    assert good == {"name": "shadow", "phrases": "shadow", "score": f"{induced.concept.score:.2f}"}
     assert state("summary") == "Concept 'damaged' is damaged; delete it, and induce or import it again."
     context.panel.set_state("name", "shadow")
     panel.refresh(context)
     assert (
         state("summary")
-        == f"shadow: 'shadow' explains the references with a mean IoU of {induced.score:.2f}."
+        == f"shadow: 'shadow' explains the references with a mean IoU of {induced.concept.score:.2f}."
     )
     assert [row["iou"] for row in state("references")] == [
-        f"{iou:.2f}" for iou in induced.scores[0].per_reference
+        f"{iou:.2f}" for iou in induced.concept.scores[0].per_reference
     ]
     assert {"summary_shown", "rule", "references"} <= set(panel.render(context).type.properties)
     rename_concept(shadows, "shadow", "dark")

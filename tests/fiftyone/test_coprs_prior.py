@@ -35,7 +35,7 @@ def test_the_operator_stores_the_prior(fo, segmented, coprs_checkpoint):
         heatmap = sample["concept_heatmap"]
         assert isinstance(heatmap, fo.Heatmap) and heatmap.map_path.endswith(".png")
         assert heatmap.get_map().shape == result["heatmap"].shape
-        assert np.abs(heatmap.get_map() / 255 - result["heatmap"]).max() <= 0.5 / 255 + 1e-6
+        assert np.abs(heatmap.get_map() / 255 - result["heatmap"]).max() <= 0.5 / 255 + 1e-5
         assert np.ptp(result["heatmap"]) > 0.05  # the prior is not constant
         assert np.array_equal(sample["concept"].get_mask(), np.asarray(result["mask"]))
         assert sample["concept"]["route_reason"] == "CoPRS reasons about every prompt"
