@@ -90,7 +90,9 @@ def test_all_extras_resolve_together(pip, wheel, constraints, tmp_path):
 @pytest.fixture(scope="module")
 def installed(pip, wheel) -> Path:
     """Install the wheel with all extras, and return the folder of its commands."""
-    torch = [f"{name}=={version}" for name, version in versions_in_constraints("torch", "torchvision").items()]
+    torch = [
+        f"{name}=={version}" for name, version in versions_in_constraints("torch", "torchvision").items()
+    ]
     if run(*pip, "install", "--index-url", CPU_INDEX, "--retries", "0", "--timeout", "20", *torch).returncode:
         done = run(*pip, "install", *torch)
         assert done.returncode == 0, done.stderr[-3000:]
