@@ -38,7 +38,7 @@ def ddp(run_two, tmp_path_factory) -> Path:
 def test_two_processes_match_one_process(one_process, ddp) -> None:
     # TRL averages the KL over the tokens of a batch and then over batches, so that it depends on the batches.
     names = [name for name in LOGGED if name != "kl"]
-    figures = compare(ddp, one_process, names, CoPRSForSegmentation, tolerance=5e-5)
+    figures = compare(ddp, one_process, names, CoPRSForSegmentation)
     assert figures["world_size"] == 2 and figures["kind"] == "MULTI_CPU"
     for entry in figures["log"]:
         assert entry["loss/dice"] > 0.1 and 0 < entry["rewards/format/mean"] < 1
@@ -50,7 +50,7 @@ def test_two_processes_match_one_process(one_process, ddp) -> None:
 def test_zero_matches_ddp(run_two, ddp, tmp_path, stage) -> None:
     pytest.importorskip("deepspeed")
     run_two(f"zero{stage}", tmp_path, "coprs")
-    figures = compare(tmp_path, ddp, LOGGED, CoPRSForSegmentation, tolerance=5e-5)
+    figures = compare(tmp_path, ddp, LOGGED, CoPRSForSegmentation)
     assert figures["world_size"] == 2 and figures["zero_stage"] == stage
     assert figures["sharded"] == [stage == 3] and figures["frozen_sharded"] == [False]
     check_resumed(figures, LOGGED)

@@ -96,7 +96,7 @@ def test_defaults_match_table_7(tmp_path):
 
 def test_lora_recipe_trains_adapters_and_the_ctm():
     _, policy, args = parse("3b_meta_grpo_lora.yaml")
-    config = policy.peft_config(get_family("qwen2_5_vl"))
+    config = policy.peft_config(get_family("qwen2_5_vl"), ["ctm"])
     assert config.modules_to_save == ["ctm"]
     pattern = config.target_modules
     assert re.fullmatch(pattern, "vlm.model.language_model.layers.3.self_attn.q_proj")
@@ -113,7 +113,7 @@ def test_recipes_of_qwen3_for_one_gpu_train_adapters(name, four_bits):
     _, policy, args = parse(f"qwen3_4b_meta_grpo_{name}.yaml")
     assert policy.use_peft and policy.load_in_4bit == four_bits
     assert (
-        policy.peft_config(get_family("qwen3_vl")).target_modules
+        policy.peft_config(get_family("qwen3_vl"), ["ctm"]).target_modules
         == get_family("qwen3_vl").lora_target_modules
     )
     assert args.generation_batch_size == 64

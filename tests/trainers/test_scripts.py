@@ -431,7 +431,7 @@ def test_two_processes_match_one_process_with_accumulation(
     ]
     assert bool(list(tmp_path.glob("checkpoint-1/global_step*"))) is (kind != "ddp")  # DeepSpeed was used
     assert losses(tmp_path) == pytest.approx(losses(whole_run), abs=1e-5)
-    for step, tolerance in ((1, 1e-5), (STEPS, 1e-4)):
+    for step, tolerance in ((1, 3e-5), (STEPS, 1e-4)):
         expected = trained(whole_run, step)
         for name, value in trained(tmp_path, step).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=tolerance)
