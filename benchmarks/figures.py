@@ -78,8 +78,8 @@ def draw_row(
 def draw(sample: ConceptSample, result: ConceptSegmentation) -> Image.Image:
     """Draw one sample: references, image with the predicted box, mask; prompt, rule and answer."""
     caption = [f"prompt: {sample.prompt}"]
-    if result.rule is not None:
-        caption += [f"rule: {result.rule}", f"answer: {result.answer}"]
+    if result.route != "shortcut":
+        caption += [f"rule: {result.rule or '-'}", f"answer: {result.answer or '-'}"]
     else:
         caption += [f"presence {result.presence:.2f}, threshold {result.threshold:.2f}"]
     references = sample.references if result.route == "reasoning" else ()

