@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from .coordinates import CoordinateFrame
 from .finite import is_finite
 from .inputs import known
-from .outputs import ConceptSegmentation, RawSegmentation
+from .outputs import ConceptSegmentation, RawSegmentation, SegmentationOutputs
 
 _NOT_FINITE = (
     "the model's output for this sample is not finite (NaN); load the checkpoint in float32 or bfloat16, or use a "
@@ -39,6 +40,26 @@ def post_process_mask(
     )[0, 0]
     mask = (logits > math.log(threshold / (1 - threshold))).to(torch.uint8).mul_(255).cpu().numpy()
     return Image.fromarray(mask), logits.sigmoid().cpu().numpy()
+
+
+def post_process_all(
+    outputs: SegmentationOutputs | Sequence[RawSegmentation],
+    resampling: str,
+    threshold: float,
+    return_heatmap: bool,
+    return_logits: bool,
+) -> list[ConceptSegmentation]:
+    """Convert model outputs to results; see `ConceptSegProcessor.post_process_concept_segmentation`.
+
+    Raises:
+        ValueError: If the threshold is not between 0 and 1.
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(
+            f"post_process_concept_segmentation: threshold is {threshold}; use a probability between 0 and 1."
+        )
+    raw = outputs.raw if isinstance(outputs, SegmentationOutputs) else outputs
+    return [post_process(each, resampling, threshold, return_heatmap, return_logits) for each in raw]
 
 
 def post_process(

@@ -18,7 +18,7 @@ from ..completion import Completion
 from ..coordinates import CoordinateFrame
 from ..mosaic import MosaicSettings
 from ..outputs import ConceptSegmentation, RawSegmentation, SegmentationOutputs
-from ..postprocessing import post_process, post_process_mask
+from ..postprocessing import post_process_all, post_process_mask
 from ..processor_settings import checked_settings
 from ..prompt_processing import PromptProcessor
 from ..prompt_template import PromptTemplate
@@ -202,9 +202,4 @@ class CoPRSProcessor(PromptProcessor):
         Raises:
             ValueError: If the threshold is not between 0 and 1.
         """
-        if not 0 < threshold < 1:
-            raise ValueError(
-                f"post_process_concept_segmentation: threshold is {threshold}; use a probability between 0 and 1."
-            )
-        raw = outputs.raw if isinstance(outputs, SegmentationOutputs) else outputs
-        return [post_process(each, "bilinear", threshold, return_heatmap, return_logits) for each in raw]
+        return post_process_all(outputs, "bilinear", threshold, return_heatmap, return_logits)

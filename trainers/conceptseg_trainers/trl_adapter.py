@@ -323,19 +323,30 @@ def add_concept_head(model: ConceptSegForSegmentation, detach_hidden_states: boo
     def forward(*args: Any, concept_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if concept_mask is None:
             return inner(*args, **kwargs)
-        states: list[Tensor] = []
-        handle = model.base_model.register_forward_hook(
-            lambda module, inputs, output: states.append(output.last_hidden_state)
-        )
-        try:
-            output = inner(*args, **kwargs)
-        finally:
-            handle.remove()
-        get_family(model.vlm.config).reset(model.vlm)
-        concept_embeds = model.translate_completion(states[0], concept_mask, detach_hidden_states)
+        output, states = _forward_with_states(model, inner, *args, **kwargs)
+        concept_embeds = model.translate_completion(states, concept_mask, detach_hidden_states)
         return ConceptLMOutput(**output, concept_embeds=concept_embeds)
 
     model.forward = forward
+
+
+def _forward_with_states(
+    model: ConceptSegForSegmentation | CoPRSForSegmentation,
+    forward: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Any, Tensor]:
+    """Run a forward pass of a model, and return its output and the VLM's (B, L, C) last hidden states."""
+    states: list[Tensor] = []
+    handle = model.base_model.register_forward_hook(
+        lambda module, inputs, output: states.append(output.last_hidden_state)
+    )
+    try:
+        output = forward(*args, **kwargs)
+    finally:
+        handle.remove()
+    get_family(model.vlm.config).reset(model.vlm)
+    return output, states[0]
 
 
 @dataclass
@@ -377,17 +388,9 @@ def add_prior_head(model: CoPRSForSegmentation) -> None:
             if valid_sizes is not None:
                 kwargs["valid_sizes"] = valid_sizes
             return inner(*args, **kwargs)
-        states: list[Tensor] = []
-        handle = model.base_model.register_forward_hook(
-            lambda module, inputs, output: states.append(output.last_hidden_state)
-        )
-        try:
-            output = inner(*args, **kwargs)
-        finally:
-            handle.remove()
-        get_family(model.vlm.config).reset(model.vlm)
+        output, states = _forward_with_states(model, inner, *args, **kwargs)
         features = PriorFeatures(tuple(sam_levels))
-        positions, has_position = model.concentration_states(states[0], kwargs["input_ids"], position_mask)
+        positions, has_position = model.concentration_states(states, kwargs["input_ids"], position_mask)
         prior = model.compute_prior(positions, features, valid_sizes)
         masks = model.decode_masks(features, prior)
         return PriorLMOutput(**output, prior_logits=prior, mask_logits=masks, has_position=has_position)

@@ -8,7 +8,6 @@ arms without it, and arms with random rewards, separate its effect from that of 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,13 +22,13 @@ from conceptseg_hf.writing import write_file
 
 from ..coprs_config import CoPRSTrainerConfig
 from ..coprs_trainer import CoPRSTrainer
+from ..nano.evidence.experiment import experiment_parser, introduction, parse_experiment
 from ..nano.evidence.measuring import Values, measured_values
 from ..nano.evidence.run_folder import check_settings
 from ..nano.evidence.tables import comparison_table, format_interval, mean_over_seeds, paired
 from ..nano.evidence.training import (
     TrainSettings,
     complete_folder,
-    describe,
     evaluation_samples,
     grpo_arguments,
     random_reward,
@@ -77,47 +76,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 130 after Ctrl-C.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__}.grpo_effect",
-        description="Measure the effect of GRPO on coprs-nano from a start that points at random objects.",
+    parser = experiment_parser(
+        f"python -m {__package__}.grpo_effect",
+        "Measure the effect of GRPO on coprs-nano from a start that points at random objects.",
+        Path("runs/coprs-nano/base-checkpoint"),
+        Path("runs/coprs-nano/grpo-effect"),
+        ARMS,
     )
-    parser.add_argument(
-        "--start",
-        type=Path,
-        default=Path("runs/coprs-nano/base-checkpoint"),
-        help="checkpoint that the arms start from (default: %(default)s)",
+    arguments = parse_experiment(
+        parser,
+        argv,
+        "train one with `python -m conceptseg_trainers.coprs_nano --stage base --start runs/nano/base-checkpoint`",
     )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("runs/coprs-nano/grpo-effect"),
-        help="folder of runs and tables (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="arms to run (default: all)"
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds (default: 0 1 2)"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=TrainSettings.steps, help="optimizer steps (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--samples", type=int, default=300, help="samples per evaluation set (default: %(default)s)"
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's default)")
-    arguments = parser.parse_args(argv)
     start: Path = arguments.start
-    if not (start / "config.json").is_file():
-        parser.error(
-            f"--start {str(start)!r} is not a checkpoint; train one with `python -m conceptseg_trainers.coprs_nano "
-            "--stage base --start runs/nano/base-checkpoint`."
-        )
-    if min(arguments.samples, arguments.steps) < 1:
-        parser.error("--samples or --steps is below 1; use at least 1.")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    settings = replace(TrainSettings(), steps=arguments.steps)
+    settings = TrainSettings()
+    if arguments.steps:
+        settings = replace(settings, steps=arguments.steps)
     folder: Path = arguments.output_dir
     try:
         samples = evaluation_samples(arguments.samples)
@@ -125,14 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     try:
-        results = run(
-            list(dict.fromkeys(arguments.arms)),
-            list(dict.fromkeys(arguments.seeds)),
-            start,
-            folder,
-            settings,
-            samples,
-        )
+        results = run(arguments.arms, arguments.seeds, start, folder, settings, samples)
     except KeyboardInterrupt:
         sys.stderr.write("stopped; run the same command to continue with the first unfinished arm.\n")
         return 130
@@ -225,10 +192,7 @@ def write_report(results: Results, path: Path, settings: TrainSettings) -> str:
     titles = {START: START, **{name: arm.title for name, arm in ARMS.items()}}
     parts = [
         "# GRPO on coprs-nano from a start that points at random objects",
-        (
-            f"{settings.completions} completions per run ({describe(settings)}). Values are means over samples and "
-            "seeds. Differences are paired by sample, with 95 % bootstrap intervals over samples."
-        ),
+        introduction(settings),
     ]
     for source in results[START][0]:
         parts += [f"## {source}", comparison_table(results, START, titles, source, MEASURES, COMPARED)]

@@ -16,6 +16,7 @@ from conceptseg_hf.cards import save_model_card
 from conceptseg_hf.coprs import CoPRSForSegmentation
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.evaluation import foreground_iou
+from conceptseg_hf.evaluation.records import segment_samples
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
 from conceptseg_hf.progress import progress_bar
@@ -55,11 +56,13 @@ def write_report(stage: PriorStage, schedule: Schedule, run_dir: Path, folder: P
         "test": (ConceptShapes("test", size=SIDE), 4 * samples),
         "which one": (ConceptShapes("test", size=SIDE, groups=["which one"]), samples),
     }
+    nano_model = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
+    nano_processor = ConceptSegProcessor.from_pretrained(nano_checkpoint())
     rows: list[MeasuredSample] = []
     nano: dict[str, list[float]] = {}
     for source, count in splits.values():
         rows += measure(model, model.processor, source, count)
-        for name, iou in nano_ious(source, count):
+        for name, iou in nano_ious(nano_model, nano_processor, source, count):
             nano.setdefault(name, []).append(iou)
     summary = summarize(rows)
     nano_summary = {f"mask_iou_{name}": bootstrap_mean(values) for name, values in nano.items()}
@@ -92,18 +95,15 @@ def write_checkpoint(model: CoPRSForSegmentation, folder: Path) -> None:
     write_file(config_path, json_text({**config, "dtype": "float32"}, indent=2) + "\n")
 
 
-def nano_ious(samples: ConceptShapes, count: int) -> list[tuple[str, float]]:
+def nano_ious(
+    model: ConceptSegForSegmentation, processor: ConceptSegProcessor, samples: ConceptShapes, count: int
+) -> list[tuple[str, float]]:
     """Return set and foreground IoU of the masks of conceptseg-nano for the first samples of a split."""
-    model = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
-    processor = ConceptSegProcessor.from_pretrained(nano_checkpoint())
     ious: list[tuple[str, float]] = []
     bar = progress_bar(count, "samples", "nano", mininterval=5)
     for start in range(0, count, _BATCH):
         batch = [samples[i] for i in range(start, min(start + _BATCH, count))]
-        prepared = [
-            processor.prepare(sample.image, sample.prompt, sample.references, lazy=True) for sample in batch
-        ]
-        for sample, result in zip(batch, model.segment(prepared, processor=processor), strict=True):
+        for sample, result in zip(batch, segment_samples(model, processor, batch), strict=True):
             ious.append(
                 (set_of(sample), foreground_iou(np.asarray(result.mask) > 0, np.asarray(sample.mask) > 0))
             )

@@ -6,7 +6,6 @@ Trains each arm with each seed from the base checkpoint, evaluates all of them o
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,17 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from conceptseg_hf.data import ConceptSample
 from conceptseg_hf.progress import print_line
 from conceptseg_hf.writing import write_file
 
 from .arms import ARMS, COMPARED_ARMS, Arm
+from .experiment import experiment_parser, introduction, parse_experiment
 from .measuring import Values, measure
 from .run_folder import check_settings
 from .tables import comparison_table, format_interval, paired, pairs_table, runs_table
-from .training import TRAINING_LOG, TrainSettings, describe, evaluation_samples, train_arm
+from .training import TRAINING_LOG, TrainSettings, evaluation_samples, train_arm
 
 START = "start"
 MAIN_SOURCE = "trained families, greedy"
@@ -37,52 +35,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 1 if `--quick` shows no gain whose interval excludes zero; 130 after Ctrl-C.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m conceptseg_trainers.nano.evidence",
-        description="Train variants of stage II from the base checkpoint of nano, and compare them.",
+    parser = experiment_parser(
+        "python -m conceptseg_trainers.nano.evidence",
+        "Train variants of stage II from the base checkpoint of nano, and compare them.",
+        Path("runs/nano/base-checkpoint"),
+        Path("runs/evidence"),
+        ARMS,
     )
-    parser.add_argument(
-        "--start",
-        type=Path,
-        default=Path("runs/nano/base-checkpoint"),
-        help="base checkpoint (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("runs/evidence"),
-        help="folder of runs and tables (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="arms to run (default: all)"
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds (default: 0 1 2)"
-    )
-    parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {TrainSettings.steps})")
-    parser.add_argument(
-        "--samples", type=int, default=300, help="samples per evaluation set (default: %(default)s)"
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's default)")
     parser.add_argument(
         "--quick", action="store_true", help="run Meta-GRPO only, with one seed, in about ten minutes"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parse_experiment(
+        parser,
+        argv,
+        "train one with `python -m conceptseg_trainers.nano`, stages sam, base and base-ctm",
+    )
     start: Path = arguments.start
-    if not (start / "config.json").is_file():
-        parser.error(
-            f"--start {str(start)!r} is not a checkpoint; train one with `python -m conceptseg_trainers.nano`, stages "
-            "sam, base and base-ctm."
-        )
-    if min(arguments.samples, 1 if arguments.steps is None else arguments.steps) < 1:
-        parser.error("--samples or --steps is below 1; use at least 1.")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     settings = TrainSettings()
     if arguments.quick or arguments.steps:
         settings = replace(settings, steps=arguments.steps or _QUICK_STEPS)
-    arms = {name: ARMS[name] for name in (["meta"] if arguments.quick else dict.fromkeys(arguments.arms))}
-    seeds = arguments.seeds[:1] if arguments.quick else list(dict.fromkeys(arguments.seeds))
+    arms = {name: ARMS[name] for name in (["meta"] if arguments.quick else arguments.arms)}
+    seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
     folder = arguments.output_dir / ("quick" if arguments.quick else "full")
     try:
         samples = evaluation_samples(arguments.samples)
@@ -176,10 +149,7 @@ def write_report(
     titles = {**untrained, **{name: arm.title for name, arm in ARMS.items()}}
     parts = [
         "# Stage II on nano-base",
-        (
-            f"Start: {start.name}. {settings.completions} completions per run ({describe(settings)}). Values are means "
-            "over samples and seeds. Differences are paired by sample, with 95 % bootstrap intervals over samples."
-        ),
+        f"Start: {start.name}. {introduction(settings)}",
     ]
     for source in results[START][0]:
         parts += [f"## {source}", comparison_table(results, START, titles, source)]

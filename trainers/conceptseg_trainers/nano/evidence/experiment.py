@@ -1,0 +1,82 @@
+"""The command line of experiments that train arms with several seeds from one checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from .training import TrainSettings, describe
+
+
+def experiment_parser(
+    prog: str, description: str, start: Path, output_dir: Path, arms: Iterable[str]
+) -> argparse.ArgumentParser:
+    """Return a parser with the options of all experiments.
+
+    Args:
+        prog: Name of the command.
+        description: First sentence of the help.
+        start: Default checkpoint that the arms start from.
+        output_dir: Default folder of runs and tables.
+        arms: Names of the arms.
+    """
+    names = list(arms)
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument(
+        "--start",
+        type=Path,
+        default=start,
+        help="checkpoint that the arms start from (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=output_dir,
+        help="folder of runs and tables (default: %(default)s)",
+    )
+    parser.add_argument("--arms", nargs="+", choices=names, default=names, help="arms to run (default: all)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds (default: 0 1 2)"
+    )
+    parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {TrainSettings.steps})")
+    parser.add_argument(
+        "--samples", type=int, default=300, help="samples per evaluation set (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's default)")
+    return parser
+
+
+def parse_experiment(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, remedy: str
+) -> argparse.Namespace:
+    """Parse and check the options, without repeated arms and seeds, and set the number of CPU threads.
+
+    Args:
+        parser: Parser of `experiment_parser`.
+        argv: The options; those of the process by default.
+        remedy: How to train the start, for the error if it is missing.
+
+    Raises:
+        SystemExit: If an option is invalid.
+    """
+    arguments = parser.parse_args(argv)
+    if not (arguments.start / "config.json").is_file():
+        parser.error(f"--start {str(arguments.start)!r} is not a checkpoint; {remedy}.")
+    if min(arguments.samples, 1 if arguments.steps is None else arguments.steps) < 1:
+        parser.error("--samples or --steps is below 1; use at least 1.")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    arguments.arms = list(dict.fromkeys(arguments.arms))
+    arguments.seeds = list(dict.fromkeys(arguments.seeds))
+    return arguments
+
+
+def introduction(settings: TrainSettings) -> str:
+    """Return the sentences on settings and statistics that introduce the tables."""
+    return (
+        f"{settings.completions} completions per run ({describe(settings)}). Values are means over samples and seeds. "
+        "Differences are paired by sample, with 95 % bootstrap intervals over samples."
+    )
