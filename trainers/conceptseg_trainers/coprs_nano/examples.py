@@ -78,8 +78,8 @@ class PriorExampleWriter(ExampleWriter):
             completion,
             completion if several else self.with_noise(rng, completion),
             tuple(attention_targets),
-            (),
-            tuple(masks[phrase] for phrase in phrases),
+            dense=(),
+            masks=tuple(masks[phrase] for phrase in phrases),
         )
 
     def reasoning(
@@ -121,8 +121,8 @@ class PriorExampleWriter(ExampleWriter):
             completion,
             self.with_noise(rng, completion),
             tuple(attention_targets),
-            (),
-            (mask,),
+            dense=(),
+            masks=(mask,),
         )
 
 
