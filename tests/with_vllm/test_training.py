@@ -1,4 +1,7 @@
-"""Stage II with rollouts of a colocated vLLM engine, with the embedded checkpoint; vLLM runs for real, on the CPU."""
+"""Stage II with rollouts of a colocated vLLM engine; vLLM runs for real, on the CPU.
+
+The model is the embedded checkpoint, or a random one of the same size for other families of VLMs.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,11 @@ from peft import LoraConfig
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, nano_checkpoint
 from conceptseg_hf.data import load_benchmark
 from conceptseg_hf.generation import generate_with_states
+from conceptseg_hf.vlm_families import FAMILIES, get_family
+
+other_families = pytest.mark.parametrize(
+    "vlm_family", [name for name in FAMILIES if name != "qwen2_5_vl"], indirect=True, scope="session"
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +32,23 @@ def shapes():
     return list(load_benchmark("concept-shapes", split="train", limit=12))
 
 
-@pytest.fixture(scope="module")
-def vlm_folder(loaded, tmp_path_factory) -> str:
+@pytest.fixture(scope="session")
+def make_policy(vlm_family, request):
+    """Return a function that creates the model and its processor."""
+
+    def make() -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
+        if vlm_family != "qwen2_5_vl":
+            return request.getfixturevalue("make_model")(), request.getfixturevalue("processor")
+        folder = nano_checkpoint()
+        return ConceptSegForSegmentation.from_pretrained(folder), ConceptSegProcessor.from_pretrained(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def vlm_folder(make_policy, tmp_path_factory) -> str:
     """The VLM alone, with its processor, as users save it."""
-    model, processor = loaded
+    model, processor = make_policy()
     folder = tmp_path_factory.mktemp("vlm")
     model.vlm.save_pretrained(folder)
     processor.vlm_processor().save_pretrained(folder)
@@ -46,9 +67,9 @@ def weight_hash():
 
 
 @pytest.fixture
-def make(shapes, vlm_folder, tmp_path):
+def make(shapes, make_policy, vlm_folder, tmp_path):
     def make_trainer(folder: str = "run", **settings) -> MetaGRPOTrainer:
-        model = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
+        model, processor = make_policy()
         arguments = {name: settings.pop(name) for name in ("peft_config",) if name in settings}
         settings = {
             "per_device_train_batch_size": 4,
@@ -74,7 +95,7 @@ def make(shapes, vlm_folder, tmp_path):
             model,
             args=MetaGRPOConfig(str(tmp_path / folder), **settings),
             train_dataset=split_reference_dataset(shapes),
-            processing_class=ConceptSegProcessor.from_pretrained(nano_checkpoint()),
+            processing_class=processor,
             **arguments,
         )
 
@@ -149,7 +170,8 @@ def test_vision_tower_alone_reaches_the_engine(make, shapes) -> None:
     trainer.vllm_generation.sync_weights()
     before = greedy_of_engine(trainer, prepared)
     with torch.no_grad():
-        for parameter in trainer.concept_model.vlm.model.visual.parameters():
+        vlm = trainer.concept_model.vlm
+        for parameter in get_family(vlm.config).vision_tower(vlm).parameters():
             parameter.mul_(0.8)
     expected = greedy_of_policy(trainer, prepared)
     assert expected != before
@@ -175,3 +197,29 @@ def test_adapters_are_merged_for_the_engine(make) -> None:
     trainer.train()
     assert max(history(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
     assert history(trainer, "kl")[-1] > 1e-4
+
+
+@other_families
+def test_engine_of_another_family_follows_the_policy(make, shapes) -> None:
+    """Random models write no valid completions: the segmentation loss alone changes the VLM."""
+    trainer = make(max_steps=3, learning_rate=3e-3, seg_loss_weight=10)
+    prepared = prompts_of(trainer, shapes[:4])
+    trainer.vllm_generation.sync_weights()
+    before = greedy_of_engine(trainer, prepared)
+    assert before == greedy_of_policy(trainer, prepared) and any(len(ids) > 8 for ids in before)
+
+    trainer.train()
+    assert max(history(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
+    policy = greedy_of_policy(trainer, prepared)
+    assert policy != before
+    trainer.vllm_generation.sync_weights()
+    assert greedy_of_engine(trainer, prepared) == policy
+
+    vlm = trainer.concept_model.vlm
+    with torch.no_grad():
+        for parameter in get_family(vlm.config).vision_tower(vlm).parameters():
+            parameter.mul_(0.8)
+    expected = greedy_of_policy(trainer, prepared)
+    assert expected != policy
+    trainer.vllm_generation.sync_weights()
+    assert greedy_of_engine(trainer, prepared) == expected
