@@ -6,6 +6,7 @@ The model is the embedded checkpoint, or a random one of the same size for other
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 
@@ -126,7 +127,9 @@ def outputs_of_engine(trainer, prepared) -> list:
         }
         for sample in prepared
     ]
-    return [output.outputs[0] for output in backend.llm.generate(prompts, settings, use_tqdm=False)]
+    outputs = backend.llm.generate(prompts, settings, use_tqdm=False)
+    assert [output.prompt_token_ids for output in outputs] == [each.input_ids.tolist() for each in prepared]
+    return [output.outputs[0] for output in outputs]
 
 
 def greedy_of_engine(trainer, prepared) -> list[list[int]]:
@@ -240,6 +243,9 @@ def test_engine_of_another_family_follows_the_policy(make, shapes) -> None:
     trainer.vllm_generation.sync_weights()
     before = assert_engine_follows(trainer, prepared)
     assert max(map(len, before)) > 8
+    if trainer.concept_processor.vlm_family == "internvl":  # large images are not cropped to tiles
+        large = tuple(image.resize((256, 256)) for image in prepared[0].vlm_images)
+        outputs_of_engine(trainer, [replace(prepared[0], vlm_images=large)])
     trainer.train()
     trainer.vllm_generation.sync_weights()
     after = assert_engine_follows(trainer, prepared)
