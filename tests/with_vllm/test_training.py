@@ -228,7 +228,7 @@ def test_adapters_are_merged_for_the_engine(make) -> None:
     trainer = make(max_steps=3, peft_config=config, learning_rate=1e-2)
     trainer.train()
     assert max(history(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
-    assert history(trainer, "kl")[-1] > 1e-4
+    assert history(trainer, "kl")[-1] > 1e-5  # without adapters, log-probabilities would differ by 4e-3
 
 
 @other_families
