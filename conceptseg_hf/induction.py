@@ -164,7 +164,8 @@ def verify(
             other, other_phrases = select_candidate(scored)
             if other.score > best.score + 1e-6:
                 best, phrases, tokens = other, other_phrases, other.candidate.tokens
-        rule_score, rule_ious = None, ()
+        rule_score: float | None = None
+        rule_ious: tuple[float, ...] = ()
         if concept.rule is not None and len(references) > 1:
             samples = leave_one_out(processor, concept.prompt, references)
             rule_score, rule_ious = verify_rule(model, processor, concept.rule, samples, examples.masks)
