@@ -203,7 +203,7 @@ def print_tables(results: Mapping[str, Sequence[Mapping[str, Run]]]) -> None:
         difference = resample((values[arm] - values[REASONING]).tolist(), arm).interval()
         interval = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
         routes = [route for run in every[arm] for route in run.routes]
-        share = f"{100 * np.mean([route == 'concept' for route in routes]):.1f}"
+        share = f"{100 * np.mean([route in ('concept', 'shortcut') for route in routes]):.1f}"
         cost = seconds[arm] / seconds[REASONING]
         print(f"| {arm} | {values[arm].mean():.3f} | {interval} | {share} | {cost:.2f} |")
     if CONCEPT in arms:
@@ -225,9 +225,9 @@ def print_tables(results: Mapping[str, Sequence[Mapping[str, Run]]]) -> None:
         for route in ("concept", "rule", "reasoning"):
             taken = [pair[1:] for pair in pairs if pair[0] == route]
             if taken:
-                mean, reasoned = np.mean(taken, axis=0)
+                mean, other_mean = np.mean(taken, axis=0)
                 share = 100 * len(taken) / len(pairs)
-                print(f"  {route}: {share:.1f} % of images, {mean:.3f}, reasoning on them {reasoned:.3f}")
+                print(f"  {route}: {share:.1f} % of images, {mean:.3f}, reasoning on them {other_mean:.3f}")
 
 
 def main() -> None:
