@@ -70,7 +70,8 @@ class ConceptSegmentation:
         box: The VLM's box (x1, y1, x2, y2) in pixels of the input image.
         check: The VLM's check box, in pixels of the reference that contains its center.
         check_reference: Index of that reference.
-        check_iou: IoU of `check` with the withheld box (0 if the check is missing); None without a proxy query.
+        check_iou: IoU of `check` with the withheld box (0 if the check is missing); None without a proxy query, and for
+            CoPRS.
         heatmap: (H, W) float32 probabilities at the input image's size, returned if `return_heatmap=True`: of the mask,
             or for CoPRS of the positional prior.
         error: None, or one sentence that states why the item failed.

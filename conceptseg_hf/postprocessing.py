@@ -107,4 +107,5 @@ def _add_completion(result: ConceptSegmentation, raw: RawSegmentation, frame: Co
         result.box = frame.text_box_to_image(completion.bbox)
     if completion.check is not None:
         result.check_reference, result.check = frame.text_box_to_reference(completion.check)
-    result.check_iou = frame.check_iou(completion.check)
+    if raw.prior_logits is None:  # completions of CoPRS have no check
+        result.check_iou = frame.check_iou(completion.check)

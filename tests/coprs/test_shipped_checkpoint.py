@@ -45,3 +45,4 @@ def test_masks_and_priors_of_held_out_samples() -> None:
     prior_and_mask = [(record["prior"]["iou"], record["foreground_iou"]) for record in present]
     assert np.corrcoef(np.array(prior_and_mask).T)[0, 1] >= 0.5
     assert all(record["format_valid"] for record in report.records)
+    assert all(record["check_iou"] is None for record in report.records)  # completions have no check
