@@ -139,10 +139,11 @@ def test_checkpoint_is_small_and_loads_in_float32(make_stage, tmp_path) -> None:
     weight = stage.model.prior.query_head.weight
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(model.prior.query_head.weight, weight.half().float())
-    rows = measure(model, model.processor, ConceptShapes("test", size=128), 3)
-    summary = summarize(rows, resamples=10)
+    records = measure(model, model.processor, ConceptShapes("test", size=128), 3)
+    summary = summarize(records, resamples=10)
     table = report.markdown(summary, {})
-    assert [row.sample_id for row in rows] == [f"test-{i:06d}" for i in range(3)]
+    assert [record["sample_id"] for record in records] == [f"test-{i:06d}" for i in range(3)]
+    assert summary["prior_iou_CI"]["mean"] == records[0]["prior"]["iou"]
     assert "| CI | 1 | - |" in table and "Correlation of prior IoU and mask IoU" in table
 
 
