@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +26,27 @@ def shapes() -> list:
     return list(load_benchmark("concept-shapes", split="train", limit=12))
 
 
+@pytest.fixture(scope="session")
+def group_settings() -> dict[str, Any]:
+    """Settings of GRPO trainers: groups of 4, one group per step, two steps on the CPU without files."""
+    return {
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "learning_rate": 1e-5,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "log_examples": 0,
+    }
+
+
 @pytest.fixture()
-def make_meta_grpo(vlm_family, request, shapes, tmp_path) -> Callable[..., Any]:
+def make_meta_grpo(vlm_family, request, shapes, group_settings, tmp_path) -> Callable[..., Any]:
     """Return a function that creates a MetaGRPOTrainer of the embedded checkpoint: groups of 4, one group per step.
 
     The model is a random one for other families than that of the checkpoint.
@@ -48,20 +66,9 @@ def make_meta_grpo(vlm_family, request, shapes, tmp_path) -> Callable[..., Any]:
         )
         arguments = {name: settings.pop(name) for name in argument_names if name in settings}
         settings = {
-            "per_device_train_batch_size": 4,
+            **group_settings,
             "per_device_eval_batch_size": 4,
-            "num_generations": 4,
             "max_completion_length": 64,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "learning_rate": 1e-5,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": [],
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "log_examples": 0,
             **settings,
         }
         if vlm_family != "qwen2_5_vl":
@@ -82,15 +89,14 @@ def make_meta_grpo(vlm_family, request, shapes, tmp_path) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def run_two(run_two_processes) -> Callable[..., dict]:
-    """Return a function that runs `two_processes.py` in two processes and reads its results."""
+def run_two(run_two_processes) -> Callable[..., None]:
+    """Return a function that runs `two_processes.py` in two processes, which write `figures.json`."""
     worker = Path(__file__).with_name("two_processes.py")
 
-    def run(kind: str, folder: Path, system: str = "conceptseg") -> dict:
+    def run(kind: str, folder: Path) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-        result = run_two_processes(str(worker), kind, str(folder), system, env=environment)
+        result = run_two_processes(str(worker), kind, str(folder), env=environment)
         assert result.returncode == 0, result.stderr[-20000:]
-        return json.loads((folder / "figures.json").read_text())
 
     return run
 

@@ -28,26 +28,15 @@ VALID = "<think>the red one</think><REF_POS>"
 
 
 @pytest.fixture
-def make_coprs_trainer(shapes, tmp_path):
+def make_coprs_trainer(shapes, group_settings, tmp_path):
     """Return a function that creates a trainer with groups of 4, which sample the token more often than by chance."""
 
     def make(folder: str = "run", kind: str = "sam", **settings) -> CoPRSTrainer:
         model = settings.pop("model", None) or build_random_coprs(kind)
         peft_config = settings.pop("peft_config", None)
         settings = {
-            "per_device_train_batch_size": 4,
-            "num_generations": 4,
+            **group_settings,
             "max_completion_length": 6,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "learning_rate": 1e-5,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": [],
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "log_examples": 0,
             "generation_kwargs": {"sequence_bias": [[[model.config.ref_pos_token_id], 20.0]]},
             **settings,
         }
