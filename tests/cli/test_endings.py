@@ -253,12 +253,11 @@ def test_non_ascii_names_and_prompts_in_any_locale(own_data, checkpoint, environ
     assert record["prompt"] == "rotes Häuschen" and record["image"].endswith("grün.png")
 
 
-def test_no_progress_bars_in_pipes(files, checkpoint, environment):
-    arguments = [sys.executable, "-m", "conceptseg_hf.cli", "evaluate", "--model", checkpoint, "--limit", "9"]
-    arguments += ["--router", "sam_only", "--output-dir", "ev"]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "\r" not in done.stdout
+def test_no_progress_bars_in_pipes(files, checkpoint, capfd):
+    arguments = ["evaluate", "--model", checkpoint, "--limit", "9", "--router", "sam_only"]
+    assert command(*arguments, "--output-dir", "ev") == 0
+    output, error = capfd.readouterr()
+    assert error == "" and "\r" not in output
 
 
 # -- suggestions --
