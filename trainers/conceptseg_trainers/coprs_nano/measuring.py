@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from conceptseg_hf.coprs import CoPRSForSegmentation, CoPRSProcessor
@@ -14,7 +14,7 @@ from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
 
 from .values import values_of
 
-Record = Mapping[str, Any]
+Record = dict[str, Any]
 
 _BATCH = 30
 
