@@ -83,8 +83,8 @@ def start(make_images, make_job, concept, tmp_path):
 @pytest.mark.parametrize(
     ("engine", "workers", "kills"),
     [
-        (engine, workers, int(os.environ.get("CONCEPTSEG_KILLS", kills)))
-        for engine, workers, kills in (("local", 0, 3), ("ray", 2, 1))
+        ("local", 0, int(os.environ.get("CONCEPTSEG_KILLS", 3))),
+        pytest.param("ray", 2, int(os.environ.get("CONCEPTSEG_KILLS", 2)), marks=pytest.mark.heavy),
     ],
 )
 def test_killed_several_times(start, engine, workers, kills):
@@ -100,6 +100,7 @@ def test_killed_several_times(start, engine, workers, kills):
     assert 0 <= lost <= kills * max(workers, 1), "one batch per kill and worker"
 
 
+@pytest.mark.heavy
 def test_one_ray_worker_that_is_killed_equals_two(start):
     """Ray starts the worker again, and repeats what it was working on."""
     pytest.importorskip("ray", reason="the engine 'ray' needs ray")

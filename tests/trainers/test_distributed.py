@@ -70,6 +70,7 @@ def test_two_processes_match_one_process(runs, system) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("stage", [2, 3])
 @both_systems
 def test_zero_matches_ddp(runs, stage, system) -> None:

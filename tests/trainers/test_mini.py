@@ -267,6 +267,7 @@ def test_ctm_tasks_contain_the_target_among_the_objects(root) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_command_trains_a_checkpoint(root, tmp_path, monkeypatch) -> None:
     command = ["conceptseg_trainers.mini", "--root", str(root), "--scale", "0.001"]
     monkeypatch.setattr(sys, "argv", [*command, "--run-dir", str(tmp_path), "--threads", "1"])
