@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from group_settings import GROUP_SETTINGS
 from torch import nn
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, nano_checkpoint
@@ -26,27 +27,8 @@ def shapes() -> list:
     return list(load_benchmark("concept-shapes", split="train", limit=12))
 
 
-@pytest.fixture(scope="session")
-def group_settings() -> dict[str, Any]:
-    """Settings of GRPO trainers: groups of 4, one group per step, two steps on the CPU without files."""
-    return {
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "learning_rate": 1e-5,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "log_examples": 0,
-    }
-
-
 @pytest.fixture()
-def make_meta_grpo(vlm_family, request, shapes, group_settings, tmp_path) -> Callable[..., Any]:
+def make_meta_grpo(vlm_family, request, shapes, tmp_path) -> Callable[..., Any]:
     """Return a function that creates a MetaGRPOTrainer of the embedded checkpoint: groups of 4, one group per step.
 
     The model is a random one for other families than that of the checkpoint.
@@ -66,7 +48,7 @@ def make_meta_grpo(vlm_family, request, shapes, group_settings, tmp_path) -> Cal
         )
         arguments = {name: settings.pop(name) for name in argument_names if name in settings}
         settings = {
-            **group_settings,
+            **GROUP_SETTINGS,
             "per_device_eval_batch_size": 4,
             "max_completion_length": 64,
             **settings,

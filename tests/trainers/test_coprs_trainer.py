@@ -22,20 +22,21 @@ from conceptseg_trainers import (
     split_reference_dataset,
 )
 from conceptseg_trainers.scripts.coprs import TRAINED_IN_FULL
+from group_settings import GROUP_SETTINGS
 from random_coprs import build_random_coprs
 
 VALID = "<think>the red one</think><REF_POS>"
 
 
 @pytest.fixture
-def make_coprs_trainer(shapes, group_settings, tmp_path):
+def make_coprs_trainer(shapes, tmp_path):
     """Return a function that creates a trainer with groups of 4, which sample the token more often than by chance."""
 
     def make(folder: str = "run", kind: str = "sam", **settings) -> CoPRSTrainer:
         model = settings.pop("model", None) or build_random_coprs(kind)
         peft_config = settings.pop("peft_config", None)
         settings = {
-            **group_settings,
+            **GROUP_SETTINGS,
             "max_completion_length": 6,
             "generation_kwargs": {"sequence_bias": [[[model.config.ref_pos_token_id], 20.0]]},
             **settings,
