@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from conceptseg_hf.coprs import CoPRSForSegmentation, CoPRSProcessor
-from conceptseg_hf.data import ConceptShapes
+from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.evaluation import evaluate
 from conceptseg_hf.evaluation.reporting.bootstrap import Interval, correlation_interval, resample
 from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
@@ -26,8 +26,8 @@ def measure(
     count: int,
     progress: bool = False,
 ) -> list[Record]:
-    """Evaluate the first samples of a split and return their records; see `evaluation.records`."""
-    return evaluate(
+    """Evaluate the first samples of a split and return their records (see `evaluation.records`) with a field `set`."""
+    records = evaluate(
         model,  # type: ignore[arg-type]  # both systems have the same interface
         samples,
         processor=processor,  # type: ignore[arg-type]
@@ -36,13 +36,14 @@ def measure(
         limit=count,
         progress=progress,
     ).records
+    return [{**record, "set": set_of(samples[index])} for index, record in enumerate(records)]
 
 
-def set_of(record: Record) -> str:
-    """Return the name of a record's set: the level, "CR one image" for tasks without references, or the stratum."""
-    if record["group"] == "which one":
-        return record["stratum"]
-    return "CR one image" if record["group"] == "rationality" else record["level"]
+def set_of(sample: ConceptSample) -> str:
+    """Return the name of a sample's set: the level, "CR one image" for tasks without references, or the stratum."""
+    if sample.group == "which one":
+        return sample.stratum
+    return "CR one image" if sample.level == "CR" and not sample.references else sample.level
 
 
 def summarize(records: Sequence[Record], resamples: int = 2000) -> dict[str, dict[str, float]]:
@@ -54,7 +55,7 @@ def summarize(records: Sequence[Record], resamples: int = 2000) -> dict[str, dic
     ]
     rows_of: dict[str, list[int]] = {}
     for row, record in enumerate(records):
-        rows_of.setdefault(set_of(record), []).append(row)
+        rows_of.setdefault(record["set"], []).append(row)
     summary = {
         f"{metric}_{name}": bootstrap_mean([values[metric][row] for row in rows], resamples)
         for name, rows in sorted(rows_of.items())

@@ -19,7 +19,7 @@ from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
 from conceptseg_hf.writing import json_text, write_file
 
 from ..from_scratch.loop import Schedule, TrainingState
-from .measuring import Record, bootstrap_mean, measure, set_of, summarize
+from .measuring import Record, bootstrap_mean, measure, summarize
 from .stage import PriorStage
 
 _METRICS = {
@@ -58,7 +58,7 @@ def write_report(stage: PriorStage, schedule: Schedule, run_dir: Path, folder: P
     for source, count in splits.values():
         records += measure(model, model.processor, source, count, progress=True)
         for record in measure(nano_model, nano_processor, source, count, progress=True):
-            nano.setdefault(set_of(record), []).append(record["foreground_iou"])
+            nano.setdefault(record["set"], []).append(record["foreground_iou"])
     summary = summarize(records)
     nano_summary = {f"mask_iou_{name}": bootstrap_mean(ious) for name, ious in nano.items()}
     table = markdown(summary, nano_summary)
