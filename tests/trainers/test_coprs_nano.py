@@ -12,7 +12,7 @@ from conceptseg_hf.data import ConceptShapes
 
 pytest.importorskip("trl", "1.16")
 from conceptseg_trainers.coprs_nano import report
-from conceptseg_trainers.coprs_nano.measuring import measure, set_of, summarize
+from conceptseg_trainers.coprs_nano.measuring import measure, summarize
 from conceptseg_trainers.coprs_nano.stage import PriorSettings, PriorStage, build_model, ideal_prior
 from conceptseg_trainers.coprs_nano.tokenizers import build_processor
 from conceptseg_trainers.from_scratch.loop import Schedule, TrainingState, train
@@ -139,22 +139,11 @@ def test_checkpoint_is_small_and_loads_in_float32(make_stage, tmp_path) -> None:
     weight = stage.model.prior.query_head.weight
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(model.prior.query_head.weight, weight.half().float())
-    records = measure(model, model.processor, ConceptShapes("test", size=128), 3)
-    summary = summarize(records, resamples=10)
+    rows = measure(model, model.processor, ConceptShapes("test", size=128), 3)
+    summary = summarize(rows, resamples=10)
     table = report.markdown(summary, {})
-    assert [record["sample_id"] for record in records] == [f"test-{i:06d}" for i in range(3)]
-    assert [record["set"] for record in records] == ["CI", "CD", "CD"]
-    assert summary["prior_iou_CI"]["mean"] == records[0]["prior"]["iou"]
+    assert [row.sample_id for row in rows] == [f"test-{i:06d}" for i in range(3)]
     assert "| CI | 1 | - |" in table and "Correlation of prior IoU and mask IoU" in table
-
-
-def test_sets_of_samples() -> None:
-    table_1, which_one = (ConceptShapes("test", size=128, groups=groups) for groups in (None, ["which one"]))
-    samples = [table_1[i] for i in range(36)]
-    assert {set_of(sample) for sample in samples} == {"CI", "CD", "CR", "CR one image"}
-    one_image = [sample for sample in samples if set_of(sample) == "CR one image"]
-    assert all(sample.level == "CR" and not sample.references for sample in one_image)
-    assert {set_of(which_one[i]) for i in range(6)} == {"shared noun", "identical look"}
 
 
 def test_ideal_prior_is_the_mask_at_the_resolution_of_the_keys() -> None:

@@ -1,81 +1,113 @@
-"""Measurement on ConceptShapes: masks, and how well the prior of CoPRS points at the target."""
+"""Measurement of a CoPRS model on ConceptShapes: masks, and how well the prior points at the target."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+
+import numpy as np
 
 from conceptseg_hf.coprs import CoPRSForSegmentation, CoPRSProcessor
+from conceptseg_hf.coprs.completion import parse_reasoning
 from conceptseg_hf.data import ConceptSample, ConceptShapes
-from conceptseg_hf.evaluation import evaluate
+from conceptseg_hf.evaluation import foreground_iou
+from conceptseg_hf.evaluation.metrics.heatmaps import heatmap_scores
 from conceptseg_hf.evaluation.reporting.bootstrap import Interval, correlation_interval, resample
-from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
-from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
-
-from .values import values_of
-
-Record = dict[str, Any]
 
 _BATCH = 30
 
 
+@dataclass(frozen=True)
+class MeasuredSample:
+    """Measurements of one sample.
+
+    Attributes:
+        sample_id: Id of the sample.
+        set_name: Name of its set: the level, "CR one image" for tasks without references, or the stratum.
+        valid: Whether the completion follows the template.
+        correct: Whether the reasoning ends with the ground-truth answer.
+        mask_iou: Foreground IoU of the mask.
+        prior_iou: IoU of the thresholded prior.
+        auroc: AUROC of the prior; NaN if the target is absent.
+        average_precision: Average precision of the prior; NaN if the target is absent.
+        share: Fraction of the prior's sum over all objects that is on the target; NaN without siblings.
+    """
+
+    sample_id: str
+    set_name: str
+    valid: bool
+    correct: bool
+    mask_iou: float
+    prior_iou: float
+    auroc: float
+    average_precision: float
+    share: float
+
+
 def measure(
-    model: CoPRSForSegmentation | ConceptSegForSegmentation,
-    processor: CoPRSProcessor | ConceptSegProcessor,
-    samples: ConceptShapes,
-    count: int,
-    progress: bool = False,
-) -> list[Record]:
-    """Evaluate the first samples of a split and return their records (see `evaluation.records`) with a field `set`."""
-    records = evaluate(
-        model,  # type: ignore[arg-type]  # both systems have the same interface
-        samples,
-        processor=processor,  # type: ignore[arg-type]
-        metrics=(),
-        batch_size=_BATCH,
-        limit=count,
-        progress=progress,
-    ).records
-    return [{**record, "set": set_of(samples[index])} for index, record in enumerate(records)]
+    model: CoPRSForSegmentation, processor: CoPRSProcessor, samples: ConceptShapes, count: int, first: int = 0
+) -> list[MeasuredSample]:
+    """Segment and measure the samples `first` to `first + count` of a split."""
+    rows = []
+    for start in range(first, first + count, _BATCH):
+        indices = range(start, min(start + _BATCH, first + count))
+        batch = [samples[i] for i in indices]
+        prepared = [processor.prepare(sample.image, sample.prompt, sample.references) for sample in batch]
+        results = model.segment(prepared, processor=processor)
+        for index, sample, result in zip(indices, batch, results, strict=True):
+            truth = np.asarray(sample.mask) > 0
+            objects = [item.mask for item in samples.task(index).scene.objects]
+            others = np.any(objects, axis=0) & ~truth if objects else np.zeros_like(truth)
+            assert result.heatmap is not None and result.mask is not None
+            prior = heatmap_scores(result.heatmap, truth, others)
+            rows.append(
+                MeasuredSample(
+                    sample.sample_id,
+                    set_of(sample),
+                    parse_reasoning(result.completion or "").is_valid,
+                    (result.think or "").endswith(sample.answer or ""),
+                    foreground_iou(np.asarray(result.mask) > 0, truth),
+                    prior["iou"],
+                    prior["auroc"],
+                    prior["average_precision"],
+                    prior["share"],
+                )
+            )
+    return rows
 
 
 def set_of(sample: ConceptSample) -> str:
-    """Return the name of a sample's set: the level, "CR one image" for tasks without references, or the stratum."""
+    """Return the name of a sample's set; see `MeasuredSample`."""
     if sample.group == "which one":
         return sample.stratum
     return "CR one image" if sample.level == "CR" and not sample.references else sample.level
 
 
-def summarize(records: Sequence[Record], resamples: int = 2000) -> dict[str, dict[str, float]]:
+def summarize(rows: Sequence[MeasuredSample], resamples: int = 2000) -> dict[str, dict[str, float]]:
     """Return mean, and with `resamples` a 95 % bootstrap interval ("low", "high"), of each metric and set."""
-    values = values_of(records)
-    values["average_precision"] = [(record["prior"] or {}).get("average_precision") for record in records]
-    values["correct"] = [
-        float((record["think"] or "").endswith(record["gt_answer"] or "")) for record in records
-    ]
-    rows_of: dict[str, list[int]] = {}
-    for row, record in enumerate(records):
-        rows_of.setdefault(record["set"], []).append(row)
-    summary = {
-        f"{metric}_{name}": bootstrap_mean([values[metric][row] for row in rows], resamples)
-        for name, rows in sorted(rows_of.items())
-        for metric in ("mask_iou", "prior_iou", "auroc", "average_precision", "share", "correct")
+    summary: dict[str, dict[str, float]] = {}
+    sets = {
+        name: [row for row in rows if row.set_name == name]
+        for name in dict.fromkeys(r.set_name for r in rows)
     }
-    summary["format"] = bootstrap_mean(values["format"], resamples)
-    present = [row for row, record in enumerate(records) if record["present"]]
-    ious = [values["mask_iou"][row] for row in present]
+    for set_name, members in sorted(sets.items()):
+        for metric in ("mask_iou", "prior_iou", "auroc", "average_precision", "share", "correct"):
+            values = np.array([float(getattr(row, metric)) for row in members])
+            summary[f"{metric}_{set_name}"] = bootstrap_mean(values[~np.isnan(values)], resamples)
+    summary["format"] = bootstrap_mean([float(row.valid) for row in rows], resamples)
+    present = [row for row in rows if not np.isnan(row.auroc)]
+    ious = [row.mask_iou for row in present]
     for metric in ("prior_iou", "average_precision"):
-        qualities = [values[metric][row] for row in present]
+        qualities = [getattr(row, metric) for row in present]
         found = correlation_interval(qualities, ious, metric, max(1, resamples))
         summary[f"correlation_{metric}"] = _values(found, len(present), resamples)
     return summary
 
 
-def bootstrap_mean(values: Sequence[float | None], resamples: int = 2000) -> dict[str, float]:
-    """Return mean, 95 % bootstrap interval ("low", "high", NaN without resamples) and number ("n") of known values."""
-    known = [value for value in values if value is not None]
-    resampled = resample(known, resamples=max(1, resamples))
-    return _values(None if resampled is None else resampled.interval(), len(known), resamples)
+def bootstrap_mean(values: Sequence[float], resamples: int = 2000) -> dict[str, float]:
+    """Return mean, 95 % bootstrap interval ("low", "high", NaN without resamples) and number ("n") of values."""
+    resampled = resample(values, resamples=max(1, resamples))
+    return _values(None if resampled is None else resampled.interval(), len(values), resamples)
 
 
 def _values(interval: Interval | None, count: int, resamples: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -14,14 +15,18 @@ from conceptseg_hf import ConceptSegForSegmentation, nano_checkpoint
 from conceptseg_hf.cards import save_model_card
 from conceptseg_hf.coprs import CoPRSForSegmentation
 from conceptseg_hf.data import ConceptShapes
+from conceptseg_hf.evaluation import foreground_iou
+from conceptseg_hf.evaluation.records import segment_samples
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
+from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.writing import json_text, write_file
 
 from ..from_scratch.loop import Schedule, TrainingState
-from .measuring import Record, bootstrap_mean, measure, summarize
+from .measuring import MeasuredSample, bootstrap_mean, measure, set_of, summarize
 from .stage import PriorStage
 
+_BATCH = 30
 _METRICS = {
     "mask_iou": "mask IoU",
     "prior_iou": "prior IoU",
@@ -53,14 +58,14 @@ def write_report(stage: PriorStage, schedule: Schedule, run_dir: Path, folder: P
     }
     nano_model = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
     nano_processor = ConceptSegProcessor.from_pretrained(nano_checkpoint())
-    records: list[Record] = []
+    rows: list[MeasuredSample] = []
     nano: dict[str, list[float]] = {}
     for source, count in splits.values():
-        records += measure(model, model.processor, source, count, progress=True)
-        for record in measure(nano_model, nano_processor, source, count, progress=True):
-            nano.setdefault(record["set"], []).append(record["foreground_iou"])
-    summary = summarize(records)
-    nano_summary = {f"mask_iou_{name}": bootstrap_mean(ious) for name, ious in nano.items()}
+        rows += measure(model, model.processor, source, count)
+        for name, iou in nano_ious(nano_model, nano_processor, source, count):
+            nano.setdefault(name, []).append(iou)
+    summary = summarize(rows)
+    nano_summary = {f"mask_iou_{name}": bootstrap_mean(values) for name, values in nano.items()}
     table = markdown(summary, nano_summary)
     write_file(
         run_dir / "results.json", json_text({"coprs-nano": summary, "nano": nano_summary}, indent=2) + "\n"
@@ -88,6 +93,23 @@ def write_checkpoint(model: CoPRSForSegmentation, folder: Path) -> None:
     # The dtype in which the checkpoint is loaded by default.
     config = json.loads(config_path.read_text(encoding="utf-8"))
     write_file(config_path, json_text({**config, "dtype": "float32"}, indent=2) + "\n")
+
+
+def nano_ious(
+    model: ConceptSegForSegmentation, processor: ConceptSegProcessor, samples: ConceptShapes, count: int
+) -> list[tuple[str, float]]:
+    """Return set and foreground IoU of the masks of conceptseg-nano for the first samples of a split."""
+    ious: list[tuple[str, float]] = []
+    bar = progress_bar(count, "samples", "nano", mininterval=5)
+    for start in range(0, count, _BATCH):
+        batch = [samples[i] for i in range(start, min(start + _BATCH, count))]
+        for sample, result in zip(batch, segment_samples(model, processor, batch), strict=True):
+            ious.append(
+                (set_of(sample), foreground_iou(np.asarray(result.mask) > 0, np.asarray(sample.mask) > 0))
+            )
+        bar.update(len(batch))
+    bar.close()
+    return ious
 
 
 def markdown(summary: Summary, nano: Summary) -> str:

@@ -276,14 +276,14 @@ class PriorStage:
     def evaluate(self) -> dict[str, float]:
         """Return metrics of the model on the split "val"; see `measuring`."""
         self.module.eval()
-        records = measure(self.model, self.processor, ConceptShapes("val", size=SIDE), self.held_out)
-        records += measure(
+        rows = measure(self.model, self.processor, ConceptShapes("val", size=SIDE), self.held_out)
+        rows += measure(
             self.model,
             self.processor,
             ConceptShapes("val", size=SIDE, groups=["which one"]),
             self.held_out // 3,
         )
-        return {name: values["mean"] for name, values in summarize(records, resamples=0).items()}
+        return {name: values["mean"] for name, values in summarize(rows, resamples=0).items()}
 
 
 def ideal_prior(masks: Tensor) -> Tensor:
