@@ -111,7 +111,7 @@ def model_card(
         eval_results=results,
         **metadata,
     )
-    text = _card_text(config, bases, holds_released_sam, training, markdown)
+    text = _card_text(config, bases, holds_released_sam, metadata.get("license"), training, markdown)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
@@ -200,7 +200,12 @@ def is_hub_id(name: str) -> bool:
 
 
 def _card_text(
-    config: AnyConfig, bases: Sequence[str], holds_released_sam: bool, training: str, evaluation: str
+    config: AnyConfig,
+    bases: Sequence[str],
+    holds_released_sam: bool,
+    license_id: str | None,
+    training: str,
+    evaluation: str,
 ) -> str:
     text = config.get_text_config()
     title, purpose, parts = _description(config)
@@ -236,7 +241,9 @@ def _card_text(
     lines += [
         f"- Derived from [{name}](https://huggingface.co/{name}); its license applies." for name in others
     ]
-    if not bases:
+    if not bases and license_id:
+        lines.append(f"- The license of this checkpoint is {license_id}.")
+    elif not bases:
         lines.append("- No base model is recorded; add the license here before publishing this checkpoint.")
     if training:
         lines += ["", "## Training", "", training.strip()]

@@ -28,6 +28,7 @@ from conceptseg_trainers.nano.sam_data import guidance_targets, negative_prompt,
 from conceptseg_trainers.nano.scenes import TaskMix, sheet_scene
 from conceptseg_trainers.nano.tokenizers import build_processor, build_sam_tokenizer, build_vlm_tokenizer
 from conceptseg_trainers.nano.vlm_data import RANDOM_CHOICE_FAMILIES, ShapesVlmData, make_stage
+from safetensors.torch import load_file
 from torch import nn
 
 from conceptseg_hf import parse_completion
@@ -399,6 +400,18 @@ def test_command_trains_a_checkpoint(tmp_path, monkeypatch, family: str) -> None
     assert model.config.vlm_config.model_type == processor.vlm_family == family
     if family != DEFAULT_FAMILY:
         return
+
+    # The start of reinforcement learning.
+    for stage in ("base", "base-referring", "base-ctm"):
+        monkeypatch.setattr(sys, "argv", [*command[2:], "--stage", stage])
+        main()
+    base = load_file(tmp_path / "run" / "base" / "state.safetensors")
+    continued = load_file(tmp_path / "run" / "base-referring" / "state.safetensors")
+    weights = load_file(tmp_path / "run" / "base-checkpoint" / "model.safetensors")
+    name = "model.language_model.norm.weight"
+    start, trained = (state[f"average/vlm.{name}"] for state in (base, continued))
+    assert 0 < (start - trained).abs().max() < 0.1  # it continues from the stage "base"
+    torch.testing.assert_close(weights[f"vlm.{name}"], trained, rtol=0, atol=0)
 
     # Another CTM with the same VLM, SAM 3 and completions.
     completions = {

@@ -76,7 +76,7 @@ def write_report(stage: PriorStage, schedule: Schedule, run_dir: Path, folder: P
         "vision backbone of conceptseg-nano and was trained with supervision on ConceptShapes (`make coprs-nano`); its "
         f"weights are stored in float16.\n\n{table}"
     )
-    save_model_card(folder, model.config, training=training, overwrite=True)
+    save_model_card(folder, model.config, training=training, overwrite=True, license="apache-2.0")
 
 
 def write_checkpoint(model: CoPRSForSegmentation, folder: Path) -> None:

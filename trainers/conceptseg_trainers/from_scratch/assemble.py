@@ -27,7 +27,7 @@ def load_stages(
         preset: Name of the preset of its config.
         processor: Its processor.
         run_dir: Folder of the stages.
-        vlm_stage: Name of the stage that trained the VLM: "vlm" or "base".
+        vlm_stage: Name of the stage that trained the VLM: "vlm" or "base-referring".
         num_concept_tokens: Number of concept tokens of the new CTM; by default that of the preset.
         seed: Random seed of the weights of the new CTM.
 
@@ -41,17 +41,7 @@ def load_stages(
         config.ctm_config.num_queries = num_concept_tokens
     model = ConceptSegForSegmentation(config)
     for part, stage, prefix in ((model.sam, "sam", "sam."), (model.vlm, vlm_stage, "vlm.")):
-        path = run_dir / stage / "state.safetensors"
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing; run the stage {stage!r} first.")
-        _load_weights(
-            part,
-            {
-                name.removeprefix(f"average/{prefix}"): tensor
-                for name, tensor in load_file(path).items()
-                if name.startswith(f"average/{prefix}")
-            },
-        )
+        load_average(part, run_dir, stage, prefix)
     tokenizer = processor.tokenizer
     generation_config = model.vlm.generation_config
     generation_config.eos_token_id = tokenizer.eos_token_id
@@ -60,9 +50,29 @@ def load_stages(
     return model
 
 
+def load_average(module: nn.Module, run_dir: Path, stage: str, prefix: str = "") -> None:
+    """Load the averaged weights of a stage into a module.
+
+    Args:
+        module: The module.
+        run_dir: Folder of the stages.
+        stage: Name of the stage.
+        prefix: Prefix of the names of the module's parameters in the stage, for instance "vlm.".
+
+    Raises:
+        FileNotFoundError: If the stage has not been run.
+    """
+    path = run_dir / stage / "state.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; run the stage {stage!r} first.")
+    start = f"average/{prefix}"
+    weights = {name.removeprefix(start): t for name, t in load_file(path).items() if name.startswith(start)}
+    _load_weights(module, weights)
+
+
 def _load_weights(part: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     missing, unexpected = part.load_state_dict(weights, strict=False)
-    tied = {name for name in missing if name == "lm_head.weight"}
+    tied = {name for name in missing if name.endswith("lm_head.weight")}
     if unexpected or set(missing) - tied - {name for name, _ in part.named_buffers()}:
         raise ValueError(
             f"the weights of a stage do not fit the model: missing {sorted(set(missing) - tied)}, unexpected "

@@ -20,7 +20,7 @@ from .tokenizers import COORDINATE_SCALE
 from .vlm_examples import MERGE, PATCH, AttentionTarget, TrainingExample
 
 # Offsets of the numbers of a box from its opening tag, e.g. in the tokens "<bbox> [ 1 , 2 , 3 , 4 ] </bbox>".
-_NUMBER_OFFSETS = (2, 4, 6, 8)
+NUMBER_OFFSETS = (2, 4, 6, 8)
 _MAX_ENTRIES = 6
 
 
@@ -166,4 +166,4 @@ def box_targets(start: int, tokens: dict[int, np.ndarray]) -> list[AttentionTarg
         start: Index of the opening tag of the box in the completion.
         tokens: See `AttentionTarget`.
     """
-    return [AttentionTarget(start + offset, tokens) for offset in _NUMBER_OFFSETS]
+    return [AttentionTarget(start + offset, tokens) for offset in NUMBER_OFFSETS]

@@ -38,6 +38,7 @@ class TrainingExample:
         noisy_completion: The completion as the input of the VLM, in which some words are replaced.
         attention_targets: Attention targets of some tokens of the completion.
         dense: Dense targets of each image; see `VlmData.dense_loss`.
+        untrained: Indices of tokens of the completion that are input only; their prediction is not trained.
     """
 
     images: tuple[np.ndarray, ...]
@@ -46,6 +47,7 @@ class TrainingExample:
     noisy_completion: list[int]
     attention_targets: tuple[AttentionTarget, ...]
     dense: tuple[Any, ...]
+    untrained: frozenset[int] = frozenset()
 
 
 def patches(images: Sequence[np.ndarray], device: str) -> Tensor:
@@ -89,7 +91,8 @@ def pad_examples(
     """Convert examples to tensors, padded on the right.
 
     Returns:
-        input_ids (with noisy completions), labels (with the completions), attention_mask, completion: (B, L);
+        input_ids (with noisy completions), labels (with the completions), attention_mask, completion (the tokens whose
+        prediction is trained): (B, L);
         position_ids: (3, B, L);
         attention_targets: row (N,) and column (N,) of the query, the token before the predicted one, and the image
         tokens that it should attend to, (N, L) bool.
@@ -106,10 +109,12 @@ def pad_examples(
         ids[row, :end] = sequence
         labels[row, start:end] = example.completion
         mask[row, :end] = 1
-        completion[row, start:end] = True
+        completion[row, [i for i in range(start, end) if i - start not in example.untrained]] = True
         position_ids[:, row, :end] = positions(sequence, image_token, grid)
         image_columns = np.flatnonzero(np.asarray(example.prompt) == image_token).reshape(-1, grid * grid)
         for target in example.attention_targets:
+            if target.position in example.untrained:
+                continue
             is_target = np.zeros(length, dtype=bool)
             for image, tokens in target.tokens.items():
                 is_target[image_columns[image][tokens]] = True

@@ -1,9 +1,9 @@
-"""Train conceptseg-nano: `python -m conceptseg_trainers.nano [--stage sam|vlm|ctm|base|base-ctm|all]`.
+"""Train conceptseg-nano: `python -m conceptseg_trainers.nano [--stage sam|vlm|ctm|all|...]`.
 
 The stages "sam" and "vlm" are independent of each other. "all" runs them in two parallel processes, then "ctm", which
-needs both and writes the checkpoint. "base" trains a VLM that chooses random objects in some task families, and
-"base-ctm" its CTM: this checkpoint is the start of reinforcement learning in `evidence`. All stages resume where they
-were interrupted.
+needs both and writes the checkpoint. "base" trains a VLM that chooses random objects in some task families,
+"base-referring" teaches it to locate what their rules refer to, in another form, and "base-ctm" trains its CTM: this is
+the start of reinforcement learning in `evidence`. All stages resume where they were interrupted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 
-from ..from_scratch.assemble import load_stages, write_checkpoint
+from ..from_scratch.assemble import load_average, load_stages, write_checkpoint
 from ..from_scratch.command import common_options, make_parser, run_command, run_in_parallel, scaled
 from ..from_scratch.ctm_stage import CtmStage, CtmSteps
 from ..from_scratch.loop import Schedule, Stage, train
@@ -24,13 +24,13 @@ from ..from_scratch.sam_stage import SamStage, SamWithHeads
 from .ctm_data import ShapesCtmData
 from .sam_data import ShapesSamData, make_heads
 from .tokenizers import build_processor
-from .vlm_data import RANDOM_CHOICE_FAMILIES, make_stage
+from .vlm_data import RANDOM_CHOICE_FAMILIES, make_referring_stage, make_stage
 
-_STAGES = ("sam", "vlm", "ctm", "base", "base-ctm")
+_STAGES = ("sam", "vlm", "ctm", "base", "base-referring", "base-ctm")
 PRESETS = {"qwen2_5_vl": "nano", "qwen3_vl": "nano-qwen3"}
 """Presets by the family of the VLM."""
 PRETRAINING = {"sam": 4000, "vlm": 5000}  # number of steps in which only the vision tower is trained
-STEPS = {"sam": 11_000, "vlm": 12_000, "base": 6_000}
+STEPS = {"sam": 11_000, "vlm": 12_000, "base": 6_000, "base-referring": 2_000}
 HELD_OUT = {"sam": 180, "vlm": 132, "ctm": 240}
 
 
@@ -62,6 +62,11 @@ def _run_stage(arguments: argparse.Namespace) -> None:
     steps = scaled(STEPS[arguments.stage], arguments.scale, 8)
     held_out, device, seed = _held_out(kind, arguments.scale), arguments.device, arguments.seed
     stage: Stage
+    if arguments.stage == "base-referring":
+        referring = make_referring_stage(steps, device, held_out, seed, PRESETS[arguments.family])
+        load_average(referring.module, arguments.run_dir, "base")
+        train(referring, Schedule(steps, learning_rate=1e-3, decay=0.4), arguments.run_dir)
+        return
     if kind == "sam":
         torch.manual_seed(seed)
         module = SamWithHeads(ConceptSegConfig.from_preset("nano").sam_config, make_heads)
@@ -82,8 +87,8 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
     is_base = arguments.stage == "base-ctm"
     run_dir, scale = arguments.run_dir, min(1.0, arguments.scale)
     processor = build_processor(arguments.family)
-    model = load_stages(PRESETS[arguments.family], processor, run_dir, "base" if is_base else "vlm")
-    folder = run_dir / "base" if is_base else run_dir
+    model = load_stages(PRESETS[arguments.family], processor, run_dir, "base-referring" if is_base else "vlm")
+    folder = run_dir / "base-referring" if is_base else run_dir
     steps = CtmSteps(*(scaled(count, scale, 4) for count in astuple(CtmSteps())))
     stage = CtmStage(
         model,

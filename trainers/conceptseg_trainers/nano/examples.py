@@ -23,11 +23,12 @@ from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.prompt_processing import PromptProcessor
 from conceptseg_hf.references import Reference, Role
 
-from ..from_scratch.example_writer import BaseExampleWriter, Entry, TrainingImage, box_targets
+from ..from_scratch.example_writer import NUMBER_OFFSETS, BaseExampleWriter, Entry, TrainingImage, box_targets
 from ..from_scratch.masks import bounding_box
 from ..from_scratch.tokenizers import COORDINATE_SCALE
 from ..from_scratch.vlm_examples import AttentionTarget, TrainingExample
 from .dense import VisibleObject, dense_targets, visible_objects
+from .referring import referring_expressions
 from .tokenizers import short_processor
 
 _NOISE = 0.15  # probability of replacing a color or texture word in the input of the VLM
@@ -79,6 +80,23 @@ class ExampleWriter(BaseExampleWriter):
         entries = [Entry(phrase, {}, 0, mask) for phrase, mask in masks.items()]
         return self.listing(rng, "find objects", [_training_image(image, objects)], entries, noise=False)
 
+    def referring(self, rng: np.random.Generator, task: Task) -> TrainingExample:
+        """Locate the objects that the rule of a task and other phrases refer to, in the target scene alone.
+
+        Half of the examples name the object between the phrase and its box.
+        """
+        phrases = dict(referring_expressions(rng, task.scene.objects, SIDE))
+        masks = {phrase: (item.look.phrase, item.mask) for phrase, item in phrases.items()}
+        if task.mask.any():
+            masks[task.rule] = (task.answer, task.mask)
+        named = rng.random() < 0.5
+        entries = [
+            Entry(f"{phrase} : {name}" if named else phrase, {}, 0, mask)
+            for phrase, (name, mask) in masks.items()
+            if mask.sum() >= _MIN_PIXELS
+        ]
+        return self.listing(rng, "find objects", [_scene_image(task.scene)], entries, noise=False)
+
     def naming_mosaic(self, rng: np.random.Generator, task: Task) -> TrainingExample:
         """Name and locate the objects of a mosaic, which trains the boxes of `<check>` in small cells."""
         mosaic, objects, _ = self._mosaic(task)
@@ -127,7 +145,12 @@ class ExampleWriter(BaseExampleWriter):
     # Tasks
 
     def task(
-        self, rng: np.random.Generator, task: Task, chosen: int | None = None, short: bool = False
+        self,
+        rng: np.random.Generator,
+        task: Task,
+        chosen: int | None = None,
+        short: bool = False,
+        open_choice: bool = False,
     ) -> TrainingExample:
         """Create an example of a complete task: mosaic and target, the instruction, and the completion.
 
@@ -137,6 +160,8 @@ class ExampleWriter(BaseExampleWriter):
             chosen: Index of an object of the target scene. If given, the completion describes this object instead of
                 the correct one; rule and check do not change.
             short: Whether to omit rule, check, and the reasoning about the references.
+            open_choice: Whether the tokens that choose an object (the end of the reasoning, box and answer) are not
+                trained.
         """
         processor = self.short_processor if short else self.processor
         mask, answer, think = described_object(task, chosen)
@@ -179,7 +204,18 @@ class ExampleWriter(BaseExampleWriter):
             self.with_noise(rng, completion),
             tuple(attention_targets),
             tuple(image.dense for image in images),
+            self._choice(completion, answer) if open_choice else frozenset(),
         )
+
+    def _choice(self, completion: Sequence[int], answer: str) -> frozenset[int]:
+        """Return the indices of the tokens that choose an object: the answer, also in the reasoning, and the box."""
+        length = len(self.token_ids(answer))
+        ends = [completion.index(self.ids[tag]) for tag in ("</think>", "</answer>")]
+        indices = {i for end in ends for i in range(end - length, end)}
+        if self.ids["<bbox>"] in completion:
+            start = completion.index(self.ids["<bbox>"])
+            indices.update(start + offset for offset in NUMBER_OFFSETS)
+        return frozenset(indices)
 
     def _word_targets(
         self,

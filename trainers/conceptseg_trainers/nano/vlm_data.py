@@ -65,9 +65,23 @@ def make_stage(
     preset: str = "nano",
 ) -> VlmStage:
     """Return the stage "vlm", or "base" with families of random choices; see `VlmStage` and `ShapesVlmData`."""
+    data = ShapesVlmData(steps, 24, random_choice_families, held_out, seed)
+    return _make_stage(data, pretraining, steps, name, device, seed, preset)
+
+
+def make_referring_stage(
+    steps: int, device: str = "cpu", held_out: int = 132, seed: int = 0, preset: str = "nano"
+) -> VlmStage:
+    """Return the stage "base-referring", which continues the stage "base"; see `ReferringVlmData`."""
+    data = ReferringVlmData(steps, 24, RANDOM_CHOICE_FAMILIES, held_out, seed)
+    return _make_stage(data, 0, steps, "base-referring", device, seed, preset)
+
+
+def _make_stage(
+    data: ShapesVlmData, pretraining: int, steps: int, name: str, device: str, seed: int, preset: str
+) -> VlmStage:
     torch.manual_seed(seed)
     module = VlmWithHeads(ConceptSegConfig.from_preset(preset).vlm_config, DenseHeads)
-    data = ShapesVlmData(steps, 24, random_choice_families, held_out, seed)
     processor = data.processor.with_settings(vlm_family=module.vlm.config.model_type)
     return VlmStage(module, data, processor, pretraining, steps, name, device)
 
@@ -83,6 +97,8 @@ class ShapesVlmData:
         held_out: Number of samples of the split "val" per evaluation.
         seed: Random seed.
     """
+
+    open_choice = False
 
     def __init__(
         self,
@@ -116,15 +132,7 @@ class ShapesVlmData:
         """Return the examples of a step after the pretraining; the fraction of complete tasks increases."""
         block, index_in_block = divmod(step, _BLOCK)
         progress = self.progress(step)
-        perception = (
-            1.0
-            if progress < PERCEPTION_ONLY
-            else 0.5
-            if progress < 0.25
-            else 0.25
-            if progress < 0.85
-            else 0.08
-        )
+        perception = self._perception_fraction(progress)
         if self._block[0] != block:
             is_perception = np.random.default_rng([11, self.seed, block]).random() < perception
             # Perception examples are short: 50 % more of them take as long as a batch of tasks.
@@ -140,6 +148,12 @@ class ShapesVlmData:
         size = len(self._block[1]) // _BLOCK
         return self._block[1][index_in_block * size : (index_in_block + 1) * size]
 
+    def _perception_fraction(self, progress: float) -> float:
+        """Return the fraction of the steps that contain perception examples."""
+        if progress < PERCEPTION_ONLY:
+            return 1.0
+        return 0.5 if progress < 0.25 else 0.25 if progress < 0.85 else 0.08
+
     def task_example(self, number: int) -> TrainingExample:
         """Return the example of a task."""
         rng = np.random.default_rng([19, self.seed, number])
@@ -148,7 +162,7 @@ class ShapesVlmData:
         if self.tasks.family(_FIRST_TASK + number) in self.random_choice_families:
             chosen = random_object(rng, task.scene)
         short = bool(self.random_choice_families) and rng.random() < _SHORT
-        return self.writer.task(rng, task, chosen, short)
+        return self.writer.task(rng, task, chosen, short, open_choice=chosen is not None and self.open_choice)
 
     def _perception(self, progress: float, number: int) -> TrainingExample:
         rng = np.random.default_rng([13, self.seed, number])
@@ -215,6 +229,26 @@ class ShapesVlmData:
                 samples = [source[i] for i in range(start, min(count, start + 44))]
                 _evaluate_samples(stage, name, samples, metrics)
         return dense_metrics | {key: mean(values) for key, values in sorted(metrics.items())}
+
+
+class ReferringVlmData(ShapesVlmData):
+    """Further training of the stage "base": most perception examples are referring expressions.
+
+    The VLM learns to locate what the rules of `RANDOM_CHOICE_FAMILIES` refer to, in the form of perception examples. In
+    the complete tasks of these families, the words and numbers that choose an object are not trained.
+    """
+
+    open_choice = True
+
+    def _perception_fraction(self, progress: float) -> float:
+        return 0.6 if progress < 0.85 else 0.3
+
+    def _perception(self, progress: float, number: int) -> TrainingExample:
+        rng = np.random.default_rng([31, self.seed, number])
+        task = self.tasks.task(_FIRST_TASK + number)
+        if self.tasks.family(_FIRST_TASK + number) in self.random_choice_families:
+            return self.writer.referring(rng, task)
+        return super()._perception(1.0, number)
 
 
 def _evaluate_samples(

@@ -130,8 +130,8 @@ def coexistence(rng: Rng, size: int, held_out: bool, variant: int = 0) -> Task:
     while True:
         first, second = (list(SELECTORS)[i] for i in rng.permutation(len(SELECTORS))[:2])
         objects = _spread(rng, size, [random_look(rng, held_out)] * int(rng.integers(2, 5)))
-        candidates = (_leader(objects, name, size) for name in (first, second))
-        leaders = [leader for leader in candidates if leader is not None]
+        candidates = (leader(objects, name, size) for name in (first, second))
+        leaders = [index for index in candidates if index is not None]
         if len(set(leaders)) == 2:
             break
     target, other = leaders[variant], leaders[1 - variant]
@@ -151,7 +151,7 @@ def _rule_task(
     def reference(rng: Rng, size: int) -> tuple[Scene, Box | None]:
         while True:
             reference_scene, _ = rule_scene(rng, size, rule, twins=other_selector is not None)
-            if other_selector is None or _leader(reference_scene.objects, other_selector, size) not in (
+            if other_selector is None or leader(reference_scene.objects, other_selector, size) not in (
                 0,
                 None,
             ):
@@ -238,7 +238,7 @@ def _spread(rng: Rng, size: int, looks: list[Look]) -> list[SceneObject]:
     return objects
 
 
-def _leader(objects: Sequence[SceneObject], selector: str, size: int) -> int | None:
+def leader(objects: Sequence[SceneObject], selector: str, size: int) -> int | None:
     """Return the index of the object that a selector picks; None if its lead is too small."""
     key, lead = SELECTORS[selector]
     values = [key(item, size) for item in objects]
@@ -262,13 +262,13 @@ def _order_objects(objects: list[SceneObject], rule: Rule, size: int) -> list[tu
         ]
         roles = {i: "one attribute" if i in part else "neither" for i in indices}
         return [(0, "target"), *((i, roles[i]) for i in indices[1:])] if matching == [0] else None
-    leader = _leader([objects[i] for i in matching], rule.selector, size)
+    first = leader([objects[i] for i in matching], rule.selector, size)
     # The first look may be held out, so it must be the one that satisfies the rule.
-    if leader is None or matching[leader] != 0:
+    if first is None or matching[first] != 0:
         return None
     if not rule.attributes:
         return [(0, "target"), *((i, "neither") for i in indices[1:])]
-    overall = _leader(objects, rule.selector, size)
+    overall = leader(objects, rule.selector, size)
     if overall is None or overall in matching:
         return None  # an object without the attribute must have a larger value
     roles = {i: "attribute only" if i in matching else "neither" for i in indices} | {

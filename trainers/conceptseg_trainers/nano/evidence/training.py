@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any, cast
 
@@ -130,11 +132,16 @@ def write_log(folder: Path, seed: int, cpu_seconds: float, steps: Sequence[Mappi
 
 
 def _task_numbers(seed: int) -> Iterator[int]:
-    """Yield the numbers of the tasks of `RANDOM_CHOICE_FAMILIES` that are used with a seed."""
+    """Yield the numbers of the tasks that are used with a seed, of each of `RANDOM_CHOICE_FAMILIES` in turn."""
     mix = TaskMix()
     first = FIRST_TASK + _TASKS_PER_SEED * seed
-    numbers = range(first, first + _TASKS_PER_SEED)
-    return (number for number in numbers if mix.family(number) in RANDOM_CHOICE_FAMILIES)
+    numbers_by_family: dict[str, deque[int]] = {family: deque() for family in sorted(RANDOM_CHOICE_FAMILIES)}
+    remaining = iter(range(first, first + _TASKS_PER_SEED))
+    for family in cycle(numbers_by_family):
+        while not numbers_by_family[family]:
+            number = next(remaining)
+            numbers_by_family.get(mix.family(number), deque()).append(number)
+        yield numbers_by_family[family].popleft()
 
 
 def training_samples(count: int, seed: int) -> list[ConceptSample]:
