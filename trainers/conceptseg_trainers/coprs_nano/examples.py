@@ -79,7 +79,7 @@ class PriorExampleWriter(ExampleWriter):
             completion if several else self.with_noise(rng, completion),
             tuple(attention_targets),
             (),
-            tuple(masks[phrase] for phrase in phrases),
+            masks=tuple(masks[phrase] for phrase in phrases),
         )
 
     def reasoning(
@@ -122,7 +122,7 @@ class PriorExampleWriter(ExampleWriter):
             self.with_noise(rng, completion),
             tuple(attention_targets),
             (),
-            (mask,),
+            masks=(mask,),
         )
 
 
