@@ -1,23 +1,34 @@
 """Measures induced concepts against full reasoning on every image.
 
     python benchmarks/concept_prompts.py                    # 24 concepts, 14 images each, two inductions
+    python benchmarks/concept_prompts.py --development      # 25 other concepts, for choosing settings
 
 Concepts: the six CD families of ConceptShapes, and 18 attribute rules of its hidden-rule grammar (color, shape, texture
 and pairs of these). The references of a concept are drawn from the split "val", its images from the split "test"; the
 scenes of a rule are drawn with separate seeds. All arms segment the same images. Differences are paired
-by image, after the mean over inductions.
+by image, after the mean over inductions. The development concepts have other rules, seeds and samples, and their images
+of the CD families are from the split "val", too.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, Reference, nano_checkpoint
+from conceptseg_hf import (
+    ConceptPrompt,
+    ConceptSegForSegmentation,
+    ConceptSegProcessor,
+    Reference,
+    nano_checkpoint,
+)
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.data.concept_shapes.families.hidden_rule import PROMPT, Rule, rule_scene
 from conceptseg_hf.data.concept_shapes.rendering import COLORS, SHAPES, TEXTURES
@@ -26,11 +37,47 @@ from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.evaluation.reporting.bootstrap import resample
 from conceptseg_hf.images import mask_to_image
 from conceptseg_hf.induction import induce
+from conceptseg_hf.inputs import ConceptSegInputs
 
 FAMILIES = ("camouflage", "shadow", "transparent", "anomaly", "lesion", "saliency")
 GREEDY = {"max_new_tokens": 64}
 SIZE = 128
+WORDS, REASONING, RULE, CONCEPT = "words", "full reasoning", "rule", "concept"
+CONCEPT_REFINED, ROUTER, ROUTER_REFINED = "concept and refined", "router", "router and refined"
+ARMS = (WORDS, REASONING, RULE, CONCEPT, CONCEPT_REFINED, ROUTER, ROUTER_REFINED)
 Example = tuple[Image.Image, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A concept with a prompt, examples for references, and images.
+
+    Attributes:
+        name: Its name in the tables.
+        prompt: The user's prompt.
+        shown: Examples for the references of all inductions.
+        targets: Images and their masks.
+    """
+
+    name: str
+    prompt: str
+    shown: Sequence[Example]
+    targets: Sequence[Example]
+
+
+@dataclass(frozen=True)
+class Run:
+    """An arm on the images of a concept, after one induction.
+
+    Attributes:
+        ious: Foreground IoU of each image.
+        routes: Route of each image.
+        seconds: CPU seconds.
+    """
+
+    ious: tuple[float, ...]
+    routes: tuple[str, ...]
+    seconds: float
 
 
 def rules() -> list[Rule]:
@@ -44,18 +91,143 @@ def rules() -> list[Rule]:
     return [*single, *(Rule((("color", c), ("shape", s))) for c, s in pairs[:6])]
 
 
-def rule_examples(rule: Rule, number: int, count: int, stream: int) -> list[Example]:
+def development_rules() -> list[Rule]:
+    """Rules that are not in `rules`: of one attribute, and pairs with colors, shapes and textures."""
+    colors, shapes, textures = list(COLORS), list(SHAPES), list(TEXTURES[1:])
+    single = [
+        Rule(((kind, word),)) for kind, words in (("color", colors), ("shape", shapes)) for word in words[5:]
+    ]
+    single += [Rule((("texture", word),)) for word in textures[2:]]
+    pairs = [(c, shapes[(i + 3) % len(shapes)]) for i, c in enumerate(colors)]
+    found = [Rule((("color", c), ("shape", s))) for c, s in pairs if (c, s) not in HELD_OUT_PAIRS]
+    textured = [("striped", "color", "red"), ("dotted", "color", "cyan"), ("checked", "color", "yellow")]
+    textured += [("dotted", "shape", "square"), ("checked", "shape", "ring"), ("striped", "shape", "star")]
+    return [*single, *found[:6], *(Rule((("texture", t), (kind, word))) for t, kind, word in textured)]
+
+
+def rule_examples(rule: Rule, number: int, count: int, stream: int, seed: int = 991) -> list[Example]:
     """Scenes in which exactly one object satisfies a rule."""
-    rng = np.random.default_rng([991, number, stream])
+    rng = np.random.default_rng([seed, number, stream])
     scenes = [rule_scene(rng, SIZE, rule)[0] for _ in range(count)]
     return [(Image.fromarray(scene.pixels), scene.objects[0].mask) for scene in scenes]
 
 
-def family_examples(family: str, split: str, count: int) -> tuple[str, list[Example]]:
-    """The prompt of a CD family and its first samples."""
+def family_examples(family: str, split: str, count: int, start: int = 0) -> tuple[str, list[Example]]:
+    """The prompt of a CD family and some of its samples."""
     samples = ConceptShapes(split, size=SIZE)
-    found = [samples[i] for i in range(24 * count) if samples.slot(i).family.__name__ == family][:count]
+    slots = range(24 * (start + count))
+    found = [samples[i] for i in slots if samples.slot(i).family.__name__ == family][start : start + count]
     return found[0].prompt, [(sample.image, np.asarray(sample.mask) > 0) for sample in found]
+
+
+def load_concepts(images: int, shown: int, development: bool) -> list[Concept]:
+    """The concepts, each with a number of images and of examples for references."""
+    concepts = []
+    for family in FAMILIES:
+        if development:
+            # The first samples are references of the other concepts.
+            prompt, examples = family_examples(family, "val", shown + images, start=shown)
+            concepts.append(Concept(family, prompt, examples[:shown], examples[shown:]))
+        else:
+            prompt, examples = family_examples(family, "val", shown)
+            concepts.append(Concept(family, prompt, examples, family_examples(family, "test", images)[1]))
+    seed = 992 if development else 991
+    for number, rule in enumerate(development_rules() if development else rules()):
+        references, targets = (
+            rule_examples(rule, number, count, stream, seed) for stream, count in enumerate((shown, images))
+        )
+        concepts.append(Concept(rule.phrase, PROMPT, references, targets))
+    return concepts
+
+
+def run_arms(
+    model: ConceptSegForSegmentation,
+    processor: ConceptSegProcessor,
+    concept: Concept,
+    induction: int,
+    num_references: int,
+    arms: Sequence[str] = ARMS,
+) -> tuple[dict[str, Run], ConceptPrompt]:
+    """Induce a concept and run the arms on its images; also returns the concept without refined tokens."""
+    start = induction * num_references
+    references = [
+        Reference(image, mask=mask_to_image(mask))
+        for image, mask in concept.shown[start : start + num_references]
+    ]
+
+    def induced(refine: bool) -> ConceptPrompt:
+        return induce(model, processor, concept.prompt, references, refine=refine, seed=induction)
+
+    plain = induced(refine=False)
+    refined = induced(refine=True) if set(arms) & {CONCEPT_REFINED, ROUTER_REFINED} else plain
+    images = [image for image, _ in concept.targets]
+    alone = processor(images, concept.prompt)
+    with_references = processor(images, concept.prompt, references)
+    options: dict[str, tuple[ConceptSegInputs, dict[str, Any]]] = {
+        WORDS: (alone, {"router": "sam_only"}),
+        REASONING: (with_references, {"router": "full_reasoning"}),
+        RULE: (with_references, {"router": "full_reasoning", "rule": plain.rule or concept.prompt}),
+        CONCEPT: (alone, {"router": "sam_only", "concept": plain}),
+        CONCEPT_REFINED: (alone, {"router": "sam_only", "concept": refined}),
+        ROUTER: (with_references, {"concept": plain}),
+        ROUTER_REFINED: (with_references, {"concept": refined}),
+    }
+    runs = {}
+    for arm in arms:
+        inputs, arguments = options[arm]
+        began = time.process_time()
+        results = model.segment(inputs, processor=processor, generation_config=GREEDY, **arguments)
+        seconds = time.process_time() - began
+        ious = [
+            foreground_iou(np.asarray(result.mask) > 0, mask)
+            for result, (_, mask) in zip(results, concept.targets, strict=True)
+        ]
+        runs[arm] = Run(tuple(ious), tuple(result.route for result in results), seconds)
+    return runs, plain
+
+
+def print_tables(results: Mapping[str, Sequence[Mapping[str, Run]]]) -> None:
+    """Print the tables of all concepts; each has the runs of its inductions."""
+    arms = list(next(iter(results.values()))[0])
+    means = {
+        arm: {name: np.mean([run[arm].ious for run in runs], axis=0) for name, runs in results.items()}
+        for arm in arms
+    }
+    values = {arm: np.concatenate(list(each.values())) for arm, each in means.items()}
+    every = {arm: [run[arm] for runs in results.values() for run in runs] for arm in arms}
+    seconds = {arm: sum(run.seconds for run in runs) for arm, runs in every.items()}
+    print(f"\n{len(results)} concepts, {len(values[REASONING])} images, {len(every[REASONING])} inductions")
+    print("| arm | fg IoU | minus full reasoning | without the VLM (%) | CPU-s / image, of full reasoning |")
+    print("|---|---|---|---|---|")
+    for arm in arms:
+        difference = resample((values[arm] - values[REASONING]).tolist(), arm).interval()
+        interval = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+        routes = [route for run in every[arm] for route in run.routes]
+        share = f"{100 * np.mean([route in ('concept', 'shortcut') for route in routes]):.1f}"
+        cost = seconds[arm] / seconds[REASONING]
+        print(f"| {arm} | {values[arm].mean():.3f} | {interval} | {share} | {cost:.2f} |")
+    if CONCEPT in arms:
+        best = [
+            max(np.mean(run[arm].ious) for arm in (CONCEPT, REASONING))
+            for runs in results.values()
+            for run in runs
+        ]
+        print(f"the better of concept and reasoning for each induction: {np.mean(best):.3f}")
+    for arm in (arm for arm in arms if arm in (ROUTER, ROUTER_REFINED)):
+        losses = {name: each.mean() - means[REASONING][name].mean() for name, each in means[arm].items()}
+        for name in sorted(losses, key=losses.__getitem__)[:4]:
+            print(f"{arm}: worst concepts: {name}, {losses[name]:+.3f}")
+        pairs = [
+            (route, iou, other)
+            for run, reasoned in zip(every[arm], every[REASONING], strict=True)
+            for route, iou, other in zip(run.routes, run.ious, reasoned.ious, strict=True)
+        ]
+        for route in ("concept", "rule", "reasoning"):
+            taken = [pair[1:] for pair in pairs if pair[0] == route]
+            if taken:
+                mean, other_mean = np.mean(taken, axis=0)
+                share = 100 * len(taken) / len(pairs)
+                print(f"  {route}: {share:.1f} % of images, {mean:.3f}, reasoning on them {other_mean:.3f}")
 
 
 def main() -> None:
@@ -66,105 +238,24 @@ def main() -> None:
     parser.add_argument("--references", type=int, default=4)
     parser.add_argument("--inductions", type=int, default=2)
     parser.add_argument("--concepts", type=int, help="only the first N concepts")
+    parser.add_argument("--development", action="store_true", help="other concepts, for choosing settings")
+    parser.add_argument("--unrefined", action="store_true", help="without the arms with refined tokens")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = ConceptSegForSegmentation.from_pretrained(arguments.model)
     processor = ConceptSegProcessor.from_pretrained(arguments.model)
-
-    need = arguments.references * arguments.inductions
-    concepts: list[tuple[str, str, list[Example], list[Example]]] = []
-    for family in FAMILIES:
-        prompt, shown = family_examples(family, "val", need)
-        concepts.append((family, prompt, shown, family_examples(family, "test", arguments.images)[1]))
-    for number, rule in enumerate(rules()):
-        shown = rule_examples(rule, number, need, 0)
-        concepts.append((rule.phrase, PROMPT, shown, rule_examples(rule, number, arguments.images, 1)))
-    concepts = concepts[: arguments.concepts]
-
-    arms = (
-        *("words", "full reasoning", "rule", "concept", "concept and refined"),
-        *("router", "router and refined"),
+    arms = [arm for arm in ARMS if not (arguments.unrefined and arm in (CONCEPT_REFINED, ROUTER_REFINED))]
+    concepts = load_concepts(
+        arguments.images, arguments.references * arguments.inductions, arguments.development
     )
-    values: dict[str, list[float]] = {arm: [] for arm in arms}
-    by_concept: list[tuple[str, dict[str, float], str]] = []
-    routes: dict[str, list[str]] = {"router": [], "router and refined": []}
-    by_route: dict[str, list[tuple[str, float, float]]] = {arm: [] for arm in routes}
-    seconds = dict.fromkeys(arms, 0.0)
-    for name, prompt, shown, targets in concepts:
-        rows: dict[str, list[list[float]]] = {arm: [] for arm in arms}
-        note = ""
+    results: dict[str, list[dict[str, Run]]] = {}
+    for concept in concepts[: arguments.concepts]:
         for induction in range(arguments.inductions):
-            start = induction * arguments.references
-            references = [
-                Reference(image, mask=mask_to_image(mask))
-                for image, mask in shown[start : start + arguments.references]
-            ]
-            induced = {
-                key: induce(model, processor, prompt, references, refine=key == "refined", seed=induction)
-                for key in ("plain", "refined")
-            }
-            note = f"{' | '.join(induced['plain'].phrases)} ({induced['plain'].score:.2f})"
-            images = [image for image, _ in targets]
-            inputs = processor(images, prompt)
-            with_references = processor(images, prompt, references)
-            runs = {
-                "words": (inputs, {"router": "sam_only"}),
-                "full reasoning": (with_references, {"router": "full_reasoning"}),
-                "rule": (
-                    with_references,
-                    {"router": "full_reasoning", "rule": induced["plain"].rule or prompt},
-                ),
-                "concept": (inputs, {"router": "sam_only", "concept": induced["plain"]}),
-                "concept and refined": (inputs, {"router": "sam_only", "concept": induced["refined"]}),
-                "router": (with_references, {"concept": induced["plain"]}),
-                "router and refined": (with_references, {"concept": induced["refined"]}),
-            }
-            for arm, (given, options) in runs.items():
-                began = time.process_time()
-                results = model.segment(given, processor=processor, generation_config=GREEDY, **options)
-                seconds[arm] += time.process_time() - began
-                rows[arm].append(
-                    [
-                        foreground_iou(np.asarray(result.mask) > 0, mask)
-                        for result, (_, mask) in zip(results, targets)
-                    ]
-                )
-                if arm in routes:
-                    routes[arm] += [result.route for result in results]
-                    reasoned = rows["full reasoning"][-1]
-                    by_route[arm] += [
-                        (result.route, iou, other)
-                        for result, iou, other in zip(results, rows[arm][-1], reasoned, strict=True)
-                    ]
-        means = {arm: np.mean(each, axis=0) for arm, each in rows.items()}
-        for arm in arms:
-            values[arm] += means[arm].tolist()
-        by_concept.append((name, {arm: float(means[arm].mean()) for arm in arms}, note))
-        print(f"{name:28}", "  ".join(f"{arm} {means[arm].mean():.3f}" for arm in arms), note, flush=True)
-
-    count = len(values["words"])
-    print(
-        f"\n{len(concepts)} concepts, {count} images, {arguments.inductions} inductions of {arguments.references}"
-    )
-    print("| arm | fg IoU | minus full reasoning | without the VLM (%) | CPU-s / image, of full reasoning |")
-    print("|---|---|---|---|---|")
-    for arm in arms:
-        difference = resample(np.subtract(values[arm], values["full reasoning"]).tolist(), arm).interval()
-        interval = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
-        share = f"{100 * np.mean([r == 'concept' for r in routes[arm]]):.1f}" if arm in routes else "-"
-        cost = seconds[arm] / seconds["full reasoning"]
-        print(f"| {arm} | {np.mean(values[arm]):.3f} | {interval} | {share} | {cost:.2f} |")
-    for arm in ("router", "router and refined"):
-        worst = min(by_concept, key=lambda row: row[1][arm] - row[1]["full reasoning"])
-        print(f"{arm}: worst concept {worst[0]}, {worst[1][arm] - worst[1]['full reasoning']:+.3f}")
-        for route in ("concept", "rule", "reasoning"):
-            pairs = [(iou, other) for taken, iou, other in by_route[arm] if taken == route]
-            if pairs:
-                share = len(pairs) / len(by_route[arm])
-                mean, reasoned = np.mean(pairs, axis=0)
-                print(
-                    f"  {route}: {100 * share:.1f} % of images, {mean:.3f}, reasoning on them {reasoned:.3f}"
-                )
+            runs, induced = run_arms(model, processor, concept, induction, arguments.references, arms)
+            results.setdefault(concept.name, []).append(runs)
+            ious = "  ".join(f"{arm} {np.mean(run.ious):.3f}" for arm, run in runs.items())
+            print(f"{concept.name:22} {ious} {' | '.join(induced.phrases)} ({induced.score:.2f})", flush=True)
+    print_tables(results)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ LOWEST_SCORE, TOLERANCE = 0.3, 0.05
 CAUTION = 0.5
 """Means over references are reduced by this many standard errors, since few references can agree by coincidence."""
 
+MISSED_IOU, MISSED_SHARE = 0.2, 0.25
+"""Concept and rule may miss, with an IoU below the first value, only less than this share of the references."""
+
 RULE_GAIN = 0.1
 """The router applies a rule whose score is this much above that of reasoning, as it is the best of several rules."""
 
@@ -72,6 +75,7 @@ class ConceptPrompt:
         reasoning_score: Mean IoU of full reasoning on the references, each with the others as examples, or None.
         reasoning_ious: IoU of full reasoning on each reference; empty if it is unknown.
         rule_score: Mean IoU on the references if the VLM is given the rule; None if the rule is not verified.
+        rule_ious: IoU on each reference if the VLM is given the rule; empty if it is unknown.
     """
 
     prompt: str
@@ -85,6 +89,7 @@ class ConceptPrompt:
     reasoning_score: float | None = None
     reasoning_ious: tuple[float, ...] = ()
     rule_score: float | None = None
+    rule_ious: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if fault := _find_fault(self):
@@ -97,6 +102,8 @@ class ConceptPrompt:
         if self.score is None or cautious is None or cautious < self.required_score:
             return False
         ious = self.scores[0].per_reference if self.scores else ()
+        if _num_missed(ious):
+            return False
         if not ious or len(ious) != len(self.reasoning_ious):
             return True
         return _cautious_mean([a - b for a, b in zip(ious, self.reasoning_ious)]) >= -TOLERANCE
@@ -112,7 +119,7 @@ class ConceptPrompt:
     @property
     def rule_is_reliable(self) -> bool:
         """Whether the adaptive router gives the rule to the VLM when SAM 3 alone is not accepted."""
-        if self.rule is None or self.rule_score is None:
+        if self.rule is None or self.rule_score is None or _num_missed(self.rule_ious):
             return False
         return self.rule_score >= (self.reasoning_score or 0.0) + RULE_GAIN
 
@@ -145,9 +152,15 @@ class ConceptPrompt:
             return text
         worst = self.scores[0].per_reference[self.worst_reference]
         name = self.worst_reference if reference_names is None else reference_names[self.worst_reference]
+        if missed := _num_missed(self.scores[0].per_reference):
+            fault = f"It misses {missed} of {len(self.scores[0].per_reference)} references"
+        else:
+            fault = (
+                f"This is not reliably as good as reasoning ({self.required_score:.2f} required, with caution "
+                f"{self.cautious_score:.2f})"
+            )
         return (
-            f"{text} This is not reliably as good as reasoning ({self.required_score:.2f} required, with caution "
-            f"{self.cautious_score:.2f}), so the adaptive router uses "
+            f"{text} {fault}, so the adaptive router uses "
             f"{'the rule' if self.rule_is_reliable else 'full reasoning'}; reference {name} fits worst "
             f"({worst:.2f})."
         )
@@ -158,7 +171,7 @@ class ConceptPrompt:
 
     def with_rule(self, rule: str | None) -> ConceptPrompt:
         """Return a copy with another rule, which has to be verified again; phrases and scores do not depend on it."""
-        return replace(self, rule=rule, rule_score=None)
+        return replace(self, rule=rule, rule_score=None, rule_ious=())
 
     def check_model(self, model: ConceptSegForSegmentation) -> None:
         """Raise a ValueError if the concept was made with other weights, or its tokens do not fit the model."""
@@ -254,6 +267,7 @@ class ConceptPrompt:
                 reasoning_score=_number(values.get("reasoning_score")),
                 reasoning_ious=tuple(map(float, values.get("reasoning_ious", ()))),
                 rule_score=_number(values.get("rule_score")),
+                rule_ious=tuple(map(float, values.get("rule_ious", ()))),
             )
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}".rstrip(".")
@@ -293,7 +307,8 @@ def _find_fault(concept: ConceptPrompt) -> str | None:
         ("score", concept.score),
     )
     numbers += (("reasoning_score", concept.reasoning_score), ("rule_score", concept.rule_score))
-    for name, value in (*numbers, *(("reasoning_ious", value) for value in concept.reasoning_ious)):
+    numbers += tuple(("reasoning_ious", value) for value in concept.reasoning_ious)
+    for name, value in (*numbers, *(("rule_ious", value) for value in concept.rule_ious)):
         if value is not None and not 0 <= value <= 1:
             return f"{name} is {value}; use a number between 0 and 1."
     for row in concept.scores:
@@ -316,6 +331,15 @@ def _cautious_mean(values: Sequence[float]) -> float:
         return mean
     variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return mean - CAUTION * math.sqrt(variance / len(values))
+
+
+def _num_missed(ious: Sequence[float]) -> int:
+    """Return how many references are missed, or 0 if these are few enough for a concept.
+
+    What all references have in common does not miss one of them, however well it fits the others.
+    """
+    missed = sum(iou < MISSED_IOU for iou in ious)
+    return missed if ious and missed >= MISSED_SHARE * len(ious) else 0
 
 
 def _number(value: Any) -> float | None:

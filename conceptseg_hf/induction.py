@@ -3,94 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .boxes import foreground_iou
-from .concept_prompt import CandidateScore, ConceptPrompt, concept_hash
+from .candidates import (
+    Candidate,
+    Examples,
+    Scored,
+    combine,
+    decode_candidate,
+    encode_examples,
+    presence_threshold,
+    score_table,
+    select_candidate,
+)
+from .concept_prompt import ConceptPrompt, concept_hash
 from .devices import execution_device, loaded
-from .images import ImageInput, load_image, load_mask
+from .images import ImageInput
 from .inputs import PreparedSample
 from .losses import segmentation_loss
 from .modeling_conceptseg import ConceptSegForSegmentation, evaluating
-from .phrases import candidate_phrases
-from .postprocessing import post_process_mask
+from .phrases import Written, candidate_phrases
 from .processing_conceptseg import ConceptSegProcessor
 from .progress import ProgressCalls, ProgressFunction, progress_bar
-from .references import Reference, resolve_references
-from .rules import leave_one_out, mask_ious, select_rule, verify_rule
-from .sam_prompt import ImageFeatures
+from .references import Reference
+from .rules import leave_one_out, mask_ious, select_rule, verify_rule, with_all_references
 
 REFINED = "refined tokens"
 """Name of the candidate with tokens that are tuned on the references."""
 
-_MAX_PHRASES = 3  # phrases that are kept together
 _SAMPLING = {"do_sample": True, "temperature": 1.0}
 _REFINED_TOKENS, _REFINE_STEPS, _REFINE_RATE = 4, 40, 0.05
-
-
-@dataclass(frozen=True)
-class _Examples:
-    """References and negatives that SAM 3 has encoded.
-
-    Attributes:
-        features: SAM 3 features of the references, then of the negatives.
-        masks: (H, W) bool ground-truth mask of each reference.
-    """
-
-    features: ImageFeatures
-    masks: tuple[np.ndarray, ...]
-
-    def __len__(self) -> int:
-        return len(self.masks)
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A prompt for SAM 3: a phrase, concept tokens, or both.
-
-    Attributes:
-        name: Name in the scores.
-        phrase: The phrase, or None.
-        tokens: (L, D) concept tokens, or None.
-        sources: References that the phrase was induced from; None if it does not come from single references.
-    """
-
-    name: str
-    phrase: str | None
-    tokens: Tensor | None = None
-    sources: frozenset[int] | None = None
-
-    def is_independent_of(self, reference: int) -> bool:
-        """Whether the phrase does not come from this reference alone."""
-        return self.sources is None or self.sources != {reference}
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """Result of decoding a candidate on all examples.
-
-    Attributes:
-        candidate: The candidate.
-        ious: IoU on each reference.
-        presences: Presence in each reference, then in each negative.
-        counted: References that count for the score: those that the candidate does not come from alone. A phrase that
-            only names the object of one image would otherwise look like a concept.
-    """
-
-    candidate: _Candidate
-    ious: tuple[float, ...]
-    presences: tuple[float, ...]
-    counted: tuple[bool, ...]
-
-    @property
-    def score(self) -> float:
-        counted = [iou for iou, counts in zip(self.ious, self.counted, strict=True) if counts]
-        return float(np.mean(counted or self.ious))
 
 
 @torch.no_grad()
@@ -107,10 +54,11 @@ def induce(
 ) -> ConceptPrompt:
     """Induce a concept from references with masks or boxes, to be applied to other images by SAM 3 alone.
 
-    The VLM completes the prompt for each reference as the target, with the other references as examples. Its answers
-    and their words, the noun phrases of its rules, and the user's prompt are candidate phrases. SAM 3
-    decodes every candidate on all references; the candidate with the highest mean IoU is selected. A phrase that comes
-    from a single reference is scored on the others. The rules that the VLM wrote, and the selected phrase, are verified
+    The VLM completes the prompt for each reference as the target, with the other references as examples, and again with
+    all references as examples, as for other images. Its answers and their words, the noun phrases of its rules, and the
+    user's prompt are candidate phrases. SAM 3 decodes every candidate on all references; the candidate with the highest
+    mean IoU is selected, or the simplest one of those that are about as good. A phrase that comes from a single
+    reference is scored on the others. The rules that the VLM wrote, and the selected phrase, are verified
     by completions that start with them.
 
     Args:
@@ -119,7 +67,7 @@ def induce(
         prompt: The user's prompt.
         references: References, each with a mask or boxes.
         negatives: Images without the concept, which are used for the threshold.
-        num_samples: Completions per reference: one greedy, the others sampled.
+        num_samples: Completions per reference with the others as examples: one greedy, the others sampled.
         refine: Also tune a few tokens in SAM 3's prompt space on the masks, with SAM 3 frozen. They are a candidate
             like the others, scored on references that they were not tuned on, so they need two references.
         seed: Random seed of sampling and tuning.
@@ -139,14 +87,15 @@ def induce(
         raise ValueError(f"induce: num_samples is {num_samples}; use at least 1.")
     processor.check_prompt(prompt)
     with evaluating(model), loaded(model):
-        examples = _encode(model, processor, references, negatives)
+        examples = encode_examples(model, processor, references, negatives)
         samples = leave_one_out(processor, prompt, references)
-        completions, reasoning_ious = _complete(
-            model, processor, samples, examples.masks, num_samples, seed, progress
+        shown = with_all_references(processor, prompt, references)
+        written, reasoning_ious = _complete(
+            model, processor, samples, shown, examples.masks, num_samples, seed, progress
         )
-        phrases_by_source = candidate_phrases(prompt, completions, num_samples)
+        phrases_by_source = candidate_phrases(prompt, written)
         scored = [
-            _decode(model, processor, _Candidate(phrase, phrase, sources=sources), examples)
+            decode_candidate(model, processor, Candidate(phrase, phrase, sources=sources), examples)
             for phrase, sources in phrases_by_source.items()
         ]
         if refine and len(examples) > 1:
@@ -154,13 +103,13 @@ def induce(
             scored.append(
                 _refine(model, processor, best.candidate.phrase or prompt, examples, seed, progress)
             )
-        best, phrases = _select(scored)
-        rule, rule_score = select_rule(
+        best, phrases = select_candidate(scored)
+        rule, rule_score, rule_ious = select_rule(
             model,
             processor,
             phrases[0] if phrases else None,
             phrases_by_source.get(phrases[0]) if phrases else None,
-            [rule for _, rule in completions[::num_samples]],
+            written,
             samples,
             examples.masks,
         )
@@ -169,13 +118,14 @@ def induce(
         phrases=phrases,
         rule=rule,
         concept_embeds=None if best.candidate.tokens is None else best.candidate.tokens.cpu(),
-        threshold=_threshold(best, len(examples)),
+        threshold=presence_threshold(best, len(examples)),
         score=best.score,
-        scores=_table([best, *(each for each in scored if each is not best)]),
+        scores=score_table([best, *(each for each in scored if each is not best)]),
         model_hash=concept_hash(model),
         reasoning_score=float(np.mean(reasoning_ious)) if len(references) > 1 else None,
         reasoning_ious=reasoning_ious if len(references) > 1 else (),
         rule_score=rule_score,
+        rule_ious=rule_ious,
     )
 
 
@@ -204,34 +154,34 @@ def verify(
     """
     concept.check_model(model)
     with evaluating(model), loaded(model):
-        examples = _encode(model, processor, references, negatives)
+        examples = encode_examples(model, processor, references, negatives)
         tokens, phrases = concept.concept_embeds, concept.phrases
-        own = [_Candidate(phrase, phrase, tokens) for phrase in phrases] or [
-            _Candidate(REFINED, None, tokens)
-        ]
-        others = [_Candidate(phrase, phrase) for phrase in dict.fromkeys(candidates) if phrase not in phrases]
-        scored = [_decode(model, processor, candidate, examples) for candidate in (*own, *others)]
-        best = _combine(scored[: len(own)])
+        own = [Candidate(phrase, phrase, tokens) for phrase in phrases] or [Candidate(REFINED, None, tokens)]
+        others = [Candidate(phrase, phrase) for phrase in dict.fromkeys(candidates) if phrase not in phrases]
+        scored = [decode_candidate(model, processor, candidate, examples) for candidate in (*own, *others)]
+        best = combine(scored[: len(own)])
         if others:
-            other, other_phrases = _select(scored)
+            other, other_phrases = select_candidate(scored)
             if other.score > best.score + 1e-6:
                 best, phrases, tokens = other, other_phrases, other.candidate.tokens
-        rule_score = None
+        rule_score: float | None = None
+        rule_ious: tuple[float, ...] = ()
         if concept.rule is not None and len(references) > 1:
             samples = leave_one_out(processor, concept.prompt, references)
-            rule_score = verify_rule(model, processor, concept.rule, samples, examples.masks)
+            rule_score, rule_ious = verify_rule(model, processor, concept.rule, samples, examples.masks)
     return replace(
         concept,
         phrases=phrases,
         concept_embeds=None if tokens is None else tokens.cpu(),
         score=best.score,
-        scores=_table(
+        scores=score_table(
             [best, *(each for each in scored if others and each.candidate.name != best.candidate.name)]
         ),
-        threshold=_threshold(best, len(examples)),
+        threshold=presence_threshold(best, len(examples)),
         model_hash=concept_hash(model),
         reasoning_ious=(),  # of the earlier references
         rule_score=rule_score,
+        rule_ious=rule_ious,
     )
 
 
@@ -242,168 +192,62 @@ def _bar(progress: bool | ProgressFunction, total: int, unit: str, desc: str) ->
     return progress_bar(total, unit, desc) if progress else None
 
 
-def _encode(
-    model: ConceptSegForSegmentation,
-    processor: ConceptSegProcessor,
-    references: Sequence[Reference],
-    negatives: Sequence[ImageInput],
-) -> _Examples:
-    """Encode references and negatives with SAM 3.
-
-    Raises:
-        ValueError: If a reference has neither mask nor box, or an image cannot be used.
-    """
-    if not references:
-        raise ValueError("induce: there are no references; give at least one with a mask or a box.")
-    resolved = resolve_references(references)
-    masks = []
-    for number, (reference, image, boxes) in enumerate(
-        zip(references, resolved.images, resolved.all_boxes, strict=True)
-    ):
-        if not boxes:
-            raise ValueError(
-                f"induce: reference {number} has neither a mask nor a box; mark the concept in it."
-            )
-        masks.append(_mask_of(reference, image.size, boxes))
-    images = [*resolved.images, *map(load_image, negatives)]
-    device = execution_device(model.sam)
-    pixels = torch.stack([processor.sam_pixels(image) for image in images]).to(device)
-    return _Examples(model.encode_image(pixels), tuple(masks))
-
-
-def _mask_of(reference: Reference, size: tuple[int, int], boxes: Sequence[Sequence[float]]) -> np.ndarray:
-    """Return the mask of a reference, (H, W) bool; boxes without a mask are filled."""
-    if reference.mask is not None:
-        return load_mask(reference.mask, size)
-    mask = np.zeros(size[::-1], dtype=bool)
-    for x1, y1, x2, y2 in boxes:
-        mask[int(y1) : int(np.ceil(y2)), int(x1) : int(np.ceil(x2))] = True
-    return mask
-
-
 def _complete(
     model: ConceptSegForSegmentation,
     processor: ConceptSegProcessor,
     samples: Sequence[PreparedSample],
+    shown: Sequence[PreparedSample],
     masks: Sequence[np.ndarray],
     num_samples: int,
     seed: int,
     progress: bool | ProgressFunction,
-) -> tuple[list[tuple[str | None, str | None]], tuple[float, ...]]:
+) -> tuple[list[Written], tuple[float, ...]]:
     """Complete the prompt for each reference as the target.
 
+    Args:
+        model: The model.
+        processor: Its processor.
+        samples: The result of `leave_one_out`.
+        shown: The result of `with_all_references`. Their masks do not count, since they mark their own target.
+        masks: (H, W) bool ground-truth mask of each reference.
+        num_samples: Completions for each of `samples`.
+        seed: Random seed of sampling.
+        progress: See `induce`.
+
     Returns:
-        Answer and rule of each completion, and the IoU of the mask of each greedy completion.
+        Answers and rules, and the IoU of the mask of each greedy completion of `samples`.
     """
-    found: list[tuple[str | None, str | None]] = []
+    written: list[Written] = []
     greedy = []
-    bar = _bar(progress, len(samples) * num_samples, "completions", "induce")
-    for number, sample in enumerate(samples):
-        for repetition in range(num_samples):
-            if repetition:
-                torch.manual_seed(seed * 1_000_003 + number * num_samples + repetition)
-            (result,) = model.segment(
-                [sample],
-                router="full_reasoning",
-                generation_config=_SAMPLING if repetition else None,
-                processor=processor,
-            )
-            found.append((result.answer, result.rule))
-            if not repetition:
-                greedy.append(result)
-            if bar is not None:
-                bar.update()
+    bar = _bar(progress, len(samples) * num_samples + len(shown), "completions", "induce")
+    tasks = [(number, sample, i) for number, sample in enumerate(samples) for i in range(num_samples)]
+    for number, sample, repetition in [*tasks, *((number, sample, 0) for number, sample in enumerate(shown))]:
+        if repetition:
+            torch.manual_seed(seed * 1_000_003 + number * num_samples + repetition)
+        (result,) = model.segment(
+            [sample],
+            router="full_reasoning",
+            generation_config=_SAMPLING if repetition else None,
+            processor=processor,
+        )
+        written.append(Written(number, result.answer, result.rule))
+        if not repetition:
+            greedy.append(result)
+        if bar is not None:
+            bar.update()
     if bar is not None:
         bar.close()
-    return found, mask_ious(greedy, masks)
-
-
-def _decode(
-    model: ConceptSegForSegmentation,
-    processor: ConceptSegProcessor,
-    candidate: _Candidate,
-    examples: _Examples,
-) -> _Scored:
-    """Decode a candidate on all references and negatives."""
-    count = len(examples.features)
-    ids = mask = tokens = None
-    if candidate.phrase is not None:
-        ids, mask = processor.sam_text([candidate.phrase] * count)
-    if candidate.tokens is not None:
-        tokens = candidate.tokens[None].expand(count, -1, -1)
-    logits, presence = model.decode_masks(examples.features, ids, mask, tokens)
-    predictions = [
-        np.asarray(post_process_mask(row[0], target.shape[::-1], processor.mask_resampling)[0]) > 0
-        for row, target in zip(logits, examples.masks)
-    ]
-    ious = tuple(
-        float(foreground_iou(prediction, target))
-        for prediction, target in zip(predictions, examples.masks, strict=True)
-    )
-    counted = tuple(candidate.is_independent_of(i) for i in range(len(examples)))
-    return _Scored(candidate, ious, tuple(presence.float().sigmoid()[:, 0].tolist()), counted)
-
-
-def _combine(scored: Sequence[_Scored]) -> _Scored:
-    """Combine candidates: each image uses the one with the highest presence.
-
-    On a reference, a phrase that comes from this reference alone is not used.
-    """
-    count = len(scored[0].ious)
-    presences = np.array([each.presences for each in scored])
-    counted = np.array([each.counted for each in scored])
-    usable = counted | ~counted.any(axis=0)
-    allowed = presences.copy()
-    allowed[:, :count][~usable] = -1
-    choice = allowed.argmax(axis=0)
-    candidate = replace(scored[0].candidate, name=" | ".join(each.candidate.name for each in scored))
-    return _Scored(
-        candidate,
-        tuple(scored[choice[i]].ious[i] for i in range(count)),
-        tuple(float(allowed[choice[i], i]) for i in range(presences.shape[1])),
-        tuple(any(column) for column in zip(*(each.counted for each in scored), strict=True)),
-    )
-
-
-def _select(scored: Sequence[_Scored]) -> tuple[_Scored, tuple[str, ...]]:
-    """Return the best candidate, or the best combination of phrases if it scores higher, and its phrases."""
-    ranked = sorted(scored, key=lambda each: -each.score)
-    best = ranked[0]
-    selected = [best]
-    phrases = [each for each in ranked if each.candidate.tokens is None]
-    for count in range(2, min(_MAX_PHRASES, len(phrases)) + 1):
-        combined = _combine(phrases[:count])
-        if combined.score > best.score + 1e-6:
-            best, selected = combined, phrases[:count]
-    return best, tuple(each.candidate.phrase for each in selected if each.candidate.phrase is not None)
-
-
-def _threshold(best: _Scored, num_references: int) -> float:
-    """Return the presence that separates references from negatives, or half of the lowest one without negatives."""
-    positives, negatives = best.presences[:num_references], best.presences[num_references:]
-    lowest = min(positives)
-    if not negatives:
-        return 0.5 * lowest
-    highest = max(negatives)
-    if highest < lowest:
-        return (highest + lowest) / 2
-    # Overlapping: the threshold with the highest balanced accuracy.
-    candidates = sorted({*positives, *negatives})
-    accuracy = [
-        np.mean([p >= value for p in positives]) + np.mean([n < value for n in negatives])
-        for value in candidates
-    ]
-    return float(candidates[int(np.argmax(accuracy))])
+    return written, mask_ious(greedy[: len(samples)], masks)
 
 
 def _refine(
     model: ConceptSegForSegmentation,
     processor: ConceptSegProcessor,
     phrase: str,
-    examples: _Examples,
+    examples: Examples,
     seed: int,
     progress: bool | ProgressFunction,
-) -> _Scored:
+) -> Scored:
     """Tune tokens that precede a phrase, and score them on references that they were not tuned on (two folds)."""
     count = len(examples)
     folds = [list(range(start, count, 2)) for start in range(2)]
@@ -420,7 +264,7 @@ def _refine(
     tokens, _, _ = _tune(model, processor, phrase, examples, list(range(count)), [], seed, steps, bar)
     if bar is not None:
         bar.close()
-    final = _decode(model, processor, _Candidate(REFINED, phrase, tokens), examples)
+    final = decode_candidate(model, processor, Candidate(REFINED, phrase, tokens), examples)
     return replace(final, ious=tuple(ious))
 
 
@@ -428,7 +272,7 @@ def _tune(
     model: ConceptSegForSegmentation,
     processor: ConceptSegProcessor,
     phrase: str,
-    examples: _Examples,
+    examples: Examples,
     tuned_on: list[int],
     held_out: list[int],
     seed: int,
@@ -468,21 +312,17 @@ def _tune(
         if bar is not None:
             bar.update()
         if held_out and (step % 5 == 0 or step == steps):
-            part = _Examples(
+            part = Examples(
                 examples.features.select(torch.tensor(held_out)), tuple(examples.masks[i] for i in held_out)
             )
-            ious = list(_decode(model, processor, _Candidate(REFINED, phrase, tokens.detach()), part).ious)
+            ious = list(
+                decode_candidate(model, processor, Candidate(REFINED, phrase, tokens.detach()), part).ious
+            )
             if (score := float(np.mean(ious))) > best[0]:
                 best = (score, step, tokens.detach().clone(), ious)
     if not held_out:
         return tokens.detach(), steps, []
     return best[2], best[1], best[3]
-
-
-def _table(scored: Sequence[_Scored]) -> tuple[CandidateScore, ...]:
-    first, *others = scored
-    ranked = [first, *sorted(others, key=lambda each: -each.score)]
-    return tuple(CandidateScore(each.candidate.name, each.score, each.ious) for each in ranked)
 
 
 __all__ = ["REFINED", "induce", "verify"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 _MAX_PHRASE_WORDS = 4
 _STOP_WORDS = frozenset(
@@ -13,30 +14,41 @@ _STOP_WORDS = frozenset(
 )
 
 
-def candidate_phrases(
-    prompt: str, completions: Sequence[tuple[str | None, str | None]], num_samples: int = 1
-) -> dict[str, frozenset[int] | None]:
+class Written(NamedTuple):
+    """What the VLM wrote for a reference as the target.
+
+    Attributes:
+        reference: Index of the reference.
+        answer: The answer, or None.
+        rule: The rule, or None.
+    """
+
+    reference: int
+    answer: str | None
+    rule: str | None
+
+
+def candidate_phrases(prompt: str, written: Sequence[Written]) -> dict[str, frozenset[int] | None]:
     """Return candidate phrases: the prompt, answers and their words, phrases of rules, and words shared by all answers.
 
     Args:
         prompt: The user's prompt.
-        completions: Answer and rule of each completion, or None; `num_samples` for each reference.
-        num_samples: Completions per reference.
+        written: Answers and rules.
 
     Returns:
         For each phrase the references that it comes from, or None if it does not come from single references.
     """
     sources: dict[str, set[int]] = {}
-    for number, (answer, rule) in enumerate(completions):
+    for reference, answer, rule in written:
         words = (answer or "").split()
         parts = [*words, *(f"{word} object" for word in words)] if len(words) > 1 else []
         for phrase in [answer or "", *parts, *noun_phrases(rule or "")]:
             if phrase.strip():
-                sources.setdefault(phrase.strip(), set()).add(number // num_samples)
+                sources.setdefault(phrase.strip(), set()).add(reference)
     phrases: dict[str, frozenset[int] | None] = {
         phrase: frozenset(numbers) for phrase, numbers in sources.items()
     }
-    answers = [answer for answer, _ in completions if answer]
+    answers = [each.answer for each in written if each.answer]
     common = [
         word for word in (answers[0].split() if answers else ()) if all(word in a.split() for a in answers)
     ]

@@ -11,6 +11,7 @@ from .boxes import foreground_iou
 from .inputs import PreparedSample
 from .modeling_conceptseg import ConceptSegForSegmentation
 from .outputs import ConceptSegmentation
+from .phrases import Written
 from .processing_conceptseg import ConceptSegProcessor
 from .references import Reference
 
@@ -29,6 +30,20 @@ def leave_one_out(
     return samples
 
 
+def with_all_references(
+    processor: ConceptSegProcessor, prompt: str, references: Sequence[Reference]
+) -> list[PreparedSample]:
+    """Return a sample for each reference as the target, with all references as examples, as for other images.
+
+    Only the references that the VLM is shown are targets: for others, and for a single reference, the samples are those
+    of `leave_one_out`.
+    """
+    shown = references[:_MAX_EXAMPLES]
+    if len(references) < 2:
+        return []
+    return [processor.prepare(target.image, prompt, shown) for target in shown]
+
+
 def mask_ious(results: Sequence[ConceptSegmentation], masks: Sequence[np.ndarray]) -> tuple[float, ...]:
     """Return the foreground IoU of each result with its (H, W) bool mask; 0 for failed results."""
     return tuple(
@@ -44,8 +59,8 @@ def verify_rule(
     samples: Sequence[PreparedSample],
     masks: Sequence[np.ndarray],
     sources: frozenset[int] | None = None,
-) -> float:
-    """Return the mean IoU of completions that start with a rule.
+) -> tuple[float, tuple[float, ...]]:
+    """Return the mean IoU of completions that start with a rule, and the IoU on each reference.
 
     Args:
         model: The model.
@@ -57,7 +72,7 @@ def verify_rule(
     """
     results = model.segment(samples, router="full_reasoning", processor=processor, rule=rule)
     ious = mask_ious(results, masks)
-    return float(np.mean([iou for i, iou in enumerate(ious) if sources != {i}] or ious))
+    return float(np.mean([iou for i, iou in enumerate(ious) if sources != {i}] or ious)), ious
 
 
 def select_rule(
@@ -65,11 +80,11 @@ def select_rule(
     processor: ConceptSegProcessor,
     phrase: str | None,
     sources: frozenset[int] | None,
-    written: Sequence[str | None],
+    written: Sequence[Written],
     samples: Sequence[PreparedSample],
     masks: Sequence[np.ndarray],
-) -> tuple[str | None, float | None]:
-    """Return the rule with the highest mean IoU, and this IoU.
+) -> tuple[str | None, float | None, tuple[float, ...]]:
+    """Return the rule with the highest mean IoU, this IoU, and the IoU on each reference.
 
     Candidates are the most frequent rules that the VLM wrote, and the phrase of the concept.
 
@@ -78,24 +93,24 @@ def select_rule(
         processor: Its processor.
         phrase: The phrase of the concept, or None.
         sources: The references that the phrase comes from; see `verify_rule`.
-        written: The rule that the VLM wrote for each reference, or None.
+        written: What the VLM wrote for each reference.
         samples: The result of `leave_one_out`.
         masks: (H, W) bool ground-truth mask of each reference.
     """
-    counts = Counter(rule for rule in written if rule and _is_valid(processor, rule))
+    counts = Counter(each.rule for each in written if each.rule and _is_valid(processor, each.rule))
     candidates: dict[str, frozenset[int] | None] = {
-        rule: frozenset(i for i, other in enumerate(written) if other == rule)
+        rule: frozenset(each.reference for each in written if each.rule == rule)
         for rule, _ in counts.most_common(_MAX_WRITTEN_RULES)
     }
     if phrase is not None:
         candidates[phrase] = sources
     if len(samples) < 2 or not candidates:  # a rule cannot be verified on the reference that it comes from
-        return next(iter(counts), None), None
+        return next(iter(counts), None), None, ()
     scores = {
         rule: verify_rule(model, processor, rule, samples, masks, of) for rule, of in candidates.items()
     }
-    best = max(scores, key=scores.__getitem__)
-    return best, scores[best]
+    best = max(scores, key=lambda rule: scores[rule][0])
+    return best, *scores[best]
 
 
 def _is_valid(processor: ConceptSegProcessor, rule: str) -> bool:

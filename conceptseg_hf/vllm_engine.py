@@ -24,7 +24,6 @@ from .vllm_runtime import (
     MAX_SEQUENCES,
     MIN_LOGIT_BIAS,
     cache_bytes,
-    collapse_image_tokens,
     reload_weights,
     start_engine,
 )
@@ -329,9 +328,7 @@ def _prompts(
     for sample, tokens, image_keys in zip(samples, images, keys, strict=True):
         prompts.append(
             {
-                "prompt_token_ids": collapse_image_tokens(
-                    _known(sample.input_ids).tolist(), vlm.config.image_token_id
-                ),
+                "prompt_token_ids": family.vllm_prompt(vlm.config, _known(sample.input_ids).tolist()),
                 "multi_modal_data": {"image": family.vllm_image_data(tokens, vars(sample))},
                 "multi_modal_uuids": {"image": list(image_keys)},
             }

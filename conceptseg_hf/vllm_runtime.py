@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -165,12 +165,3 @@ def cache_bytes(text_config: Any, dtype: torch.dtype, tokens: int) -> int:
         2 * text_config.num_hidden_layers * text_config.num_key_value_heads * head_size * dtype.itemsize
     )
     return int(1.1 * tokens * per_token) + 2**24
-
-
-def collapse_image_tokens(ids: Sequence[int], image_token: int) -> list[int]:
-    """Replace each run of image tokens by one token, as vLLM expands the token of each image itself."""
-    return [
-        token
-        for position, token in enumerate(ids)
-        if token != image_token or position == 0 or ids[position - 1] != image_token
-    ]

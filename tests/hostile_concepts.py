@@ -45,6 +45,7 @@ def hostile_files() -> dict[str, bytes]:
         "rule score above 1": content(rule_score=7),
         "NaN IoU of reasoning": content(reasoning_ious=[float("nan")]),
         "IoUs of reasoning null": content(reasoning_ious=None),
+        "IoU of the rule above 1": content(rule_ious=[0.5, 2]),
         "no phrases": content(phrases=[]),
         "phrases of numbers": content(phrases=[1, 2]),
         "phrases null": content(phrases=None),

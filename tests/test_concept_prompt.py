@@ -31,7 +31,12 @@ def same(first: ConceptPrompt, second: ConceptPrompt) -> bool:
 
 @pytest.mark.parametrize("tokens", [None, torch.arange(12.0).view(3, 4)])
 def test_file_round_trip(tmp_path, tokens):
-    scores = {"reasoning_score": 0.5, "reasoning_ious": (0.25, 0.75), "rule_score": 0.625}
+    scores = {
+        "reasoning_score": 0.5,
+        "reasoning_ious": (0.25, 0.75),
+        "rule_score": 0.625,
+        "rule_ious": (0.5, 0.75),
+    }
     concept = make_concept(concept_embeds=tokens, model_hash="abc", **scores)
     path = concept.save(tmp_path / "c.safetensors")
     assert same(ConceptPrompt.load(path), concept) and same(as_concept(str(path)), concept)
@@ -75,9 +80,12 @@ def test_refusals(changes, message):
     [
         ((0.8, 0.8, 0.8, 0.8), (0.8, 0.8, 0.8, 0.8), True),
         ((0.8, 0.8, 0.8, 0.8), (0.86, 0.86, 0.86, 0.86), False),  # more than 0.05 below reasoning
-        ((0.9, 0.9, 0.0, 0.9), (0.5, 0.5, 0.5, 0.5), True),  # cautious mean 0.56
-        ((0.9, 0.9, 0.0, 0.9), (0.65, 0.65, 0.6, 0.6), False),  # mean 0.68, cautious mean 0.56
-        ((0.9, 0.0, 0.0, 0.4), (0.0, 0.0, 0.0, 0.0), False),  # mean 0.33, cautious mean 0.22
+        ((0.9, 0.9, 0.2, 0.9), (0.5, 0.5, 0.5, 0.5), True),  # mean 0.72, cautious mean 0.64
+        ((0.9, 0.9, 0.2, 0.9), (0.7, 0.7, 0.7, 0.7), False),  # 0.65 required
+        ((0.5, 0.2, 0.2, 0.4), (0.0, 0.0, 0.0, 0.0), False),  # mean 0.33, cautious mean 0.29
+        ((0.9, 0.9, 0.1, 0.9), (0.5, 0.5, 0.5, 0.5), False),  # misses one of four references
+        ((0.9, 0.9, 0.1, 0.9, 0.9), (0.5, 0.5, 0.5, 0.5, 0.5), True),  # misses less than a quarter
+        ((0.1, 0.9, 0.1, 0.9, 0.9, 0.9, 0.9, 0.9), (0.5,) * 8, False),  # misses a quarter
         ((0.9, 0.9, 0.3, 0.9), (0.5, 0.5, 0.9, 0.8), True),  # difference 0.08, cautiously -0.04
         ((0.9, 0.9, 0.3, 0.9), (0.5, 0.5, 0.98, 0.85), False),  # difference 0.04, cautiously -0.09
         ((0.7, 0.7), (), True),  # reasoning is known on other references only
@@ -94,6 +102,23 @@ def test_a_concept_is_reliable_if_it_is_cautiously_as_good_as_reasoning(ious, re
     )
     assert concept.is_reliable is reliable
     assert ("full reasoning" in concept.summary()) is not reliable
+
+
+def test_a_rule_that_misses_a_reference_is_not_reliable():
+    verified = {"rule": "the lowest object", "rule_score": 0.7, "reasoning_score": 0.4}
+    assert make_concept(**verified, rule_ious=(0.9, 0.2, 0.9, 0.9)).rule_is_reliable
+    assert not make_concept(**verified, rule_ious=(0.9, 0.1, 0.9, 0.9)).rule_is_reliable
+    assert make_concept(**verified).rule_is_reliable, "a file without the IoU on each reference"
+    assert make_concept(**verified, rule_ious=(0.9, 0.9)).with_rule("the star").rule_ious == ()
+
+
+def test_the_summary_names_missed_references():
+    scores = (CandidateScore("star", 0.69, (0.9, 0.96, 0.0, 0.9)),)
+    concept = make_concept(score=0.69, scores=scores, reasoning_score=0.3)
+    assert concept.summary() == (
+        "'red star' explains the references with a mean IoU of 0.69. It misses 1 of 4 references, so the adaptive "
+        "router uses full reasoning; reference 2 fits worst (0.00)."
+    )
 
 
 @pytest.mark.parametrize(

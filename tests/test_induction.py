@@ -42,7 +42,7 @@ def test_induced_concept_segments_other_images(nano, shadows, tmp_path):
     references = [as_reference(sample) for sample in shadows[:3]]
     concept = induce(model, processor, "shadow", references)
     assert concept.phrases and concept.is_reliable and concept.concept_embeds is None
-    assert concept.scores[0].score == concept.score == max(row.score for row in concept.scores)
+    assert concept.scores[0].score == concept.score > max(row.score for row in concept.scores) - 0.03
     assert all(len(row.per_reference) == 3 for row in concept.scores)
     targets = shadows[3:8]
     inputs = processor([sample.image for sample in targets], "shadow")
@@ -57,6 +57,7 @@ def test_induced_concept_segments_other_images(nano, shadows, tmp_path):
     assert np.mean(ious) > 0.7
     assert len(concept.reasoning_ious) == 3 and np.mean(concept.reasoning_ious) == concept.reasoning_score
     assert concept.rule_score > 0.7, "the rule that the VLM writes for shadows, or the phrase"
+    assert len(concept.rule_ious) == 3 and min(concept.rule_ious) > 0.2
     again = induce(model, processor, "shadow", references)
     assert again.scores == concept.scores and again.phrases == concept.phrases
 
@@ -137,7 +138,9 @@ def test_progress_is_reported_to_a_function(nano, shadows):
     )
     completions = [call for call in calls if call[2] == "completions"]
     steps = [call for call in calls if call[2] == "steps"]
-    assert completions == [(done, 4, "completions") for done in range(5)]
+    assert completions == [(done, 6, "completions") for done in range(7)], (
+        "2 x 2 completions, and 2 with all references"
+    )
     assert [done for done, *_ in steps] == list(range(len(steps))) and len(steps) > 80
 
 

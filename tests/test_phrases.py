@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conceptseg_hf.phrases import candidate_phrases, noun_phrases
+from conceptseg_hf.phrases import Written, candidate_phrases, noun_phrases
 
 
 def test_noun_phrases():
@@ -27,9 +27,10 @@ def test_noun_phrases():
 
 def test_candidates_know_their_references():
     completions = [("red star", "find red"), ("red circle", None), (None, "find red"), ("red star", "")]
-    phrases = candidate_phrases(" odd one ", completions)
+    phrases = candidate_phrases(" odd one ", [Written(i, *each) for i, each in enumerate(completions)])
     assert next(iter(phrases)) == "odd one" and phrases["odd one"] is None
     assert phrases["red star"] == {0, 3} and phrases["red circle"] == {1} == phrases["circle object"]
     assert phrases["red"] is None and phrases["red object"] is None  # the words that all answers share
-    assert candidate_phrases("p", completions, num_samples=2)["red star"] == {0, 1}
-    assert list(candidate_phrases("p", [(None, None)])) == ["p"]
+    of_two = [Written(i // 2, *each) for i, each in enumerate(completions)]
+    assert candidate_phrases("p", of_two)["red star"] == {0, 1}
+    assert list(candidate_phrases("p", [Written(0, None, None)])) == ["p"]

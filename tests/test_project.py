@@ -28,7 +28,7 @@ ROWS = [
     {"evaluation", "pipelines", "conversion"},
     {"visualization", "data", "loading", "profiles", "concept_tuning"},
     {"induction"},
-    {"rules"},
+    {"rules", "candidates"},
     {"coprs"},
     {
         "modeling_conceptseg",

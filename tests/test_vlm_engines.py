@@ -9,7 +9,6 @@ import torch
 
 from conceptseg_hf.cli import arguments, main
 from conceptseg_hf.generation import GeneratedCompletions
-from conceptseg_hf.vllm_runtime import collapse_image_tokens
 from conceptseg_hf.vlm_engines import VLM_ENGINES
 
 
@@ -70,7 +69,3 @@ def test_command_without_vllm(tmp_path, picture, capsys, without_vllm, option) -
     assert main([*command, "--output-dir", str(tmp_path / "output")]) == 2
     assert 'vlm_engine is "vllm", but vLLM is not installed' in capsys.readouterr().err
     assert not list(tmp_path.glob("output/*"))
-
-
-def test_image_tokens_are_collapsed() -> None:
-    assert collapse_image_tokens([7, 7, 1, 7, 7, 7, 2, 2], 7) == [7, 1, 7, 2, 2]

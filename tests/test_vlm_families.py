@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conceptseg_hf import ConceptSegProcessor, Reference, parse_completion
 from conceptseg_hf.completion import format_completion
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.vlm_families import FAMILIES, get_family
+from conceptseg_hf.vlm_families.internvl import InternVlFamily
 
 
 def test_vision_token_ids_of_the_nano_preset(model):
@@ -176,9 +178,23 @@ def test_processor_of_another_family_is_refused(model, processor, picture):
 
 
 def test_families_that_do_not_run_with_vllm_are_refused():
-    with pytest.raises(ValueError, match="'internvl' do not run with vLLM"):
-        get_family("internvl").check_vllm()
-    get_family("qwen3_vl").check_vllm()
+    class Other(InternVlFamily):
+        model_type = "other"
+        supports_vllm = False
+
+    with pytest.raises(ValueError, match="'other' do not run with vLLM"):
+        Other().check_vllm()
+    for family in FAMILIES.values():
+        family.check_vllm()
+
+
+def test_vllm_gets_one_token_for_each_image():
+    config = SimpleNamespace(image_token_id=7)
+    assert get_family("qwen2_5_vl").vllm_prompt(config, [7, 7, 1, 7, 7, 7, 2, 2]) == [7, 1, 7, 2, 2]
+    # Without the tokens for the borders of images (8 and 9), also of adjacent images.
+    prompt = [1, 8, 7, 7, 9, 8, 7, 7, 9, 2, 8, 7, 9]
+    assert get_family("internvl").vllm_prompt(config, prompt) == [1, 7, 7, 2, 7]
+    assert get_family("internvl").vllm_prompt(config, [1, 8, 9, 2]) == [1, 8, 9, 2]
 
 
 def test_vllm_gets_the_deepstack_features_of_qwen3():

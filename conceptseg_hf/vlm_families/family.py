@@ -53,7 +53,8 @@ class VlmFamily(ABC):
         canvas_size: Default of the processor's `canvas_size`: a side that the image processor does not resize.
         coordinate_scale: Default of the processor's `coordinate_scale`.
         supports_vllm: Whether vLLM can write the completions; `vllm_image_data` is required then.
-        vllm_options: Arguments of `vllm.LLM` that the family needs.
+        vllm_options: Arguments of `vllm.LLM` that the family needs for encoded images.
+        vllm_image_options: Settings with which vLLM's image processor reads images as `read_images` does, in training.
         lora_target_modules: Regular expression of the modules of a `ConceptSegForSegmentation` that get adapters by
             default: the attention projections of the language model.
     """
@@ -65,6 +66,7 @@ class VlmFamily(ABC):
     coordinate_scale: ClassVar[float]
     supports_vllm: ClassVar[bool] = False
     vllm_options: ClassVar[Mapping[str, Any]] = {}
+    vllm_image_options: ClassVar[Mapping[str, Any]] = {}
     lora_target_modules: ClassVar[str] = r"vlm\.model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj)"
 
     # -- processor --
@@ -196,8 +198,22 @@ class VlmFamily(ABC):
     def encoded_images(self, vlm: Vlm, tokens: Sequence[Tensor]) -> dict[str, Any]:
         """Return model arguments that replace `pixel_values` by the image tokens of all images of a batch, in order."""
 
-    def vllm_image_data(self, tokens: Sequence[Tensor], images: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the encoded images of a prompt for vLLM.
+    def vllm_prompt(self, config: PreTrainedConfig, token_ids: Sequence[int]) -> list[int]:
+        """Return the tokens of a prompt for vLLM, which expands the image token of each image itself.
+
+        Args:
+            config: The VLM's configuration.
+            token_ids: The prompt with expanded image tokens.
+        """
+        image_token = config.image_token_id
+        return [
+            token
+            for position, token in enumerate(token_ids)
+            if token != image_token or position == 0 or token_ids[position - 1] != image_token
+        ]
+
+    def vllm_image_data(self, tokens: Sequence[Tensor], images: Mapping[str, Tensor]) -> Any:
+        """Return the encoded images of a prompt for vLLM, in the format of its model.
 
         Args:
             tokens: Image tokens of the images of the prompt.
@@ -208,9 +224,9 @@ class VlmFamily(ABC):
     def check_vllm(self) -> None:
         """Raise a ValueError if vLLM cannot write the completions."""
         if not self.supports_vllm:
-            supported = "use one of Qwen's families, or let Transformers write the completions"
             raise ValueError(
-                f"VLMs of the family {self.model_type!r} do not run with vLLM here; {supported}."
+                f"VLMs of the family {self.model_type!r} do not run with vLLM here; let Transformers write the "
+                "completions."
             )
 
     # -- forward passes --

@@ -22,6 +22,8 @@ class InternVlFamily(VlmFamily):
     model_type = "internvl"
     canvas_size = 448
     coordinate_scale = 1000.0  # InternVL was trained with boxes in thousandths of the image
+    supports_vllm = True
+    vllm_image_options = _NO_TILES
 
     def image_token(self, tokenizer: Any) -> str:
         """Return the tokenizer's context token, by default `<IMG_CONTEXT>`."""
@@ -102,6 +104,17 @@ class InternVlFamily(VlmFamily):
                 "image": BaseModelOutputWithPooling(pooler_output=torch.stack(list(tokens)))
             }
         }
+
+    def vllm_prompt(self, config: PreTrainedConfig, token_ids: Sequence[int]) -> list[int]:
+        """Return the tokens without those for the borders of images, which vLLM adds, too."""
+        prompt = super().vllm_prompt(config, token_ids)
+        images = [position for position, token in enumerate(prompt) if token == config.image_token_id]
+        borders = {position + offset for position in images for offset in (-1, 1)}
+        return [token for position, token in enumerate(prompt) if position not in borders]
+
+    def vllm_image_data(self, tokens: Sequence[Tensor], images: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the image tokens of each image."""
+        return [image.cpu() for image in tokens]
 
 
 def _num_tokens(image_processor: Any) -> int:

@@ -112,7 +112,7 @@ def test_induce_and_edit_show_how_well_references_are_explained(shadows, ids, ou
     from conceptseg_hf.integrations.fiftyone import load_concept, reference_scores
 
     shown, labels = outputs_of("induce_concept", shadows, {"prompt": "shadow"}, selected=ids[:3])
-    assert [row[0] for row in labels[:-1]] == [f"{done} of 3 completions" for done in range(4)]
+    assert [row[0] for row in labels[:-1]] == [f"{done} of 6 completions" for done in range(7)]
     stored = load_concept(shadows, "shadow")
     assert stored.concept.summary() in labels[-1] and "Apply this concept" in labels[-1]
     assert (shown["rule"], shown["phrases"]) == (stored.concept.rule, "shadow")

@@ -18,6 +18,7 @@ from conceptseg_trainers.nano.evidence.measuring import MEASURES, values_of
 from conceptseg_trainers.nano.evidence.run_folder import check_settings
 from conceptseg_trainers.nano.evidence.tables import (
     comparison_table,
+    families_table,
     mean_over_seeds,
     paired,
     pairs_table,
@@ -146,6 +147,19 @@ def test_arms_are_compared_with_each_other() -> None:
     assert len(table) == 3 and table[2] == "| Meta - CTM |" + " +0.400 [+0.400, +0.400] |" * len(MEASURES)
 
 
+def test_table_of_families_compares_the_samples_of_each_family() -> None:
+    def values(*levels: float) -> dict:
+        return {"set, greedy": {"mask_iou": list(levels)}}
+
+    results = {"start": [values(0.1, 0.2, 0.3)], "meta": [values(0.1, 0.6, 0.3), values(0.3, 0.6, 0.5)]}
+    table = families_table(
+        results, "start", {"start": "start", "meta": "Meta"}, "set, greedy", ["b", "a", "b"]
+    ).splitlines()
+    assert table[0] == "| family | n | start | Meta |"
+    assert table[2] == "| a | 1 | 0.200 | 0.600, +0.400 [+0.400, +0.400] |"
+    assert table[3].startswith("| b | 2 | 0.200 | 0.300, +0.100 [")
+
+
 def test_table_of_runs_has_cpu_time_and_entropy_of_each_seed() -> None:
     def values(level: float) -> dict:
         return {"set, greedy": {name: [level, level] for name in MEASURES}}
@@ -171,7 +185,7 @@ def test_results_of_other_settings_are_rejected(tmp_path, capsys) -> None:
         check_settings(tmp_path / "full", replace(SMALL, steps=3), start, 8)
     with pytest.raises(SystemExit):
         main(["--start", str(start), "--output-dir", str(tmp_path), "--samples", "8"])
-    assert "contains results with steps = 2, but steps is 30" in capsys.readouterr().err
+    assert "contains results with steps = 2, but steps is 60" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--start", str(tmp_path)])
     assert "is not a checkpoint" in capsys.readouterr().err
@@ -219,7 +233,7 @@ def test_arms_are_trained_measured_and_compared(tmp_path) -> None:
     logs = read_logs(names, [0], tmp_path)
     assert len(logs["meta"][0]["steps"]) == 3 and not logs["sft"][0]["steps"]
     assert all(log["seed"] == 0 and log["cpu_seconds"] > 0 for (log,) in logs.values())
-    report = write_report(results, logs, tmp_path / "evidence.md", SMALL, start)
+    report = write_report(results, logs, tmp_path / "evidence.md", SMALL, start, samples)
     assert report.count("| Meta-GRPO | 1 |") == 6 and (tmp_path / "evidence.md").read_text() == report
     assert report.count("| Meta-GRPO - random rewards (control) |") == 6
     assert report.count("| SAM 3 only | 1 |") == 6 and report.count("| start, box prompt | 1 |") == 6

@@ -92,15 +92,38 @@ def test_engine_computes_as_the_trainer_does(build, model) -> None:
 
 def test_expanded_image_tokens_are_collapsed_for_a_colocated_engine(build, model, monkeypatch) -> None:
     image = model.config.vlm_config.image_token_id
-    received = []
-    monkeypatch.setattr(
-        VLLMGeneration, "generate", lambda self, prompts, *args, **kwargs: received.append(prompts)
-    )
+    received, expanded = [], []
+
+    def generate(self, prompts, *args, **kwargs):
+        received.append(prompts)
+        return expanded, [[2]] * len(prompts), None, None
+
+    monkeypatch.setattr(VLLMGeneration, "generate", generate)
     prompts = [[1, image, image, image, 8, image, image, 9], [1, 8]]
+    expanded[:] = prompts
     for mode in ("colocate", "server"):  # a server receives the positions of the image tokens
         backend, _ = build(model, mode=mode)
-        backend.generate(prompts, None, 1)
+        assert backend.generate(prompts, None, 1)[1] == [[2], [2]]
     assert received == [[[1, image, 8, image, 9], [1, 8]], prompts]
+
+    # An engine whose processor reads images in another size would write meaningless completions.
+    backend, _ = build(model)
+    expanded[0] = [1, image, image, 8, image, 9]
+    with pytest.raises(ValueError, match=r"reads a prompt of 8 tokens as 6 tokens; save the processor"):
+        backend.generate(prompts, None, 1)
+
+
+@pytest.mark.parametrize("vlm_family", ["internvl"], indirect=True, scope="session")
+def test_engine_reads_images_of_internvl_as_the_processor_does(build, model, processor, picture) -> None:
+    """Without tiles, and without the tokens for the borders of images, which vLLM adds."""
+    backend, _ = build(model)
+    assert backend.engine_options()["mm_processor_kwargs"] == {"crop_to_patches": False}
+    sample = processor.prepare(picture(0), "star")
+    image = model.config.vlm_config.image_token_id
+    prompt = sample.input_ids.tolist()
+    position = prompt.index(image)
+    assert prompt.count(image) == 4
+    assert backend.engine_prompt(prompt) == [*prompt[: position - 1], image, *prompt[position + 5 :]]
 
 
 def test_options_reach_the_engine_that_trl_builds(monkeypatch) -> None:

@@ -1,8 +1,12 @@
-"""Stage II with rollouts of a colocated vLLM engine, with the embedded checkpoint; vLLM runs for real, on the CPU."""
+"""Stage II with rollouts of a colocated vLLM engine; vLLM runs for real, on the CPU.
+
+The model is the embedded checkpoint, or a random one of the same size for other families of VLMs.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 
@@ -18,6 +22,12 @@ from peft import LoraConfig
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, nano_checkpoint
 from conceptseg_hf.data import load_benchmark
 from conceptseg_hf.generation import generate_with_states
+from conceptseg_hf.inputs import PreparedSample
+from conceptseg_hf.vlm_families import FAMILIES, get_family
+
+other_families = pytest.mark.parametrize(
+    "vlm_family", [name for name in FAMILIES if name != "qwen2_5_vl"], indirect=True, scope="session"
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +35,23 @@ def shapes():
     return list(load_benchmark("concept-shapes", split="train", limit=12))
 
 
-@pytest.fixture(scope="module")
-def vlm_folder(loaded, tmp_path_factory) -> str:
+@pytest.fixture(scope="session")
+def make_policy(vlm_family, request):
+    """Return a function that creates the model and its processor."""
+
+    def make() -> tuple[ConceptSegForSegmentation, ConceptSegProcessor]:
+        if vlm_family != "qwen2_5_vl":
+            return request.getfixturevalue("make_model")(), request.getfixturevalue("processor")
+        folder = nano_checkpoint()
+        return ConceptSegForSegmentation.from_pretrained(folder), ConceptSegProcessor.from_pretrained(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def vlm_folder(make_policy, tmp_path_factory) -> str:
     """The VLM alone, with its processor, as users save it."""
-    model, processor = loaded
+    model, processor = make_policy()
     folder = tmp_path_factory.mktemp("vlm")
     model.vlm.save_pretrained(folder)
     processor.vlm_processor().save_pretrained(folder)
@@ -47,9 +70,9 @@ def weight_hash():
 
 
 @pytest.fixture
-def make(shapes, vlm_folder, tmp_path):
+def make(shapes, make_policy, vlm_folder, tmp_path):
     def make_trainer(folder: str = "run", **settings) -> MetaGRPOTrainer:
-        model = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
+        model, processor = make_policy()
         arguments = {name: settings.pop(name) for name in ("peft_config",) if name in settings}
         settings = {
             **GROUP_SETTINGS,
@@ -65,19 +88,28 @@ def make(shapes, vlm_folder, tmp_path):
             model,
             args=MetaGRPOConfig(str(tmp_path / folder), **settings),
             train_dataset=split_reference_dataset(shapes),
-            processing_class=ConceptSegProcessor.from_pretrained(nano_checkpoint()),
+            processing_class=processor,
             **arguments,
         )
 
     return make_trainer
 
 
-def greedy_of_engine(trainer, prepared) -> list[list[int]]:
+def prompts_of(trainer, samples) -> list[PreparedSample]:
+    prepare = trainer.concept_processor.prepare
+    return [prepare(sample.image, sample.prompt, sample.references) for sample in samples]
+
+
+def outputs_of_engine(trainer, prepared) -> list:
     from vllm import SamplingParams
 
     backend = trainer.vllm_generation
     settings = SamplingParams(
-        temperature=0, max_tokens=64, logit_bias=backend.generation_kwargs["logit_bias"], detokenize=False
+        temperature=0,
+        max_tokens=64,
+        logit_bias=backend.generation_kwargs["logit_bias"],
+        detokenize=False,
+        logprobs=0,
     )
     prompts = [
         {
@@ -86,9 +118,34 @@ def greedy_of_engine(trainer, prepared) -> list[list[int]]:
         }
         for sample in prepared
     ]
-    ends = set(trainer.eos_token_ids)
     outputs = backend.llm.generate(prompts, settings, use_tqdm=False)
-    return [[token for token in output.outputs[0].token_ids if token not in ends] for output in outputs]
+    assert [output.prompt_token_ids for output in outputs] == [each.input_ids.tolist() for each in prepared]
+    return [output.outputs[0] for output in outputs]
+
+
+def greedy_of_engine(trainer, prepared) -> list[list[int]]:
+    ends = set(trainer.eos_token_ids)
+    outputs = outputs_of_engine(trainer, prepared)
+    return [[token for token in output.token_ids if token not in ends] for output in outputs]
+
+
+def assert_engine_follows(trainer, prepared) -> list[list[int]]:
+    """Compare greedy completions of the engine and their log-probabilities with the policy's, and return them."""
+    outputs = outputs_of_engine(trainer, prepared)
+    completions = greedy_of_policy(trainer, prepared)
+    assert greedy_of_engine(trainer, prepared) == completions
+    model, processor = trainer.concept_model, trainer.concept_processor
+    vlm, family = model.vlm, processor.family
+    for sample, output, completion in zip(prepared, outputs, completions, strict=True):
+        batch = processor.collate([sample], [completion])
+        with torch.no_grad():
+            states = family.full_pass(vlm, family.model_inputs(batch), use_cache=False).last_hidden_state
+            logits = vlm.get_output_embeddings()(states[0, len(sample.input_ids) - 1 :])
+        logits[:, family.vision_token_ids(vlm.config)] = -torch.inf  # are not sampled
+        expected = logits.log_softmax(dim=1)
+        for position, (token, values) in enumerate(zip(output.token_ids, output.logprobs, strict=True)):
+            assert values[token].logprob == pytest.approx(expected[position, token].item(), abs=1e-3)
+    return completions
 
 
 def greedy_of_policy(trainer, prepared) -> list[list[int]]:
@@ -106,10 +163,7 @@ def history(trainer, name: str) -> list[float]:
 def test_engine_follows_the_policy(make, shapes) -> None:
     """Completions and log-probabilities of the engine are those of the policy, also after updates."""
     trainer = make(max_steps=3, learning_rate=3e-4)
-    prepared = [
-        trainer.concept_processor.prepare(sample.image, sample.prompt, sample.references)
-        for sample in shapes[:8]
-    ]
+    prepared = prompts_of(trainer, shapes[:8])
     trainer.vllm_generation.sync_weights()
     before = greedy_of_engine(trainer, prepared)
     assert before == greedy_of_policy(trainer, prepared)
@@ -135,12 +189,12 @@ def test_engine_follows_the_policy(make, shapes) -> None:
 def test_vision_tower_alone_reaches_the_engine(make, shapes) -> None:
     """The engine caches encoded images, which TRL does not clear."""
     trainer = make()
-    sample = shapes[0]
-    prepared = [trainer.concept_processor.prepare(sample.image, sample.prompt, sample.references)]
+    prepared = prompts_of(trainer, shapes[:1])
     trainer.vllm_generation.sync_weights()
     before = greedy_of_engine(trainer, prepared)
     with torch.no_grad():
-        for parameter in trainer.concept_model.vlm.model.visual.parameters():
+        vlm = trainer.concept_model.vlm
+        for parameter in get_family(vlm.config).vision_tower(vlm).parameters():
             parameter.mul_(0.8)
     expected = greedy_of_policy(trainer, prepared)
     assert expected != before
@@ -165,4 +219,32 @@ def test_adapters_are_merged_for_the_engine(make) -> None:
     trainer = make(max_steps=3, peft_config=config, learning_rate=1e-2)
     trainer.train()
     assert max(history(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
-    assert history(trainer, "kl")[-1] > 1e-4
+    assert history(trainer, "kl")[-1] > 1e-5  # without adapters, log-probabilities would differ by 4e-3
+
+
+@other_families
+def test_engine_of_another_family_follows_the_policy(make, shapes) -> None:
+    """Random models write no valid completions: the segmentation loss alone changes the VLM.
+
+    They give image tokens a probability that matters, with which the policy loss counts but the engine does not;
+    `sampling_logp_difference` is not small therefore.
+    """
+    trainer = make(max_steps=2, learning_rate=3e-3, seg_loss_weight=10)
+    prepared = prompts_of(trainer, shapes[:4])
+    trainer.vllm_generation.sync_weights()
+    before = assert_engine_follows(trainer, prepared)
+    assert max(map(len, before)) > 8
+    if trainer.concept_processor.vlm_family == "internvl":  # large images are not cropped to tiles
+        large = tuple(image.resize((256, 256)) for image in prepared[0].vlm_images)
+        outputs_of_engine(trainer, [replace(prepared[0], vlm_images=large)])
+    trainer.train()
+    trainer.vllm_generation.sync_weights()
+    after = assert_engine_follows(trainer, prepared)
+    assert after != before
+
+    vlm = trainer.concept_model.vlm
+    with torch.no_grad():
+        for parameter in get_family(vlm.config).vision_tower(vlm).parameters():
+            parameter.mul_(0.8)
+    trainer.vllm_generation.sync_weights()
+    assert assert_engine_follows(trainer, prepared) != after

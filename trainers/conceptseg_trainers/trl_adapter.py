@@ -236,10 +236,21 @@ class VLLMGenerationAdapter(VLLMGeneration):
         return token_ids
 
     def generate(self, prompts: list[list[int]], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Generate completions; see TRL."""
-        if self.mode == "colocate":
-            prompts = [self.engine_prompt(token_ids) for token_ids in prompts]
-        return super().generate(prompts, *args, **kwargs)
+        """Generate completions; see TRL.
+
+        Raises:
+            ValueError: If a colocated engine has expanded a prompt to other tokens.
+        """
+        if self.mode != "colocate":
+            return super().generate(prompts, *args, **kwargs)
+        outputs = super().generate([self.engine_prompt(ids) for ids in prompts], *args, **kwargs)
+        for given, expanded in zip(prompts, outputs[0], strict=True):
+            if list(expanded) != list(given):
+                raise ValueError(
+                    f"the vLLM engine reads a prompt of {len(given)} tokens as {len(expanded)} tokens; save the "
+                    "processor of the trainer's VLM, processor.vlm_processor(), in the folder of the engine's VLM."
+                )
+        return outputs
 
     def sync_weights(self) -> None:
         """Send the weights of the model to the engine."""

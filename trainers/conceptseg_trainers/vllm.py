@@ -19,12 +19,12 @@ from conceptseg_hf.vllm_runtime import (
     MAX_SEQUENCES,
     MIN_LOGIT_BIAS,
     cache_bytes,
-    collapse_image_tokens,
     engine_environment,
     keep_process_group,
     reload_weights,
     reset_caches,
 )
+from conceptseg_hf.vlm_families import get_family
 
 from .trl_adapter import GRPOTrainerAdapter, VLLMGenerationAdapter, steps_per_generation
 
@@ -135,6 +135,8 @@ class ConceptVLLMGeneration(VLLMGenerationAdapter):
             "dtype": precision or str(self._composite.vlm.dtype).removeprefix("torch."),
             "limit_mm_per_prompt": {"image": 2, "video": 0},
         }
+        if settings := get_family(self._composite.config.vlm_config).vllm_image_options:
+            options["mm_processor_kwargs"] = dict(settings)
         if self.accelerator.num_processes == 1:
             options["distributed_executor_backend"] = "uni"  # needs no port
         if self._on_cpu:
@@ -162,7 +164,8 @@ class ConceptVLLMGeneration(VLLMGenerationAdapter):
 
     def engine_prompt(self, token_ids: list[int]) -> list[int]:
         """Collapse the image tokens of a prompt, which TRL has expanded and vLLM would expand once more."""
-        return collapse_image_tokens(token_ids, self._composite.config.vlm_config.image_token_id)
+        config = self._composite.config.vlm_config
+        return get_family(config).vllm_prompt(config, token_ids)
 
     def after_synchronization(self) -> None:
         """Clear the encoded images, which TRL leaves in the engine, besides the prefixes."""

@@ -78,7 +78,7 @@ class PriorExampleWriter(ExampleWriter):
             completion,
             completion if several else self.with_noise(rng, completion),
             tuple(attention_targets),
-            (),
+            dense=(),
             masks=tuple(masks[phrase] for phrase in phrases),
         )
 
@@ -121,7 +121,7 @@ class PriorExampleWriter(ExampleWriter):
             completion,
             self.with_noise(rng, completion),
             tuple(attention_targets),
-            (),
+            dense=(),
             masks=(mask,),
         )
 

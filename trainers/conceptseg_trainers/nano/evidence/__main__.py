@@ -21,12 +21,12 @@ from .arms import ARMS, COMPARED_ARMS, Arm
 from .experiment import experiment_parser, introduction, parse_experiment
 from .measuring import Values, measure
 from .run_folder import check_settings
-from .tables import comparison_table, format_interval, paired, pairs_table, runs_table
+from .tables import comparison_table, families_table, format_interval, paired, pairs_table, runs_table
 from .training import TRAINING_LOG, TrainSettings, evaluation_samples, train_arm
 
 START = "start"
 MAIN_SOURCE = "trained families, greedy"
-_QUICK_STEPS = 12
+_QUICK_STEPS = 24
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_experiment(
         parser,
         argv,
-        "train one with `python -m conceptseg_trainers.nano`, stages sam, base and base-ctm",
+        "train one with `python -m conceptseg_trainers.nano`, stages sam, base, base-referring and base-ctm",
     )
     start: Path = arguments.start
     settings = TrainSettings()
@@ -68,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("stopped; run the same command to continue with the first unfinished arm.\n")
         return 130
     sys.stdout.write(
-        write_report(results, read_logs(arms, seeds, folder), folder / "evidence.md", settings, start)
+        write_report(
+            results, read_logs(arms, seeds, folder), folder / "evidence.md", settings, start, samples
+        )
     )
     if not arguments.quick:
         return 0
@@ -143,6 +145,7 @@ def write_report(
     path: Path,
     settings: TrainSettings,
     start: Path,
+    samples: Mapping[str, Sequence[ConceptSample]],
 ) -> str:
     """Write the tables of all evaluation sets as Markdown, and return them."""
     untrained = {"sam-only": "SAM 3 only", "start-box": "start, box prompt", START: "start"}
@@ -155,6 +158,13 @@ def write_report(
         parts += [f"## {source}", comparison_table(results, START, titles, source)]
         if any(results.get(arm) and results.get(baseline) for arm, baseline in COMPARED_ARMS):
             parts.append(pairs_table(results, COMPARED_ARMS, titles, source))
+    main_set, _ = MAIN_SOURCE.split(", ")
+    families = [str(sample.family) for sample in samples[main_set]]
+    parts += [
+        "## Mask IoU by family",
+        f"Evaluation: {MAIN_SOURCE}.",
+        families_table(results, START, titles, MAIN_SOURCE, families),
+    ]
     parts += ["## Runs", f"Evaluation: {MAIN_SOURCE}.", runs_table(results, logs, START, titles, MAIN_SOURCE)]
     report = "\n\n".join(parts) + "\n"
     write_file(path, report)

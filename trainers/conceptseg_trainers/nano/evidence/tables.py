@@ -106,6 +106,45 @@ def pairs_table(
     return "\n".join(lines)
 
 
+def families_table(
+    results: Mapping[str, Sequence[Mapping[str, Values]]],
+    baseline: str,
+    titles: Mapping[str, str],
+    source: str,
+    families: Sequence[str],
+    measure: str = "mask_iou",
+) -> str:
+    """Format a Markdown table with one row per family of tasks: means over seeds, and differences from the baseline.
+
+    Args:
+        results: For each arm, the results of `measure` of its seeds.
+        baseline: The arm that the others are compared with.
+        titles: The arms' titles.
+        source: Evaluation set and decoding, a key of the results.
+        families: The family of each sample of the set.
+        measure: The measure to show.
+    """
+    values = {arm: mean_over_seeds([run[source][measure] for run in runs]) for arm, runs in results.items()}
+    lines = [
+        f"| family | n | {' | '.join(titles[arm] for arm in values)} |",
+        "|---" * (len(values) + 2) + "|",
+    ]
+    for family in sorted(set(families)):
+        rows = [i for i, name in enumerate(families) if name == family]
+        reference = [values[baseline][i] for i in rows]
+        cells = [family, str(len(rows))]
+        for arm, arm_values in values.items():
+            selected = [arm_values[i] for i in rows]
+            interval = (
+                None if arm == baseline else paired(selected, reference, f"{arm}/{source}/{measure}/{family}")
+            )
+            cells.append(
+                format_mean(selected) + ("" if interval is None else f", {format_interval(interval)}")
+            )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def runs_table(
     results: Mapping[str, Sequence[Mapping[str, Values]]],
     logs: Mapping[str, Sequence[Mapping[str, Any]]],

@@ -55,12 +55,12 @@ class TrainSettings:
         beta: Weight of the KL to the start.
     """
 
-    steps: int = 30
-    prompts: int = 16
-    num_generations: int = 32
+    steps: int = 60
+    prompts: int = 32
+    num_generations: int = 16
     num_best_and_worst: int | None = 4
     batch_size: int = 128
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-4
     beta: float = 0.0
 
     @property
