@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from .boxes import Box
 from .completion import Completion
 from .concept_prompt import ConceptPrompt
 from .devices import execution_device
@@ -99,6 +100,26 @@ class _Images:
     def select(self, indices: Sequence[int]) -> ImageFeatures:
         """Return the features of the samples with the given indices."""
         return self.features.select(torch.tensor([self.row_of[i] for i in indices]))
+
+
+def text_boxes_to_sam(
+    samples: Sequence[PreparedSample], text_boxes: Mapping[int, Box | None]
+) -> tuple[list[int], Tensor]:
+    """Convert the boxes of completions to box prompts of SAM 3.
+
+    Args:
+        samples: The samples.
+        text_boxes: Boxes in text units by index of the sample; None without a box.
+
+    Returns:
+        Indices of the N samples whose box has an area inside of the image.
+        (N, 1, 4) boxes (center x, center y, width, height) in fractions of the image.
+    """
+    boxes = {
+        i: samples[i].coordinates.text_box_to_sam(box) for i, box in text_boxes.items() if box is not None
+    }
+    boxes = {i: box for i, box in boxes.items() if min(box[2:]) > 0}
+    return list(boxes), torch.tensor(list(boxes.values())).reshape(len(boxes), 1, 4)
 
 
 class Segmenter:
@@ -323,16 +344,11 @@ class Segmenter:
         self, images: _Images, samples: Sequence[PreparedSample], completions: Mapping[int, Completion]
     ) -> dict[int, _Decoded]:
         """Decode the box of each completion; completions without a box yield an empty mask."""
-        boxes = {
-            i: samples[i].coordinates.text_box_to_sam(completion.bbox)
-            for i, completion in completions.items()
-            if completion.bbox is not None
-        }
-        boxes = {i: box for i, box in boxes.items() if box[2] > 0 and box[3] > 0}
         decoded = {i: _Decoded(torch.full((1, 1), EMPTY_LOGIT), 0.0) for i in completions}
-        if boxes:
-            centers = torch.tensor(list(boxes.values()))[:, None]
-            decoded |= self._decode(images, list(boxes), [BOX_TEXT] * len(boxes), boxes=centers)
+        text_boxes = {i: completion.bbox for i, completion in completions.items()}
+        indices, boxes = text_boxes_to_sam(samples, text_boxes)
+        if indices:
+            decoded |= self._decode(images, indices, [BOX_TEXT] * len(indices), boxes=boxes)
         return decoded
 
     def _reason_of_route(self, sample: PreparedSample, decoded: _Decoded, first_pass: _Decoded | None) -> str:

@@ -30,8 +30,9 @@ socket.socket.__init__ = socket.create_connection = socket.getaddrinfo = refuse
 import torchvision_shim
 from transformers import GenerationMixin  # older releases import scikit-learn, which imports pandas
 loaded_before = set(sys.modules)
-import conceptseg_hf
-heavy = {"trl", "deepspeed", "fiftyone", "datasets", "matplotlib", "pandas"} & (set(sys.modules) - loaded_before)
+import conceptseg_hf, conceptseg_trainers
+heavy = {"trl", "deepspeed", "fiftyone", "datasets", "matplotlib", "pandas", "pyarrow"}
+heavy &= set(sys.modules) - loaded_before
 assert not heavy, heavy
 """
 

@@ -29,6 +29,7 @@ APART = {
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.heavy,
     pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="there is no repository"),
     pytest.mark.skipif(os.name == "nt", reason="virtual environments have another layout on Windows"),
 ]

@@ -68,11 +68,19 @@ FOCUSED = """() => {
 }"""
 
 
-def open_everything(page) -> None:
-    """Run the example, and open the references and the last tab."""
+def run_example(page) -> None:
     choose(page, RULE_EXAMPLE)
     page.locator("#run").click()
     wait_for(page, "Route: reasoning")
+
+
+def open_everything(page) -> None:
+    """Run the example, and open the references and the last tab."""
+    run_example(page)
+    open_the_rest(page)
+
+
+def open_the_rest(page) -> None:
     page.locator("#references button").first.click()
     page.locator("#editor .empty").wait_for()
     page.get_by_role("tab", name="Many images").click()
@@ -95,15 +103,13 @@ def test_low_contrast_is_found(page):
     assert page.evaluate(LOW_CONTRAST)["low"] == ["3.68: Segment"]
 
 
-def test_controls_and_images_have_names(page):
+def test_controls_have_names_and_the_focus_follows_them_visibly(page):
+    assert page.evaluate(NAMELESS) == []
     open_everything(page)
     expect(page.locator("#result img")).to_have_attribute("alt", "Result")
     expect(page.get_by_role("button", name="Result: enlarge")).to_be_visible()
     assert page.evaluate(NAMELESS) == []
 
-
-def test_the_focus_follows_the_page_and_is_visible(page):
-    open_everything(page)
     page.evaluate("document.querySelector('#example input').focus()")
     stops = []
     while not stops or stops[-1]["id"] != "apply-cancel":
@@ -127,8 +133,12 @@ def test_the_focus_follows_the_page_and_is_visible(page):
     indirect=True,
     ids=["320", "390"],
 )
-def test_nothing_is_wider_than_a_phone(page):
-    open_everything(page)
+def test_phone(page):
+    """Nothing is wider than the screen, the status is visible after a run, and buttons are large enough."""
+    run_example(page)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    expect(page.locator("#status")).to_be_in_viewport()
+    open_the_rest(page)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     small = """() => [...document.querySelectorAll(".gradio-container button, .gradio-container [role=tab]")]
         .filter(e => e.getClientRects().length > 0 && e.tabIndex >= 0 && !e.closest("#editor, .icon-button-wrapper"))

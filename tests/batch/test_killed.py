@@ -79,9 +79,13 @@ def start(make_images, make_job, concept, tmp_path):
     return create
 
 
-# A start of Ray takes half a minute; with CONCEPTSEG_KILLS=5 it is killed as often as the local engine.
+# Each kill costs a start: seconds for the local engine, half a minute for Ray. CONCEPTSEG_KILLS sets another number.
 @pytest.mark.parametrize(
-    ("engine", "workers", "kills"), [("local", 0, 5), ("ray", 2, int(os.environ.get("CONCEPTSEG_KILLS", 2)))]
+    ("engine", "workers", "kills"),
+    [
+        ("local", 0, int(os.environ.get("CONCEPTSEG_KILLS", 3))),
+        pytest.param("ray", 2, int(os.environ.get("CONCEPTSEG_KILLS", 2)), marks=pytest.mark.heavy),
+    ],
 )
 def test_killed_several_times(start, engine, workers, kills):
     if engine == "ray":
@@ -96,6 +100,7 @@ def test_killed_several_times(start, engine, workers, kills):
     assert 0 <= lost <= kills * max(workers, 1), "one batch per kill and worker"
 
 
+@pytest.mark.heavy
 def test_one_ray_worker_that_is_killed_equals_two(start):
     """Ray starts the worker again, and repeats what it was working on."""
     pytest.importorskip("ray", reason="the engine 'ray' needs ray")

@@ -598,8 +598,7 @@ def test_demo_writes_a_visualization_per_sample(files, checkpoint, capsys):
     not (nano_checkpoint() / "config.json").is_file(), reason="the embedded checkpoint is missing"
 )
 def test_demo_covers_levels_and_routes(tmp_path):
-    command_line = [sys.executable, "-m", "conceptseg_hf.cli", "demo", "--output-dir", str(tmp_path)]
-    subprocess.run(command_line, check=True)
+    assert command("demo", "--output-dir", str(tmp_path)) == 0
     records = json.loads((tmp_path / "results.json").read_text())
     assert len(list(tmp_path.glob("*.png"))) == len(records) >= 8
     assert {record["level"] for record in records} == {"CI", "CD", "CR"}

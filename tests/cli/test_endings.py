@@ -52,37 +52,27 @@ def segment_arguments(image: str, checkpoint: str, folder: str = "out") -> list[
 
 # -- full disks --
 
-# A limit of the file size simulates a full disk.
-LIMITED = """
-import json, resource, sys
-from conceptseg_hf import cli
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-codes = [cli.main(arguments) for arguments in json.loads(sys.argv[2])]
-print(codes)
-"""
+
+@pytest.fixture()
+def run_limited(limited_files, capsys):
+    """Return a function that runs commands with a limited file size and returns exit codes and lines of errors."""
+
+    def run(limit: int, *commands: list[str]) -> tuple[list[int], list[str]]:
+        capsys.readouterr()
+        with limited_files(limit):
+            codes = [command(*arguments) for arguments in commands]
+        return codes, capsys.readouterr().err.splitlines()
+
+    return run
 
 
-def run_limited(limit: int, environment, *commands: list[str]) -> tuple[list[int], list[str]]:
-    """Runs commands with a limited file size and returns exit codes and standard error."""
-    pytest.importorskip("resource")
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(limit), json.dumps(commands)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr.splitlines()
-
-
-def test_full_disk_is_one_sentence_and_leaves_no_partial_files(files, checkpoint, environment):
+def test_full_disk_is_one_sentence_and_leaves_no_partial_files(files, checkpoint, run_limited):
     """The overlay, the records and the visualizations exceed the limit; the mask does not."""
     assert command(*segment_arguments("a.png", checkpoint)) == 0
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     evaluation = ["evaluate", "--model", checkpoint, "--router", "sam_only", "--limit", "60"]
     codes, errors = run_limited(
         20_000,
-        environment,
         segment_arguments("a.png", checkpoint),
         segment_arguments("a.png", checkpoint, "new"),
         [*evaluation, "--output-dir", "ev"],
@@ -115,8 +105,8 @@ def test_empty_files_of_earlier_versions_are_overwritten(files, checkpoint):
     assert {path.name for path in Path("out").iterdir()} == {"a.json", "a_mask.png", "a_overlay.png"}
 
 
-def test_full_disk_is_detected_before_loading(files, environment):
-    codes, errors = run_limited(1000, environment, segment_arguments("a.png", "nobody/nothing"))
+def test_full_disk_is_detected_before_loading(files, run_limited):
+    codes, errors = run_limited(1000, segment_arguments("a.png", "nobody/nothing"))
     assert codes == [2]
     assert errors == [
         "conceptseg segment: --output-dir 'out' cannot be written: '.': File too large; give another folder."
@@ -253,12 +243,11 @@ def test_non_ascii_names_and_prompts_in_any_locale(own_data, checkpoint, environ
     assert record["prompt"] == "rotes Häuschen" and record["image"].endswith("grün.png")
 
 
-def test_no_progress_bars_in_pipes(files, checkpoint, environment):
-    arguments = [sys.executable, "-m", "conceptseg_hf.cli", "evaluate", "--model", checkpoint, "--limit", "9"]
-    arguments += ["--router", "sam_only", "--output-dir", "ev"]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "\r" not in done.stdout
+def test_no_progress_bars_in_pipes(files, checkpoint, capfd):
+    arguments = ["evaluate", "--model", checkpoint, "--limit", "9", "--router", "sam_only"]
+    assert command(*arguments, "--output-dir", "ev") == 0
+    output, error = capfd.readouterr()
+    assert error == "" and "\r" not in output
 
 
 # -- suggestions --

@@ -82,7 +82,7 @@ def test_two_processes_give_the_same_results_as_one(run_two, tmp_path):
 @pytest.mark.slow
 def test_resumes_after_sigkill(tmp_path, monkeypatch):
     """The resumed run repeats at most one batch and ends with the same files."""
-    batch, limit = 8, 500
+    batch, limit = 8, 200
     model, processor = load_model_and_processor(device="cpu")
     options = {"processor": processor, "limit": limit, "batch_size": batch, "router": "sam_only"}
     evaluate(model, "concept-shapes", output_dir=tmp_path / "expected", **options)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from group_settings import GROUP_SETTINGS
 from torch import nn
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, nano_checkpoint
@@ -48,20 +48,9 @@ def make_meta_grpo(vlm_family, request, shapes, tmp_path) -> Callable[..., Any]:
         )
         arguments = {name: settings.pop(name) for name in argument_names if name in settings}
         settings = {
-            "per_device_train_batch_size": 4,
+            **GROUP_SETTINGS,
             "per_device_eval_batch_size": 4,
-            "num_generations": 4,
             "max_completion_length": 64,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "learning_rate": 1e-5,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": [],
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "log_examples": 0,
             **settings,
         }
         if vlm_family != "qwen2_5_vl":
@@ -82,15 +71,14 @@ def make_meta_grpo(vlm_family, request, shapes, tmp_path) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def run_two(run_two_processes) -> Callable[..., dict]:
-    """Return a function that runs `two_processes.py` in two processes and reads its results."""
+def run_two(run_two_processes) -> Callable[..., None]:
+    """Return a function that runs `two_processes.py` in two processes, which write `figures.json`."""
     worker = Path(__file__).with_name("two_processes.py")
 
-    def run(kind: str, folder: Path, system: str = "conceptseg") -> dict:
+    def run(kind: str, folder: Path) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-        result = run_two_processes(str(worker), kind, str(folder), system, env=environment)
+        result = run_two_processes(str(worker), kind, str(folder), env=environment)
         assert result.returncode == 0, result.stderr[-20000:]
-        return json.loads((folder / "figures.json").read_text())
 
     return run
 

@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 pytest.importorskip("trl", "1.16")
 
 from conceptseg_trainers.checkpoints import checkpoint_writer, complete_checkpoints, is_complete, staged
-
-import conceptseg_hf
-from conceptseg_hf.writing import WriteError
-
-ROOT = Path(conceptseg_hf.__file__).parents[1]
-
-# Trains with a limit on the size of files from a given step on (or from the end, if it is negative), to simulate a full
-# disk.
-LIMITED = """
-import json, resource, sys
-from transformers import TrainerCallback
-from conceptseg_hf import cli
 from conceptseg_trainers.scripts import running
 
-class Fill(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == int(sys.argv[2]):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-    def on_train_end(self, args, state, control, **kwargs):
-        if int(sys.argv[2]) < 0:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-
-run = running.run
-running.run = lambda trainer: trainer.add_callback(Fill()) or run(trainer)
-code = cli.main(json.loads(sys.argv[3]))
-sys.exit(code)
-"""
+from conceptseg_hf import cli
+from conceptseg_hf.writing import WriteError
 
 
 def make_argv(folder: Path, steps: int) -> list[str]:
@@ -51,13 +27,32 @@ def make_argv(folder: Path, steps: int) -> list[str]:
     return [*argv, "--save_steps", "1", "--log_examples", "0"]
 
 
-def run_limited(limit: int, step: int, argv: list[str]) -> tuple[int, str]:
-    pytest.importorskip("resource")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "trainers")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", LIMITED, str(limit), str(step), json.dumps(argv)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    return done.returncode, done.stderr.splitlines()[-1]
+@pytest.fixture()
+def run_limited(
+    limited_files, monkeypatch, capsys
+) -> Callable[[int, int | None, list[str]], tuple[int, str]]:
+    """Return a function that trains on a disk which is full from a step on (None: from the end on).
+
+    It returns the exit code and the last line of standard error.
+    """
+
+    def run_command(limit: int, step: int | None, argv: list[str]) -> tuple[int, str]:
+        class Fill(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == step:
+                    stack.enter_context(limited_files(limit))
+
+            def on_train_end(self, args, state, control, **kwargs):
+                if step is None:
+                    stack.enter_context(limited_files(limit))
+
+        run = running.run
+        monkeypatch.setattr(running, "run", lambda trainer: trainer.add_callback(Fill()) or run(trainer))
+        with ExitStack() as stack:
+            code = cli.main(argv)
+        return code, capsys.readouterr().err.splitlines()[-1]
+
+    return run_command
 
 
 @pytest.mark.parametrize(
@@ -70,7 +65,9 @@ def run_limited(limit: int, step: int, argv: list[str]) -> tuple[int, str]:
         ),  # the optimizer states, which are larger
     ],
 )
-def test_full_disk_is_reported_in_one_sentence_and_keeps_complete_checkpoints(limit, reason, tmp_path):
+def test_full_disk_is_reported_in_one_sentence_and_keeps_complete_checkpoints(
+    limit, reason, run_limited, tmp_path
+):
     code, error = run_limited(limit, 2, make_argv(tmp_path / "run", 4))
     complete, incomplete = (str(tmp_path / "run" / f"checkpoint-{step}") for step in (2, 3))
     assert code == 2
@@ -80,12 +77,12 @@ def test_full_disk_is_reported_in_one_sentence_and_keeps_complete_checkpoints(li
     assert all(map(is_complete, (tmp_path / "run").iterdir()))
 
 
-def test_model_that_cannot_be_saved_does_not_change_the_folder(tmp_path):
+def test_model_that_cannot_be_saved_does_not_change_the_folder(run_limited, tmp_path):
     """The checkpoints fit on the disk, but the complete model, which is larger, does not."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "model.safetensors").write_text("an older model")
-    code, error = run_limited(6_000_000, -1, make_argv(run, 1))
+    code, error = run_limited(6_000_000, None, make_argv(run, 1))
     assert code == 2
     assert error.startswith(f"conceptseg train: {str(run)!r} cannot be written: File too large; ")
     assert {path.name for path in run.iterdir()} == {"checkpoint-1", "model.safetensors"}

@@ -22,6 +22,7 @@ from conceptseg_trainers import (
     split_reference_dataset,
 )
 from conceptseg_trainers.scripts.coprs import TRAINED_IN_FULL
+from group_settings import GROUP_SETTINGS
 from random_coprs import build_random_coprs
 
 VALID = "<think>the red one</think><REF_POS>"
@@ -35,19 +36,8 @@ def make_coprs_trainer(shapes, tmp_path):
         model = settings.pop("model", None) or build_random_coprs(kind)
         peft_config = settings.pop("peft_config", None)
         settings = {
-            "per_device_train_batch_size": 4,
-            "num_generations": 4,
+            **GROUP_SETTINGS,
             "max_completion_length": 6,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "learning_rate": 1e-5,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": [],
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "log_examples": 0,
             "generation_kwargs": {"sequence_bias": [[[model.config.ref_pos_token_id], 20.0]]},
             **settings,
         }

@@ -2,63 +2,89 @@
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from torch import nn
 
-from conceptseg_hf import ConceptSegForSegmentation
+from conceptseg_hf import ConceptSegForSegmentation, CoPRSForSegmentation
 
 pytest.importorskip("trl", "1.16")
 import two_processes
 from conceptseg_trainers.distributed import clone_unsharded, make_generate_gather, materialize
 from distributed_runs import check_resumed, compare
 
-LOGGED = ("loss", "kl", "loss/grpo", "loss/seg", "loss/dice", "loss/focal", "mask_iou", "box_iou", "reward")
+LOGGED = {
+    "conceptseg": (
+        *("loss", "kl", "loss/grpo", "loss/seg", "loss/dice", "loss/focal"),
+        *("mask_iou", "box_iou", "reward"),
+    ),
+    "coprs": (
+        *("loss", "kl", "loss/grpo", "loss/seg", "loss/prior", "loss/dice", "loss/focal"),
+        *("mask_iou", "reward", "rewards/mask/mean", "rewards/format/mean"),
+    ),
+}
+MODELS = {"conceptseg": ConceptSegForSegmentation, "coprs": CoPRSForSegmentation}
+both_systems = pytest.mark.parametrize("system", LOGGED)
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory) -> Path:
-    """Folder of the same run in one process, which accumulates the gradients of two batches."""
-    folder = tmp_path_factory.mktemp("one")
-    two_processes.write(two_processes.train("none", folder, gradient_accumulation_steps=2), folder)
-    return folder
+def runs(run_two, tmp_path_factory) -> Callable[[str], Path]:
+    """Return a function that trains both systems and returns the folder with a subfolder for each; cached.
 
+    "one" is the same run in one process, which accumulates the gradients of two batches.
+    """
 
-@pytest.fixture(scope="module")
-def ddp(run_two, tmp_path_factory) -> Path:
-    """Folder of the run with DDP."""
-    folder = tmp_path_factory.mktemp("ddp")
-    run_two("ddp", folder)
-    return folder
+    @functools.cache
+    def folder_of(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        if kind == "one":
+            for system in LOGGED:
+                figures = two_processes.train("none", folder / system, system, gradient_accumulation_steps=2)
+                two_processes.write(figures, folder / system)
+        else:
+            run_two(kind, folder)
+        return folder
+
+    return folder_of
 
 
 @pytest.mark.slow
-def test_two_processes_match_one_process(one_process, ddp) -> None:
+@both_systems
+def test_two_processes_match_one_process(runs, system) -> None:
     # TRL averages the KL over the tokens of a batch and then over batches, so that it depends on the batches.
-    figures = compare(ddp, one_process, [name for name in LOGGED if name != "kl"], ConceptSegForSegmentation)
+    names = [name for name in LOGGED[system] if name != "kl"]
+    figures = compare(runs("ddp") / system, runs("one") / system, names, MODELS[system])
     assert figures["world_size"] == 2 and figures["kind"] == "MULTI_CPU"
-    assert [entry["frac_reward_zero_std"] for entry in figures["log"]] != [
-        1.0
-    ] * 3  # rewards differ within some group
-    assert figures["log"][0]["kl"] == 0.0 and figures["log"][2]["kl"] > 0
-    check_resumed(figures, LOGGED)
+    if system == "conceptseg":
+        # Rewards differ within some group.
+        assert [entry["frac_reward_zero_std"] for entry in figures["log"]] != [1.0] * 3
+        assert figures["log"][0]["kl"] == 0.0 and figures["log"][2]["kl"] > 0
+    else:
+        for entry in figures["log"]:
+            assert entry["loss/dice"] > 0.1 and 0 < entry["rewards/format/mean"] < 1
+    check_resumed(figures, LOGGED[system])
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_matches_ddp(run_two, ddp, tmp_path, stage) -> None:
+@both_systems
+def test_zero_matches_ddp(runs, stage, system) -> None:
     pytest.importorskip("deepspeed")
-    run_two(f"zero{stage}", tmp_path)
-    figures = compare(tmp_path, ddp, LOGGED, ConceptSegForSegmentation)
+    figures = compare(runs(f"zero{stage}") / system, runs("ddp") / system, LOGGED[system], MODELS[system])
     assert figures["world_size"] == 2 and figures["zero_stage"] == stage
     assert figures["sharded"] == [stage == 3] and figures["frozen_sharded"] == [False]
-    check_resumed(figures, LOGGED)
+    check_resumed(figures, LOGGED[system])
 
 
 @pytest.mark.slow
 def test_fsdp2_generates_with_sharded_weights(run_two, tmp_path) -> None:
-    figures = run_two("fsdp2", tmp_path)
+    run_two("fsdp2", tmp_path)
+    figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures == {"world_size": 2, "same": True, "fails_without": True}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -14,6 +13,7 @@ from conceptseg_trainers.from_scratch.ctm_stage import CtmSteps
 from conceptseg_trainers.from_scratch.loop import Schedule, train
 from conceptseg_trainers.from_scratch.masks import mask_to_tokens
 from conceptseg_trainers.from_scratch.vlm_examples import patches, positions
+from conceptseg_trainers.nano.__main__ import main
 from conceptseg_trainers.nano.dense import (
     DENSE_CLASSES,
     GRID,
@@ -372,7 +372,7 @@ def test_loss_of_the_vlm_stage_reaches_all_parameters(preset: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [DEFAULT_FAMILY, "qwen3_vl"])
-def test_command_trains_a_checkpoint(tmp_path, family: str) -> None:
+def test_command_trains_a_checkpoint(tmp_path, monkeypatch, family: str) -> None:
     command = [
         sys.executable,
         "-m",
@@ -388,7 +388,8 @@ def test_command_trains_a_checkpoint(tmp_path, family: str) -> None:
         "--device",
         "cpu",
     ]
-    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setattr(sys, "argv", command[2:])
+    main()  # it starts processes for two of its stages
     from transformers import AutoModel, AutoProcessor
 
     checkpoint = tmp_path / "run" / "checkpoint"
@@ -402,7 +403,8 @@ def test_command_trains_a_checkpoint(tmp_path, family: str) -> None:
 
     # The start of reinforcement learning.
     for stage in ("base", "base-referring", "base-ctm"):
-        subprocess.run([*command, "--stage", stage], check=True, capture_output=True)
+        monkeypatch.setattr(sys, "argv", [*command[2:], "--stage", stage])
+        main()
     base = load_file(tmp_path / "run" / "base" / "state.safetensors")
     continued = load_file(tmp_path / "run" / "base-referring" / "state.safetensors")
     weights = load_file(tmp_path / "run" / "base-checkpoint" / "model.safetensors")

@@ -48,23 +48,30 @@ def inference_error(processor, sample) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("prompt", [*(f"red {token} circle" for token in RESERVED), " ", "half \ud800"])
 @pytest.mark.parametrize("stage", ["sft", "meta-grpo"])
-def test_prompt_that_inference_refuses_is_skipped_and_logged(
-    stage, prompt, shapes, nano_processor, make_meta_grpo, sft_trainer, caplog
+def test_prompts_that_inference_refuses_are_skipped_and_logged(
+    stage, shapes, nano_processor, make_meta_grpo, sft_trainer, caplog
 ):
-    samples = [shapes[0], replace(shapes[1], prompt=prompt, sample_id="invalid one"), *shapes[2:4]]
-    message = inference_error(nano_processor, samples[1])
+    prompts = [*(f"red {token} circle" for token in RESERVED), " ", "half \ud800"]
+    invalid = [
+        replace(shapes[1], prompt=prompt, sample_id=f"invalid {number}")
+        for number, prompt in enumerate(prompts)
+    ]
+    samples = [shapes[0], *invalid, *shapes[2:4]]
+    errors = {sample.sample_id: inference_error(nano_processor, sample) for sample in invalid}
     if stage == "sft":
-        trainer = sft_trainer(samples)
-        assert trainer.eval_dataset[1].sample_id == shapes[2].sample_id
+        trainer = sft_trainer(samples, max_steps=5)  # all samples
+        read = [trainer.eval_dataset[1 + number].sample_id for number in range(len(invalid))]
+        assert read == [shapes[2].sample_id] * len(invalid)
     else:
-        trainer = make_meta_grpo(train_dataset=split_reference_dataset(samples), max_steps=4)
-        assert trainer.train_dataset[1]["problem"] == shapes[2].prompt
+        trainer = make_meta_grpo(train_dataset=split_reference_dataset(samples), max_steps=len(samples))
+        read = [trainer.train_dataset[1 + number]["problem"] for number in range(len(invalid))]
+        assert read == [shapes[2].prompt] * len(invalid)
     trainer.train()
     assert trainer.state.global_step == trainer.args.max_steps
-    logged = [record.getMessage() for record in caplog.records if "invalid one" in record.getMessage()]
-    assert set(logged) == {f"sample 'invalid one': {message.rstrip('.')}{REPLACED}"}
+    for sample_id, message in errors.items():
+        logged = {r.getMessage() for r in caplog.records if f"'{sample_id}'" in r.getMessage()}
+        assert logged == {f"sample '{sample_id}': {message.rstrip('.')}{REPLACED}"}
 
 
 def test_error_if_no_prompt_can_be_used(shapes, make_meta_grpo, sft_trainer):

@@ -405,7 +405,9 @@ def deepspeed_options(folder: Path, stage: int) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "kind", ["ddp", *(pytest.param(kind, marks=pytest.mark.heavy) for kind in ("zero2", "zero3"))]
+)
 def test_two_processes_match_one_process_with_accumulation(
     kind, whole_runs, tmp_path, environment, run_two_processes
 ):

@@ -1,7 +1,7 @@
 """Worker for torchrun: run one kind of training on CPU and write its results as JSON.
 
-Usage: `torchrun --nproc_per_node N two_processes.py KIND OUTPUT_DIR [SYSTEM]`, where KIND is ddp, zero2, zero3 or
-fsdp2, and SYSTEM is conceptseg (the default) or coprs.
+Usage: `torchrun --nproc_per_node N two_processes.py KIND OUTPUT_DIR`, where KIND is ddp, zero2, zero3 or fsdp2. Both
+systems are trained in the same processes, as starting them takes longer than the training.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ def make_coprs_trainer(kind: str, folder: Path, **settings):
             return [ids[: ids.index(end) + 1] if end in ids else ids for ids in completions], None
 
     # With ZeRO-3, a model that is built after the first trainer would be created in parts; one that is loaded is whole.
+    # Therefore CoPRS comes first in `MAKERS`.
     start = folder.parent / f"start_{os.environ.get('RANK', 0)}"
     if not start.exists():
         created = build_random_coprs("sam")
@@ -134,7 +135,7 @@ def make_coprs_trainer(kind: str, folder: Path, **settings):
     )
 
 
-MAKERS = {"conceptseg": make_trainer, "coprs": make_coprs_trainer}
+MAKERS = {"coprs": make_coprs_trainer, "conceptseg": make_trainer}
 
 
 def arguments(kind: str, max_completion_length: int, settings: dict) -> dict:
@@ -166,7 +167,7 @@ def frozen_part(trainer):
     return sam if hasattr(trainer.concept_model, "ctm") else sam.vision_encoder
 
 
-def train(kind: str, folder: Path, system: str = "conceptseg", **settings) -> dict:
+def train(kind: str, folder: Path, system: str, **settings) -> dict:
     from conceptseg_trainers.distributed import is_sharded
 
     trainer = MAKERS[system](kind, folder / "run", **settings)
@@ -242,8 +243,10 @@ if __name__ == "__main__":
     kind, folder = sys.argv[1], Path(sys.argv[2])
     if kind.startswith("zero"):
         skip_compilation()
-    figures = shard_and_generate() if kind == "fsdp2" else train(kind, folder, *sys.argv[3:])
-    if torch.distributed.get_rank() == 0:
-        write(figures, folder)
+    systems = [""] if kind == "fsdp2" else list(MAKERS)
+    for system in systems:
+        figures = shard_and_generate() if kind == "fsdp2" else train(kind, folder / system, system)
+        if torch.distributed.get_rank() == 0:
+            write(figures, folder / system)
     torch.distributed.barrier()
     os._exit(0)  # otherwise gloo's threads abort the interpreter at exit in about one of six runs

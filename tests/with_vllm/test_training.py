@@ -16,6 +16,7 @@ pytest.importorskip("trl", "1.16")
 import psutil
 import torch
 from conceptseg_trainers import MetaGRPOConfig, MetaGRPOTrainer, split_reference_dataset
+from group_settings import GROUP_SETTINGS
 from peft import LoraConfig
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, nano_checkpoint
@@ -74,19 +75,9 @@ def make(shapes, make_policy, vlm_folder, tmp_path):
         model, processor = make_policy()
         arguments = {name: settings.pop(name) for name in ("peft_config",) if name in settings}
         settings = {
-            "per_device_train_batch_size": 4,
-            "num_generations": 4,
+            **GROUP_SETTINGS,
             "max_completion_length": 64,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
             "learning_rate": 1e-4,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": [],
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "log_examples": 0,
             "use_vllm": True,
             "vllm_mode": "colocate",
             "vllm_vlm_name_or_path": vlm_folder,

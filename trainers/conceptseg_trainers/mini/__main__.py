@@ -60,17 +60,17 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
     scale = min(1.0, arguments.scale)
     processor = mini_processor()
     model = load_stages("mini", processor, arguments.run_dir)
-    steps = CtmSteps(*(scaled(count, scale) for count in astuple(CtmSteps())))
+    steps = CtmSteps(*(scaled(count, scale, 4) for count in astuple(CtmSteps())))
     stage = CtmStage(
         model,
         processor,
         PhotosCtmData(arguments.root),
         arguments.run_dir,
         steps,
-        tasks=scaled(6000, scale, 48),
+        tasks=scaled(6000, scale, 24),
         images=8,
         device=arguments.device,
-        held_out=scaled(160, scale, 16),
+        held_out=scaled(160, scale, 8),
         seed=arguments.seed,
     )
     train(stage, steps.schedule(), arguments.run_dir)
@@ -79,7 +79,7 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
 
 def _run_stage(name: str, arguments: argparse.Namespace) -> None:
     device, seed, scale = arguments.device, arguments.seed, arguments.scale
-    pretraining, steps = scaled(_PRETRAINING[name], scale), scaled(_STEPS[name], scale)
+    pretraining, steps = scaled(_PRETRAINING[name], scale, 4), scaled(_STEPS[name], scale, 8)
     config, processor = ConceptSegConfig.from_preset("mini"), mini_processor()
     torch.manual_seed(seed)
     stage: Stage

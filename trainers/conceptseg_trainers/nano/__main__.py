@@ -58,8 +58,8 @@ def _run_stage(arguments: argparse.Namespace) -> None:
         _run_ctm_stage(arguments)
         return
     kind = "sam" if arguments.stage == "sam" else "vlm"
-    pretraining = scaled(PRETRAINING[kind], arguments.scale, 20)
-    steps = scaled(STEPS[arguments.stage], arguments.scale, 20)
+    pretraining = scaled(PRETRAINING[kind], arguments.scale, 4)
+    steps = scaled(STEPS[arguments.stage], arguments.scale, 8)
     held_out, device, seed = _held_out(kind, arguments.scale), arguments.device, arguments.seed
     stage: Stage
     if arguments.stage == "base-referring":
@@ -89,7 +89,7 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
     processor = build_processor(arguments.family)
     model = load_stages(PRESETS[arguments.family], processor, run_dir, "base-referring" if is_base else "vlm")
     folder = run_dir / "base-referring" if is_base else run_dir
-    steps = CtmSteps(*(scaled(count, scale) for count in astuple(CtmSteps())))
+    steps = CtmSteps(*(scaled(count, scale, 4) for count in astuple(CtmSteps())))
     stage = CtmStage(
         model,
         processor,

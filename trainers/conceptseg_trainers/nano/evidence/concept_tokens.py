@@ -23,6 +23,7 @@ from conceptseg_hf.boxes import Box
 from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.generation import generate_with_states
+from conceptseg_hf.inference import text_boxes_to_sam
 from conceptseg_hf.inputs import PreparedSample, known
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.progress import progress_bar
@@ -153,16 +154,10 @@ def _decode_boxes(
 ) -> Tensor:
     """Return (B, 1, h, w) mask logits for boxes in text units; negative without a box."""
     logits = torch.full_like(like, -1.0)
-    boxes = {
-        row: prepared[row].coordinates.text_box_to_sam(box)
-        for row, box in enumerate(text_boxes)
-        if box is not None
-    }
-    rows = [row for row, box in boxes.items() if min(box[2:]) > 0]
+    rows, boxes = text_boxes_to_sam(prepared, dict(enumerate(text_boxes)))
     if rows:
         text = processor.sam_text([BOX_TEXT] * len(rows))
-        centers = torch.tensor([boxes[row] for row in rows])[:, None]
-        logits[rows] = model.decode_masks(features.select(torch.tensor(rows)), *text, boxes=centers)[0]
+        logits[rows] = model.decode_masks(features.select(torch.tensor(rows)), *text, boxes=boxes)[0]
     return logits
 
 
