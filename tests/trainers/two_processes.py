@@ -25,7 +25,7 @@ from conceptseg_hf import (
 )
 from conceptseg_hf.data import load_benchmark
 
-GROUP, STEPS = 4, 3
+GROUP, STEPS = 4, 3  # GROUP is num_generations of `group_settings.GROUP_SETTINGS`
 
 
 def skip_compilation() -> None:
@@ -94,8 +94,6 @@ COPRS_TEXTS = (
 
 def make_coprs_trainer(kind: str, folder: Path, **settings):
     from conceptseg_trainers import CoPRSTrainer, CoPRSTrainerConfig, split_reference_dataset
-
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     from random_coprs import build_random_coprs
 
     class Scripted(CoPRSTrainer):
@@ -140,22 +138,16 @@ MAKERS = {"coprs": make_coprs_trainer, "conceptseg": make_trainer}
 
 def arguments(kind: str, max_completion_length: int, settings: dict) -> dict:
     """Return the arguments of a run; `settings` take precedence."""
+    from group_settings import GROUP_SETTINGS
+
     return {
-        "per_device_train_batch_size": GROUP,
-        "num_generations": GROUP,
+        **GROUP_SETTINGS,
         "gradient_accumulation_steps": 1,
         "max_completion_length": max_completion_length,
         "max_steps": STEPS,
-        "logging_steps": 1,
         "save_strategy": "steps",
         "save_steps": 2,
         "learning_rate": 1e-4,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "log_examples": 0,
         "deepspeed": deepspeed_config(int(kind[-1])) if kind.startswith("zero") else None,
         **settings,
     }
@@ -240,6 +232,7 @@ def write(figures: dict, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     kind, folder = sys.argv[1], Path(sys.argv[2])
     if kind.startswith("zero"):
         skip_compilation()

@@ -244,11 +244,10 @@ class ReferringVlmData(ShapesVlmData):
         return 0.6 if progress < 0.85 else 0.3
 
     def _perception(self, progress: float, number: int) -> TrainingExample:
+        if self.tasks.family(_FIRST_TASK + number) not in self.random_choice_families:
+            return super()._perception(1.0, number)
         rng = np.random.default_rng([31, self.seed, number])
-        task = self.tasks.task(_FIRST_TASK + number)
-        if self.tasks.family(_FIRST_TASK + number) in self.random_choice_families:
-            return self.writer.referring(rng, task)
-        return super()._perception(1.0, number)
+        return self.writer.referring(rng, self.tasks.task(_FIRST_TASK + number))
 
 
 def _evaluate_samples(

@@ -56,14 +56,9 @@ def comparison_table(
         compared: Measures whose differences are shown.
     """
     title = titles[baseline]
-    lines = [
-        "| "
-        + " | ".join(
-            ["arm", "seeds", *measures, *(f"{name.replace('_iou', ' IoU')} - {title}" for name in compared)]
-        )
-        + " |",
-        "|---" * (len(measures) + len(compared) + 2) + "|",
-    ]
+    heading = ["arm", "seeds", *measures]
+    heading += [f"{name.replace('_iou', ' IoU')} - {title}" for name in compared]
+    rows = []
     reference = {name: mean_over_seeds([run[source][name] for run in results[baseline]]) for name in measures}
     for arm, runs in results.items():
         values = {name: mean_over_seeds([run[source][name] for run in runs]) for name in measures}
@@ -73,8 +68,8 @@ def comparison_table(
                 None if arm == baseline else paired(values[name], reference[name], f"{arm}/{source}/{name}")
             )
             cells.append("-" if interval is None else format_interval(interval))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return _table(heading, rows)
 
 
 def pairs_table(
@@ -91,7 +86,7 @@ def pairs_table(
         titles: The arms' titles.
         source: Evaluation set and decoding, a key of the results.
     """
-    lines = [f"| difference | {' | '.join(MEASURES)} |", "|---" * (len(MEASURES) + 1) + "|"]
+    rows = []
     for arm, baseline in pairs:
         if not (results.get(arm) and results.get(baseline)):
             continue
@@ -102,8 +97,8 @@ def pairs_table(
             )
             interval = paired(values, reference, f"{arm}/{baseline}/{source}/{name}")
             cells.append("-" if interval is None else format_interval(interval))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return _table(["difference", *MEASURES], rows)
 
 
 def families_table(
@@ -125,24 +120,21 @@ def families_table(
         measure: The measure to show.
     """
     values = {arm: mean_over_seeds([run[source][measure] for run in runs]) for arm, runs in results.items()}
-    lines = [
-        f"| family | n | {' | '.join(titles[arm] for arm in values)} |",
-        "|---" * (len(values) + 2) + "|",
-    ]
+    rows = []
     for family in sorted(set(families)):
-        rows = [i for i, name in enumerate(families) if name == family]
-        reference = [values[baseline][i] for i in rows]
-        cells = [family, str(len(rows))]
+        indices = [i for i, name in enumerate(families) if name == family]
+        reference = [values[baseline][i] for i in indices]
+        cells = [family, str(len(indices))]
         for arm, arm_values in values.items():
-            selected = [arm_values[i] for i in rows]
+            selected = [arm_values[i] for i in indices]
             interval = (
                 None if arm == baseline else paired(selected, reference, f"{arm}/{source}/{measure}/{family}")
             )
             cells.append(
                 format_mean(selected) + ("" if interval is None else f", {format_interval(interval)}")
             )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return _table(["family", "n", *(titles[arm] for arm in values)], rows)
 
 
 def runs_table(
@@ -161,10 +153,9 @@ def runs_table(
         titles: The arms' titles.
         source: Evaluation set and decoding, a key of the results.
     """
-    lines = [
-        f"| arm | seed | mask IoU - {titles[baseline]} | CPU minutes | entropy of tokens, first and last step |",
-        "|---" * 5 + "|",
-    ]
+    heading = ["arm", "seed", f"mask IoU - {titles[baseline]}", "CPU minutes"]
+    heading.append("entropy of tokens, first and last step")
+    rows = []
     reference = results[baseline][0][source]["mask_iou"]
     for arm, arm_logs in logs.items():
         for run, log in zip(results[arm], arm_logs, strict=True):
@@ -177,8 +168,14 @@ def runs_table(
                 f"{log['cpu_seconds'] / 60:.1f}",
                 f"{entropies[0]:.2f}, {entropies[-1]:.2f}" if entropies else "-",
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return _table(heading, rows)
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table; its columns are not aligned, since intervals would make them wide."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (heading, *rows)]
+    return "\n".join([lines[0], "|---" * len(heading) + "|", *lines[1:]])
 
 
 def format_interval(interval: Interval) -> str:
