@@ -32,6 +32,7 @@ from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.induction import induce
 from conceptseg_hf.inputs import PreparedSample
+from conceptseg_hf.sam_prompt import decode, encode_text
 from conceptseg_hf.vlm_families import get_family
 
 GREEDY = {"max_new_tokens": 64}
@@ -85,20 +86,21 @@ class Bench:
     @torch.no_grad()
     def released(self, sample: PreparedSample) -> None:
         """One image in the scheme of the released code."""
-        self.segment([sample], router="sam_only")
+        self.bare(sample, geometry=True)
         model, processor = self.model, self.processor
         family = get_family(model.vlm.config)
         batch = processor.collate([sample])
         length = batch["input_ids"].shape[1]
         ids = model.vlm.generate(**batch, **GREEDY, do_sample=False)[0, length:]
         family.reset(model.vlm)
-        text = processor.tokenizer.decode(ids, skip_special_tokens=True)
-        forced = processor.collate([sample], [text])
+        completion = processor.tokenizer.decode(ids, skip_special_tokens=True)
+        forced = processor.collate([sample], [completion])
         states = family.last_hidden_states(model.vlm, family.model_inputs(forced))
         concepts = model.translate_completion(states, forced["completion_mask"])
         answer = processor.decode_completion(ids, sample).answer or sample.prompt
         features = model.encode_image(sample.sam_pixel_values[None])
-        logits, _ = model.decode_masks(features, *processor.sam_text([answer]), concepts)
+        text = encode_text(model.sam, *processor.sam_text([answer]))
+        logits = decode(model.sam, features, *text, concepts).semantic_seg
         processor.post_process_mask(logits[0, 0], sample.coordinates)
 
 

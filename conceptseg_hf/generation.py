@@ -121,7 +121,12 @@ def generate_with_states(
             # Overrides the end-of-sequence criterion of `generate` and never stops a row.
             never = EosTokenCriteria(torch.tensor([_NO_TOKEN], device=inputs["input_ids"].device))
             criteria += [delayed_eos, never]
-        handles = [vlm.get_output_embeddings().register_forward_pre_hook(recorder.record)]
+        head = vlm.get_output_embeddings()
+        handles = [
+            head.register_forward_pre_hook(recorder.record),
+            head.register_forward_hook(_TokenSuppressor(config.suppress_tokens).suppress),
+        ]
+        config.suppress_tokens = None
         if recorder.num_given:
             handles.append(vlm.base_model.register_forward_hook(recorder.record_prompt))
         try:
@@ -382,6 +387,21 @@ class _TokenReporter(StoppingCriteria):
         within_limit = _within(self._limits, *token_ids.shape).to(token_ids.device)
         self._on_tokens(token_ids, _before_end(token_ids, self._eos_token_id) & within_limit)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _TokenSuppressor:
+    """Set the logits of tokens to minus infinity with a hook on the language-model head.
+
+    The processor that `generate` adds for `suppress_tokens` searches the whole vocabulary in each step.
+    """
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self._token_ids = torch.tensor(token_ids)
+
+    def suppress(self, head: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+        """Forward hook of the language-model head."""
+        self._token_ids = self._token_ids.to(logits.device)
+        logits.index_fill_(-1, self._token_ids, -torch.inf)
 
 
 class StateRecorder(StoppingCriteria):

@@ -26,6 +26,7 @@ from .inference import Segmenter, SegmentSettings, evaluating
 from .inputs import ConceptSegInputs, PreparedSample
 from .losses import segmentation_loss
 from .outputs import ConceptSegmentation, ConceptSegOutput, SegmentationOutputs
+from .phrase_embeddings import PhraseEmbeddings
 from .processing_conceptseg import ConceptSegProcessor
 from .router import ShortcutRouter
 from .sam_prompt import ImageFeatures
@@ -69,6 +70,7 @@ class ConceptSegForSegmentation(
         with local_torch_dtype(torch.float32):
             self.ctm = ConceptTranslationModule(config.ctm_config)
         self.sam = Sam3Model._from_config(config.sam_config, dtype=torch.float32)
+        self._phrase_embeddings = PhraseEmbeddings()
         self.post_init()
         self._freeze_sam()
 
@@ -169,19 +171,17 @@ class ConceptSegForSegmentation(
             (B, 1, h, w) mask logits and (B, 1) presence logits.
         """
         text_embeds = text_mask = None
-        device = features.device
         with self._without_autocast():
             if sam_input_ids is not None and sam_attention_mask is not None:
-                with torch.no_grad():
-                    text_embeds, text_mask = sam_adapter.encode_text(
-                        self.sam, sam_input_ids.to(device), sam_attention_mask.to(device)
-                    )
+                text_embeds, text_mask = self._phrase_embeddings.encode(
+                    self.sam, sam_input_ids, sam_attention_mask, features.device
+                )
             if concept_embeds is not None:
-                concept_embeds = concept_embeds.to(device, self.sam.dtype)
+                concept_embeds = concept_embeds.to(features.device, self.sam.dtype)
                 if not self.config.sam_geometry_cls_with_concepts:
                     features = ImageFeatures(features.vision, geometry_cls=None)
             if boxes is not None:
-                boxes = boxes.to(device, self.sam.dtype)
+                boxes = boxes.to(features.device, self.sam.dtype)
             output = sam_adapter.decode(self.sam, features, text_embeds, text_mask, concept_embeds, boxes)
         masks, presence = output.semantic_seg, output.presence_logits
         assert masks is not None and presence is not None  # SAM 3 always returns both
