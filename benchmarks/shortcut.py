@@ -8,6 +8,7 @@
 - references: 16 images with the same references, in batches of 8, with and without sharing.
 - one image: `segment` with SAM 3's first pass and reasoning, against the scheme of the released code: SAM 3 for the
   router, `generate`, a second full forward pass for the hidden states, and SAM 3 again.
+- generation: completions with their hidden states, against `generate` of Transformers with the same settings.
 - tiers: many images with the same four references, from `PIL.Image` to mask. The scheme of the released code for each
   image, against an induced concept ("concept"), a given rule ("rule") and full reasoning in batches of 8.
 - wasted tokens: the fraction of the decoded tokens that belong to rows which had already ended.
@@ -116,6 +117,7 @@ def main() -> None:
     measure_shortcut(Bench(PATCHES[1]), max(3, arguments.repeats // 5), "72 x 72 patches")
     measure_references(bench, arguments.repeats)
     measure_one_image(bench, arguments.repeats)
+    measure_generation(bench, arguments.repeats)
     measure_tiers(bench, arguments.images)
     measure_waste(bench, arguments.images)
 
@@ -173,6 +175,22 @@ def measure_one_image(bench: Bench, repeats: int) -> None:
 
     ratio = ratios([each(one, bench.prepared[:4]), each(bench.released, bench.prepared[:4])], repeats)[0]
     print(f"one image, segment / scheme of the released code: {ratio:.2f}")
+
+
+def measure_generation(bench: Bench, repeats: int) -> None:
+    """Compare the generation of completions with that of Transformers."""
+    vlm, processor = bench.model.vlm, bench.processor
+
+    def with_states(sample: PreparedSample) -> None:
+        generate_with_states(vlm, processor.collate([sample]), GREEDY)
+
+    @torch.no_grad()
+    def plain(sample: PreparedSample) -> None:
+        vlm.generate(**processor.collate([sample]), **GREEDY, do_sample=False)
+        get_family(vlm.config).reset(vlm)
+
+    ratio = ratios([each(with_states, bench.prepared[:4]), each(plain, bench.prepared[:4])], repeats)[0]
+    print(f"one completion with hidden states / `generate`: {ratio:.2f}")
 
 
 def measure_tiers(bench: Bench, num_images: int) -> None:
