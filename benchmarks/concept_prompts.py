@@ -2,18 +2,21 @@
 
     python benchmarks/concept_prompts.py                    # 24 concepts, 14 images each, two inductions
     python benchmarks/concept_prompts.py --development      # 25 other concepts, for choosing settings
+    python benchmarks/concept_prompts.py --photos ../shared/data/photos
 
 Concepts: the six CD families of ConceptShapes, and 18 attribute rules of its hidden-rule grammar (color, shape, texture
 and pairs of these). The references of a concept are drawn from the split "val", its images from the split "test"; the
 scenes of a rule are drawn with separate seeds. All arms segment the same images. Differences are paired
 by image, after the mean over inductions. The development concepts have other rules, seeds and samples, and their images
-of the CD families are from the split "val", too.
+of the CD families are from the split "val", too. With `--photos`, the concepts are the classes of CI and CD of the
+benchmark "photos" that have enough samples; references are drawn from its split "train", images from "test".
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +32,7 @@ from conceptseg_hf import (
     Reference,
     nano_checkpoint,
 )
-from conceptseg_hf.data import ConceptShapes
+from conceptseg_hf.data import ConceptShapes, load_benchmark
 from conceptseg_hf.data.concept_shapes.families.hidden_rule import PROMPT, Rule, rule_scene
 from conceptseg_hf.data.concept_shapes.rendering import COLORS, SHAPES, TEXTURES
 from conceptseg_hf.data.concept_shapes.scenes import HELD_OUT_PAIRS
@@ -140,6 +143,29 @@ def load_concepts(images: int, shown: int, development: bool) -> list[Concept]:
     return concepts
 
 
+def photo_concepts(root: str, images: int, shown: int) -> list[Concept]:
+    """The classes of CI and CD of the benchmark "photos" that have enough samples, which are drawn at random."""
+    examples: dict[str, dict[str, list[Example]]] = defaultdict(dict)
+    prompts = {}
+    for split, count in (("train", shown), ("test", images)):
+        samples = load_benchmark("photos", root, split)
+        rows = defaultdict(list)
+        for row, item in enumerate(samples.items):
+            if item.level != "CR":
+                rows[item.concept].append(row)
+                prompts[item.concept] = item.prompt
+        for concept, found in rows.items():
+            drawn = np.random.default_rng(0).permutation(found)[:count].tolist()
+            if len(drawn) == count:
+                chosen = [samples[row] for row in drawn]
+                examples[concept][split] = [(each.image, np.asarray(each.mask) > 0) for each in chosen]
+    return [
+        Concept(name, prompts[name], found["train"], found["test"])
+        for name, found in sorted(examples.items())
+        if len(found) == 2
+    ]
+
+
 def run_arms(
     model: ConceptSegForSegmentation,
     processor: ConceptSegProcessor,
@@ -239,15 +265,18 @@ def main() -> None:
     parser.add_argument("--inductions", type=int, default=2)
     parser.add_argument("--concepts", type=int, help="only the first N concepts")
     parser.add_argument("--development", action="store_true", help="other concepts, for choosing settings")
+    parser.add_argument("--photos", metavar="ROOT", help="folder of the benchmark photos, for its concepts")
     parser.add_argument("--unrefined", action="store_true", help="without the arms with refined tokens")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = ConceptSegForSegmentation.from_pretrained(arguments.model)
     processor = ConceptSegProcessor.from_pretrained(arguments.model)
     arms = [arm for arm in ARMS if not (arguments.unrefined and arm in (CONCEPT_REFINED, ROUTER_REFINED))]
-    concepts = load_concepts(
-        arguments.images, arguments.references * arguments.inductions, arguments.development
-    )
+    shown = arguments.references * arguments.inductions
+    if arguments.photos:
+        concepts = photo_concepts(arguments.photos, arguments.images, shown)
+    else:
+        concepts = load_concepts(arguments.images, shown, arguments.development)
     results: dict[str, list[dict[str, Run]]] = {}
     for concept in concepts[: arguments.concepts]:
         for induction in range(arguments.inductions):

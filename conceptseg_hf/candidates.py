@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,10 +17,13 @@ from .images import ImageInput, load_image, load_mask
 from .modeling_conceptseg import ConceptSegForSegmentation
 from .postprocessing import post_process_mask
 from .processing_conceptseg import ConceptSegProcessor
-from .references import Reference, resolve_references
+from .references import Reference, read_references
 from .sam_prompt import ImageFeatures
 
+T = TypeVar("T")
+
 _MAX_PHRASES = 3  # phrases that are kept together
+_BATCH = 16  # images that are encoded or decoded together
 _TIE = 0.02  # scores on few references that differ less than this do not rank candidates
 
 
@@ -97,20 +101,21 @@ def encode_examples(
     """
     if not references:
         raise ValueError("induce: there are no references; give at least one with a mask or a box.")
-    resolved = resolve_references(references)
+    read = read_references(references)
     masks = []
-    for number, (reference, image, boxes) in enumerate(
-        zip(references, resolved.images, resolved.all_boxes, strict=True)
-    ):
+    for number, (reference, (image, boxes)) in enumerate(zip(references, read, strict=True)):
         if not boxes:
             raise ValueError(
                 f"induce: reference {number} has neither a mask nor a box; mark the concept in it."
             )
         masks.append(_mask_of(reference, image.size, boxes))
-    images = [*resolved.images, *map(load_image, negatives)]
+    images = [*(image for image, _ in read), *map(load_image, negatives)]
     device = execution_device(model.sam)
-    pixels = torch.stack([processor.sam_pixels(image) for image in images]).to(device)
-    return Examples(model.encode_image(pixels), tuple(masks))
+    parts = [
+        model.encode_image(torch.stack([processor.sam_pixels(image) for image in part]).to(device))
+        for part in _batches(images)
+    ]
+    return Examples(parts[0] if len(parts) == 1 else ImageFeatures.concatenate(parts), tuple(masks))
 
 
 def _mask_of(reference: Reference, size: tuple[int, int], boxes: Sequence[Sequence[float]]) -> np.ndarray:
@@ -130,15 +135,20 @@ def decode_candidate(
     examples: Examples,
 ) -> Scored:
     """Decode a candidate on all references and negatives."""
-    count = len(examples.features)
-    ids = mask = tokens = None
-    if candidate.phrase is not None:
-        ids, mask = processor.sam_text([candidate.phrase] * count)
-    if candidate.tokens is not None:
-        tokens = candidate.tokens[None].expand(count, -1, -1)
-    logits, presence = model.decode_masks(examples.features, ids, mask, tokens)
+    logits: list[Tensor] = []
+    presences: list[float] = []
+    for rows in _batches(range(len(examples.features))):
+        ids = mask = tokens = None
+        if candidate.phrase is not None:
+            ids, mask = processor.sam_text([candidate.phrase] * len(rows))
+        if candidate.tokens is not None:
+            tokens = candidate.tokens[None].expand(len(rows), -1, -1)
+        features = examples.features.select(torch.tensor(list(rows)))
+        batch_logits, presence = model.decode_masks(features, ids, mask, tokens)
+        logits += [row[0] for row in batch_logits]
+        presences += presence.float().sigmoid()[:, 0].tolist()
     predictions = [
-        np.asarray(post_process_mask(row[0], target.shape[::-1], processor.mask_resampling)[0]) > 0
+        np.asarray(post_process_mask(row, target.shape[::-1], processor.mask_resampling)[0]) > 0
         for row, target in zip(logits, examples.masks)
     ]
     ious = tuple(
@@ -146,7 +156,12 @@ def decode_candidate(
         for prediction, target in zip(predictions, examples.masks, strict=True)
     )
     counted = tuple(candidate.is_independent_of(i) for i in range(len(examples)))
-    return Scored(candidate, ious, tuple(presence.float().sigmoid()[:, 0].tolist()), counted)
+    return Scored(candidate, ious, tuple(presences), counted)
+
+
+def _batches(items: Sequence[T]) -> list[Sequence[T]]:
+    """Divide items into batches that SAM 3 processes together."""
+    return [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
 
 
 def combine(scored: Sequence[Scored]) -> Scored:

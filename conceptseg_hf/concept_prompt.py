@@ -38,6 +38,9 @@ MISSED_IOU, MISSED_SHARE = 0.2, 0.25
 RULE_GAIN = 0.1
 """The router applies a rule whose score is this much above that of reasoning, as it is the best of several rules."""
 
+NUM_EXAMPLES = 4
+"""Number of references that the VLM is shown: those of a mosaic of 2 x 2 images."""
+
 _MAX_HEADER = 1_000_000  # bytes; a concept's header contains a few kilobytes of text
 _MAX_FILE = 16_000_000  # bytes; a concept has at most a few tokens
 _MAX_TEXT = 10_000  # characters of a prompt, phrase or rule
@@ -138,8 +141,19 @@ class ConceptPrompt:
         values = self.scores[0].per_reference
         return min(range(len(values)), key=values.__getitem__) if values else None
 
+    def useful_references(self, count: int = NUM_EXAMPLES) -> tuple[int, ...]:
+        """Return the indices of the references that the concept explains best, to be shown to the VLM as examples.
+
+        Ambiguous or wrongly marked references misguide the reasoning (paper, appendix L).
+
+        Args:
+            count: Maximum number of references; the paper shows four.
+        """
+        ious = self.scores[0].per_reference if self.scores else ()
+        return best_indices(ious, count)
+
     def summary(self, reference_names: Sequence[str] | None = None) -> str:
-        """Return one or two sentences about how well the concept is verified.
+        """Return one to three sentences: how well the concept is verified, and the most useful of many references.
 
         Args:
             reference_names: Names of the references; their indices by default.
@@ -148,12 +162,17 @@ class ConceptPrompt:
         if self.score is None:
             return f"{names} has not been verified; call `verify` with references."
         text = f"{names} explains the references with a mean IoU of {self.score:.2f}."
+        ious = self.scores[0].per_reference if self.scores else ()
+        all_names = [*map(str, range(len(ious)))] if reference_names is None else reference_names
+        useful = ""
+        if len(ious) > NUM_EXAMPLES:
+            *first, last = (all_names[i] for i in self.useful_references())
+            useful = f" To reason with, references {', '.join(first)} and {last} are the most useful."
         if self.is_reliable or self.worst_reference is None:
-            return text
-        worst = self.scores[0].per_reference[self.worst_reference]
-        name = self.worst_reference if reference_names is None else reference_names[self.worst_reference]
-        if missed := _num_missed(self.scores[0].per_reference):
-            fault = f"It misses {missed} of {len(self.scores[0].per_reference)} references"
+            return text + useful
+        worst, name = ious[self.worst_reference], all_names[self.worst_reference]
+        if missed := _num_missed(ious):
+            fault = f"It misses {missed} of {len(ious)} references"
         else:
             fault = (
                 f"This is not reliably as good as reasoning ({self.required_score:.2f} required, with caution "
@@ -162,7 +181,7 @@ class ConceptPrompt:
         return (
             f"{text} {fault}, so the adaptive router uses "
             f"{'the rule' if self.rule_is_reliable else 'full reasoning'}; reference {name} fits worst "
-            f"({worst:.2f})."
+            f"({worst:.2f}).{useful}"
         )
 
     def with_phrase(self, *phrases: str) -> ConceptPrompt:
@@ -272,6 +291,11 @@ class ConceptPrompt:
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}".rstrip(".")
             raise ValueError(f"concept {name!r} is damaged ({reason}); induce it again.") from error
+
+
+def best_indices(values: Sequence[float], count: int = NUM_EXAMPLES) -> tuple[int, ...]:
+    """Return the indices of the highest values in ascending order."""
+    return tuple(sorted(sorted(range(len(values)), key=lambda i: -values[i])[:count]))
 
 
 def as_concept(concept: ConceptPrompt | str | os.PathLike) -> ConceptPrompt:

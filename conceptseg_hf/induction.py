@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +21,13 @@ from .candidates import (
     score_table,
     select_candidate,
 )
-from .concept_prompt import ConceptPrompt, concept_hash
+from .concept_prompt import NUM_EXAMPLES, ConceptPrompt, best_indices, concept_hash
 from .devices import execution_device, loaded
 from .images import ImageInput
 from .inputs import PreparedSample
 from .losses import segmentation_loss
 from .modeling_conceptseg import ConceptSegForSegmentation, evaluating
+from .outputs import ConceptSegmentation
 from .phrases import Written, candidate_phrases
 from .processing_conceptseg import ConceptSegProcessor
 from .progress import ProgressCalls, ProgressFunction, progress_bar
@@ -54,18 +55,18 @@ def induce(
 ) -> ConceptPrompt:
     """Induce a concept from references with masks or boxes, to be applied to other images by SAM 3 alone.
 
-    The VLM completes the prompt for each reference as the target, with the other references as examples, and again with
-    all references as examples, as for other images. Its answers and their words, the noun phrases of its rules, and the
-    user's prompt are candidate phrases. SAM 3 decodes every candidate on all references; the candidate with the highest
-    mean IoU is selected, or the simplest one of those that are about as good. A phrase that comes from a single
-    reference is scored on the others. The rules that the VLM wrote, and the selected phrase, are verified
-    by completions that start with them.
+    The VLM completes the prompt for each reference as the target, with other references as examples, and again with the
+    examples that it is shown for other images: all references, or the four that a first round explains best. Its
+    answers and their words, the noun phrases of its rules, and the user's prompt are candidate phrases. SAM 3 decodes
+    every candidate on all references; the candidate with the highest mean IoU is selected, or the simplest one of those
+    that are about as good. A phrase that comes from a single reference is scored on the others. The rules that the VLM
+    wrote, and the selected phrase, are verified by completions that start with them.
 
     Args:
         model: The model.
         processor: Its processor.
         prompt: The user's prompt.
-        references: References, each with a mask or boxes.
+        references: Any number of references, each with a mask or boxes.
         negatives: Images without the concept, which are used for the threshold.
         num_samples: Completions per reference with the others as examples: one greedy, the others sampled.
         refine: Also tune a few tokens in SAM 3's prompt space on the masks, with SAM 3 frozen. They are a candidate
@@ -89,15 +90,23 @@ def induce(
     with evaluating(model), loaded(model):
         examples = encode_examples(model, processor, references, negatives)
         samples = leave_one_out(processor, prompt, references)
-        shown = with_all_references(processor, prompt, references)
-        written, reasoning_ious = _complete(
-            model, processor, samples, shown, examples.masks, num_samples, seed, progress
-        )
+        num_shown = min(len(references), NUM_EXAMPLES)
+        total = len(samples) * num_samples + (num_shown if len(references) > 1 else 0)
+        bar = _bar(progress, total, "completions", "induce")
+        written, greedy = _complete(model, processor, samples, num_samples, seed, bar)
+        reasoning_ious = mask_ious(greedy, examples.masks)
+        shown: Sequence[int] = range(num_shown)
+        if len(references) > num_shown:
+            best, _ = select_candidate(_score(model, processor, candidate_phrases(prompt, written), examples))
+            shown = best_indices(best.ious, num_shown)
+        as_applied = with_all_references(processor, prompt, [references[i] for i in shown])
+        # The masks of these completions do not count, since the references mark their own targets.
+        completed, _ = _complete(model, processor, as_applied, 1, seed, bar)
+        written += [each._replace(reference=shown[each.reference]) for each in completed]
+        if bar is not None:
+            bar.close()
         phrases_by_source = candidate_phrases(prompt, written)
-        scored = [
-            decode_candidate(model, processor, Candidate(phrase, phrase, sources=sources), examples)
-            for phrase, sources in phrases_by_source.items()
-        ]
+        scored = _score(model, processor, phrases_by_source, examples)
         if refine and len(examples) > 1:
             best = max(scored, key=lambda each: each.score)
             scored.append(
@@ -192,52 +201,58 @@ def _bar(progress: bool | ProgressFunction, total: int, unit: str, desc: str) ->
     return progress_bar(total, unit, desc) if progress else None
 
 
+def _score(
+    model: ConceptSegForSegmentation,
+    processor: ConceptSegProcessor,
+    phrases: Mapping[str, frozenset[int] | None],
+    examples: Examples,
+) -> list[Scored]:
+    """Decode phrases, given with the references that they come from, on all references."""
+    return [
+        decode_candidate(model, processor, Candidate(phrase, phrase, sources=sources), examples)
+        for phrase, sources in phrases.items()
+    ]
+
+
 def _complete(
     model: ConceptSegForSegmentation,
     processor: ConceptSegProcessor,
     samples: Sequence[PreparedSample],
-    shown: Sequence[PreparedSample],
-    masks: Sequence[np.ndarray],
     num_samples: int,
     seed: int,
-    progress: bool | ProgressFunction,
-) -> tuple[list[Written], tuple[float, ...]]:
-    """Complete the prompt for each reference as the target.
+    bar: Any,
+) -> tuple[list[Written], list[ConceptSegmentation]]:
+    """Complete the prompt for each sample.
 
     Args:
         model: The model.
         processor: Its processor.
-        samples: The result of `leave_one_out`.
-        shown: The result of `with_all_references`. Their masks do not count, since they mark their own target.
-        masks: (H, W) bool ground-truth mask of each reference.
-        num_samples: Completions for each of `samples`.
+        samples: Samples with references as targets.
+        num_samples: Completions per sample: one greedy, the others sampled.
         seed: Random seed of sampling.
-        progress: See `induce`.
+        bar: Progress bar that counts completions, or None.
 
     Returns:
-        Answers and rules, and the IoU of the mask of each greedy completion of `samples`.
+        Answers and rules with the number of their sample, and the results of the greedy completions.
     """
     written: list[Written] = []
     greedy = []
-    bar = _bar(progress, len(samples) * num_samples + len(shown), "completions", "induce")
-    tasks = [(number, sample, i) for number, sample in enumerate(samples) for i in range(num_samples)]
-    for number, sample, repetition in [*tasks, *((number, sample, 0) for number, sample in enumerate(shown))]:
-        if repetition:
-            torch.manual_seed(seed * 1_000_003 + number * num_samples + repetition)
-        (result,) = model.segment(
-            [sample],
-            router="full_reasoning",
-            generation_config=_SAMPLING if repetition else None,
-            processor=processor,
-        )
-        written.append(Written(number, result.answer, result.rule))
-        if not repetition:
-            greedy.append(result)
-        if bar is not None:
-            bar.update()
-    if bar is not None:
-        bar.close()
-    return written, mask_ious(greedy[: len(samples)], masks)
+    for number, sample in enumerate(samples):
+        for repetition in range(num_samples):
+            if repetition:
+                torch.manual_seed(seed * 1_000_003 + number * num_samples + repetition)
+            (result,) = model.segment(
+                [sample],
+                router="full_reasoning",
+                generation_config=_SAMPLING if repetition else None,
+                processor=processor,
+            )
+            written.append(Written(number, result.answer, result.rule))
+            if not repetition:
+                greedy.append(result)
+            if bar is not None:
+                bar.update()
+    return written, greedy
 
 
 def _refine(

@@ -93,24 +93,13 @@ def resolve_references(
         ValueError: If a reference is invalid (the message contains its index), or there are more than nine references,
             more than one proxy, or a proxy without other references.
     """
-    items = as_list(references)
-    if items is None:
-        raise ValueError(f"references is a {type(references).__name__}; pass a list of Reference objects.")
-    if not items:
+    parsed = _as_references(references)
+    if not parsed:
         return ResolvedReferences((), (), None)
     # Raises an error for too many references before any of them is read.
-    layout = make_layout(len(items), canvas_size or len(items), settings)
+    layout = make_layout(len(parsed), canvas_size or len(parsed), settings)
     from_cells = settings is not None and settings.boxes_from == "cell"
-    parsed = [_as_reference(item, index) for index, item in enumerate(items)]
-    loaded = []
-    for index, reference in enumerate(parsed):
-        try:
-            loaded.append(_read(reference, from_cells))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"reference {index}: {error}") from error
-        except ValueError as error:
-            raise ValueError(f"reference {index}: {error}") from error
-    images, boxes, masks = zip(*loaded, strict=True)
+    images, boxes, masks = zip(*_read_all(parsed, from_cells), strict=True)
     # A reference that is not shown cannot be the proxy query.
     shown = [enclosing_box(all_boxes) if index in layout else None for index, all_boxes in enumerate(boxes)]
     proxy = find_proxy([reference.role for reference in parsed], shown)
@@ -124,6 +113,21 @@ def resolve_references(
     return ResolvedReferences(images, tuple(map(enclosing_box, boxes)), proxy, boxes)
 
 
+def read_references(
+    references: Sequence[Reference | Mapping[str, Any]],
+) -> list[tuple[Image.Image, tuple[Box, ...]]]:
+    """Read any number of references.
+
+    Returns:
+        For each reference its RGB image after EXIF rotation, and its boxes in pixels of the image.
+
+    Raises:
+        FileNotFoundError: If an image or mask does not exist.
+        ValueError: If a reference is invalid (the message contains its index).
+    """
+    return [(image, boxes) for image, boxes, _ in _read_all(_as_references(references))]
+
+
 def read_reference(reference: Reference) -> tuple[Image.Image, Box | None]:
     """Read a reference; return its RGB image after EXIF rotation and its box in pixels of the image, if any.
 
@@ -133,6 +137,28 @@ def read_reference(reference: Reference) -> tuple[Image.Image, Box | None]:
     """
     image, boxes, _ = _read(reference)
     return image, enclosing_box(boxes)
+
+
+def _as_references(references: Sequence[Reference | Mapping[str, Any]]) -> list[Reference]:
+    items = as_list(references)
+    if items is None:
+        raise ValueError(f"references is a {type(references).__name__}; pass a list of Reference objects.")
+    return [_as_reference(item, index) for index, item in enumerate(items)]
+
+
+def _read_all(
+    references: Sequence[Reference], with_mask: bool = False
+) -> list[tuple[Image.Image, tuple[Box, ...], Image.Image | None]]:
+    """Return the results of `_read`; errors contain the index of the reference."""
+    loaded = []
+    for index, reference in enumerate(references):
+        try:
+            loaded.append(_read(reference, with_mask))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"reference {index}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"reference {index}: {error}") from error
+    return loaded
 
 
 def _read(

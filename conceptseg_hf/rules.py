@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .boxes import foreground_iou
+from .concept_prompt import NUM_EXAMPLES
 from .inputs import PreparedSample
 from .modeling_conceptseg import ConceptSegForSegmentation
 from .outputs import ConceptSegmentation
@@ -15,18 +16,22 @@ from .phrases import Written
 from .processing_conceptseg import ConceptSegProcessor
 from .references import Reference
 
-_MAX_EXAMPLES = 4  # references beside the target in a completion
 _MAX_WRITTEN_RULES = 2
 
 
 def leave_one_out(
     processor: ConceptSegProcessor, prompt: str, references: Sequence[Reference]
 ) -> list[PreparedSample]:
-    """Return a sample for each reference as the target, with the other references as examples."""
+    """Return a sample for each reference as the target, with others as examples.
+
+    With more than five references, each target has the four that follow it, so that all references are examples.
+    """
+    count = len(references)
     samples = []
     for number, target in enumerate(references):
-        others = [reference for i, reference in enumerate(references) if i != number] or [target]
-        samples.append(processor.prepare(target.image, prompt, others[:_MAX_EXAMPLES]))
+        following = sorted((number + i) % count for i in range(1, min(count, NUM_EXAMPLES + 1)))
+        others = [references[i] for i in following] or [target]
+        samples.append(processor.prepare(target.image, prompt, others))
     return samples
 
 
@@ -35,13 +40,11 @@ def with_all_references(
 ) -> list[PreparedSample]:
     """Return a sample for each reference as the target, with all references as examples, as for other images.
 
-    Only the references that the VLM is shown are targets: for others, and for a single reference, the samples are those
-    of `leave_one_out`.
+    For a single reference, the sample would be that of `leave_one_out`, so there is none.
     """
-    shown = references[:_MAX_EXAMPLES]
     if len(references) < 2:
         return []
-    return [processor.prepare(target.image, prompt, shown) for target in shown]
+    return [processor.prepare(target.image, prompt, references) for target in references]
 
 
 def mask_ious(results: Sequence[ConceptSegmentation], masks: Sequence[np.ndarray]) -> tuple[float, ...]:

@@ -284,3 +284,16 @@ def test_pipeline_takes_a_concept_or_its_file(model, processor, picture, tmp_pat
     assert pipe(picture(0), prompt="star", concept=concept)["label"] == "star"
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
         pipe(picture(0), concept=tmp_path / "none.safetensors")
+
+
+def test_useful_references_of_many():
+    ious = (0.9, 0.1, 0.7, 0.8, 0.2, 0.8)
+    concept = make_concept(scores=(CandidateScore("star", 0.58, ious),), score=0.58)
+    assert concept.useful_references() == (0, 2, 3, 5) and concept.useful_references(2) == (0, 3)
+    assert concept.summary().endswith("To reason with, references 0, 2, 3 and 5 are the most useful.")
+    assert concept.summary([f"{name}.png" for name in "abcdef"]).endswith(
+        "references a.png, c.png, d.png and f.png are the most useful."
+    )
+    few = make_concept(scores=(CandidateScore("star", 0.58, ious[:4]),))
+    assert few.useful_references() == (0, 1, 2, 3) and "useful" not in few.summary()
+    assert make_concept(scores=()).useful_references() == ()

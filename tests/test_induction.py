@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conceptseg_hf import (
     ConceptPrompt,
@@ -16,8 +17,10 @@ from conceptseg_hf import (
     induce,
     nano_checkpoint,
 )
-from conceptseg_hf.data import load_benchmark
+from conceptseg_hf.boxes import foreground_iou
+from conceptseg_hf.data import ConceptShapes, load_benchmark
 from conceptseg_hf.induction import REFINED, verify
+from conceptseg_hf.rules import leave_one_out
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +171,46 @@ def test_refusals(nano, shadows):
         induce(model, processor, "shadow", [reference], num_samples=0)
     with pytest.raises(ValueError, match="prompt"):
         induce(model, processor, " ", [reference])
+
+
+def test_many_references_with_a_wrong_mark(nano):
+    """More references than a mosaic holds; the VLM is shown four that the concept explains."""
+    model, processor = nano
+    shapes = ConceptShapes("test")
+    *shown, target = (shapes[i] for i in range(13, 13 + 24 * 12, 24))
+    assert {sample.family for sample in shown} == {"shadow"}
+    references = [as_reference(sample) for sample in shown]
+    wrong = np.asarray(shown[1].mask)[::-1, ::-1]
+    references[1] = Reference(shown[1].image, mask=Image.fromarray(np.ascontiguousarray(wrong)))
+    calls = []
+    concept = induce(model, processor, "shadow", references, progress=lambda *call: calls.append(call))
+    assert calls[-1] == (11 + 4, 11 + 4, "completions")
+    assert len(concept.scores[0].per_reference) == len(concept.reasoning_ious) == 11
+    assert concept.worst_reference == 1 and concept.scores[0].per_reference[1] < 0.2 and concept.score > 0.6
+    useful = concept.useful_references()
+    assert len(useful) == 4 and 1 not in useful
+    inputs = processor([target.image], "shadow", [references[i] for i in useful])
+    [result] = model.segment(inputs, processor=processor, concept=concept, router="full_reasoning")
+    assert (
+        result.route == "reasoning" and foreground_iou(np.asarray(result.mask), np.asarray(target.mask)) > 0.7
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (1, [[0]]),
+        (3, [[1, 2], [0, 2], [0, 1]]),
+        (5, [[1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4], [0, 1, 2, 4], [0, 1, 2, 3]]),
+        (6, [[1, 2, 3, 4], [2, 3, 4, 5], [0, 3, 4, 5], [0, 1, 4, 5], [0, 1, 2, 5], [0, 1, 2, 3]]),
+    ],
+)
+def test_examples_of_each_target(count, expected):
+    class Prepared:
+        def prepare(self, image, prompt, references):
+            return image, [reference.image for reference in references]
+
+    references = [Reference(f"{number}.png") for number in range(count)]
+    assert leave_one_out(Prepared(), "star", references) == [
+        (f"{number}.png", [f"{other}.png" for other in others]) for number, others in enumerate(expected)
+    ]

@@ -184,3 +184,17 @@ def test_default_fields_are_valid(fo):
     names = {"Deep scratch": "deep_scratch", "3 dots": "concept_3_dots", "!?": "concept", "Größe": "größe"}
     assert {name: default_field(name) for name in names} == names
     assert default_name(" the \n scratch\x00 ") == "the scratch" and default_name("x" * 200) == "x" * 100
+
+
+def test_shown_references_are_the_most_useful_ones_that_are_present(fo, dataset):
+    dataset.add_samples([fo.Sample(filepath=f"{number}.png") for number in range(7)])
+    ids = dataset.values("id")[-7:]
+    scores = (CandidateScore("scratch", 0.5, (0.9, 0.1, 0.7, 0.8, 0.2, 0.8, 0.6)),)
+    concept = stored("scratch", concept=replace(CONCEPT, scores=scores), reference_ids=ids)
+    assert concept.shown_references(dataset) == [ids[i] for i in (0, 2, 3, 5)]
+    dataset.delete_samples([ids[0]])
+    assert concept.shown_references(dataset) == [ids[i] for i in (2, 3, 5, 6)]
+    edited = stored("scratch", concept=CONCEPT, reference_ids=ids)
+    assert edited.shown_references(dataset) == ids[1:5]
+    dataset.delete_samples(ids[2:5])
+    assert concept.shown_references(dataset) == [ids[i] for i in (1, 5, 6)]

@@ -19,7 +19,7 @@ from typing import Any
 import fiftyone as fo
 from bson import ObjectId
 
-from ...concept_prompt import ConceptPrompt
+from ...concept_prompt import NUM_EXAMPLES, ConceptPrompt, best_indices
 from .checkpoints import NANO, fault_of, fault_of_concept
 from .runs import catch_up, stored_settings
 from .schema import whole_dataset
@@ -54,6 +54,22 @@ class StoredConcept:
     def present_references(self, samples: fo.core.collections.SampleCollection) -> list[str]:
         """Return the ids of the references that are still in the dataset."""
         return _present(samples, self.reference_ids)
+
+    def shown_references(self, samples: fo.core.collections.SampleCollection) -> list[str]:
+        """Return the ids of the references that the VLM is shown: at most four, which the concept explains best.
+
+        References that are no longer in the dataset are left out.
+        """
+        present = self.present_references(samples)
+        if len(present) <= NUM_EXAMPLES:
+            return present
+        values = self.concept.scores[0].per_reference if self.concept.scores else ()
+        if len(values) != len(self.reference_ids):  # the concept was edited, or verified on other references
+            return present[:NUM_EXAMPLES]
+        rated = {
+            sample_id: value for sample_id, value in zip(self.reference_ids, values) if sample_id in present
+        }
+        return [list(rated)[i] for i in best_indices(list(rated.values()))]
 
     def present_negatives(self, samples: fo.core.collections.SampleCollection) -> list[str]:
         """Return the ids of the samples without the concept that are still in the dataset."""

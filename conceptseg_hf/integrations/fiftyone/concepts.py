@@ -13,7 +13,6 @@ from bson import ObjectId
 
 from ...images import load_image
 from ...induction import induce, verify
-from ...mosaic import MAX_REFERENCES
 from ...phrases import noun_phrases
 from ...pipelines import ConceptSegmentationPipeline
 from ...progress import ProgressFunction
@@ -41,7 +40,7 @@ class InductionJob:
 
     Attributes:
         prompt: The concept in words.
-        reference_ids: Ids of the samples that show the concept, with boxes or masks; at most nine.
+        reference_ids: Ids of the samples that show the concept, with boxes or masks.
         name: Name in the library; the prompt by default.
         reference_label_field: Field with the boxes or masks. `"auto"` selects the candidate field that marks the most
             references. All boxes of an image are used together; boxes with instance masks are used as masks.
@@ -250,7 +249,7 @@ def concept_job(samples: fo.core.collections.SampleCollection, name: str, **sett
     """Return the settings of a run that applies a concept of the library; see `loop.segment_collection`.
 
     SAM 3 applies the concept. Where the router reasons, it uses the references of the concept that are still in the
-    dataset; these samples are not segmented.
+    dataset, or the most useful ones if there are more than four; these samples are not segmented.
 
     Args:
         samples: Dataset or view.
@@ -265,7 +264,7 @@ def concept_job(samples: fo.core.collections.SampleCollection, name: str, **sett
     defaults = {
         "field": default_field(name),
         "prompt": stored.concept.prompt,
-        "reference_ids": stored.present_references(samples),
+        "reference_ids": stored.shown_references(samples),
         "reference_label_field": stored.reference_label_field,
         "boxes_together": True,
         "checkpoint": stored.checkpoint,
@@ -327,14 +326,12 @@ def marked_references(
         raise ValueError(
             "there are no references; select samples in which the concept is marked by masks or boxes."
         )
-    if len(ids) > MAX_REFERENCES:
-        raise ValueError(f"there are {len(ids)} references; use at most {MAX_REFERENCES}.")
     if label_field is None:
         raise ValueError(
             "the dataset has no field with masks or boxes; add one that marks the concept in the references."
         )
     selected = samples_by_id(samples, ids)
-    references = references_from(selected, label_field, boxes_together=True)
+    references = references_from(selected, label_field, boxes_together=True, limit=None)
     return [
         _with_instance_masks(reference, sample[label_field])
         for reference, sample in zip(references, selected, strict=True)

@@ -76,6 +76,7 @@ def references_from(
     unmarked: bool = False,
     label_ids: Collection[str] = (),
     boxes_together: bool = False,
+    limit: int | None = MAX_REFERENCES,
 ) -> list[Reference]:
     """Convert samples to references.
 
@@ -88,11 +89,12 @@ def references_from(
         unmarked: Use a sample without a box or mask in that field as an image without marks, instead of raising.
         label_ids: Ids of the `Detections` labels to use; all by default.
         boxes_together: Create one reference for a sample with several boxes, with all boxes drawn in its image.
+        limit: Maximum number of references, or None.
 
     Raises:
         ValueError: If a sample cannot be a reference: it has no box or mask in that field (unless `unmarked`), a box
             without extent or outside the image, a mask that is empty or has several classes or a different size, or a
-            file that cannot be read; or if there are more than nine references.
+            file that cannot be read; or if there are too many references.
     """
     references: list[Reference] = []
     role: Role = "auto" if proxy else "support"
@@ -109,10 +111,8 @@ def references_from(
                 "or remove the sample from the references."
             )
         references += sample_references
-        if len(references) > MAX_REFERENCES:
-            raise ValueError(
-                f"there are more than {MAX_REFERENCES} references; use at most {MAX_REFERENCES}."
-            )
+        if limit is not None and len(references) > limit:
+            raise ValueError(f"there are more than {limit} references; use at most {limit}.")
     return references
 
 

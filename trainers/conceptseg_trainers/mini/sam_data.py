@@ -86,21 +86,20 @@ class PhotosSamData:
 
     def dense_loss(self, heads: nn.Module, scenes: Sequence[Scene], levels: Sequence[Tensor]) -> Tensor:
         """Compute dice + focal of the maps of nouns known to be present or absent, averaged over the levels."""
-        rows, channels, masks = [], [], []
-        for row, scene in enumerate(scenes):
+        channels: list[list[int]] = []
+        masks: list[np.ndarray] = []
+        for scene in scenes:
             targets = {noun: mask for noun, mask in scene.masks().items() if noun in NOUNS}
             empty = np.zeros((SIDE, SIDE), dtype=bool)
             targets = dict(list(targets.items())[:_MAX_NOUNS]) | dict.fromkeys(scene.absent, empty)
-            for noun, mask in targets.items():
-                rows.append(row)
-                channels.append(CHANNELS[noun])
-                masks.append(mask)
+            channels.append([CHANNELS[noun] for noun in targets])
+            masks.extend(targets.values())
         device = levels[0].device
         ground_truth = torch.from_numpy(np.stack(masks)).to(device).float()
         present = ground_truth.flatten(1).any(1)
         losses = []
         for head, level in zip(cast(nn.ModuleList, heads), levels, strict=True):
-            logits = _noun_logits(cast(nn.Conv2d, head), level, rows, channels)
+            logits = _noun_logits(cast(nn.Conv2d, head), level, channels)
             soft_masks = nn.functional.adaptive_avg_pool2d(
                 ground_truth[:, None], (logits.shape[-2], logits.shape[-1])
             )[:, 0]
@@ -178,8 +177,8 @@ class PhotosSamData:
     def _dense_ious(self, stage: SamStage[Scene], scenes: list[Scene]) -> list[float]:
         levels = stage.sam.get_vision_features(pixel_values=stage.pixel_values(scenes)).fpn_hidden_states
         head = cast(nn.Conv2d, cast(nn.ModuleList, stage.module.dense)[0])
-        channels = [CHANNELS[scene.regions[0].nouns[0]] for scene in scenes]
-        logits = _noun_logits(head, levels[0], range(len(scenes)), channels)
+        channels = [[CHANNELS[scene.regions[0].nouns[0]]] for scene in scenes]
+        logits = _noun_logits(head, levels[0], channels)
         masks = logits_to_masks(logits[:, None], SIDE)
         return [foreground_iou(mask, _answer_mask(scene)) for mask, scene in zip(masks, scenes, strict=True)]
 
@@ -216,13 +215,16 @@ def _answer_mask(scene: Scene) -> np.ndarray:
     return scene.masks()[scene.regions[0].nouns[0]]
 
 
-def _noun_logits(head: nn.Conv2d, level: Tensor, rows: Sequence[int], channels: Sequence[int]) -> Tensor:
-    """Return the logits of one noun for each given row of a feature map, (N, h, w)."""
-    index = torch.tensor(list(channels), device=level.device)
-    weight, bias = head.weight[index, :, 0, 0], head.bias
+def _noun_logits(head: nn.Conv2d, level: Tensor, channels: Sequence[Sequence[int]]) -> Tensor:
+    """Return the logits of the given nouns of each feature map, (nouns of all maps, h, w)."""
+    weight, bias = head.weight[:, :, 0, 0], head.bias
     assert bias is not None
-    maps = torch.einsum("nchw,nc->nhw", level[torch.tensor(list(rows), device=level.device)], weight)
-    return maps.float() + bias[index, None, None]
+    # One product per image, since copies of the feature map for each of its nouns would be large.
+    maps = [
+        torch.einsum("nc,chw->nhw", weight[nouns], features)
+        for nouns, features in zip(channels, level, strict=True)
+    ]
+    return torch.cat(maps).float() + bias[[noun for nouns in channels for noun in nouns], None, None]
 
 
 def _segment(
