@@ -153,11 +153,12 @@ def test_table_of_families_compares_the_samples_of_each_family() -> None:
 
     results = {"start": [values(0.1, 0.2, 0.3)], "meta": [values(0.1, 0.6, 0.3), values(0.3, 0.6, 0.5)]}
     table = families_table(
-        results, "start", {"start": "start", "meta": "Meta"}, "set, greedy", ["b", "a", "b"]
+        results, "start", {"start": "start", "meta": "Meta"}, "set, greedy", ["b", "a", "b"], left_out="b"
     ).splitlines()
     assert table[0] == "| family | n | start | Meta |"
     assert table[2] == "| a | 1 | 0.200 | 0.600, +0.400 [+0.400, +0.400] |"
     assert table[3].startswith("| b | 2 | 0.200 | 0.300, +0.100 [")
+    assert table[4] == "| all without b | 1 | 0.200 | 0.600, +0.400 [+0.400, +0.400] |"
 
 
 def test_table_of_runs_has_cpu_time_and_entropy_of_each_seed() -> None:

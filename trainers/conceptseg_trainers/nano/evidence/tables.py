@@ -107,6 +107,7 @@ def families_table(
     titles: Mapping[str, str],
     source: str,
     families: Sequence[str],
+    left_out: str,
     measure: str = "mask_iou",
 ) -> str:
     """Format a Markdown table with one row per family of tasks: means over seeds, and differences from the baseline.
@@ -117,12 +118,15 @@ def families_table(
         titles: The arms' titles.
         source: Evaluation set and decoding, a key of the results.
         families: The family of each sample of the set.
+        left_out: Family without which all others are averaged in the last row.
         measure: The measure to show.
     """
+    names = sorted(set(families))
+    groups = {name: {name} for name in names} | {f"all without {left_out}": set(names) - {left_out}}
     values = {arm: mean_over_seeds([run[source][measure] for run in runs]) for arm, runs in results.items()}
     rows = []
-    for family in sorted(set(families)):
-        indices = [i for i, name in enumerate(families) if name == family]
+    for family, members in groups.items():
+        indices = [i for i, name in enumerate(families) if name in members]
         reference = [values[baseline][i] for i in indices]
         cells = [family, str(len(indices))]
         for arm, arm_values in values.items():
