@@ -90,21 +90,9 @@ def induce(
     with evaluating(model), loaded(model):
         examples = encode_examples(model, processor, references, negatives)
         samples = leave_one_out(processor, prompt, references)
-        num_shown = min(len(references), NUM_EXAMPLES)
-        total = len(samples) * num_samples + (num_shown if len(references) > 1 else 0)
-        bar = _bar(progress, total, "completions", "induce")
-        written, greedy = _complete(model, processor, samples, num_samples, seed, bar)
-        reasoning_ious = mask_ious(greedy, examples.masks)
-        shown: Sequence[int] = range(num_shown)
-        if len(references) > num_shown:
-            best, _ = select_candidate(_score(model, processor, candidate_phrases(prompt, written), examples))
-            shown = best_indices(best.ious, num_shown)
-        as_applied = with_all_references(processor, prompt, [references[i] for i in shown])
-        # The masks of these completions do not count, since the references mark their own targets.
-        completed, _ = _complete(model, processor, as_applied, 1, seed, bar)
-        written += [each._replace(reference=shown[each.reference]) for each in completed]
-        if bar is not None:
-            bar.close()
+        written, reasoning_ious = _propose(
+            model, processor, prompt, references, samples, examples, num_samples, seed, progress
+        )
         phrases_by_source = candidate_phrases(prompt, written)
         scored = _score(model, processor, phrases_by_source, examples)
         if refine and len(examples) > 1:
@@ -199,6 +187,50 @@ def _bar(progress: bool | ProgressFunction, total: int, unit: str, desc: str) ->
     if callable(progress):
         return ProgressCalls(total, unit, progress)
     return progress_bar(total, unit, desc) if progress else None
+
+
+def _propose(
+    model: ConceptSegForSegmentation,
+    processor: ConceptSegProcessor,
+    prompt: str,
+    references: Sequence[Reference],
+    samples: Sequence[PreparedSample],
+    examples: Examples,
+    num_samples: int,
+    seed: int,
+    progress: bool | ProgressFunction,
+) -> tuple[list[Written], tuple[float, ...]]:
+    """Complete the prompt for the references as targets, in two rounds.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        prompt: The user's prompt.
+        references: The references.
+        samples: The result of `leave_one_out`, for the first round.
+        examples: The encoded references.
+        num_samples: Completions for each of `samples`.
+        seed: Random seed of sampling.
+        progress: See `induce`.
+
+    Returns:
+        Answers and rules, and the IoU of the mask of each greedy completion of `samples`.
+    """
+    num_shown = min(len(references), NUM_EXAMPLES)
+    total = len(samples) * num_samples + (num_shown if len(references) > 1 else 0)
+    bar = _bar(progress, total, "completions", "induce")
+    written, greedy = _complete(model, processor, samples, num_samples, seed, bar)
+    shown: Sequence[int] = range(num_shown)
+    if len(references) > num_shown:
+        best, _ = select_candidate(_score(model, processor, candidate_phrases(prompt, written), examples))
+        shown = best_indices(best.ious, num_shown)
+    as_applied = with_all_references(processor, prompt, [references[i] for i in shown])
+    # The masks of these completions do not count, since the references mark their own targets.
+    completed, _ = _complete(model, processor, as_applied, 1, seed, bar)
+    if bar is not None:
+        bar.close()
+    written += [each._replace(reference=shown[each.reference]) for each in completed]
+    return written, mask_ious(greedy, examples.masks)
 
 
 def _score(

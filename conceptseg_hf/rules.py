@@ -17,6 +17,7 @@ from .processing_conceptseg import ConceptSegProcessor
 from .references import Reference
 
 _MAX_WRITTEN_RULES = 2
+_BATCH = 16  # references that are segmented together
 
 
 def leave_one_out(
@@ -73,7 +74,9 @@ def verify_rule(
         masks: (H, W) bool ground-truth mask of each reference.
         sources: The references that the rule comes from; a rule of a single reference is scored on the others.
     """
-    results = model.segment(samples, router="full_reasoning", processor=processor, rule=rule)
+    results = model.segment(
+        samples, router="full_reasoning", processor=processor, rule=rule, batch_size=_BATCH
+    )
     ious = mask_ious(results, masks)
     return float(np.mean([iou for i, iou in enumerate(ious) if sources != {i}] or ious)), ious
 
