@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from .arguments import (
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         progress=True,
     )
     as_bad_input(concept.save, arguments.out)
-    print(concept.summary())
+    print(concept.summary([Path(item.image).name for item in parsed]))
     for row in concept.scores[:5]:
         print(f"  {row.score:.2f}  {row.name}")
     print(arguments.out)

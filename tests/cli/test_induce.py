@@ -17,7 +17,7 @@ def folder(tmp_path_factory):
     """Images and masks of shadows, a concept that the embedded checkpoint knows."""
     folder = tmp_path_factory.mktemp("induce")
     samples = [s for s in load_benchmark("concept-shapes", split="test", limit=120) if s.family == "shadow"]
-    for number, sample in enumerate(samples[:4]):
+    for number, sample in enumerate(samples):
         sample.image.save(folder / f"{number}.png")
         sample.mask.save(folder / f"{number}_mask.png")
     return folder
@@ -40,6 +40,16 @@ def test_induce_and_apply(capsys):
     assert capsys.readouterr().out.startswith("concept: 'shadow'")
     record = json.loads(Path("out/2.json").read_text())
     assert (record["route"], record["prompt"], record["concept"]) == ("concept", "shadow", "c.safetensors")
+
+
+def test_many_references(capsys):
+    """The mask of the first one belongs to another image."""
+    pairs = [("1.png", "0_mask.png"), *((f"{number}.png", f"{number}_mask.png") for number in range(5))]
+    references = [word for image, mask in pairs for word in ("--reference", f"{image}:{mask}")]
+    assert main(["induce", "--prompt", "shadow", *references, "--out", "many.safetensors"]) == 0
+    useful = capsys.readouterr().out.partition("To reason with, references ")[2].partition(" are the most")[0]
+    names = useful.replace(" and ", ", ").split(", ")
+    assert len(names) == len(set(names)) == 4 and set(names) <= {f"{number}.png" for number in range(5)}
 
 
 def test_a_rule_by_hand(capsys):
