@@ -133,18 +133,28 @@ def decode_candidate(
     processor: ConceptSegProcessor,
     candidate: Candidate,
     examples: Examples,
+    tokens: Tensor | None = None,
 ) -> Scored:
-    """Decode a candidate on all references and negatives."""
+    """Decode a candidate on all references and negatives.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        candidate: The candidate.
+        examples: N references and negatives.
+        tokens: (N, L, D) tokens that replace those of the candidate, one set for each image.
+    """
+    if tokens is None and candidate.tokens is not None:
+        tokens = candidate.tokens[None].expand(len(examples.features), -1, -1)
     logits: list[Tensor] = []
     presences: list[float] = []
     for rows in _batches(range(len(examples.features))):
-        ids = mask = tokens = None
+        ids = mask = None
         if candidate.phrase is not None:
             ids, mask = processor.sam_text([candidate.phrase] * len(rows))
-        if candidate.tokens is not None:
-            tokens = candidate.tokens[None].expand(len(rows), -1, -1)
         features = examples.features.select(torch.tensor(list(rows)))
-        batch_logits, presence = model.decode_masks(features, ids, mask, tokens)
+        row_tokens = None if tokens is None else tokens[rows[0] : rows[-1] + 1]
+        batch_logits, presence = model.decode_masks(features, ids, mask, row_tokens)
         logits += [row[0] for row in batch_logits]
         presences += presence.float().sigmoid()[:, 0].tolist()
     predictions = [
@@ -157,6 +167,33 @@ def decode_candidate(
     )
     counted = tuple(candidate.is_independent_of(i) for i in range(len(examples)))
     return Scored(candidate, ious, tuple(presences), counted)
+
+
+def decode_mean_tokens(
+    model: ConceptSegForSegmentation,
+    processor: ConceptSegProcessor,
+    name: str,
+    phrase: str,
+    tokens: Tensor,
+    examples: Examples,
+) -> Scored:
+    """Decode the mean of the concept tokens of all references; each reference is scored without its own tokens.
+
+    Tokens of a reference contain the position of its target.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        name: Name of the candidate.
+        phrase: The phrase that follows the tokens.
+        tokens: (N, L2, D) concept tokens of completions with the N >= 2 references as targets.
+        examples: The references and negatives.
+    """
+    mean = tokens.mean(dim=0)
+    others = (tokens.sum(dim=0) - tokens) / (len(tokens) - 1)
+    num_negatives = len(examples.features) - len(tokens)
+    rows = torch.cat([others, mean.expand(num_negatives, -1, -1)])
+    return decode_candidate(model, processor, Candidate(name, phrase, mean), examples, rows)
 
 
 def _batches(items: Sequence[T]) -> list[Sequence[T]]:

@@ -16,6 +16,7 @@ from .candidates import (
     Scored,
     combine,
     decode_candidate,
+    decode_mean_tokens,
     encode_examples,
     presence_threshold,
     score_table,
@@ -24,18 +25,24 @@ from .candidates import (
 from .concept_prompt import NUM_EXAMPLES, ConceptPrompt, best_indices, concept_hash
 from .devices import execution_device, loaded
 from .images import ImageInput
+from .inference import Segmenter, SegmentSettings, evaluating
 from .inputs import PreparedSample
 from .losses import segmentation_loss
-from .modeling_conceptseg import ConceptSegForSegmentation, evaluating
-from .outputs import ConceptSegmentation
+from .modeling_conceptseg import ConceptSegForSegmentation
+from .outputs import RawSegmentation
 from .phrases import Written, candidate_phrases
 from .processing_conceptseg import ConceptSegProcessor
 from .progress import ProgressCalls, ProgressFunction, progress_bar
 from .references import Reference
+from .router import ShortcutRouter
 from .rules import leave_one_out, mask_ious, select_rule, verify_rule, with_all_references
+from .shared_references import ReferenceStore
 
 REFINED = "refined tokens"
 """Name of the candidate with tokens that are tuned on the references."""
+
+MEAN_TOKENS = "mean concept tokens"
+"""Name of the candidate with the mean of the concept tokens Z of the references."""
 
 _SAMPLING = {"do_sample": True, "temperature": 1.0}
 _REFINED_TOKENS, _REFINE_STEPS, _REFINE_RATE = 4, 40, 0.05
@@ -57,10 +64,11 @@ def induce(
 
     The VLM completes the prompt for each reference as the target, with other references as examples, and again with the
     examples that it is shown for other images: all references, or the four that a first round explains best. Its
-    answers and their words, the noun phrases of its rules, and the user's prompt are candidate phrases. SAM 3 decodes
-    every candidate on all references; the candidate with the highest mean IoU is selected, or the simplest one of those
-    that are about as good. A phrase that comes from a single reference is scored on the others. The rules that the VLM
-    wrote, and the selected phrase, are verified by completions that start with them.
+    answers and their words, the noun phrases of its rules, and the user's prompt are candidate phrases; the mean of its
+    concept tokens Z, with the best phrase, is a further candidate. SAM 3 decodes every candidate on all references; the
+    candidate with the highest mean IoU is selected, or the simplest one of those that are about as good. A phrase that
+    comes from a single reference is scored on the others, and so are its concept tokens. The rules that the VLM wrote,
+    and the selected phrase, are verified by completions that start with them.
 
     Args:
         model: The model.
@@ -90,16 +98,21 @@ def induce(
     with evaluating(model), loaded(model):
         examples = encode_examples(model, processor, references, negatives)
         samples = leave_one_out(processor, prompt, references)
-        written, reasoning_ious = _propose(
+        written, greedy = _propose(
             model, processor, prompt, references, samples, examples, num_samples, seed, progress
         )
+        results = processor.post_process_concept_segmentation(greedy)
+        reasoning_ious = mask_ious(results, examples.masks)
         phrases_by_source = candidate_phrases(prompt, written)
         scored = _score(model, processor, phrases_by_source, examples)
-        if refine and len(examples) > 1:
-            best = max(scored, key=lambda each: each.score)
+        best_phrase = max(scored, key=lambda each: each.score).candidate.phrase or prompt
+        tokens = [each.concept_embeds for each in greedy if each.concept_embeds is not None]
+        if len(tokens) == len(references) > 1:
             scored.append(
-                _refine(model, processor, best.candidate.phrase or prompt, examples, seed, progress)
+                decode_mean_tokens(model, processor, MEAN_TOKENS, best_phrase, torch.stack(tokens), examples)
             )
+        if refine and len(examples) > 1:
+            scored.append(_refine(model, processor, best_phrase, examples, seed, progress))
         best, phrases = select_candidate(scored)
         rule, rule_score, rule_ious = select_rule(
             model,
@@ -199,7 +212,7 @@ def _propose(
     num_samples: int,
     seed: int,
     progress: bool | ProgressFunction,
-) -> tuple[list[Written], tuple[float, ...]]:
+) -> tuple[list[Written], list[RawSegmentation]]:
     """Complete the prompt for the references as targets, in two rounds.
 
     Args:
@@ -214,7 +227,8 @@ def _propose(
         progress: See `induce`.
 
     Returns:
-        Answers and rules, and the IoU of the mask of each greedy completion of `samples`.
+        Answers and rules, and the outputs of the greedy completions of `samples`. The masks of the second round do not
+        count, since the references mark their own targets.
     """
     num_shown = min(len(references), NUM_EXAMPLES)
     total = len(samples) * num_samples + (num_shown if len(references) > 1 else 0)
@@ -225,12 +239,11 @@ def _propose(
         best, _ = select_candidate(_score(model, processor, candidate_phrases(prompt, written), examples))
         shown = best_indices(best.ious, num_shown)
     as_applied = with_all_references(processor, prompt, [references[i] for i in shown])
-    # The masks of these completions do not count, since the references mark their own targets.
     completed, _ = _complete(model, processor, as_applied, 1, seed, bar)
     if bar is not None:
         bar.close()
     written += [each._replace(reference=shown[each.reference]) for each in completed]
-    return written, mask_ious(greedy, examples.masks)
+    return written, greedy
 
 
 def _score(
@@ -253,7 +266,7 @@ def _complete(
     num_samples: int,
     seed: int,
     bar: Any,
-) -> tuple[list[Written], list[ConceptSegmentation]]:
+) -> tuple[list[Written], list[RawSegmentation]]:
     """Complete the prompt for each sample.
 
     Args:
@@ -265,23 +278,26 @@ def _complete(
         bar: Progress bar that counts completions, or None.
 
     Returns:
-        Answers and rules with the number of their sample, and the results of the greedy completions.
+        Answers and rules with the number of their sample, and the outputs of the greedy completions.
     """
     written: list[Written] = []
     greedy = []
+    segmenters = [
+        Segmenter(
+            model, processor, SegmentSettings(ShortcutRouter("full_reasoning"), config), ReferenceStore()
+        )
+        for config in (None, _SAMPLING)
+    ]
     for number, sample in enumerate(samples):
         for repetition in range(num_samples):
             if repetition:
                 torch.manual_seed(seed * 1_000_003 + number * num_samples + repetition)
-            (result,) = model.segment(
-                [sample],
-                router="full_reasoning",
-                generation_config=_SAMPLING if repetition else None,
-                processor=processor,
-            )
-            written.append(Written(number, result.answer, result.rule))
+            (output,) = segmenters[repetition > 0].segment([sample])
+            completion = output.completion
+            if completion is not None:
+                written.append(Written(number, completion.answer, completion.rule))
             if not repetition:
-                greedy.append(result)
+                greedy.append(output)
             if bar is not None:
                 bar.update()
     return written, greedy

@@ -82,12 +82,14 @@ class _Decoded:
         presence: In [0, 1].
         completion: The completion of the VLM; None in a first pass.
         phrase: The phrase of a concept; None without a concept.
+        concept_embeds: (L2, D) concept tokens of the completion; None in a first pass.
     """
 
     mask_logits: Tensor
     presence: float
     completion: Completion | None = None
     phrase: str | None = None
+    concept_embeds: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -276,8 +278,8 @@ class Segmenter:
                 None if prompted_by == "concept" else texts,
                 None if prompted_by == "text" else concepts,
             )
-        for i, completion in by_index.items():
-            decoded[i].completion = completion
+        for (i, completion), tokens in zip(by_index.items(), concepts, strict=True):
+            decoded[i].completion, decoded[i].concept_embeds = completion, tokens
         return decoded
 
     def _complete(self, samples: Sequence[PreparedSample]) -> tuple[list[Completion], Tensor]:
@@ -381,4 +383,5 @@ class Segmenter:
             given_rule=None if decoded.completion is None else self.settings.given_rule,
             reason=self._reason_of_route(sample, decoded, first_pass),
             phrase=decoded.phrase,
+            concept_embeds=decoded.concept_embeds,
         )

@@ -129,6 +129,7 @@ class RawSegmentation:
         prior_logits: (h, w) logits of the positional prior of CoPRS; None for ConceptSeg.
         given_rule: The rule that the completion was started with; None if the VLM wrote it.
         phrase: Phrase of the concept that the mask was decoded from; None without a concept.
+        concept_embeds: (L2, D) concept tokens Z of the completion; None on the shortcut and for CoPRS.
     """
 
     prompt: str
@@ -143,6 +144,7 @@ class RawSegmentation:
     given_rule: str | None = None
     reason: str | None = None
     prior_logits: Tensor | None = None
+    concept_embeds: Tensor | None = None
 
     @property
     def route(self) -> str:

@@ -18,8 +18,9 @@ from conceptseg_hf import (
     nano_checkpoint,
 )
 from conceptseg_hf.boxes import foreground_iou
+from conceptseg_hf.candidates import Candidate, decode_candidate, decode_mean_tokens, encode_examples
 from conceptseg_hf.data import ConceptShapes, load_benchmark
-from conceptseg_hf.induction import REFINED, verify
+from conceptseg_hf.induction import MEAN_TOKENS, REFINED, verify
 from conceptseg_hf.rules import leave_one_out
 
 
@@ -171,6 +172,41 @@ def test_refusals(nano, shadows):
         induce(model, processor, "shadow", [reference], num_samples=0)
     with pytest.raises(ValueError, match="prompt"):
         induce(model, processor, " ", [reference])
+
+
+def test_concept_tokens_of_a_reference_do_not_verify_themselves(nano, shadows):
+    model, processor = nano
+    references = [as_reference(sample) for sample in shadows[:3]]
+    examples = encode_examples(model, processor, references, [shadows[3].image, shadows[4].image])
+    torch.manual_seed(0)
+    tokens = torch.randn(3, 8, model.config.ctm_config.sam_hidden_size)
+    scored = decode_mean_tokens(model, processor, "mean", "shadow", tokens, examples)
+    assert torch.equal(scored.candidate.tokens, tokens.mean(0)) and scored.candidate.phrase == "shadow"
+    means = [
+        tokens[[1, 2]].mean(0),
+        tokens[[0, 2]].mean(0),
+        tokens[[0, 1]].mean(0),
+        tokens.mean(0),
+        tokens.mean(0),
+    ]
+    for row, mean in enumerate(means):
+        alone = decode_candidate(model, processor, Candidate("mean", "shadow", mean), examples)
+        assert scored.presences[row] == pytest.approx(alone.presences[row], abs=1e-5)
+        if row < 3:
+            assert scored.ious[row] == pytest.approx(alone.ious[row], abs=0.01)
+
+
+def test_mean_concept_tokens_are_a_candidate(nano, shadows):
+    model, processor = nano
+    references = [as_reference(sample) for sample in shadows[:3]]
+    concept = induce(model, processor, "shadow", references)
+    [row] = [row for row in concept.scores if row.name == MEAN_TOKENS]
+    assert row.score > 0.8 and len(row.per_reference) == 3
+    assert concept.concept_embeds is None, "the phrase is about as good, and simpler"
+    alone = induce(model, processor, "shadow", references[:1])
+    assert MEAN_TOKENS not in [row.name for row in alone.scores], (
+        "there is no other reference to score them on"
+    )
 
 
 def test_many_references_with_a_wrong_mark(nano):
