@@ -98,6 +98,12 @@ class ConceptPrompt:
         if fault := _find_fault(self):
             raise ValueError(f"ConceptPrompt: {fault}")
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ConceptPrompt) and self.to_bytes() == other.to_bytes()
+
+    def __hash__(self) -> int:
+        return hash(self.to_bytes())
+
     @property
     def is_reliable(self) -> bool:
         """Whether the concept explains the references as well as reasoning; otherwise the adaptive router reasons."""

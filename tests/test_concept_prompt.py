@@ -297,3 +297,10 @@ def test_useful_references_of_many():
     few = make_concept(scores=(CandidateScore("star", 0.58, ious[:4]),))
     assert few.useful_references() == (0, 1, 2, 3) and "useful" not in few.summary()
     assert make_concept(scores=()).useful_references() == ()
+
+
+def test_concepts_with_equal_tokens_are_equal():
+    tokens = torch.arange(12.0).view(3, 4)
+    first, second = make_concept(concept_embeds=tokens), make_concept(concept_embeds=tokens.clone())
+    assert first == second and hash(first) == hash(second)
+    assert first != make_concept(concept_embeds=tokens + 1) and first != make_concept() and first != "star"
