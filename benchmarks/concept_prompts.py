@@ -36,11 +36,12 @@ from conceptseg_hf.data import ConceptShapes, load_benchmark
 from conceptseg_hf.data.concept_shapes.families.hidden_rule import PROMPT, Rule, rule_scene
 from conceptseg_hf.data.concept_shapes.rendering import COLORS, SHAPES, TEXTURES
 from conceptseg_hf.data.concept_shapes.scenes import HELD_OUT_PAIRS
-from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.evaluation.reporting.bootstrap import resample
+from conceptseg_hf.evaluation.reporting.tables import interval_text
 from conceptseg_hf.images import mask_to_image
 from conceptseg_hf.induction import induce
 from conceptseg_hf.inputs import ConceptSegInputs
+from conceptseg_hf.rules import mask_ious
 
 FAMILIES = ("camouflage", "shadow", "transparent", "anomaly", "lesion", "saliency")
 GREEDY = {"max_new_tokens": 64}
@@ -204,11 +205,8 @@ def run_arms(
         began = time.process_time()
         results = model.segment(inputs, processor=processor, generation_config=GREEDY, **arguments)
         seconds = time.process_time() - began
-        ious = [
-            foreground_iou(np.asarray(result.mask) > 0, mask)
-            for result, (_, mask) in zip(results, concept.targets, strict=True)
-        ]
-        runs[arm] = Run(tuple(ious), tuple(result.route for result in results), seconds)
+        ious = mask_ious(results, [mask for _, mask in concept.targets])
+        runs[arm] = Run(ious, tuple(result.route for result in results), seconds)
     return runs, plain
 
 
@@ -226,8 +224,8 @@ def print_tables(results: Mapping[str, Sequence[Mapping[str, Run]]]) -> None:
     print("| arm | fg IoU | minus full reasoning | without the VLM (%) | CPU-s / image, of full reasoning |")
     print("|---|---|---|---|---|")
     for arm in arms:
-        difference = resample((values[arm] - values[REASONING]).tolist(), arm).interval()
-        interval = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+        difference = resample((values[arm] - values[REASONING]).tolist(), arm)
+        interval = interval_text(difference.interval(), 3, signed=True)
         routes = [route for run in every[arm] for route in run.routes]
         share = f"{100 * np.mean([route in ('concept', 'shortcut') for route in routes]):.1f}"
         cost = seconds[arm] / seconds[REASONING]

@@ -19,10 +19,11 @@ import torch
 from concept_prompts import GREEDY, Concept, load_concepts
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, Reference, nano_checkpoint
-from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.evaluation.reporting.bootstrap import resample
+from conceptseg_hf.evaluation.reporting.tables import interval_text
 from conceptseg_hf.images import mask_to_image
 from conceptseg_hf.induction import induce
+from conceptseg_hf.rules import mask_ious
 
 NUM_REFERENCES, NUM_WRONG, NUM_SHOWN = 12, 4, 4
 FIRST, RANDOM, USEFUL, CORRECT = "first", "random", "most useful", "correct"
@@ -76,10 +77,7 @@ def main() -> None:
             results = model.segment(
                 inputs, processor=processor, router="full_reasoning", generation_config=GREEDY
             )
-            ious[arm] += [
-                foreground_iou(np.asarray(result.mask) > 0, mask)
-                for result, (_, mask) in zip(results, concept.targets, strict=True)
-            ]
+            ious[arm] += mask_ious(results, [mask for _, mask in concept.targets])
             num_wrong[arm].append(len(wrong & set(indices)))
         means = "  ".join(f"{arm} {np.mean(each[-arguments.images :]):.3f}" for arm, each in ious.items())
         print(f"{concept.name:22} {means}", flush=True)
@@ -87,8 +85,7 @@ def main() -> None:
     print("|---|---|---|---|")
     for arm, each in ious.items():
         difference = resample((np.array(each) - np.array(ious[FIRST])).tolist(), arm)
-        interval = difference.interval() if difference is not None else None
-        change = f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]" if interval else ""
+        change = interval_text(difference.interval(), 3, signed=True)
         print(f"| {arm} | {np.mean(num_wrong[arm]):.2f} | {np.mean(each):.3f} | {change} |")
 
 

@@ -17,7 +17,7 @@ from .images import ImageInput, load_image, load_mask
 from .modeling_conceptseg import ConceptSegForSegmentation
 from .postprocessing import post_process_mask
 from .processing_conceptseg import ConceptSegProcessor
-from .references import Reference, read_references
+from .references import Reference, load_references
 from .sam_prompt import ImageFeatures
 
 T = TypeVar("T")
@@ -59,9 +59,9 @@ class Candidate:
     tokens: Tensor | None = None
     sources: frozenset[int] | None = None
 
-    def is_independent_of(self, reference: int) -> bool:
-        """Whether the phrase does not come from this reference alone."""
-        return self.sources is None or self.sources != {reference}
+    def counted(self, num_references: int) -> tuple[bool, ...]:
+        """Return for each reference whether it counts: a phrase must not come from this reference alone."""
+        return tuple(self.sources is None or self.sources != {number} for number in range(num_references))
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,10 @@ class Scored:
         counted = [iou for iou, counts in zip(self.ious, self.counted, strict=True) if counts]
         return float(np.mean(counted or self.ious))
 
+    def with_candidate(self, candidate: Candidate) -> Scored:
+        """Return the result for a candidate with the same prompt that comes from other references."""
+        return replace(self, candidate=candidate, counted=candidate.counted(len(self.ious)))
+
 
 def encode_examples(
     model: ConceptSegForSegmentation,
@@ -101,7 +105,7 @@ def encode_examples(
     """
     if not references:
         raise ValueError("induce: there are no references; give at least one with a mask or a box.")
-    read = read_references(references)
+    read = load_references(references)
     masks = []
     for number, (reference, (image, boxes)) in enumerate(zip(references, read, strict=True)):
         if not boxes:
@@ -115,7 +119,7 @@ def encode_examples(
         model.encode_image(torch.stack([processor.sam_pixels(image) for image in part]).to(device))
         for part in _batches(images)
     ]
-    return Examples(parts[0] if len(parts) == 1 else ImageFeatures.concatenate(parts), tuple(masks))
+    return Examples(ImageFeatures.concatenate(parts), tuple(masks))
 
 
 def _mask_of(reference: Reference, size: tuple[int, int], boxes: Sequence[Sequence[float]]) -> np.ndarray:
@@ -165,8 +169,7 @@ def decode_candidate(
         float(foreground_iou(prediction, target))
         for prediction, target in zip(predictions, examples.masks, strict=True)
     )
-    counted = tuple(candidate.is_independent_of(i) for i in range(len(examples)))
-    return Scored(candidate, ious, tuple(presences), counted)
+    return Scored(candidate, ious, tuple(presences), candidate.counted(len(examples)))
 
 
 def decode_mean_tokens(

@@ -105,12 +105,17 @@ class ConceptPrompt:
         return hash(self.to_bytes())
 
     @property
+    def reference_ious(self) -> tuple[float, ...]:
+        """IoU of the selected candidate on each reference; empty without scores."""
+        return self.scores[0].per_reference if self.scores else ()
+
+    @property
     def is_reliable(self) -> bool:
         """Whether the concept explains the references as well as reasoning; otherwise the adaptive router reasons."""
         cautious = self.cautious_score
         if self.score is None or cautious is None or cautious < self.required_score:
             return False
-        ious = self.scores[0].per_reference if self.scores else ()
+        ious = self.reference_ious
         if _num_missed(ious):
             return False
         if not ious or len(ious) != len(self.reasoning_ious):
@@ -120,7 +125,7 @@ class ConceptPrompt:
     @property
     def cautious_score(self) -> float | None:
         """The score, or if it is lower, the mean IoU minus `CAUTION` standard errors; the router relies on it."""
-        ious = self.scores[0].per_reference if self.scores else ()
+        ious = self.reference_ious
         if self.score is None or self.reasoning_score is None or not ious:
             return self.score
         return min(self.score, _cautious_mean(ious))
@@ -142,10 +147,8 @@ class ConceptPrompt:
     @property
     def worst_reference(self) -> int | None:
         """Index of the reference that the selected candidate explains worst; None without scores."""
-        if not self.scores:
-            return None
-        values = self.scores[0].per_reference
-        return min(range(len(values)), key=values.__getitem__) if values else None
+        ious = self.reference_ious
+        return min(range(len(ious)), key=ious.__getitem__) if ious else None
 
     def useful_references(self, count: int = NUM_EXAMPLES) -> tuple[int, ...]:
         """Return the indices of the references that the concept explains best, to be shown to the VLM as examples.
@@ -155,8 +158,7 @@ class ConceptPrompt:
         Args:
             count: Maximum number of references; the paper shows four.
         """
-        ious = self.scores[0].per_reference if self.scores else ()
-        return best_indices(ious, count)
+        return best_indices(self.reference_ious, count)
 
     def summary(self, reference_names: Sequence[str] | None = None) -> str:
         """Return one to three sentences: how well the concept is verified, and the most useful of many references.
@@ -168,7 +170,7 @@ class ConceptPrompt:
         if self.score is None:
             return f"{names} has not been verified; call `verify` with references."
         text = f"{names} explains the references with a mean IoU of {self.score:.2f}."
-        ious = self.scores[0].per_reference if self.scores else ()
+        ious = self.reference_ious
         all_names = [*map(str, range(len(ious)))] if reference_names is None else reference_names
         useful = ""
         if len(ious) > NUM_EXAMPLES:

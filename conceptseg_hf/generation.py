@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -122,9 +123,10 @@ def generate_with_states(
             never = EosTokenCriteria(torch.tensor([_NO_TOKEN], device=inputs["input_ids"].device))
             criteria += [delayed_eos, never]
         head = vlm.get_output_embeddings()
+        suppressed = torch.tensor(config.suppress_tokens, device=inputs["input_ids"].device)
         handles = [
             head.register_forward_pre_hook(recorder.record),
-            head.register_forward_hook(_TokenSuppressor(config.suppress_tokens).suppress),
+            head.register_forward_hook(partial(_suppress, suppressed)),
         ]
         config.suppress_tokens = None
         if recorder.num_given:
@@ -389,19 +391,12 @@ class _TokenReporter(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-class _TokenSuppressor:
-    """Set the logits of tokens to minus infinity with a hook on the language-model head.
+def _suppress(token_ids: Tensor, head: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+    """Forward hook of the language-model head: set the logits of tokens to minus infinity.
 
     The processor that `generate` adds for `suppress_tokens` searches the whole vocabulary in each step.
     """
-
-    def __init__(self, token_ids: Sequence[int]) -> None:
-        self._token_ids = torch.tensor(token_ids)
-
-    def suppress(self, head: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
-        """Forward hook of the language-model head."""
-        self._token_ids = self._token_ids.to(logits.device)
-        logits.index_fill_(-1, self._token_ids, -torch.inf)
+    logits.index_fill_(-1, token_ids.to(logits.device), -torch.inf)
 
 
 class StateRecorder(StoppingCriteria):

@@ -36,7 +36,6 @@ from .progress import ProgressCalls, ProgressFunction, progress_bar
 from .references import Reference
 from .router import ShortcutRouter
 from .rules import leave_one_out, mask_ious, select_rule, verify_rule, with_all_references
-from .shared_references import ReferenceStore
 
 REFINED = "refined tokens"
 """Name of the candidate with tokens that are tuned on the references."""
@@ -98,13 +97,13 @@ def induce(
     with evaluating(model), loaded(model):
         examples = encode_examples(model, processor, references, negatives)
         samples = leave_one_out(processor, prompt, references)
-        written, greedy = _propose(
+        written, greedy, decoded = _propose(
             model, processor, prompt, references, samples, examples, num_samples, seed, progress
         )
         results = processor.post_process_concept_segmentation(greedy)
         reasoning_ious = mask_ious(results, examples.masks)
         phrases_by_source = candidate_phrases(prompt, written)
-        scored = _score(model, processor, phrases_by_source, examples)
+        scored = _score(model, processor, phrases_by_source, examples, decoded)
         best_phrase = max(scored, key=lambda each: each.score).candidate.phrase or prompt
         tokens = [each.concept_embeds for each in greedy if each.concept_embeds is not None]
         if len(tokens) == len(references) > 1:
@@ -212,7 +211,7 @@ def _propose(
     num_samples: int,
     seed: int,
     progress: bool | ProgressFunction,
-) -> tuple[list[Written], list[RawSegmentation]]:
+) -> tuple[list[Written], list[RawSegmentation], list[Scored]]:
     """Complete the prompt for the references as targets, in two rounds.
 
     Args:
@@ -227,23 +226,26 @@ def _propose(
         progress: See `induce`.
 
     Returns:
-        Answers and rules, and the outputs of the greedy completions of `samples`. The masks of the second round do not
-        count, since the references mark their own targets.
+        Answers and rules, the outputs of the greedy completions of `samples`, and the phrases that were decoded to
+        choose the examples of the second round. The masks of that round do not count, since the references mark their
+        own targets.
     """
     num_shown = min(len(references), NUM_EXAMPLES)
     total = len(samples) * num_samples + (num_shown if len(references) > 1 else 0)
     bar = _bar(progress, total, "completions", "induce")
     written, greedy = _complete(model, processor, samples, num_samples, seed, bar)
     shown: Sequence[int] = range(num_shown)
+    decoded: list[Scored] = []
     if len(references) > num_shown:
-        best, _ = select_candidate(_score(model, processor, candidate_phrases(prompt, written), examples))
+        decoded = _score(model, processor, candidate_phrases(prompt, written), examples)
+        best, _ = select_candidate(decoded)
         shown = best_indices(best.ious, num_shown)
     as_applied = with_all_references(processor, prompt, [references[i] for i in shown])
     completed, _ = _complete(model, processor, as_applied, 1, seed, bar)
     if bar is not None:
         bar.close()
     written += [each._replace(reference=shown[each.reference]) for each in completed]
-    return written, greedy
+    return written, greedy, decoded
 
 
 def _score(
@@ -251,12 +253,21 @@ def _score(
     processor: ConceptSegProcessor,
     phrases: Mapping[str, frozenset[int] | None],
     examples: Examples,
+    decoded: Sequence[Scored] = (),
 ) -> list[Scored]:
-    """Decode phrases, given with the references that they come from, on all references."""
-    return [
-        decode_candidate(model, processor, Candidate(phrase, phrase, sources=sources), examples)
-        for phrase, sources in phrases.items()
-    ]
+    """Decode phrases, given with the references that they come from, on all references.
+
+    Those in `decoded` are not decoded again; they may come from more references than before.
+    """
+    known = {each.candidate.phrase: each for each in decoded}
+    scored = []
+    for phrase, sources in phrases.items():
+        candidate = Candidate(phrase, phrase, sources=sources)
+        if phrase in known:
+            scored.append(known[phrase].with_candidate(candidate))
+        else:
+            scored.append(decode_candidate(model, processor, candidate, examples))
+    return scored
 
 
 def _complete(
@@ -283,9 +294,7 @@ def _complete(
     written: list[Written] = []
     greedy = []
     segmenters = [
-        Segmenter(
-            model, processor, SegmentSettings(ShortcutRouter("full_reasoning"), config), ReferenceStore()
-        )
+        Segmenter(model, processor, SegmentSettings(ShortcutRouter("full_reasoning"), config))
         for config in (None, _SAMPLING)
     ]
     for number, sample in enumerate(samples):

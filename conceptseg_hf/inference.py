@@ -21,7 +21,6 @@ from .outputs import RawSegmentation
 from .processing_conceptseg import ConceptSegProcessor
 from .router import ShortcutRouter
 from .sam_prompt import BOX_TEXT, SAM_PROMPTS, ImageFeatures
-from .shared_references import ReferenceStore
 from .streaming import TextPieces
 
 if TYPE_CHECKING:
@@ -136,11 +135,10 @@ class Segmenter:
         model: ConceptSegForSegmentation,
         processor: ConceptSegProcessor,
         settings: SegmentSettings,
-        references: ReferenceStore,
         on_text: Callable[[str], None] | None = None,
     ) -> None:
         self.model, self.processor, self.settings = model, processor, settings
-        self.references, self.on_text = references, on_text
+        self.references, self.on_text = model.reference_store, on_text
         processor.check_family(model.config)
         if settings.given_rule is not None:
             processor.check_rule(settings.given_rule)

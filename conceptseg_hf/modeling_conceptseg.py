@@ -283,6 +283,11 @@ class ConceptSegForSegmentation(
 
     # -- inference --
 
+    @property
+    def reference_store(self) -> ReferenceStore:
+        """Key-value pairs of references: those of the current `shared_references` context, or a new, empty store."""
+        return ReferenceStore() if self._references is None else self._references
+
     @contextmanager
     def shared_references(self, max_bytes: int = DEFAULT_MAX_BYTES) -> Iterator[ReferenceStore]:
         """Read each set of references once for all calls of `segment` within the context.
@@ -414,7 +419,6 @@ class ConceptSegForSegmentation(
             self,
             own_processor,
             SegmentSettings(router, generation_config, sam_prompt, self._checked(concept), rule),
-            ReferenceStore() if self._references is None else self._references,
             on_text,
         )
         raw = []

@@ -113,7 +113,7 @@ def resolve_references(
     return ResolvedReferences(images, tuple(map(enclosing_box, boxes)), proxy, boxes)
 
 
-def read_references(
+def load_references(
     references: Sequence[Reference | Mapping[str, Any]],
 ) -> list[tuple[Image.Image, tuple[Box, ...]]]:
     """Read any number of references.

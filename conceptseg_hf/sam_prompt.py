@@ -82,6 +82,8 @@ class ImageFeatures:
     @classmethod
     def concatenate(cls, parts: Sequence[ImageFeatures]) -> ImageFeatures:
         """Concatenate batches, either all with or all without `geometry_cls`."""
+        if len(parts) == 1:
+            return parts[0]  # without copies of the feature pyramid
         visions = [part.vision for part in parts]
         tokens = [part.geometry_cls for part in parts if part.geometry_cls is not None]
         return cls(

@@ -12,7 +12,7 @@ REFERENCES = range(4)
 
 def scored(phrase: str, ious: tuple[float, ...], sources: set[int] | None = None, **options) -> Scored:
     candidate = Candidate(phrase, phrase, sources=None if sources is None else frozenset(sources), **options)
-    counted = tuple(candidate.is_independent_of(i) for i in REFERENCES)
+    counted = candidate.counted(len(REFERENCES))
     return Scored(candidate, ious, presences=ious, counted=counted)
 
 

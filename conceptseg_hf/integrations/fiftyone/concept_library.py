@@ -63,13 +63,13 @@ class StoredConcept:
         present = self.present_references(samples)
         if len(present) <= NUM_EXAMPLES:
             return present
-        values = self.concept.scores[0].per_reference if self.concept.scores else ()
+        values = self.concept.reference_ious
         if len(values) != len(self.reference_ids):  # the concept was edited, or verified on other references
             return present[:NUM_EXAMPLES]
-        rated = {
-            sample_id: value for sample_id, value in zip(self.reference_ids, values) if sample_id in present
-        }
-        return [list(rated)[i] for i in best_indices(list(rated.values()))]
+        present_values = [
+            value for sample_id, value in zip(self.reference_ids, values) if sample_id in present
+        ]
+        return [present[i] for i in best_indices(present_values)]
 
     def present_negatives(self, samples: fo.core.collections.SampleCollection) -> list[str]:
         """Return the ids of the samples without the concept that are still in the dataset."""

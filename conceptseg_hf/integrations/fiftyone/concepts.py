@@ -293,7 +293,7 @@ def reference_scores(
         dataset), and the IoU of the mask of the concept. Empty for a concept without references, or one that was
         verified on other references.
     """
-    values = stored.concept.scores[0].per_reference if stored.concept.scores else ()
+    values = stored.concept.reference_ious
     if len(values) != len(stored.reference_ids):
         return []
     valid = [sample_id for sample_id in stored.reference_ids if ObjectId.is_valid(sample_id)]
