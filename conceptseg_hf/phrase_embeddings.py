@@ -45,7 +45,7 @@ class PhraseEmbeddings:
         ]
         missing = {key: row for row, key in enumerate(keys) if key not in kept}
         if missing:
-            rows = list(missing.values())
+            rows = torch.tensor(list(missing.values()), device=input_ids.device)
             with torch.no_grad():
                 embeds, _ = encode_text(sam, input_ids[rows].to(device), attention_mask[rows].to(device))
             # Copies, since views would keep the embeddings of the whole batch in memory.
