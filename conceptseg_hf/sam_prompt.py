@@ -79,6 +79,21 @@ class ImageFeatures:
             geometry_cls=None if self.geometry_cls is None else self.geometry_cls[rows],
         )
 
+    def repeat(self, count: int) -> ImageFeatures:
+        """Repeat each image a number of times in a row; the gradient is faster than that of `select`."""
+        vision = self.vision
+        return ImageFeatures(
+            vision=Sam3VisionEncoderOutput(
+                fpn_hidden_states=tuple(
+                    level.repeat_interleave(count, dim=0) for level in vision.fpn_hidden_states
+                ),
+                fpn_position_encoding=tuple(
+                    level.repeat_interleave(count, dim=0) for level in vision.fpn_position_encoding
+                ),
+            ),
+            geometry_cls=None if self.geometry_cls is None else self.geometry_cls.repeat_interleave(count, dim=0),
+        )
+
     @classmethod
     def concatenate(cls, parts: Sequence[ImageFeatures]) -> ImageFeatures:
         """Concatenate batches, either all with or all without `geometry_cls`."""

@@ -100,3 +100,19 @@ def test_concatenate_inverts_select(sam: Sam3Model, geometry_cls: bool) -> None:
 def test_rejects_an_empty_prompt(sam: Sam3Model) -> None:
     with pytest.raises(ValueError, match="both text_embeds and concept_embeds are None"):
         decode(sam, encode_image(sam, torch.randn(1, 3, 128, 128)))
+
+
+@pytest.mark.parametrize("geometry_cls", [True, False])
+def test_repeated_images_are_those_of_select(sam: Sam3Model, geometry_cls: bool) -> None:
+    features = encode_image(sam, torch.randn(2, 3, 128, 128), geometry_cls)
+    repeated, selected = features.repeat(2), features.select(torch.tensor([0, 0, 1, 1]))
+    for output, expected in zip(
+        (*repeated.vision.fpn_hidden_states, *repeated.vision.fpn_position_encoding),
+        (*selected.vision.fpn_hidden_states, *selected.vision.fpn_position_encoding),
+        strict=True,
+    ):
+        assert torch.equal(output, expected)
+    if geometry_cls:
+        assert torch.equal(repeated.geometry_cls, selected.geometry_cls)
+    else:
+        assert repeated.geometry_cls is None

@@ -160,8 +160,7 @@ class SamStage(Generic[SceneT]):
         pairs = [(scene, prompt) for scene, prompts in batch for prompt in prompts]
         prompts = [prompt for _, prompt in pairs]
         encoded = encode_image(self.sam, self.pixel_values(scenes), geometry_cls=False)
-        rows = torch.arange(len(scenes), device=self.device).repeat_interleave(len(pairs) // len(scenes))
-        features = encoded.select(rows)
+        features = encoded.repeat(len(pairs) // len(scenes))
         embeds, mask = self._encode_prompts(np.random.default_rng([9, self.seed, step]), features, prompts)
         attention = SamAttention(self.sam)
         with attention.recorded():
@@ -210,14 +209,14 @@ class SamStage(Generic[SceneT]):
         )
         size = prompts[0].mask.shape[0]
         boxes, has_box = sam_boxes([prompt.box for prompt in prompts], size, self.device)
-        # The pooling of regions does not support autocast.
+        # The pooling of regions does not support autocast. The encoder uses the coarsest map only.
         with torch.autocast(torch.device(self.device).type, enabled=False):
             geometry = self.sam.geometry_encoder(
                 box_embeddings=boxes,
                 box_mask=has_box[:, None],
                 box_labels=has_box[:, None].long(),
-                img_feats=[level.float() for level in features.vision.fpn_hidden_states[:-1]],
-                img_pos_embeds=[level.float() for level in features.vision.fpn_position_encoding[:-1]],
+                img_feats=[features.vision.fpn_hidden_states[-2].float()],
+                img_pos_embeds=[features.vision.fpn_position_encoding[-2].float()],
             )
         geometry_mask = geometry.attention_mask.bool().clone()
         keep_cls = torch.from_numpy(rng.random(len(prompts)) < 0.5).to(self.device)
