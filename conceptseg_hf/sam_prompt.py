@@ -91,7 +91,9 @@ class ImageFeatures:
                     level.repeat_interleave(count, dim=0) for level in vision.fpn_position_encoding
                 ),
             ),
-            geometry_cls=None if self.geometry_cls is None else self.geometry_cls.repeat_interleave(count, dim=0),
+            geometry_cls=None
+            if self.geometry_cls is None
+            else self.geometry_cls.repeat_interleave(count, dim=0),
         )
 
     @classmethod

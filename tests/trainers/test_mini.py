@@ -276,3 +276,15 @@ def test_command_trains_a_checkpoint(root, tmp_path, monkeypatch) -> None:
 
     model = ConceptSegForSegmentation.from_pretrained(tmp_path / "checkpoint")
     assert model.config.sam_config.vision_config.backbone_config.image_size == SIZE
+
+    start = ["--start", str(tmp_path / "checkpoint"), "--seed", "1"]
+    monkeypatch.setattr(
+        sys, "argv", [*command, *start, "--run-dir", str(tmp_path / "more"), "--threads", "1"]
+    )
+    main()
+    continued = ConceptSegForSegmentation.from_pretrained(tmp_path / "more" / "checkpoint")
+    for name, weights in continued.named_parameters():
+        # Random weights differ by as much as their size; a few steps of a warm-up change little.
+        before = model.get_parameter(name)
+        if before.norm() > 0.1:
+            assert (weights - before).norm() < 0.3 * before.norm(), name

@@ -18,6 +18,7 @@ import torch
 
 from conceptseg_hf import CoPRSForSegmentation, CoPRSProcessor
 from conceptseg_hf.data import ConceptSample
+from conceptseg_hf.evaluation.reporting.tables import interval_text
 from conceptseg_hf.writing import write_file
 
 from ..coprs_config import CoPRSTrainerConfig
@@ -25,7 +26,7 @@ from ..coprs_trainer import CoPRSTrainer
 from ..nano.evidence.experiment import experiment_parser, introduction, parse_experiment
 from ..nano.evidence.measuring import Values, measured_values
 from ..nano.evidence.run_folder import check_settings
-from ..nano.evidence.tables import comparison_table, format_interval, mean_over_seeds, paired
+from ..nano.evidence.tables import comparison_table, mean_over_seeds, paired
 from ..nano.evidence.training import (
     TrainSettings,
     complete_folder,
@@ -216,7 +217,7 @@ def _effects(results: Results, source: str) -> list[str]:
             interval = paired(values, reference, f"{arm}/{control}/{source}/{measure}")
             if interval is not None:
                 lines.append(
-                    f"- {measure}: {ARMS[arm].title} - {ARMS[control].title}: {format_interval(interval)}"
+                    f"- {measure}: {ARMS[arm].title} - {ARMS[control].title}: {interval_text(interval, 3, signed=True)}"
                 )
     return lines
 

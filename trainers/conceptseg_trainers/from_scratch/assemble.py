@@ -70,6 +70,28 @@ def load_average(module: nn.Module, run_dir: Path, stage: str, prefix: str = "")
     _load_weights(module, weights)
 
 
+def load_start(part: nn.Module, checkpoint: Path, name: str) -> None:
+    """Load the weights of a part of a checkpoint into a module, to continue its training.
+
+    Args:
+        part: The module.
+        checkpoint: Folder of the checkpoint.
+        name: Name of the part: "vlm", "ctm" or "sam".
+
+    Raises:
+        OSError: If there is no checkpoint in the folder.
+        ValueError: If the part has another architecture or vocabulary.
+    """
+    model = ConceptSegForSegmentation.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
+    try:
+        part.load_state_dict(getattr(model, name).state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"--start {str(checkpoint)!r}: its {name} has another architecture or vocabulary than the model that is "
+            "trained; give a checkpoint that was trained by the same command and version."
+        ) from error
+
+
 def _load_weights(part: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     missing, unexpected = part.load_state_dict(weights, strict=False)
     tied = {name for name in missing if name.endswith("lm_head.weight")}

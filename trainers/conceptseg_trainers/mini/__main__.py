@@ -14,7 +14,7 @@ import torch
 from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 from conceptseg_hf.presets import MINI_IMAGE_SIZE
 
-from ..from_scratch.assemble import load_stages, write_checkpoint
+from ..from_scratch.assemble import load_stages, load_start, write_checkpoint
 from ..from_scratch.command import common_options, make_parser, run_command, run_in_parallel, scaled
 from ..from_scratch.ctm_stage import CtmStage, CtmSteps
 from ..from_scratch.loop import Schedule, Stage, train
@@ -42,12 +42,21 @@ def main() -> None:
         required=True,
         help="folder of the benchmark photos, with one dataset in each subfolder",
     )
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="checkpoint whose training is continued, without pretraining of the vision towers; another --seed gives "
+        "other images than its training",
+    )
     run_command(parser, _run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.stage == "all":
         options = [*common_options(arguments), "--root", str(arguments.root)]
+        if arguments.start:
+            options += ["--start", str(arguments.start)]
         run_in_parallel(__package__ or "", ["sam", "vlm"], arguments.threads, options)
         arguments.stage = "ctm"
     if arguments.stage == "ctm":
@@ -60,6 +69,8 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
     scale = min(1.0, arguments.scale)
     processor = mini_processor()
     model = load_stages("mini", processor, arguments.run_dir)
+    if arguments.start:
+        load_start(model.ctm, arguments.start, "ctm")
     steps = CtmSteps(*(scaled(count, scale, 4) for count in astuple(CtmSteps())))
     stage = CtmStage(
         model,
@@ -79,7 +90,8 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
 
 def _run_stage(name: str, arguments: argparse.Namespace) -> None:
     device, seed, scale = arguments.device, arguments.seed, arguments.scale
-    pretraining, steps = scaled(_PRETRAINING[name], scale, 4), scaled(_STEPS[name], scale, 8)
+    pretraining = 0 if arguments.start else scaled(_PRETRAINING[name], scale, 4)
+    steps = scaled(_STEPS[name], scale, 8)
     config, processor = ConceptSegConfig.from_preset("mini"), mini_processor()
     torch.manual_seed(seed)
     stage: Stage
@@ -87,10 +99,14 @@ def _run_stage(name: str, arguments: argparse.Namespace) -> None:
         held_out = scaled(24, min(1.0, scale), 2)
         sam_data = PhotosSamData(arguments.root, images=12, held_out=held_out, seed=seed)
         sam = SamWithHeads(config.sam_config, make_heads)
+        if arguments.start:
+            load_start(sam.sam, arguments.start, "sam")
         stage = SamStage(sam, sam_data, processor, pretraining, device, seed, bfloat16=True)
     else:
         vlm_data = PhotosVlmData(arguments.root, steps, held_out=scaled(8, min(1.0, scale), 1), seed=seed)
         vlm = VlmWithHeads(config.vlm_config, DenseHeads)
+        if arguments.start:
+            load_start(vlm.vlm, arguments.start, "vlm")
         stage = VlmStage(vlm, vlm_data, processor, pretraining, steps, name, device, bfloat16=True)
     schedule = Schedule(pretraining + steps, _LEARNING_RATES[name], restart=pretraining, evaluate_every=500)
     train(stage, schedule, arguments.run_dir)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from conceptseg_hf.data import ConceptSample
+from conceptseg_hf.evaluation.reporting.tables import interval_text
 from conceptseg_hf.progress import print_line
 from conceptseg_hf.writing import write_file
 
@@ -21,7 +22,7 @@ from .arms import ARMS, COMPARED_ARMS, Arm
 from .experiment import experiment_parser, introduction, parse_experiment
 from .measuring import Values, measure
 from .run_folder import check_settings
-from .tables import comparison_table, families_table, format_interval, paired, pairs_table, runs_table
+from .tables import comparison_table, families_table, paired, pairs_table, runs_table
 from .training import TRAINING_LOG, TrainSettings, evaluation_samples, train_arm
 
 START = "start"
@@ -122,7 +123,8 @@ def run(
             )
             if gain is not None:
                 print_line(
-                    f"{name}, seed {seed}: mask IoU minus that of the start: {format_interval(gain)}",
+                    f"{name}, seed {seed}: mask IoU minus that of the start: "
+                    f"{interval_text(gain, 3, signed=True)}",
                     sys.stdout,
                 )
     return results

@@ -22,6 +22,7 @@ from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor
 from conceptseg_hf.boxes import Box
 from conceptseg_hf.data import ConceptSample, ConceptShapes
 from conceptseg_hf.evaluation import foreground_iou
+from conceptseg_hf.evaluation.reporting.tables import interval_text
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.inference import text_boxes_to_sam
 from conceptseg_hf.inputs import PreparedSample, known
@@ -30,7 +31,7 @@ from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures
 from conceptseg_hf.writing import write_file
 
-from .tables import format_interval, format_mean, mean_over_seeds, paired
+from .tables import format_mean, mean_over_seeds, paired
 
 PROMPTS = ("true box", "box", "noun", "text", "Z", "Z + noun", "Z + text")
 DIFFERENCES = (("Z + text", "text"), ("Z + text", "box"), ("Z + noun", "noun"))
@@ -186,7 +187,7 @@ def table(seeds: Sequence[Values]) -> str:
         cells = [format_mean(values[prompt]) for prompt in PROMPTS]
         for prompt, baseline in DIFFERENCES:
             interval = paired(values[prompt], values[baseline], f"{label}/{prompt}/{baseline}")
-            cells.append("-" if interval is None else format_interval(interval))
+            cells.append(interval_text(interval, 3, signed=True))
         lines.append(f"| {label} | {len(values['box'])} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

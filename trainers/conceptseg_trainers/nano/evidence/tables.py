@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from conceptseg_hf.evaluation.reporting.bootstrap import Interval, resample
+from conceptseg_hf.evaluation.reporting.tables import interval_text
 
 from .measuring import MEASURES, Values
 
@@ -67,7 +68,7 @@ def comparison_table(
             interval = (
                 None if arm == baseline else paired(values[name], reference[name], f"{arm}/{source}/{name}")
             )
-            cells.append("-" if interval is None else format_interval(interval))
+            cells.append(interval_text(interval, 3, signed=True))
         rows.append(cells)
     return _table(heading, rows)
 
@@ -96,7 +97,7 @@ def pairs_table(
                 mean_over_seeds([run[source][name] for run in results[each]]) for each in (arm, baseline)
             )
             interval = paired(values, reference, f"{arm}/{baseline}/{source}/{name}")
-            cells.append("-" if interval is None else format_interval(interval))
+            cells.append(interval_text(interval, 3, signed=True))
         rows.append(cells)
     return _table(["difference", *MEASURES], rows)
 
@@ -135,7 +136,8 @@ def families_table(
                 None if arm == baseline else paired(selected, reference, f"{arm}/{source}/{measure}/{family}")
             )
             cells.append(
-                format_mean(selected) + ("" if interval is None else f", {format_interval(interval)}")
+                format_mean(selected)
+                + ("" if interval is None else f", {interval_text(interval, 3, signed=True)}")
             )
         rows.append(cells)
     return _table(["family", "n", *(titles[arm] for arm in values)], rows)
@@ -168,7 +170,7 @@ def runs_table(
             cells = [
                 titles[arm],
                 str(log["seed"]),
-                "-" if interval is None else format_interval(interval),
+                interval_text(interval, 3, signed=True),
                 f"{log['cpu_seconds'] / 60:.1f}",
                 f"{entropies[0]:.2f}, {entropies[-1]:.2f}" if entropies else "-",
             ]
@@ -180,11 +182,6 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format a Markdown table; its columns are not aligned, since intervals would make them wide."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (heading, *rows)]
     return "\n".join([lines[0], "|---" * len(heading) + "|", *lines[1:]])
-
-
-def format_interval(interval: Interval) -> str:
-    """Format a difference as "+0.123 [+0.100, +0.146]"."""
-    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
 def format_mean(values: Sequence[float | None]) -> str:
