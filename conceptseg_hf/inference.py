@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,51 @@ def text_boxes_to_sam(
     }
     boxes = {i: box for i, box in boxes.items() if min(box[2:]) > 0}
     return list(boxes), torch.tensor(list(boxes.values())).reshape(len(boxes), 1, 4)
+
+
+class BatchSegmenter(Protocol):
+    """Segments a batch of samples.
+
+    Attributes:
+        on_text: Receives the text of the VLM while it is written, from one sample at a time; or None.
+    """
+
+    on_text: Callable[[str], None] | None
+
+    def segment(
+        self, samples: Sequence[PreparedSample], image_index: Sequence[int] | None
+    ) -> list[RawSegmentation]:
+        """Return one output per sample."""
+        ...
+
+
+def segment_batches(
+    segmenter: BatchSegmenter,
+    samples: Sequence[PreparedSample],
+    image_index: Sequence[int] | None,
+    batch_size: int | None,
+) -> list[RawSegmentation]:
+    """Segment samples in batches.
+
+    Args:
+        segmenter: The segmenter.
+        samples: The samples.
+        image_index: Index of the image of each sample, if it is known.
+        batch_size: Maximum number of samples per batch; None for all samples at once.
+
+    Raises:
+        ValueError: If `batch_size` is less than 1.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(
+            f"segment: batch_size is {batch_size}; use at least 1, or None for all samples at once."
+        )
+    size = 1 if segmenter.on_text is not None else batch_size or max(len(samples), 1)
+    outputs = []
+    for start in range(0, len(samples), size):
+        batch = slice(start, start + size)
+        outputs += segmenter.segment(samples[batch], None if image_index is None else image_index[batch])
+    return outputs
 
 
 class Segmenter:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -171,3 +171,22 @@ def known(value: _T | None, name: str) -> _T:
             f"a sample has no {name}; pass samples returned by the processor's `prepare` and `prepare_vlm`."
         )
     return value
+
+
+def given_samples(
+    inputs: ConceptSegInputs | Sequence[PreparedSample] | None, tensors: Mapping[str, Any]
+) -> tuple[list[PreparedSample], list[int] | None]:
+    """Return the samples of the arguments of `segment`, and the index of the image of each sample if it is known.
+
+    Raises:
+        ValueError: If the arguments are incomplete or contradictory.
+    """
+    if (inputs is None) == (not tensors):
+        raise ValueError(
+            "segment: pass either the processor's output as inputs or its items as keyword arguments, not both."
+        )
+    given = tensors if inputs is None else inputs
+    if not isinstance(given, Mapping):
+        return list(given), None
+    batch = ConceptSegInputs(dict(given))
+    return batch.samples, batch["image_index"].tolist()

@@ -22,8 +22,8 @@ from .concept_translation import ConceptTranslationModule
 from .configuration_conceptseg import ConceptSegConfig
 from .devices import execution_device, loaded
 from .hashing import weights_counters
-from .inference import Segmenter, SegmentSettings, evaluating
-from .inputs import ConceptSegInputs, PreparedSample
+from .inference import Segmenter, SegmentSettings, evaluating, segment_batches
+from .inputs import ConceptSegInputs, PreparedSample, given_samples
 from .losses import segmentation_loss
 from .outputs import ConceptSegmentation, ConceptSegOutput, SegmentationOutputs
 from .phrase_embeddings import PhraseEmbeddings
@@ -395,24 +395,11 @@ class ConceptSegForSegmentation(
             ValueError: If the inputs are incomplete, no processor is available, or the router or generation settings
                 are invalid.
         """
-        if (inputs is None) == (not tensors):
-            raise ValueError(
-                "segment: pass either the processor's output as inputs or its items as keyword arguments, not both."
-            )
-        given = tensors if inputs is None else inputs
-        if isinstance(given, Mapping):
-            batch = ConceptSegInputs(dict(given))
-            samples, image_index = batch.samples, batch["image_index"].tolist()
-        else:
-            samples, image_index = list(given), None
+        samples, image_index = given_samples(inputs, tensors)
         if isinstance(router, str):
             config = self.config
             router = ShortcutRouter(
                 router, config.router_base, config.router_drop_parentheses, config.router_min_words
-            )
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(
-                f"segment: batch_size is {batch_size}; use at least 1, or None for all samples at once."
             )
         own_processor = self.processor if processor is None else processor
         segmenter = Segmenter(
@@ -421,20 +408,15 @@ class ConceptSegForSegmentation(
             SegmentSettings(router, generation_config, sam_prompt, self._checked(concept), rule),
             on_text,
         )
-        raw = []
         with loaded(self):
-            size = 1 if on_text is not None else batch_size or max(len(samples), 1)
-            for chunk in (slice(start, start + size) for start in range(0, len(samples), size)):
-                raw += segmenter.segment(samples[chunk], None if image_index is None else image_index[chunk])
-        if processor is not None:
-            return processor.post_process_concept_segmentation(
-                raw, return_heatmap=return_heatmap, return_logits=return_logits
-            )
+            raw = segment_batches(segmenter, samples, image_index, batch_size)
         post_process = partial(
             own_processor.post_process_concept_segmentation,
             return_heatmap=return_heatmap,
             return_logits=return_logits,
         )
+        if processor is not None:
+            return post_process(raw)
         return SegmentationOutputs(raw, lambda output: post_process([output])[0])
 
     def _checked(self, concept: ConceptPrompt | str | os.PathLike | None) -> ConceptPrompt | None:

@@ -165,6 +165,7 @@ NANO_SAM_VOCABULARY_SIZE = 176
 NANO_SAM_TEXT_LENGTH = 8
 
 MINI_IMAGE_SIZE = 224
+MINI_PATCH_SIZE = 14
 MINI_VLM_VOCABULARY_SIZE = 704
 MINI_SAM_VOCABULARY_SIZE = 512
 MINI_SAM_TEXT_LENGTH = 12
@@ -223,15 +224,16 @@ def _preset_nano_qwen3() -> dict[str, Any]:
 
 
 def _preset_mini() -> dict[str, Any]:
-    """Return a configuration for photographs that can be trained on a CPU; masks have half of the input's side."""
+    """Return a configuration for photographs that can be trained on a CPU, with 16 x 16 patches per image."""
     width, sam_width = 192, 64
     return {
         "vlm_config": {
-            **_small_vlm(MINI_VLM_VOCABULARY_SIZE, width, intermediate_size=512, num_heads=6),
-            # Windows of 7 x 7 image tokens.
+            **_small_vlm(MINI_VLM_VOCABULARY_SIZE, width, intermediate_size=384, num_heads=6),
             "vision_config": {
-                **_small_vision(width, MINI_IMAGE_SIZE, depth=4, hidden_size=96, full_attention=[1, 3]),
-                "window_size": MINI_IMAGE_SIZE // 2,
+                **_small_vision(
+                    width, MINI_IMAGE_SIZE, depth=4, hidden_size=112, full_attention=[0, 1, 2, 3]
+                ),
+                "patch_size": MINI_PATCH_SIZE,
             },
         },
         "sam_config": _small_sam(
@@ -245,12 +247,18 @@ def _preset_mini() -> dict[str, Any]:
                 "num_attention_heads": 6,
                 "image_size": MINI_IMAGE_SIZE,
                 "pretrain_image_size": MINI_IMAGE_SIZE,
-                "window_size": 14,
+                "patch_size": MINI_PATCH_SIZE,
+                "window_size": 8,
                 "global_attn_indexes": [2, 5],
             },
-            scale_factors=[4.0, 2.0, 0.5, 0.5],
+            scale_factors=[4.0, 2.0, 1.0, 0.5],
         ),
-        "ctm_config": {"hidden_size": width, "num_attention_heads": 6, "sam_hidden_size": sam_width},
+        "ctm_config": {
+            "hidden_size": width,
+            "num_attention_heads": 6,
+            "mlp_ratio": 2,
+            "sam_hidden_size": sam_width,
+        },
     }
 
 
@@ -306,12 +314,13 @@ def _small_vision(
 def _small_sam(
     width: int, vocab_size: int, text_length: int, backbone: dict[str, Any], scale_factors: list[float]
 ) -> dict[str, Any]:
-    """Return a configuration of SAM 3 with patches of 8 pixels and two layers in each of its transformers."""
-    grid = backbone["image_size"] // 8
+    """Return a configuration of SAM 3 with patches of 8 pixels by default, and two layers in each transformer."""
+    backbone = {"model_type": "sam3_vit_model", "patch_size": 8, **backbone}
+    grid = backbone["image_size"] // backbone["patch_size"]
     transformer = {"hidden_size": width, "num_layers": 2, "num_attention_heads": 4, "dropout": 0.0}
     return {
         "vision_config": {
-            "backbone_config": {"model_type": "sam3_vit_model", "patch_size": 8, **backbone},
+            "backbone_config": backbone,
             "fpn_hidden_size": width,
             "backbone_feature_sizes": [[round(grid * factor)] * 2 for factor in scale_factors[:3]],
             "scale_factors": scale_factors,

@@ -13,7 +13,8 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import can_return_tuple
 
 from ..devices import execution_device, loaded
-from ..inputs import ConceptSegInputs, PreparedSample
+from ..inference import segment_batches
+from ..inputs import ConceptSegInputs, PreparedSample, given_samples
 from ..outputs import ConceptSegmentation, SegmentationOutputs
 from ..shared_references import ReferenceStore
 from ..streaming import StreamingMixin
@@ -291,27 +292,11 @@ class CoPRSForSegmentation(
             ValueError: If the inputs are incomplete, no processor is available, or a setting is not supported.
         """
         tensors = check_options(router, tensors)
-        if (inputs is None) == (not tensors):
-            raise ValueError(
-                "segment: pass either the processor's output as inputs or its items as keyword arguments, not both."
-            )
-        given = tensors if inputs is None else inputs
-        if isinstance(given, Mapping):
-            batch = ConceptSegInputs(dict(given))
-            samples, image_index = batch.samples, batch["image_index"].tolist()
-        else:
-            samples, image_index = list(given), None
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(
-                f"segment: batch_size is {batch_size}; use at least 1, or None for all samples at once."
-            )
+        samples, image_index = given_samples(inputs, tensors)
         own_processor = self.processor if processor is None else processor
         segmenter = PriorSegmenter(self, own_processor, generation_config, ReferenceStore(), on_text)
-        raw = []
         with loaded(self):
-            size = 1 if on_text is not None else batch_size or max(len(samples), 1)
-            for chunk in (slice(start, start + size) for start in range(0, len(samples), size)):
-                raw += segmenter.segment(samples[chunk], None if image_index is None else image_index[chunk])
+            raw = segment_batches(segmenter, samples, image_index, batch_size)
         post_process = partial(
             own_processor.post_process_concept_segmentation,
             return_heatmap=return_heatmap,

@@ -47,7 +47,7 @@ def test_examples_equal_the_inputs_of_the_processor(make_stage, processor) -> No
         references = [Reference(Image.fromarray(scene.pixels), box=box) for scene, box in task.references]
         sample = processor.prepare(Image.fromarray(task.scene.pixels), task.prompt, references)
         assert sample.input_ids.tolist() == example.prompt
-        torch.testing.assert_close(patches(example.images, "cpu"), sample.pixel_values, atol=1e-5, rtol=0)
+        torch.testing.assert_close(patches(example.images, 8, "cpu"), sample.pixel_values, atol=1e-5, rtol=0)
         assert unknown not in example.completion
         assert example.completion[-2:] == [processor.ref_pos_token_id, processor.tokenizer.eos_token_id]
         completion = processor.decode_completion(example.completion)

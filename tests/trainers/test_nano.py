@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conceptseg_trainers.from_scratch.ctm_stage import CtmSteps
 from conceptseg_trainers.from_scratch.loop import Schedule, train
 from conceptseg_trainers.from_scratch.masks import mask_to_tokens
 from conceptseg_trainers.from_scratch.vlm_examples import patches, positions
@@ -69,7 +68,7 @@ def test_task_examples_equal_the_inputs_of_the_processor(writer: ExampleWriter) 
             prepared = writer.processor.prepare(sample.image, sample.prompt, sample.references)
             assert example.prompt == prepared.input_ids.tolist()
             torch.testing.assert_close(
-                patches(example.images, "cpu"), prepared.pixel_values, rtol=0, atol=1e-5
+                patches(example.images, 8, "cpu"), prepared.pixel_values, rtol=0, atol=1e-5
             )
 
 
@@ -417,7 +416,11 @@ def test_command_trains_a_checkpoint(tmp_path, monkeypatch, family: str) -> None
     completions = {
         path: path.stat().st_mtime_ns for path in (tmp_path / "run/completions").rglob("*.safetensors")
     }
-    other = train_ctm(tmp_path / "run", 2, 1, CtmSteps(2, 2, 2), tasks=48, held_out=24)
-    assert AutoModel.from_pretrained(other).config.ctm_config.num_queries == 2
+    other = train_ctm(checkpoint, tmp_path / "run", 2, 1, scale=0.001)
+    trained = AutoModel.from_pretrained(other)
+    assert trained.config.ctm_config.num_queries == 2
+    assert all(
+        torch.equal(a, b) for a, b in zip(trained.vlm.parameters(), model.vlm.parameters(), strict=True)
+    )
     assert {path: path.stat().st_mtime_ns for path in completions} == completions
-    assert train_ctm(tmp_path / "run", 2, 1) == other  # not trained again
+    assert train_ctm(checkpoint, tmp_path / "run", 2, 1) == other  # not trained again

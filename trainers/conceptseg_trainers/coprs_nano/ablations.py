@@ -7,7 +7,6 @@ with it on the same held-out samples. Trainings resume where they were interrupt
 from __future__ import annotations
 
 import argparse
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from conceptseg_hf.writing import write_file
 from ..from_scratch.command import make_parser, run_command, scaled
 from ..from_scratch.loop import train
 from ..nano.evidence.measuring import DECODING, Values, measured_values
-from ..nano.evidence.run_folder import check_run_settings
+from ..nano.evidence.run_folder import check_run_settings, digest_of
 from ..nano.evidence.tables import comparison_table
 from ..nano.evidence.training import complete_folder
 from .report import write_checkpoint
@@ -108,14 +107,13 @@ def run(arguments: argparse.Namespace) -> None:
         variants[f"backbone-{folder.name}"] = Variant(
             f"vision backbone of {folder.name}", backbone=str(folder)
         )
-    weights = (arguments.start / "model.safetensors").read_bytes()
     check_run_settings(
         arguments.run_dir,
         {
             "steps": scaled(STEPS, arguments.scale),
             "seed": arguments.seed,
             "samples": arguments.samples,
-            "start": hashlib.sha256(weights).hexdigest()[:16],
+            "start": digest_of(arguments.start),
         },
     )
     samples = held_out_samples(arguments.samples)

@@ -18,8 +18,6 @@ def load_stages(
     processor: ConceptSegProcessor,
     run_dir: Path,
     vlm_stage: str = "vlm",
-    num_concept_tokens: int | None = None,
-    seed: int = 0,
 ) -> ConceptSegForSegmentation:
     """Return the model with the averaged weights of SAM 3 and the VLM and a new CTM.
 
@@ -28,17 +26,13 @@ def load_stages(
         processor: Its processor.
         run_dir: Folder of the stages.
         vlm_stage: Name of the stage that trained the VLM: "vlm" or "base-referring".
-        num_concept_tokens: Number of concept tokens of the new CTM; by default that of the preset.
-        seed: Random seed of the weights of the new CTM.
 
     Raises:
         FileNotFoundError: If one of the two stages has not been run.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     # Concept tokens contain a box, so SAM 3 is trained without the token for "no box" after them.
     config = ConceptSegConfig.from_preset(preset, sam_geometry_cls_with_concepts=False)
-    if num_concept_tokens is not None:
-        config.ctm_config.num_queries = num_concept_tokens
     model = ConceptSegForSegmentation(config)
     for part, stage, prefix in ((model.sam, "sam", "sam."), (model.vlm, vlm_stage, "vlm.")):
         load_average(part, run_dir, stage, prefix)

@@ -17,7 +17,7 @@ from conceptseg_hf.references import Reference, resolve_references
 
 from .masks import bounding_box, mask_to_tokens
 from .tokenizers import COORDINATE_SCALE
-from .vlm_examples import MERGE, PATCH, AttentionTarget, TrainingExample
+from .vlm_examples import MERGE, AttentionTarget, TrainingExample
 
 # Offsets of the numbers of a box from its opening tag, e.g. in the tokens "<bbox> [ 1 , 2 , 3 , 4 ] </bbox>".
 NUMBER_OFFSETS = (2, 4, 6, 8)
@@ -68,7 +68,7 @@ class BaseExampleWriter:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.size = processor.canvas_size
-        self.grid = self.size // PATCH // MERGE
+        self.grid = self.size // processor.image_processor.patch_size // MERGE
         vocabulary = self.tokenizer.get_vocab()
         self.ids = {
             name: vocabulary[name]

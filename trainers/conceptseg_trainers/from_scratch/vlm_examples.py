@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-PATCH, MERGE = 8, 2
+MERGE = 2  # patches per side of an image token
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ class TrainingExample:
     untrained: frozenset[int] = frozenset()
 
 
-def patches(images: Sequence[np.ndarray], device: str) -> Tensor:
-    """Convert 8-bit images (S, S, 3) to Qwen's patches (N * (S / 8)^2, 192), grouped by image token."""
+def patches(images: Sequence[np.ndarray], size: int, device: str) -> Tensor:
+    """Convert 8-bit images (S, S, 3) to Qwen's patches (N * (S / size)^2, 3 * size^2), grouped by image token."""
     n, side = len(images), images[0].shape[0]
-    cells = side // PATCH // MERGE
+    cells = side // size // MERGE
     x = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 255
     mean_, std = (
         torch.tensor(values, device=device)[None, :, None, None]
         for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     )
-    x = ((x - mean_) / std).reshape(n, 3, cells, MERGE, PATCH, cells, MERGE, PATCH)
-    return x.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(n * (side // PATCH) ** 2, 3 * PATCH * PATCH)
+    x = ((x - mean_) / std).reshape(n, 3, cells, MERGE, size, cells, MERGE, size)
+    return x.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(n * (side // size) ** 2, 3 * size * size)
 
 
 def positions(ids: Sequence[int], image_token: int, grid: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from conceptseg_hf.prompt_processing import PromptProcessor
 from conceptseg_hf.vlm_families import Vlm, get_family
 
 from .tokenizers import COORDINATE_SCALE
-from .vlm_examples import MERGE, PATCH, TrainingExample, pad_examples, patches
+from .vlm_examples import MERGE, TrainingExample, pad_examples, patches
 
 _GUIDED_LAYER, _GUIDED_HEADS = 3, 2
 _NUMBER_SIGMA, _LAST_NUMBER_SIGMA = 1.2, 0.6
@@ -118,7 +118,8 @@ class VlmStage:
         self.module, self.data, self.processor, self.name = module.to(device), data, processor, name
         self.pretraining, self.steps, self.device, self.bfloat16 = pretraining, steps, device, bfloat16
         self.is_pretraining = False
-        self.grid = processor.canvas_size // PATCH // MERGE
+        self.patch_size = processor.image_processor.patch_size
+        self.grid = processor.canvas_size // self.patch_size // MERGE
         vocabulary = processor.tokenizer.get_vocab()
         self.numbers = torch.tensor([vocabulary[str(number)] for number in range(COORDINATE_SCALE + 1)])
         self.first_number = int(self.numbers[0])
@@ -145,10 +146,10 @@ class VlmStage:
         return torch.cat(list(tokens))[:, : self.module.vlm.config.get_text_config().hidden_size]
 
     def _image_tokens(self, images: Sequence[np.ndarray]) -> list[Tensor]:
-        rows = images[0].shape[0] // PATCH
+        rows = images[0].shape[0] // self.patch_size
         grid = torch.tensor([[1, rows, rows]], device=self.device).repeat(len(images), 1)
         vlm = self.module.vlm
-        inputs = {"pixel_values": patches(images, self.device), "image_grid_thw": grid}
+        inputs = {"pixel_values": patches(images, self.patch_size, self.device), "image_grid_thw": grid}
         return get_family(vlm.config).encode_images(vlm, inputs)
 
     def example_loss(

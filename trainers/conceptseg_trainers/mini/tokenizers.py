@@ -5,6 +5,7 @@ from __future__ import annotations
 from conceptseg_hf.data.concept_shapes.rendering import COLORS, GREY, SHAPES, TEXTURES
 from conceptseg_hf.presets import (
     MINI_IMAGE_SIZE,
+    MINI_PATCH_SIZE,
     MINI_SAM_TEXT_LENGTH,
     MINI_SAM_VOCABULARY_SIZE,
     MINI_VLM_VOCABULARY_SIZE,
@@ -55,4 +56,5 @@ def mini_processor() -> ConceptSegProcessor:
         build_sam_tokenizer(_WORDS, MINI_SAM_VOCABULARY_SIZE, MINI_SAM_TEXT_LENGTH),
         MINI_IMAGE_SIZE,
         NANO_TEMPLATE,
+        patch_size=MINI_PATCH_SIZE,
     )

@@ -1,41 +1,54 @@
 """Train the CTM of nano with several seeds and numbers of concept tokens (L2, Figure 7 of the paper), and compare them.
 
-`python -m conceptseg_trainers.nano.evidence.ctm_runs --run-dir runs/nano` needs the stages "sam", "vlm" and "ctm" of
-nano. All runs use its VLM, its SAM 3 and its completions; only the CTM differs. If the command is run again, finished
-runs are not repeated and an interrupted one resumes.
+`python -m conceptseg_trainers.nano.evidence.ctm_runs` uses the VLM and SAM 3 of the embedded checkpoint. All runs have
+the same completions; only the CTM differs. If the command is run again, finished runs are not repeated and an
+interrupted one resumes.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
 
-from conceptseg_hf.writing import write_file
+from conceptseg_hf import ConceptSegForSegmentation, nano_checkpoint
+from conceptseg_hf.evaluation.reporting.tables import interval_text
+from conceptseg_hf.progress import print_line
+from conceptseg_hf.writing import json_text, write_file
 
-from ...from_scratch.assemble import load_stages, write_checkpoint
+from ...from_scratch.assemble import write_checkpoint
+from ...from_scratch.command import make_parser, run_command, scaled
 from ...from_scratch.ctm_stage import CtmStage, CtmSteps
 from ...from_scratch.loop import train
 from ..ctm_data import ShapesCtmData
 from ..tokenizers import build_processor
 from . import concept_tokens
+from .concept_tokens import Values
+from .run_folder import check_run_settings, digest_of
+from .tables import format_mean, mean_over_seeds, paired
+from .training import complete_folder
 
 DEFAULT_TOKENS = 8
 _TOKENS = (1, 2, 4, 16)
 _SEEDS = (0, 1, 2)
+_PROMPTS = ("Z", "Z + text")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train and measure all runs, and write a table for each number of concept tokens."""
-    parser = argparse.ArgumentParser(
-        prog="python -m conceptseg_trainers.nano.evidence.ctm_runs",
-        description="Train the CTM of nano with several seeds and numbers of concept tokens.",
-    )
+def main() -> None:
+    """Train and measure all runs, and write the tables."""
+    description = "Train the CTM of nano with several seeds and numbers of concept tokens."
+    parser = make_parser(f"{__package__}.ctm_runs", description, Path("runs/nano-ctm"))
     parser.add_argument(
-        "--run-dir", type=Path, default=Path("runs/nano"), help="folder of the stages (default: %(default)s)"
+        "--start",
+        type=Path,
+        default=nano_checkpoint(),
+        help="checkpoint with the VLM and SAM 3 (default: the embedded nano)",
     )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=list(_SEEDS), help="with 8 concept tokens (default: 0 1 2)"
@@ -48,58 +61,123 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="further numbers of concept tokens, with the first seed (default: 1 2 4 16)",
     )
     parser.add_argument("--samples", type=int, default=300, help="samples per set (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's default)")
-    arguments = parser.parse_args(argv)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    run_command(parser, run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train and measure the runs, and write the tables.
+
+    Raises:
+        ValueError: If the run folder contains results with other settings.
+    """
+    folder, scale = arguments.run_dir, min(1.0, arguments.scale)
+    check_run_settings(
+        folder, {"scale": scale, "samples": arguments.samples, "start": digest_of(arguments.start)}
+    )
     runs = {DEFAULT_TOKENS: arguments.seeds} | dict.fromkeys(arguments.tokens, arguments.seeds[:1])
-    parts = []
-    for count, seeds in sorted(runs.items()):
-        checkpoints = [train_ctm(arguments.run_dir, count, seed) for seed in seeds]
-        values = [concept_tokens.measure(checkpoint, arguments.samples) for checkpoint in checkpoints]
-        parts.append(
-            f"## {count} concept tokens, seeds {' '.join(map(str, seeds))}\n\n{concept_tokens.table(values)}"
-        )
-        write_file(arguments.run_dir / "ctm_runs.md", "\n".join(parts))
-    sys.stdout.write("\n".join(parts))
+    results = {
+        count: [
+            measured(
+                train_ctm(arguments.start, folder, count, seed, scale, arguments.device), arguments.samples
+            )
+            for seed in seeds
+        ]
+        for count, seeds in sorted(runs.items())
+    }
+    print_line(write_tables(results, folder / "ctm_runs.md"), sys.stdout)
 
 
 def train_ctm(
-    run_dir: Path,
-    num_concept_tokens: int,
-    seed: int,
-    steps: CtmSteps | None = None,
-    tasks: int = 9600,
-    held_out: int = 240,
+    start: Path, run_dir: Path, num_concept_tokens: int, seed: int, scale: float = 1.0, device: str = "cpu"
 ) -> Path:
     """Train a CTM and write its checkpoint; does nothing if the checkpoint exists.
 
     Args:
-        run_dir: Folder of the stages of nano.
+        start: Checkpoint with the VLM and SAM 3.
+        run_dir: Folder of the runs.
         num_concept_tokens: Number of concept tokens.
         seed: Random seed of weights and batches.
-        steps: Number of steps of each phase.
-        tasks: Number of training tasks.
-        held_out: Number of samples of each held-out set per evaluation.
+        scale: Factor of the number of steps, tasks and held-out samples.
+        device: Device of the model.
 
     Returns:
         The folder of the checkpoint.
     """
     name = f"ctm-{num_concept_tokens}-tokens-seed-{seed}"
     checkpoint = run_dir / name / "checkpoint"
-    if (checkpoint / "config.json").is_file():
+    if checkpoint.is_dir():
         return checkpoint
-    steps = steps or CtmSteps()
-    processor = build_processor()
-    model = load_stages("nano", processor, run_dir, num_concept_tokens=num_concept_tokens, seed=seed)
+    steps = CtmSteps(*(scaled(count, scale, 2) for count in astuple(CtmSteps())))
+    model, processor = with_new_ctm(start, num_concept_tokens, seed), build_processor()
     stage = CtmStage(
-        model, processor, ShapesCtmData(), run_dir, steps, tasks, name=name, held_out=held_out, seed=seed
+        model,
+        processor,
+        ShapesCtmData(),
+        run_dir,
+        steps,
+        tasks=scaled(9600, scale, 48),
+        name=name,
+        device=device,
+        held_out=scaled(240, scale, 24),
+        seed=seed,
     )
     train(stage, steps.schedule(), run_dir)
-    temporary = checkpoint.with_name("checkpoint.tmp")
-    write_checkpoint(model, processor, temporary)
-    temporary.rename(checkpoint)  # an existing checkpoint is complete
+    with complete_folder(checkpoint) as temporary:
+        write_checkpoint(model.cpu(), processor, temporary)
     return checkpoint
+
+
+def with_new_ctm(start: Path, num_concept_tokens: int, seed: int) -> ConceptSegForSegmentation:
+    """Return the model of a checkpoint with a new CTM that has the given number of concept tokens."""
+    model = ConceptSegForSegmentation.from_pretrained(start)
+    config = copy.deepcopy(model.config)
+    config.ctm_config.num_queries = num_concept_tokens
+    torch.manual_seed(seed)
+    model.ctm, model.config = ConceptSegForSegmentation(config).ctm, config
+    return model
+
+
+def measured(checkpoint: Path, samples: int) -> Values:
+    """Return the values of `concept_tokens.measure`, read from the folder of the run if they are known."""
+    path = checkpoint.with_name("values.json")
+    if not path.is_file():
+        write_file(path, json_text(concept_tokens.measure(checkpoint, samples)) + "\n")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_tables(results: Mapping[int, Sequence[Values]], path: Path) -> str:
+    """Write an overview of all numbers of concept tokens, and the prompts with each of them; return the text."""
+    reference = results[DEFAULT_TOKENS]
+    titles = [*_PROMPTS, *(f"{prompt} - {prompt} of {DEFAULT_TOKENS} tokens" for prompt in _PROMPTS)]
+    lines = [
+        "| samples | tokens | seeds | " + " | ".join(titles) + " |",
+        "|---" * (len(titles) + 3) + "|",
+    ]
+    for label in reference[0]:
+        for count, seeds in results.items():
+            values, base = (
+                {prompt: mean_over_seeds([seed[label][prompt] for seed in runs]) for prompt in _PROMPTS}
+                for runs in (seeds, reference)
+            )
+            differences = [
+                None
+                if count == DEFAULT_TOKENS
+                else paired(values[prompt], base[prompt], f"{count}/{label}/{prompt}")
+                for prompt in _PROMPTS
+            ]
+            cells = [
+                *(format_mean(values[prompt]) for prompt in _PROMPTS),
+                *(interval_text(difference, 3, signed=True) for difference in differences),
+            ]
+            lines.append(f"| {label} | {count} | {len(seeds)} | " + " | ".join(cells) + " |")
+    parts = ["\n".join(lines) + "\n"]
+    parts += [
+        f"## {count} concept tokens, {len(seeds)} seeds\n\n{concept_tokens.table(seeds)}"
+        for count, seeds in results.items()
+    ]
+    text = "\n".join(parts)
+    write_file(path, text)
+    return text
 
 
 if __name__ == "__main__":

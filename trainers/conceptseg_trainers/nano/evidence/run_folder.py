@@ -26,10 +26,15 @@ def check_settings(folder: Path, settings: TrainSettings, start: Path, samples: 
     Raises:
         ValueError: If the folder contains results with other settings.
     """
+    check_run_settings(folder, {**asdict(settings), "samples": samples, "start": digest_of(start)})
+
+
+def digest_of(checkpoint: Path) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of the weights of a checkpoint."""
     digest = hashlib.sha256()
-    for weights in sorted(start.glob("*.safetensors")):
+    for weights in sorted(checkpoint.glob("*.safetensors")):
         digest.update(weights.read_bytes())
-    check_run_settings(folder, {**asdict(settings), "samples": samples, "start": digest.hexdigest()[:16]})
+    return digest.hexdigest()[:16]
 
 
 def check_run_settings(folder: Path, current: Mapping[str, Any]) -> None:
