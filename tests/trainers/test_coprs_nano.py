@@ -146,6 +146,16 @@ def test_checkpoint_is_small_and_loads_in_float32(make_stage, tmp_path) -> None:
     assert "| CI | 1 | - |" in table and "Correlation of prior IoU and mask IoU" in table
 
 
+def test_report_measures_the_embedded_checkpoint(tmp_path, capsys) -> None:
+    report.main(["--samples", "2", "--output-dir", str(tmp_path)])
+    table = capsys.readouterr().out
+    assert table == (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| CI | 2 | 0." in table  # 2 of 8 samples
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path), "--samples", "2"])
+    assert "is not a checkpoint; train one with `make coprs-nano`" in capsys.readouterr().err
+
+
 def test_ideal_prior_is_the_mask_at_the_resolution_of_the_keys() -> None:
     masks = torch.zeros(1, 128, 128, dtype=torch.bool)
     masks[0, 32:64, 64:96] = True

@@ -1,4 +1,4 @@
-"""Run the ablations of the CoPRS paper on coprs-nano: `python -m conceptseg_trainers.coprs_nano.ablations`.
+"""Compare variants of coprs-nano: `python -m conceptseg_trainers.coprs_nano.ablations`.
 
 Each variant is trained like the embedded checkpoint, from the same start and with the same data and steps, and compared
 with it on the same held-out samples. Trainings resume where they were interrupted; finished variants are not repeated.

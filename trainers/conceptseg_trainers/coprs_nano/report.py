@@ -1,17 +1,22 @@
-"""Write the checkpoint of coprs-nano in float16, and its table of held-out results beside those of nano."""
+"""Write the checkpoint of coprs-nano in float16, and its table of held-out results beside those of nano.
+
+`python -m conceptseg_trainers.coprs_nano.report [CHECKPOINT]` measures a checkpoint, by default the embedded one.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from conceptseg_hf import ConceptSegForSegmentation, nano_checkpoint
+from conceptseg_hf import ConceptSegForSegmentation, coprs_nano_checkpoint, nano_checkpoint
 from conceptseg_hf.cards import save_model_card
 from conceptseg_hf.coprs import CoPRSForSegmentation
 from conceptseg_hf.data import ConceptShapes
@@ -46,12 +51,29 @@ def write_report(stage: PriorStage, schedule: Schedule, run_dir: Path, folder: P
         schedule: Its schedule.
         run_dir: Folder of the run, in which `results.json` and `results.md` are written.
         folder: Folder of the checkpoint.
-        samples: Number of samples of the set CI; 4 times as many of the split "test" are measured, and as many of its
-            group "which one".
+        samples: Number of samples; see `write_results`.
     """
     TrainingState(stage.module, schedule, run_dir / stage.name / "state.safetensors").load_average()
     write_checkpoint(stage.model, folder)
-    model = CoPRSForSegmentation.from_pretrained(folder)
+    table = write_results(folder, run_dir, samples)
+    training = (
+        "coprs-nano is a small CoPRS model for demonstrations, tests and teaching. It starts from the VLM and the "
+        "vision backbone of conceptseg-nano and was trained with supervision on ConceptShapes (`make coprs-nano`); its "
+        f"weights are stored in float16.\n\n{table}"
+    )
+    save_model_card(folder, stage.model.config, training=training, overwrite=True, license="apache-2.0")
+
+
+def write_results(checkpoint: Path, output_dir: Path, samples: int) -> str:
+    """Measure a checkpoint on held-out samples, write `results.json` and `results.md`, and return the table.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        output_dir: Folder of the files.
+        samples: Number of samples of the set CI; 4 times as many of the split "test" are measured, and as many of its
+            group "which one".
+    """
+    model = CoPRSForSegmentation.from_pretrained(checkpoint)
     splits = {
         "test": (ConceptShapes("test", size=SIDE), 4 * samples),
         "which one": (ConceptShapes("test", size=SIDE, groups=["which one"]), samples),
@@ -68,15 +90,10 @@ def write_report(stage: PriorStage, schedule: Schedule, run_dir: Path, folder: P
     nano_summary = {f"mask_iou_{name}": bootstrap_mean(values) for name, values in nano.items()}
     table = markdown(summary, nano_summary)
     write_file(
-        run_dir / "results.json", json_text({"coprs-nano": summary, "nano": nano_summary}, indent=2) + "\n"
+        output_dir / "results.json", json_text({"coprs-nano": summary, "nano": nano_summary}, indent=2) + "\n"
     )
-    write_file(run_dir / "results.md", table + "\n")
-    training = (
-        "coprs-nano is a small CoPRS model for demonstrations, tests and teaching. It starts from the VLM and the "
-        "vision backbone of conceptseg-nano and was trained with supervision on ConceptShapes (`make coprs-nano`); its "
-        f"weights are stored in float16.\n\n{table}"
-    )
-    save_model_card(folder, model.config, training=training, overwrite=True, license="apache-2.0")
+    write_file(output_dir / "results.md", table + "\n")
+    return table
 
 
 def write_checkpoint(model: CoPRSForSegmentation, folder: Path) -> None:
@@ -138,3 +155,40 @@ def _cell(values: Mapping[str, float] | None) -> str:
     if values is None or not values["n"] or math.isnan(values["mean"]):
         return "-"
     return f"{values['mean']:.3f} [{values['low']:.3f}, {values['high']:.3f}]"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the checkpoint that is given on the command line, and print the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m conceptseg_trainers.coprs_nano.report",
+        description="Measure a CoPRS checkpoint on held-out samples of ConceptShapes, beside nano.",
+    )
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        nargs="?",
+        default=coprs_nano_checkpoint(),
+        help="folder of the checkpoint (default: the embedded coprs-nano)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=300,
+        help='samples of CI; 4 times as many of the split, and as many of its group "which one" (default: %(default)s)',
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("runs/coprs-nano/report"),
+        help="folder of results.json and results.md (default: %(default)s)",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.samples < 1:
+        parser.error(f"--samples is {arguments.samples}; use at least 1.")
+    if not (arguments.checkpoint / "config.json").is_file():
+        parser.error(f"{str(arguments.checkpoint)!r} is not a checkpoint; train one with `make coprs-nano`.")
+    sys.stdout.write(write_results(arguments.checkpoint, arguments.output_dir, arguments.samples) + "\n")
+
+
+if __name__ == "__main__":
+    main()
