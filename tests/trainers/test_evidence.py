@@ -184,6 +184,9 @@ def test_results_of_other_settings_are_rejected(tmp_path, capsys) -> None:
     check_settings(tmp_path / "full", SMALL, start, 8)
     with pytest.raises(ValueError, match="results with steps = 2, but steps is 3; use another --output-dir"):
         check_settings(tmp_path / "full", replace(SMALL, steps=3), start, 8)
+    with pytest.raises(FileNotFoundError, match="has no weights; give the folder of a checkpoint"):
+        check_settings(tmp_path / "new", SMALL, tmp_path / "missing", 8)
+    assert not (tmp_path / "new").exists()
     with pytest.raises(SystemExit):
         main(["--start", str(start), "--output-dir", str(tmp_path), "--samples", "8"])
     assert "contains results with steps = 2, but steps is 60" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conceptseg_trainers.mini.__main__ import main
+from conceptseg_trainers.mini.__main__ import main, make_stage
 from conceptseg_trainers.mini.ctm_data import PhotosCtmData
 from conceptseg_trainers.mini.dense import CHANNELS, MARKED, DenseHeads, dense_loss, dense_target
 from conceptseg_trainers.mini.examples import PhotoExampleWriter
@@ -24,7 +25,7 @@ from conceptseg_trainers.mini.tokenizers import mini_processor
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
-from conceptseg_hf import parse_completion
+from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation, parse_completion
 from conceptseg_hf.boxes import mask_to_box
 from conceptseg_hf.presets import MINI_PATCH_SIZE
 
@@ -269,14 +270,24 @@ def test_ctm_tasks_contain_the_target_among_the_objects(root) -> None:
                 assert any(np.array_equal(task.mask, item.mask) for item in task.objects)
 
 
+@pytest.mark.parametrize("name", ["sam", "vlm"])
+def test_stages_start_with_the_weights_of_a_checkpoint(root, tmp_path, name) -> None:
+    model = ConceptSegForSegmentation(ConceptSegConfig.from_preset("mini"))
+    model.save_pretrained(tmp_path)
+    arguments = argparse.Namespace(root=root, start=tmp_path, device="cpu", seed=1, scale=0.001)
+    stage, schedule = make_stage(name, arguments)
+    assert schedule.restart == 0  # no pretraining
+    weights = getattr(stage.module, name).state_dict()
+    for key, expected in getattr(model, name).state_dict().items():
+        assert torch.equal(weights[key], expected), key
+
+
 @pytest.mark.slow
 @pytest.mark.heavy
 def test_command_trains_a_checkpoint(root, tmp_path, monkeypatch) -> None:
     command = ["conceptseg_trainers.mini", "--root", str(root), "--scale", "0.001"]
     monkeypatch.setattr(sys, "argv", [*command, "--run-dir", str(tmp_path), "--threads", "1"])
     main()  # it starts processes for two of its stages
-    from conceptseg_hf import ConceptSegForSegmentation
-
     model = ConceptSegForSegmentation.from_pretrained(tmp_path / "checkpoint")
     assert model.config.sam_config.vision_config.backbone_config.image_size == SIZE
 

@@ -94,8 +94,9 @@ def run_in_parallel(package: str, stages: Sequence[str], threads: int | None, op
 
 def common_options(arguments: argparse.Namespace) -> list[str]:
     """Return the options of a command, except for stage and threads, as a command line."""
-    names = [name for name in ("run_dir", "device", "seed", "scale", "family") if hasattr(arguments, name)]
-    return [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(arguments, name)))]
+    names = ("run_dir", "device", "seed", "scale", "family", "root", "start")
+    given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+    return [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def scaled(count: int, scale: float, minimum: int = 10) -> int:

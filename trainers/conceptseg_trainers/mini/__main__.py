@@ -54,15 +54,13 @@ def main() -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.stage == "all":
-        options = [*common_options(arguments), "--root", str(arguments.root)]
-        if arguments.start:
-            options += ["--start", str(arguments.start)]
-        run_in_parallel(__package__ or "", ["sam", "vlm"], arguments.threads, options)
+        run_in_parallel(__package__ or "", ["sam", "vlm"], arguments.threads, common_options(arguments))
         arguments.stage = "ctm"
     if arguments.stage == "ctm":
         _run_ctm_stage(arguments)
     else:
-        _run_stage(arguments.stage, arguments)
+        stage, schedule = make_stage(arguments.stage, arguments)
+        train(stage, schedule, arguments.run_dir)
 
 
 def _run_ctm_stage(arguments: argparse.Namespace) -> None:
@@ -88,7 +86,8 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
     write_checkpoint(model.cpu(), processor, arguments.output_dir or arguments.run_dir / "checkpoint")
 
 
-def _run_stage(name: str, arguments: argparse.Namespace) -> None:
+def make_stage(name: str, arguments: argparse.Namespace) -> tuple[Stage, Schedule]:
+    """Return the stage "sam" or "vlm" for the options of the command, and its schedule."""
     device, seed, scale = arguments.device, arguments.seed, arguments.scale
     pretraining = 0 if arguments.start else scaled(_PRETRAINING[name], scale, 4)
     steps = scaled(_STEPS[name], scale, 8)
@@ -99,17 +98,15 @@ def _run_stage(name: str, arguments: argparse.Namespace) -> None:
         held_out = scaled(24, min(1.0, scale), 2)
         sam_data = PhotosSamData(arguments.root, images=12, held_out=held_out, seed=seed)
         sam = SamWithHeads(config.sam_config, make_heads)
-        if arguments.start:
-            load_start(sam.sam, arguments.start, "sam")
         stage = SamStage(sam, sam_data, processor, pretraining, device, seed, bfloat16=True)
     else:
         vlm_data = PhotosVlmData(arguments.root, steps, held_out=scaled(8, min(1.0, scale), 1), seed=seed)
         vlm = VlmWithHeads(config.vlm_config, DenseHeads)
-        if arguments.start:
-            load_start(vlm.vlm, arguments.start, "vlm")
         stage = VlmStage(vlm, vlm_data, processor, pretraining, steps, name, device, bfloat16=True)
+    if arguments.start:  # after the stage has initialized weights
+        load_start(getattr(stage.module, name), arguments.start, name)
     schedule = Schedule(pretraining + steps, _LEARNING_RATES[name], restart=pretraining, evaluate_every=500)
-    train(stage, schedule, arguments.run_dir)
+    return stage, schedule
 
 
 if __name__ == "__main__":

@@ -30,9 +30,16 @@ def check_settings(folder: Path, settings: TrainSettings, start: Path, samples: 
 
 
 def digest_of(checkpoint: Path) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of the weights of a checkpoint."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of the weights of a checkpoint.
+
+    Raises:
+        FileNotFoundError: If the folder has no weights.
+    """
+    files = sorted(checkpoint.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{str(checkpoint)!r} has no weights; give the folder of a checkpoint.")
     digest = hashlib.sha256()
-    for weights in sorted(checkpoint.glob("*.safetensors")):
+    for weights in files:
         digest.update(weights.read_bytes())
     return digest.hexdigest()[:16]
 
