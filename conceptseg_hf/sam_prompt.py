@@ -10,7 +10,7 @@ the image features before they are combined.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,33 +67,23 @@ class ImageFeatures:
         """Select images by index, in the order of `rows` (N,); indices may be repeated."""
         if rows.tolist() == list(range(len(self))):
             return self  # without copies of the feature pyramid
-        rows, vision = rows.to(self.device), self.vision
-        return ImageFeatures(
-            vision=Sam3VisionEncoderOutput(
-                # The gradient of `index_select` is faster than that of indexing.
-                fpn_hidden_states=tuple(level.index_select(0, rows) for level in vision.fpn_hidden_states),
-                fpn_position_encoding=tuple(
-                    level.index_select(0, rows) for level in vision.fpn_position_encoding
-                ),
-            ),
-            geometry_cls=None if self.geometry_cls is None else self.geometry_cls[rows],
-        )
+        rows = rows.to(self.device)
+        # The gradient of `index_select` is faster than that of indexing.
+        return self._map(lambda tensor: tensor.index_select(0, rows))
 
     def repeat(self, count: int) -> ImageFeatures:
         """Repeat each image a number of times in a row; the gradient is faster than that of `select`."""
-        vision = self.vision
+        return self._map(lambda tensor: tensor.repeat_interleave(count, dim=0))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> ImageFeatures:
+        """Apply a function to all tensors."""
+        vision, tokens = self.vision, self.geometry_cls
         return ImageFeatures(
             vision=Sam3VisionEncoderOutput(
-                fpn_hidden_states=tuple(
-                    level.repeat_interleave(count, dim=0) for level in vision.fpn_hidden_states
-                ),
-                fpn_position_encoding=tuple(
-                    level.repeat_interleave(count, dim=0) for level in vision.fpn_position_encoding
-                ),
+                fpn_hidden_states=tuple(map(function, vision.fpn_hidden_states)),
+                fpn_position_encoding=tuple(map(function, vision.fpn_position_encoding)),
             ),
-            geometry_cls=None
-            if self.geometry_cls is None
-            else self.geometry_cls.repeat_interleave(count, dim=0),
+            geometry_cls=None if tokens is None else function(tokens),
         )
 
     @classmethod

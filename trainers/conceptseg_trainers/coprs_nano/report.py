@@ -27,6 +27,7 @@ from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
 from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.writing import json_text, write_file
 
+from ..from_scratch.command import require_checkpoint
 from ..from_scratch.loop import Schedule, TrainingState
 from .measuring import MeasuredSample, bootstrap_mean, measure, set_of, summarize
 from .stage import PriorStage
@@ -185,8 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.samples < 1:
         parser.error(f"--samples is {arguments.samples}; use at least 1.")
-    if not (arguments.checkpoint / "config.json").is_file():
-        parser.error(f"{str(arguments.checkpoint)!r} is not a checkpoint; train one with `make coprs-nano`.")
+    require_checkpoint(parser, arguments.checkpoint, "train one with `make coprs-nano`")
     sys.stdout.write(write_results(arguments.checkpoint, arguments.output_dir, arguments.samples) + "\n")
 
 

@@ -68,6 +68,19 @@ def make_parser(
     return parser
 
 
+def require_checkpoint(parser: argparse.ArgumentParser, folder: Path, remedy: str, option: str = "") -> None:
+    """Exit with an error of the parser if a folder is not a checkpoint.
+
+    Args:
+        parser: The parser.
+        folder: The folder.
+        remedy: How to get a checkpoint.
+        option: Option with a space, for the error.
+    """
+    if not (folder / "config.json").is_file():
+        parser.error(f"{option}{str(folder)!r} is not a checkpoint; {remedy}.")
+
+
 def run_in_parallel(package: str, stages: Sequence[str], threads: int | None, options: Sequence[str]) -> None:
     """Run each stage of a package in a separate process; the processes share the CPU cores.
 

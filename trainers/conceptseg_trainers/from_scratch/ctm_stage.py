@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +30,7 @@ from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
 from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures, box_tokens, decode, encode_image, encode_text
 
+from .command import scaled
 from .ctm_completions import KINDS, TARGET, UNKNOWN, CompletionWriter, CtmTask
 from .loop import Schedule, mean
 from .masks import total
@@ -50,6 +51,11 @@ class CtmSteps:
     def total(self) -> int:
         """Number of steps of all phases."""
         return self.reading + self.imitation + self.segmenting
+
+    @classmethod
+    def scaled(cls, scale: float) -> CtmSteps:
+        """Return the default numbers of steps times a factor, but at least four of each phase."""
+        return cls(*(scaled(count, scale, 4) for count in astuple(cls())))
 
     def schedule(self) -> Schedule:
         """Return the schedule of the stage."""
@@ -179,7 +185,7 @@ class CtmStage:
         has_box = boxes[:, 2] > boxes[:, 0]
         with torch.no_grad():
             features = self._encode([self.data.task(int(row)).pixels for row in rows[::2]])
-            features = features.select(torch.arange(len(rows), device=self.device) // 2)
+            features = features.repeat(2)
             centers = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)
             tokens, _ = box_tokens(self.model.sam, features.vision, centers[:, None])
             text = self.processor.sam_text([BOX_TEXT] * len(rows), self.device)
@@ -200,7 +206,7 @@ class CtmStage:
         tasks = [self.data.task(int(row)) for row in rows[::2]]
         with torch.no_grad():
             features = self._encode([task.pixels for task in tasks])
-            features = features.select(torch.arange(len(rows), device=self.device) // 2)
+            features = features.repeat(2)
         concepts = self._concepts(self.table, rows, kinds)
         logits, presence = self._decode(self.table, features, rows, kinds, texts, concepts)
         objects = self._gather(self.table, "object", rows, kinds)

@@ -6,7 +6,6 @@ Stages resume where they were interrupted.
 from __future__ import annotations
 
 import argparse
-from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -69,7 +68,7 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
     model = load_stages("mini", processor, arguments.run_dir)
     if arguments.start:
         load_start(model.ctm, arguments.start, "ctm")
-    steps = CtmSteps(*(scaled(count, scale, 4) for count in astuple(CtmSteps())))
+    steps = CtmSteps.scaled(scale)
     stage = CtmStage(
         model,
         processor,

@@ -9,7 +9,6 @@ the start of reinforcement learning in `evidence`. All stages resume where they 
 from __future__ import annotations
 
 import argparse
-from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -89,7 +88,7 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
     processor = build_processor(arguments.family)
     model = load_stages(PRESETS[arguments.family], processor, run_dir, "base-referring" if is_base else "vlm")
     folder = run_dir / "base-referring" if is_base else run_dir
-    steps = CtmSteps(*(scaled(count, scale, 4) for count in astuple(CtmSteps())))
+    steps = CtmSteps.scaled(scale)
     stage = CtmStage(
         model,
         processor,

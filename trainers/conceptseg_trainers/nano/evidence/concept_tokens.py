@@ -31,7 +31,8 @@ from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures
 from conceptseg_hf.writing import write_file
 
-from .tables import format_mean, mean_over_seeds, paired
+from ...from_scratch.command import require_checkpoint
+from .tables import format_mean, mean_over_seeds, paired, plain_table
 
 PROMPTS = ("true box", "box", "noun", "text", "Z", "Z + noun", "Z + text")
 DIFFERENCES = (("Z + text", "text"), ("Z + text", "box"), ("Z + noun", "noun"))
@@ -58,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.samples < 1:
         parser.error(f"--samples is {arguments.samples}; use at least 1.")
     for checkpoint in arguments.checkpoints:
-        if not (checkpoint / "config.json").is_file():
-            parser.error(f"{str(checkpoint)!r} is not a checkpoint; train one with `make nano`.")
+        require_checkpoint(parser, checkpoint, "train one with `make nano`")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     text = table([measure(checkpoint, arguments.samples) for checkpoint in arguments.checkpoints])
@@ -181,15 +181,15 @@ def _ious(
 def table(seeds: Sequence[Values]) -> str:
     """Format a Markdown table: foreground IoU by prompt, and paired differences with 95 % bootstrap intervals."""
     titles = [*PROMPTS, *(f"{prompt} - {baseline}" for prompt, baseline in DIFFERENCES)]
-    lines = ["| samples | n | " + " | ".join(titles) + " |", "|---" * (len(titles) + 2) + "|"]
+    rows = []
     for label in seeds[0]:
         values = {prompt: mean_over_seeds([seed[label][prompt] for seed in seeds]) for prompt in PROMPTS}
         cells = [format_mean(values[prompt]) for prompt in PROMPTS]
         for prompt, baseline in DIFFERENCES:
             interval = paired(values[prompt], values[baseline], f"{label}/{prompt}/{baseline}")
             cells.append(interval_text(interval, 3, signed=True))
-        lines.append(f"| {label} | {len(values['box'])} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([label, str(len(values["box"])), *cells])
+    return plain_table(["samples", "n", *titles], rows) + "\n"
 
 
 if __name__ == "__main__":

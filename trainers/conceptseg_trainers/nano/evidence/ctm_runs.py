@@ -12,7 +12,6 @@ import copy
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ from ..tokenizers import build_processor
 from . import concept_tokens
 from .concept_tokens import Values
 from .run_folder import check_run_settings, digest_of
-from .tables import format_mean, mean_over_seeds, paired
+from .tables import format_mean, mean_over_seeds, paired, plain_table
 from .training import complete_folder
 
 DEFAULT_TOKENS = 8
@@ -107,7 +106,7 @@ def train_ctm(
     checkpoint = run_dir / name / "checkpoint"
     if checkpoint.is_dir():
         return checkpoint
-    steps = CtmSteps(*(scaled(count, scale, 2) for count in astuple(CtmSteps())))
+    steps = CtmSteps.scaled(scale)
     model, processor = with_new_ctm(start, num_concept_tokens, seed), build_processor()
     stage = CtmStage(
         model,
@@ -147,30 +146,22 @@ def measured(checkpoint: Path, samples: int) -> Values:
 
 def write_tables(results: Mapping[int, Sequence[Values]], path: Path) -> str:
     """Write an overview of all numbers of concept tokens, and the prompts with each of them; return the text."""
-    reference = results[DEFAULT_TOKENS]
     titles = [*_PROMPTS, *(f"{prompt} - {prompt} of {DEFAULT_TOKENS} tokens" for prompt in _PROMPTS)]
-    lines = [
-        "| samples | tokens | seeds | " + " | ".join(titles) + " |",
-        "|---" * (len(titles) + 3) + "|",
-    ]
-    for label in reference[0]:
-        for count, seeds in results.items():
-            values, base = (
-                {prompt: mean_over_seeds([seed[label][prompt] for seed in runs]) for prompt in _PROMPTS}
-                for runs in (seeds, reference)
-            )
-            differences = [
-                None
-                if count == DEFAULT_TOKENS
-                else paired(values[prompt], base[prompt], f"{count}/{label}/{prompt}")
-                for prompt in _PROMPTS
-            ]
-            cells = [
-                *(format_mean(values[prompt]) for prompt in _PROMPTS),
-                *(interval_text(difference, 3, signed=True) for difference in differences),
-            ]
-            lines.append(f"| {label} | {count} | {len(seeds)} | " + " | ".join(cells) + " |")
-    parts = ["\n".join(lines) + "\n"]
+    rows = []
+    for label in results[DEFAULT_TOKENS][0]:
+        means = {
+            count: {prompt: mean_over_seeds([seed[label][prompt] for seed in seeds]) for prompt in _PROMPTS}
+            for count, seeds in results.items()
+        }
+        for count, values in means.items():
+            cells = [format_mean(values[prompt]) for prompt in _PROMPTS]
+            for prompt in _PROMPTS:
+                base = means[DEFAULT_TOKENS][prompt]
+                is_base = count == DEFAULT_TOKENS
+                interval = None if is_base else paired(values[prompt], base, f"{count}/{label}/{prompt}")
+                cells.append(interval_text(interval, 3, signed=True))
+            rows.append([label, str(count), str(len(results[count])), *cells])
+    parts = [plain_table(["samples", "tokens", "seeds", *titles], rows) + "\n"]
     parts += [
         f"## {count} concept tokens, {len(seeds)} seeds\n\n{concept_tokens.table(seeds)}"
         for count, seeds in results.items()

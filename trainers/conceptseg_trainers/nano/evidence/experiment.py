@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ...from_scratch.command import require_checkpoint
 from .training import TrainSettings, describe
 
 
@@ -63,8 +64,7 @@ def parse_experiment(
         SystemExit: If an option is invalid.
     """
     arguments = parser.parse_args(argv)
-    if not (arguments.start / "config.json").is_file():
-        parser.error(f"--start {str(arguments.start)!r} is not a checkpoint; {remedy}.")
+    require_checkpoint(parser, arguments.start, remedy, "--start ")
     if min(arguments.samples, 1 if arguments.steps is None else arguments.steps) < 1:
         parser.error("--samples or --steps is below 1; use at least 1.")
     if arguments.threads:

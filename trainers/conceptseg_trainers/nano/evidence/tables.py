@@ -70,7 +70,7 @@ def comparison_table(
             )
             cells.append(interval_text(interval, 3, signed=True))
         rows.append(cells)
-    return _table(heading, rows)
+    return plain_table(heading, rows)
 
 
 def pairs_table(
@@ -99,7 +99,7 @@ def pairs_table(
             interval = paired(values, reference, f"{arm}/{baseline}/{source}/{name}")
             cells.append(interval_text(interval, 3, signed=True))
         rows.append(cells)
-    return _table(["difference", *MEASURES], rows)
+    return plain_table(["difference", *MEASURES], rows)
 
 
 def families_table(
@@ -140,7 +140,7 @@ def families_table(
                 + ("" if interval is None else f", {interval_text(interval, 3, signed=True)}")
             )
         rows.append(cells)
-    return _table(["family", "n", *(titles[arm] for arm in values)], rows)
+    return plain_table(["family", "n", *(titles[arm] for arm in values)], rows)
 
 
 def runs_table(
@@ -175,10 +175,10 @@ def runs_table(
                 f"{entropies[0]:.2f}, {entropies[-1]:.2f}" if entropies else "-",
             ]
             rows.append(cells)
-    return _table(heading, rows)
+    return plain_table(heading, rows)
 
 
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def plain_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format a Markdown table; its columns are not aligned, since intervals would make them wide."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (heading, *rows)]
     return "\n".join([lines[0], "|---" * len(heading) + "|", *lines[1:]])
