@@ -24,10 +24,10 @@ app: $(VENV)/.installed-app  ## open the FiftyOne App on ConceptShapes with the 
 	@$(VENV)/bin/python -m conceptseg_hf.integrations.fiftyone_app $(APP_ARGS)
 
 test: $(VENV)/.installed-test  ## run the tests (PYTEST_ARGS="-m 'not slow'" skips slow tests)
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile -m "not heavy" $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not heavy" $(PYTEST_ARGS)
 
 test-heavy: $(VENV)/.installed-test  ## run the tests that `make test` leaves out: installation, Ray, DeepSpeed, training of mini
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile -m heavy $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m heavy $(PYTEST_ARGS)
 
 test-vllm: $(VLLM_VENV)/.installed-vllm  ## run the tests that need vLLM, in an environment of its own (Linux, Python 3.11)
 	$(VLLM_VENV)/bin/python -m pytest tests/with_vllm $(PYTEST_ARGS)

@@ -17,6 +17,8 @@ from conceptseg_trainers.mini.examples import PhotoExampleWriter
 from conceptseg_trainers.mini.leaks import training_items
 from conceptseg_trainers.mini.nouns import PROMPTS_WITHOUT_NOUN, exclude_each_other
 from conceptseg_trainers.mini.photographs import PhotographLibrary
+from conceptseg_trainers.mini.report import main as write_report
+from conceptseg_trainers.mini.results import dataset_table
 from conceptseg_trainers.mini.sam_data import PhotosSamData, negative_prompt, positive_prompt
 from conceptseg_trainers.mini.scenes import Region
 from conceptseg_trainers.mini.sources import SceneMix
@@ -282,6 +284,23 @@ def test_stages_start_with_the_weights_of_a_checkpoint(root, tmp_path, name) -> 
         assert torch.equal(weights[key], expected), key
 
 
+def test_table_by_dataset() -> None:
+    first = {("CD", "a"): {"1": 0.5, "2": 0.7}, ("CR", "b"): {"3": 0.25}}
+    second = {("CD", "a"): {"1": 0.4, "2": 0.6, "9": 0.2}}
+    lines = dataset_table({"one": first, "two": second}, differences=True)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert rows[0] == ["level", "dataset", "samples", "one", "two", "one - two"]
+    assert rows[2] == [
+        "CD",
+        "a",
+        "3",
+        "0.600 [0.500, 0.700]",
+        "0.400 [0.200, 0.600]",
+        "+0.100 [+0.100, +0.100]",
+    ]
+    assert rows[3] == ["CR", "b", "1", "0.250", "-", "-"]
+
+
 @pytest.mark.slow
 @pytest.mark.heavy
 def test_command_trains_a_checkpoint(root, tmp_path, monkeypatch) -> None:
@@ -290,6 +309,20 @@ def test_command_trains_a_checkpoint(root, tmp_path, monkeypatch) -> None:
     main()  # it starts processes for two of its stages
     model = ConceptSegForSegmentation.from_pretrained(tmp_path / "checkpoint")
     assert model.config.sam_config.vision_config.backbone_config.image_size == SIZE
+
+    checkpoint, output = tmp_path / "checkpoint", tmp_path / "report"
+    options = ["--root", str(root), "--limit", "3", "--other-limit", "4", "--output-dir", str(output)]
+    write_report(
+        [str(checkpoint), *options, "--beside", f"again={output / 'adaptive'}", "--notes", "Seed 0."]
+    )
+    card = (checkpoint / "README.md").read_text(encoding="utf-8")
+    assert (
+        "license: other" in card
+        and "\nSeed 0.\n" in card
+        and "Datasets without training data:\nnone." in card
+    )
+    row = next(line for line in card.splitlines() if line.startswith("| CD    | ecssd"))
+    assert row.rstrip("| ").endswith("+0.000") and row.count("|") == 11
 
     start = ["--start", str(tmp_path / "checkpoint"), "--seed", "1", "--stage", "sam"]
     monkeypatch.setattr(
