@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..presets import NANO_IMAGE_SIZE
 from ..presets import PRESETS as CONCEPTSEG_PRESETS
 
 _VISION = {  # width, layers, heads and global attention layers of the SAM backbones of Table 4
@@ -37,15 +36,16 @@ def _published(name: str) -> dict[str, Any]:
     return {"vlm_config": CONCEPTSEG_PRESETS[name]()["vlm_config"], "sam_config": sam_config()}
 
 
-def _preset_nano() -> dict[str, Any]:
-    """Return the nano VLM with the vision backbone of the nano SAM 3 and a tracker's mask decoder of width 64.
+def _small(name: str) -> dict[str, Any]:
+    """Return the VLM of a small checkpoint with the vision backbone of its SAM 3 and a tracker's mask decoder.
 
-    The feature pyramid has one level more than the nano SAM 3, so that the keys have a resolution of 16 x 16.
+    The keys have a resolution of 16 x 16; the feature pyramid of nano has one level more than its SAM 3.
     """
-    preset = CONCEPTSEG_PRESETS["nano"]()
+    preset = CONCEPTSEG_PRESETS[name]()
     vision = preset["sam_config"]["vision_config"]
     width, patch = vision["fpn_hidden_size"], vision["backbone_config"]["patch_size"]
-    grid = NANO_IMAGE_SIZE // patch
+    image_size = vision["backbone_config"]["image_size"]
+    grid = image_size // patch
     return {
         "vlm_config": preset["vlm_config"],
         "sam_config": {
@@ -58,7 +58,7 @@ def _preset_nano() -> dict[str, Any]:
             },
             "prompt_encoder_config": {
                 "hidden_size": width,
-                "image_size": NANO_IMAGE_SIZE,
+                "image_size": image_size,
                 "patch_size": patch,
                 "mask_input_channels": 16,
             },
@@ -76,4 +76,9 @@ def _preset_nano() -> dict[str, Any]:
     }
 
 
-PRESETS = {"3b": lambda: _published("3b"), "7b": lambda: _published("7b"), "nano": _preset_nano}
+PRESETS = {
+    "3b": lambda: _published("3b"),
+    "7b": lambda: _published("7b"),
+    "nano": lambda: _small("nano"),
+    "mini": lambda: _small("mini"),
+}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from conceptseg_hf import ConceptSegForSegmentation, CoPRSForSegmentation, nano_checkpoint
 
 pytest.importorskip("trl", "1.16")
-from conceptseg_trainers.coprs_nano import ablations, grpo_effect, interfaces, stage
+from conceptseg_trainers.coprs_nano import ablations, grpo_effect, interfaces
 from conceptseg_trainers.coprs_nano.report import write_checkpoint
 from conceptseg_trainers.coprs_nano.stage import build_model
 from conceptseg_trainers.coprs_nano.tokenizers import build_processor
@@ -41,7 +41,7 @@ def test_values_of_records() -> None:
 def short_stages(monkeypatch):
     """Two steps of a few examples."""
     monkeypatch.setattr(ablations, "scaled", lambda *_: 2)
-    monkeypatch.setattr(stage, "PriorData", functools.partial(stage.PriorData, count=2))
+    monkeypatch.setattr(ablations, "PriorData", functools.partial(ablations.PriorData, count=2))
 
 
 def ablation_arguments(folder: Path, *variants: str, **changes) -> argparse.Namespace:

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from conceptseg_hf import ConceptSegForSegmentation, CoPRSForSegmentation, Reference, nano_checkpoint
+from conceptseg_hf import (
+    ConceptSegConfig,
+    ConceptSegForSegmentation,
+    CoPRSForSegmentation,
+    Reference,
+    nano_checkpoint,
+)
 from conceptseg_hf.data import ConceptShapes
 
 pytest.importorskip("trl", "1.16")
 from conceptseg_trainers.coprs_nano import report
+from conceptseg_trainers.coprs_nano.__main__ import main
 from conceptseg_trainers.coprs_nano.measuring import measure, summarize
-from conceptseg_trainers.coprs_nano.stage import PriorSettings, PriorStage, build_model, ideal_prior
-from conceptseg_trainers.coprs_nano.tokenizers import build_processor
+from conceptseg_trainers.coprs_nano.photographs import PhotosPriorData
+from conceptseg_trainers.coprs_nano.stage import (
+    PriorData,
+    PriorSettings,
+    PriorStage,
+    build_model,
+    ideal_prior,
+)
+from conceptseg_trainers.coprs_nano.tokenizers import build_photos_processor, build_processor
 from conceptseg_trainers.from_scratch.loop import Schedule, TrainingState, train
 from conceptseg_trainers.from_scratch.vlm_examples import patches
+from conceptseg_trainers.mini.tokenizers import mini_processor
 from conceptseg_trainers.nano.vlm_data import RANDOM_CHOICE_FAMILIES
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from trees import write_photos
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +52,9 @@ def make_stage(processor):
         torch.seed()  # a resumed run is another process: only the seed of the stage determines the new weights
         start = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
         model = build_model(start, processor)
-        stage = PriorStage(model, processor, steps, held_out=3, settings=PriorSettings(**settings))
-        stage.data.count = 3
-        return stage
+        prior_settings = PriorSettings(**settings)
+        data = PriorData(steps, processor, held_out=3, settings=prior_settings, count=3)
+        return PriorStage(model, processor, data, steps, settings=prior_settings)
 
     return make
 
@@ -163,3 +184,59 @@ def test_ideal_prior_is_the_mask_at_the_resolution_of_the_keys() -> None:
     assert prior.shape == (1, 1, 64, 64)
     inside = prior[0, 0, 18:30, 34:46]
     assert (inside > 3).all() and (prior[0, 0, :12] < -3).all()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    datasets = (
+        ("coco128", "CI", ("bus", "clock") * 6),
+        ("ecssd", "CD", ("salient object segmentation",) * 10),
+        ("kvasir-seg", "CD", ("polyp colon segmentation",) * 10),
+    )
+    return write_photos(tmp_path_factory.mktemp("photos"), datasets)
+
+
+def test_examples_of_photographs_equal_the_inputs_of_the_processor(photos) -> None:
+    processor = build_photos_processor()
+    data = PhotosPriorData(photos, 40, processor)
+    unknown, references = processor.tokenizer.unk_token_id, 0
+    for number in range(12):
+        task = data.tasks.task(number)
+        example = data.writer.task(task)
+        sample = processor.prepare(Image.fromarray(task.pixels), task.prompt, task.references)
+        assert sample.input_ids.tolist() == example.prompt
+        torch.testing.assert_close(patches(example.images, 14, "cpu"), sample.pixel_values, atol=1e-5, rtol=0)
+        assert unknown not in example.completion and np.array_equal(example.masks[0], task.mask)
+        assert example.completion[-2:] == [processor.ref_pos_token_id, processor.tokenizer.eos_token_id]
+        completion = processor.decode_completion(example.completion)
+        assert completion.is_valid and completion.think.endswith(task.answer)
+        references += bool(task.references)
+    assert references
+    for step in range(2):  # perception
+        for example in data.examples(step):
+            assert example.completion.count(processor.ref_pos_token_id) == len(example.masks)
+            assert all(mask.any() for mask in example.masks)
+
+
+@pytest.mark.slow
+@pytest.mark.heavy
+def test_command_trains_on_photographs_from_mini(photos, tmp_path, monkeypatch) -> None:
+    start = ConceptSegForSegmentation(ConceptSegConfig.from_preset("mini"))
+    start.save_pretrained(tmp_path / "start")
+    mini_processor().save_pretrained(tmp_path / "start")
+    options = [
+        "--photos",
+        str(photos),
+        "--start",
+        str(tmp_path / "start"),
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["coprs_nano", "--scale", "0.001", "--threads", "1", *options])
+    main()
+    model = CoPRSForSegmentation.from_pretrained(tmp_path / "run" / "checkpoint")
+    trained, before = (each.sam.vision_encoder.state_dict() for each in (model, start))
+    name = "neck.fpn_layers.1.proj1.weight"  # the level of factor 2, which is frozen
+    torch.testing.assert_close(trained[name], before[name], atol=1e-3, rtol=1e-2)
+    card = (tmp_path / "run" / "checkpoint" / "README.md").read_text(encoding="utf-8")
+    assert "coprs-mini - mini, reasoning" in card and "non-commercial" in card and "AUROC" in card

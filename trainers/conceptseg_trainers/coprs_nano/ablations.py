@@ -26,8 +26,8 @@ from ..nano.evidence.run_folder import check_run_settings, digest_of
 from ..nano.evidence.tables import comparison_table
 from ..nano.evidence.training import complete_folder
 from .report import write_checkpoint
-from .settings import HELD_OUT, STEPS, schedule_of
-from .stage import PriorSettings, PriorStage, build_model
+from .settings import STEPS, held_out_count, schedule_of
+from .stage import PriorData, PriorSettings, PriorStage, build_model
 from .tokenizers import build_processor
 from .values import COMPARED, MEASURES, values_of
 
@@ -156,10 +156,8 @@ def train_variant(name: str, variant: Variant, arguments: argparse.Namespace) ->
         start, processor, arguments.seed, backbone_of(variant, start, arguments.seed), **variant.config
     )
     steps = scaled(STEPS, arguments.scale)
-    held_out = max(12, round(HELD_OUT * min(1.0, arguments.scale)))
-    stage = PriorStage(
-        model, processor, steps, arguments.device, held_out, arguments.seed, settings=variant.settings
-    )
+    data = PriorData(steps, processor, held_out_count(arguments.scale), arguments.seed, variant.settings)
+    stage = PriorStage(model, processor, data, steps, arguments.device, arguments.seed, variant.settings)
     train(stage, schedule_of(steps), folder)
     with complete_folder(checkpoint) as temporary:
         write_checkpoint(model, temporary)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from conceptseg_hf.coprs.completion import REF_POS, format_reasoning
-from conceptseg_hf.coprs.processing_coprs import CoPRSProcessor
 from conceptseg_hf.data.concept_shapes.families import Task
 from conceptseg_hf.data.concept_shapes.scenes import Scene
 
+from ..from_scratch.example_writer import BaseExampleWriter, Entry, TrainingImage
 from ..from_scratch.vlm_examples import AttentionTarget, TrainingExample
 from ..nano.examples import ExampleWriter, described_object, some_words
 
@@ -34,11 +34,87 @@ class PriorExample(TrainingExample):
     masks: tuple[np.ndarray, ...] = ()
 
 
-class PriorExampleWriter(ExampleWriter):
-    """Convert scenes and tasks to examples with concentration tokens."""
+class PriorWriter(BaseExampleWriter):
+    """Writes concentration tokens where the examples of ConceptSeg have boxes."""
 
-    def __init__(self, processor: CoPRSProcessor) -> None:
-        super().__init__(processor)
+    def listing(
+        self,
+        rng: np.random.Generator,
+        instruction: str,
+        images: Sequence[TrainingImage],
+        entries: Sequence[Entry],
+        first_guided: int = 0,
+        noise: bool = True,
+    ) -> PriorExample:
+        """Create an example with up to four phrases, in random order, each followed by the concentration token.
+
+        The arguments are those of `BaseExampleWriter.listing`; the masks of the entries are of the last image.
+        """
+        chosen = [entries[int(i)] for i in rng.permutation(len(entries))[:_MAX_NAMES]]
+        completion: list[int] = []
+        attention_targets: list[AttentionTarget] = []
+        for entry in chosen:
+            name = self.token_ids(entry.phrase)
+            if entry.phrase_masks:
+                tokens = {number: self.mask_to_tokens(mask) for number, mask in entry.phrase_masks.items()}
+                attention_targets += [
+                    AttentionTarget(len(completion) + i, tokens) for i in range(first_guided, len(name))
+                ]
+            completion += [*name, *self.token_ids(REF_POS)]
+            # The query of an attention target is the token before the position.
+            target = {entry.image: self.mask_to_tokens(entry.mask)}
+            attention_targets.append(AttentionTarget(len(completion), target))
+        completion.append(self.ids["<|im_end|>"])
+        return PriorExample(
+            tuple(image.pixels for image in images),
+            self.prompt_ids(instruction, len(images)),
+            completion,
+            self.with_noise(rng, completion) if noise else completion,
+            tuple(attention_targets),
+            dense=(),
+            masks=tuple(entry.mask for entry in chosen),
+        )
+
+    def reasoning_example(
+        self,
+        rng: np.random.Generator,
+        images: Sequence[np.ndarray],
+        instruction: str,
+        think: str,
+        answer: str,
+        mask: np.ndarray,
+    ) -> PriorExample:
+        """Create an example of a complete task: the instruction, the reasoning, and the concentration token.
+
+        Args:
+            rng: Random generator.
+            images: The images; the last one is the target.
+            instruction: The instruction.
+            think: The reasoning.
+            answer: The last words of the reasoning, which are read from the image; may be empty.
+            mask: (S, S) bool mask of the token.
+        """
+        completion = [*self.token_ids(format_reasoning(think)), self.ids["<|im_end|>"]]
+        attention_targets: list[AttentionTarget] = []
+        if mask.any():
+            target = {len(images) - 1: self.mask_to_tokens(mask)}
+            end = completion.index(self.ids["</think>"])
+            length = len(self.token_ids(answer))
+            attention_targets = [AttentionTarget(i, target) for i in range(end - length, end)]
+            attention_targets.append(AttentionTarget(len(completion) - 1, target))
+        return PriorExample(
+            tuple(images),
+            self.prompt_ids(instruction, len(images)),
+            completion,
+            self.with_noise(rng, completion),
+            tuple(attention_targets),
+            dense=(),
+            masks=(mask,),
+        )
+
+
+class PriorExampleWriter(PriorWriter, ExampleWriter):
+    """Convert scenes and tasks of ConceptShapes to examples with concentration tokens."""
 
     def positions(self, rng: np.random.Generator, scene: Scene, several: bool) -> PriorExample:
         """Name objects of a scene, each followed by the concentration token.
@@ -58,28 +134,13 @@ class PriorExampleWriter(ExampleWriter):
                 mask = np.any([other.mask for other in matching], axis=0)
                 if mask.sum() >= _MIN_PIXELS:
                     masks[" ".join(words)] = mask
-        phrases = [list(masks)[int(i)] for i in rng.permutation(len(masks))[:_MAX_NAMES]]
-        completion: list[int] = []
-        attention_targets: list[AttentionTarget] = []
-        for phrase in phrases:
-            tokens = {0: self.mask_to_tokens(masks[phrase])}
-            name = self.token_ids(phrase)
-            if not several:  # the order is random, so the first word may be that of any object
-                attention_targets += [
-                    AttentionTarget(len(completion) + i, tokens) for i in range(1, len(name))
-                ]
-            completion += [*name, *self.token_ids(REF_POS)]
-            # The query of an attention target is the token before the position.
-            attention_targets.append(AttentionTarget(len(completion), tokens))
-        completion.append(self.ids["<|im_end|>"])
-        return PriorExample(
-            (scene.pixels,),
-            self.prompt_ids("find objects" if several else "mark objects", 1),
-            completion,
-            completion if several else self.with_noise(rng, completion),
-            tuple(attention_targets),
-            dense=(),
-            masks=tuple(masks[phrase] for phrase in phrases),
+        return self.listing(
+            rng,
+            "find objects" if several else "mark objects",
+            [TrainingImage(scene.pixels, None)],
+            [Entry(phrase, {} if several else {0: mask}, 0, mask) for phrase, mask in masks.items()],
+            first_guided=1,  # the order is random, so the first word may be that of any object
+            noise=not several,
         )
 
     def reasoning(
@@ -89,7 +150,7 @@ class PriorExampleWriter(ExampleWriter):
         chosen: int | None = None,
         with_reasoning: bool = True,
     ) -> PriorExample:
-        """Create an example of a complete task: the instruction, the reasoning, and the concentration token.
+        """Create an example of a complete task.
 
         Args:
             rng: Random generator.
@@ -106,24 +167,8 @@ class PriorExampleWriter(ExampleWriter):
             images.insert(0, mosaic)
         else:
             instruction = self.processor.template.fill("no_reference", task.prompt)
-        text = format_reasoning(think if with_reasoning else "")
-        completion = [*self.token_ids(text), self.ids["<|im_end|>"]]
-        attention_targets: list[AttentionTarget] = []
-        if mask.any():
-            target = {len(images) - 1: self.mask_to_tokens(mask)}
-            end = completion.index(self.ids["</think>"])
-            length = len(self.token_ids(answer)) if with_reasoning else 0
-            attention_targets = [AttentionTarget(i, target) for i in range(end - length, end)]
-            attention_targets.append(AttentionTarget(len(completion) - 1, target))
-        return PriorExample(
-            tuple(images),
-            self.prompt_ids(instruction, len(images)),
-            completion,
-            self.with_noise(rng, completion),
-            tuple(attention_targets),
-            dense=(),
-            masks=(mask,),
-        )
+        reasoning = (think, answer) if with_reasoning else ("", "")
+        return self.reasoning_example(rng, images, instruction, *reasoning, mask)
 
 
 def masks_of(examples: Sequence[PriorExample]) -> np.ndarray:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from conceptseg_hf import ConceptSegForSegmentation, coprs_nano_checkpoint, nano_checkpoint
 from conceptseg_hf.cards import save_model_card
-from conceptseg_hf.coprs import CoPRSForSegmentation
+from conceptseg_hf.coprs import CoPRSConfig, CoPRSForSegmentation
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.evaluation.records import segment_samples
@@ -28,9 +28,7 @@ from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.writing import json_text, write_file
 
 from ..from_scratch.command import require_checkpoint
-from ..from_scratch.loop import Schedule, TrainingState
 from .measuring import MeasuredSample, bootstrap_mean, measure, set_of, summarize
-from .stage import PriorStage
 
 _BATCH = 30
 _METRICS = {
@@ -44,25 +42,22 @@ _METRICS = {
 Summary = Mapping[str, Mapping[str, float]]
 
 
-def write_report(stage: PriorStage, schedule: Schedule, run_dir: Path, folder: Path, samples: int) -> None:
-    """Write the averaged weights as a checkpoint, load it, and measure it on held-out samples.
+def write_report(checkpoint: Path, run_dir: Path, samples: int) -> None:
+    """Measure a checkpoint on held-out samples, and write its model card.
 
     Args:
-        stage: The stage.
-        schedule: Its schedule.
+        checkpoint: Folder of the checkpoint.
         run_dir: Folder of the run, in which `results.json` and `results.md` are written.
-        folder: Folder of the checkpoint.
         samples: Number of samples; see `write_results`.
     """
-    TrainingState(stage.module, schedule, run_dir / stage.name / "state.safetensors").load_average()
-    write_checkpoint(stage.model, folder)
-    table = write_results(folder, run_dir, samples)
+    table = write_results(checkpoint, run_dir, samples)
     training = (
         "coprs-nano is a small CoPRS model for demonstrations, tests and teaching. It starts from the VLM and the "
         "vision backbone of conceptseg-nano and was trained with supervision on ConceptShapes (`make coprs-nano`); its "
         f"weights are stored in float16.\n\n{table}"
     )
-    save_model_card(folder, stage.model.config, training=training, overwrite=True, license="apache-2.0")
+    config = CoPRSConfig.from_pretrained(checkpoint)
+    save_model_card(checkpoint, config, training=training, overwrite=True, license="apache-2.0")
 
 
 def write_results(checkpoint: Path, output_dir: Path, samples: int) -> str:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from ..from_scratch.loop import Schedule
 
 STEPS = 2500
-HELD_OUT = 120
-"""Number of held-out samples per evaluation during training."""
+_HELD_OUT = 120
+
+
+def held_out_count(scale: float) -> int:
+    """Return the number of held-out samples per evaluation of a training whose number of steps is scaled."""
+    return max(12, round(_HELD_OUT * min(1.0, scale)))
 
 
 def schedule_of(steps: int) -> Schedule:

@@ -6,9 +6,9 @@ pyramid only the finest level is trained, which the checkpoint does not have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from conceptseg_hf.coprs.losses import prior_losses
 from conceptseg_hf.coprs.positional_prior import resample_prior
 from conceptseg_hf.coprs.sam_decoder import PriorFeatures, decode
 from conceptseg_hf.data import ConceptShapes
-from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
+from conceptseg_hf.presets import NANO_IMAGE_SIZE
 from conceptseg_hf.vlm_families import Vlm
 
 from ..from_scratch.sam_stage import images_to_pixels
@@ -59,10 +59,10 @@ def build_model(
     backbone: nn.Module | None = None,
     **config: Any,
 ) -> CoPRSForSegmentation:
-    """Return a model with the VLM and the vision backbone of a nano checkpoint, and new other parts.
+    """Return a model with the VLM and the vision backbone of a small checkpoint, and new other parts.
 
     Args:
-        start: The nano checkpoint.
+        start: The checkpoint nano or mini.
         processor: The processor of the model.
         seed: Random seed of the new parts. Some of them are never trained, such as SAM's Fourier features of positions,
             and therefore not in the state of a run: with the same seed, a resumed run has the same ones.
@@ -76,7 +76,7 @@ def build_model(
         torch.manual_seed(seed)
         model = CoPRSForSegmentation(
             CoPRSConfig.from_preset(
-                "nano",
+                "nano" if processor.canvas_size == NANO_IMAGE_SIZE else "mini",
                 vlm_config=start.config.vlm_config.to_dict(),
                 ref_pos_token_id=processor.ref_pos_token_id,
                 **config,
@@ -87,17 +87,20 @@ def build_model(
     with torch.no_grad():
         embeddings[processor.ref_pos_token_id] = embeddings[: processor.ref_pos_token_id].mean(dim=0)
     source: Mapping[str, Tensor] = (start.sam.vision_encoder if backbone is None else backbone).state_dict()
-    weights = {name: value for name, value in source.items() if ".fpn_layers." not in f".{name}"}
+    levels = [4.0, 2.0, 1.0].index(start.config.sam_config.vision_config.scale_factors[0])
+    weights: dict[str, Tensor] = {}
     for name, value in source.items():
         head, found, tail = name.partition("neck.fpn_layers.")
         level, _, rest = tail.partition(".")
-        if found and level in ("0", "1"):  # levels of factor 2 and 1, which follow the new one of factor 4
-            weights[f"{head}{found}{int(level) + 1}.{rest}"] = value
+        if not found:
+            weights[name] = value
+        elif int(level) + levels < len(model.config.sam_config.vision_config.scale_factors):
+            weights[f"{head}{found}{int(level) + levels}.{rest}"] = value  # nano lacks the level of factor 4
     missing, unexpected = model.sam.vision_encoder.load_state_dict(weights, strict=False)
     if unexpected or any("fpn_layers.0." not in name for name in missing):
         raise ValueError(
-            f"the vision backbone does not fit: missing {missing}, unexpected {unexpected}; start from a nano "
-            "checkpoint."
+            f"the vision backbone does not fit: missing {missing}, unexpected {unexpected}; start from the "
+            f"checkpoint {'nano' if processor.canvas_size == NANO_IMAGE_SIZE else 'mini'}."
         )
     tokenizer, generation_config = processor.tokenizer, model.vlm.generation_config
     generation_config.eos_token_id = tokenizer.eos_token_id
@@ -133,20 +136,22 @@ class PriorData:
     Args:
         steps: Number of steps.
         processor: The processor.
-        count: Number of task examples per step.
+        held_out: Number of samples of the split "val" per evaluation.
         seed: Random seed.
         settings: Whether examples have reasoning, and which describe a random object.
+        count: Number of task examples per step.
     """
 
     def __init__(
         self,
         steps: int,
         processor: CoPRSProcessor,
-        count: int = 24,
+        held_out: int = 120,
         seed: int = 0,
         settings: PriorSettings | None = None,
+        count: int = 24,
     ) -> None:
-        self.steps, self.count, self.seed = steps, count, seed
+        self.steps, self.held_out, self.seed, self.count = steps, held_out, seed, count
         self.settings = settings or PriorSettings()
         self.writer = PriorExampleWriter(processor)
         self.tasks = TaskMix()
@@ -192,6 +197,23 @@ class PriorData:
                 return example
             number += 1
 
+    def measure(self, model: CoPRSForSegmentation, processor: CoPRSProcessor) -> dict[str, float]:
+        """Return the means of `measuring.summarize` on the split "val"."""
+        rows = measure(model, processor, ConceptShapes("val", size=NANO_IMAGE_SIZE), self.held_out)
+        which_one = ConceptShapes("val", size=NANO_IMAGE_SIZE, groups=["which one"])
+        rows += measure(model, processor, which_one, self.held_out // 3)
+        return {name: values["mean"] for name, values in summarize(rows, resamples=0).items()}
+
+
+class PriorExamples(Protocol):
+    """Data of the stage."""
+
+    def examples(self, step: int) -> Sequence[PriorExample]:
+        """Return the examples of a step."""
+
+    def measure(self, model: CoPRSForSegmentation, processor: CoPRSProcessor) -> dict[str, float]:
+        """Return metrics on held-out samples."""
+
 
 class PriorStage:
     """Train all of the model but the frozen backbone: L_SEG (eq. 8) and the cross-entropy of the completions.
@@ -199,30 +221,31 @@ class PriorStage:
     Args:
         model: The model.
         processor: Its processor.
+        data: The examples.
         steps: Number of steps.
         device: Device of the model.
-        held_out: Number of samples of the split "val" per evaluation.
         seed: Random seed.
         settings: What is trained.
         name: Name of the stage.
+        bfloat16: Whether to run VLM and vision backbone in bfloat16 (autocast).
     """
 
     def __init__(
         self,
         model: CoPRSForSegmentation,
         processor: CoPRSProcessor,
+        data: PriorExamples,
         steps: int,
         device: str = "cpu",
-        held_out: int = 120,
         seed: int = 0,
         settings: PriorSettings | None = None,
         name: str = "prior",
+        bfloat16: bool = False,
     ) -> None:
-        self.name, self.settings = name, settings or PriorSettings()
+        self.name, self.settings, self.data = name, settings or PriorSettings(), data
         self.module = PriorModule(model)
         self.model, self.processor, self.steps = model, processor, steps
-        self.device, self.held_out, self.seed = device, held_out, seed
-        self.data = PriorData(steps, processor, seed=seed, settings=self.settings)
+        self.device, self.seed, self.bfloat16 = device, seed, bfloat16
         weights = {name: value.clone() for name, value in model.state_dict().items()}
         # The stage initializes number embeddings, which the start has already trained.
         self._vlm_stage = VlmStage(_unused(self.module), _unused(), processor, 0, steps, self.name, device)
@@ -231,14 +254,16 @@ class PriorStage:
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Compute the loss of a step."""
         examples = self.data.examples(step)
-        run = self._vlm_stage.run(examples)
-        loss, metrics = self._vlm_stage.language_loss(run)
+        with self._autocast():
+            run = self._vlm_stage.run(examples)
+            loss, metrics = self._vlm_stage.language_loss(run)
         is_position = (run.batch["input_ids"] == self.processor.ref_pos_token_id) & run.batch["completion"]
         rows, columns = is_position.nonzero(as_tuple=True)
         masks = torch.from_numpy(masks_of(examples)).to(self.device)
         features = self._encode([example.images[-1] for example in examples]).select(rows)
         none = torch.zeros(len(rows), 1, 64, 64, dtype=torch.bool, device=self.device)
-        prior = resample_prior(self.model.prior(run.states[rows, columns], features.keys), none, 0.0)
+        states = run.states[rows, columns].float()
+        prior = resample_prior(self.model.prior(states, features.keys), none, 0.0)
         ignore = torch.zeros_like(masks)
         # The prior of every token is trained; the masks of some of them.
         rng = np.random.default_rng([37, self.seed, step])
@@ -266,24 +291,20 @@ class PriorStage:
         """Encode images; only the finest level of the feature pyramid is differentiable."""
         encoder = self.model.sam.vision_encoder
         pixels = images_to_pixels(images, self.device)
-        with torch.no_grad():
-            states = encoder.backbone(pixels).last_hidden_state
-        grid = SIDE // encoder.config.backbone_config.patch_size
+        with torch.no_grad(), self._autocast():
+            states = encoder.backbone(pixels).last_hidden_state.float()
+        grid = pixels.shape[-1] // encoder.config.backbone_config.patch_size
         states = states.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
         return PriorFeatures(tuple(layer(states) for layer in encoder.neck.fpn_layers))
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16)
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return metrics of the model on the split "val"; see `measuring`."""
+        """Return the metrics of the data on held-out samples."""
         self.module.eval()
-        rows = measure(self.model, self.processor, ConceptShapes("val", size=SIDE), self.held_out)
-        rows += measure(
-            self.model,
-            self.processor,
-            ConceptShapes("val", size=SIDE, groups=["which one"]),
-            self.held_out // 3,
-        )
-        return {name: values["mean"] for name, values in summarize(rows, resamples=0).items()}
+        return self.data.measure(self.model, self.processor)
 
 
 def ideal_prior(masks: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class VlmData(Protocol):
         """Return the images of a step of the pretraining and their dense targets."""
         ...
 
-    def examples(self, step: int) -> list[TrainingExample]:
+    def examples(self, step: int) -> Sequence[TrainingExample]:
         """Return the examples of a step after the pretraining."""
         ...
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 
+from conceptseg_hf.boxes import Box
 from conceptseg_hf.completion import format_completion
 from conceptseg_hf.images import mask_to_image
 from conceptseg_hf.processing_conceptseg import CoordinateFrame
@@ -21,6 +23,23 @@ from .scenes import Region, Scene
 from .tasks import TrainingTask
 
 _MIN_PIXELS = 24  # size of the smallest regions in perception examples
+
+
+@dataclass(frozen=True)
+class TaskPrompt:
+    """Images and instruction of a task.
+
+    Attributes:
+        images: The mosaic, if there are references, and the target.
+        instruction: The instruction.
+        check: Box of the withheld reference on the mosaic in text units; None if no box is withheld.
+        marked: The marked objects on the mosaic.
+    """
+
+    images: list[TrainingImage]
+    instruction: str
+    check: Box | None = None
+    marked: list[Region] = field(default_factory=list)
 
 
 class PhotoExampleWriter(BaseExampleWriter):
@@ -84,18 +103,8 @@ class PhotoExampleWriter(BaseExampleWriter):
 
     def task(self, task: TrainingTask) -> TrainingExample:
         """Create an example of a complete task: mosaic and target, the instruction, and the completion."""
-        images = [self._image(task.pixels, task.regions, task.absent)]
-        check = None
-        marked: list[Region] = []
-        if task.references:
-            mosaic, frame = self.mosaic(task.references)
-            regions = self._mosaic_regions(task, frame)
-            images.insert(0, self._image(mosaic, regions, ()))
-            instruction = self.processor.instruction(task.prompt, frame)
-            check = frame.check_box
-            marked = [region for region in regions if MARKED in region.nouns]
-        else:
-            instruction = self.processor.template.fill("no_reference", task.prompt)
+        prompt = self.task_prompt(task)
+        images, check = prompt.images, prompt.check
         present = bool(task.mask.any())
         box = self.canvas_box_to_text(bounding_box(task.mask)) if present else None
         text = format_completion(task.think, task.rule, check, box, task.answer, COORDINATE_SCALE)
@@ -109,18 +118,32 @@ class PhotoExampleWriter(BaseExampleWriter):
             target = {len(images) - 1: self.mask_to_tokens(task.mask)}
             attention_targets += box_targets(completion.index(self.ids["<bbox>"]), target)
             # The class of the answer can also be read from the references.
-            if marked:
-                target[0] = self.mask_to_tokens(np.any([region.mask for region in marked], axis=0))
+            if prompt.marked:
+                target[0] = self.mask_to_tokens(np.any([region.mask for region in prompt.marked], axis=0))
             length = len(self.token_ids(task.answer))
             for end in (completion.index(self.ids["</think>"]), completion.index(self.ids["</answer>"])):
                 attention_targets += [AttentionTarget(i, target) for i in range(end - length, end)]
         return TrainingExample(
             tuple(image.pixels for image in images),
-            self.prompt_ids(instruction, len(images)),
+            self.prompt_ids(prompt.instruction, len(images)),
             completion,
             completion,
             tuple(attention_targets),
             tuple(image.dense for image in images),
+        )
+
+    def task_prompt(self, task: TrainingTask) -> TaskPrompt:
+        """Return the images and the instruction of a task."""
+        target = self._image(task.pixels, task.regions, task.absent)
+        if not task.references:
+            return TaskPrompt([target], self.processor.template.fill("no_reference", task.prompt))
+        mosaic, frame = self.mosaic(task.references)
+        regions = self._mosaic_regions(task, frame)
+        return TaskPrompt(
+            [self._image(mosaic, regions, ()), target],
+            self.processor.instruction(task.prompt, frame),
+            frame.check_box,
+            [region for region in regions if MARKED in region.nouns],
         )
 
     # Parts

@@ -60,7 +60,7 @@ class PhotosVlmData:
         ]
         return [e.images[0] for e in examples], [e.dense[0] for e in examples]
 
-    def examples(self, step: int) -> list[TrainingExample]:
+    def examples(self, step: int) -> Sequence[TrainingExample]:
         """Return the examples of a step after the pretraining; the fraction of complete tasks increases."""
         block, index_in_block = divmod(step, _BLOCK)
         progress = block * _BLOCK / self.steps
@@ -106,7 +106,7 @@ class PhotosVlmData:
         Metrics: loss of the dense targets (pretraining), or format, check, accuracy of the answer and box IoU of greedy
         completions, by dataset.
         """
-        tasks = self._held_out_tasks()
+        tasks = self.held_out_tasks()
         if stage.is_pretraining:
             images = [self.writer.task(task) for _, task in tasks]
             targets = [example.dense[-1] for example in images]
@@ -117,8 +117,8 @@ class PhotosVlmData:
             _evaluate_tasks(stage, tasks[start : start + _TEST_BATCH], metrics)
         return {name: mean(values) for name, values in sorted(metrics.items())}
 
-    def _held_out_tasks(self) -> list[tuple[str, TrainingTask]]:
-        """Return tasks with their datasets."""
+    def held_out_tasks(self) -> list[tuple[str, TrainingTask]]:
+        """Return tasks of photographs of the part "val" and compositions that are not trained, with their datasets."""
         rng = np.random.default_rng(0)
         items: dict[str, list] = {}
         for item in self.validation.photographs.items:
