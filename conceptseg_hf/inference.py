@@ -17,7 +17,7 @@ from .concept_prompt import ConceptPrompt
 from .devices import execution_device
 from .generation import generate_with_states
 from .inputs import PreparedSample, known
-from .outputs import RawSegmentation
+from .outputs import ConceptSegmentation, RawSegmentation, SegmentationOutputs
 from .processing_conceptseg import ConceptSegProcessor
 from .router import ShortcutRouter
 from .sam_prompt import BOX_TEXT, SAM_PROMPTS, ImageFeatures
@@ -166,6 +166,26 @@ def segment_batches(
         batch = slice(start, start + size)
         outputs += segmenter.segment(samples[batch], None if image_index is None else image_index[batch])
     return outputs
+
+
+def to_results(
+    raw: Sequence[RawSegmentation],
+    post_process: Callable[..., list[ConceptSegmentation]],
+    is_final: bool,
+    **options: bool,
+) -> list[ConceptSegmentation] | SegmentationOutputs:
+    """Post-process raw outputs.
+
+    Args:
+        raw: The outputs.
+        post_process: `post_process_concept_segmentation` of the processor.
+        is_final: Whether to return only the results; otherwise each is computed when it is read, and the raw outputs
+            are available as well.
+        **options: Options of `post_process`.
+    """
+    if is_final:
+        return post_process(raw, **options)
+    return SegmentationOutputs(raw, lambda output: post_process([output], **options)[0])
 
 
 class Segmenter:

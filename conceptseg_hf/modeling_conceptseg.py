@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, overload
 
 import torch
@@ -22,7 +21,7 @@ from .concept_translation import ConceptTranslationModule
 from .configuration_conceptseg import ConceptSegConfig
 from .devices import execution_device, loaded
 from .hashing import weights_counters
-from .inference import Segmenter, SegmentSettings, evaluating, segment_batches
+from .inference import Segmenter, SegmentSettings, evaluating, segment_batches, to_results
 from .inputs import ConceptSegInputs, PreparedSample, given_samples
 from .losses import segmentation_loss
 from .outputs import ConceptSegmentation, ConceptSegOutput, SegmentationOutputs
@@ -410,14 +409,13 @@ class ConceptSegForSegmentation(
         )
         with loaded(self):
             raw = segment_batches(segmenter, samples, image_index, batch_size)
-        post_process = partial(
+        return to_results(
+            raw,
             own_processor.post_process_concept_segmentation,
+            processor is not None,
             return_heatmap=return_heatmap,
             return_logits=return_logits,
         )
-        if processor is not None:
-            return post_process(raw)
-        return SegmentationOutputs(raw, lambda output: post_process([output])[0])
 
     def _checked(self, concept: ConceptPrompt | str | os.PathLike | None) -> ConceptPrompt | None:
         """Load a concept and check that it was made with the weights of this model."""

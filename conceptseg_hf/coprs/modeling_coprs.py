@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, overload
 
 import torch
@@ -13,7 +12,7 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import can_return_tuple
 
 from ..devices import execution_device, loaded
-from ..inference import segment_batches
+from ..inference import segment_batches, to_results
 from ..inputs import ConceptSegInputs, PreparedSample, given_samples
 from ..outputs import ConceptSegmentation, SegmentationOutputs
 from ..shared_references import ReferenceStore
@@ -297,11 +296,10 @@ class CoPRSForSegmentation(
         segmenter = PriorSegmenter(self, own_processor, generation_config, ReferenceStore(), on_text)
         with loaded(self):
             raw = segment_batches(segmenter, samples, image_index, batch_size)
-        post_process = partial(
+        return to_results(
+            raw,
             own_processor.post_process_concept_segmentation,
+            processor is not None,
             return_heatmap=return_heatmap,
             return_logits=return_logits,
         )
-        if processor is not None:
-            return post_process(raw)
-        return SegmentationOutputs(raw, lambda output: post_process([output])[0])
