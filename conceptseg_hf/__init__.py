@@ -47,6 +47,7 @@ __all__ = [
     "coprs_nano_checkpoint",
     "format_completion",
     "induce",
+    "mini_checkpoint",
     "nano_checkpoint",
     "parse_completion",
     "register",
@@ -56,6 +57,11 @@ __all__ = [
 def nano_checkpoint() -> pathlib.Path:
     """Return the folder of the embedded checkpoint, a small model for demonstrations, tests and teaching."""
     return pathlib.Path(__file__).parent / "checkpoints" / "nano"
+
+
+def mini_checkpoint() -> pathlib.Path:
+    """Return the folder of the embedded checkpoint for photographs, for research and non-commercial use only."""
+    return pathlib.Path(__file__).parent / "checkpoints" / "mini"
 
 
 def coprs_nano_checkpoint() -> pathlib.Path:

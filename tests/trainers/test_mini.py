@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conceptseg_trainers.mini import effects
 from conceptseg_trainers.mini.__main__ import main, make_stage
 from conceptseg_trainers.mini.ctm_data import PhotosCtmData
 from conceptseg_trainers.mini.dense import CHANNELS, MARKED, DenseHeads, dense_loss, dense_target
@@ -24,6 +26,7 @@ from conceptseg_trainers.mini.scenes import Region
 from conceptseg_trainers.mini.sources import SceneMix
 from conceptseg_trainers.mini.tasks import TaskSource
 from conceptseg_trainers.mini.tokenizers import mini_processor
+from conceptseg_trainers.nano.evidence.training import TrainSettings
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
@@ -323,6 +326,17 @@ def test_command_trains_a_checkpoint(root, tmp_path, monkeypatch) -> None:
     )
     row = next(line for line in card.splitlines() if line.startswith("| CD    | ecssd"))
     assert row.rstrip("| ").endswith("+0.000") and row.count("|") == 11
+
+    monkeypatch.setattr(
+        effects,
+        "TrainSettings",
+        partial(TrainSettings, prompts=2, num_generations=2, num_best_and_worst=None),
+    )
+    options = ["--root", str(root), "--start", str(checkpoint), "--output-dir", str(tmp_path / "effects")]
+    arms = ["--arms", "sft", "meta", "--seeds", "0", "--steps", "1", "--samples", "3"]
+    assert effects.main([*options, *arms]) == 0
+    report = (tmp_path / "effects" / "effects.md").read_text(encoding="utf-8")
+    assert "| stage I (ConceptSFTTrainer) | 1 |" in report and "| CD ecssd | 1 |" in report
 
     start = ["--start", str(tmp_path / "checkpoint"), "--seed", "1", "--stage", "sam"]
     monkeypatch.setattr(

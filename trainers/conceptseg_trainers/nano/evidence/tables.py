@@ -108,7 +108,7 @@ def families_table(
     titles: Mapping[str, str],
     source: str,
     families: Sequence[str],
-    left_out: str,
+    left_out: str | None = None,
     measure: str = "mask_iou",
 ) -> str:
     """Format a Markdown table with one row per family of tasks: means over seeds, and differences from the baseline.
@@ -119,11 +119,13 @@ def families_table(
         titles: The arms' titles.
         source: Evaluation set and decoding, a key of the results.
         families: The family of each sample of the set.
-        left_out: Family without which all others are averaged in the last row.
+        left_out: Family without which all others are averaged in the last row; None for no such row.
         measure: The measure to show.
     """
     names = sorted(set(families))
-    groups = {name: {name} for name in names} | {f"all without {left_out}": set(names) - {left_out}}
+    groups = {name: {name} for name in names}
+    if left_out is not None:
+        groups[f"all without {left_out}"] = set(names) - {left_out}
     values = {arm: mean_over_seeds([run[source][measure] for run in runs]) for arm, runs in results.items()}
     rows = []
     for family, members in groups.items():
