@@ -1,8 +1,9 @@
-"""`conceptseg demo`: segmentation of the first ConceptShapes test samples."""
+"""`conceptseg demo`: segmentation of drawings and photographs."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +17,30 @@ if TYPE_CHECKING:
 # The benchmark cycles through its ten groups, so that these samples cover all of them and are not hand-picked.
 _SAMPLES = 12
 _BATCH = 4
+_PHOTOS = "CONCEPTSEG_PHOTOS"
 
 
 def add_parser(subcommands: Any) -> None:
     """Add the parser of the subcommand."""
     parser = subcommands.add_parser(
         "demo",
-        help="segment the first ConceptShapes test samples",
-        description="Segments the first test samples of ConceptShapes, which cover all of its groups, and "
-        "writes visualizations and results.json.",
+        help="segment the first ConceptShapes test samples, and photographs",
+        description="Segments the first test samples of ConceptShapes, which cover all of its groups, with nano, and "
+        "photographs with mini, and writes visualizations and results.json.",
     )
     parser.add_argument(
         "--samples",
         type=positive_int,
         default=_SAMPLES,
         metavar="N",
-        help="number of samples (default: %(default)s)",
+        help="number of samples of each kind (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--photos",
+        metavar="DIR",
+        default=os.environ.get(_PHOTOS),
+        help="folder of the benchmark photos, of which the first test sample of each group is shown as well (default: "
+        f"the environment variable {_PHOTOS}, if it is set)",
     )
     add_model_options(parser)
     add_output_option(parser, "demo_output")
@@ -41,34 +50,69 @@ def add_parser(subcommands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the subcommand."""
     folder = check_output_dir(arguments.output_dir, "results.json")
-    model, processor = load_model(arguments)
+    drawings, photographs = _drawings(arguments), _photographs(arguments)
 
-    from conceptseg_hf.data import load_benchmark
-    from conceptseg_hf.evaluation.records import segment_samples
-    from conceptseg_hf.progress import progress_bar
     from conceptseg_hf.writing import write_json
 
-    samples = list(load_benchmark("concept-shapes", split="test", limit=arguments.samples))
+    records: list[dict[str, Any]] = []
+    for title, default, samples in (
+        ("ConceptShapes", "nano", drawings),
+        ("Photographs", "mini", photographs),
+    ):
+        name = arguments.model or default
+        shown = _segment(
+            argparse.Namespace(**{**vars(arguments), "model": name}), samples, folder, len(records)
+        )
+        print(f"{title}, {name}:\n{_table(shown)}")
+        present = [record["foreground_iou"] for record in shown if record["present"]]
+        if present:
+            print(
+                f"mean foreground IoU over the {len(present)} samples that contain their concept: "
+                f"{sum(present) / len(present):.2f}\n"
+            )
+        records += shown
+    as_bad_input(write_json, folder / "results.json", records)
+    print(f"wrote {len(records)} visualizations and results.json to {folder}")
+    return 0
+
+
+def _drawings(arguments: argparse.Namespace) -> list[ConceptSample]:
+    from conceptseg_hf.data import load_benchmark
+
+    return list(load_benchmark("concept-shapes", split="test", limit=arguments.samples))
+
+
+def _photographs(arguments: argparse.Namespace) -> list[ConceptSample]:
+    """Return the first photographs of the smoke set, and the first test sample of each group of `--photos`."""
+    from conceptseg_hf.data import SMOKE_PHOTOS, load_benchmark
+
+    samples = list(load_benchmark("plain", root=SMOKE_PHOTOS, split="test", limit=arguments.samples))
+    if arguments.photos is None:
+        return samples
+    benchmark = as_bad_input(load_benchmark, "photos", root=arguments.photos, split="test")
+    firsts: dict[tuple[str, str], int] = {}
+    for index, item in enumerate(benchmark.items):
+        firsts.setdefault((item.level, item.group), index)
+    return samples + [as_bad_input(benchmark.__getitem__, index) for index in firsts.values()]
+
+
+def _segment(
+    arguments: argparse.Namespace, samples: list[ConceptSample], folder: Path, number: int
+) -> list[dict[str, Any]]:
+    """Segment samples, write their visualizations and return their records."""
+    from conceptseg_hf.evaluation.records import segment_samples
+    from conceptseg_hf.progress import progress_bar
+
+    model, processor = load_model(arguments)
     records: list[dict[str, Any]] = []
     with progress_bar(len(samples), "images", leave=False) as bar:
         for start in range(0, len(samples), _BATCH):
             batch = samples[start : start + _BATCH]
-            for sample, result in zip(
-                batch, segment_samples(model, processor, batch, router=arguments.router)
-            ):
-                records.append(_save(sample, result, folder, len(records) + 1))
+            results = segment_samples(model, processor, batch, router=arguments.router)
+            for sample, result in zip(batch, results, strict=True):
+                records.append(_save(sample, result, folder, number + len(records) + 1))
             bar.update(len(batch))
-    as_bad_input(write_json, folder / "results.json", records)
-
-    print(_table(records))
-    present = [record["foreground_iou"] for record in records if record["present"]]
-    if present:
-        print(
-            f"mean foreground IoU over the {len(present)} samples that contain their concept: "
-            f"{sum(present) / len(present):.2f}"
-        )
-    print(f"wrote {len(records)} visualizations and results.json to {folder}")
-    return 0
+    return records
 
 
 def _save(sample: ConceptSample, result: ConceptSegmentation, folder: Path, number: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ from conceptseg_hf.cli.arguments import DTYPES, ROUTERS, BadInputError, parse_me
 from conceptseg_hf.cli.outputs import check_output_dir
 from conceptseg_hf.evaluation.running.ablation import ablation_names
 from conceptseg_hf.router import ROUTER_MODES
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from trees import write_photos
 
 
 @pytest.fixture()
@@ -586,11 +590,28 @@ def test_demo_writes_a_visualization_per_sample(files, checkpoint, capsys):
     )
     assert command(*arguments) == 0
     records = json.loads((files / "demo" / "results.json").read_text())
-    assert [record["sample_id"] for record in records] == ["test-000000", "test-000001", "test-000002"]
+    drawings, photographs = ["test-000000", "test-000001", "test-000002"], ["astronaut", "helmet", "eyes"]
+    assert [record["sample_id"] for record in records] == drawings + photographs
+    assert [record["picture"][:3] for record in records] == [f"0{number}_" for number in range(1, 7)]
     for record in records:
         assert Image.open(files / "demo" / record["picture"]).height > 320
         assert 0 <= record["foreground_iou"] <= 1
-    assert "mean foreground IoU" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("mean foreground IoU") == 2
+
+
+def test_demo_shows_a_sample_of_each_group_of_photographs(files, checkpoint, monkeypatch):
+    root = write_photos(
+        files / "photos",
+        (
+            ("ecssd", "CD", ("salient object segmentation",) * 20),
+            ("coco128", "CI", ("bus", "clock") * 12),
+        ),
+    )
+    monkeypatch.setenv("CONCEPTSEG_PHOTOS", str(root))
+    options = ("--model", checkpoint, "--samples", "1", "--router", "sam_only", "--output-dir", "demo")
+    assert command("demo", *options) == 0
+    records = json.loads((files / "demo" / "results.json").read_text())
+    assert [record["dataset"] for record in records[2:]] == ["coco128", "ecssd"]
 
 
 @pytest.mark.slow
