@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conceptseg_trainers.from_scratch.assemble import load_start
+from conceptseg_trainers.from_scratch.assemble import load_stages, load_start
+from conceptseg_trainers.nano.tokenizers import build_processor
+from safetensors.torch import save_file
 
 from conceptseg_hf import ConceptSegConfig, ConceptSegForSegmentation, nano_checkpoint
 
@@ -26,3 +28,18 @@ def test_missing_start_is_an_error_of_the_folder(tmp_path) -> None:
     part = ConceptSegForSegmentation(ConceptSegConfig.from_preset("nano")).ctm
     with pytest.raises(OSError, match="missing"):
         load_start(part, tmp_path / "missing", "ctm")
+
+
+def test_sam_3_of_a_checkpoint_replaces_its_stage(tmp_path) -> None:
+    """The SAM 3 of nano serves a VLM of another family, of which only the stage "vlm" has been run."""
+    start = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
+    vlm = ConceptSegForSegmentation(ConceptSegConfig.from_preset("nano-qwen3")).vlm
+    (tmp_path / "vlm").mkdir()
+    average = {f"average/vlm.{name}": value.clone() for name, value in vlm.named_parameters()}
+    save_file(average, tmp_path / "vlm" / "state.safetensors")
+    with pytest.raises(FileNotFoundError, match="run the stage 'sam' first"):
+        load_stages("nano-qwen3", build_processor("qwen3_vl"), tmp_path)
+    model = load_stages("nano-qwen3", build_processor("qwen3_vl"), tmp_path, sam=nano_checkpoint())
+    for part, expected in ((model.sam, start.sam), (model.vlm, vlm)):
+        for name, value in expected.named_parameters():
+            assert torch.equal(part.get_parameter(name), value), name

@@ -18,6 +18,7 @@ def load_stages(
     processor: ConceptSegProcessor,
     run_dir: Path,
     vlm_stage: str = "vlm",
+    sam: Path | None = None,
 ) -> ConceptSegForSegmentation:
     """Return the model with the averaged weights of SAM 3 and the VLM and a new CTM.
 
@@ -26,16 +27,21 @@ def load_stages(
         processor: Its processor.
         run_dir: Folder of the stages.
         vlm_stage: Name of the stage that trained the VLM: "vlm" or "base-referring".
+        sam: Checkpoint whose SAM 3 is used instead of that of the stage "sam".
 
     Raises:
         FileNotFoundError: If one of the two stages has not been run.
+        OSError, ValueError: If the SAM 3 of `sam` cannot be used; see `load_start`.
     """
     torch.manual_seed(0)
     # Concept tokens contain a box, so SAM 3 is trained without the token for "no box" after them.
     config = ConceptSegConfig.from_preset(preset, sam_geometry_cls_with_concepts=False)
     model = ConceptSegForSegmentation(config)
-    for part, stage, prefix in ((model.sam, "sam", "sam."), (model.vlm, vlm_stage, "vlm.")):
-        load_average(part, run_dir, stage, prefix)
+    if sam is None:
+        load_average(model.sam, run_dir, "sam", "sam.")
+    else:
+        load_start(model.sam, sam, "sam")
+    load_average(model.vlm, run_dir, vlm_stage, "vlm.")
     tokenizer = processor.tokenizer
     generation_config = model.vlm.generation_config
     generation_config.eos_token_id = tokenizer.eos_token_id
@@ -65,7 +71,7 @@ def load_average(module: nn.Module, run_dir: Path, stage: str, prefix: str = "")
 
 
 def load_start(part: nn.Module, checkpoint: Path, name: str) -> None:
-    """Load the weights of a part of a checkpoint into a module, to continue its training.
+    """Load the weights of a part of a checkpoint into a module.
 
     Args:
         part: The module.
@@ -81,7 +87,7 @@ def load_start(part: nn.Module, checkpoint: Path, name: str) -> None:
         part.load_state_dict(getattr(model, name).state_dict())
     except RuntimeError as error:
         raise ValueError(
-            f"--start {str(checkpoint)!r}: its {name} has another architecture or vocabulary than the model that is "
+            f"{str(checkpoint)!r}: its {name} has another architecture or vocabulary than the model that is "
             "trained; give a checkpoint that was trained by the same command and version."
         ) from error
 

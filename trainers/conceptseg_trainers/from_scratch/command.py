@@ -107,7 +107,7 @@ def run_in_parallel(package: str, stages: Sequence[str], threads: int | None, op
 
 def common_options(arguments: argparse.Namespace) -> list[str]:
     """Return the options of a command, except for stage and threads, as a command line."""
-    names = ("run_dir", "device", "seed", "scale", "family", "root", "start")
+    names = ("run_dir", "device", "seed", "scale", "family", "root", "start", "sam")
     given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
     return [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 

@@ -42,12 +42,19 @@ def main() -> None:
         default="qwen2_5_vl",
         help="family of the VLM (default: %(default)s)",
     )
+    parser.add_argument(
+        "--sam",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="use the SAM 3 of this nano checkpoint, which does not depend on the VLM, instead of the stage sam",
+    )
     run_command(parser, _run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.stage == "all":
-        run_in_parallel(__package__ or "", ["sam", "vlm"], arguments.threads, common_options(arguments))
+        stages = ["vlm"] if arguments.sam else ["sam", "vlm"]
+        run_in_parallel(__package__ or "", stages, arguments.threads, common_options(arguments))
         arguments.stage = "ctm"
     _run_stage(arguments)
 
@@ -86,7 +93,8 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
     is_base = arguments.stage == "base-ctm"
     run_dir, scale = arguments.run_dir, min(1.0, arguments.scale)
     processor = build_processor(arguments.family)
-    model = load_stages(PRESETS[arguments.family], processor, run_dir, "base-referring" if is_base else "vlm")
+    vlm_stage = "base-referring" if is_base else "vlm"
+    model = load_stages(PRESETS[arguments.family], processor, run_dir, vlm_stage, arguments.sam)
     folder = run_dir / "base-referring" if is_base else run_dir
     steps = CtmSteps.scaled(scale)
     stage = CtmStage(
