@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conceptseg_trainers.from_scratch.masks import bounding_box
 from conceptseg_trainers.mini import effects
 from conceptseg_trainers.mini.__main__ import main, make_stage
 from conceptseg_trainers.mini.ctm_data import PhotosCtmData
@@ -22,7 +23,7 @@ from conceptseg_trainers.mini.photographs import PhotographLibrary
 from conceptseg_trainers.mini.report import main as write_report
 from conceptseg_trainers.mini.results import dataset_table
 from conceptseg_trainers.mini.sam_data import PhotosSamData, negative_prompt, positive_prompt
-from conceptseg_trainers.mini.scenes import Region
+from conceptseg_trainers.mini.scenes import Region, Scene, sheet
 from conceptseg_trainers.mini.sources import SceneMix
 from conceptseg_trainers.mini.tasks import TaskSource
 from conceptseg_trainers.mini.tokenizers import mini_processor
@@ -285,6 +286,33 @@ def test_stages_start_with_the_weights_of_a_checkpoint(root, tmp_path, name) -> 
     weights = getattr(stage.module, name).state_dict()
     for key, expected in getattr(model, name).state_dict().items():
         assert torch.equal(weights[key], expected), key
+
+
+def test_sheet_keeps_the_nouns_that_are_known_of_all_photographs(root) -> None:
+    size = 20
+    top, everywhere = np.zeros((size, size), dtype=bool), np.ones((size, size), dtype=bool)
+    top[:10] = True
+    scenes = [
+        Scene(np.full((size, size, 3), 10, np.uint8), (Region(("bus", "vehicle"), top),), ("clock", "cat")),
+        Scene(np.full((size, size, 3), 20, np.uint8), (Region(("clock",), everywhere),), ("bus", "cat")),
+        Scene(np.full((size, size, 3), 30, np.uint8), (), ("bus", "cat", "clock")),
+        Scene(np.full((size, size, 3), 40, np.uint8), (), ("bus", "cat", "clock")),
+    ]
+    scene = sheet(scenes, size)
+    assert [scene.pixels[row, column, 0] for row, column in ((0, 0), (0, 19), (19, 0), (19, 19))] == [
+        10,
+        20,
+        30,
+        40,
+    ]
+    assert [region.nouns for region in scene.regions] == [("bus",), ("clock",)] and scene.absent == ("cat",)
+    assert bounding_box(scene.regions[0].mask) == (0, 0, 10, 5)
+    assert bounding_box(scene.regions[1].mask) == (10, 0, 20, 10)
+
+    mix = SceneMix(root, SIZE, seed=0)
+    drawn, again = mix.sheet(1, 5), mix.sheet(1, 5)
+    assert len(drawn.regions) >= 4 and np.array_equal(drawn.pixels, again.pixels)
+    assert not set(drawn.absent) & set(drawn.masks())
 
 
 def test_table_by_dataset() -> None:

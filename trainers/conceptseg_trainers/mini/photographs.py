@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +47,16 @@ class Photograph:
     masks: tuple[tuple[tuple[str, ...], Path], ...]
     absent: tuple[str, ...]
 
+    @cached_property
+    def nouns(self) -> frozenset[str]:
+        """The nouns of the regions."""
+        return frozenset(noun for nouns, _ in self.masks for noun in nouns)
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """The nouns that are known to be present or absent."""
+        return self.nouns.union(self.absent)
+
 
 class PhotographLibrary:
     """The training photographs of the benchmark `photos`, divided into "train" and "val" by a hash of their names.
@@ -83,15 +94,34 @@ class PhotographLibrary:
 
     def draw(self, rng: np.random.Generator) -> Scene:
         """Draw a scene with random crop, mirroring, rotation and colors; datasets by the square root of their size."""
-        names = sorted(self.datasets)
-        weights = np.sqrt([len(self.datasets[name]) for name in names])
-        name = names[int(rng.choice(len(names), p=weights / weights.sum()))]
-        photographs = self.datasets[name]
+        names, weights = self._weights()
+        photographs = self.datasets[names[int(rng.choice(len(names), p=weights))]]
         for _ in range(8):
             scene = self.augmented(rng, photographs[int(rng.integers(len(photographs)))])
             if scene.regions:
                 break
         return scene
+
+    def draw_several(self, rng: np.random.Generator, count: int) -> list[Scene]:
+        """Draw scenes as `draw`, if possible such that each noun of one is known to be present or absent in all."""
+        names, weights = self._weights()
+        chosen: list[Photograph] = []
+        while len(chosen) < count:
+            for _ in range(6):
+                photographs = self.datasets[names[int(rng.choice(len(names), p=weights))]]
+                photograph = photographs[int(rng.integers(len(photographs)))]
+                if all(
+                    photograph.nouns <= other.known and other.nouns <= photograph.known for other in chosen
+                ):
+                    break
+            chosen.append(photograph)
+        return [self.augmented(rng, photograph) for photograph in chosen]
+
+    def _weights(self) -> tuple[list[str], np.ndarray]:
+        """Return the names of the datasets and their probabilities."""
+        names = sorted(self.datasets)
+        weights = np.sqrt([len(self.datasets[name]) for name in names])
+        return names, weights / weights.sum()
 
     def scene(self, photograph: Photograph) -> Scene:
         """Return a photograph without augmentation, squeezed to a square as by the processor."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.data.concept_photos.compositing import PhotoScene
@@ -53,6 +56,37 @@ class Scene:
             for noun in region.nouns:
                 masks[noun] = masks[noun] | region.mask if noun in masks else region.mask
         return masks
+
+
+def sheet(scenes: Sequence[Scene], size: int) -> Scene:
+    """Arrange scenes in a square grid: more objects in one image, at places that cannot be guessed.
+
+    A noun is kept where it is known of all scenes whether they show it.
+
+    Args:
+        scenes: A square number of scenes; all absent nouns are listed.
+        size: Side length of the image in pixels.
+    """
+    side = math.isqrt(len(scenes))
+    edges = [round(size * i / side) for i in range(side + 1)]
+    present = [set(scene.masks()) for scene in scenes]
+    known = [nouns | set(scene.absent) for nouns, scene in zip(present, scenes, strict=True)]
+    pixels = np.zeros((size, size, 3), dtype=np.uint8)
+    regions = []
+    for index, scene in enumerate(scenes):
+        row, column = divmod(index, side)
+        rows, columns = slice(edges[row], edges[row + 1]), slice(edges[column], edges[column + 1])
+        shape = edges[column + 1] - edges[column], edges[row + 1] - edges[row]
+        pixels[rows, columns] = np.asarray(Image.fromarray(scene.pixels).resize(shape, Image.Resampling.BOX))
+        for region in scene.regions:
+            small = Image.fromarray(region.mask.astype(np.uint8) * 255).resize(shape, Image.Resampling.BOX)
+            mask = np.zeros((size, size), dtype=bool)
+            mask[rows, columns] = np.asarray(small) > 127
+            if mask.any():
+                nouns = tuple(noun for noun in region.nouns if all(noun in others for others in known))
+                regions.append(Region(nouns, mask))
+    absent = set.intersection(*(set(scene.absent) for scene in scenes))
+    return Scene(pixels, tuple(regions), tuple(sorted(absent)))
 
 
 class Composer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -24,7 +25,9 @@ from .sources import SceneMix
 from .tasks import FIRST_HELD_OUT, TaskSource, TrainingTask
 from .tokenizers import mini_processor
 
-_PERCEPTION_ONLY = 0.12  # fraction of the steps, from the first one on, that contain no tasks
+_PERCEPTION = ((0.12, 1.0), (0.5, 0.75), (0.8, 0.6), (math.inf, 0.3))
+"""Fractions of the steps, and the fractions of perception examples until then; the others are tasks."""
+_SHEETS = 0.6  # fraction of the perception examples that show several photographs in a grid
 _BLOCK = 4  # number of consecutive steps with the same kind of examples
 _TEST_BATCH = 16
 
@@ -64,7 +67,7 @@ class PhotosVlmData:
         """Return the examples of a step after the pretraining; the fraction of complete tasks increases."""
         block, index_in_block = divmod(step, _BLOCK)
         progress = block * _BLOCK / self.steps
-        perception = 1.0 if progress < _PERCEPTION_ONLY else 0.5 if progress < 0.3 else 0.25
+        perception = next(share for end, share in _PERCEPTION if progress < end)
         if self._block[0] != block:
             is_perception = np.random.default_rng([31, self.seed, block]).random() < perception
             count = _BLOCK * self.count * (3 if is_perception else 2) // 2
@@ -83,14 +86,14 @@ class PhotosVlmData:
     def _perception(self, number: int) -> TrainingExample:
         rng = np.random.default_rng([37, self.seed, number])
         kind = rng.random()
-        if kind < 0.3:
+        if kind < 0.2:
             reference, scene, index = self.scenes.matching_pair(rng)
             return self.writer.matching(rng, reference, scene, index)
-        if kind < 0.45:
+        if kind < 0.3:
             task = self.tasks.task(number)
             if any(mask is not None for mask in task.marked):
                 return self.writer.naming_marked(rng, task)
-        scene = self.scenes.scene(41, number)
+        scene = self.scenes.sheet(43, number) if kind > 1 - _SHEETS else self.scenes.scene(41, number)
         write = self.writer.naming if rng.random() < 0.5 else self.writer.finding
         return write(rng, scene)
 
