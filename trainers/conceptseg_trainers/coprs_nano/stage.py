@@ -246,9 +246,13 @@ class PriorStage:
         self.module = PriorModule(model)
         self.model, self.processor, self.steps = model, processor, steps
         self.device, self.seed, self.bfloat16 = device, seed, bfloat16
+        if bfloat16:  # as in `VlmStage`
+            model.sam.set_attn_implementation("eager")
         weights = {name: value.clone() for name, value in model.state_dict().items()}
         # The stage initializes number embeddings, which the start has already trained.
-        self._vlm_stage = VlmStage(_unused(self.module), _unused(), processor, 0, steps, self.name, device)
+        self._vlm_stage = VlmStage(
+            _unused(self.module), _unused(), processor, 0, steps, self.name, device, bfloat16
+        )
         model.load_state_dict(weights)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
