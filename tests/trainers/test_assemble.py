@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conceptseg_trainers.from_scratch.assemble import load_stages, load_start
+from conceptseg_trainers.from_scratch.assemble import load_stages, load_start, write_checkpoint
 from conceptseg_trainers.nano.tokenizers import build_processor
 from safetensors.torch import save_file
 
@@ -43,3 +43,13 @@ def test_sam_3_of_a_checkpoint_replaces_its_stage(tmp_path) -> None:
     for part, expected in ((model.sam, start.sam), (model.vlm, vlm)):
         for name, value in expected.named_parameters():
             assert torch.equal(part.get_parameter(name), value), name
+
+
+def test_checkpoint_in_half_precision_is_loaded_in_float32(tmp_path) -> None:
+    model = ConceptSegForSegmentation(ConceptSegConfig.from_preset("nano"))
+    write_checkpoint(model, build_processor(), tmp_path, half=True)
+    assert (tmp_path / "model.safetensors").stat().st_size < 2.2 * model.num_parameters()
+    loaded = ConceptSegForSegmentation.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    for name, value in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), value.half().float()), name

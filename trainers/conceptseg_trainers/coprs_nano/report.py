@@ -6,15 +6,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
 
 from conceptseg_hf import ConceptSegForSegmentation, coprs_nano_checkpoint, nano_checkpoint
 from conceptseg_hf.cards import save_model_card
@@ -27,6 +24,7 @@ from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
 from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.writing import json_text, write_file
 
+from ..from_scratch.assemble import store_in_half_precision
 from ..from_scratch.command import require_checkpoint
 from .measuring import MeasuredSample, bootstrap_mean, measure, set_of, summarize
 
@@ -96,16 +94,7 @@ def write_checkpoint(model: CoPRSForSegmentation, folder: Path) -> None:
     """Write model and processor; weights are stored in float16 and loaded in float32."""
     model.eval().cpu().save_pretrained(folder)
     model.processor.save_pretrained(folder)
-    path = folder / "model.safetensors"
-    weights = {
-        name: value.to(torch.float16) if value.is_floating_point() else value
-        for name, value in load_file(path).items()
-    }
-    save_file(weights, path, {"format": "pt"})
-    config_path = folder / "config.json"
-    # The dtype in which the checkpoint is loaded by default.
-    config = json.loads(config_path.read_text(encoding="utf-8"))
-    write_file(config_path, json_text({**config, "dtype": "float32"}, indent=2) + "\n")
+    store_in_half_precision(folder)
 
 
 def nano_ious(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conceptseg_hf.configuration_conceptseg import ConceptSegConfig
 from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
+from conceptseg_hf.writing import json_text, write_file
 
 
 def load_stages(
@@ -102,7 +104,31 @@ def _load_weights(part: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         )
 
 
-def write_checkpoint(model: ConceptSegForSegmentation, processor: ConceptSegProcessor, folder: Path) -> None:
-    """Write the model and its processor to a checkpoint folder."""
+def write_checkpoint(
+    model: ConceptSegForSegmentation, processor: ConceptSegProcessor, folder: Path, half: bool = False
+) -> None:
+    """Write the model and its processor to a checkpoint folder.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        folder: The folder.
+        half: Whether to store the weights in half precision.
+    """
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
+    if half:
+        store_in_half_precision(folder)
+
+
+def store_in_half_precision(checkpoint: Path) -> None:
+    """Convert the weights of a checkpoint to float16; they are loaded in float32."""
+    path, config_path = checkpoint / "model.safetensors", checkpoint / "config.json"
+    weights = {
+        name: value.to(torch.float16) if value.is_floating_point() else value
+        for name, value in load_file(path).items()
+    }
+    save_file(weights, path, {"format": "pt"})
+    # The dtype in which the checkpoint is loaded by default.
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    write_file(config_path, json_text({**config, "dtype": "float32"}, indent=2) + "\n")

@@ -82,7 +82,9 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     train(stage, steps.schedule(), arguments.run_dir)
-    write_checkpoint(model.cpu(), processor, arguments.output_dir or arguments.run_dir / "checkpoint")
+    write_checkpoint(
+        model.cpu(), processor, arguments.output_dir or arguments.run_dir / "checkpoint", half=True
+    )
 
 
 def make_stage(name: str, arguments: argparse.Namespace) -> tuple[Stage, Schedule]:
