@@ -35,6 +35,7 @@ from .scenes import Scene
 from .sources import SceneMix
 
 _MAX_NOUNS = 8  # nouns per image in the dense targets
+_SHEETS = 0.2  # fraction of the images that show several photographs in a grid
 _HEADS = 4  # attention heads of SAM 3's fusion
 
 
@@ -72,8 +73,8 @@ class PhotosSamData:
         batch = []
         for i in range(self.images):
             index = step * self.images + i
-            scene = self.scenes.scene(7, index)
             rng = np.random.default_rng([11, self.seed, index])
+            scene = (self.scenes.sheet if rng.random() < _SHEETS else self.scenes.scene)(7, index)
             prompts = [positive_prompt(rng, scene) for _ in range(self.prompts - 1)]
             batch.append((scene, [*prompts, negative_prompt(rng, scene)]))
         return batch
