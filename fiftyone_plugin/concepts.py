@@ -78,7 +78,7 @@ class InduceConcept(foo.Operator):
             "checkpoint",
             default="nano",
             label="Checkpoint",
-            description="nano (embedded), a folder, or a hub id",
+            description="nano or mini (embedded), a folder, or a hub id",
         )
         inputs.bool(
             "replace", default=False, label="Replace a concept of the same name", view=types.SwitchView()

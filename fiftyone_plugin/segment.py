@@ -283,6 +283,9 @@ def _add_model_inputs(inputs: types.Object, ctx: Any) -> None:
     from conceptseg_hf.integrations.fiftyone.schema import ROUTERS
 
     inputs.str(
-        "checkpoint", default="nano", label="Checkpoint", description="nano (embedded), a folder, or a hub id"
+        "checkpoint",
+        default="nano",
+        label="Checkpoint",
+        description="nano or mini (embedded), a folder, or a hub id",
     )
     forms.dropdown(inputs, "router", ROUTERS, "adaptive", "Router")

@@ -42,6 +42,8 @@ def test_the_source_distribution_builds_the_same_wheel(tmp_path):
         "conceptseg_trainers/py.typed",
         "conceptseg_hf/checkpoints/nano/model.safetensors",
         "conceptseg_hf/checkpoints/nano/README.md",
+        "conceptseg_hf/checkpoints/mini/model.safetensors",
+        "conceptseg_hf/checkpoints/mini/README.md",
         "conceptseg_hf/data/smoke_photos/README.md",
         "conceptseg_launcher.py",
     ):

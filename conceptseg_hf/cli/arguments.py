@@ -24,6 +24,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 VLM_ENGINES = ("transformers", "vllm")
 # Names in conceptseg_hf.profiles.PROFILES, copied for the same reason.
 PROFILES = ("paper", "released")
+# Names of conceptseg_hf.shipped.CHECKPOINTS.
+CHECKPOINTS = ("nano", "mini", "coprs-nano")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SMALL_MODEL = 50_000_000  # parameters
@@ -294,17 +296,19 @@ def check_image(path: str) -> str:
 
 
 def check_model(name: str | None) -> None:
-    """Check, before importing the package, that a model is a checkpoint folder or a hub id.
+    """Check, before importing the package, that a model is an embedded checkpoint, a checkpoint folder or a hub id.
 
     Raises:
-        BadInputError: If it is neither a folder with a config.json nor a hub id.
+        BadInputError: If it is none of them.
     """
     if name is None or (_HUB_ID.fullmatch(name) and not _is(name, Path.exists)):
+        return
+    if name.removeprefix("conceptseg-") in CHECKPOINTS and not _is(name, Path.exists):
         return
     if not _is(name, Path.is_dir):
         raise BadInputError(
             f"model {name!r} is neither a folder nor a hub id; give a checkpoint folder, or an id such as "
-            "owner/name."
+            f"owner/name, or one of {', '.join(CHECKPOINTS)}."
         )
     if not _is(f"{name}/config.json", Path.is_file):
         raise BadInputError(

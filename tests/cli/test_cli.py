@@ -13,11 +13,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conceptseg_hf import ConceptSegProcessor, cli, nano_checkpoint
+from conceptseg_hf import ConceptSegProcessor, cli, nano_checkpoint, shipped
 from conceptseg_hf.cli import ablate, compare, evaluate
 from conceptseg_hf.cli.ablate import CONFIGS
-from conceptseg_hf.cli.arguments import DTYPES, ROUTERS, BadInputError, parse_metrics, parse_reference
+from conceptseg_hf.cli.arguments import (
+    CHECKPOINTS,
+    DTYPES,
+    ROUTERS,
+    BadInputError,
+    parse_metrics,
+    parse_reference,
+)
 from conceptseg_hf.cli.outputs import check_output_dir
+from conceptseg_hf.data import SMOKE_PHOTOS
 from conceptseg_hf.evaluation.running.ablation import ablation_names
 from conceptseg_hf.router import ROUTER_MODES
 
@@ -105,6 +113,7 @@ def test_invalid_references_are_explained(files, text, message):
 
 def test_options_match_the_package():
     assert ROUTERS == ROUTER_MODES
+    assert set(CHECKPOINTS) == set(shipped.CHECKPOINTS)
     import torch
 
     assert all(hasattr(torch, name) for name in DTYPES if name != "auto")
@@ -574,6 +583,14 @@ def test_evaluate_several_benchmarks(files, checkpoint, capsys):
     capsys.readouterr()
     assert command(*arguments, *options, "--root", "own", "--root", "other") == 2
     assert "second folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nano", "conceptseg-mini"])
+def test_embedded_checkpoints_are_selected_by_name(name, tmp_path, capsys):
+    photo = SMOKE_PHOTOS / "images" / "coins.jpg"
+    options = ("--prompt", "coin", "--router", "sam_only", "--output-dir", str(tmp_path))
+    assert command("segment", str(photo), "--model", name, *options) == 0
+    assert (tmp_path / "coins_mask.png").is_file()
 
 
 def test_demo_writes_a_visualization_per_sample(files, checkpoint, capsys):

@@ -35,7 +35,7 @@ from .scenes import Scene
 from .sources import SceneMix
 
 _MAX_NOUNS = 8  # nouns per image in the dense targets
-_SHEETS = 0.2  # fraction of the images that show several photographs in a grid
+_SHEETS = 0.4  # fraction of the images that show several photographs in a grid
 _HEADS = 4  # attention heads of SAM 3's fusion
 
 
