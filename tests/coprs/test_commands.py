@@ -68,7 +68,7 @@ def test_the_demo_shows_the_prior(checkpoint, tmp_path, capsys, monkeypatch) -> 
     )
     assert main(["demo", "--model", str(checkpoint), "--samples", "2", "--output-dir", str(tmp_path)]) == 0
     records = json.loads((tmp_path / "results.json").read_text())
-    assert len(records) == 2 == len(drawn)
+    assert len(records) == 4 == len(drawn)  # two drawings and two photographs
     assert all(record["prior"]["iou"] >= 0 and record["format_valid"] is False for record in records)
 
 
