@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from conceptseg_trainers.mini.results import Ious, dataset_table, read_ious
+from conceptseg_trainers.mini.results import dataset_table, named_folder, read_ious
 
 from conceptseg_hf.data.duplicates import read_sample_ids
 
@@ -23,7 +23,7 @@ from conceptseg_hf.data.duplicates import read_sample_ids
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("evaluations", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("evaluations", nargs="+", type=named_folder, metavar="NAME=FOLDER")
     parser.add_argument("--exclude", metavar="FILE", help="samples to leave out")
     parser.add_argument(
         "--differences",
@@ -32,12 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     excluded = frozenset(() if arguments.exclude is None else read_sample_ids(arguments.exclude))
-    columns: dict[str, Ious] = {}
-    for text in arguments.evaluations:
-        name, separator, folder = text.partition("=")
-        if not separator:
-            parser.error(f"{text!r} is not NAME=FOLDER")
-        columns[name] = read_ious(folder, excluded)
+    columns = {name: read_ious(folder, excluded) for name, folder in arguments.evaluations}
     print("\n".join(dataset_table(columns, arguments.differences)))
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conceptseg_trainers.mini.leaks import training_items
+from conceptseg_trainers.mini.leaks import training_benchmark
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save
@@ -320,8 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
 
-    samples = load_benchmark("photos", arguments.root, "train")
-    samples.items = list(training_items(Path(arguments.root)))  # without images that leak test images
+    samples = training_benchmark(Path(arguments.root))
     if arguments.datasets:
         names = arguments.datasets.split(",")
         samples.items = [item for item in samples.items if item.dataset in names]

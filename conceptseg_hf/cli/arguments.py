@@ -301,9 +301,10 @@ def check_model(name: str | None) -> None:
     Raises:
         BadInputError: If it is none of them.
     """
-    if name is None or (_HUB_ID.fullmatch(name) and not _is(name, Path.exists)):
+    if name is None:
         return
-    if name.removeprefix("conceptseg-") in CHECKPOINTS and not _is(name, Path.exists):
+    is_name = _HUB_ID.fullmatch(name) or name.removeprefix("conceptseg-") in CHECKPOINTS
+    if is_name and not _is(name, Path.exists):
         return
     if not _is(name, Path.is_dir):
         raise BadInputError(

@@ -11,7 +11,7 @@ from .arguments import add_model_options, add_output_option, as_bad_input, load_
 from .outputs import check_output_dir
 
 if TYPE_CHECKING:
-    from conceptseg_hf import ConceptSegmentation
+    from conceptseg_hf import ConceptSegForSegmentation, ConceptSegmentation, ConceptSegProcessor
     from conceptseg_hf.data import ConceptSample
 
 # The benchmark cycles through its ten groups, so that these samples cover all of them and are not hand-picked.
@@ -55,14 +55,15 @@ def run(arguments: argparse.Namespace) -> int:
     from conceptseg_hf.writing import write_json
 
     records: list[dict[str, Any]] = []
+    loaded = None
     for title, default, samples in (
         ("ConceptShapes", "nano", drawings),
         ("Photographs", "mini", photographs),
     ):
         name = arguments.model or default
-        shown = _segment(
-            argparse.Namespace(**{**vars(arguments), "model": name}), samples, folder, len(records)
-        )
+        if loaded is None or arguments.model is None:
+            loaded = load_model(argparse.Namespace(**{**vars(arguments), "model": name}))
+        shown = _segment(*loaded, arguments.router, samples, folder, len(records))
         print(f"{title}, {name}:\n{_table(shown)}")
         present = [record["foreground_iou"] for record in shown if record["present"]]
         if present:
@@ -97,18 +98,22 @@ def _photographs(arguments: argparse.Namespace) -> list[ConceptSample]:
 
 
 def _segment(
-    arguments: argparse.Namespace, samples: list[ConceptSample], folder: Path, number: int
+    model: ConceptSegForSegmentation,
+    processor: ConceptSegProcessor,
+    router: str,
+    samples: list[ConceptSample],
+    folder: Path,
+    number: int,
 ) -> list[dict[str, Any]]:
     """Segment samples, write their visualizations and return their records."""
     from conceptseg_hf.evaluation.records import segment_samples
     from conceptseg_hf.progress import progress_bar
 
-    model, processor = load_model(arguments)
     records: list[dict[str, Any]] = []
     with progress_bar(len(samples), "images", leave=False) as bar:
         for start in range(0, len(samples), _BATCH):
             batch = samples[start : start + _BATCH]
-            results = segment_samples(model, processor, batch, router=arguments.router)
+            results = segment_samples(model, processor, batch, router=router)
             for sample, result in zip(batch, results, strict=True):
                 records.append(_save(sample, result, folder, number + len(records) + 1))
             bar.update(len(batch))

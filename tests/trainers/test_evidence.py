@@ -197,7 +197,7 @@ def test_results_of_other_settings_are_rejected(tmp_path, capsys) -> None:
 
 def test_one_stage_starts_with_a_new_ctm(tmp_path, monkeypatch) -> None:
     """The seed determines the new weights; the VLM and SAM 3 are those of the start."""
-    monkeypatch.setattr(training, "_train_by_reinforcement", lambda *arguments: [])
+    monkeypatch.setattr(training, "train_by_reinforcement", lambda *arguments: [])
     start = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
     states = []
     for name in ("meta", "one-stage"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -20,7 +21,6 @@ from ..from_scratch.vlm_examples import AttentionTarget, TrainingExample
 from ..nano.examples import ExampleWriter, described_object, some_words
 
 _MIN_PIXELS = 12  # size of the smallest objects in perception examples
-_MAX_NAMES = 4
 
 
 @dataclass(frozen=True)
@@ -37,43 +37,20 @@ class PriorExample(TrainingExample):
 class PriorWriter(BaseExampleWriter):
     """Writes concentration tokens where the examples of ConceptSeg have boxes."""
 
-    def listing(
-        self,
-        rng: np.random.Generator,
-        instruction: str,
-        images: Sequence[TrainingImage],
-        entries: Sequence[Entry],
-        first_guided: int = 0,
-        noise: bool = True,
-    ) -> PriorExample:
-        """Create an example with up to four phrases, in random order, each followed by the concentration token.
+    max_entries = 4
 
-        The arguments are those of `BaseExampleWriter.listing`; the masks of the entries are of the last image.
-        """
-        chosen = [entries[int(i)] for i in rng.permutation(len(entries))[:_MAX_NAMES]]
-        completion: list[int] = []
-        attention_targets: list[AttentionTarget] = []
-        for entry in chosen:
-            name = self.token_ids(entry.phrase)
-            if entry.phrase_masks:
-                tokens = {number: self.mask_to_tokens(mask) for number, mask in entry.phrase_masks.items()}
-                attention_targets += [
-                    AttentionTarget(len(completion) + i, tokens) for i in range(first_guided, len(name))
-                ]
-            completion += [*name, *self.token_ids(REF_POS)]
-            # The query of an attention target is the token before the position.
-            target = {entry.image: self.mask_to_tokens(entry.mask)}
-            attention_targets.append(AttentionTarget(len(completion), target))
-        completion.append(self.ids["<|im_end|>"])
-        return PriorExample(
-            tuple(image.pixels for image in images),
-            self.prompt_ids(instruction, len(images)),
-            completion,
-            self.with_noise(rng, completion) if noise else completion,
-            tuple(attention_targets),
-            dense=(),
-            masks=tuple(entry.mask for entry in chosen),
-        )
+    def location(self, entry: Entry, position: int) -> tuple[list[int], list[AttentionTarget]]:
+        """Return the concentration token, whose mask is that of the entry, in the last image."""
+        tokens = self.token_ids(REF_POS)
+        # The query of an attention target is the token before the position.
+        return tokens, [
+            AttentionTarget(position + len(tokens), {entry.image: self.mask_to_tokens(entry.mask)})
+        ]
+
+    def finish_listing(self, example: TrainingExample, listed: Sequence[Entry]) -> PriorExample:
+        """Return the example with the masks of its concentration tokens, and without dense targets."""
+        values = {**vars(example), "dense": ()}
+        return PriorExample(**values, masks=tuple(entry.mask for entry in listed))
 
     def reasoning_example(
         self,
@@ -134,7 +111,7 @@ class PriorExampleWriter(PriorWriter, ExampleWriter):
                 mask = np.any([other.mask for other in matching], axis=0)
                 if mask.sum() >= _MIN_PIXELS:
                     masks[" ".join(words)] = mask
-        return self.listing(
+        example = self.listing(
             rng,
             "find objects" if several else "mark objects",
             [TrainingImage(scene.pixels, None)],
@@ -142,6 +119,7 @@ class PriorExampleWriter(PriorWriter, ExampleWriter):
             first_guided=1,  # the order is random, so the first word may be that of any object
             noise=not several,
         )
+        return cast(PriorExample, example)
 
     def reasoning(
         self,

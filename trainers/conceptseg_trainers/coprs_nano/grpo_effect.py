@@ -23,7 +23,13 @@ from conceptseg_hf.writing import write_file
 
 from ..coprs_config import CoPRSTrainerConfig
 from ..coprs_trainer import CoPRSTrainer
-from ..nano.evidence.experiment import experiment_parser, introduction, parse_experiment
+from ..nano.evidence.experiment import (
+    experiment_parser,
+    introduction,
+    parse_experiment,
+    report_interruption,
+    run_arms,
+)
 from ..nano.evidence.measuring import Values, measured_values
 from ..nano.evidence.run_folder import check_settings
 from ..nano.evidence.tables import comparison_table, mean_over_seeds, paired
@@ -102,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         results = run(arguments.arms, arguments.seeds, start, folder, settings, samples)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; run the same command to continue with the first unfinished arm.\n")
-        return 130
+        return report_interruption()
     sys.stdout.write(write_report(results, folder / "grpo_effect.md", settings))
     return 0
 
@@ -130,14 +135,12 @@ def run(
         The results of the start and of each arm, one per seed.
     """
     results: Results = {START: [measured_values(start, samples, values_of, folder / "start.json")]}
-    for name in arms:
-        results[name] = []
-        for seed in seeds:
-            run_folder = folder / name / f"seed_{seed}"
-            checkpoint = train_arm(ARMS[name], start, run_folder, settings, seed)
-            values = measured_values(checkpoint, samples, values_of, run_folder / "values.json")
-            results[name].append(values)
-    return results
+
+    def run_arm(name: str, run_folder: Path, seed: int) -> dict[str, Values]:
+        checkpoint = train_arm(ARMS[name], start, run_folder, settings, seed)
+        return measured_values(checkpoint, samples, values_of, run_folder / "values.json")
+
+    return results | run_arms(arms, seeds, folder, run_arm)
 
 
 def train_arm(arm: Arm, start: Path, folder: Path, settings: TrainSettings, seed: int) -> Path:

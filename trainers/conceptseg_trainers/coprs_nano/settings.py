@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..from_scratch.command import scaled
 from ..from_scratch.loop import Schedule
 
 STEPS = 2500
@@ -10,7 +11,7 @@ _HELD_OUT = 120
 
 def held_out_count(scale: float) -> int:
     """Return the number of held-out samples per evaluation of a training whose number of steps is scaled."""
-    return max(12, round(_HELD_OUT * min(1.0, scale)))
+    return scaled(_HELD_OUT, min(1.0, scale), 12)
 
 
 def schedule_of(steps: int) -> Schedule:

@@ -72,11 +72,12 @@ def build_model(
     Raises:
         ValueError: If the vision backbone does not fit.
     """
+    preset = "nano" if processor.canvas_size == NANO_IMAGE_SIZE else "mini"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CoPRSForSegmentation(
             CoPRSConfig.from_preset(
-                "nano" if processor.canvas_size == NANO_IMAGE_SIZE else "mini",
+                preset,
                 vlm_config=start.config.vlm_config.to_dict(),
                 ref_pos_token_id=processor.ref_pos_token_id,
                 **config,
@@ -100,7 +101,7 @@ def build_model(
     if unexpected or any("fpn_layers.0." not in name for name in missing):
         raise ValueError(
             f"the vision backbone does not fit: missing {missing}, unexpected {unexpected}; start from the "
-            f"checkpoint {'nano' if processor.canvas_size == NANO_IMAGE_SIZE else 'mini'}."
+            f"checkpoint {preset}."
         )
     tokenizer, generation_config = processor.tokenizer, model.vlm.generation_config
     generation_config.eos_token_id = tokenizer.eos_token_id
@@ -245,7 +246,7 @@ class PriorStage:
         self.name, self.settings, self.data = name, settings or PriorSettings(), data
         self.module = PriorModule(model)
         self.model, self.processor, self.steps = model, processor, steps
-        self.device, self.seed, self.bfloat16 = device, seed, bfloat16
+        self.device, self.seed = device, seed
         if bfloat16:  # as in `VlmStage`
             model.sam.set_attn_implementation("eager")
         weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -258,7 +259,7 @@ class PriorStage:
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Compute the loss of a step."""
         examples = self.data.examples(step)
-        with self._autocast():
+        with self._vlm_stage.autocast():
             run = self._vlm_stage.run(examples)
             loss, metrics = self._vlm_stage.language_loss(run)
         is_position = (run.batch["input_ids"] == self.processor.ref_pos_token_id) & run.batch["completion"]
@@ -295,14 +296,11 @@ class PriorStage:
         """Encode images; only the finest level of the feature pyramid is differentiable."""
         encoder = self.model.sam.vision_encoder
         pixels = images_to_pixels(images, self.device)
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._vlm_stage.autocast():
             states = encoder.backbone(pixels).last_hidden_state.float()
         grid = pixels.shape[-1] // encoder.config.backbone_config.patch_size
         states = states.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
         return PriorFeatures(tuple(layer(states) for layer in encoder.neck.fpn_layers))
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

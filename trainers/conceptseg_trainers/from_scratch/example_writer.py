@@ -21,7 +21,6 @@ from .vlm_examples import MERGE, AttentionTarget, TrainingExample
 
 # Offsets of the numbers of a box from its opening tag, e.g. in the tokens "<bbox> [ 1 , 2 , 3 , 4 ] </bbox>".
 NUMBER_OFFSETS = (2, 4, 6, 8)
-_MAX_ENTRIES = 6
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,9 @@ class BaseExampleWriter:
         processor: The processor.
     """
 
+    max_entries = 6
+    """Number of phrases in an example of `listing`."""
+
     def __init__(self, processor: PromptProcessor) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -84,7 +86,7 @@ class BaseExampleWriter:
         first_guided: int = 0,
         noise: bool = True,
     ) -> TrainingExample:
-        """Create an example with up to six phrases and boxes, in random order.
+        """Create an example with up to `max_entries` phrases and their locations, in random order.
 
         Args:
             rng: Random generator.
@@ -96,8 +98,8 @@ class BaseExampleWriter:
         """
         completion: list[int] = []
         attention_targets: list[AttentionTarget] = []
-        for index in rng.permutation(len(entries))[:_MAX_ENTRIES]:
-            entry = entries[int(index)]
+        listed = [entries[int(i)] for i in rng.permutation(len(entries))[: self.max_entries]]
+        for entry in listed:
             words = self.token_ids(entry.phrase)
             if entry.phrase_masks:
                 tokens = {number: self.mask_to_tokens(mask) for number, mask in entry.phrase_masks.items()}
@@ -105,11 +107,11 @@ class BaseExampleWriter:
                     AttentionTarget(len(completion) + i, tokens) for i in range(first_guided, len(words))
                 ]
             completion += words
-            attention_targets += box_targets(len(completion), {entry.image: self.mask_to_tokens(entry.mask)})
-            box = self.canvas_box_to_text(bounding_box(entry.mask))
-            completion += self.token_ids(f"<bbox>{format_box(box, COORDINATE_SCALE)}</bbox>")
+            location, targets = self.location(entry, len(completion))
+            completion += location
+            attention_targets += targets
         completion.append(self.ids["<|im_end|>"])
-        return TrainingExample(
+        example = TrainingExample(
             tuple(image.pixels for image in images),
             self.prompt_ids(instruction, len(images)),
             completion,
@@ -117,6 +119,17 @@ class BaseExampleWriter:
             tuple(attention_targets),
             tuple(image.dense for image in images),
         )
+        return self.finish_listing(example, listed)
+
+    def location(self, entry: Entry, position: int) -> tuple[list[int], list[AttentionTarget]]:
+        """Return the tokens of the location of an entry, its box, which start at a position, and their targets."""
+        box = self.canvas_box_to_text(bounding_box(entry.mask))
+        tokens = self.token_ids(f"<bbox>{format_box(box, COORDINATE_SCALE)}</bbox>")
+        return tokens, box_targets(position, {entry.image: self.mask_to_tokens(entry.mask)})
+
+    def finish_listing(self, example: TrainingExample, listed: Sequence[Entry]) -> TrainingExample:
+        """Return the example of the listed entries; subclasses add what their training needs of the entries."""
+        return example
 
     def with_noise(self, rng: np.random.Generator, completion: Sequence[int]) -> list[int]:
         """Return a completion as the input of the VLM; subclasses replace some words."""

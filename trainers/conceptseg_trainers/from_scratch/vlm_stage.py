@@ -130,7 +130,7 @@ class VlmStage:
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Compute the loss of a step."""
         self.is_pretraining = step < self.pretraining
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16):
+        with self.autocast():
             if self.is_pretraining:
                 images, targets = self.data.pretraining_images(step)
                 loss = self.data.dense_loss(self.module.dense, targets, self.encode_images(images))
@@ -138,6 +138,10 @@ class VlmStage:
             step -= self.pretraining
             sigma = _NUMBER_SIGMA if step < _EXACT * self.steps else _LAST_NUMBER_SIGMA
             return self.example_loss(self.data.examples(step), sigma)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of computations in bfloat16; without effect if the stage computes in float32."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16)
 
     def encode_images(self, images: Sequence[np.ndarray]) -> Tensor:
         """Return the embeddings of the image tokens of N images, (N * grid * grid, D)."""

@@ -22,30 +22,33 @@ from conceptseg_hf.data import ConceptSample, FileBenchmark, load_benchmark
 from conceptseg_hf.writing import write_file
 
 from ..from_scratch.assemble import write_checkpoint
-from ..meta_grpo_config import MetaGRPOConfig
-from ..meta_grpo_trainer import MetaGRPOTrainer
-from ..nano.evidence.experiment import experiment_parser, introduction, parse_experiment
+from ..nano.evidence.arms import Arm
+from ..nano.evidence.experiment import (
+    experiment_parser,
+    introduction,
+    parse_experiment,
+    report_interruption,
+    run_arms,
+)
 from ..nano.evidence.measuring import DECODING, Values, measured_values, values_of
 from ..nano.evidence.run_folder import check_settings
 from ..nano.evidence.tables import comparison_table, families_table
 from ..nano.evidence.training import (
     TrainSettings,
     complete_folder,
-    grpo_arguments,
-    random_reward,
-    run_trainer,
+    train_by_reinforcement,
     write_log,
 )
 from ..sft_config import ConceptSFTConfig
 from ..sft_trainer import ConceptSFTTrainer
-from ..split_reference import split_reference_dataset
-from .leaks import training_items
+from .leaks import training_benchmark
 
 START = "start"
+_REWARDS = ("format", "mask", "meta")
 ARMS = {
-    "sft": "stage I (ConceptSFTTrainer)",
-    "meta": "stage II (MetaGRPOTrainer)",
-    "random": "stage II, random rewards (control)",
+    "sft": Arm("stage I (ConceptSFTTrainer)", supervised=True),
+    "meta": Arm("stage II (MetaGRPOTrainer)", _REWARDS),
+    "random": Arm("stage II, random rewards (control)", _REWARDS, random_rewards=True),
 }
 _SOURCE = "photographs"
 _SFT_BATCH, _SFT_RATE = 32, 1e-4
@@ -82,43 +85,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: Results = {
         START: [measured_values(arguments.start, measured, values_of, folder / "start.json", greedy)]
     }
+
+    def run_arm(name: str, run_folder: Path, seed: int) -> dict[str, Values]:
+        checkpoint = train_arm(ARMS[name], arguments.start, run_folder, settings, seed, arguments.root)
+        return measured_values(checkpoint, measured, values_of, run_folder / "values.json", greedy)
+
     try:
-        for name in arguments.arms:
-            results[name] = []
-            for seed in arguments.seeds:
-                run_folder = folder / name / f"seed_{seed}"
-                checkpoint = train_arm(name, arguments.start, run_folder, settings, seed, arguments.root)
-                values = measured_values(checkpoint, measured, values_of, run_folder / "values.json", greedy)
-                results[name].append(values)
+        results |= run_arms(arguments.arms, arguments.seeds, folder, run_arm)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; run the same command to continue with the first unfinished arm.\n")
-        return 130
+        return report_interruption()
     sys.stdout.write(write_report(results, folder / "effects.md", settings, samples))
     return 0
 
 
 def training_samples(root: Path, count: int, seed: int) -> FileBenchmark:
     """Return training samples of `photos` in random order, without images that leak test images."""
-    samples = load_benchmark("photos", root, "train")
-    assert isinstance(samples, FileBenchmark)
-    items = training_items(root)
+    samples = training_benchmark(root)
+    items = samples.items
     order = np.random.default_rng(seed).permutation(len(items))
     samples.items = [items[int(order[i % len(items)])] for i in range(count)]
     return samples
 
 
-def train_arm(
-    name: str,
-    start: Path,
-    folder: Path,
-    settings: TrainSettings,
-    seed: int,
-    root: Path,
-) -> Path:
+def train_arm(arm: Arm, start: Path, folder: Path, settings: TrainSettings, seed: int, root: Path) -> Path:
     """Train an arm and write its checkpoint; does nothing if the checkpoint exists.
 
     Args:
-        name: Name of the arm.
+        arm: The arm.
         start: Folder of the checkpoint that it starts from.
         folder: Folder of the run; the checkpoint is written to its subfolder "checkpoint".
         settings: How the arm is trained. Stage I has as many steps, of 32 samples.
@@ -135,19 +128,19 @@ def train_arm(
     torch.manual_seed(seed)
     model = ConceptSegForSegmentation.from_pretrained(start)
     processor = ConceptSegProcessor.from_pretrained(start)
-    count = settings.steps * (_SFT_BATCH if name == "sft" else settings.prompts)
+    count = settings.steps * (_SFT_BATCH if arm.supervised else settings.prompts)
     samples = training_samples(root, count, seed)
-    if name == "sft":
-        steps = _train_stage_1(model, processor, samples, folder, settings, seed)
+    if arm.supervised:
+        steps = _train_supervised(model, processor, samples, folder, settings, seed)
     else:
-        steps = _train_stage_2(model, processor, samples, folder, settings, seed, name == "random")
+        steps = train_by_reinforcement(arm, model, processor, samples, folder, settings, seed)
     write_log(folder, seed, time.process_time() - start_time, steps)
     with complete_folder(checkpoint) as temporary:
         write_checkpoint(model, processor, temporary)
     return checkpoint
 
 
-def _train_stage_1(
+def _train_supervised(
     model: ConceptSegForSegmentation,
     processor: ConceptSegProcessor,
     samples: Sequence[ConceptSample],
@@ -155,6 +148,7 @@ def _train_stage_1(
     settings: TrainSettings,
     seed: int,
 ) -> list[dict[str, Any]]:
+    """Train the CTM with ConceptSFTTrainer on samples, and return the metrics of its steps."""
     args = ConceptSFTConfig(
         str(folder / "run"),
         max_steps=settings.steps,
@@ -173,38 +167,11 @@ def _train_stage_1(
     return trainer.state.log_history
 
 
-def _train_stage_2(
-    model: ConceptSegForSegmentation,
-    processor: ConceptSegProcessor,
-    samples: Sequence[ConceptSample],
-    folder: Path,
-    settings: TrainSettings,
-    seed: int,
-    random_rewards: bool,
-) -> list[dict[str, Any]]:
-    args = MetaGRPOConfig(
-        str(folder / "run"),
-        rewards=["format", "mask", "meta"],
-        meta_without_proxy="box",
-        **grpo_arguments(settings, seed),
-    )
-    trainer = MetaGRPOTrainer(
-        model=model,
-        reward_funcs=[random_reward(seed)] if random_rewards else None,
-        args=args,
-        train_dataset=split_reference_dataset(samples, processor=processor),
-        processing_class=processor,
-    )
-    log_history = run_trainer(trainer, f"{folder.parent.name}, seed {seed}")
-    model.sam = trainer.concept_model.sam  # the trainer has removed it from the modules
-    return log_history
-
-
 def write_report(
     results: Results, path: Path, settings: TrainSettings, samples: Sequence[ConceptSample]
 ) -> str:
     """Write the tables, all datasets together and by dataset, as Markdown, and return them."""
-    titles = {START: START, **ARMS}
+    titles = {START: START, **{name: arm.title for name, arm in ARMS.items()}}
     source = f"{_SOURCE}, greedy"
     datasets = [f"{sample.level} {sample.dataset}" for sample in samples]
     parts = [

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from conceptseg_hf.data import FileBenchmark, load_benchmark
 from conceptseg_hf.data.duplicates import MAX_DISTANCE, fingerprints, nearest
 from conceptseg_hf.data.files import FileItem
 from conceptseg_hf.data.layouts.photos import index_files
@@ -40,6 +41,14 @@ def training_items(root: Path) -> tuple[FileItem, ...]:
     tiles = [[image for image in each if image.parts[-3] == _TILES] for each in (images, test_images)]
     leaks |= _same_tiles(*tiles)
     return tuple(item for item in train if item.image not in leaks)
+
+
+def training_benchmark(root: Path) -> FileBenchmark:
+    """Return the train split of the benchmark `photos` with the samples of `training_items`."""
+    samples = load_benchmark("photos", root, "train")
+    assert isinstance(samples, FileBenchmark)
+    samples.items = list(training_items(root))
+    return samples
 
 
 def _images(items: Iterable[FileItem]) -> list[Path]:

@@ -94,8 +94,7 @@ class PhotographLibrary:
 
     def draw(self, rng: np.random.Generator) -> Scene:
         """Draw a scene with random crop, mirroring, rotation and colors; datasets by the square root of their size."""
-        names, weights = self._weights()
-        photographs = self.datasets[names[int(rng.choice(len(names), p=weights))]]
+        photographs = self._random_dataset(rng)
         for _ in range(8):
             scene = self.augmented(rng, photographs[int(rng.integers(len(photographs)))])
             if scene.regions:
@@ -104,11 +103,10 @@ class PhotographLibrary:
 
     def draw_several(self, rng: np.random.Generator, count: int) -> list[Scene]:
         """Draw scenes as `draw`, if possible such that each noun of one is known to be present or absent in all."""
-        names, weights = self._weights()
         chosen: list[Photograph] = []
         while len(chosen) < count:
             for _ in range(6):
-                photographs = self.datasets[names[int(rng.choice(len(names), p=weights))]]
+                photographs = self._random_dataset(rng)
                 photograph = photographs[int(rng.integers(len(photographs)))]
                 if all(
                     photograph.nouns <= other.known and other.nouns <= photograph.known for other in chosen
@@ -117,11 +115,10 @@ class PhotographLibrary:
             chosen.append(photograph)
         return [self.augmented(rng, photograph) for photograph in chosen]
 
-    def _weights(self) -> tuple[list[str], np.ndarray]:
-        """Return the names of the datasets and their probabilities."""
+    def _random_dataset(self, rng: np.random.Generator) -> list[Photograph]:
         names = sorted(self.datasets)
         weights = np.sqrt([len(self.datasets[name]) for name in names])
-        return names, weights / weights.sum()
+        return self.datasets[names[int(rng.choice(len(names), p=weights / weights.sum()))]]
 
     def scene(self, photograph: Photograph) -> Scene:
         """Return a photograph without augmentation, squeezed to a square as by the processor."""

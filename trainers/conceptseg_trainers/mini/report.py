@@ -18,7 +18,7 @@ from conceptseg_hf.writing import write_file
 
 from ..from_scratch.command import require_checkpoint
 from .leaks import training_items
-from .results import dataset_table, read_ious
+from .results import dataset_table, named_folder, read_ious
 
 ROUTERS = {"adaptive": "mini", "sam_only": "SAM 3 alone", "full_reasoning": "full reasoning"}
 """Router modes, and the names of their columns."""
@@ -156,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--beside",
         action="append",
         default=[],
+        type=named_folder,
         metavar="NAME=FOLDER",
         help="another evaluation of the benchmark to compare with, such as that of a U-Net (can be repeated)",
     )
@@ -175,15 +176,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--notes", default="", help="paragraph about the training run, for the model card")
     arguments = parser.parse_args(argv)
     require_checkpoint(parser, arguments.checkpoint, "train one with `make mini`")
-    folders = dict(text.partition("=")[::2] for text in arguments.beside)
-    if not all(folders.values()):
-        parser.error(f"--beside {' '.join(arguments.beside)} is not NAME=FOLDER")
     reports = measure(arguments.checkpoint, arguments.root, arguments.limit, arguments.output_dir)
     others = other_benchmarks(
         arguments.checkpoint, arguments.root, arguments.other_limit, arguments.output_dir
     )
     columns = {title: read_ious(arguments.output_dir / router) for router, title in ROUTERS.items()}
-    columns |= {name: read_ious(folder) for name, folder in folders.items()}
+    columns |= {name: read_ious(folder) for name, folder in arguments.beside}
     texts = {
         "datasets": "\n".join(dataset_table(columns, differences=True)),
         "others": "\n".join(others),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -40,6 +41,18 @@ def read_ious(folder: str | os.PathLike, excluded: Collection[str] = ()) -> Ious
                 for row in _rows_of(record):
                     ious.setdefault(row, {})[record["sample_id"]] = iou
     return ious
+
+
+def named_folder(text: str) -> tuple[str, str]:
+    """Parse NAME=FOLDER of a command line.
+
+    Raises:
+        argparse.ArgumentTypeError: If there is no name or no folder.
+    """
+    name, _, folder = text.partition("=")
+    if not (name and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER")
+    return name, folder
 
 
 def _rows_of(record: Mapping[str, Any]) -> Iterator[Row]:

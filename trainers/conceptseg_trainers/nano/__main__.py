@@ -103,7 +103,7 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
         ShapesCtmData(),
         folder,
         steps,
-        tasks=max(48, round(9600 * scale)),
+        tasks=scaled(9600, scale, 48),
         device=arguments.device,
         held_out=_held_out("ctm", scale),
         seed=arguments.seed,
@@ -115,7 +115,7 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
 
 def _held_out(kind: str, scale: float) -> int:
     """Return the number of held-out samples of a stage."""
-    return max(24, round(HELD_OUT[kind] * min(1.0, scale)))
+    return scaled(HELD_OUT[kind], min(1.0, scale), 24)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,13 @@ from conceptseg_hf.progress import print_line
 from conceptseg_hf.writing import write_file
 
 from .arms import ARMS, COMPARED_ARMS, Arm
-from .experiment import experiment_parser, introduction, parse_experiment
+from .experiment import (
+    experiment_parser,
+    introduction,
+    parse_experiment,
+    report_interruption,
+    run_arms,
+)
 from .measuring import Values, measure
 from .run_folder import check_settings
 from .tables import comparison_table, families_table, paired, pairs_table, runs_table
@@ -66,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         results = run(arms, seeds, start, folder, settings, samples)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; run the same command to continue with the first unfinished arm.\n")
-        return 130
+        return report_interruption()
     sys.stdout.write(
         write_report(
             results, read_logs(arms, seeds, folder), folder / "evidence.md", settings, start, samples
@@ -109,25 +114,23 @@ def run(
         "start-box": [measure(start, samples, "box", True, folder / "start-box.json")],
         START: [start_values],
     }
-    for name, arm in arms.items():
-        results[name] = []
-        for seed in seeds:
-            run_folder = folder / name / f"seed_{seed}"
-            checkpoint = train_arm(arm, start, run_folder, settings, seed)
-            values = measure(
-                checkpoint, samples, arm.prompted_by, arm.meta_reasoning, run_folder / "values.json"
+
+    def run_arm(name: str, run_folder: Path, seed: int) -> dict[str, Values]:
+        arm = arms[name]
+        checkpoint = train_arm(arm, start, run_folder, settings, seed)
+        values = measure(checkpoint, samples, arm.prompted_by, arm.meta_reasoning, run_folder / "values.json")
+        gain = paired(
+            values[MAIN_SOURCE]["mask_iou"], start_values[MAIN_SOURCE]["mask_iou"], f"{name}/{seed}"
+        )
+        if gain is not None:
+            print_line(
+                f"{name}, seed {seed}: mask IoU minus that of the start: "
+                f"{interval_text(gain, 3, signed=True)}",
+                sys.stdout,
             )
-            results[name].append(values)
-            gain = paired(
-                values[MAIN_SOURCE]["mask_iou"], start_values[MAIN_SOURCE]["mask_iou"], f"{name}/{seed}"
-            )
-            if gain is not None:
-                print_line(
-                    f"{name}, seed {seed}: mask IoU minus that of the start: "
-                    f"{interval_text(gain, 3, signed=True)}",
-                    sys.stdout,
-                )
-    return results
+        return values
+
+    return results | run_arms(arms, seeds, folder, run_arm)
 
 
 def read_logs(arms: Iterable[str], seeds: Sequence[int], folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from ...from_scratch.command import require_checkpoint
+from .measuring import Values
 from .training import TrainSettings, describe
 
 
@@ -72,6 +74,32 @@ def parse_experiment(
     arguments.arms = list(dict.fromkeys(arguments.arms))
     arguments.seeds = list(dict.fromkeys(arguments.seeds))
     return arguments
+
+
+def run_arms(
+    arms: Iterable[str],
+    seeds: Sequence[int],
+    folder: Path,
+    run_arm: Callable[[str, Path, int], dict[str, Values]],
+) -> dict[str, list[dict[str, Values]]]:
+    """Run each arm with each seed.
+
+    Args:
+        arms: Names of the arms.
+        seeds: Random seeds.
+        folder: Folder of the runs.
+        run_arm: Function from the name of an arm, the folder of its run and a seed to the measured values.
+
+    Returns:
+        The results of each arm, one per seed.
+    """
+    return {name: [run_arm(name, folder / name / f"seed_{seed}", seed) for seed in seeds] for name in arms}
+
+
+def report_interruption() -> int:
+    """Say how an experiment that was stopped by Ctrl-C continues, and return the exit code."""
+    sys.stderr.write("stopped; run the same command to continue with the first unfinished arm.\n")
+    return 130
 
 
 def introduction(settings: TrainSettings) -> str:

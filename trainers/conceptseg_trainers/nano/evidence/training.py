@@ -120,7 +120,8 @@ def _write_arm(
     if arm.supervised:
         _train_supervised(model, settings, seed)
     else:
-        steps = _train_by_reinforcement(arm, model, processor, folder, settings, seed)
+        samples = training_samples(settings.steps * settings.prompts, seed)
+        steps = train_by_reinforcement(arm, model, processor, samples, folder, settings, seed)
     write_log(folder, seed, time.process_time() - start_time, steps)
     write_checkpoint(model, processor, checkpoint)
 
@@ -151,16 +152,16 @@ def training_samples(count: int, seed: int) -> list[ConceptSample]:
     return [source[index] for _, (source, index) in zip(range(count), locations)]
 
 
-def _train_by_reinforcement(
+def train_by_reinforcement(
     arm: Arm,
     model: ConceptSegForSegmentation,
     processor: ConceptSegProcessor,
+    samples: Sequence[ConceptSample],
     folder: Path,
     settings: TrainSettings,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Train an arm with MetaGRPOTrainer, and return the metrics of its steps."""
-    samples = training_samples(settings.steps * settings.prompts, seed)
+    """Train an arm with MetaGRPOTrainer on samples, and return the metrics of its steps."""
     args = MetaGRPOConfig(
         str(folder / "run"),
         rewards=list(arm.rewards),
