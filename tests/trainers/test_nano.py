@@ -12,6 +12,7 @@ import torch
 from conceptseg_trainers.from_scratch.loop import Schedule, train
 from conceptseg_trainers.from_scratch.masks import mask_to_tokens
 from conceptseg_trainers.from_scratch.vlm_examples import patches, positions
+from conceptseg_trainers.from_scratch.vlm_stage import number_distance
 from conceptseg_trainers.nano.__main__ import main
 from conceptseg_trainers.nano.dense import (
     DENSE_CLASSES,
@@ -170,6 +171,33 @@ def test_short_completions_have_neither_rule_nor_check(writer: ExampleWriter, mi
         assert example.prompt == prepared.input_ids.tolist()
     full = writer.task(np.random.default_rng(0), task)
     assert full.prompt != example.prompt and len(full.completion) > len(example.completion)
+
+
+def test_the_expected_distance_prefers_the_median_to_a_frequent_border() -> None:
+    # A fifth of the numbers is 100, the others are spread, so that 100 is the most frequent and no median.
+    targets = torch.cat([torch.arange(20, 80), torch.full((15,), 100)])
+    chosen = {}
+    for weight in (0.0, 40.0):
+        logits = torch.zeros(101, requires_grad=True)
+        optimizer = torch.optim.Adam([logits], lr=0.05)
+        for _ in range(600):
+            log_probabilities = logits.log_softmax(0).expand(len(targets), -1)
+            cross_entropy = -log_probabilities.gather(1, targets[:, None]).mean()
+            loss = cross_entropy + weight * number_distance(log_probabilities, targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        chosen[weight] = int(logits.argmax())
+    assert chosen[0.0] == 100
+    assert abs(chosen[40.0] - float(targets.float().median())) <= 5
+
+
+def test_the_distance_of_numbers_is_a_fraction_of_the_scale() -> None:
+    certain = torch.full((2, 101), -torch.inf)
+    certain[0, 30] = certain[1, 100] = 0.0
+    assert number_distance(certain, torch.tensor([50, 0])).item() == pytest.approx((0.2 + 1.0) / 2)
+    uniform = torch.zeros(1, 101).log_softmax(1)
+    assert number_distance(uniform, torch.tensor([0])).item() == pytest.approx(0.5)
 
 
 def test_attention_targets_are_image_tokens_of_numbers_and_words(writer: ExampleWriter, mix: TaskMix) -> None:

@@ -28,6 +28,7 @@ from .vlm_data import PhotosVlmData
 _STAGES = ("sam", "vlm", "ctm")
 _PRETRAINING = {"sam": 5000, "vlm": 4000}  # number of steps in which only the vision tower is trained
 _STEPS = {"sam": 6000, "vlm": 8000}
+_DISTANCE_WEIGHT = 40.0
 _LEARNING_RATES = {"sam": 8e-4, "vlm": 1.2e-3}
 
 
@@ -103,7 +104,17 @@ def make_stage(name: str, arguments: argparse.Namespace) -> tuple[Stage, Schedul
     else:
         vlm_data = PhotosVlmData(arguments.root, steps, held_out=scaled(8, min(1.0, scale), 1), seed=seed)
         vlm = VlmWithHeads(config.vlm_config, DenseHeads)
-        stage = VlmStage(vlm, vlm_data, processor, pretraining, steps, name, device, bfloat16=True)
+        stage = VlmStage(
+            vlm,
+            vlm_data,
+            processor,
+            pretraining,
+            steps,
+            name,
+            device,
+            bfloat16=True,
+            distance_weight=_DISTANCE_WEIGHT,
+        )
     if arguments.start:  # after the stage has initialized weights
         load_start(getattr(stage.module, name), arguments.start, name)
     schedule = Schedule(pretraining + steps, _LEARNING_RATES[name], restart=pretraining, evaluate_every=500)

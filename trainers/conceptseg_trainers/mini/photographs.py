@@ -93,7 +93,10 @@ class PhotographLibrary:
         return photograph if nouns_of(item) else replace(photograph, masks=_masks_of([item]))
 
     def draw(self, rng: np.random.Generator) -> Scene:
-        """Draw a scene with random crop, mirroring, rotation and colors; datasets by the square root of their size."""
+        """Draw a scene with random crop, mirroring, rotation and colors.
+
+        Datasets are drawn with the square root of their number of regions.
+        """
         photographs = self._random_dataset(rng)
         for _ in range(8):
             scene = self.augmented(rng, photographs[int(rng.integers(len(photographs)))])
@@ -116,9 +119,14 @@ class PhotographLibrary:
         return [self.augmented(rng, photograph) for photograph in chosen]
 
     def _random_dataset(self, rng: np.random.Generator) -> list[Photograph]:
+        names, probabilities = self._dataset_probabilities
+        return self.datasets[names[int(rng.choice(len(names), p=probabilities))]]
+
+    @cached_property
+    def _dataset_probabilities(self) -> tuple[list[str], np.ndarray]:
         names = sorted(self.datasets)
-        weights = np.sqrt([len(self.datasets[name]) for name in names])
-        return self.datasets[names[int(rng.choice(len(names), p=weights / weights.sum()))]]
+        regions = [sum(len(photograph.masks) for photograph in self.datasets[name]) for name in names]
+        return names, np.sqrt(regions) / np.sqrt(regions).sum()
 
     def scene(self, photograph: Photograph) -> Scene:
         """Return a photograph without augmentation, squeezed to a square as by the processor."""
