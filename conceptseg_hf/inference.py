@@ -90,6 +90,11 @@ class _Decoded:
     phrase: str | None = None
     concept_embeds: Tensor | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the mask is empty."""
+        return not bool((self.mask_logits > 0).any())
+
 
 @dataclass(frozen=True)
 class _Images:
@@ -235,9 +240,7 @@ class Segmenter:
         if candidates:
             shortcut_images = images or self._encode(samples, candidates, image_of, on_shortcut=True)
             first_pass = self._first_pass(shortcut_images, samples, candidates)
-        decoded = {
-            i: result for i, result in first_pass.items() if result.presence >= self._threshold(samples[i])
-        }
+        decoded = {i: result for i, result in first_pass.items() if self._accepts(result, samples[i])}
         reasoning = [i for i in valid if i not in decoded]
         if reasoning:
             decoded |= self._reason(samples, reasoning, images or self._encode(samples, reasoning, image_of))
@@ -249,6 +252,16 @@ class Segmenter:
         if concept is None:
             return router.needs_first_pass(sample.prompt)
         return router.mode == "sam_only" or (router.mode == "adaptive" and concept.is_reliable)
+
+    def _accepts(self, first_pass: _Decoded, sample: PreparedSample) -> bool:
+        """Whether the mask of the first pass is the result.
+
+        Beyond eq. 9, the adaptive router does not accept an empty mask: SAM 3 contradicts itself where it is confident
+        of the presence and segments nothing.
+        """
+        if first_pass.presence < self._threshold(sample):
+            return False
+        return self.settings.router.mode != "adaptive" or not first_pass.is_empty
 
     def _threshold(self, sample: PreparedSample) -> float:
         """Return the presence from which the mask of the first pass is accepted."""
@@ -422,10 +435,11 @@ class Segmenter:
         if router.mode != "adaptive":
             return f"router {router.mode!r}"
         if first_pass is not None:
-            compared = "reaches" if decoded.completion is None else "is below"
-            return (
-                f"presence {first_pass.presence:.2f} {compared} the threshold {self._threshold(sample):.2f}"
-            )
+            threshold = self._threshold(sample)
+            reaches = first_pass.presence >= threshold
+            compared = "reaches" if reaches else "is below"
+            addition = "" if decoded is first_pass or not reaches else ", but the mask is empty"
+            return f"presence {first_pass.presence:.2f} {compared} the threshold {threshold:.2f}{addition}"
         if concept is None:
             return "the prompt is too long for the shortcut"
         return "the concept is not verified" if concept.score is None else "the concept is not reliable"

@@ -679,6 +679,18 @@ def test_score_of_an_empty_mask_is_zero(model, inputs, monkeypatch):
     assert result.score == 0.0 and result.decode_presence > 0 and not np.asarray(result.mask).any()
 
 
+def test_the_adaptive_router_does_not_accept_an_empty_mask(model, inputs, monkeypatch):
+    bias = model.sam.mask_decoder.semantic_projection.bias
+    monkeypatch.setattr(bias, "data", bias.data - 100)
+    router = ShortcutRouter(base=0.05)
+    result = model.segment(inputs[:1], router, GREEDY)[0]
+    assert result.presence >= result.threshold and result.route == "reasoning"
+    assert result.route_reason == (
+        f"presence {result.presence:.2f} reaches the threshold 0.05, but the mask is empty"
+    )
+    assert model.segment(inputs[:1], "sam_only")[0].route == "shortcut"
+
+
 def test_router_base_is_read_from_the_config(model, inputs, monkeypatch):
     monkeypatch.setattr(model.config, "router_base", 0.9)
     assert model.segment(inputs[:1], generation_config=GREEDY)[0].route == "reasoning"
