@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conceptseg_trainers.from_scratch.masks import bounding_box
+from conceptseg_trainers.from_scratch.sam_stage import at_same_size
 from conceptseg_trainers.mini import effects
 from conceptseg_trainers.mini.__main__ import main, make_stage
 from conceptseg_trainers.mini.ctm_data import PhotosCtmData
@@ -60,6 +61,17 @@ def writer() -> PhotoExampleWriter:
 @pytest.fixture(scope="module")
 def tasks(root) -> TaskSource:
     return TaskSource(root, "train", SIZE)
+
+
+def test_a_thin_object_remains_at_the_size_at_which_masks_are_compared() -> None:
+    masks, logits = torch.zeros(1, SIZE, SIZE), torch.full((1, 1, 64, 64), -1.0)
+    masks[:, :, 100] = 1.0  # one pixel wide, as a crack
+    logits[..., 28] = 3.0
+    same, coarse = at_same_size(logits, masks)
+    assert torch.equal(same, logits[:, 0]) and 0 < coarse.max() < 0.5
+    resized, fine = at_same_size(logits, masks, SIZE // 2)
+    assert resized.shape == fine.shape == (1, SIZE // 2, SIZE // 2) and fine.max() == 0.5
+    torch.testing.assert_close(fine.mean(), masks.mean())
 
 
 def test_parts_are_disjoint_and_complete(root) -> None:

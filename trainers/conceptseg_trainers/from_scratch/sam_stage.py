@@ -122,6 +122,9 @@ class SamStage(Generic[SceneT]):
         device: Device of the module.
         seed: Random seed.
         bfloat16: Whether to compute in bfloat16 (autocast).
+        mask_size: Side length at which masks are compared; by default that of SAM 3's logits. Objects that are thinner
+            than half a pixel of the logits need a larger one: at the size of the logits, no pixel of them has a
+            target above 0.5.
     """
 
     name = "sam"
@@ -135,9 +138,10 @@ class SamStage(Generic[SceneT]):
         device: str = "cpu",
         seed: int = 0,
         bfloat16: bool = False,
+        mask_size: int | None = None,
     ) -> None:
         self.module = module.to(device)
-        self.sam = module.sam
+        self.sam, self.mask_size = module.sam, mask_size
         self.data, self.processor, self.pretraining = data, processor, pretraining
         self.device, self.seed, self.is_pretraining = device, seed, False
         self.bfloat16 = bfloat16
@@ -179,10 +183,7 @@ class SamStage(Generic[SceneT]):
         object_tokens = np.stack([mask_to_tokens(prompt.mask, grid) for prompt in prompts])
         look = attention.presence_loss(self._tensor(object_tokens), present)
         segment = torch.tensor([prompt.segment for prompt in prompts], device=self.device)
-        logits = mask_logits(output)[:, 0].float()
-        soft_masks = nn.functional.adaptive_avg_pool2d(
-            ground_truth[:, None], (logits.shape[-2], logits.shape[-1])
-        )[:, 0]
+        logits, soft_masks = at_same_size(mask_logits(output).float(), ground_truth, self.mask_size)
         dice = dice_loss(logits[present], soft_masks[present])
         focal = focal_loss(logits, soft_masks)[segment].mean()
         presence_logits = output.presence_logits
@@ -247,6 +248,20 @@ def mask_logits(output: Sam3ImageSegmentationOutput) -> Tensor:
     logits = output.semantic_seg
     assert logits is not None  # SAM 3 always returns them
     return logits
+
+
+def at_same_size(logits: Tensor, masks: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return mask logits and masks at the same size, (B, s, s) each.
+
+    Args:
+        logits: (B, 1, h, w), interpolated to the given size.
+        masks: (B, S, S), averaged over the pixels of the given size.
+        size: The side length s; by default the size of the logits.
+    """
+    if size:
+        logits = nn.functional.interpolate(logits, size=(size, size), mode="bilinear")
+    soft_masks = nn.functional.adaptive_avg_pool2d(masks[:, None], (logits.shape[-2], logits.shape[-1]))
+    return logits[:, 0], soft_masks[:, 0]
 
 
 def logits_to_masks(logits: Tensor, size: int) -> np.ndarray:
