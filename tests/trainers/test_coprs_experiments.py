@@ -185,7 +185,7 @@ def test_arms_differ_as_stated() -> None:
 def test_effect_of_grpo_requires_a_start(tmp_path, capsys) -> None:
     with pytest.raises(SystemExit):
         grpo_effect.main(["--start", str(tmp_path)])
-    assert "--stage base --start runs/nano/base-checkpoint" in capsys.readouterr().err
+    assert "coprs_nano --stage base" in capsys.readouterr().err
 
 
 # -- both interfaces --

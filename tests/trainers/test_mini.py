@@ -28,6 +28,7 @@ from conceptseg_trainers.mini.scenes import Region, Scene, sheet
 from conceptseg_trainers.mini.sources import SceneMix
 from conceptseg_trainers.mini.tasks import TaskSource
 from conceptseg_trainers.mini.tokenizers import mini_processor
+from conceptseg_trainers.mini.vlm_data import PhotosVlmData
 from conceptseg_trainers.nano.evidence.training import TrainSettings
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
@@ -75,11 +76,12 @@ def test_a_thin_object_remains_at_the_size_at_which_masks_are_compared() -> None
 
 
 def test_parts_are_disjoint_and_complete(root) -> None:
-    parts = [
-        {item.sample_id for item in PhotographLibrary(root, part, SIZE).items} for part in ("train", "val")
-    ]
-    assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 64
-    assert len(parts[0]) > 50 and not any("/test_" in sample_id for sample_id in parts[0])
+    train, vlm, ctm, val = (
+        {item.sample_id for item in PhotographLibrary(root, part, SIZE).items}
+        for part in ("train", "vlm", "ctm", "val")
+    )
+    assert train == vlm | ctm and not vlm & ctm and not train & val and len(train | val) == 64
+    assert len(vlm) > 45 and ctm and not any("/test_" in sample_id for sample_id in train)
 
 
 def test_images_that_leak_test_images_are_not_trained(root, tmp_path) -> None:
@@ -298,6 +300,17 @@ def test_stages_start_with_the_weights_of_a_checkpoint(root, tmp_path, name) -> 
     weights = getattr(stage.module, name).state_dict()
     for key, expected in getattr(model, name).state_dict().items():
         assert torch.equal(weights[key], expected), key
+
+
+def test_another_seed_trains_other_examples(root) -> None:
+    # A training that continues a checkpoint would otherwise repeat its images.
+    first, other = (PhotosVlmData(root, 40, count=2, seed=seed) for seed in (0, 1))
+    for step in (0, 36):  # perception and tasks
+        images = [
+            {image.tobytes() for example in data.examples(step) for image in example.images}
+            for data in (first, other)
+        ]
+        assert images[0] and not images[0] & images[1]
 
 
 def test_sheet_keeps_the_nouns_that_are_known_of_all_photographs(root) -> None:

@@ -2,8 +2,8 @@
 
 The stage "prior" starts from the VLM and the vision backbone of nano and trains the whole model with supervision;
 "checkpoint" writes and measures the checkpoint. With `--photos FOLDER`, both start from mini and use photographs.
-"base", which is not part of "all", trains a model that points at a random object in some task families, from the
-checkpoint of nano's stage "base-ctm": it is the start of `grpo_effect`. All stages resume where they were interrupted.
+"base", which is not part of "all", trains a model that points at a random object in some task families, from nano-base:
+it is the start of `grpo_effect`. All stages resume where they were interrupted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from conceptseg_hf.loading import find_checkpoint
 
 from ..from_scratch.command import make_parser, run_command, scaled
 from ..from_scratch.loop import TrainingState, train
+from ..nano.base import nano_base_checkpoint
 from ..nano.vlm_data import RANDOM_CHOICE_FAMILIES
 from .photographs import PhotosPriorData, write_photos_report
 from .report import write_checkpoint, write_report
@@ -32,7 +33,8 @@ def main() -> None:
     parser = make_parser(__package__ or "", __doc__.splitlines()[0], Path("runs/coprs-nano"), _STAGES)
     parser.add_argument(
         "--start",
-        help="checkpoint that the training starts from (default: the embedded nano, or mini with --photos)",
+        help="checkpoint that the training starts from (default: the embedded nano; mini with --photos, nano-base for "
+        "the stage base)",
     )
     parser.add_argument(
         "--photos",
@@ -55,7 +57,8 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError("--stage base: its task families are those of ConceptShapes; omit --photos.")
     seed, photos = arguments.seed, arguments.photos
     processor = build_photos_processor() if photos else build_processor()
-    start_folder = find_checkpoint(arguments.start or ("mini" if photos else "nano"))
+    default_start = nano_base_checkpoint() if is_base else "mini" if photos else "nano"
+    start_folder = find_checkpoint(arguments.start or default_start)
     start = ConceptSegForSegmentation.from_pretrained(start_folder)
     model = build_model(start, processor, seed)
     steps, held_out = scaled(STEPS, arguments.scale), held_out_count(arguments.scale)

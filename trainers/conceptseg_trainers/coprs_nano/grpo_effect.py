@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_experiment(
         parser,
         argv,
-        "train one with `python -m conceptseg_trainers.coprs_nano --stage base --start runs/nano/base-checkpoint`",
+        "train one with `python -m conceptseg_trainers.coprs_nano --stage base`",
     )
     start: Path = arguments.start
     settings = TrainSettings()

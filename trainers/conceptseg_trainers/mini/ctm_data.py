@@ -27,7 +27,7 @@ class PhotosCtmData:
     class_sizes: tuple[int, ...] = (len(CHANNELS) + 1,)
 
     def __init__(self, root: Path) -> None:
-        self._tasks = TaskSource(root, "train", SIDE)
+        self._tasks = TaskSource(root, "ctm", SIDE)
         self._validation = TaskSource(root, "val", SIDE)
 
     def noun(self, answer: str) -> str:

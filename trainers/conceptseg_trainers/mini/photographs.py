@@ -20,7 +20,13 @@ from .leaks import training_items
 from .nouns import COCO_CLASSES, domain_of, exclude_each_other, nouns_of
 from .scenes import Region, Scene
 
-_VAL_PERCENT = 5
+Part = Literal["train", "vlm", "ctm", "val"]
+"""Part of the training photographs: "train" consists of "vlm" and "ctm".
+
+The VLM is not trained on "ctm", so that the CTM learns from completions that are as accurate as those of new images:
+a VLM locates the objects of its own training images better.
+"""
+_VAL_PERCENT, _CTM_PERCENT = 5, 10
 # Only images without a fixed orientation are rotated.
 _ROTATED_DATASETS = frozenset(
     "bsdata camo crackforest cwfid isic2018-128 kvasir-seg magnetic-tile neu-seg".split()
@@ -59,15 +65,18 @@ class Photograph:
 
 
 class PhotographLibrary:
-    """The training photographs of the benchmark `photos`, divided into "train" and "val" by a hash of their names.
+    """The training photographs of the benchmark `photos`, divided into parts by a hash of their names.
 
     Args:
         root: Folder of the benchmark.
-        part: "train" (95 % of the photographs) or "val".
+        part: The part: 85 % of the photographs are "vlm", 10 % "ctm" and 5 % "val".
         size: Side length S of all images in pixels.
+
+    Raises:
+        ValueError: If there are no photographs in the part.
     """
 
-    def __init__(self, root: Path, part: Literal["train", "val"], size: int) -> None:
+    def __init__(self, root: Path, part: Part, size: int) -> None:
         self.size = size
         items = training_items(root)
         nouns = {item.dataset: set[str]() for item in items}
@@ -78,8 +87,10 @@ class PhotographLibrary:
         self.nouns = tuple(sorted(set().union(*nouns.values())))
         by_image: dict[Path, list[FileItem]] = {}
         for item in items:
-            if isinstance(item.ground_truth, MaskFile) and (_is_val(item.image) == (part == "val")):
+            if isinstance(item.ground_truth, MaskFile) and _is_in(item.image, part):
                 by_image.setdefault(item.image, []).append(item)
+        if not by_image:
+            raise ValueError(f"{str(root)!r} has no photographs in the part {part!r}; use more photographs.")
         self.items = [item for group in by_image.values() for item in group]
         self.datasets: dict[str, list[Photograph]] = {}
         self._photographs: dict[Path, Photograph] = {}
@@ -209,9 +220,12 @@ def _masks_of(items: Sequence[FileItem]) -> tuple[tuple[tuple[str, ...], Path], 
     return tuple((nouns, path) for path, nouns in masks.items())
 
 
-def _is_val(path: Path) -> bool:
+def _is_in(path: Path, part: Part) -> bool:
     digest = hashlib.sha256(f"{path.parent.parent.name}/{path.name}".encode()).digest()
-    return digest[0] * 100 < _VAL_PERCENT * 256
+    percent = digest[0] * 100 / 256
+    if percent < _VAL_PERCENT:
+        return part == "val"
+    return part in ("train", "ctm" if percent < _VAL_PERCENT + _CTM_PERCENT else "vlm")
 
 
 def _with_other_colors(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .nouns import ABSENT_FROM_COMPOSITIONS, OBJECT, PHOTO_NOUNS
-from .photographs import PhotographLibrary
+from .photographs import Part, PhotographLibrary
 from .scenes import Composer, Drawings, Scene, sheet
 from .tokenizers import SHAPE_WORDS
 
@@ -25,11 +25,12 @@ class SceneMix:
         root: Folder of the benchmark `photos`.
         size: Side length of all images in pixels.
         seed: Random seed.
+        part: Part of the photographs.
     """
 
-    def __init__(self, root: Path, size: int, seed: int) -> None:
+    def __init__(self, root: Path, size: int, seed: int, part: Part = "train") -> None:
         self.size, self.seed = size, seed
-        self.photographs = PhotographLibrary(root, "train", size)
+        self.photographs = PhotographLibrary(root, part, size)
         self.composer = Composer(root, size, absent=ABSENT_FROM_COMPOSITIONS)
         absent = tuple(noun for noun in PHOTO_NOUNS if noun not in {OBJECT, *SHAPE_WORDS})
         self.drawings = Drawings(size, absent)

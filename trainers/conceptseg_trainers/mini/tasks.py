@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -19,7 +18,7 @@ from conceptseg_hf.references import Reference
 
 from .leaks import training_items
 from .nouns import OBJECT, nouns_of
-from .photographs import PhotographLibrary
+from .photographs import Part, PhotographLibrary
 from .scenes import Region
 
 _NO_REFERENCES = 0.25  # fraction of the tasks of photographs without references, if they are not listed
@@ -70,13 +69,13 @@ class TaskSource:
         size: Side length S of all images in pixels.
     """
 
-    def __init__(self, root: Path, part: Literal["train", "val"], size: int) -> None:
+    def __init__(self, root: Path, part: Part, size: int) -> None:
         self.size = size
         self.photographs = PhotographLibrary(root, part, size)
         self._compositions = ConceptPhotos(root, "train", length=_LENGTH, size=size)
         self._compositions.library = CutoutLibrary(training_items(root))
         self._drawings = ConceptShapes("train", length=_LENGTH, size=size)
-        # References are training photographs in both parts.
+        # References are training photographs in all parts.
         self._pools: dict[str, list[FileItem]] = {}
         for item in PhotographLibrary(root, "train", size).items:
             self._pools.setdefault(item.concept, []).append(item)

@@ -29,6 +29,7 @@ _PERCEPTION = ((0.12, 1.0), (0.5, 0.75), (0.8, 0.6), (math.inf, 0.3))
 """Fractions of the steps, and the fractions of perception examples until then; the others are tasks."""
 _SHEETS = 0.6  # fraction of the perception examples that show several photographs in a grid
 _BLOCK = 4  # number of consecutive steps with the same kind of examples
+_TASKS_PER_SEED = 1_000_000
 _TEST_BATCH = 16
 
 
@@ -50,8 +51,8 @@ class PhotosVlmData:
         self.steps, self.images, self.count = steps, images, count
         self.held_out, self.seed = held_out, seed
         self.writer = PhotoExampleWriter(mini_processor())
-        self.scenes = SceneMix(root, SIDE, seed)
-        self.tasks = TaskSource(root, "train", SIDE)
+        self.scenes = SceneMix(root, SIDE, seed, "vlm")
+        self.tasks = TaskSource(root, "vlm", SIDE)
         self.validation = TaskSource(root, "val", SIDE)
         self._block: tuple[int, list[TrainingExample]] = (-1, [])
 
@@ -81,7 +82,10 @@ class PhotosVlmData:
         return self._block[1][index_in_block * size : (index_in_block + 1) * size]
 
     def _task(self, number: int) -> TrainingExample:
-        return self.writer.task(self.tasks.task(number))
+        return self.writer.task(self._training_task(number))
+
+    def _training_task(self, number: int) -> TrainingTask:
+        return self.tasks.task(self.seed * _TASKS_PER_SEED + number)
 
     def _perception(self, number: int) -> TrainingExample:
         rng = np.random.default_rng([37, self.seed, number])
@@ -90,7 +94,7 @@ class PhotosVlmData:
             reference, scene, index = self.scenes.matching_pair(rng)
             return self.writer.matching(rng, reference, scene, index)
         if kind < 0.3:
-            task = self.tasks.task(number)
+            task = self._training_task(number)
             if any(mask is not None for mask in task.marked):
                 return self.writer.naming_marked(rng, task)
         scene = self.scenes.sheet(43, number) if kind > 1 - _SHEETS else self.scenes.scene(41, number)

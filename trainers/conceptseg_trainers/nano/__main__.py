@@ -110,7 +110,7 @@ def _run_ctm_stage(arguments: argparse.Namespace) -> None:
     )
     train(stage, steps.schedule(), folder)
     output_dir = run_dir / ("base-checkpoint" if is_base else "checkpoint")
-    write_checkpoint(model.cpu(), processor, arguments.output_dir or output_dir)
+    write_checkpoint(model.cpu(), processor, arguments.output_dir or output_dir, half=is_base)
 
 
 def _held_out(kind: str, scale: float) -> int:

@@ -18,6 +18,7 @@ from conceptseg_hf.evaluation.reporting.tables import interval_text
 from conceptseg_hf.progress import print_line
 from conceptseg_hf.writing import write_file
 
+from ..base import TRAINING, nano_base_checkpoint
 from .arms import ARMS, COMPARED_ARMS, Arm
 from .experiment import (
     experiment_parser,
@@ -45,18 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = experiment_parser(
         "python -m conceptseg_trainers.nano.evidence",
         "Train variants of stage II from the base checkpoint of nano, and compare them.",
-        Path("runs/nano/base-checkpoint"),
+        nano_base_checkpoint(),
         Path("runs/evidence"),
         ARMS,
     )
     parser.add_argument(
         "--quick", action="store_true", help="run Meta-GRPO only, with one seed, in about ten minutes"
     )
-    arguments = parse_experiment(
-        parser,
-        argv,
-        "train one with `python -m conceptseg_trainers.nano`, stages sam, base, base-referring and base-ctm",
-    )
+    arguments = parse_experiment(parser, argv, TRAINING)
     start: Path = arguments.start
     settings = TrainSettings()
     if arguments.quick or arguments.steps:
