@@ -256,12 +256,14 @@ class Segmenter:
     def _accepts(self, first_pass: _Decoded, sample: PreparedSample) -> bool:
         """Whether the mask of the first pass is the result.
 
-        Beyond eq. 9, the adaptive router does not accept an empty mask: SAM 3 contradicts itself where it is confident
-        of the presence and segments nothing.
+        Beyond eq. 9, the adaptive router does not accept an empty mask of the user's words: SAM 3 contradicts itself
+        where it is confident of the presence and segments nothing. The phrase of a concept is verified on references,
+        so its empty masks mean that the image does not contain it.
         """
         if first_pass.presence < self._threshold(sample):
             return False
-        return self.settings.router.mode != "adaptive" or not first_pass.is_empty
+        is_checked = self.settings.concept is None and self.settings.router.mode == "adaptive"
+        return not (is_checked and first_pass.is_empty)
 
     def _threshold(self, sample: PreparedSample) -> float:
         """Return the presence from which the mask of the first pass is accepted."""

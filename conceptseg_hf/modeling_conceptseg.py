@@ -378,8 +378,8 @@ class ConceptSegForSegmentation(
                 the answer) and `"box"` (only the VLM's box; the mask is empty if there is none).
             return_logits: Also return SAM 3's mask logits at their original resolution.
             concept: A concept of `induction.induce`, or its file. SAM 3 applies it without the VLM and accepts masks
-                that are not empty and whose presence reaches its threshold; other images use full reasoning. The router
-                modes `"sam_only"` and `"full_reasoning"` force one of the two.
+                whose presence reaches its threshold; other images use full reasoning. The router modes `"sam_only"`
+                and `"full_reasoning"` force one of the two.
             rule: A visual rule, such as "the striped object". The VLM does not write its reasoning and its rule, but
                 is given this rule and applies it to the image.
             on_text: Called with each piece of text that the VLM writes; samples are then processed one by one. An

@@ -21,8 +21,8 @@ class ShortcutRouter:
     reasoning. Words in parentheses are not counted (as in the released code).
 
     Args:
-        mode: `"adaptive"` applies eq. 9 and, beyond the paper, accepts no empty mask; `"sam_only"` always accepts SAM
-            3's mask, and `"full_reasoning"` never accepts it.
+        mode: `"adaptive"` applies eq. 9 and, beyond the paper, accepts no empty mask (without a concept);
+            `"sam_only"` always accepts SAM 3's mask, and `"full_reasoning"` never accepts it.
         base: Threshold of a one-word prompt.
         drop_parentheses: Whether to remove text in parentheses from the prompt of SAM 3's first pass, as in the
             released code.
