@@ -74,12 +74,7 @@ class InduceConcept(foo.Operator):
             description="For concepts without a name; requires two references",
             view=types.SwitchView(),
         )
-        inputs.str(
-            "checkpoint",
-            default="nano",
-            label="Checkpoint",
-            description="nano or mini (embedded), a folder, or a hub id",
-        )
+        forms.checkpoint(inputs)
         inputs.bool(
             "replace", default=False, label="Replace a concept of the same name", view=types.SwitchView()
         )

@@ -68,6 +68,16 @@ def dropdown(
     inputs.enum(name, list(choices), default=default, view=view)
 
 
+def checkpoint(inputs: types.Object) -> None:
+    """Add a text field for the checkpoint."""
+    inputs.str(
+        "checkpoint",
+        default="nano",
+        label="Checkpoint",
+        description="nano or mini (embedded), a folder, or a hub id",
+    )
+
+
 def target_view(ctx: Any) -> fo.core.collections.SampleCollection:
     """Return the samples that an operator processes as a flat view; `ctx.target_view` cannot flatten dynamic groups."""
     target = ctx.params.get("view_target") or ctx.request_params.get("view_target")

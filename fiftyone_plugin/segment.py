@@ -282,10 +282,5 @@ def _add_reference_inputs(inputs: types.Object, ctx: Any) -> None:
 def _add_model_inputs(inputs: types.Object, ctx: Any) -> None:
     from conceptseg_hf.integrations.fiftyone.schema import ROUTERS
 
-    inputs.str(
-        "checkpoint",
-        default="nano",
-        label="Checkpoint",
-        description="nano or mini (embedded), a folder, or a hub id",
-    )
+    forms.checkpoint(inputs)
     forms.dropdown(inputs, "router", ROUTERS, "adaptive", "Router")

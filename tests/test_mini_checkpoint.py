@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
+from real_photographs import REAL, needs_real_photographs
 from transformers import pipeline
 
 from conceptseg_hf import mini_checkpoint
 from conceptseg_hf.data import SMOKE_PHOTOS, load_benchmark
 from conceptseg_hf.evaluation import EvaluationReport, evaluate
-
-REAL = Path(os.environ.get("CONCEPTSEG_PHOTOS", Path(__file__).parents[2] / "shared" / "data" / "photos"))
 
 
 def test_checkpoint_is_small_and_for_non_commercial_use() -> None:
@@ -32,9 +28,7 @@ def test_pipeline_finds_it_by_name() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not REAL.is_dir(), reason="the photographs are not here; set CONCEPTSEG_PHOTOS to their folder"
-)
+@needs_real_photographs
 def test_segments_held_out_photographs() -> None:
     reports = {
         router: evaluate("mini", "photos", root=REAL, router=router, limit=84, batch_size=12)

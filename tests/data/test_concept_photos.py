@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from real_photographs import REAL, needs_real_photographs
 from trees import write_photos
 
 from conceptseg_hf.data import ConceptPhotos, load_benchmark
@@ -18,8 +18,6 @@ from conceptseg_hf.data.concept_photos.compositing import Placement, compose, pl
 from conceptseg_hf.data.concept_photos.cutouts import Cutout, is_connected
 from conceptseg_hf.data.concept_photos.families import FAMILIES
 from conceptseg_hf.evaluation import evaluate
-
-REAL = Path(os.environ.get("CONCEPTSEG_PHOTOS", Path(__file__).parents[3] / "shared" / "data" / "photos"))
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +162,7 @@ def test_refusals(root, tmp_path):
         ConceptPhotos(tmp_path)
 
 
-@pytest.mark.skipif(
-    not REAL.is_dir(), reason="the photographs are not here; set CONCEPTSEG_PHOTOS to their folder"
-)
+@needs_real_photographs
 def test_splits_of_real_photographs_share_no_image():
     splits = [ConceptPhotos(REAL, split) for split in ("train", "test")]
     sources = [{item.image for item in samples.library._objects} for samples in splits]

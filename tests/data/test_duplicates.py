@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
+from real_photographs import REAL, needs_real_photographs
 
 from conceptseg_hf.cli import main
 from conceptseg_hf.data import load_benchmark
@@ -21,8 +20,6 @@ from conceptseg_hf.data.duplicates import (
     read_sample_ids,
 )
 from conceptseg_hf.evaluation import evaluate
-
-REAL = Path(os.environ.get("CONCEPTSEG_PHOTOS", Path(__file__).parents[3] / "shared" / "data" / "photos"))
 
 
 def scene(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
@@ -155,9 +152,7 @@ def test_sample_ids_in_lines(tmp_path):
     assert read_sample_ids(file) == ["a/1", "b/2"]
 
 
-@pytest.mark.skipif(
-    not REAL.is_dir(), reason="the photographs are not here; set CONCEPTSEG_PHOTOS to their folder"
-)
+@needs_real_photographs
 @pytest.mark.filterwarnings("ignore:photos")
 def test_real_photographs():
     """CAMO contains pictures of ECSSD: 12 test images of ECSSD are training images of CAMO."""

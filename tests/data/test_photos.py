@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
 import warnings
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from real_photographs import REAL, needs_real_photographs
 from trees import save_image, save_mask
 
 from conceptseg_hf.cli import main
@@ -19,7 +19,6 @@ from conceptseg_hf.evaluation import evaluate
 from conceptseg_hf.references import resolve_references
 
 COLUMNS = ("id", "image", "mask", "prompt", "references", "split", "level", "group")
-REAL = Path(os.environ.get("CONCEPTSEG_PHOTOS", Path(__file__).parents[3] / "shared" / "data" / "photos"))
 
 
 def write_set(folder: Path, *rows: tuple[str, ...]) -> None:
@@ -145,9 +144,7 @@ def test_smoke_photos_can_be_used():
     assert gray[mask].mean() > 1.5 * gray[~mask].mean()  # the masks lie on the coins
 
 
-@pytest.mark.skipif(
-    not REAL.is_dir(), reason="the photographs are not here; set CONCEPTSEG_PHOTOS to their folder"
-)
+@needs_real_photographs
 @pytest.mark.filterwarnings("ignore:photos")
 def test_real_photographs():
     """Counts of the sets and groups, and the first samples of each set."""

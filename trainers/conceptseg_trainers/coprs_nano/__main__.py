@@ -16,7 +16,7 @@ from conceptseg_hf.loading import find_checkpoint
 
 from ..from_scratch.command import make_parser, run_command, scaled
 from ..from_scratch.loop import TrainingState, train
-from ..nano.base import nano_base_checkpoint
+from ..nano.base import TRAINING, nano_base_checkpoint
 from ..nano.vlm_data import RANDOM_CHOICE_FAMILIES
 from .photographs import PhotosPriorData, write_photos_report
 from .report import write_checkpoint, write_report
@@ -57,6 +57,8 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError("--stage base: its task families are those of ConceptShapes; omit --photos.")
     seed, photos = arguments.seed, arguments.photos
     processor = build_photos_processor() if photos else build_processor()
+    if is_base and not arguments.start and not nano_base_checkpoint().is_dir():
+        raise FileNotFoundError(f"--stage base: {str(nano_base_checkpoint())!r} is missing; {TRAINING}.")
     default_start = nano_base_checkpoint() if is_base else "mini" if photos else "nano"
     start_folder = find_checkpoint(arguments.start or default_start)
     start = ConceptSegForSegmentation.from_pretrained(start_folder)

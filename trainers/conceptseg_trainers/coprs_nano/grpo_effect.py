@@ -91,9 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ARMS,
     )
     arguments = parse_experiment(
-        parser,
-        argv,
-        "train one with `python -m conceptseg_trainers.coprs_nano --stage base`",
+        parser, argv, "train one with `python -m conceptseg_trainers.coprs_nano --stage base`"
     )
     start: Path = arguments.start
     settings = TrainSettings()

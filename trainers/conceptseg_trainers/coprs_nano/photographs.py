@@ -52,7 +52,8 @@ class PhotosPriorData(PhotosVlmData):
     def __init__(
         self, root: Path, steps: int, processor: CoPRSProcessor, held_out: int = 8, seed: int = 0
     ) -> None:
-        super().__init__(root, steps, held_out=held_out, seed=seed)
+        # There is no CTM that needs photographs of its own.
+        super().__init__(root, steps, held_out=held_out, seed=seed, part="train")
         self.writer = PhotoPriorWriter(processor)
 
     def examples(self, step: int) -> Sequence[PriorExample]:

@@ -220,16 +220,15 @@ class VlmStage:
         log_probabilities = logits.float().log_softmax(-1)
         is_number = (targets >= self.first_number) & (targets <= self.first_number + COORDINATE_SCALE)
         words_loss = -log_probabilities[~is_number].gather(1, targets[~is_number, None]).mean()
-        values = torch.arange(COORDINATE_SCALE + 1, device=self.device)
-        distance = (targets[is_number] - self.first_number)[:, None] - values[None]
-        soft_targets = (-0.5 * (distance / number_sigma) ** 2).softmax(1)
-        number_log_probabilities = log_probabilities[is_number][:, self.numbers.to(self.device)]
-        numbers_loss = -(soft_targets * number_log_probabilities).sum(1).mean()
-        distance_loss = number_distance(number_log_probabilities, targets[is_number] - self.first_number)
         focus = guided_attention_loss(run.attention, run.attention_inputs, batch["attention_targets"])
         loss = words_loss + 0.4 * focus
         metrics = {"words": words_loss.item(), "focus": focus.item()}
         if is_number.any():
+            numbers = targets[is_number] - self.first_number
+            number_log_probabilities = log_probabilities[is_number][:, self.numbers.to(self.device)]
+            soft_targets = (-0.5 * (_differences(numbers) / number_sigma) ** 2).softmax(1)
+            numbers_loss = -(soft_targets * number_log_probabilities).sum(1).mean()
+            distance_loss = number_distance(number_log_probabilities, numbers)
             loss = loss + numbers_loss + self.distance_weight * distance_loss
             metrics |= {"numbers": numbers_loss.item(), "distance": distance_loss.item()}
         return loss, metrics
@@ -254,10 +253,14 @@ def number_distance(log_probabilities: Tensor, targets: Tensor) -> Tensor:
     Returns:
         Scalar, as a fraction of the coordinate scale.
     """
-    values = torch.arange(log_probabilities.shape[1], device=targets.device)
-    distance = (targets[:, None] - values[None]).abs() / (len(values) - 1)
+    distance = _differences(targets).abs() / COORDINATE_SCALE
     # Probabilities of all tokens, not of numbers only, would reward words in place of numbers.
     return (log_probabilities.softmax(1) * distance).sum(1).mean()
+
+
+def _differences(numbers: Tensor) -> Tensor:
+    """Return the differences of numbers (N,) and each number from 0 to the coordinate scale S, (N, S + 1)."""
+    return numbers[:, None] - torch.arange(COORDINATE_SCALE + 1, device=numbers.device)[None]
 
 
 def _number_embeddings(weight: Tensor, numbers: Tensor) -> None:

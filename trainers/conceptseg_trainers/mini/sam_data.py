@@ -20,6 +20,7 @@ from ..from_scratch.masks import bounding_box, mask_to_tokens, total
 from ..from_scratch.sam_stage import (
     SamStage,
     SegmentationPrompt,
+    at_same_size,
     focal_loss,
     images_to_pixels,
     jittered,
@@ -100,10 +101,8 @@ class PhotosSamData:
         present = ground_truth.flatten(1).any(1)
         losses = []
         for head, level in zip(cast(nn.ModuleList, heads), levels, strict=True):
-            logits = _noun_logits(cast(nn.Conv2d, head), level, channels)
-            soft_masks = nn.functional.adaptive_avg_pool2d(
-                ground_truth[:, None], (logits.shape[-2], logits.shape[-1])
-            )[:, 0]
+            noun_logits = _noun_logits(cast(nn.Conv2d, head), level, channels)
+            logits, soft_masks = at_same_size(noun_logits[:, None], ground_truth)
             losses.append(
                 dice_loss(logits[present], soft_masks[present]) + 10 * focal_loss(logits, soft_masks).mean()
             )

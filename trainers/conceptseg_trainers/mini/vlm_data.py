@@ -21,6 +21,7 @@ from ..from_scratch.vlm_examples import TrainingExample
 from ..from_scratch.vlm_stage import VlmStage
 from .dense import DenseHeads, DenseTarget, dense_loss
 from .examples import PhotoExampleWriter
+from .photographs import Part
 from .sources import SceneMix
 from .tasks import FIRST_HELD_OUT, TaskSource, TrainingTask
 from .tokenizers import mini_processor
@@ -43,16 +44,24 @@ class PhotosVlmData:
         count: Number of task examples per step.
         held_out: Number of tasks of the part "val" per dataset and evaluation.
         seed: Random seed.
+        part: Part of the photographs.
     """
 
     def __init__(
-        self, root: Path, steps: int, images: int = 16, count: int = 12, held_out: int = 8, seed: int = 0
+        self,
+        root: Path,
+        steps: int,
+        images: int = 16,
+        count: int = 12,
+        held_out: int = 8,
+        seed: int = 0,
+        part: Part = "vlm",
     ) -> None:
         self.steps, self.images, self.count = steps, images, count
         self.held_out, self.seed = held_out, seed
         self.writer = PhotoExampleWriter(mini_processor())
-        self.scenes = SceneMix(root, SIDE, seed, "vlm")
-        self.tasks = TaskSource(root, "vlm", SIDE)
+        self.scenes = SceneMix(root, SIDE, seed, part)
+        self.tasks = TaskSource(root, part, SIDE)
         self.validation = TaskSource(root, "val", SIDE)
         self._block: tuple[int, list[TrainingExample]] = (-1, [])
 
