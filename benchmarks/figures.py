@@ -1,7 +1,7 @@
 """Draw the figures of the README and the site with the embedded checkpoints: `python benchmarks/figures.py docs`.
 
-Each figure shows the first samples of its kind, which were not selected by result: ConceptShapes test samples with the
-checkpoint "nano", and below them photographs of the smoke set with the checkpoint for photographs, if there is one.
+The samples were not selected by result: the first ConceptShapes test samples with the checkpoint "nano", and below them
+all photographs of the smoke set that ask for salient objects, with the checkpoint "mini".
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     firsts = [next(sample for sample in samples if sample.level == level) for level in LEVELS]
     rows = [draw_row(model, processor, firsts)]
     try:
-        rows.append(draw_row(*load_model_and_processor(options.photos_model, "cpu"), first_photos()))
+        rows.append(draw_row(*load_model_and_processor(options.photos_model, "cpu"), salient_photos()))
     except FileNotFoundError as error:
         print(f"overview.png shows drawings only: {error}")
     save(stack(rows), folder / "overview.png")
@@ -59,12 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     save(side_by_side(tiles, f"prompt: {sample.prompt}", 280), folder / "routes.png")
 
 
-def first_photos() -> list[ConceptSample]:
-    """Return the first photograph of each group of the smoke set, whose license permits publication."""
-    firsts: dict[str | None, ConceptSample] = {}
-    for sample in load_benchmark("plain", root=SMOKE_PHOTOS, split="test"):
-        firsts.setdefault(sample.group, sample)
-    return list(firsts.values())
+def salient_photos() -> list[ConceptSample]:
+    """Return the photographs of the smoke set (whose license permits publication) with a prompt that "mini" is for."""
+    samples = load_benchmark("plain", root=SMOKE_PHOTOS, split="test")
+    return [sample for sample in samples if sample.group == "saliency"]
 
 
 def draw_row(
@@ -110,8 +108,8 @@ def stack(images: list[Image.Image]) -> Image.Image:
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Save an optimized PNG file."""
-    image.quantize(256).save(path, optimize=True)
+    """Save an optimized PNG file; not with a palette, which would change the colors of small objects."""
+    image.save(path, optimize=True)
 
 
 if __name__ == "__main__":

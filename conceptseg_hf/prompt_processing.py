@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from .mosaic import MosaicSettings, compose_mosaic
 from .processor_settings import OPTIONAL_SETTINGS, checked_settings
 from .references import Reference, ResolvedReferences, resolve_references
 from .vlm_families import get_family
+from .vocabulary import unknown_words
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -132,6 +134,9 @@ class PromptProcessor(ChatMixin):
         Raises:
             FileNotFoundError: If a path does not exist.
             ValueError: If an input is invalid, or the lists differ in length.
+
+        Warns:
+            UserWarning: If the VLM's tokenizer does not know a word of a prompt.
         """
         image_list = as_list(images)
         images = [images] if image_list is None else image_list
@@ -149,6 +154,7 @@ class PromptProcessor(ChatMixin):
             raise ValueError(f"{type(self).__name__}: images is empty; pass at least one image.")
         for prompt in prompts:
             self.check_prompt(prompt)
+            self._warn_of_unknown_words(prompt)
         unique_images, image_index = index_images(images)
         targets = [self._read_target(image) for image in unique_images]
         samples = [
@@ -185,10 +191,26 @@ class PromptProcessor(ChatMixin):
         Raises:
             FileNotFoundError: If a path does not exist.
             ValueError: If an input is invalid; the message is one sentence.
+
+        Warns:
+            UserWarning: If the VLM's tokenizer does not know a word of the prompt.
         """
         self.check_prompt(prompt)
+        self._warn_of_unknown_words(prompt)
         sample = self._prepare(self._read_target(image), prompt, references)
         return sample if lazy else self.prepare_vlm(sample)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words of a prompt that the VLM's tokenizer does not know; see `vocabulary.unknown_words`."""
+        return unknown_words(self.tokenizer, prompt)
+
+    def _warn_of_unknown_words(self, prompt: str) -> None:
+        if words := self.unknown_words(prompt):
+            warnings.warn(
+                f"prompt {prompt!r}: the model's vocabulary does not contain {', '.join(map(repr, words))}, which it "
+                "cannot tell from any other unknown word; use other words, or a model with a larger vocabulary.",
+                stacklevel=3,
+            )
 
     def _read_target(self, image: ImageInput) -> PreparedTarget:
         target = load_image(image)

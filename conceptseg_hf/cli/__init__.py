@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from . import ablate, app, batch, compare, convert, data, demo, env, evaluate, induce, info, segment, train
@@ -30,7 +32,9 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {unknown}")
         namespace, rest = super().parse_known_args(args, namespace)
         if rest:
-            self.error(f"unrecognized arguments: {' '.join(rest)}")
+            several = self.prog == "conceptseg segment" and not any(word.startswith("-") for word in rest)
+            hint = "; it takes one image, use `conceptseg batch` for several" if several else ""
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         return namespace, rest
 
     def error(self, message: str) -> NoReturn:
@@ -74,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        code = arguments.run(arguments)
+        with _plain_warnings(arguments.subcommand):
+            code = arguments.run(arguments)
         _flush()
         return code
     except BrokenPipeError:  # the reader has closed the pipe, as in `conceptseg data list | head`
@@ -93,6 +98,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_stdout()
     print(f"conceptseg {arguments.subcommand}: {reason}", file=sys.stderr)
     return 2
+
+
+@contextmanager
+def _plain_warnings(subcommand: str) -> Iterator[None]:
+    """Print each warning for users in one line, without the source code that it comes from."""
+    show = warnings.showwarning
+
+    def show_plainly(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+        if category is UserWarning:
+            print(f"conceptseg {subcommand}: warning: {message}", file=sys.stderr)
+        else:
+            show(message, category, *args, **kwargs)
+
+    warnings.showwarning = show_plainly
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
 
 
 def _flush() -> None:

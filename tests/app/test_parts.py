@@ -5,13 +5,20 @@ from __future__ import annotations
 import io
 import json
 import socket
+import warnings
 import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from conceptseg_hf import ConceptSegmentation, Reference
+from conceptseg_hf import (
+    ConceptSegForSegmentation,
+    ConceptSegmentation,
+    ConceptSegProcessor,
+    Reference,
+    nano_checkpoint,
+)
 from conceptseg_hf.integrations.app import (
     BOX,
     MASK,
@@ -177,6 +184,20 @@ def test_a_canceled_run_ends_with_the_current_token(demo, picture):
         demo.segment(session, picture(0), "red circle", router="sam_only")
     session.canceled = False
     assert demo.segment(session, picture(0), "red circle", router="sam_only").route == "shortcut"
+
+
+def test_the_status_names_words_that_the_model_does_not_know(picture):
+    processor = ConceptSegProcessor.from_pretrained(nano_checkpoint())
+    model = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
+    handlers = Handlers(Demo(model, processor))
+
+    def status(prompt):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return list(handlers.run(picture(0), prompt, "sam_only", (), Session()))[-1]["status"]
+
+    assert status("striped <quokka>").endswith("<br>not in the model's vocabulary: quokka")
+    assert "vocabulary" not in status("striped cross")
 
 
 def test_handlers_report_bad_inputs(demo, picture):

@@ -157,6 +157,22 @@ def test_segment_on_the_shortcut_without_references(files, checkpoint, capsys):
     assert (files / "conceptseg_output" / "a_mask.png").exists()
 
 
+def test_words_that_the_model_does_not_know_are_named(files, capsys):
+    options = ("--model", str(nano_checkpoint()), "--router", "sam_only")
+    assert command("segment", "a.png", "--prompt", "striped quokka", *options) == 0
+    (warning,) = (line for line in capsys.readouterr().err.splitlines() if "warning" in line)
+    assert warning.startswith(
+        "conceptseg segment: warning: prompt 'striped quokka': the model's vocabulary does not contain 'quokka', "
+    )
+    assert command("segment", "a.png", "--prompt", "striped cross", *options) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_several_images_are_referred_to_batch(files, capsys):
+    assert command("segment", "a.png", "b.png", "--prompt", "red circle") == 2
+    assert "b.png; it takes one image, use `conceptseg batch` for several." in capsys.readouterr().err
+
+
 def test_images_with_the_same_name_have_separate_results(files, checkpoint):
     Image.new("RGB", (20, 10)).save("C:/a.png")
     Image.new("RGB", (10, 20)).save("a.jpg")

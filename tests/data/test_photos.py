@@ -132,7 +132,7 @@ def test_refusals(root, tmp_path):
 
 def test_smoke_photos_can_be_used():
     samples = load_benchmark("plain", SMOKE_PHOTOS)
-    assert len(samples) == 13 and len({item.image for item in samples.items}) == 7
+    assert len(samples) == 16 and len({item.image for item in samples.items}) == 7
     assert [sample.sample_id for sample in samples if not sample.present] == ["no-cat"]
     (check,) = check_benchmark("plain", SMOKE_PHOTOS)
     assert check.complete

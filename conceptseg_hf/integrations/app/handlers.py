@@ -84,13 +84,18 @@ class Handlers:
             path = self.demo.new_file("mask.png")
             write_file(path, image_bytes(item.mask))
             yield {
-                "status": describe_route(item),
+                "status": describe_route(item) + self._describe_unknown_words(prompt),
                 "rationale": item.completion or "SAM 3 answered alone; there is no text.",
                 "result": draw_layers(image, item, layers),
                 "mask_file": Download(path),
                 "rule": item.rule or "",
                 "check": draw_check(references, item),
             }
+
+    def _describe_unknown_words(self, prompt: str) -> str:
+        """Return HTML that names the words of the prompt that the model does not know; empty if it knows all."""
+        words = self.demo.processor.unknown_words(prompt)
+        return f"<br>not in the model's vocabulary: {html.escape(', '.join(words))}" if words else ""
 
     def run_with_rule(
         self, image: Image.Image | None, prompt: str, layers: Sequence[str], rule: str, session: Session
