@@ -2,6 +2,7 @@
 
     python benchmarks/magnetic_tile.py ../shared/data/photos/magnetic-tile tiles
     python examples/finetune_on_your_data.py --root tiles
+    python benchmarks/magnetic_tile.py ../shared/data/photos/magnetic-tile tiles-unseen --unseen    # for mini
 
 The data has up to six exposures of each tile ("exp1" to "exp6" in the file names), and its own split separates
 exposures, not tiles. The numbers in the file names ascend in time, so images whose numbers are less than 1300 apart are
@@ -17,6 +18,8 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from conceptseg_trainers.mini.leaks import training_items
 
 from conceptseg_hf.writing import write_file
 
@@ -37,12 +40,21 @@ def groups_of(numbers: Sequence[int], gap: int = GAP) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the folder and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="folder of the set, with samples.csv")
-    parser.add_argument("target", type=Path, help="folder to write")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of the set, with samples.csv")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--unseen",
+        action="store_true",
+        help="leave out the images that the checkpoint mini was trained with; SOURCE is in the folder of all sets",
+    )
     arguments = parser.parse_args(argv)
     with (arguments.source / "samples.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
+    if arguments.unseen:
+        source = arguments.source.resolve()
+        seen = {item.image for item in training_items(source.parent)}
+        rows = [row for row in rows if source / row["image"] not in seen]
     found = [re.search(r"_num_(\d+)", row["image"]) for row in rows]
     if not rows or not all(found):
         parser.error(f"{str(arguments.source)!r} has other file names than the magnetic tile defects")

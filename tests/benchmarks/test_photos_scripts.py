@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -147,25 +148,47 @@ def test_learning_rate(script):
     assert rate_at(0.51, 1.0) == pytest.approx(0.5) and rate_at(1.0, 1.0) == pytest.approx(0)
 
 
-def test_magnetic_tile_split_separates_tiles(script, tmp_path, capsys):
-    module = script("magnetic_tile")
-    assert module.groups_of([5000, 10, 40, 2000, 3200, 4600]) == [2, 0, 0, 1, 1, 2]
-    source = tmp_path / "source"
+def write_tiles(source: Path, tested: Collection[int] = ()) -> None:
+    """Write three exposures of eight tiles; the first exposure of tested tiles is in the test split."""
+    rng = np.random.default_rng(0)
     for folder in ("images", "masks"):
         (source / folder).mkdir(parents=True)
     with (source / "samples.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("id", "image", "mask", "prompt", "split"))
+        writer.writerow(("id", "image", "mask", "prompt", "split", "level", "group"))
         for tile in range(8):
             for exposure in range(3):
                 stem = f"crack-exp{exposure}_num_{5000 * tile + 40 * exposure}"
-                for folder, suffix in (("images", "jpg"), ("masks", "png")):
-                    Image.new("L", (20, 20), 255).save(source / folder / f"{stem}.{suffix}")
-                writer.writerow((stem, f"images/{stem}.jpg", f"masks/{stem}.png", "crack", "train"))
+                noise = np.kron(rng.integers(0, 256, (8, 8)), np.ones((8, 8))).astype(np.uint8)
+                Image.fromarray(noise).save(source / "images" / f"{stem}.jpg")
+                Image.new("L", (64, 64), 255).save(source / "masks" / f"{stem}.png")
+                split = "test" if exposure == 0 and tile in tested else "train"
+                files = f"images/{stem}.jpg", f"masks/{stem}.png"
+                writer.writerow((stem, *files, "crack", split, "CD", "industrial anomaly"))
+
+
+def tiles_of(folder: Path, split: str) -> list[int]:
+    items = load_benchmark("plain", folder, split).items
+    return [int(item.sample_id.split("_")[-1]) // 5000 for item in items]
+
+
+def test_magnetic_tile_split_leaves_out_what_mini_has_seen(script, tmp_path, capsys):
+    source = tmp_path / "photos" / "magnetic-tile"
+    write_tiles(source, tested=(1, 2, 4, 6))
+    script("magnetic_tile").main([str(source), str(tmp_path / "target"), "--unseen"])
+    assert "4 groups, 1 held out: 9 training and 3 held-out images" in capsys.readouterr().out
+    parts = [tiles_of(tmp_path / "target", split) for split in ("train", "test")]
+    assert {*parts[0], *parts[1]} == {1, 2, 4, 6} and not set(parts[0]) & set(parts[1])
+
+
+def test_magnetic_tile_split_separates_tiles(script, tmp_path, capsys):
+    module = script("magnetic_tile")
+    assert module.groups_of([5000, 10, 40, 2000, 3200, 4600]) == [2, 0, 0, 1, 1, 2]
+    source = tmp_path / "source"
+    write_tiles(source)
     module.main([str(source), str(tmp_path / "target")])
     assert "8 groups, 2 held out: 18 training and 6 held-out images" in capsys.readouterr().out
-    parts = (load_benchmark("plain", tmp_path / "target", split).items for split in ("train", "test"))
-    tiles = [{int(item.sample_id.split("_")[-1]) // 5000 for item in items} for items in parts]
+    tiles = [set(tiles_of(tmp_path / "target", split)) for split in ("train", "test")]
     assert [len(each) for each in tiles] == [6, 2] and not tiles[0] & tiles[1]
     (source / "samples.csv").write_text(
         "id,image,mask,prompt,split\na,images/a.jpg,masks/a.png,crack,train\n"

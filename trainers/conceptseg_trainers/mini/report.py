@@ -18,6 +18,7 @@ from conceptseg_hf.writing import write_file
 
 from ..from_scratch.command import require_checkpoint
 from .leaks import training_items
+from .nouns import PHOTO_NOUNS
 from .results import dataset_table, named_folder, read_ious
 
 ROUTERS = {"adaptive": "mini", "sam_only": "SAM 3 alone", "full_reasoning": "full reasoning"}
@@ -43,6 +44,9 @@ changes.
 objects.
 **Non-commercial use only**, because most of the training datasets permit nothing else (conceptseg-nano has no such
 limit).
+
+**Nouns** of photographs that it was trained with: {nouns}.
+**Prompts**: these nouns, and {prompts}.
 
 ## Training
 
@@ -126,11 +130,14 @@ def write_card(
     model, processor = AutoModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
     available, training = len(load_benchmark("photos", root, "train")), training_items(root)
     trained = {item.dataset for item in training}
+    prompts = {item.prompt for item in training} - set(PHOTO_NOUNS)
     tested = {record["dataset"] for record in reports["adaptive"].records}
     notes = texts["notes"].strip()
     card = _CARD.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         words=len(processor.sam_tokenizer) // 10 * 10,
+        nouns=", ".join(sorted(PHOTO_NOUNS)),
+        prompts=", ".join(f'"{prompt}"' for prompt in sorted(prompts)),
         datasets_trained=len(trained),
         untrained=", ".join(sorted(tested - trained)) or "none",
         training=f"{len(training):,}",
