@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -339,6 +340,16 @@ def load_model(arguments: argparse.Namespace) -> tuple[ConceptSegForSegmentation
     return model, processor
 
 
+def warn_of_default_model(arguments: argparse.Namespace) -> None:
+    """Warn that images of the user are segmented by the checkpoint for drawings if no --model is given."""
+    if arguments.model is None:
+        warnings.warn(
+            "no --model is given, and the default, nano, only knows drawn shapes; use --model mini for some kinds of "
+            "photographs, a folder or Hub id of converted weights for others, or --model nano to hide this warning.",
+            stacklevel=2,
+        )
+
+
 def limit_threads(model: ConceptSegForSegmentation) -> None:
     """Limit a small model on the CPU to one thread.
 
@@ -359,8 +370,6 @@ def hide_bars() -> None:
 
 def silence_output() -> None:
     """Silence warnings and progress bars in processes other than the main process; errors are still printed."""
-    import warnings
-
     from transformers.utils import logging
 
     warnings.simplefilter("ignore")

@@ -17,6 +17,7 @@ from .arguments import (
     parse_reference,
     positive_int,
     read_template,
+    warn_of_default_model,
 )
 from .outputs import check_output_dir, explain_resuming
 
@@ -141,6 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
         vlm_engine=arguments.vlm_engine,
         batch_size=arguments.batch_size,
     )
+    warn_of_default_model(arguments)
     with explain_resuming(folder):
         report = as_bad_input(
             run_batch,

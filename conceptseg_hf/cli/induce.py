@@ -14,6 +14,7 @@ from .arguments import (
     load_model,
     parse_reference,
     positive_int,
+    warn_of_default_model,
 )
 from .outputs import check_output_file
 
@@ -69,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     negatives = [check_image(path) for path in arguments.negative]
     check_output_file(arguments.out, "--out")
     model, processor = load_model(arguments)
+    warn_of_default_model(arguments)
 
     from conceptseg_hf import induce
 

@@ -24,6 +24,7 @@ from .arguments import (
     positive_int,
     read_template,
     set_profile,
+    warn_of_default_model,
 )
 from .outputs import check_output_dir, shorten_name
 
@@ -104,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_output_dir(folder, *(path.name for path in (*paths.values(), json_path)))
     template = read_template(arguments.prompt_template)
     model, processor = load_model(arguments)
+    warn_of_default_model(arguments)
     set_profile(model, processor, arguments.profile, template)
 
     from conceptseg_hf.concept_prompt import as_concept

@@ -16,7 +16,7 @@ _SHAPES = {
     "Drawing: the rule that references share": ("CR", 0),
     "Drawing: another rule": ("CR", 1),
 }
-_PHOTOS = {"Photograph: the largest coin": "largest-coin", "Photograph: the coffee cup": "cup"}
+_PHOTOS = {"Photograph: the salient object": "salient-astronaut", "Photograph: the coffee cup": "cup"}
 EXAMPLE_NAMES = (*_SHAPES, *_PHOTOS)
 
 
