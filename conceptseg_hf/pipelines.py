@@ -330,11 +330,12 @@ class _Preparation:
         try:
             if has_fields and get_field("image") is None:
                 raise ValueError("the input has no 'image'; set it to a path, URL, array or PIL image.")
-            return self.processor.prepare(
-                get_field("image") if has_fields else item, prompt, references or (), lazy=True
-            )
+            image = get_field("image") if has_fields else item
+            sample = self.processor.prepare(image, prompt, references or (), lazy=True)
         except (ValueError, TypeError, OSError) as error:
             return self.failed(error, prompt)
+        self.processor.warn_of_unknown_words(sample.prompt)
+        return sample
 
     def failed(self, error: Exception, prompt: Any = None) -> PreparedSample:
         return PreparedSample.failed(

@@ -154,7 +154,7 @@ class PromptProcessor(ChatMixin):
             raise ValueError(f"{type(self).__name__}: images is empty; pass at least one image.")
         for prompt in prompts:
             self.check_prompt(prompt)
-            self._warn_of_unknown_words(prompt)
+            self.warn_of_unknown_words(prompt)
         unique_images, image_index = index_images(images)
         targets = [self._read_target(image) for image in unique_images]
         samples = [
@@ -191,12 +191,8 @@ class PromptProcessor(ChatMixin):
         Raises:
             FileNotFoundError: If a path does not exist.
             ValueError: If an input is invalid; the message is one sentence.
-
-        Warns:
-            UserWarning: If the VLM's tokenizer does not know a word of the prompt.
         """
         self.check_prompt(prompt)
-        self._warn_of_unknown_words(prompt)
         sample = self._prepare(self._read_target(image), prompt, references)
         return sample if lazy else self.prepare_vlm(sample)
 
@@ -204,7 +200,8 @@ class PromptProcessor(ChatMixin):
         """Return the words of a prompt that the VLM's tokenizer does not know; see `vocabulary.unknown_words`."""
         return unknown_words(self.tokenizer, prompt)
 
-    def _warn_of_unknown_words(self, prompt: str) -> None:
+    def warn_of_unknown_words(self, prompt: str) -> None:
+        """Warn if the VLM's tokenizer does not know a word of a prompt."""
         if words := self.unknown_words(prompt):
             warnings.warn(
                 f"prompt {prompt!r}: the model's vocabulary does not contain {', '.join(map(repr, words))}, which it "

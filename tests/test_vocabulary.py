@@ -67,7 +67,7 @@ def test_processors_warn(processor: ConceptSegProcessor) -> None:
     image = Image.new("RGB", (40, 30))
     assert processor.unknown_words("a striped zebra") == ["zebra"]
     with pytest.warns(UserWarning, match="prompt 'a striped zebra': .* does not contain 'zebra'"):
-        processor.prepare(image, "a striped zebra")
+        processor(image, "a striped zebra")
     with pytest.warns(UserWarning, match="'zebra'"):
         processor([image, image], ["striped cross", "a striped zebra"])
 
@@ -76,4 +76,4 @@ def test_prompts_of_concept_shapes_are_known(processor: ConceptSegProcessor) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for sample in load_benchmark("concept-shapes", split="test", limit=60):
-            processor.prepare(sample.image, sample.prompt, lazy=True)
+            processor(sample.image, sample.prompt)

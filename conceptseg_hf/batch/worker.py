@@ -58,6 +58,8 @@ class Worker:
         self.model, self.processor = job.load()
         if job.concept is not None:
             job.concept.check_model(self.model)
+        else:
+            self.processor.warn_of_unknown_words(job.text)
 
     def run(self, batches: Iterable[int]) -> Iterator[BatchResult]:
         """Process batches in order; each is on disk when its result is yielded."""

@@ -341,7 +341,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[ConceptSegForSegmentation
 
 
 def warn_of_default_model(arguments: argparse.Namespace) -> None:
-    """Warn that images of the user are segmented by the checkpoint for drawings if no --model is given."""
+    """Warn that the user's images are segmented by the checkpoint for drawings if no --model is given."""
     if arguments.model is None:
         warnings.warn(
             "no --model is given, and the default, nano, only knows drawn shapes; use --model mini for some kinds of "

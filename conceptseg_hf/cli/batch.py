@@ -142,7 +142,6 @@ def run(arguments: argparse.Namespace) -> int:
         vlm_engine=arguments.vlm_engine,
         batch_size=arguments.batch_size,
     )
-    warn_of_default_model(arguments)
     with explain_resuming(folder):
         report = as_bad_input(
             run_batch,
@@ -159,6 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(report.to_table())
     for path in report.outputs:
         print(path)
+    warn_of_default_model(arguments)
     if report.errors == report.images:
         raise BadInputError(f"no image could be segmented; the first one: {report.first_error}")
     return 0

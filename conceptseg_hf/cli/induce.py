@@ -70,7 +70,6 @@ def run(arguments: argparse.Namespace) -> int:
     negatives = [check_image(path) for path in arguments.negative]
     check_output_file(arguments.out, "--out")
     model, processor = load_model(arguments)
-    warn_of_default_model(arguments)
 
     from conceptseg_hf import induce
 
@@ -92,4 +91,6 @@ def run(arguments: argparse.Namespace) -> int:
     for row in concept.scores[:5]:
         print(f"  {row.score:.2f}  {row.name}")
     print(arguments.out)
+    processor.warn_of_unknown_words(arguments.prompt)
+    warn_of_default_model(arguments)
     return 0

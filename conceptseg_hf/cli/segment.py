@@ -105,7 +105,6 @@ def run(arguments: argparse.Namespace) -> int:
     check_output_dir(folder, *(path.name for path in (*paths.values(), json_path)))
     template = read_template(arguments.prompt_template)
     model, processor = load_model(arguments)
-    warn_of_default_model(arguments)
     set_profile(model, processor, arguments.profile, template)
 
     from conceptseg_hf.concept_prompt import as_concept
@@ -171,6 +170,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for path in (*paths.values(), json_path):
         print(path)
+    if concept is None:
+        processor.warn_of_unknown_words(prompt)
+    warn_of_default_model(arguments)
     return 0
 
 

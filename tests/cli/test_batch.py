@@ -50,8 +50,12 @@ def test_table_errors_and_files(capsys):
     assert table[:3] == [["images", "4"], ["shortcut", "3", "75.0%"], ["errors", "1", "25.0%"]]
     assert table[3][0] == "images/s" and float(table[3][1]) > 0
     assert out.splitlines()[4:] == ["out/results", "out/coco.json"]
-    assert error == (
-        f"image {str(Path('images/2.png').absolute())!r} cannot be read; it is damaged or not an image.\n"
+    failure, warning = error.splitlines()
+    assert failure == (
+        f"image {str(Path('images/2.png').absolute())!r} cannot be read; it is damaged or not an image."
+    )
+    assert warning.startswith(
+        "conceptseg batch: warning: no --model is given, and the default, nano, only knows"
     )
     assert main(command) == 0 and "images/s" not in capsys.readouterr().out
     assert main([*command, "--retry-failed"]) == 0 and "images/s" in capsys.readouterr().out

@@ -623,7 +623,10 @@ def test_demo_writes_a_visualization_per_sample(files, checkpoint, capsys):
     )
     assert command(*arguments) == 0
     records = json.loads((files / "demo" / "results.json").read_text())
-    drawings, photographs = ["test-000000", "test-000001", "test-000002"], ["astronaut", "helmet", "eyes"]
+    drawings, photographs = (
+        ["test-000000", "test-000001", "test-000002"],
+        [f"salient-{name}" for name in ("astronaut", "rocket", "cell")],
+    )
     assert [record["sample_id"] for record in records] == drawings + photographs
     assert [record["picture"][:3] for record in records] == [f"0{number}_" for number in range(1, 7)]
     for record in records:
