@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from conceptseg_hf.boxes import Box, box_iou
-from conceptseg_hf.completion import format_completion
+from conceptseg_hf.completion import Completion, format_completion
 from conceptseg_hf.generation import generate_with_states
 from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, CoordinateFrame, PreparedSample
@@ -161,16 +161,16 @@ class CompletionWriter:
                 [completion.answer or task.prompt for completion, task in zip(own, tasks, strict=True)],
                 [completion.bbox for completion in own],
                 [
-                    _DescribedObject.by_box(task, item.coordinates, completion.bbox)
+                    DescribedObject.of_completion(task, item.coordinates, completion)
                     for task, item, completion in zip(tasks, prepared, own, strict=True)
                 ],
             )
             rng = np.random.default_rng([23, self.seed, start])
             for kind in ("true", "other"):
                 described = [
-                    _DescribedObject.of_target(task)
+                    DescribedObject.of_target(task)
                     if kind == "true"
-                    else _DescribedObject.of_another(rng, task)
+                    else DescribedObject.of_another(rng, task)
                     for task in tasks
                 ]
                 texts = [
@@ -209,7 +209,7 @@ class CompletionWriter:
         mask: Tensor,
         answers: Sequence[str],
         boxes: Sequence[Box | None],
-        described: Sequence[_DescribedObject],
+        described: Sequence[DescribedObject],
     ) -> None:
         """Append completions of one kind to the columns of a table; see `table`."""
         states, mask = states[:, :_MAX_TOKENS], mask[:, :_MAX_TOKENS]
@@ -231,7 +231,7 @@ class CompletionWriter:
 
 
 @dataclass(frozen=True)
-class _DescribedObject:
+class DescribedObject:
     """The object that a completion describes.
 
     Attributes:
@@ -247,19 +247,24 @@ class _DescribedObject:
     index: int
 
     @classmethod
-    def of_target(cls, task: CtmTask) -> _DescribedObject:
+    def of_target(cls, task: CtmTask) -> DescribedObject:
         """Return the target of a task."""
         return cls(task.mask, task.answer, task.classes, TARGET)
 
     @classmethod
-    def by_box(cls, task: CtmTask, frame: CoordinateFrame, text_box: Box | None) -> _DescribedObject:
-        """Return the object of a predicted box in text units: the target, another object, or `UNKNOWN`."""
+    def of_completion(cls, task: CtmTask, frame: CoordinateFrame, completion: Completion) -> DescribedObject:
+        """Return the object that a completion of the VLM describes: the target, another object, or `UNKNOWN`.
+
+        If the answer singles out the target, it is the target even if the box is wrong. Z is then trained to follow
+        the words where they contradict the place; otherwise it would only know accurate boxes, and trust all of them.
+        """
         unknown = cls(task.mask, "", None, UNKNOWN)
-        if not task.mask.any():
+        is_named = completion.answer == task.answer and _answer_singles_out_target(task)
+        if is_named or not task.mask.any():
             return cls(task.mask, "", None, TARGET)
-        if text_box is None:
+        if completion.bbox is None:
             return unknown
-        box = frame.text_box_to_image(text_box)
+        box = frame.text_box_to_image(completion.bbox)
         if box_iou(box, bounding_box(task.mask)) >= 0.3:
             return cls(task.mask, "", None, TARGET)
         ious = [box_iou(box, bounding_box(item.mask)) if item.mask.any() else 0.0 for item in task.objects]
@@ -267,7 +272,7 @@ class _DescribedObject:
         return cls(task.objects[best].mask, "", None, best) if ious and ious[best] >= 0.5 else unknown
 
     @classmethod
-    def of_another(cls, rng: np.random.Generator, task: CtmTask) -> _DescribedObject:
+    def of_another(cls, rng: np.random.Generator, task: CtmTask) -> DescribedObject:
         """Draw another visible object of the scene; the target if there is none."""
         others = [
             i
@@ -289,3 +294,12 @@ class _DescribedObject:
         think = task.think.removesuffix(task.answer) + self.answer
         check = sample.coordinates.check_box
         return format_completion(think, task.rule, check, self.box(sample), self.answer, scale)
+
+
+def _answer_singles_out_target(task: CtmTask) -> bool:
+    """Whether the answer of a task describes no object outside its target."""
+    words = set(task.answer.split())
+    return not any(
+        words.issubset(item.answer.split()) and 2 * (item.mask & task.mask).sum() < item.mask.sum()
+        for item in task.objects
+    )

@@ -9,7 +9,8 @@ text is sufficient. It is therefore trained in three phases:
 
 There are three kinds of completions: those of the VLM ("own", generated once and cached in the run folder), the ground
 truth ("true"), and ground-truth completions for another object of the same scene ("other"), so that one image has
-several masks. The target is always the object that the completion describes, even if the VLM chose another one.
+several masks. The target is always the object that the completion describes, even if the VLM chose another one: by its
+answer if that singles out an object, otherwise by its box.
 """
 
 from __future__ import annotations
