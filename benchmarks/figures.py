@@ -32,21 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write overview.png, mosaic.png and routes.png."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder of the figures")
-    parser.add_argument(
-        "--photos-model", default="mini", help="checkpoint for photographs (default: %(default)s)"
-    )
-    options = parser.parse_args(arguments)
-    folder = options.folder
+    folder = parser.parse_args(arguments).folder
 
     model, processor = load_model_and_processor(None, "cpu")
     samples = list(load_benchmark("concept-shapes", split="test", limit=60))
     firsts = [next(sample for sample in samples if sample.level == level) for level in LEVELS]
-    rows = [draw_row(model, processor, firsts)]
-    try:
-        rows.append(draw_row(*load_model_and_processor(options.photos_model, "cpu"), salient_photos()))
-    except FileNotFoundError as error:
-        print(f"overview.png shows drawings only: {error}")
-    save(stack(rows), folder / "overview.png")
+    photographs = draw_row(*load_model_and_processor("mini", "cpu"), salient_photos())
+    save(stack([draw_row(model, processor, firsts), photographs]), folder / "overview.png")
 
     sample = firsts[-1]
     prepared = processor.prepare(sample.image, sample.prompt, sample.references)
