@@ -15,26 +15,14 @@ from __future__ import annotations
 import argparse
 import csv
 import random
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from conceptseg_trainers.mini.leaks import training_items
+from conceptseg_trainers.mini.leaks import groups_of, tile_number, training_items
 
 from conceptseg_hf.writing import write_file
 
-GAP = 1300
 HELD_OUT = 0.25
-
-
-def groups_of(numbers: Sequence[int], gap: int = GAP) -> list[int]:
-    """Group of each number: a group ends where the next larger number is at least `gap` away."""
-    group_of, group = {}, 0
-    ordered = sorted(set(numbers))
-    for previous, number in zip([ordered[0], *ordered], ordered):
-        group += number - previous >= gap
-        group_of[number] = group
-    return [group_of[number] for number in numbers]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = arguments.source.resolve()
         seen = {item.image for item in training_items(source.parent)}
         rows = [row for row in rows if source / row["image"] not in seen]
-    found = [re.search(r"_num_(\d+)", row["image"]) for row in rows]
-    if not rows or not all(found):
+    numbers = [number for row in rows if (number := tile_number(row["image"])) is not None]
+    if not rows or len(numbers) < len(rows):
         parser.error(f"{str(arguments.source)!r} has other file names than the magnetic tile defects")
-    groups = groups_of([int(match[1]) for match in found if match])
+    groups = groups_of(numbers)
     names = sorted(set(groups))
     held_out = set(random.Random(arguments.seed).sample(names, round(HELD_OUT * len(names))))
     lines = ["id,image,mask,prompt,split"]

@@ -154,6 +154,7 @@ class PromptProcessor(ChatMixin):
             raise ValueError(f"{type(self).__name__}: images is empty; pass at least one image.")
         for prompt in prompts:
             self.check_prompt(prompt)
+        for prompt in dict.fromkeys(prompts):
             self.warn_of_unknown_words(prompt)
         unique_images, image_index = index_images(images)
         targets = [self._read_target(image) for image in unique_images]

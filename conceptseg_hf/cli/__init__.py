@@ -25,6 +25,8 @@ _SUBCOMMANDS = (demo, app, segment, induce, batch, evaluate, compare, ablate, tr
 class _Parser(argparse.ArgumentParser):
     """Parser that reports errors in one sentence with a suggestion, instead of printing the usage."""
 
+    extra_arguments_hint = ""  # of a subcommand, for more arguments than it takes
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Report a misspelled option before argparse reports a required option as missing."""
         args = sys.argv[1:] if args is None else list(args)
@@ -32,8 +34,7 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {unknown}")
         namespace, rest = super().parse_known_args(args, namespace)
         if rest:
-            several = self.prog == "conceptseg segment" and not any(word.startswith("-") for word in rest)
-            hint = "; it takes one image, use `conceptseg batch` for several" if several else ""
+            hint = "" if any(word.startswith("-") for word in rest) else self.extra_arguments_hint
             self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         return namespace, rest
 

@@ -42,6 +42,7 @@ def add_parser(subcommands: Any) -> None:
         "these files exist and are not earlier results of the same image, NAME-2, NAME-3 and so on are used. A very "
         "long NAME is shortened.",
     )
+    parser.extra_arguments_hint = "; it takes one image, use `conceptseg batch` for several"
     parser.add_argument("image", metavar="IMAGE", help="path or URL of the image")
     parser.add_argument(
         "--prompt",

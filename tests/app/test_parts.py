@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import socket
-import warnings
 import zipfile
 
 import numpy as np
@@ -192,9 +191,7 @@ def test_the_status_names_words_that_the_model_does_not_know(picture):
     handlers = Handlers(Demo(model, processor))
 
     def status(prompt):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return list(handlers.run(picture(0), prompt, "sam_only", (), Session()))[-1]["status"]
+        return list(handlers.run(picture(0), prompt, "sam_only", (), Session()))[-1]["status"]
 
     assert status("striped <quokka>").endswith("<br>not in the model's vocabulary: quokka")
     assert "vocabulary" not in status("striped cross")

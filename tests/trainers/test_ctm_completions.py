@@ -64,7 +64,7 @@ TWO_CIRCLES = {LEFT: "red circle", RIGHT: "red circle", BELOW: "blue cross"}
     ],
 )
 def test_the_described_object(frame, objects, targets, answer, box, expected) -> None:
-    task = task_of(" ".join(objects[targets[0]].split()), objects, *targets)
+    task = task_of(objects[targets[0]], objects, *targets)
     text_box = None if box is None else frame.image_box_to_text(box)
     described = DescribedObject.of_completion(task, frame, Completion("", bbox=text_box, answer=answer))
     assert described.index == expected

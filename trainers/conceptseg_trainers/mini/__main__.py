@@ -28,9 +28,8 @@ from .vlm_data import PhotosVlmData
 _STAGES = ("sam", "vlm", "ctm")
 _PRETRAINING = {"sam": 5000, "vlm": 4000}  # number of steps in which only the vision tower is trained
 _STEPS = {"sam": 6000, "vlm": 8000}
-_DISTANCE_WEIGHT = (
-    40.0  # moves the most probable number from a border with a fifth of the boxes to the median
-)
+# Moves the most probable number from a border with a fifth of the boxes to the median.
+_DISTANCE_WEIGHT = 40.0
 _LEARNING_RATES = {"sam": 8e-4, "vlm": 1.2e-3}
 
 

@@ -55,21 +55,26 @@ def _images(items: Iterable[FileItem]) -> list[Path]:
     return list(dict.fromkeys(item.image for item in items))
 
 
+def groups_of(numbers: Sequence[int], gap: int = _TILE_GAP) -> list[int]:
+    """Return the group of each number: a group ends where the next larger number is at least `gap` away."""
+    group_of, group = {}, 0
+    ordered = sorted(set(numbers))
+    for previous, number in zip([*ordered[:1], *ordered], ordered):
+        group += number - previous >= gap
+        group_of[number] = group
+    return [group_of[number] for number in numbers]
+
+
+def tile_number(name: str) -> int | None:
+    """Return the number in the file name of a magnetic tile; None if it has none."""
+    match = re.search(r"_num_(\d+)", name)
+    return None if match is None else int(match[1])
+
+
 def _same_tiles(images: Sequence[Path], test_images: Sequence[Path]) -> set[Path]:
     """Return the images of tiles that test images show as well."""
-    numbers = {image: int(match[1]) for image in (*images, *test_images) if (match := _number(image))}
-    tested = set(test_images)
-    same: set[Path] = set()
-    group: list[Path] = []
-    for image in [*sorted(numbers, key=numbers.__getitem__), None]:
-        if image is None or (group and numbers[image] - numbers[group[-1]] >= _TILE_GAP):
-            if tested.intersection(group):
-                same.update(group)
-            group = []
-        if image is not None:
-            group.append(image)
-    return same - tested
-
-
-def _number(image: Path) -> re.Match[str] | None:
-    return re.search(r"_num_(\d+)", image.name)
+    numbers = {image: tile_number(image.name) for image in (*images, *test_images)}
+    known = {image: number for image, number in numbers.items() if number is not None}
+    groups = dict(zip(known, groups_of(list(known.values())), strict=True))
+    tested = {groups[image] for image in test_images if image in groups}
+    return {image for image in images if groups.get(image) in tested} - set(test_images)
