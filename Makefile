@@ -26,7 +26,7 @@ app: $(VENV)/.installed-app  ## open the FiftyOne App on ConceptShapes with the 
 test: $(VENV)/.installed-test  ## run the tests (PYTEST_ARGS="-m 'not slow'" skips slow tests)
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not heavy" $(PYTEST_ARGS)
 
-test-heavy: $(VENV)/.installed-test  ## run the tests that `make test` leaves out: installation, Ray, DeepSpeed, training of mini
+test-heavy: $(VENV)/.installed-test  ## run the long tests that `make test` leaves out: installation, distributed and small full trainings, FiftyOne's App
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m heavy $(PYTEST_ARGS)
 
 test-vllm: $(VLLM_VENV)/.installed-vllm  ## run the tests that need vLLM, in an environment of its own (Linux, Python 3.11)

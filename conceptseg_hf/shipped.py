@@ -18,13 +18,13 @@ def find_embedded_checkpoint(name: str) -> Path | None:
         name: Name, folder or hub id of a checkpoint.
 
     Returns:
-        The folder, or None if no embedded checkpoint has this name, or if there is a local folder with this name.
+        The folder, or None if no embedded checkpoint has this name, or if a local checkpoint has this name.
 
     Raises:
         FileNotFoundError: If this installation does not contain the checkpoint.
     """
     short_name = name.removeprefix(_PREFIX)
-    if short_name not in CHECKPOINTS or Path(name).is_dir():
+    if short_name not in CHECKPOINTS or (Path(name) / "config.json").is_file():
         return None
     folder = Path(__file__).parent / "checkpoints" / short_name
     if not (folder / "config.json").is_file():

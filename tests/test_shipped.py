@@ -18,7 +18,9 @@ def test_other_names_are_folders_or_hub_ids(tmp_path, monkeypatch) -> None:
     assert find_checkpoint("owner/nano") == "owner/nano"
     assert find_checkpoint(tmp_path) == str(tmp_path)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "nano").mkdir()
+    (tmp_path / "nano").mkdir()  # such as the run folder of a training
+    assert find_checkpoint("nano") == str(nano_checkpoint())
+    (tmp_path / "nano" / "config.json").touch()
     assert find_checkpoint("nano") == "nano"
 
 

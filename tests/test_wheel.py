@@ -104,6 +104,7 @@ def installed(wheel, tmp_path_factory):
     return run
 
 
+@pytest.mark.heavy
 def test_installed_recipe_can_be_trained_by_name(installed):
     pytest.importorskip("trl")
     options = ["--output_dir", "run", "--max_steps", "1", "--train_samples", "4", "--eval_strategy", "no"]

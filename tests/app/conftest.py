@@ -44,7 +44,7 @@ def run_app(folder: Path, *options: str) -> Iterator[str]:
     assert not [line for line in lines if "conceptseg_hf/integrations" in line and "server.py" not in line]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def address(tmp_path_factory) -> Iterator[str]:
     """Return the address of a page with the embedded checkpoint."""
     with run_app(tmp_path_factory.mktemp("app")) as url:
@@ -59,7 +59,7 @@ def coprs_checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def coprs_address(tmp_path_factory, coprs_checkpoint) -> Iterator[str]:
     """Return the address of a page with the random CoPRS checkpoint."""
     with run_app(tmp_path_factory.mktemp("app"), "--model", str(coprs_checkpoint)) as url:

@@ -55,6 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @needs_nano
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_two_processes_give_the_same_results_as_one(run_two, tmp_path):
     options = ("--limit", "29", "--batch-size", "4", "--metrics", "miou,giou,ciou,mae,ber,mdice")
     model, processor = load_model_and_processor(device="cpu")

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.heavy]
 
 
 def test_induce_apply_edit_and_run_again_in_the_app(

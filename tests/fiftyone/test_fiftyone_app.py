@@ -65,6 +65,7 @@ def running(process: psutil.Process) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_command_starts_the_app_and_a_signal_stops_it(folder, tmp_path):
     """SIGTERM; the test of signals below shows that SIGINT and SIGHUP end in the same way."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FIFTYONE_")}

@@ -53,6 +53,7 @@ def runs(run_two, tmp_path_factory) -> Callable[[str], Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 @both_systems
 def test_two_processes_match_one_process(runs, system) -> None:
     # TRL averages the KL over the tokens of a batch and then over batches, so that it depends on the batches.

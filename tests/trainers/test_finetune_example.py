@@ -52,6 +52,7 @@ def root(tmp_path):
     return folder
 
 
+@pytest.mark.heavy
 def test_methods_are_compared_and_their_files_can_be_applied(example, root, tmp_path, capsys):
     out = tmp_path / "out"
     options = [

@@ -398,6 +398,7 @@ def test_loss_of_the_vlm_stage_reaches_all_parameters(preset: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("family", [DEFAULT_FAMILY, "qwen3_vl"])
 def test_command_trains_a_checkpoint(tmp_path, monkeypatch, family: str) -> None:
     command = [

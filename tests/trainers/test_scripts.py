@@ -358,6 +358,7 @@ def test_killed_run_ends_with_the_same_weights_after_resuming(stage, whole_runs,
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_coprs_killed_at_random_points_ends_with_the_same_weights(whole_runs, tmp_path, environment):
     """A run that is killed while it writes checkpoints or image features, and started again, loses nothing."""
     features = tmp_path / "features"
