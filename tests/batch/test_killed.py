@@ -83,7 +83,7 @@ def start(make_images, make_job, concept, tmp_path):
 @pytest.mark.parametrize(
     ("engine", "workers", "kills"),
     [
-        ("local", 0, int(os.environ.get("CONCEPTSEG_KILLS", 3))),
+        ("local", 0, int(os.environ.get("CONCEPTSEG_KILLS", 2))),
         pytest.param("ray", 2, int(os.environ.get("CONCEPTSEG_KILLS", 2)), marks=pytest.mark.heavy),
     ],
 )

@@ -28,6 +28,7 @@ def data_sets(level: str | None = None) -> tuple[str, ...]:
     return tuple(by_level[level]) if level else tuple(name for names in by_level.values() for name in names)
 
 
+@cache
 def table_1() -> dict[str, dict[str, dict[str, float | None]]]:
     """Return Table 1: method -> metric (f_w, miou) -> group, or "mean" -> percent."""
     return {
@@ -44,6 +45,7 @@ def table_3() -> dict[str, dict[str, dict[str, float | None]]]:
     return _figures()["table_3"]
 
 
+@cache
 def table_8() -> dict[str, dict[str, dict[str, float | None]]]:
     """Return Table 8: method -> metric -> dataset, or level for its mean -> percent."""
     levels = tuple(_figures()["data_sets"])
