@@ -20,7 +20,8 @@ from conceptseg_trainers.coprs_nano.report import write_checkpoint
 from conceptseg_trainers.coprs_nano.stage import build_model
 from conceptseg_trainers.coprs_nano.tokenizers import build_processor
 from conceptseg_trainers.coprs_nano.values import MEASURES, values_of
-from conceptseg_trainers.nano.evidence.training import TrainSettings, evaluation_samples
+from conceptseg_trainers.experiments.settings import TrainSettings
+from conceptseg_trainers.nano.evidence.training import evaluation_samples
 from random_coprs import save_random_coprs
 
 

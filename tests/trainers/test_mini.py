@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conceptseg_trainers.experiments.settings import TrainSettings
 from conceptseg_trainers.from_scratch.masks import bounding_box
 from conceptseg_trainers.from_scratch.sam_stage import at_same_size
 from conceptseg_trainers.mini import effects
@@ -29,7 +30,6 @@ from conceptseg_trainers.mini.sources import SceneMix
 from conceptseg_trainers.mini.tasks import TaskSource
 from conceptseg_trainers.mini.tokenizers import mini_processor
 from conceptseg_trainers.mini.vlm_data import PhotosVlmData
-from conceptseg_trainers.nano.evidence.training import TrainSettings
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 

@@ -19,12 +19,11 @@ from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.progress import print_line
 from conceptseg_hf.writing import write_file
 
+from ..experiments.measuring import DECODING, Values, measured_values
+from ..experiments.run_folder import check_run_settings, complete_folder, digest_of
+from ..experiments.tables import comparison_table
 from ..from_scratch.command import make_parser, run_command, scaled
 from ..from_scratch.loop import train
-from ..nano.evidence.measuring import DECODING, Values, measured_values
-from ..nano.evidence.run_folder import check_run_settings, digest_of
-from ..nano.evidence.tables import comparison_table
-from ..nano.evidence.training import complete_folder
 from .report import write_checkpoint
 from .settings import STEPS, held_out_count, schedule_of
 from .stage import PriorData, PriorSettings, PriorStage, build_model

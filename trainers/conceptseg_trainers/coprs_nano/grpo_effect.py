@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,26 +23,20 @@ from conceptseg_hf.writing import write_file
 
 from ..coprs_config import CoPRSTrainerConfig
 from ..coprs_trainer import CoPRSTrainer
-from ..nano.evidence.experiment import (
+from ..experiments.command import (
     experiment_parser,
     introduction,
     parse_experiment,
     report_interruption,
     run_arms,
+    train_settings,
 )
-from ..nano.evidence.measuring import Values, measured_values
-from ..nano.evidence.run_folder import check_settings
-from ..nano.evidence.tables import comparison_table, mean_over_seeds, paired
-from ..nano.evidence.training import (
-    TrainSettings,
-    complete_folder,
-    evaluation_samples,
-    grpo_arguments,
-    random_reward,
-    run_trainer,
-    training_samples,
-    write_log,
-)
+from ..experiments.measuring import Values, measured_values
+from ..experiments.reinforcement import grpo_arguments, random_reward, run_trainer
+from ..experiments.run_folder import check_settings, complete_folder, write_log
+from ..experiments.settings import TrainSettings
+from ..experiments.tables import comparison_table, mean_over_seeds, paired
+from ..nano.evidence.training import evaluation_samples, training_samples
 from ..split_reference import split_reference_dataset
 from .values import COMPARED, MEASURES, values_of
 
@@ -94,9 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser, argv, "train one with `python -m conceptseg_trainers.coprs_nano --stage base`"
     )
     start: Path = arguments.start
-    settings = TrainSettings()
-    if arguments.steps:
-        settings = replace(settings, steps=arguments.steps)
+    settings = train_settings(arguments)
     folder: Path = arguments.output_dir
     try:
         samples = evaluation_samples(arguments.samples)

@@ -23,7 +23,7 @@ from conceptseg_hf.loading import find_checkpoint, load_model_and_processor
 from conceptseg_hf.presets import NANO_IMAGE_SIZE as SIDE
 from conceptseg_hf.writing import write_file
 
-from ..nano.evidence.tables import paired
+from ..experiments.tables import paired
 
 SETS: dict[str, list[str] | None] = {
     "Table 1": None,

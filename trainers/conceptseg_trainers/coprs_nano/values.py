@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..nano.evidence.measuring import Values
+from ..experiments.measuring import Values
 
 MEASURES = ("mask_iou", "prior_iou", "auroc", "share", "chosen", "format")
 """Measures of a sample, each between 0 and 1: see `heatmap_scores`; `chosen` is 1 if the mask overlaps most with the

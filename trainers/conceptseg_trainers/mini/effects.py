@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,21 @@ from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, mini_c
 from conceptseg_hf.data import ConceptSample, FileBenchmark, load_benchmark
 from conceptseg_hf.writing import write_file
 
-from ..from_scratch.assemble import write_checkpoint
-from ..nano.evidence.arms import Arm
-from ..nano.evidence.experiment import (
+from ..experiments.arms import Arm
+from ..experiments.command import (
     experiment_parser,
     introduction,
     parse_experiment,
     report_interruption,
     run_arms,
+    train_settings,
 )
-from ..nano.evidence.measuring import DECODING, Values, measured_values, values_of
-from ..nano.evidence.run_folder import check_settings
-from ..nano.evidence.tables import comparison_table, families_table
-from ..nano.evidence.training import (
-    TrainSettings,
-    complete_folder,
-    train_by_reinforcement,
-    write_log,
-)
+from ..experiments.measuring import DECODING, Values, measured_values, values_of
+from ..experiments.reinforcement import train_by_reinforcement
+from ..experiments.run_folder import check_settings, complete_folder, write_log
+from ..experiments.settings import TrainSettings
+from ..experiments.tables import comparison_table, families_table
+from ..from_scratch.assemble import write_checkpoint
 from ..sft_config import ConceptSFTConfig
 from ..sft_trainer import ConceptSFTTrainer
 from .leaks import training_benchmark
@@ -71,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--root", type=Path, required=True, help="folder of the benchmark photos")
     arguments = parse_experiment(parser, argv, "train one with `make mini`")
-    settings = TrainSettings(learning_rate=2e-4)
-    if arguments.steps:
-        settings = replace(settings, steps=arguments.steps)
+    settings = train_settings(arguments, learning_rate=2e-4)
     folder: Path = arguments.output_dir
     try:
         check_settings(folder, settings, arguments.start, arguments.samples)

@@ -15,9 +15,9 @@ from typing import Any
 from conceptseg_hf.evaluation import EvaluationReport, evaluate
 from conceptseg_hf.writing import write_file
 
+from ..experiments.tables import format_mean
 from .evidence.concept_tokens import measure as measure_prompts
 from .evidence.concept_tokens import table as concept_table
-from .evidence.tables import format_mean
 
 SPLITS = ("test", "test-compositional")
 ROUTERS = ("adaptive", "sam_only", "full_reasoning")

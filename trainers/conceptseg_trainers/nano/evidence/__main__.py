@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,23 @@ from conceptseg_hf.evaluation.reporting.tables import interval_text
 from conceptseg_hf.progress import print_line
 from conceptseg_hf.writing import write_file
 
-from ..base import TRAINING, nano_base_checkpoint
-from .arms import ARMS, COMPARED_ARMS, Arm
-from .experiment import (
+from ...experiments.arms import Arm
+from ...experiments.command import (
     experiment_parser,
     introduction,
     parse_experiment,
     report_interruption,
     run_arms,
+    train_settings,
 )
-from .measuring import Values, measure
-from .run_folder import check_settings
-from .tables import comparison_table, families_table, paired, pairs_table, runs_table
-from .training import TRAINING_LOG, TrainSettings, evaluation_samples, train_arm
+from ...experiments.measuring import Values, measure
+from ...experiments.run_folder import TRAINING_LOG, check_settings
+from ...experiments.settings import TrainSettings
+from ...experiments.tables import comparison_table, families_table, paired
+from ..base import TRAINING, nano_base_checkpoint
+from .arms import ARMS, COMPARED_ARMS
+from .tables import pairs_table, runs_table
+from .training import evaluation_samples, train_arm
 
 START = "start"
 MAIN_SOURCE = "trained families, greedy"
@@ -55,9 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parse_experiment(parser, argv, TRAINING)
     start: Path = arguments.start
-    settings = TrainSettings()
-    if arguments.quick or arguments.steps:
-        settings = replace(settings, steps=arguments.steps or _QUICK_STEPS)
+    settings = train_settings(arguments, **({"steps": _QUICK_STEPS} if arguments.quick else {}))
     arms = {name: ARMS[name] for name in (["meta"] if arguments.quick else arguments.arms)}
     seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
     folder = arguments.output_dir / ("quick" if arguments.quick else "full")

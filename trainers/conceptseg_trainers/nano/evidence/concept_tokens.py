@@ -31,8 +31,8 @@ from conceptseg_hf.progress import progress_bar
 from conceptseg_hf.sam_prompt import BOX_TEXT, ImageFeatures
 from conceptseg_hf.writing import write_file
 
+from ...experiments.tables import format_mean, mean_over_seeds, paired, plain_table
 from ...from_scratch.command import require_checkpoint
-from .tables import format_mean, mean_over_seeds, paired, plain_table
 
 PROMPTS = ("true box", "box", "noun", "text", "Z", "Z + noun", "Z + text")
 DIFFERENCES = (("Z + text", "text"), ("Z + text", "box"), ("Z + noun", "noun"))

@@ -21,6 +21,8 @@ from conceptseg_hf.evaluation.reporting.tables import interval_text
 from conceptseg_hf.progress import print_line
 from conceptseg_hf.writing import json_text, write_file
 
+from ...experiments.run_folder import check_run_settings, complete_folder, digest_of
+from ...experiments.tables import format_mean, mean_over_seeds, paired, plain_table
 from ...from_scratch.assemble import write_checkpoint
 from ...from_scratch.command import make_parser, run_command, scaled
 from ...from_scratch.ctm_stage import CtmStage, CtmSteps
@@ -29,9 +31,6 @@ from ..ctm_data import ShapesCtmData
 from ..tokenizers import build_processor
 from . import concept_tokens
 from .concept_tokens import Values
-from .run_folder import check_run_settings, digest_of
-from .tables import format_mean, mean_over_seeds, paired, plain_table
-from .training import complete_folder
 
 DEFAULT_TOKENS = 8
 _TOKENS = (1, 2, 4, 16)

@@ -6,12 +6,13 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ...from_scratch.command import require_checkpoint
+from ..from_scratch.command import require_checkpoint
 from .measuring import Values
-from .training import TrainSettings, describe
+from .settings import TrainSettings, describe
 
 
 def experiment_parser(
@@ -74,6 +75,13 @@ def parse_experiment(
     arguments.arms = list(dict.fromkeys(arguments.arms))
     arguments.seeds = list(dict.fromkeys(arguments.seeds))
     return arguments
+
+
+def train_settings(arguments: argparse.Namespace, **settings: Any) -> TrainSettings:
+    """Return the settings of an experiment, with the number of steps of its command line if there is one."""
+    if arguments.steps:
+        settings["steps"] = arguments.steps
+    return TrainSettings(**settings)
 
 
 def run_arms(

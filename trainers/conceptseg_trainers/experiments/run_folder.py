@@ -1,17 +1,21 @@
-"""The settings of the runs in a folder, so that results with other settings are not mixed."""
+"""The files of the runs in a folder: settings, so that results with others are not mixed, logs and checkpoints."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from conceptseg_hf.writing import json_text, write_file
 
-from .training import TrainSettings
+from .settings import TrainSettings
+
+TRAINING_LOG = "training.json"
 
 
 def check_settings(folder: Path, settings: TrainSettings, start: Path, samples: int) -> None:
@@ -61,3 +65,18 @@ def check_run_settings(folder: Path, current: Mapping[str, Any]) -> None:
                 f"{str(folder)!r} contains results with {name} = {existing.get(name)}, but {name} is {value}; use "
                 "another --output-dir."
             )
+
+
+def write_log(folder: Path, seed: int, cpu_seconds: float, steps: Sequence[Mapping[str, Any]]) -> None:
+    """Write "training.json": the seed, the CPU time and the metrics of each step."""
+    log = {"seed": seed, "cpu_seconds": round(cpu_seconds, 1), "steps": list(steps)}
+    write_file(folder / TRAINING_LOG, json_text(log) + "\n")
+
+
+@contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed at the end, so that an existing folder is complete."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    yield temporary
+    temporary.rename(folder)
