@@ -32,6 +32,7 @@ from conceptseg_trainers.coprs_nano.stage import (
     ideal_prior,
 )
 from conceptseg_trainers.coprs_nano.tokenizers import build_photos_processor, build_processor
+from conceptseg_trainers.from_scratch import precision
 from conceptseg_trainers.from_scratch.loop import Schedule, TrainingState, train
 from conceptseg_trainers.from_scratch.vlm_examples import patches
 from conceptseg_trainers.mini.tokenizers import mini_processor
@@ -121,7 +122,8 @@ def test_the_prior_loss_can_be_left_out(make_stage) -> None:
     assert loss.item() - other.item() == pytest.approx(metrics["prior"], abs=1e-4)
 
 
-def test_features_equal_those_of_the_model(make_stage, processor) -> None:
+def test_features_equal_those_of_the_model(make_stage, processor, monkeypatch) -> None:
+    monkeypatch.setattr(precision, "has_fast_bfloat16", lambda device: False)
     stage = make_stage()
     image = stage.data.tasks.task(0).scene.pixels
     expected = stage.model.encode_image(processor.sam_pixels(Image.fromarray(image))[None])

@@ -79,7 +79,6 @@ def _run(arguments: argparse.Namespace) -> None:
         seed,
         settings,
         _BASE if is_base else "prior",
-        bfloat16=bool(photos),
     )
     schedule = schedule_of(steps)
     if arguments.stage != "checkpoint":

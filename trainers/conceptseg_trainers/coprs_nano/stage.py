@@ -23,6 +23,7 @@ from conceptseg_hf.data import ConceptShapes
 from conceptseg_hf.presets import NANO_IMAGE_SIZE
 from conceptseg_hf.vlm_families import Vlm
 
+from ..from_scratch.precision import autocast, prepare_for_bfloat16
 from ..from_scratch.sam_stage import images_to_pixels
 from ..from_scratch.vlm_stage import VlmStage
 from ..nano.examples import random_object
@@ -228,7 +229,6 @@ class PriorStage:
         seed: Random seed.
         settings: What is trained.
         name: Name of the stage.
-        bfloat16: Whether to run VLM and vision backbone in bfloat16 (autocast).
     """
 
     def __init__(
@@ -241,25 +241,21 @@ class PriorStage:
         seed: int = 0,
         settings: PriorSettings | None = None,
         name: str = "prior",
-        bfloat16: bool = False,
     ) -> None:
         self.name, self.settings, self.data = name, settings or PriorSettings(), data
         self.module = PriorModule(model)
         self.model, self.processor, self.steps = model, processor, steps
         self.device, self.seed = device, seed
-        if bfloat16:  # as in `VlmStage`
-            model.sam.set_attn_implementation("eager")
+        prepare_for_bfloat16(model.sam, device)
         weights = {name: value.clone() for name, value in model.state_dict().items()}
         # The stage initializes number embeddings, which the start has already trained.
-        self._vlm_stage = VlmStage(
-            _unused(self.module), _unused(), processor, 0, steps, self.name, device, bfloat16
-        )
+        self._vlm_stage = VlmStage(_unused(self.module), _unused(), processor, 0, steps, self.name, device)
         model.load_state_dict(weights)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Compute the loss of a step."""
         examples = self.data.examples(step)
-        with self._vlm_stage.autocast():
+        with autocast(self.device):
             run = self._vlm_stage.run(examples)
             loss, metrics = self._vlm_stage.language_loss(run)
         is_position = (run.batch["input_ids"] == self.processor.ref_pos_token_id) & run.batch["completion"]
@@ -296,7 +292,7 @@ class PriorStage:
         """Encode images; only the finest level of the feature pyramid is differentiable."""
         encoder = self.model.sam.vision_encoder
         pixels = images_to_pixels(images, self.device)
-        with torch.no_grad(), self._vlm_stage.autocast():
+        with torch.no_grad(), autocast(self.device):
             states = encoder.backbone(pixels).last_hidden_state.float()
         grid = pixels.shape[-1] // encoder.config.backbone_config.patch_size
         states = states.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)

@@ -23,6 +23,7 @@ from conceptseg_hf.processing_conceptseg import ConceptSegProcessor
 from conceptseg_hf.sam_prompt import ImageFeatures, encode_image, encode_text
 
 from .masks import mask_to_tokens
+from .precision import autocast, prepare_for_bfloat16
 from .sam_guidance import SamAttention
 
 SceneT = TypeVar("SceneT")
@@ -121,7 +122,6 @@ class SamStage(Generic[SceneT]):
         pretraining: Number of steps of the pretraining.
         device: Device of the module.
         seed: Random seed.
-        bfloat16: Whether to compute in bfloat16 (autocast).
         mask_size: Side length at which masks are compared; by default that of SAM 3's logits. Objects that are thinner
             than half a pixel of the logits need a larger one: at the size of the logits, no pixel of them has a
             target above 0.5.
@@ -137,21 +137,18 @@ class SamStage(Generic[SceneT]):
         pretraining: int,
         device: str = "cpu",
         seed: int = 0,
-        bfloat16: bool = False,
         mask_size: int | None = None,
     ) -> None:
         self.module = module.to(device)
         self.sam, self.mask_size = module.sam, mask_size
         self.data, self.processor, self.pretraining = data, processor, pretraining
         self.device, self.seed, self.is_pretraining = device, seed, False
-        self.bfloat16 = bfloat16
-        if bfloat16:  # on a CPU, a step takes two thirds of the time of PyTorch's fused attention
-            self.sam.set_attn_implementation("eager")
+        prepare_for_bfloat16(self.sam, device)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Compute the loss of a step."""
         self.is_pretraining = step < self.pretraining
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16):
+        with autocast(self.device):
             return self._pretraining_loss(step) if self.is_pretraining else self._prompt_loss(step)
 
     def _pretraining_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:

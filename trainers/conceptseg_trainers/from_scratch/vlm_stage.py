@@ -25,6 +25,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from conceptseg_hf.prompt_processing import PromptProcessor
 from conceptseg_hf.vlm_families import Vlm, get_family
 
+from .precision import autocast, prepare_for_bfloat16
 from .tokenizers import COORDINATE_SCALE
 from .vlm_examples import MERGE, TrainingExample, pad_examples, patches
 
@@ -103,7 +104,6 @@ class VlmStage:
         steps: Number of steps after the pretraining.
         name: Name of the stage.
         device: Device of the module.
-        bfloat16: Whether to compute in bfloat16 (autocast).
         distance_weight: Weight of the expected distance of the predicted numbers from the correct ones, as a fraction
             of the coordinate scale.
     """
@@ -117,14 +117,12 @@ class VlmStage:
         steps: int,
         name: str = "vlm",
         device: str = "cpu",
-        bfloat16: bool = False,
         distance_weight: float = 0.0,
     ) -> None:
         self.module, self.data, self.processor, self.name = module.to(device), data, processor, name
         self.distance_weight = distance_weight
-        self.pretraining, self.steps, self.device, self.bfloat16 = pretraining, steps, device, bfloat16
-        if bfloat16:  # on a CPU, a step takes two thirds of the time of PyTorch's fused attention
-            module.vlm.set_attn_implementation("eager")
+        self.pretraining, self.steps, self.device = pretraining, steps, device
+        prepare_for_bfloat16(module.vlm, device)
         self.is_pretraining = False
         self.patch_size = processor.image_processor.patch_size
         self.grid = processor.canvas_size // self.patch_size // MERGE
@@ -136,7 +134,7 @@ class VlmStage:
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Compute the loss of a step."""
         self.is_pretraining = step < self.pretraining
-        with self.autocast():
+        with autocast(self.device):
             if self.is_pretraining:
                 images, targets = self.data.pretraining_images(step)
                 loss = self.data.dense_loss(self.module.dense, targets, self.encode_images(images))
@@ -144,10 +142,6 @@ class VlmStage:
             step -= self.pretraining
             sigma = _NUMBER_SIGMA if step < _EXACT * self.steps else _LAST_NUMBER_SIGMA
             return self.example_loss(self.data.examples(step), sigma)
-
-    def autocast(self) -> torch.autocast:
-        """Return the context of computations in bfloat16; without effect if the stage computes in float32."""
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16)
 
     def encode_images(self, images: Sequence[np.ndarray]) -> Tensor:
         """Return the embeddings of the image tokens of N images, (N * grid * grid, D)."""

@@ -101,9 +101,7 @@ def make_stage(name: str, arguments: argparse.Namespace) -> tuple[Stage, Schedul
         held_out = scaled(24, min(1.0, scale), 2)
         sam_data = PhotosSamData(arguments.root, images=12, held_out=held_out, seed=seed)
         sam = SamWithHeads(config.sam_config, make_heads)
-        stage = SamStage(
-            sam, sam_data, processor, pretraining, device, seed, bfloat16=True, mask_size=MINI_IMAGE_SIZE // 2
-        )
+        stage = SamStage(sam, sam_data, processor, pretraining, device, seed, mask_size=MINI_IMAGE_SIZE // 2)
     else:
         vlm_data = PhotosVlmData(arguments.root, steps, held_out=scaled(8, min(1.0, scale), 1), seed=seed)
         vlm = VlmWithHeads(config.vlm_config, DenseHeads)
@@ -114,7 +112,6 @@ def make_stage(name: str, arguments: argparse.Namespace) -> tuple[Stage, Schedul
             pretraining,
             steps,
             device=device,
-            bfloat16=True,
             distance_weight=_DISTANCE_WEIGHT,
         )
     if arguments.start:  # after the stage has initialized weights

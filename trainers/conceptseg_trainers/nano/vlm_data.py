@@ -83,9 +83,7 @@ def _make_stage(
     torch.manual_seed(seed)
     module = VlmWithHeads(ConceptSegConfig.from_preset(preset).vlm_config, DenseHeads)
     processor = data.processor.with_settings(vlm_family=module.vlm.config.model_type)
-    # The start of experiments needs no last bit of accuracy, and bfloat16 takes two thirds of the time.
-    bfloat16 = bool(data.random_choice_families)
-    return VlmStage(module, data, processor, pretraining, steps, name, device, bfloat16)
+    return VlmStage(module, data, processor, pretraining, steps, name, device)
 
 
 class ShapesVlmData:
