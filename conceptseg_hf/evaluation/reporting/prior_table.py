@@ -22,11 +22,11 @@ _HEADINGS = {
 }
 _CORRELATED = ("iou", "average_precision", "auroc")
 
-_MEANINGS = (
-    "prior IoU: of the prior with a threshold of 0.5, before SAM decodes it.",
-    "AUROC, average precision: over the pixels of a sample, without a threshold.",
-    "share among siblings: fraction of the prior's sum over target and siblings that is on the target.",
-)
+_MEANINGS = {
+    "iou": "prior IoU: of the prior with a threshold of 0.5, before SAM decodes it.",
+    "auroc": "AUROC, average precision: over the pixels of a sample, without a threshold.",
+    "share": "share among siblings: fraction of the prior's sum over target and siblings that is on the target.",
+}
 
 Records = Sequence[Record]
 
@@ -77,7 +77,7 @@ def prior_section(records: Records) -> list[str]:
         *markdown_table(["level", "group", "samples", *(_HEADINGS[name] for name in _CORRELATED)], related),
         "",
         "- samples: those that show their concept, without failed ones.",
-        *(f"- {meaning}" for meaning in _MEANINGS),
+        *(f"- {meaning}" for name, meaning in _MEANINGS.items() if name in metrics),
         "- Intervals: 95 %, by bootstrap over the samples.",
     ]
 
