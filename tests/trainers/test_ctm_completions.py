@@ -46,28 +46,28 @@ TWO_CIRCLES = {LEFT: "red circle", RIGHT: "red circle", BELOW: "blue cross"}
 
 
 @pytest.mark.parametrize(
-    ("objects", "targets", "answer", "box", "expected"),
+    ("objects", "targets", "answer", "box", "expected", "is_named"),
     [
-        (CROSS_AND_CIRCLE, [RIGHT], "red circle", RIGHT, TARGET),
-        (CROSS_AND_CIRCLE, [RIGHT], "red circle", LEFT, TARGET),  # the answer singles it out
-        (CROSS_AND_CIRCLE, [RIGHT], "red circle", NOWHERE, TARGET),
-        (CROSS_AND_CIRCLE, [RIGHT], "red circle", None, TARGET),
-        (CROSS_AND_CIRCLE, [RIGHT], "blue cross", LEFT, 0),
-        (CROSS_AND_CIRCLE, [RIGHT], "blue cross", RIGHT, TARGET),
-        (CROSS_AND_CIRCLE, [RIGHT], "blue cross", NOWHERE, UNKNOWN),
-        (CROSS_AND_CIRCLE, [RIGHT], "blue cross", None, UNKNOWN),
-        (TWO_CIRCLES, [RIGHT], "red circle", RIGHT, TARGET),
-        (TWO_CIRCLES, [RIGHT], "red circle", LEFT, 0),  # the answer describes both, the box decides
-        (TWO_CIRCLES, [RIGHT], "red circle", NOWHERE, UNKNOWN),
-        (TWO_CIRCLES, [LEFT, RIGHT], "red circle", BELOW, TARGET),  # both are the target
-        (TWO_CIRCLES, [BELOW], "blue cross", LEFT, TARGET),
+        (CROSS_AND_CIRCLE, [RIGHT], "red circle", RIGHT, TARGET, True),
+        (CROSS_AND_CIRCLE, [RIGHT], "red circle", LEFT, TARGET, True),  # the answer singles it out
+        (CROSS_AND_CIRCLE, [RIGHT], "red circle", NOWHERE, TARGET, True),
+        (CROSS_AND_CIRCLE, [RIGHT], "red circle", None, TARGET, True),
+        (CROSS_AND_CIRCLE, [RIGHT], "blue cross", LEFT, 0, True),
+        (CROSS_AND_CIRCLE, [RIGHT], "blue cross", RIGHT, TARGET, False),
+        (CROSS_AND_CIRCLE, [RIGHT], "blue cross", NOWHERE, UNKNOWN, False),
+        (CROSS_AND_CIRCLE, [RIGHT], "blue cross", None, UNKNOWN, False),
+        (TWO_CIRCLES, [RIGHT], "red circle", RIGHT, TARGET, False),
+        (TWO_CIRCLES, [RIGHT], "red circle", LEFT, 0, False),  # the answer describes both, the box decides
+        (TWO_CIRCLES, [RIGHT], "red circle", NOWHERE, UNKNOWN, False),
+        (TWO_CIRCLES, [LEFT, RIGHT], "red circle", BELOW, TARGET, True),  # both are the target
+        (TWO_CIRCLES, [BELOW], "blue cross", LEFT, TARGET, True),
     ],
 )
-def test_the_described_object(frame, objects, targets, answer, box, expected) -> None:
+def test_the_described_object(frame, objects, targets, answer, box, expected, is_named) -> None:
     task = task_of(objects[targets[0]], objects, *targets)
     text_box = None if box is None else frame.image_box_to_text(box)
     described = DescribedObject.of_completion(task, frame, Completion("", bbox=text_box, answer=answer))
-    assert described.index == expected
+    assert described.index == expected and described.is_named == is_named
 
 
 def test_a_shorter_answer_describes_all_objects_with_its_words(frame) -> None:

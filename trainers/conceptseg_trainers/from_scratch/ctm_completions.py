@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +115,8 @@ class CompletionWriter:
         Returns:
             `present` (N,), and for each kind in `KINDS`, e.g. `own_states`: `states` (N, T, C) and `mask` (N, T) of the
             completions, `text` and `noun` (N, 2, t), ids and mask for SAM 3, `box` (N, 4) in fractions of the side (0
-            without a box), and of the described object `look` (N, C), its classes or 0, and `object` (N,), its index
-            in the scene, `TARGET` or `UNKNOWN`.
+            without a box), and of the described object `look` (N, C), its classes or 0, `object` (N,), its index in
+            the scene, `TARGET` or `UNKNOWN`, and `named` (N,), whether the answer singles it out.
         """
         folder.mkdir(parents=True, exist_ok=True)
         parts: dict[str, list[Tensor]] = {}
@@ -225,6 +225,7 @@ class CompletionWriter:
             "box": torch.tensor([[value / scale for value in box or (0,) * 4] for box in boxes]),
             "look": torch.tensor([item.classes or (0,) * self.num_classes for item in described]),
             "object": torch.tensor([item.index for item in described]),
+            "named": torch.tensor([item.is_named for item in described]),
         }
         for name, values in columns.items():
             rows.setdefault(f"{kind}_{name}", []).append(values.cpu())
@@ -239,17 +240,19 @@ class DescribedObject:
         answer: The answer of the completion; empty for completions of the VLM.
         classes: Classes of its look, or None if they are not known.
         index: Its index in the scene, `TARGET` or `UNKNOWN`.
+        is_named: Whether the answer of the completion describes it, and no other object.
     """
 
     mask: np.ndarray
     answer: str
     classes: tuple[int, ...] | None
     index: int
+    is_named: bool = False
 
     @classmethod
     def of_target(cls, task: CtmTask) -> DescribedObject:
         """Return the target of a task."""
-        return cls(task.mask, task.answer, task.classes, TARGET)
+        return cls(task.mask, task.answer, task.classes, TARGET, _singles_out(task, task.answer, task.mask))
 
     @classmethod
     def of_completion(cls, task: CtmTask, frame: CoordinateFrame, completion: Completion) -> DescribedObject:
@@ -258,18 +261,25 @@ class DescribedObject:
         If the answer singles out the target, it is the target even if the box is wrong. Z is then trained to follow
         the words where they contradict the place; otherwise it would only know accurate boxes, and trust all of them.
         """
+        target = cls.of_target(task)
+        target = replace(
+            target, answer="", classes=None, is_named=target.is_named and completion.answer == task.answer
+        )
         unknown = cls(task.mask, "", None, UNKNOWN)
-        is_named = completion.answer == task.answer and _answer_singles_out_target(task)
-        if is_named or not task.mask.any():
-            return cls(task.mask, "", None, TARGET)
+        if target.is_named or not task.mask.any():
+            return target
         if completion.bbox is None:
             return unknown
         box = frame.text_box_to_image(completion.bbox)
         if box_iou(box, bounding_box(task.mask)) >= 0.3:
-            return cls(task.mask, "", None, TARGET)
+            return target
         ious = [box_iou(box, bounding_box(item.mask)) if item.mask.any() else 0.0 for item in task.objects]
         best = int(np.argmax(ious)) if ious else UNKNOWN
-        return cls(task.objects[best].mask, "", None, best) if ious and ious[best] >= 0.5 else unknown
+        if not ious or ious[best] < 0.5:
+            return unknown
+        item = task.objects[best]
+        is_named = completion.answer == item.answer and _singles_out(task, item.answer, item.mask)
+        return cls(item.mask, "", None, best, is_named)
 
     @classmethod
     def of_another(cls, rng: np.random.Generator, task: CtmTask) -> DescribedObject:
@@ -283,7 +293,8 @@ class DescribedObject:
             return cls.of_target(task)
         index = others[int(rng.integers(len(others)))]
         item = task.objects[index]
-        return cls(item.mask, item.answer, item.classes, index)
+        is_named = _singles_out(task, item.answer, item.mask)
+        return cls(item.mask, item.answer, item.classes, index, is_named)
 
     def box(self, sample: PreparedSample) -> Box | None:
         """Return its box in text units; None if the mask is empty."""
@@ -296,10 +307,10 @@ class DescribedObject:
         return format_completion(think, task.rule, check, self.box(sample), self.answer, scale)
 
 
-def _answer_singles_out_target(task: CtmTask) -> bool:
-    """Whether the answer of a task describes no object outside its target."""
-    words = set(task.answer.split())
+def _singles_out(task: CtmTask, answer: str, mask: np.ndarray) -> bool:
+    """Whether the words of an answer describe no object of the scene outside a mask."""
+    words = set(answer.split())
     return not any(
-        words.issubset(item.answer.split()) and 2 * (item.mask & task.mask).sum() < item.mask.sum()
+        words.issubset(item.answer.split()) and 2 * (item.mask & mask).sum() < item.mask.sum()
         for item in task.objects
     )

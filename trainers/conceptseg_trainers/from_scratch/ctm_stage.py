@@ -4,8 +4,11 @@ If the CTM is always trained together with the text of the answer, the concept t
 text is sufficient. It is therefore trained in three phases:
 
 1. reading: auxiliary heads predict the box and the look of the described object from Z, without SAM 3;
-2. imitation: Z approximates the tokens of SAM 3's own box prompt (box, CLS and words), for the box in the completion;
-3. segmenting: dice + focal (eq. 5) with Z and the complete answer, with Z and the noun of the answer, or with Z alone.
+2. imitation: Z approximates the tokens of a prompt of SAM 3 without Z: of its text prompt (the answer, and the CLS
+   token that means "no box") if the answer singles out the object, otherwise of its box prompt (box, CLS and words);
+   at first, all imitate the box;
+3. segmenting: dice + focal (eq. 5) with Z and the complete answer, with Z and the noun of the answer, or with Z alone;
+   where the answer singles out the object, Z still imitates the text prompt.
 
 There are three kinds of completions: those of the VLM ("own", generated once and cached in the run folder), the ground
 truth ("true"), and ground-truth completions for another object of the same scene ("other"), so that one image has
@@ -38,6 +41,8 @@ from .masks import total
 from .sam_stage import images_to_pixels, logits_to_masks, mask_logits
 
 TEXTS = ("full", "noun", "none")
+_BOXES_ONLY = 2 / 3
+"""Fraction of the second phase in which all completions with a box imitate it, since places take longer to learn."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class CtmSteps:
     """Number of steps of each phase."""
 
     reading: int = 2000
-    imitation: int = 3000
+    imitation: int = 4500
     segmenting: int = 4000
 
     @property
@@ -161,7 +166,11 @@ class CtmStage:
             self._usable(int(row), int(kind)) for row in tasks for kind in rng.permutation(len(KINDS))[:2]
         ]
         if step < self.steps.reading + self.steps.imitation:
-            return self._imitation_loss(rows, kinds)
+            boxes_only = step < self.steps.reading + _BOXES_ONLY * self.steps.imitation
+            features = self.encode([self.data.task(int(row)) for row in tasks])
+            targets, is_known = self.imitated_tokens(rows, kinds, features, boxes_only)
+            loss = _imitation_loss(self._concepts(self.table, rows, kinds), targets, is_known)
+            return loss, {"imitation": loss.item()}
         texts = [TEXTS[int(rng.integers(len(TEXTS)))] for _ in rows]
         return self._segmentation_loss(rows, kinds, texts)
 
@@ -181,35 +190,55 @@ class CtmStage:
         )
         return 5 * box_loss + 0.5 * look_loss, {"box": box_loss.item(), "look": look_loss.item()}
 
-    def _imitation_loss(self, rows: np.ndarray, kinds: list[int]) -> tuple[Tensor, dict[str, float]]:
+    @torch.no_grad()
+    def imitated_tokens(
+        self, rows: np.ndarray, kinds: list[int], features: ImageFeatures, boxes_only: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return the tokens that Z imitates: those of SAM 3's text prompt or of its box prompt.
+
+        The text prompt is not affected by an inaccurate box, and is the only one for several objects. The first token
+        is the most informative one, so that a single concept token suffices: the last word, which the others precede in
+        SAM 3's text encoder, or the box. The second one is the geometry encoder's CLS token: without it, SAM 3 segments
+        texts worse, and cannot tell identical objects apart by their boxes.
+
+        Args:
+            rows: (B,) rows of the table.
+            kinds: Kinds of the completions.
+            features: Features of the B images.
+            boxes_only: Whether all are those of the box prompt.
+
+        Returns:
+            (B, L2, D) tokens, and (B,) whether there are any: completions without a box need an answer that singles
+            out the object.
+        """
+        sam, count = self.model.sam, self.model.config.ctm_config.num_queries
         boxes = self._gather(self.table, "box", rows, kinds)
-        has_box = boxes[:, 2] > boxes[:, 0]
-        with torch.no_grad():
-            features = self._encode([self.data.task(int(row)).pixels for row in rows[::2]])
-            features = features.repeat(2)
-            centers = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)
-            tokens, _ = box_tokens(self.model.sam, features.vision, centers[:, None])
-            text = self.processor.sam_text([BOX_TEXT] * len(rows), self.device)
-            embeds, mask = encode_text(self.model.sam, *text)
-            words = embeds[:, : int(mask[0].sum())]
-            count = self.model.config.ctm_config.num_queries
-            # The token of the box comes first, so that a single concept token suffices. The geometry encoder's CLS
-            # token contains the box too; SAM 3 needs it to tell identical objects apart. Repeated words are padding.
-            repeated = [words] * math.ceil(count / words.shape[1])
-            targets = torch.cat([tokens, *repeated], dim=1)[:, :count]
-        concepts = self._concepts(self.table, rows, kinds)
-        loss = (concepts - targets)[has_box].square().mean() / targets.var()
-        return loss, {"imitation": loss.item()}
+        named = self._gather(self.table, "named", rows, kinds) & (not boxes_only)
+        centers = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)
+        tokens, _ = box_tokens(sam, features.vision, centers[:, None])
+        answers = self._gather(self.table, "text", rows, kinds)
+        words = [
+            embeds[mask].flip(0) for embeds, mask in zip(*encode_text(sam, answers[:, 0], answers[:, 1]))
+        ]
+        embeds, mask = encode_text(sam, *self.processor.sam_text([BOX_TEXT], self.device))
+        box_words = embeds[0, mask[0]]
+        assert features.geometry_cls is not None
+        targets = [
+            _repeated(torch.cat([word[:1], no_box, word[1:]]), word, count)
+            if is_named
+            else _repeated(torch.cat([box, box_words]), box_words, count)
+            for is_named, word, no_box, box in zip(named.tolist(), words, features.geometry_cls, tokens)
+        ]
+        return torch.stack(targets), named | (boxes[:, 2] > boxes[:, 0])
 
     def _segmentation_loss(
         self, rows: np.ndarray, kinds: list[int], texts: list[str]
     ) -> tuple[Tensor, dict[str, float]]:
         tasks = [self.data.task(int(row)) for row in rows[::2]]
-        with torch.no_grad():
-            features = self._encode([task.pixels for task in tasks])
-            features = features.repeat(2)
+        features = self.encode(tasks)
         concepts = self._concepts(self.table, rows, kinds)
-        logits, presence = self._decode(self.table, features, rows, kinds, texts, concepts)
+        without_cls = ImageFeatures(features.vision, None)
+        logits, presence = self._decode(self.table, without_cls, rows, kinds, texts, concepts)
         objects = self._gather(self.table, "object", rows, kinds)
         masks = [
             tasks[i // 2].mask if index == TARGET else tasks[i // 2].objects[index].mask
@@ -219,15 +248,27 @@ class CtmStage:
         _, dice, focal = segmentation_loss(logits, ground_truth)
         present = ground_truth.flatten(1).any(1).float()
         presence_loss = nn.functional.binary_cross_entropy_with_logits(presence[:, 0], present)
-        loss = dice + 10 * focal + 0.25 * presence_loss
-        return loss, {"dice": dice.item(), "focal": focal.item(), "presence": presence_loss.item()}
+        # Otherwise Z would rely on the box even where the answer suffices: the boxes of the training are accurate.
+        targets, _ = self.imitated_tokens(rows, kinds, features)
+        named = self._gather(self.table, "named", rows, kinds)
+        imitation = _imitation_loss(concepts, targets, named)
+        loss = dice + 10 * focal + 0.25 * presence_loss + imitation
+        return loss, {
+            "dice": dice.item(),
+            "focal": focal.item(),
+            "presence": presence_loss.item(),
+            "imitation": imitation.item(),
+        }
 
     def _usable(self, row: int, kind: int) -> int:
         """Return the kind, or "true" if it is not known which object the completion describes."""
         return KINDS.index("true") if self.table[f"{KINDS[kind]}_object"][row] == UNKNOWN else kind
 
-    def _encode(self, images: list[np.ndarray]) -> ImageFeatures:
-        return encode_image(self.model.sam, images_to_pixels(images, self.device), geometry_cls=False)
+    @torch.no_grad()
+    def encode(self, tasks: Sequence[CtmTask]) -> ImageFeatures:
+        """Encode the images of tasks; each is repeated for its two completions."""
+        pixels = images_to_pixels([task.pixels for task in tasks], self.device)
+        return encode_image(self.model.sam, pixels).repeat(2)
 
     def _gather(
         self, table: dict[str, Tensor], name: str, rows: np.ndarray, kinds: list[int] | np.ndarray
@@ -315,3 +356,16 @@ class CtmStage:
             for mask, task in zip(logits_to_masks(values, tasks[0].mask.shape[0]), tasks, strict=True):
                 if task.mask.any():
                     metrics.setdefault(f"{name}_{task.label}", []).append(foreground_iou(mask, task.mask))
+
+
+def _imitation_loss(concepts: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean squared error of (B, L2, D) tokens in the rows of a mask (B,), in units of the variance."""
+    if not mask.any():
+        return concepts.sum() * 0
+    return (concepts - targets)[mask].square().mean() / targets.var()
+
+
+def _repeated(tokens: Tensor, padding: Tensor, count: int) -> Tensor:
+    """Return the first `count` of (T, D) tokens, followed by repetitions of the padding (P, D)."""
+    missing = max(0, count - len(tokens))
+    return torch.cat([tokens, *[padding] * math.ceil(missing / len(padding))])[:count]

@@ -45,8 +45,8 @@ scenes.
   segmentation"), which do not name an object, are trained as absent, without a mask loss.
 - The VLM, first on naming and locating objects, then on complete tasks.
 - The CTM on completions of the VLM and ground-truth completions, with the VLM and SAM 3 frozen: reading (auxiliary
-  heads predict the box and the look from the concept tokens Z), imitating SAM 3's own box prompt, then segmenting with
-  Z and the answer, Z and its noun, or Z alone.
+  heads predict the box and the look from the concept tokens Z), imitating SAM 3's own text or box prompt, then
+  segmenting with Z and the answer, Z and its noun, or Z alone.
 
 The vision towers of SAM 3 and the VLM are pretrained on sheets of shapes. Dense heads and guided attention are used in
 training only. The VLM was not trained by reinforcement learning.
