@@ -286,6 +286,12 @@ def find_chromium() -> str | None:
     return next((path for path in map(shutil.which, filter(None, names)) if path), None)
 
 
+@pytest.fixture(autouse=True)
+def no_photographs_in_demos(monkeypatch) -> None:
+    """Tests that read real photographs find them on import; `conceptseg demo` would show some of them, too."""
+    monkeypatch.delenv("CONCEPTSEG_PHOTOS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
     """Return a headless browser; a process can only start Playwright once."""

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.heavy]
 
 DATASET = "walk"
 
@@ -145,7 +145,6 @@ def test_load_segment_evaluate_and_explore_in_the_app(app, fo, outside, hosts_re
     assert outside == [] and hosts_reached() == {"127.0.0.1"}
 
 
-@pytest.mark.heavy
 def test_scheduled_run_and_uncertain_samples(app, make_dataset, run_queued):
     """Schedule a run in the form, execute it with a worker, and find uncertain samples."""
     from app_driver import eventually
@@ -188,7 +187,6 @@ def test_scheduled_run_and_uncertain_samples(app, make_dataset, run_queued):
     eventually(page, lambda: page.get_by_text(f"{shown} samples", exact=True).count() == 1)
 
 
-@pytest.mark.heavy
 def test_cancelled_run_can_be_resumed_and_failure_remains_visible(app, fo, make_dataset, request):
     from app_driver import eventually
     from playwright.sync_api import expect
