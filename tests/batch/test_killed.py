@@ -20,6 +20,8 @@ from .conftest import content
 ROOT = Path(conceptseg_hf.__file__).parents[1]
 SCRIPT = Path(__file__).with_name("batch_process.py")
 BATCHES = 20
+# Each kill costs a start: seconds for the local engine, half a minute for Ray.
+KILLS = int(os.environ.get("CONCEPTSEG_KILLS", 2))
 
 pytestmark = pytest.mark.slow
 
@@ -79,25 +81,24 @@ def start(make_images, make_job, concept, tmp_path):
     return create
 
 
-# Each kill costs a start: seconds for the local engine, half a minute for Ray. CONCEPTSEG_KILLS sets another number.
 @pytest.mark.parametrize(
-    ("engine", "workers", "kills"),
+    ("engine", "workers"),
     [
-        ("local", 0, int(os.environ.get("CONCEPTSEG_KILLS", 2))),
-        pytest.param("ray", 2, int(os.environ.get("CONCEPTSEG_KILLS", 2)), marks=pytest.mark.heavy),
+        ("local", 0),
+        pytest.param("ray", 2, marks=pytest.mark.heavy),
     ],
 )
-def test_killed_several_times(start, engine, workers, kills):
+def test_killed_several_times(start, engine, workers):
     if engine == "ray":
         pytest.importorskip("ray", reason="the engine 'ray' needs ray")
     process, whole = start(engine, workers)
     rng = random.Random(0)
-    for _ in range(kills):
+    for _ in range(KILLS):
         process.kill_after(rng.randint(1, 3), rng.uniform(0, 0.1))
     assert process.finish() > 0
     assert content(process.out) == whole
     lost = process.segmented() - BATCHES
-    assert 0 <= lost <= kills * max(workers, 1), "one batch per kill and worker"
+    assert 0 <= lost <= KILLS * max(workers, 1), "one batch per kill and worker"
 
 
 @pytest.mark.heavy

@@ -218,7 +218,9 @@ LOCALES = {
 }
 
 
-@pytest.mark.parametrize("locale", ["ASCII output", pytest.param("strict C", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize(
+    "locale", [pytest.param(name, marks=pytest.mark.heavy if name == "strict C" else ()) for name in LOCALES]
+)
 def test_non_ascii_names_and_prompts_in_any_locale(own_data, checkpoint, environment, locale):
     base = [sys.executable, "-m", "conceptseg_hf.cli"]
     options = ["--model", checkpoint, "--router", "sam_only"]

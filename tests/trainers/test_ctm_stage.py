@@ -8,6 +8,7 @@ from conceptseg_trainers.from_scratch.ctm_completions import KINDS
 from conceptseg_trainers.from_scratch.ctm_stage import CtmStage, _repeated
 from conceptseg_trainers.from_scratch.sam_stage import images_to_pixels, logits_to_masks, mask_logits
 from conceptseg_trainers.nano.ctm_data import ShapesCtmData
+from transformers.image_transforms import corners_to_center_format
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, nano_checkpoint
 from conceptseg_hf.evaluation import foreground_iou
@@ -42,8 +43,7 @@ def test_imitated_tokens_segment_like_the_prompt_that_they_are_from(stage, is_na
     if is_named:
         prompt = decode(sam, features, *encode_text(sam, *table["true_text"][chosen].unbind(1)))
     else:
-        corners = boxes[chosen]
-        centers = torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], dim=1)
+        centers = corners_to_center_format(boxes[chosen])
         text = encode_text(sam, *stage.processor.sam_text([BOX_TEXT] * len(chosen)))
         prompt = decode(sam, features, *text, boxes=centers[:, None])
     side = pixels.shape[-1]

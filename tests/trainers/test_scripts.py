@@ -337,7 +337,7 @@ def test_conceptseg_train_runs_meta_grpo(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "stage", ["meta_grpo", *(pytest.param(stage, marks=pytest.mark.heavy) for stage in ("sft", "coprs"))]
+    "stage", [pytest.param(name, marks=() if name == "meta_grpo" else pytest.mark.heavy) for name in STAGES]
 )
 def test_killed_run_ends_with_the_same_weights_after_resuming(stage, whole_runs, tmp_path, environment):
     script, make_argv = STAGES[stage]

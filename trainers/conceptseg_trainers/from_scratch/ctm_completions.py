@@ -261,10 +261,7 @@ class DescribedObject:
         If the answer singles out the target, it is the target even if the box is wrong. Z is then trained to follow
         the words where they contradict the place; otherwise it would only know accurate boxes, and trust all of them.
         """
-        target = cls.of_target(task)
-        target = replace(
-            target, answer="", classes=None, is_named=target.is_named and completion.answer == task.answer
-        )
+        target = cls.of_target(task)._as_written(completion.answer)
         unknown = cls(task.mask, "", None, UNKNOWN)
         if target.is_named or not task.mask.any():
             return target
@@ -277,9 +274,7 @@ class DescribedObject:
         best = int(np.argmax(ious)) if ious else UNKNOWN
         if not ious or ious[best] < 0.5:
             return unknown
-        item = task.objects[best]
-        is_named = completion.answer == item.answer and _singles_out(task, item.answer, item.mask)
-        return cls(item.mask, "", None, best, is_named)
+        return cls._of_object(task, best)._as_written(completion.answer)
 
     @classmethod
     def of_another(cls, rng: np.random.Generator, task: CtmTask) -> DescribedObject:
@@ -291,10 +286,16 @@ class DescribedObject:
         ]
         if not others:
             return cls.of_target(task)
-        index = others[int(rng.integers(len(others)))]
+        return cls._of_object(task, others[int(rng.integers(len(others)))])
+
+    @classmethod
+    def _of_object(cls, task: CtmTask, index: int) -> DescribedObject:
         item = task.objects[index]
-        is_named = _singles_out(task, item.answer, item.mask)
-        return cls(item.mask, item.answer, item.classes, index, is_named)
+        return cls(item.mask, item.answer, item.classes, index, _singles_out(task, item.answer, item.mask))
+
+    def _as_written(self, answer: str | None) -> DescribedObject:
+        """Return it as described by a completion of the VLM with the given answer."""
+        return replace(self, answer="", classes=None, is_named=self.is_named and answer == self.answer)
 
     def box(self, sample: PreparedSample) -> Box | None:
         """Return its box in text units; None if the mask is empty."""

@@ -21,12 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.image_transforms import corners_to_center_format
 
 from conceptseg_hf.evaluation import foreground_iou
 from conceptseg_hf.losses import segmentation_loss
@@ -214,22 +216,26 @@ class CtmStage:
         sam, count = self.model.sam, self.model.config.ctm_config.num_queries
         boxes = self._gather(self.table, "box", rows, kinds)
         named = self._gather(self.table, "named", rows, kinds) & (not boxes_only)
-        centers = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)
-        tokens, _ = box_tokens(sam, features.vision, centers[:, None])
+        tokens, _ = box_tokens(sam, features.vision, _centers(boxes))
         answers = self._gather(self.table, "text", rows, kinds)
         words = [
             embeds[mask].flip(0) for embeds, mask in zip(*encode_text(sam, answers[:, 0], answers[:, 1]))
         ]
-        embeds, mask = encode_text(sam, *self.processor.sam_text([BOX_TEXT], self.device))
-        box_words = embeds[0, mask[0]]
         assert features.geometry_cls is not None
         targets = [
             _repeated(torch.cat([word[:1], no_box, word[1:]]), word, count)
             if is_named
-            else _repeated(torch.cat([box, box_words]), box_words, count)
+            else _repeated(torch.cat([box, self._box_words]), self._box_words, count)
             for is_named, word, no_box, box in zip(named.tolist(), words, features.geometry_cls, tokens)
         ]
         return torch.stack(targets), named | (boxes[:, 2] > boxes[:, 0])
+
+    @cached_property
+    def _box_words(self) -> Tensor:
+        """The (T, D) embeddings of the words of SAM 3's box prompt; SAM 3 is frozen."""
+        with torch.no_grad():
+            embeds, mask = encode_text(self.model.sam, *self.processor.sam_text([BOX_TEXT], self.device))
+        return embeds[0, mask[0]]
 
     def _segmentation_loss(
         self, rows: np.ndarray, kinds: list[int], texts: list[str]
@@ -341,9 +347,8 @@ class CtmStage:
         without = ImageFeatures(with_cls.vision, None)
         concepts = self._concepts(table, rows, own)
         boxes = self._gather(table, "box", rows, own)
-        centers = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)
         box_text = encode_text(self.model.sam, *self.processor.sam_text([BOX_TEXT] * len(rows), self.device))
-        logits = {"box": mask_logits(decode(self.model.sam, with_cls, *box_text, boxes=centers[:, None]))}
+        logits = {"box": mask_logits(decode(self.model.sam, with_cls, *box_text, boxes=_centers(boxes)))}
         for name, text, features, z in (
             ("z", "none", without, concepts),
             ("z_noun", "noun", without, concepts),
@@ -356,6 +361,11 @@ class CtmStage:
             for mask, task in zip(logits_to_masks(values, tasks[0].mask.shape[0]), tasks, strict=True):
                 if task.mask.any():
                     metrics.setdefault(f"{name}_{task.label}", []).append(foreground_iou(mask, task.mask))
+
+
+def _centers(boxes: Tensor) -> Tensor:
+    """Return (N, 4) corners as (N, 1, 4) boxes of SAM 3: one per image, center x, center y, width, height."""
+    return cast(Tensor, corners_to_center_format(boxes))[:, None]  # type: ignore[arg-type]
 
 
 def _imitation_loss(concepts: Tensor, targets: Tensor, mask: Tensor) -> Tensor:

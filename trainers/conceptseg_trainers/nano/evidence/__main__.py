@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parse_experiment(parser, argv, TRAINING)
     start: Path = arguments.start
-    settings = train_settings(arguments, **({"steps": _QUICK_STEPS} if arguments.quick else {}))
+    settings = train_settings(arguments, steps=_QUICK_STEPS if arguments.quick else TrainSettings.steps)
     arms = {name: ARMS[name] for name in (["meta"] if arguments.quick else arguments.arms)}
     seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
     folder = arguments.output_dir / ("quick" if arguments.quick else "full")
