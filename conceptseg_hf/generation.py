@@ -7,7 +7,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -20,6 +20,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from .devices import has_hooks, loaded, move_to_hooks
+from .hashing import weights
 from .shared_references import ReferenceStore, read_references
 from .vlm_families import Vlm, get_family
 
@@ -102,7 +103,8 @@ def generate_with_states(
     limit = config.max_new_tokens
     at_token = hidden_states_at == "token"
     config.max_new_tokens = limit + int(at_token)
-    if has_hooks(vlm) or not _uses_plain_cache(config):
+    hooked = has_hooks(vlm)
+    if hooked or not _uses_plain_cache(config):
         references = None
     with _locks.setdefault(vlm, threading.Lock()):
         shared = None if references is None else read_references(vlm, inputs, references)
@@ -134,6 +136,7 @@ def generate_with_states(
         try:
             with (
                 loaded(vlm),
+                _inference_mode(vlm, hooked),
                 _without_device_warning(vlm),
                 _without_criteria_warning(delayed_eos is not None),
             ):  # `loaded` is needed since generate calls modules of the VLM without its forward
@@ -148,7 +151,7 @@ def generate_with_states(
     # The input of step t is token t - 1, and it predicts token t. If all rows end with their first token, no token has
     # been an input. On some devices, `generate` discards tokens past the end, so there may be more states than tokens.
     states = recorder.stacked(hidden_states_at)
-    token_ids = sequences[:, prompt_length:]
+    token_ids = sequences[:, prompt_length:].clone()  # a copy outside of inference mode
     within_limit = _within(limits, len(token_ids), min(limit, states.shape[1])).to(token_ids.device)
     mask = _before_end(token_ids, config.eos_token_id)[:, : within_limit.shape[1]] & within_limit
     state_mask = mask
@@ -195,6 +198,18 @@ def _uses_plain_cache(config: GenerationConfig) -> bool:
         and not config.cache_implementation
         and not config.prefill_chunk_size
     )
+
+
+def _inference_mode(vlm: Vlm, hooked: bool) -> AbstractContextManager[None]:
+    """Return PyTorch's inference mode, which makes each small operation cheaper, where it is safe.
+
+    It is not where hooks of Accelerate, ZeRO-3 or FSDP write weights during the forward pass, which could then not be
+    trained, and not for weights that are subclasses of tensors (quantized or distributed), whose views may fail in it.
+    """
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if hooked or is_distributed or any(type(weight) not in (Tensor, nn.Parameter) for weight in weights(vlm)):
+        return nullcontext()
+    return torch.inference_mode()
 
 
 @contextmanager

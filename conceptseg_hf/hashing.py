@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping
-from itertools import chain
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +38,20 @@ def weights_hash(modules: Mapping[str, nn.Module], stored: Mapping[str, Tensor] 
     return digest.hexdigest()[:16]
 
 
-def weights_counters(module: nn.Module) -> Hashable:
-    """Return a value that differs if weights of a module were replaced, moved, or written in place."""
+def weights(*modules: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters and buffers of modules in one traversal, which is faster than `parameters` and `buffers`."""
+    for module in modules:
+        for part in module.modules():
+            for tensor in (*part._parameters.values(), *part._buffers.values()):
+                if tensor is not None:
+                    yield tensor
+
+
+def weights_counters(tensors: Iterable[Tensor]) -> Hashable:
+    """Return a value that differs if any of some weights was replaced, moved, or written in place."""
     return tuple(
         (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device)
-        for tensor in chain(module.parameters(), module.buffers())
+        for tensor in tensors
         if not tensor.is_meta
     )
 
@@ -54,7 +62,7 @@ def weights_state(module: nn.Module) -> Hashable:
     It is compared only within a process. Version counters of the tensors count writes in place; a few values of each
     tensor reveal writes through `.data`, which have no counter.
     """
-    tensors = list(chain(module.parameters(), module.buffers()))
+    tensors = list(weights(module))
     adapters = tuple(
         (
             name,
@@ -72,4 +80,4 @@ def weights_state(module: nn.Module) -> Hashable:
             flat = tensor.detach().flatten()
             by_device.setdefault(tensor.device, []).append(flat[:: -(-len(flat) // 4)].double())
     values = tuple(torch.cat(parts).cpu().numpy().tobytes() for parts in by_device.values())
-    return weights_counters(module), adapters, values
+    return weights_counters(tensors), adapters, values

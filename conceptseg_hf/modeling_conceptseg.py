@@ -20,7 +20,7 @@ from .concept_prompt import ConceptPrompt, as_concept
 from .concept_translation import ConceptTranslationModule
 from .configuration_conceptseg import ConceptSegConfig
 from .devices import execution_device, loaded
-from .hashing import weights_counters
+from .hashing import weights, weights_counters
 from .inference import Segmenter, SegmentSettings, evaluating, segment_batches, to_results
 from .inputs import ConceptSegInputs, PreparedSample, given_samples
 from .losses import segmentation_loss
@@ -422,7 +422,7 @@ class ConceptSegForSegmentation(
         if concept is None:
             return None
         concept = as_concept(concept)
-        checked = concept.model_hash, weights_counters(self.sam), weights_counters(self.ctm)
+        checked = concept.model_hash, weights_counters(weights(self.sam, self.ctm))
         if checked != self._checked_concept:  # hashing the weights takes longer than decoding a small image
             concept.check_model(self)
             self._checked_concept = checked

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from itertools import chain
 
 import torch
 from torch import Tensor
 from transformers import Sam3Model
 
-from .hashing import weights_counters
+from .hashing import weights, weights_counters
 from .sam_prompt import encode_text
 
 _MAX_PHRASES = 1024
@@ -30,12 +29,11 @@ class PhraseEmbeddings:
         self, sam: Sam3Model, input_ids: Tensor, attention_mask: Tensor, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Encode phrases without gradient on a device; see `sam_prompt.encode_text`."""
-        parts = (sam.text_encoder, sam.text_projection)
-        weights = chain.from_iterable(chain(part.parameters(), part.buffers()) for part in parts)
-        if sam.text_encoder.training or any(weight.is_meta or not weight.numel() for weight in weights):
+        tensors = list(weights(sam.text_encoder, sam.text_projection))
+        if sam.text_encoder.training or any(tensor.is_meta or not tensor.numel() for tensor in tensors):
             with torch.no_grad():
                 return encode_text(sam, input_ids.to(device), attention_mask.to(device))
-        state = tuple(weights_counters(part) for part in parts)
+        state = weights_counters(tensors)
         if state != self._state or len(self._kept) > _MAX_PHRASES:
             self._kept, self._state = {}, state
         kept = self._kept

@@ -220,7 +220,8 @@ def test_rejects_a_vlm_compiled_as_a_whole(vlm, processor, samples, compiled):
     settings = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": []}
     expected = generate(vlm, batch, **settings)
     compiled(vlm)
-    vlm.generate(**batch, max_new_tokens=4)
+    with torch.inference_mode():  # as in `generate_with_states`, which therefore uses the same graph
+        vlm.generate(**batch, max_new_tokens=4)
     vlm.model.rope_deltas = None
     with pytest.raises(RuntimeError, match="compiled as a whole"):
         generate(vlm, batch, **settings)
@@ -378,3 +379,21 @@ def test_given_starts_with_several_completions_per_prompt(make_model, processor,
     assert torch.equal(generated.token_ids[0, :count], generated.token_ids[1, :count])
     expected, mask = teacher_forced(vlm, processor, [samples[0]] * 2, generated)
     assert torch.allclose(generated.hidden_states[generated.mask], expected[mask], atol=1e-5)
+
+
+@all_families
+def test_the_vlm_can_be_trained_after_generation(make_model, processor, samples):
+    vlm = make_model().vlm  # a new model, so that generation is the first to fill its caches
+    starts = [processor.start_completion(sample, "the star") for sample in samples]
+    batch = processor.collate([sample for sample, _ in starts])
+    generated = generate_with_states(
+        vlm, batch, {"max_new_tokens": 4, "eos_token_id": []}, num_given=[count for _, count in starts]
+    )
+    tensors = (generated.token_ids, generated.mask, generated.hidden_states, generated.state_mask)
+    assert not any(tensor.is_inference() for tensor in tensors)
+    assert not any(tensor.is_inference() for tensor in (*vlm.parameters(), *vlm.buffers()))
+    family = get_family(vlm.config)
+    family.last_hidden_states(vlm, family.model_inputs(batch)).square().mean().backward()
+    gradients = [parameter.grad for parameter in vlm.base_model.parameters() if parameter.grad is not None]
+    assert len(gradients) > 20 and all(gradient.isfinite().all() for gradient in gradients)
+    generated.hidden_states.requires_grad_().sum().backward()
