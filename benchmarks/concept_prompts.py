@@ -25,13 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from conceptseg_hf import (
-    ConceptPrompt,
-    ConceptSegForSegmentation,
-    ConceptSegProcessor,
-    Reference,
-    nano_checkpoint,
-)
+from conceptseg_hf import ConceptPrompt, ConceptSegForSegmentation, ConceptSegProcessor, Reference
 from conceptseg_hf.data import ConceptShapes, load_benchmark
 from conceptseg_hf.data.concept_shapes.families.hidden_rule import PROMPT, Rule, rule_scene
 from conceptseg_hf.data.concept_shapes.rendering import COLORS, SHAPES, TEXTURES
@@ -41,6 +35,7 @@ from conceptseg_hf.evaluation.reporting.tables import interval_text
 from conceptseg_hf.images import mask_to_image
 from conceptseg_hf.induction import induce
 from conceptseg_hf.inputs import ConceptSegInputs
+from conceptseg_hf.loading import load_model_and_processor
 from conceptseg_hf.rules import mask_ious
 
 FAMILIES = ("camouflage", "shadow", "transparent", "anomaly", "lesion", "saliency")
@@ -257,7 +252,7 @@ def print_tables(results: Mapping[str, Sequence[Mapping[str, Run]]]) -> None:
 def main() -> None:
     """Runs all arms and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(nano_checkpoint()))
+    parser.add_argument("--model", help="embedded checkpoint, folder or hub id (default: nano)")
     parser.add_argument("--images", type=int, default=14, help="images per concept")
     parser.add_argument("--references", type=int, default=4)
     parser.add_argument("--inductions", type=int, default=2)
@@ -267,8 +262,7 @@ def main() -> None:
     parser.add_argument("--unrefined", action="store_true", help="without the arms with refined tokens")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model = ConceptSegForSegmentation.from_pretrained(arguments.model)
-    processor = ConceptSegProcessor.from_pretrained(arguments.model)
+    model, processor = load_model_and_processor(arguments.model, "cpu")
     arms = [arm for arm in ARMS if not (arguments.unrefined and arm in (CONCEPT_REFINED, ROUTER_REFINED))]
     shown = arguments.references * arguments.inductions
     if arguments.photos:

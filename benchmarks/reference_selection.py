@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from concept_prompts import GREEDY, Concept, load_concepts
 
-from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, Reference, nano_checkpoint
+from conceptseg_hf import Reference
 from conceptseg_hf.evaluation.reporting.bootstrap import resample
 from conceptseg_hf.evaluation.reporting.tables import interval_text
 from conceptseg_hf.images import mask_to_image
 from conceptseg_hf.induction import induce
+from conceptseg_hf.loading import load_model_and_processor
 from conceptseg_hf.rules import mask_ious
 
 NUM_REFERENCES, NUM_WRONG, NUM_SHOWN = 12, 4, 4
@@ -52,13 +53,12 @@ def marked(concept: Concept, rng: np.random.Generator) -> tuple[list[Reference],
 def main() -> None:
     """Runs all arms and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(nano_checkpoint()))
+    parser.add_argument("--model", help="embedded checkpoint, folder or hub id (default: nano)")
     parser.add_argument("--images", type=int, default=14, help="images per concept")
     parser.add_argument("--development", action="store_true", help="other concepts, for choosing the method")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model = ConceptSegForSegmentation.from_pretrained(arguments.model)
-    processor = ConceptSegProcessor.from_pretrained(arguments.model)
+    model, processor = load_model_and_processor(arguments.model, "cpu")
     ious, num_wrong = defaultdict(list), defaultdict(list)
     for number, concept in enumerate(load_concepts(arguments.images, NUM_REFERENCES, arguments.development)):
         rng = np.random.default_rng([5, number])
