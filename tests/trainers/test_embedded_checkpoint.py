@@ -40,8 +40,8 @@ def test_concept_tokens_alone_segment(nano) -> None:
     assert set(values) == {"CI", "CD", "CR"}
     for level in values.values():
         assert level["Z"] >= 0.7
-    # On CI, the VLM sometimes names an object correctly and locates it incorrectly.
-    assert values["CI"]["Z + text"] >= values["CI"]["text"] - 0.1
+    # On CI, the VLM sometimes names an object correctly and locates it incorrectly; Z then follows the name.
+    assert values["CI"]["Z + text"] >= values["CI"]["text"] - 0.01
     assert values["CD"]["Z + text"] >= values["CD"]["text"] - 0.01
     assert values["CR"]["Z + text"] >= values["CR"]["text"]
 
