@@ -26,7 +26,7 @@ from .postprocessing import post_process_mask
 from .processing_conceptseg import ConceptSegProcessor
 from .progress import progress_bar
 from .references import Reference
-from .sam_prompt import ImageFeatures
+from .sam_prompt import ImageFeatures, encode_image
 
 WITHHELD = 5
 """One of this many references is withheld from tuning, to choose the best step and for the concept's score."""
@@ -140,6 +140,7 @@ def tune_tokens(
     options: TuningOptions,
     adapters: Sequence[nn.Parameter] = (),
     progress: bool = False,
+    train_encoder: bool = False,
 ) -> Tensor:
     """Tune tokens, and additional parameters of SAM 3 if given, which end with the values of the best step.
 
@@ -150,8 +151,10 @@ def tune_tokens(
         references: Images with masks.
         negatives: Images without the concept.
         options: Settings of the tuning.
-        adapters: Additional parameters that `decode_masks` uses, such as those of a LoRA adapter.
+        adapters: Additional parameters of SAM 3, such as those of a LoRA adapter.
         progress: Whether to show a progress bar.
+        train_encoder: Whether `adapters` contains parameters of the image encoder. Features of images are then
+            computed in each step instead of kept.
 
     Returns:
         (L, D) tokens.
@@ -165,8 +168,8 @@ def tune_tokens(
     width = model.config.ctm_config.sam_hidden_size
     tokens = (_INITIAL_SCALE * torch.randn(options.num_tokens, width, generator=generator)).to(device)
     with evaluating(model), loaded(model), _trainable(model, adapters):
-        examples = _Examples(model, processor, tuned, negatives)
-        checks = _Examples(model, processor, withheld, ())
+        examples = _Examples(model, processor, tuned, negatives, keep=not train_encoder)
+        checks = _Examples(model, processor, withheld, (), keep=not train_encoder)
         tokens.requires_grad_()
         trained = [tokens, *adapters]
         optimizer = torch.optim.Adam(
@@ -198,7 +201,10 @@ def tune_tokens(
 
 
 class _Examples:
-    """Images with their masks; an image without the concept has the mask None. Features are kept if they fit."""
+    """Images with their masks; an image without the concept has the mask None.
+
+    Features are kept if they fit. Without `keep`, each call computes them, with gradients where these are enabled.
+    """
 
     def __init__(
         self,
@@ -206,8 +212,9 @@ class _Examples:
         processor: ConceptSegProcessor,
         references: Sequence[Reference],
         negatives: Sequence[ImageInput],
+        keep: bool,
     ) -> None:
-        self._model, self._processor = model, processor
+        self._model, self._processor, self._keep = model, processor, keep
         self._images: list[ImageInput] = [*(reference.image for reference in references), *negatives]
         self.masks: list[np.ndarray | None] = []
         for number, reference in enumerate(references):
@@ -224,13 +231,18 @@ class _Examples:
     def features(self, rows: Sequence[int]) -> ImageFeatures:
         """Return the features of some images, on the execution device."""
         device = execution_device(self._model.sam)
+        if not self._keep:
+            model = self._model
+            pixels = torch.stack([self._pixels(row) for row in rows]).to(device, model.sam.dtype)
+            return encode_image(model.sam, pixels, model.config.sam_geometry_cls)
         parts = [self._cache[row] if row in self._cache else self._encode(row) for row in rows]
         return ImageFeatures.concatenate([_moved(part, device) for part in parts])
 
+    def _pixels(self, row: int) -> Tensor:
+        return self._processor.sam_pixels(load_image(self._images[row]))
+
     def _encode(self, row: int) -> ImageFeatures:
-        pixels = self._processor.sam_pixels(load_image(self._images[row]))[None]
-        with torch.no_grad():
-            features = self._model.encode_image(pixels.to(execution_device(self._model.sam)))
+        features = self._model.encode_image(self._pixels(row)[None])
         size = sum(level.nbytes for level in _tensors(features))
         if self._bytes + size <= _MAX_CACHE:
             self._cache[row] = _moved(features, torch.device("cpu"))

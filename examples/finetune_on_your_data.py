@@ -13,6 +13,7 @@ that are duplicates of training images are left out. docs/finetune.md explains t
 - tokens: concept tokens in SAM 3's prompt space; all weights stay as they are.
 - ctm: stage I, the Concept Translation Module (as `conceptseg train sft`); also as a concept without the VLM.
 - lora: concept tokens and a low-rank adapter of SAM 3's DETR and mask decoder.
+- lora-encoder: the same with an adapter of SAM 3's image encoder, too; several times as long (--methods lora-encoder).
 
 A repeated command uses what the output folder already holds. Apply a result with
 
@@ -30,6 +31,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +48,6 @@ from conceptseg_hf.evaluation.reporting.tables import interval_text, markdown_ta
 from conceptseg_hf.loading import load_model_and_processor
 from conceptseg_hf.visualization import overlay
 
-METHODS = ("tokens", "ctm", "lora")
 REFERENCES = 4  # shown to the VLM
 SHOWN = 6  # held-out images in the picture: the first ones
 SIDE, HEADING = 200, 16  # pixels of an image in the picture, and of its heading
@@ -167,18 +168,24 @@ def finetune_tokens(run: Finetuning, count: int) -> list[Result]:
     return [run.evaluate("tokens", predictor(model, processor, "sam_only", concept), count, minutes)]
 
 
-def finetune_lora(run: Finetuning, count: int) -> list[Result]:
+def finetune_lora(run: Finetuning, count: int, name: str = "lora") -> list[Result]:
     """Tune concept tokens together with an adapter of SAM 3."""
     from conceptseg_trainers.sam_lora import tune_concept_with_lora
 
-    folder = run.folder / f"lora-{count}"
+    folder = run.folder / f"{name}-{count}"
 
     def train() -> None:
         model, processor = run.load()
         references = [as_reference(sample) for sample in run.train[:count]]
         options = TuningOptions(steps=run.arguments.steps, seed=run.arguments.seed)
         concept = tune_concept_with_lora(
-            model, processor, run.prompt, references, options=options, progress=True
+            model,
+            processor,
+            run.prompt,
+            references,
+            options=options,
+            progress=True,
+            adapt_encoder=name == "lora-encoder",
         )
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -187,7 +194,7 @@ def finetune_lora(run: Finetuning, count: int) -> list[Result]:
     minutes = timed(folder, train)
     model, processor = run.load(folder)
     concept = ConceptPrompt.load(folder / "concept.safetensors")
-    return [run.evaluate("lora", predictor(model, processor, "sam_only", concept), count, minutes)]
+    return [run.evaluate(name, predictor(model, processor, "sam_only", concept), count, minutes)]
 
 
 def finetune_ctm(run: Finetuning, count: int) -> list[Result]:
@@ -239,7 +246,12 @@ def finetune_ctm(run: Finetuning, count: int) -> list[Result]:
     ]
 
 
-FINETUNE = {"tokens": finetune_tokens, "ctm": finetune_ctm, "lora": finetune_lora}
+FINETUNE = {
+    "tokens": finetune_tokens,
+    "ctm": finetune_ctm,
+    "lora": finetune_lora,
+    "lora-encoder": partial(finetune_lora, name="lora-encoder"),
+}
 
 
 def table(results: Sequence[Result]) -> list[str]:
@@ -289,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--images", default="20,100,300", help="numbers of training images (default: %(default)s)"
     )
     parser.add_argument(
-        "--steps", type=int, default=300, help="steps of tokens and lora (default: %(default)s)"
+        "--steps", type=int, default=300, help="steps of all methods but ctm (default: %(default)s)"
     )
     parser.add_argument("--ctm-steps", type=int, default=150, help="steps of ctm (default: %(default)s)")
     parser.add_argument(
@@ -300,8 +312,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", default="finetuned", help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
     methods = arguments.methods.split(",")
-    if unknown := [name for name in methods if name not in METHODS]:
-        parser.error(f"no method is named {unknown[0]!r}; use some of {', '.join(METHODS)}")
+    if unknown := [name for name in methods if name not in FINETUNE]:
+        parser.error(f"no method is named {unknown[0]!r}; use some of {', '.join(FINETUNE)}")
     arguments.images = sorted({int(count) for count in arguments.images.split(",")})
 
     run = Finetuning(arguments)

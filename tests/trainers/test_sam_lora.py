@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("peft")
 
-from conceptseg_trainers.sam_lora import ADAPTED, tune_concept_with_lora
+from conceptseg_trainers.sam_lora import ADAPTED, ENCODER, tune_concept_with_lora
 
 from conceptseg_hf import ConceptSegForSegmentation, ConceptSegProcessor, Reference, nano_checkpoint
 from conceptseg_hf.concept_tuning import TuningOptions, tune_concept
@@ -54,6 +54,21 @@ def test_adapter_is_merged_and_fits_better_than_tokens_alone(references, tmp_pat
     assert np.array_equal(*masks) and masks[0].any()
     with pytest.raises(ValueError, match="made with other weights"):
         load()[0].segment(inputs, processor=processor, concept=concept)
+
+
+def test_image_encoder_is_adapted_on_request(references):
+    model, processor = load()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options = TuningOptions(num_tokens=2, steps=4, batch_size=2)
+    concept = tune_concept_with_lora(
+        model, processor, "star", references, options=options, rank=2, adapt_encoder=True
+    )
+    after = model.state_dict()
+    changed = {name.split(".")[1] for name in after if not torch.equal(after[name], before[name])}
+    assert list(after) == list(before) and ENCODER in changed and changed <= {ENCODER, *ADAPTED}
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    inputs = processor([references[0].image], "star")
+    assert model.segment(inputs, processor=processor, router="sam_only", concept=concept)[0].mask is not None
 
 
 def test_an_error_leaves_the_model_unchanged(references):

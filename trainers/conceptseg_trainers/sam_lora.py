@@ -1,4 +1,4 @@
-"""A low-rank adapter (LoRA) of the prompt-dependent parts of SAM 3, trained with concept tokens and then merged."""
+"""A low-rank adapter (LoRA) of SAM 3, trained with concept tokens and then merged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from conceptseg_hf.concept_tuning import TuningOptions, finish_concept, tune_tok
 from conceptseg_hf.images import ImageInput
 
 ADAPTED = ("detr_encoder", "detr_decoder", "mask_decoder")
-"""Parts of SAM 3 whose linear and convolution layers are adapted. The image encoder is not: its features are kept."""
+"""Parts of SAM 3 whose linear and convolution layers are adapted; they depend on the prompt."""
+
+ENCODER = "vision_encoder"
+"""The image encoder of SAM 3, which is adapted on request."""
 
 
 def tune_concept_with_lora(
@@ -28,6 +31,7 @@ def tune_concept_with_lora(
     options: TuningOptions | None = None,
     rank: int = 8,
     progress: bool = False,
+    adapt_encoder: bool = False,
 ) -> ConceptPrompt:
     """Tune concept tokens and a LoRA adapter of SAM 3, and merge the adapter into the model's weights.
 
@@ -43,6 +47,8 @@ def tune_concept_with_lora(
         options: Settings of the tuning.
         rank: Rank of the adapter.
         progress: Whether to show a progress bar.
+        adapt_encoder: Whether to adapt the image encoder, too, for concepts that its features do not show. Each step
+            then encodes its images, with gradients.
 
     Returns:
         The concept; see `concept_tuning.tune_concept`.
@@ -52,19 +58,24 @@ def tune_concept_with_lora(
     """
     processor.check_prompt(prompt)
     options, phrase = options or TuningOptions(), phrase or prompt
-    with _adapter(model, rank, options.seed) as parameters:
-        tokens = tune_tokens(model, processor, phrase, references, negatives, options, parameters, progress)
+    parts = (*ADAPTED, ENCODER) if adapt_encoder else ADAPTED
+    with _adapter(model, parts, rank, options.seed) as parameters:
+        tokens = tune_tokens(
+            model, processor, phrase, references, negatives, options, parameters, progress, adapt_encoder
+        )
     return finish_concept(model, processor, prompt, phrase, tokens, references, negatives)
 
 
 @contextmanager
-def _adapter(model: ConceptSegForSegmentation, rank: int, seed: int) -> Iterator[list[nn.Parameter]]:
+def _adapter(
+    model: ConceptSegForSegmentation, parts: Sequence[str], rank: int, seed: int
+) -> Iterator[list[nn.Parameter]]:
     """Context in which SAM 3 has an adapter, with its parameters; merged into the weights at the end."""
     required = {name: parameter.requires_grad for name, parameter in model.sam.named_parameters()}
     targets = [
         name
         for name, module in model.sam.named_modules()
-        if name.split(".")[0] in ADAPTED and isinstance(module, (nn.Linear, nn.Conv2d))
+        if name.split(".")[0] in parts and isinstance(module, (nn.Linear, nn.Conv2d))
     ]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     with torch.random.fork_rng():
@@ -81,4 +92,4 @@ def _adapter(model: ConceptSegForSegmentation, rank: int, seed: int) -> Iterator
             parameter.requires_grad_(required[name])
 
 
-__all__ = ["ADAPTED", "tune_concept_with_lora"]
+__all__ = ["ADAPTED", "ENCODER", "tune_concept_with_lora"]
