@@ -140,7 +140,6 @@ def tune_tokens(
     options: TuningOptions,
     adapters: Sequence[nn.Parameter] = (),
     progress: bool = False,
-    train_encoder: bool = False,
 ) -> Tensor:
     """Tune tokens, and additional parameters of SAM 3 if given, which end with the values of the best step.
 
@@ -151,10 +150,9 @@ def tune_tokens(
         references: Images with masks.
         negatives: Images without the concept.
         options: Settings of the tuning.
-        adapters: Additional parameters of SAM 3, such as those of a LoRA adapter.
+        adapters: Additional parameters of SAM 3, such as those of a LoRA adapter. If any belongs to the image encoder,
+            features of images are computed in each step instead of kept.
         progress: Whether to show a progress bar.
-        train_encoder: Whether `adapters` contains parameters of the image encoder. Features of images are then
-            computed in each step instead of kept.
 
     Returns:
         (L, D) tokens.
@@ -168,8 +166,10 @@ def tune_tokens(
     width = model.config.ctm_config.sam_hidden_size
     tokens = (_INITIAL_SCALE * torch.randn(options.num_tokens, width, generator=generator)).to(device)
     with evaluating(model), loaded(model), _trainable(model, adapters):
-        examples = _Examples(model, processor, tuned, negatives, keep=not train_encoder)
-        checks = _Examples(model, processor, withheld, (), keep=not train_encoder)
+        # `_trainable` leaves only the adapters with gradients.
+        keep = not any(parameter.requires_grad for parameter in model.sam.vision_encoder.parameters())
+        examples = _Examples(model, processor, tuned, negatives, keep)
+        checks = _Examples(model, processor, withheld, (), keep)
         tokens.requires_grad_()
         trained = [tokens, *adapters]
         optimizer = torch.optim.Adam(
@@ -230,11 +230,11 @@ class _Examples:
 
     def features(self, rows: Sequence[int]) -> ImageFeatures:
         """Return the features of some images, on the execution device."""
-        device = execution_device(self._model.sam)
+        model = self._model
         if not self._keep:
-            model = self._model
-            pixels = torch.stack([self._pixels(row) for row in rows]).to(device, model.sam.dtype)
+            pixels = torch.stack([self._pixels(row) for row in rows]).to(model.sam.dtype)
             return encode_image(model.sam, pixels, model.config.sam_geometry_cls)
+        device = execution_device(model.sam)
         parts = [self._cache[row] if row in self._cache else self._encode(row) for row in rows]
         return ImageFeatures.concatenate([_moved(part, device) for part in parts])
 

@@ -105,8 +105,9 @@ class Finetuning:
 
     def load(self, folder: Path | None = None):
         """Model and processor: the given checkpoint, or a fine-tuned one."""
-        name = folder or (None if self.arguments.model == "nano" else self.arguments.model)
-        return load_model_and_processor(name, self.arguments.device, self.arguments.dtype)
+        return load_model_and_processor(
+            folder or self.arguments.model, self.arguments.device, self.arguments.dtype
+        )
 
     def evaluate(self, name: str, predict: Predict, images: int | None, minutes: float | None) -> Result:
         """Evaluate on the held-out images; existing records are used."""
@@ -293,7 +294,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune, evaluate, print the table and save the picture."""
     parser = argparse.ArgumentParser(description="Fine-tune on your own images with masks.")
     parser.add_argument("--root", required=True, help="folder in the layout `plain`")
-    parser.add_argument("--model", default="nano", help="checkpoint folder or hub id (default: %(default)s)")
+    parser.add_argument(
+        "--model", default="nano", help="embedded checkpoint, folder or hub id (default: %(default)s)"
+    )
     parser.add_argument("--device", help="device; an accelerator by default, else the CPU")
     parser.add_argument("--dtype", default="auto", help="such as bfloat16 (default: that of the checkpoint)")
     parser.add_argument("--methods", default="tokens,ctm,lora", help="(default: %(default)s)")

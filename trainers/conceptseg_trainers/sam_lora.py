@@ -60,9 +60,7 @@ def tune_concept_with_lora(
     options, phrase = options or TuningOptions(), phrase or prompt
     parts = (*ADAPTED, ENCODER) if adapt_encoder else ADAPTED
     with _adapter(model, parts, rank, options.seed) as parameters:
-        tokens = tune_tokens(
-            model, processor, phrase, references, negatives, options, parameters, progress, adapt_encoder
-        )
+        tokens = tune_tokens(model, processor, phrase, references, negatives, options, parameters, progress)
     return finish_concept(model, processor, prompt, phrase, tokens, references, negatives)
 
 
