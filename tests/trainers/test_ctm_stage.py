@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conceptseg_trainers.from_scratch.ctm_completions import KINDS
+from conceptseg_trainers.from_scratch.ctm_completions import KINDS, CompletionWriter
 from conceptseg_trainers.from_scratch.ctm_stage import CtmStage, _repeated
 from conceptseg_trainers.from_scratch.sam_stage import images_to_pixels, logits_to_masks, mask_logits
 from conceptseg_trainers.nano.ctm_data import ShapesCtmData
@@ -80,3 +80,23 @@ def test_tokens_are_repeated_to_the_number_of_concept_tokens() -> None:
     tokens, padding = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]])
     assert _repeated(tokens, padding, 1).flatten().tolist() == [1]
     assert _repeated(tokens, padding, 5).flatten().tolist() == [1, 2, 3, 4, 3]
+
+
+def test_completions_of_another_vlm_are_not_reused(tmp_path) -> None:
+    """A VLM that is trained again in the same run folder writes other completions, with other hidden states."""
+    model = ConceptSegForSegmentation.from_pretrained(nano_checkpoint())
+    processor = ConceptSegProcessor.from_pretrained(nano_checkpoint())
+    data = ShapesCtmData()
+
+    def table(seed: int = 0) -> dict[str, torch.Tensor]:
+        writer = CompletionWriter(model, processor, data.noun, len(data.class_sizes), "ctm", "cpu", seed)
+        return writer.table(tmp_path / "train", data.task, 2)
+
+    first, again = table(), table(seed=1)  # runs with several seeds share their completions
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    with torch.no_grad():
+        model.vlm.get_input_embeddings().weight[0, 0] += 1
+    with pytest.raises(
+        ValueError, match="completions of another VLM or of another version of the code; delete"
+    ):
+        table()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from conceptseg_hf.boxes import Box, box_iou
 from conceptseg_hf.completion import Completion, format_completion
 from conceptseg_hf.generation import generate_with_states
+from conceptseg_hf.hashing import weights_hash
 from conceptseg_hf.modeling_conceptseg import ConceptSegForSegmentation
 from conceptseg_hf.processing_conceptseg import ConceptSegProcessor, CoordinateFrame, PreparedSample
 from conceptseg_hf.progress import progress_bar
@@ -31,6 +32,7 @@ TARGET, UNKNOWN = -1, -2
 _GENERATION_BATCH = 48
 _MAX_TOKENS = 64
 _PART = 480  # number of tasks per file
+_FORMAT = "2"  # version of the columns
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class CompletionWriter:
     ) -> None:
         self.model, self.processor, self.noun, self.num_classes = model, processor, noun, num_classes
         self.name, self.device, self.seed = name, device, seed
+        self.metadata = {"format": _FORMAT, "vlm": weights_hash({"vlm": model.vlm})}
 
     def table(self, folder: Path, source: Callable[[int], CtmTask], count: int) -> dict[str, Tensor]:
         """Create a table of the completions of N tasks, which is cached in files.
@@ -117,6 +120,9 @@ class CompletionWriter:
             completions, `text` and `noun` (N, 2, t), ids and mask for SAM 3, `box` (N, 4) in fractions of the side (0
             without a box), and of the described object `look` (N, C), its classes or 0, `object` (N,), its index in
             the scene, `TARGET` or `UNKNOWN`, and `named` (N,), whether the answer singles it out.
+
+        Raises:
+            ValueError: If a file contains completions of another VLM, or other columns.
         """
         folder.mkdir(parents=True, exist_ok=True)
         parts: dict[str, list[Tensor]] = {}
@@ -125,8 +131,13 @@ class CompletionWriter:
             stop = min(start + _PART, count)
             path = folder / f"{start:06d}-{stop:06d}.safetensors"
             if not path.exists():
-                write_tensors(path, self._complete(source, range(start, stop)))
+                write_tensors(path, self._complete(source, range(start, stop)), self.metadata)
             with safe_open(path, "pt") as file:
+                if file.metadata() != self.metadata:
+                    raise ValueError(
+                        f"{str(path)!r} contains completions of another VLM or of another version of the code; delete "
+                        f"the folder {str(folder)!r} to generate them again."
+                    )
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     parts.setdefault(name, []).append(file.get_tensor(name))
             progress.update(stop - start)
